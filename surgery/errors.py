@@ -1,0 +1,77 @@
+"""The exceptions that speak to a user, and the refusal, which is a value.
+
+SurgeryError
+├── InputError        an argument, option or file that cannot be used as it is (also a ValueError)
+│   ├── FileError         a file that cannot be read as a model, or must not be overwritten
+│   │   └── UnsafeFileError   a file that would run code if it were loaded
+│   └── RankError         a rank, a rank rule or a budget that cannot be met
+├── CaptureError      a model whose graph cannot be traced or exported
+└── CheckError        a rewritten graph that failed its own check: a bug of ours
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = [
+    "CaptureError",
+    "CheckError",
+    "FileError",
+    "InputError",
+    "RankError",
+    "Refusal",
+    "SurgeryError",
+    "UnsafeFileError",
+]
+
+
+class SurgeryError(Exception):
+    """Base of all errors raised on purpose; its text is one line: what, what is allowed, the next step."""
+
+    exit_status = 2
+
+    def __init__(self, what: str, *, allowed: str | None = None, next_step: str | None = None) -> None:
+        self.what, self.allowed, self.next_step = what, allowed, next_step
+        parts = [what]
+        if allowed:
+            parts.append(f"allowed: {allowed}")
+        if next_step:
+            parts.append(next_step)
+        super().__init__("; ".join(parts))
+
+
+class InputError(SurgeryError, ValueError):
+    """An argument, an option or a file that cannot be used as it is."""
+
+
+class FileError(InputError):
+    """A file that cannot be read as a model, or that must not be overwritten."""
+
+
+class UnsafeFileError(FileError):
+    """A file that could run code if it were loaded."""
+
+
+class RankError(InputError):
+    """A rank, a rank rule or a budget that cannot be met."""
+
+
+class CaptureError(SurgeryError):
+    """A model whose graph can be neither traced nor exported."""
+
+
+class CheckError(SurgeryError):
+    """A rewritten graph that failed its own check: please report it."""
+
+    exit_status = 1
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why something was left alone; a value that the report lists, never an exception."""
+
+    reason: str
+
+    def __bool__(self) -> bool:
+        """A refusal is false, so that ``if chain := factor(...)`` reads as it should."""
+        return False
