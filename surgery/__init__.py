@@ -1,0 +1,1 @@
+"""Model surgery: decompose, recompose and time exported neural networks."""

@@ -71,7 +71,3 @@ class Refusal:
     """Why something was left alone; a value that the report lists, never an exception."""
 
     reason: str
-
-    def __bool__(self) -> bool:
-        """A refusal is false, so that ``if chain := factor(...)`` reads as it should."""
-        return False

@@ -1,0 +1,42 @@
+"""The factorizations, by name: one file and one row for each."""
+
+from __future__ import annotations
+
+from surgery.errors import InputError, Refusal
+from surgery.factorizations.base import SOLVERS, Factorization, Ranks, Spectrum
+from surgery.factorizations.spatial import Spatial
+from surgery.factorizations.svd import Svd
+from surgery.factorizations.tucker import Tucker
+from surgery.operators import Operator
+
+__all__ = ["FACTORIZATIONS", "SOLVERS", "Factorization", "Ranks", "Spectrum", "fitting", "named"]
+
+FACTORIZATIONS: dict[str, Factorization] = {
+    "tucker": Tucker(),
+    "svd": Svd(),
+    "spatial": Spatial(),
+}
+
+
+def named(name: str) -> Factorization:
+    """Return the factorization of this name.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    if name not in FACTORIZATIONS:
+        raise InputError(f"unknown factorization {name!r}", allowed=", ".join(FACTORIZATIONS))
+    return FACTORIZATIONS[name]
+
+
+def fitting(operator: Operator, name: str = "auto") -> list[Factorization] | Refusal:
+    """Return the factorizations that fit the operator, the preferred one first; or why there is none.
+
+    ``name`` narrows the choice to one factorization; "auto" admits all.
+    """
+    choice = list(FACTORIZATIONS.values()) if name == "auto" else [named(name)]
+    refusals = {f.name: f.refuse(operator) for f in choice}
+    fits = [f for f in choice if refusals[f.name] is None]
+    if fits:
+        return fits
+    return Refusal("; ".join(f"{key}: {refusal.reason}" for key, refusal in refusals.items() if refusal is not None))

@@ -1,0 +1,60 @@
+"""``spatial``: one rank r between the first kernel dimension and the others.
+
+    W (O, I, a, b) ~ sum_r  V (r, I, a)  U (O, r, b)        the unfolding is (O b) x (I a)
+
+    Conv   a x 1 convolution I -> r, then 1 x b convolution r -> O   (3-d: a x 1 x 1, then 1 x b x c)
+
+Stride, padding, dilation and output padding go with the dimension that they belong to, so that they are exact even
+when they differ between dimensions; padding modes are separable too. Parameters g (I a r + r O b). Exact at
+r = min(O b, I a). The second scheme of Jaderberg et al. 2014 (arXiv 1405.3866), in the closed form of Tai et al. 2016.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from surgery.errors import Refusal
+from surgery.factorizations.base import Factorization, Ranks
+from surgery.operators import Geometry, Operator, Shape
+from surgery.solvers import gram, reference
+
+__all__ = ["Spatial"]
+
+
+class Spatial(Factorization):
+    """Truncated SVD between the kernel's dimensions."""
+
+    name = "spatial"
+    rank_names = ("rank",)
+
+    def refuse(self, operator: Operator) -> Refusal | None:
+        """Refuse what has no extent along two kernel dimensions or more."""
+        size = operator.kernel.shape[3:]
+        if sum(k > 1 for k in size) < 2 or size[0] == 1:
+            shape = "x".join(map(str, size)) or "none"
+            return Refusal(f"it has no kernel that extends along its first and another dimension (kernel: {shape})")
+        return None
+
+    def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
+        """Return (g, O b, I a)."""
+        rows = kernel.flatten(4).permute(0, 1, 4, 2, 3)
+        return (rows.flatten(3).flatten(1, 2),)
+
+    def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
+        """Return (g, r, I, a, 1) and (g, O, r, 1, b)."""
+        groups, out, columns, first, *rest = kernel
+        return (groups, ranks[0], columns, first, *(1 for _ in rest)), (groups, out, ranks[0], 1, *rest)
+
+    def geometries(self, geometry: Geometry, kernel: Shape, ranks: Ranks) -> tuple[Geometry, ...]:
+        """Return the part of the first dimension, then that of the others."""
+        return geometry.along({0}), geometry.along(range(1, geometry.dims))
+
+    def solve(self, kernel: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, ...]:
+        """Return the factors of the truncated SVD of the unfolding."""
+        low_rank = reference.low_rank if solver == "tensorly" else gram.low_rank
+        left, right = low_rank(self.unfoldings(kernel)[0], ranks[0])
+        first, second = self.shapes(tuple(kernel.shape), ranks)
+        left = left.unflatten(1, (kernel.shape[1], math.prod(second[4:]))).transpose(2, 3)
+        return right.reshape(first), left.reshape(second)

@@ -1,0 +1,55 @@
+"""``svd``: one rank r between all inputs of an output and the output channels.
+
+    W (O, I, K) ~ U (O, r) V (r, I K)        K kernel positions; K = 1 for a linear layer
+
+    Linear   I -> r, then r -> O
+    Conv     k x k convolution I -> r with the stride, padding and dilation, then 1x1 convolution r -> O
+
+Parameters g (I K r + r O) for g groups of I inputs and O outputs; best when r is well below O I K / (O + I K).
+Exact at r = min(O, I K) (Eckart-Young: the truncation is the best rank-r approximation). The 1x1 convolution sees
+no padding, so a bias on it is exact. The channel form of Zhang et al. 2015 (arXiv 1505.06798).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from surgery.errors import Refusal
+from surgery.factorizations.base import Factorization, Ranks
+from surgery.operators import Geometry, Operator, Shape
+from surgery.solvers import gram, reference
+
+__all__ = ["Svd"]
+
+
+class Svd(Factorization):
+    """Truncated SVD of linear layers and, over the channels, of convolutions."""
+
+    name = "svd"
+    rank_names = ("rank",)
+
+    def refuse(self, operator: Operator) -> Refusal | None:
+        """Refuse operators of full rank 1, depthwise convolutions among them."""
+        if self.max_ranks(operator) == (1,):
+            return Refusal("its weight has rank 1 already (one output, or one input position, in each group)")
+        return None
+
+    def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
+        """Return (g, O, I K)."""
+        return (kernel.flatten(2),)
+
+    def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
+        """Return (g, r, I, *k) and (g, O, r, 1...)."""
+        groups, out, columns, *size = kernel
+        return (groups, ranks[0], columns, *size), (groups, out, ranks[0], *(1 for _ in size))
+
+    def geometries(self, geometry: Geometry, kernel: Shape, ranks: Ranks) -> tuple[Geometry, ...]:
+        """Return the whole geometry, then none."""
+        return geometry, Geometry.pointwise(geometry.dims)
+
+    def solve(self, kernel: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, ...]:
+        """Return the factors of the truncated SVD."""
+        low_rank = reference.low_rank if solver == "tensorly" else gram.low_rank
+        left, right = low_rank(kernel.flatten(2), ranks[0])
+        first, second = self.shapes(tuple(kernel.shape), ranks)
+        return right.reshape(first), left.reshape(second)

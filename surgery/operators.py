@@ -1,0 +1,221 @@
+"""Operators: one linear map on activations as a frozen value, with its weights, its run and its costs.
+
+Every operator shows its weight in one canonical layout, the *kernel*, of shape
+``(groups, out_channels / groups, in_channels / groups, *kernel_size)``; a linear layer is a kernel of one group with no
+kernel dimensions. Factorizations and composition work on kernels, so that grouped and transposed convolutions are
+no special cases for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Conv", "Geometry", "Linear", "Operator", "Shape"]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution moves over its input: one entry for each kernel dimension.
+
+    ``padding`` holds (before, after) pairs, since ``padding='same'`` is asymmetric for even kernels.
+    ``padding_mode`` is one of torch's: ``zeros``, ``reflect``, ``replicate``, ``circular``.
+    """
+
+    stride: Shape
+    padding: tuple[tuple[int, int], ...]
+    dilation: Shape
+    output_padding: Shape
+    transposed: bool = False
+    padding_mode: str = "zeros"
+
+    @classmethod
+    def pointwise(cls, dims: int) -> Geometry:
+        """Return the geometry of a 1x1 convolution over ``dims`` spatial dimensions."""
+        return cls((1,) * dims, ((0, 0),) * dims, (1,) * dims, (0,) * dims)
+
+    @property
+    def dims(self) -> int:
+        """Number of spatial dimensions."""
+        return len(self.stride)
+
+    def along(self, dims: Collection[int]) -> Geometry:
+        """Return the part of this geometry that acts along ``dims``; trivial along the others."""
+        keep = [i in dims for i in range(self.dims)]
+        return replace(
+            self,
+            stride=tuple(s if k else 1 for s, k in zip(self.stride, keep, strict=True)),
+            padding=tuple(p if k else (0, 0) for p, k in zip(self.padding, keep, strict=True)),
+            dilation=tuple(d if k else 1 for d, k in zip(self.dilation, keep, strict=True)),
+            output_padding=tuple(o if k else 0 for o, k in zip(self.output_padding, keep, strict=True)),
+        )
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether each padding pair has equal sides, so that torch's integer padding can say it."""
+        return all(before == after for before, after in self.padding)
+
+    @property
+    def padded(self) -> bool:
+        """Whether any side of the input is padded."""
+        return any(before or after for before, after in self.padding)
+
+    def out_size(self, size: Shape, kernel_size: Shape) -> Shape:
+        """Return the spatial output size for a spatial input size."""
+        span = [d * (k - 1) for d, k in zip(self.dilation, kernel_size, strict=True)]
+        pads = [before + after for before, after in self.padding]
+        if self.transposed:
+            return tuple(
+                (n - 1) * s - p + e + o + 1
+                for n, s, p, e, o in zip(size, self.stride, pads, span, self.output_padding, strict=True)
+            )
+        return tuple((n + p - e - 1) // s + 1 for n, s, p, e in zip(size, self.stride, pads, span, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """Base of all operators: a weight tensor, and a bias tensor or None."""
+
+    weight: Tensor
+    bias: Tensor | None = field(default=None, kw_only=True)
+
+    @property
+    def kernel(self) -> Tensor:
+        """The weight as (groups, out / groups, in / groups, *kernel_size)."""
+        raise TypeError(f"{type(self).__name__} has no kernel")
+
+    @property
+    def in_channels(self) -> int:
+        """Number of input channels (features)."""
+        groups, _, per_group = self.kernel.shape[:3]
+        return groups * per_group
+
+    @property
+    def out_channels(self) -> int:
+        """Number of output channels (features)."""
+        return self.kernel.shape[0] * self.kernel.shape[1]
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, the bias included."""
+        return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
+
+    def with_bias(self, bias: Tensor | None) -> Operator:
+        """Return the same operator with another bias."""
+        return replace(self, bias=bias)
+
+    def to(self, **kwargs: Any) -> Operator:
+        """Return the same operator with its tensors moved or cast as by ``Tensor.to``."""
+        return replace(
+            self, weight=self.weight.to(**kwargs), bias=None if self.bias is None else self.bias.to(**kwargs)
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the operator to activations."""
+        raise TypeError(f"{type(self).__name__} cannot run")
+
+    def out_shape(self, shape: Shape) -> Shape:
+        """Return the output shape for an input shape."""
+        raise TypeError(f"{type(self).__name__} has no output shape")
+
+    def macs(self, shape: Shape) -> int:
+        """Return the multiply-accumulates at an input shape (the bias is not counted)."""
+        raise TypeError(f"{type(self).__name__} has no cost")
+
+
+@dataclass(frozen=True, eq=False)
+class Linear(Operator):
+    """``y = x W^T + b``: weight (out_features, in_features), input (..., in_features)."""
+
+    @property
+    def kernel(self) -> Tensor:
+        """The weight as (1, out_features, in_features)."""
+        return self.weight.unsqueeze(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply to (..., in_features)."""
+        return F.linear(x, self.weight, self.bias)
+
+    def out_shape(self, shape: Shape) -> Shape:
+        """Return (..., out_features)."""
+        return (*shape[:-1], self.weight.shape[0])
+
+    def macs(self, shape: Shape) -> int:
+        """Return rows times the size of the weight."""
+        return math.prod(shape[:-1]) * self.weight.numel()
+
+
+@dataclass(frozen=True, eq=False)
+class Conv(Operator):
+    """A convolution over 1, 2 or 3 dimensions, grouped or not, transposed or not.
+
+    The weight has torch's layout: (out, in / groups, *kernel_size), or (in, out / groups, *kernel_size) if transposed.
+    Inputs are (batch, in, *size) or (in, *size).
+    """
+
+    geometry: Geometry
+    groups: int = 1
+
+    @classmethod
+    def from_kernel(cls, kernel: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Conv:
+        """Build the convolution whose canonical kernel this is; source of the layout: torch's documentation."""
+        if geometry.transposed:
+            kernel = kernel.transpose(1, 2)
+        groups, rows, *rest = kernel.shape
+        return cls(kernel.reshape(groups * rows, *rest), geometry, groups, bias=bias)
+
+    @property
+    def kernel(self) -> Tensor:
+        """The weight as (groups, out / groups, in / groups, *kernel_size)."""
+        grouped = self.weight.unflatten(0, (self.groups, -1))
+        return grouped.transpose(1, 2) if self.geometry.transposed else grouped
+
+    @property
+    def kernel_size(self) -> Shape:
+        """The spatial size of the kernel."""
+        return tuple(self.weight.shape[2:])
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether this is a 1x1 convolution that visits each position once, in place."""
+        return all(k == 1 for k in self.kernel_size) and self.geometry == replace(
+            Geometry.pointwise(self.geometry.dims),
+            dilation=self.geometry.dilation,
+            transposed=self.geometry.transposed,
+            padding_mode=self.geometry.padding_mode,
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply to (batch, in, *size) or (in, *size)."""
+        g, dims = self.geometry, self.geometry.dims
+        if g.transposed:
+            run_transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+            padding = [before for before, _ in g.padding]
+            return run_transposed(
+                x, self.weight, self.bias, g.stride, padding, g.output_padding, self.groups, g.dilation
+            )
+        padding = [before for before, _ in g.padding]
+        if g.padding_mode != "zeros" or not g.symmetric:
+            mode = "constant" if g.padding_mode == "zeros" else g.padding_mode
+            x = F.pad(x, [side for pair in reversed(g.padding) for side in pair], mode=mode)
+            padding = [0] * dims
+        run = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+        return run(x, self.weight, self.bias, g.stride, padding, g.dilation, self.groups)
+
+    def out_shape(self, shape: Shape) -> Shape:
+        """Return (batch, out, *out_size), or without the batch for an unbatched input."""
+        dims = self.geometry.dims
+        return (*shape[: -1 - dims], self.out_channels, *self.geometry.out_size(shape[-dims:], self.kernel_size))
+
+    def macs(self, shape: Shape) -> int:
+        """Return the multiply-accumulates: each kernel tap at each output (transposed: input) position."""
+        dims = self.geometry.dims
+        positions = shape[-dims:] if self.geometry.transposed else self.out_shape(shape)[-dims:]
+        return math.prod(shape[: -1 - dims]) * math.prod(positions) * self.weight.numel()

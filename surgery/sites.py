@@ -1,0 +1,100 @@
+"""Sites and skips: what was found in a graph, as values that know no graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from surgery.errors import InputError
+from surgery.operators import Conv, Linear, Operator, Shape
+
+__all__ = ["Site", "Skip", "Totals", "describe", "select"]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One place in one graph where an operator stands.
+
+    ``name`` is the dotted path of its weight without ``.weight``; ``aliases`` are the other names of a tied weight.
+    ``input_shapes`` has the shape of the activations of each call, the batch included.
+    """
+
+    name: str
+    operator: Operator
+    input_shapes: tuple[Shape, ...]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def input_shape(self) -> Shape:
+        """The input shape of the first call."""
+        return self.input_shapes[0]
+
+    @property
+    def calls(self) -> int:
+        """How often the operator is called in one run."""
+        return len(self.input_shapes)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, counted once however often it is called."""
+        return self.operator.parameters
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of all calls in one run."""
+        return sum(self.operator.macs(shape) for shape in self.input_shapes)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A place that was considered and left alone; ``parameters`` and ``macs`` are 0 where they are not known."""
+
+    name: str
+    operator: str
+    reason: str
+    parameters: int = 0
+    macs: int = 0
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Costs of a whole model: all parameters, and the multiply-accumulates of its sites and skips in one run."""
+
+    parameters: int
+    macs: int
+
+
+def describe(operator: Operator) -> str:
+    """Return the operator in words, as ``Conv2d 3x3 /2 groups=4`` or ``Linear``."""
+    if isinstance(operator, Linear):
+        return "Linear"
+    if not isinstance(operator, Conv):
+        return type(operator).__name__
+    g = operator.geometry
+    words = [f"Conv{'Transpose' if g.transposed else ''}{g.dims}d", "x".join(map(str, operator.kernel_size))]
+    if set(g.stride) != {1}:
+        words.append("/" + ",".join(map(str, sorted(set(g.stride)) if len(set(g.stride)) == 1 else g.stride)))
+    if operator.groups > 1:
+        words.append(f"groups={operator.groups}")
+    return " ".join(words)
+
+
+def select(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> dict[str, str | None]:
+    """Map each name to None if the glob patterns choose it, else to the reason why they do not.
+
+    Raises:
+        InputError: a pattern that matches no name.
+    """
+    for pattern in (*include, *exclude):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InputError(f"no site matches {pattern!r}", allowed=", ".join(names) or "none: there are no sites")
+    reasons: dict[str, str | None] = {}
+    for name in names:
+        if include and not any(fnmatchcase(name, pattern) for pattern in include):
+            reasons[name] = "not included"
+        elif any(fnmatchcase(name, pattern) for pattern in exclude):
+            reasons[name] = "excluded"
+        else:
+            reasons[name] = None
+    return reasons
