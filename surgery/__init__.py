@@ -1,1 +1,60 @@
-"""Model surgery: decompose, recompose and time exported neural networks."""
+"""Model surgery: decompose, recompose and time exported neural networks.
+
+Exact where the algebra is exact, measured where it is not. Names are imported when they are first used, so that
+``import surgery`` and ``surgery --help`` are instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery.bench import bench as bench
+    from surgery.chain import Chain as Chain
+    from surgery.compare import compare as compare
+    from surgery.export import export_onnx as export_onnx
+    from surgery.factorizations import FACTORIZATIONS as FACTORIZATIONS
+    from surgery.load import load as load
+    from surgery.operators import Conv as Conv
+    from surgery.operators import Linear as Linear
+    from surgery.passes.decompose import decompose as decompose
+    from surgery.passes.decompose import find_sites as find_sites
+    from surgery.passes.decompose import plan as plan
+    from surgery.passes.recompose import recompose as recompose
+    from surgery.plan import Plan as Plan
+    from surgery.save import save as save
+
+__version__ = "0.1.0"
+
+_HOMES: dict[str, str] = {
+    "Chain": "surgery.chain",
+    "Conv": "surgery.operators",
+    "FACTORIZATIONS": "surgery.factorizations",
+    "Linear": "surgery.operators",
+    "Plan": "surgery.plan",
+    "SurgeryError": "surgery.errors",
+    "bench": "surgery.bench",
+    "compare": "surgery.compare",
+    "decompose": "surgery.passes.decompose",
+    "export_onnx": "surgery.export",
+    "find_sites": "surgery.passes.decompose",
+    "load": "surgery.load",
+    "plan": "surgery.passes.decompose",
+    "recompose": "surgery.passes.recompose",
+    "save": "surgery.save",
+}
+
+__all__ = [*sorted(_HOMES), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

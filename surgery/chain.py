@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,8 +78,8 @@ class Chain:
 
 def relative_error(approximation: Tensor, reference: Tensor) -> float:
     """Return ``||approximation - reference|| / ||reference||`` in float64; 0 for two zero tensors."""
-    reference = reference.double()
-    difference = torch.linalg.vector_norm(approximation.double() - reference)
+    reference = reference.detach().double()
+    difference = torch.linalg.vector_norm(approximation.detach().double() - reference)
     scale = torch.linalg.vector_norm(reference)
     return float(difference / scale) if scale > 0 else float(difference)
 
@@ -202,13 +202,15 @@ def _merge_mode(first: Geometry, second: Geometry) -> str | Refusal:
     modes = {g.padding_mode for g in (first, second) if g.padded}
     if len(modes) > 1:
         return Refusal(f"the convolutions pad in different modes ({', '.join(sorted(modes))})")
-    return modes.pop() if modes else "zeros"
+    if modes:
+        return modes.pop()
+    return next((g.padding_mode for g in (first, second) if g.padding_mode != "zeros"), "zeros")
 
 
 def _merge_axis(a: _Axis, b: _Axis, *, transposed: bool, mode: str) -> tuple[_Axis, tuple[int, int]] | None:
     """Merge one dimension; None where the two are not one convolution along it."""
-    if b.trivial:
-        return a, (1, 1)
+    if b.trivial:  # the dilation of a single tap has no effect, but the original may name one
+        return replace(a, dilation=max(a.dilation, b.dilation) if a.kernel == 1 else a.dilation), (1, 1)
     if a.trivial:
         return b, (1, 1)
     bare_stride = a.kernel == 1 and a.padding == (0, 0) and mode == "zeros"

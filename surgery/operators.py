@@ -169,7 +169,7 @@ class Conv(Operator):
         if geometry.transposed:
             kernel = kernel.transpose(1, 2)
         groups, rows, *rest = kernel.shape
-        return cls(kernel.reshape(groups * rows, *rest), geometry, groups, bias=bias)
+        return cls(kernel.reshape(groups * rows, *rest).contiguous(), geometry, groups, bias=bias)
 
     @property
     def kernel(self) -> Tensor:
@@ -191,6 +191,14 @@ class Conv(Operator):
             transposed=self.geometry.transposed,
             padding_mode=self.geometry.padding_mode,
         )
+
+    @property
+    def expressible(self) -> bool:
+        """Whether torch's arguments can say this padding: equal sides, or what ``padding='same'`` means."""
+        spans = [d * (k - 1) for d, k in zip(self.geometry.dilation, self.kernel_size, strict=True)]
+        same = tuple((span // 2, span - span // 2) for span in spans)
+        plain = not self.geometry.transposed and set(self.geometry.stride) == {1}
+        return self.geometry.symmetric or (plain and self.geometry.padding == same)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply to (batch, in, *size) or (in, *size)."""

@@ -2,10 +2,12 @@
 
 Kernel W (g, O, I, K) ~ core (g, ro, ri, K) with orthonormal bases out (g, O, ro) and in (g, I, ri).
 
-Start: sequentially truncated HOSVD (Vannieuwenhoven et al. 2012), each basis from a float64 Gram matrix. Then sweeps:
-with one basis fixed, the other moves by one step of orthogonal iteration on its projected unfolding M, that is
-``basis <- qr(M (M^T basis))``: two products and a thin QR in place of a Gram matrix and an eigendecomposition. A step
-never lowers the captured energy; sweeps stop when the energy grows by less than ``tolerance`` of the total.
+Start: sequentially truncated HOSVD (Vannieuwenhoven et al. 2012), each basis from a float64 Gram matrix. Where one rank
+is at least the other times K it loses nothing, and starting from the other one is optimal at once. Then sweeps: with
+one basis fixed, the other moves on its projected unfolding M. Up to 64 channels it moves to the best subspace; beyond,
+by one step of orthogonal iteration, ``basis <- qr(M (M^T basis))``: two products and a thin QR in place of a Gram
+matrix and an eigendecomposition. Neither lowers the captured energy; sweeps stop when it grows by less than
+``tolerance`` of the total. On random kernels, the hardest, one step ends up to 0.3 % above the error of exact ones.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from surgery.solvers.gram import gram, leading_subspace
 
 __all__ = ["tucker2"]
 
+_EXACT_UP_TO = 64
+
 
 def tucker2(kernel: Tensor, ranks: tuple[int, int], *, sweeps: int = 10, tolerance: float = 1e-4) -> list[Tensor]:
     """Return [core (g, ro, ri, K), out basis (g, O, ro), in basis (g, I, ri)] in the kernel's float dtype.
@@ -24,20 +28,27 @@ def tucker2(kernel: Tensor, ranks: tuple[int, int], *, sweeps: int = 10, toleran
     ``kernel`` is (g, O, I, K) in float32 or float64, ``ranks`` is (ro, ri).
     """
     rank_out, rank_in = ranks
+    scale = kernel.abs().amax().clamp(min=torch.finfo(kernel.dtype).tiny)
+    kernel = kernel / scale  # its squares must neither overflow nor vanish
+    if rank_out > rank_in and rank_out >= rank_in * kernel.shape[3]:  # the in basis alone decides: start from it
+        core, in_basis, out_basis = tucker2(
+            kernel.transpose(1, 2), (rank_in, rank_out), sweeps=sweeps, tolerance=tolerance
+        )
+        return [core.transpose(1, 2) * scale, out_basis, in_basis]
     out_basis = leading_subspace(gram(kernel.flatten(2)), rank_out).to(kernel.dtype)
     in_unfolding = _unfold_in(kernel, out_basis)
     in_basis = leading_subspace(gram(in_unfolding), rank_in).to(kernel.dtype)
     total = float(torch.linalg.vector_norm(kernel) ** 2)
     energy = _energy(in_basis.mT @ in_unfolding)
     for _ in range(sweeps):
-        out_basis = _orthogonal_step(_unfold_out(kernel, in_basis), out_basis)
+        out_basis = _improve(_unfold_out(kernel, in_basis), out_basis)
         in_unfolding = _unfold_in(kernel, out_basis)
-        in_basis = _orthogonal_step(in_unfolding, in_basis)
+        in_basis = _improve(in_unfolding, in_basis)
         before, energy = energy, _energy(in_basis.mT @ in_unfolding)
         if energy - before <= tolerance * total:
             break
     core = (in_basis.mT @ in_unfolding).unflatten(2, (rank_out, -1)).transpose(1, 2)
-    return [core, out_basis, in_basis]
+    return [core * scale, out_basis, in_basis]
 
 
 def _energy(projected: Tensor) -> float:
@@ -55,7 +66,9 @@ def _unfold_in(kernel: Tensor, out_basis: Tensor) -> Tensor:
     return projected.transpose(1, 2).flatten(2)
 
 
-def _orthogonal_step(unfolding: Tensor, basis: Tensor) -> Tensor:
-    """One step of orthogonal iteration on ``unfolding unfolding^T``."""
+def _improve(unfolding: Tensor, basis: Tensor) -> Tensor:
+    """Move the basis to the best subspace, or by one step of orthogonal iteration where that is costly."""
+    if unfolding.shape[-2] <= _EXACT_UP_TO:
+        return leading_subspace(gram(unfolding), basis.shape[-1]).to(basis.dtype)
     moved: Tensor = torch.linalg.qr(unfolding @ (unfolding.mT @ basis)).Q
     return moved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def tucker2(kernel: Tensor, ranks: tuple[int, int]) -> list[Tensor]:
     return [torch.stack(cores), torch.stack(outs), torch.stack(ins)]
 
 
-def _backend():  # type: ignore[no-untyped-def] # TensorLy ships no annotations
+def _backend() -> Any:
     import tensorly
 
     tensorly.set_backend("pytorch")

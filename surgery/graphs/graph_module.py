@@ -1,0 +1,139 @@
+"""The graph kind of torch.fx.GraphModules: nodes are rewritten, module calls and function calls alike."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from surgery.chain import Chain
+from surgery.errors import InputError, Refusal
+from surgery.graphs.functional_edit import FunctionalKind, current_source, read_record, write_record
+from surgery.graphs.kind import Run
+from surgery.graphs.module_edit import fuse_modules, is_whole_sequential, refuse_outside, splice_modules
+from surgery.graphs.shapes import lazy_shapes
+from surgery.graphs.view import Call, Spot, View
+
+__all__ = ["GraphModuleKind"]
+
+
+class GraphModuleKind(FunctionalKind):
+    """Adapter of a GraphModule."""
+
+    kind = "graph"
+
+    def __init__(self, model: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool) -> None:
+        self._root = copy.deepcopy(model) if copies else model
+        self.graph = self._root.graph
+        self.record = read_record(self._root)
+        self.shape = lazy_shapes(self._root, lambda: _placeholder_values(self._root, args, kwargs))
+        self._dropped: set[str] = set()
+        parameters = dict(self._root.named_parameters(remove_duplicate=False))
+        reads = {node: str(node.target) for node in self.graph.find_nodes(op="get_attr")}
+        self.view = View(
+            self.graph,
+            parameters,
+            {node: name for node, name in reads.items() if name in parameters},
+            frozenset(node for node, name in reads.items() if name not in parameters),
+            self._root.get_submodule,
+        )
+
+    def splice(self, spot: Spot, chain: Chain) -> None:
+        """Put a chain where an operator stands, at all its calls."""
+        if spot.calls[0].path is None:
+            self.splice_functions(spot, chain)
+            return
+        splice_modules(self._root, spot, chain)
+        for call in spot.calls:
+            node = current_source(call)
+            for i in range(len(chain.operators)):
+                node = self._insert_module(f"{call.path}.{i}", node, call.node)
+            self.replace(call.node, node)
+
+    def put_back(self, run: Run) -> None:
+        """Put one operator where a run stands, at all its calls."""
+        if run.calls[0][0].path is None:
+            self.put_back_functions(run)
+            return
+        targets = [_fused_path(self._root, calls) for calls in run.calls]
+        fuse_modules(self._root, run)
+        for calls, target in zip(run.calls, targets, strict=True):
+            node = self._insert_module(target, current_source(calls[0]), calls[-1].node)
+            self.replace(calls[-1].node, node)
+            for call in reversed(calls[:-1]):
+                self.graph.erase_node(call.node)
+        for path in {str(call.path) for calls in run.calls for call in calls[1:]}:
+            self._root.delete_submodule(path)
+
+    def _insert_module(self, path: str, source: Node, like: Node) -> Node:
+        with self.graph.inserting_before(like):
+            node = self.graph.call_module(path, (source,))
+        self.stamp(node, like)
+        return node
+
+    def refuse_run(self, runs: Sequence[Sequence[Call]]) -> Refusal | None:
+        """Refuse modules that are also called outside of the run."""
+        return super().refuse_run(runs) or refuse_outside(runs, self.view.calls)
+
+    def add_parameter(self, names: Sequence[str], tensor: Tensor, *, trains: bool) -> None:
+        """Add one parameter under all its names, making empty modules on the way."""
+        parameter = nn.Parameter(tensor.detach(), requires_grad=trains)
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            module: nn.Module = self._root
+            for part in path.split(".") if path else []:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            module.register_parameter(leaf, parameter)
+            self._dropped.discard(name)
+
+    def parameter_node(self, name: str, user: Node) -> Node:
+        """Return a get_attr node just before ``user``."""
+        with self.graph.inserting_before(user):
+            return self.graph.get_attr(name)
+
+    def drop_parameter(self, name: str) -> None:
+        """Delete the attribute, and the modules that this leaves empty."""
+        if name in self._dropped:
+            return
+        self._dropped.add(name)
+        path, _, leaf = name.rpartition(".")
+        delattr(self._root.get_submodule(path), leaf)
+        while path and _is_empty(self._root.get_submodule(path)):
+            path, _, leaf = path.rpartition(".")
+            delattr(self._root.get_submodule(path), leaf)
+
+    def is_dropped(self, node: Node) -> bool:
+        """Whether the node gets an attribute that is gone."""
+        return node.op == "get_attr" and node.target in self._dropped
+
+    def finish(self) -> GraphModule:
+        """Lint and recompile."""
+        write_record(self._root, self.record)
+        self.graph.lint()
+        self._root.recompile()
+        return self._root
+
+
+def _is_empty(module: nn.Module) -> bool:
+    return type(module) is nn.Module and not (module._parameters or module._modules or module._buffers)
+
+
+def _fused_path(root: nn.Module, calls: Sequence[Call]) -> str:
+    paths = [str(call.path) for call in calls]
+    return paths[0].rpartition(".")[0] if is_whole_sequential(root, paths) else paths[0]
+
+
+def _placeholder_values(module: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Order the inputs as the graph's placeholders are; flatten them where the graph was exported with a tree."""
+    if not args and not kwargs:
+        raise InputError("sites have no costs without input shapes", next_step="give example_inputs")
+    codegen = module.graph._codegen
+    if hasattr(codegen, "pytree_info"):
+        return tuple(codegen.process_inputs(*args, **kwargs))
+    names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
+    return (*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))

@@ -1,0 +1,117 @@
+"""The graph kind of nn.Modules: submodules are replaced, and the model stays the user's own class.
+
+A graph (torch.fx's, or torch.export's where tracing fails) serves to find the calls and to prove the dataflow; it is
+thrown away. What cannot be changed by replacing a submodule (functional calls in ``forward``) is skipped with that
+reason.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.fx import Node
+
+from surgery.chain import Chain
+from surgery.errors import InputError, Refusal
+from surgery.graphs.exported import program_shapes, program_view
+from surgery.graphs.kind import GraphKind, Run
+from surgery.graphs.module_edit import fuse_modules, refuse_outside, splice_modules
+from surgery.graphs.modules import is_operator_module, read_module
+from surgery.graphs.shapes import lazy_shapes
+from surgery.graphs.trace import export_program, trace_module
+from surgery.graphs.view import Call, Spot, View, site_name
+from surgery.operators import Conv
+from surgery.sites import Skip, describe
+
+__all__ = ["ModuleKind"]
+
+
+class ModuleKind(GraphKind):
+    """Adapter of an nn.Module."""
+
+    kind = "module"
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool) -> None:
+        self._root = copy.deepcopy(model) if copies else model
+        traced = trace_module(self._root, args, kwargs)
+        parameters = dict(self._root.named_parameters(remove_duplicate=False))
+        if traced is None:
+            self._open_export(parameters, args, kwargs)
+            return
+        module, values = traced
+        reads = {node: str(node.target) for node in module.graph.find_nodes(op="get_attr")}
+        self.view = View(
+            module.graph,
+            parameters,
+            {node: name for node, name in reads.items() if name in parameters},
+            frozenset(node for node, name in reads.items() if name not in parameters),
+            self._root.get_submodule,
+            lambda call: call if call.path is not None else _functional_skip(call),
+        )
+
+        def inputs() -> tuple[Any, ...]:
+            if not args and not kwargs:
+                raise InputError("sites have no costs without input shapes", next_step="give example_inputs")
+            return values
+
+        self.shape = lazy_shapes(module, inputs)
+
+    def _open_export(
+        self, parameters: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if not args and not kwargs:
+            raise InputError("torch.fx cannot trace this model", next_step="give example_inputs for torch.export")
+        program = export_program(self._root, args, kwargs)
+        self.shape = program_shapes(program, None)
+        self.view = replace(program_view(program), parameters=parameters, adapt=self._own_call)
+
+    def _own_call(self, call: Call) -> Call | Skip:
+        """Turn a call of an exported graph into that of the module whose forward made it."""
+        path = site_name(call.weight)
+        owner = self._root.get_submodule(path) if call.weight.endswith(".weight") else None
+        if owner is None or not is_operator_module(owner) or _caller(self._root, call.node) is not owner:
+            return _functional_skip(call)
+        operator = read_module(owner)
+        if isinstance(operator, Refusal):
+            return Skip(path, describe(call.operator), operator.reason, call.operator.parameters)
+        if isinstance(operator, Conv) and operator.geometry.padding_mode != "zeros" and operator.geometry.padded:
+            reason = f"its padding mode {operator.geometry.padding_mode} is a node of its own in an exported graph"
+            return Skip(path, describe(operator), reason, operator.parameters)
+        return replace(call, operator=operator, path=path, weight_node=None, bias_node=None)
+
+    def splice(self, spot: Spot, chain: Chain) -> None:
+        """Put a chain where an operator stands, at all its calls."""
+        splice_modules(self._root, spot, chain)
+
+    def put_back(self, run: Run) -> None:
+        """Put one operator where a run stands, at all its calls."""
+        fuse_modules(self._root, run)
+
+    def refuse_run(self, runs: Sequence[Sequence[Call]]) -> Refusal | None:
+        """Refuse modules that are also called outside of the run."""
+        return super().refuse_run(runs) or refuse_outside(runs, self.view.calls)
+
+    def finish(self) -> nn.Module:
+        """Return the changed model."""
+        return self._root
+
+
+def _functional_skip(call: Call) -> Skip:
+    reason = "a function in forward() uses it, not a module of its own; factor an exported program instead"
+    return Skip(site_name(call.weight), describe(call.operator), reason, call.operator.parameters)
+
+
+def _caller(root: nn.Module, node: Node) -> nn.Module | None:
+    """Return the innermost module in whose forward the node was made."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return None
+    path = str(list(stack.values())[-1][0]).split("@")[0]
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None

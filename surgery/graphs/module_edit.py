@@ -1,0 +1,80 @@
+"""Edits of a tree of modules: a chain in the place of an operator module, and one module in the place of a chain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from surgery.chain import Chain
+from surgery.errors import Refusal
+from surgery.graphs.kind import Run
+from surgery.graphs.modules import build_module, build_sequential, carry_hooks, is_operator_module, replace_module
+from surgery.graphs.view import Call, Spot
+
+__all__ = ["fuse_modules", "is_whole_sequential", "refuse_outside", "splice_modules"]
+
+
+def splice_modules(root: nn.Module, spot: Spot, chain: Chain) -> None:
+    """Replace the module at each name of a site by an nn.Sequential; tied modules share its weights, not its bias."""
+    made: dict[int, nn.Sequential] = {}
+    for path in (spot.site.name, *spot.site.aliases):
+        module = root.get_submodule(path)
+        if not is_operator_module(module):
+            continue
+        if id(module) not in made:
+            bias = module._parameters.get("bias")
+            new = build_sequential(chain.with_bias(bias), module)
+            if made:
+                _share_weights(next(iter(made.values())), new)
+            made[id(module)] = new
+        replace_module(root, path, made[id(module)])
+
+
+def fuse_modules(root: nn.Module, run: Run) -> None:
+    """Replace a run's modules by one: in the place of their nn.Sequential, or of the first of them."""
+    made: dict[int, nn.Module] = {}
+    paths = {tuple(str(call.path) for call in calls): i for i, calls in enumerate(run.calls)}
+    for modules, index in paths.items():
+        last = root.get_submodule(modules[-1])
+        new = build_module(run.operators[index], last)
+        if made:
+            _share_weight(next(iter(made.values())), new)
+        if is_whole_sequential(root, modules):
+            parent = modules[0].rpartition(".")[0]
+            old = root.get_submodule(parent)
+            carry_hooks(new, old)
+            for alias, module in list(root.named_modules(remove_duplicate=False)):
+                if module is old:
+                    replace_module(root, alias, new)
+        else:
+            replace_module(root, modules[0], new)
+            for path in modules[1:]:
+                replace_module(root, path, nn.Identity())
+        made[index] = new
+
+
+def is_whole_sequential(root: nn.Module, paths: Sequence[str]) -> bool:
+    """Whether these modules are all the children of one nn.Sequential below the root, in order."""
+    parent = paths[0].rpartition(".")[0]
+    if not parent or type(root.get_submodule(parent)) is not nn.Sequential:
+        return False
+    children = [f"{parent}.{name}" for name, _ in root.get_submodule(parent).named_children()]
+    return children == list(paths)
+
+
+def refuse_outside(runs: Sequence[Sequence[Call]], calls: Sequence[Call]) -> Refusal | None:
+    """Refuse runs whose modules are also called outside of them."""
+    inside = {call.node for run in runs for call in run}
+    paths = {call.path for run in runs for call in run if call.path is not None}
+    strangers = sorted({str(c.path) for c in calls if c.path in paths and c.node not in inside})
+    return Refusal(f"{', '.join(strangers)} is also called outside of the chain") if strangers else None
+
+
+def _share_weights(source: nn.Sequential, target: nn.Sequential) -> None:
+    for shared, own in zip(source, target, strict=True):
+        _share_weight(shared, own)
+
+
+def _share_weight(source: nn.Module, target: nn.Module) -> None:
+    target.weight = source.weight

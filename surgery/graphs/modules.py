@@ -1,0 +1,161 @@
+"""Modules that are operators: nn.Linear, the nn.Conv family and GPT-2's Conv1D, read and built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.chain import Chain
+from surgery.errors import Refusal
+from surgery.graphs.functional import conv_geometry, stored_weight
+from surgery.operators import Conv, Linear, Operator
+
+__all__ = ["build_module", "build_sequential", "is_operator_module", "read_module", "refuse_module", "replace_module"]
+
+_CONVS: dict[type[nn.Module], tuple[bool, int]] = {
+    nn.Conv1d: (False, 1),
+    nn.Conv2d: (False, 2),
+    nn.Conv3d: (False, 3),
+    nn.ConvTranspose1d: (True, 1),
+    nn.ConvTranspose2d: (True, 2),
+    nn.ConvTranspose3d: (True, 3),
+}
+_REASONS: dict[str, str] = {
+    "Embedding": "embeddings are not handled yet",
+    "EmbeddingBag": "embeddings are not handled yet",
+    "MultiheadAttention": "packed attention weights (in_proj_weight) are not handled yet",
+    "LSTM": "recurrent weights are not handled yet",
+    "GRU": "recurrent weights are not handled yet",
+    "RNN": "recurrent weights are not handled yet",
+}
+
+
+# torch has no public way to move hooks; these are the dictionaries that nn.Module.__init__ makes for them
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D: a linear layer that stores its weight as (in, out)."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def is_operator_module(module: nn.Module) -> bool:
+    """Whether the module's class is exactly one that is known to be an operator."""
+    return type(module) is nn.Linear or type(module) in _CONVS or _is_conv1d(module)
+
+
+def stored_as(module: nn.Module) -> str:
+    """Return how the module stores its weight, "out_in" or "in_out"."""
+    return "in_out" if _is_conv1d(module) else "out_in"
+
+
+def read_module(module: nn.Module) -> Operator | Refusal:
+    """Return the operator of a module of a known class, or why it is none."""
+    own_weight = module._parameters.get("weight")
+    if own_weight is None:
+        return Refusal("its weight is computed from other parameters (weight norm or another parametrization)")
+    own_bias = module._parameters.get("bias")
+    weight, bias = own_weight.detach(), None if own_bias is None else own_bias.detach()
+    if type(module) not in _CONVS:
+        return Linear(weight.t() if _is_conv1d(module) else weight, bias=bias)
+    conv: Any = module
+    geometry = conv_geometry(
+        conv.kernel_size,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        output_padding=conv.output_padding,
+        transposed=conv.transposed,
+        padding_mode=conv.padding_mode,
+    )
+    return geometry if isinstance(geometry, Refusal) else Conv(weight, geometry, conv.groups, bias=bias)
+
+
+def refuse_module(module: nn.Module) -> str | None:
+    """Return why a leaf module with matrix weights is no site, or None if it has no such weights."""
+    name = type(module).__name__
+    if name in _REASONS:
+        return _REASONS[name]
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return "its weight is computed from other parameters (weight norm or another parametrization)"
+    norms = nn.LayerNorm | nn.RMSNorm | nn.modules.batchnorm._BatchNorm | nn.GroupNorm
+    if isinstance(module, norms) or not any(p.dim() > 1 for p in module.parameters()):
+        return None
+    return f"{name} is not handled yet"
+
+
+def build_module(operator: Operator, like: nn.Module, *, last: bool = True) -> nn.Module:
+    """Return a module for an operator, of the class of ``like`` where that fits, with its training flag.
+
+    The new parameters take part in training as the weight of ``like`` does.
+    """
+    kwargs: dict[str, Any] = {"bias": operator.bias is not None, "device": "meta", "dtype": operator.weight.dtype}
+    module: nn.Module
+    stored = "out_in"
+    if isinstance(operator, Conv):
+        module = _build_conv(operator, kwargs)
+    elif last and _is_conv1d(like) and operator.bias is not None:
+        module, stored = type(like)(operator.out_channels, operator.in_channels), "in_out"
+    else:
+        module = nn.Linear(operator.in_channels, operator.out_channels, **kwargs)
+    trains = next(like.parameters()).requires_grad
+    module.weight = nn.Parameter(_own(stored_weight(operator, stored)), requires_grad=trains)
+    if operator.bias is not None:
+        module.bias = nn.Parameter(_own(operator.bias), requires_grad=trains)
+    return module.train(like.training)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _build_conv(conv: Conv, kwargs: dict[str, Any]) -> nn.Module:
+    g = conv.geometry
+    kind: Callable[..., nn.Module] = next(k for k, v in _CONVS.items() if v == (g.transposed, g.dims))
+    if g.transposed:
+        kwargs["output_padding"] = g.output_padding
+    padding = tuple(before for before, _ in g.padding) if g.symmetric else "same"
+    return kind(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        stride=g.stride,
+        padding=padding,
+        dilation=g.dilation,
+        groups=conv.groups,
+        padding_mode=g.padding_mode,
+        **kwargs,
+    )
+
+
+def build_sequential(chain: Chain, like: nn.Module) -> nn.Sequential:
+    """Return the chain as a plain nn.Sequential, which carries the hooks of the module that it replaces."""
+    last = len(chain.operators) - 1
+    modules = [build_module(operator, like, last=i == last) for i, operator in enumerate(chain.operators)]
+    sequential = nn.Sequential(*modules).train(like.training)
+    carry_hooks(sequential, like)
+    return sequential
+
+
+def carry_hooks(new: nn.Module, old: nn.Module) -> None:
+    """Give a module the forward and backward hooks of the one that it replaces."""
+    for attribute in _HOOKS:
+        setattr(new, attribute, getattr(old, attribute))
+
+
+def replace_module(root: nn.Module, path: str, new: nn.Module) -> None:
+    """Put a module in the place of the one at a dotted path."""
+    parent, _, name = path.rpartition(".")
+    root.get_submodule(parent).register_module(name, new)

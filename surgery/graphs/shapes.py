@@ -1,0 +1,77 @@
+"""Shapes of a graph's values by fake tensors: no real forward pass, no memory for activations."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Interpreter, Node
+
+from surgery.errors import InputError
+from surgery.operators import Shape
+
+__all__ = ["evaluation", "fake_shapes", "lazy_shapes"]
+
+
+@contextlib.contextmanager
+def evaluation(module: nn.Module) -> Iterator[None]:
+    """Put all modules in evaluation mode, and give each its own training flag back afterwards."""
+    flags = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in flags.items():
+            m.training = training
+
+
+class _Shapes(Interpreter):
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: dict[Node, Shape] = {}
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor):
+            self.shapes[n] = tuple(int(size) for size in value.shape)
+        return value
+
+
+def lazy_shapes(module: GraphModule, inputs: Callable[[], tuple[Any, ...]]) -> Callable[[Node], Shape]:
+    """Return a function from nodes to shapes that runs ``fake_shapes`` when it is first asked."""
+    found: list[Callable[[Node], Shape]] = []
+
+    def shape(node: Node) -> Shape:
+        if not found:
+            found.append(fake_shapes(module, inputs()))
+        return found[0](node)
+
+    return shape
+
+
+def fake_shapes(module: GraphModule, inputs: tuple[Any, ...]) -> Callable[[Node], Shape]:
+    """Run a graph on fake tensors and return the shape of each node's value.
+
+    Raises:
+        InputError: the graph does not accept the example inputs.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(value: Any) -> Any:
+        plain = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+        return mode.from_tensor(value) if plain else value
+
+    interpreter = _Shapes(module)
+    try:
+        with mode, torch.no_grad(), evaluation(module):
+            interpreter.run(*torch.utils._pytree.tree_map(fake, inputs))
+    except Exception as error:  # the graph may raise anything on inputs that do not fit
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"the model does not accept the example inputs: {line}", next_step="check their number, shapes and dtypes"
+        ) from error
+    return interpreter.shapes.__getitem__

@@ -1,0 +1,90 @@
+"""Capture of an nn.Module's graph: torch.fx's symbolic tracing first, torch.export where that fails."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Tracer
+
+from surgery.errors import CaptureError, InputError
+from surgery.graphs.modules import is_operator_module
+from surgery.graphs.shapes import evaluation
+
+__all__ = ["export_program", "trace_module"]
+
+
+class _Tracer(Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_operator_module(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace_module(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[GraphModule, tuple[Any, ...]] | None:
+    """Trace symbolically; return the graph with the values of its placeholders, or None where tracing fails.
+
+    Arguments that the example inputs leave out are fixed to their defaults: a tracer's proxy is never None, and would
+    silently take the other branch of ``if mask is None``.
+    """
+    bound = _bind(model, args, kwargs)
+    if bound is None:
+        return None
+    given, defaults = bound
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = _Tracer().trace(model, concrete_args=defaults or None)
+    except Exception:  # user code on proxies may raise anything; torch.export is tried next
+        return None
+    values = []
+    for node in graph.find_nodes(op="placeholder"):
+        name = str(node.target)
+        if not name.startswith("*"):  # no variadic argument is given: _bind has seen to that
+            # the tracer renames arguments that it fixes
+            values.append(given[name] if name in given else defaults[name.removesuffix("_1")])
+    return GraphModule(model, graph), tuple(values)
+
+
+def _bind(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Return the given arguments of forward and the defaults of the others; None where they do not fit or are variadic.
+
+    Without any example inputs, the arguments without a default count as given, with no value.
+    """
+    signature = inspect.signature(model.forward)
+    variadic = {p.name for p in signature.parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    defaults = {p.name: p.default for p in signature.parameters.values() if p.default is not p.empty}
+    if not args and not kwargs:
+        given: dict[str, Any] = dict.fromkeys(set(signature.parameters) - variadic - set(defaults))
+    else:
+        try:
+            given = dict(signature.bind(*args, **kwargs).arguments)
+        except TypeError as error:
+            raise InputError(f"the example inputs do not fit the model: {error}") from None
+    if variadic & set(given):
+        return None
+    return given, {name: value for name, value in defaults.items() if name not in given}
+
+
+def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    """Export in evaluation mode, with the training flags left as they were.
+
+    Raises:
+        CaptureError: torch.export cannot capture the model either.
+    """
+    try:
+        with warnings.catch_warnings(), evaluation(model), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return torch.export.export(model, args, kwargs)
+    except Exception as error:  # user code may raise anything
+        line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
+        raise CaptureError(
+            f"the model can be neither traced nor exported: {line}",
+            next_step="run torch.export.export(model, example_inputs) to see torch's own explanation",
+        ) from error

@@ -1,0 +1,250 @@
+"""A read-only view of an fx graph: which nodes call operators, on which parameters, and in which runs.
+
+All graph kinds are analysed through it. Parameters are told apart by the memory that they stand on, so that tied
+weights are seen as one whatever their names.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from surgery.errors import Refusal
+from surgery.graphs.functional import read_call, transposed_source
+from surgery.graphs.modules import is_operator_module, read_module, refuse_module, stored_as
+from surgery.operators import Conv, Operator, Shape
+from surgery.sites import Site, Skip, describe
+
+__all__ = ["Call", "Spot", "View", "identity", "site_name"]
+
+aten = torch.ops.aten
+
+# functions with weight matrices that are no site, and why
+_OTHER_FUNCTIONS: dict[Any, str] = {
+    torch.nn.functional.embedding: "embeddings are not handled yet",
+    aten.embedding.default: "embeddings are not handled yet",
+    aten.embedding_bag.padding_idx: "embeddings are not handled yet",
+    aten.lstm.input: "recurrent weights are not handled yet",
+    aten.gru.input: "recurrent weights are not handled yet",
+    aten.rnn_tanh.input: "recurrent weights are not handled yet",
+    aten.rnn_relu.input: "recurrent weights are not handled yet",
+    aten.bilinear.default: "bilinear maps are not handled yet",
+    aten.einsum.default: "einsum on a weight is not handled yet",
+    aten.bmm.default: "a batch of weight matrices is not handled yet",
+    torch.einsum: "einsum on a weight is not handled yet",
+    torch.bmm: "a batch of weight matrices is not handled yet",
+}
+
+
+def identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what two tensors have in common exactly if they are the same memory, seen the same way."""
+    pointer = 0 if tensor.device.type == "meta" else tensor.untyped_storage().data_ptr()
+    if pointer == 0:
+        return ("object", id(tensor))
+    return (pointer, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+
+
+def site_name(parameter: str) -> str:
+    """Return the name of the site of a weight: its path without a final ``.weight``."""
+    return parameter.removesuffix(".weight")
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of an operator: a module's (``path`` set) or a function's (weight and bias nodes set)."""
+
+    node: Node
+    source: Node
+    operator: Operator
+    weight: str
+    bias: str | None
+    stored: str
+    path: str | None = None
+    weight_node: Node | None = None
+    bias_node: Node | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Spot:
+    """A site with its calls in the graph."""
+
+    site: Site
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """An fx graph with what its nodes stand for.
+
+    ``parameters`` has every name, aliases of tied weights included; ``providers`` maps nodes to parameter names;
+    ``buffers`` are nodes that provide buffers or constants; ``module`` resolves call_module nodes; ``adapt`` may
+    turn a call into another or refuse it.
+    """
+
+    graph: Graph
+    parameters: Mapping[str, Tensor]
+    providers: Mapping[Node, str]
+    buffers: frozenset[Node] = frozenset()
+    module: Callable[[str], nn.Module] | None = None
+    adapt: Callable[[Call], Call | Skip] = lambda call: call
+    _skips: dict[str, Skip] = field(default_factory=dict)
+
+    @cached_property
+    def names(self) -> Mapping[tuple[Any, ...], list[str]]:
+        """All names of each parameter, by identity, in the order of the state dict."""
+        names: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+        for name, tensor in self.parameters.items():
+            names[identity(tensor)].append(name)
+        return names
+
+    @cached_property
+    def calls(self) -> list[Call]:
+        """All operator calls in graph order, before weights are looked at for other uses."""
+        calls = []
+        for node in self.graph.nodes:
+            found = self._read(node)
+            if isinstance(found, Call):
+                found = self.adapt(found)
+            if isinstance(found, Call):
+                calls.append(found)
+            elif isinstance(found, Skip):
+                self._skips.setdefault(found.name, found)
+        return calls
+
+    def _read(self, node: Node) -> Call | Skip | None:
+        if node.op == "call_module":
+            return self._read_module(node)
+        parts = read_call(node)
+        if parts is None:
+            return self._read_other(node)
+        if isinstance(parts, Refusal):
+            return Skip(node.name, str(node.target), parts.reason)
+        weight, bias = self.providers.get(parts.weight), None
+        if weight is None:
+            return self._refuse_weight(node, parts.weight)
+        if weight.endswith("in_proj_weight"):
+            reason = "packed attention weights (in_proj_weight) are not handled yet"
+            return self._skip(site_name(weight), "Linear", reason, self.parameters[weight])
+        if parts.bias is not None:
+            bias = self.providers.get(parts.bias)
+            if bias is None:
+                return self._skip(site_name(weight), str(node.target), "its bias is no parameter", None)
+        tensor = None if bias is None else self.parameters[bias].detach()
+        operator = parts.build(self.parameters[weight].detach(), tensor)
+        if isinstance(operator, Refusal):
+            return self._skip(site_name(weight), str(node.target), operator.reason, self.parameters[weight])
+        return Call(node, parts.input, operator, weight, bias, parts.stored, None, parts.weight, parts.bias)
+
+    def _read_module(self, node: Node) -> Call | Skip | None:
+        assert self.module is not None  # only graphs with modules have such nodes
+        path = str(node.target)
+        module = self.module(path)
+        if not is_operator_module(module):
+            reason = refuse_module(module)
+            count = sum(p.numel() for p in module.parameters())
+            return None if reason is None else Skip(path, type(module).__name__, reason, count)
+        operator = read_module(module)
+        if isinstance(operator, Refusal):
+            count = sum(p.numel() for p in module.parameters())
+            return Skip(path, type(module).__name__, operator.reason, count)
+        source = node.args[0] if node.args else node.kwargs.get("input")
+        if not isinstance(source, Node):
+            return None
+        bias = None if operator.bias is None else f"{path}.bias"
+        return Call(node, source, operator, f"{path}.weight", bias, stored_as(module), path)
+
+    def _read_other(self, node: Node) -> Skip | None:
+        reason = _OTHER_FUNCTIONS.get(node.target) if node.op == "call_function" else None
+        if reason is None:
+            return None
+        weight = next((self.providers[n] for n in node.all_input_nodes if n in self.providers), None)
+        if weight is None:
+            return None
+        return self._skip(site_name(weight), getattr(node.target, "__name__", str(node.target)), reason, weight)
+
+    def _refuse_weight(self, node: Node, weight: Node) -> Skip | None:
+        name = getattr(node.target, "__name__", str(node.target))
+        if weight in self.buffers:
+            return Skip(node.name, name, "its weight is a buffer or a constant, not a parameter")
+        if "conv" in name or "linear" in name:
+            return Skip(node.name, name, "its weight is computed by the graph (weight norm, quantization, an adapter)")
+        return None  # a product of activations
+
+    def _skip(self, name: str, operator: str, reason: str, weight: str | Tensor | None) -> Skip:
+        tensor = self.parameters[weight] if isinstance(weight, str) else weight
+        return Skip(name, operator.removeprefix("aten."), reason, 0 if tensor is None else tensor.numel())
+
+    @cached_property
+    def uses(self) -> Mapping[tuple[Any, ...], set[Node]]:
+        """The nodes that use each parameter, by identity; transposes of a weight are looked through."""
+        uses: dict[tuple[Any, ...], set[Node]] = defaultdict(set)
+        for node, name in self.providers.items():
+            for user in node.users:
+                seen = user.users if transposed_source(user) is node else [user]
+                uses[identity(self.parameters[name])].update(seen)
+        for node in self.graph.nodes:
+            if node.op == "call_module" and self.module is not None:
+                for parameter in self.module(str(node.target)).parameters():
+                    uses[identity(parameter)].add(node)
+        return uses
+
+    def spots(self, shape: Callable[[Node], Shape]) -> tuple[list[Spot], list[Skip]]:
+        """Return all sites with their calls, and what was considered and left alone."""
+        groups: dict[tuple[Any, ...], list[Call]] = defaultdict(list)
+        for call in self.calls:
+            groups[identity(self.parameters[call.weight])].append(call)
+        skips, spots = list(self._skips.values()), []
+        for key, calls in groups.items():
+            names = [site_name(name) for name in self.names[key]]
+            shapes = tuple(shape(call.source) for call in calls)
+            refusal = self._refuse_group(key, calls, shapes)
+            operator = calls[0].operator
+            if refusal is not None:
+                macs = sum(c.operator.macs(s) for c, s in zip(calls, shapes, strict=True))
+                name = site_name(calls[0].weight)
+                skips.append(Skip(name, describe(operator), refusal.reason, operator.parameters, macs))
+            else:
+                spots.append(Spot(Site(names[0], operator, shapes, tuple(names[1:])), tuple(calls)))
+        return spots, skips
+
+    def _refuse_group(self, key: tuple[Any, ...], calls: list[Call], shapes: Iterable[Shape]) -> Refusal | None:
+        first = calls[0]
+        strangers = self.uses[key] - {call.node for call in calls}
+        if strangers:
+            names = ", ".join(sorted(node.name for node in strangers))
+            return Refusal(f"its weight is also used by {names}")
+        if any(_form(call) != _form(first) for call in calls):
+            return Refusal("its weight is shared by calls that differ in more than the bias")
+        if not first.operator.weight.dtype.is_floating_point:
+            return Refusal(f"its weight is {first.operator.weight.dtype}")
+        if any(0 in s for s in shapes):
+            return Refusal("it is called on an empty input")
+        return None
+
+    def runs(self) -> Iterator[list[Call]]:
+        """Yield each maximal run of two calls or more in which every inner value has a single use."""
+        follower: dict[Node, Call] = {}
+        for call in self.calls:
+            if len(call.source.users) == 1:
+                follower[call.source] = call
+        inner = {follower[call.node].node for call in self.calls if call.node in follower}
+        for call in self.calls:
+            run = [call]
+            while run[-1].node in follower:
+                run.append(follower[run[-1].node])
+            if call.node not in inner and len(run) > 1:
+                yield run
+
+
+def _form(call: Call) -> tuple[Any, ...]:
+    """Everything but the tensors: what calls must have in common to share one chain."""
+    operator = call.operator
+    conv = (operator.geometry, operator.groups) if isinstance(operator, Conv) else ()
+    return (type(operator), *conv, call.stored, call.path is None, operator.bias is None)

@@ -1,0 +1,1 @@
+"""The two passes: decompose and recompose; and what comes before them: finding sites and planning."""

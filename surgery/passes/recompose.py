@@ -1,0 +1,84 @@
+"""recompose: find runs that are provably one operator, by dataflow, and put that operator back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from surgery.errors import InputError
+from surgery.graphs import Model, Run, open_graph
+from surgery.inputs import normalise_inputs
+from surgery.operators import Operator
+from surgery.sites import Skip, describe
+from surgery.text import change, count, table
+
+__all__ = ["Fusion", "RecomposeResult", "recompose"]
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """One run of operators that became one operator; parameters before and after."""
+
+    site: str
+    operator: str
+    parts: tuple[str, ...]
+    parameters_before: int
+    parameters: int
+
+
+@dataclass(frozen=True, repr=False)
+class RecomposeResult:
+    """The new model, each fused chain, and each chain that is not provably one operator, with its reason."""
+
+    model: Any
+    changes: tuple[Fusion, ...]
+    skips: tuple[Skip, ...]
+
+    def __repr__(self) -> str:
+        """Say in a few lines what was fused and what was not."""
+        rows = [["site", "operator", "parts", "parameters", "change"]]
+        for c in self.changes:
+            rows.append(
+                [c.site, c.operator, str(len(c.parts)), count(c.parameters), change(c.parameters_before, c.parameters)]
+            )
+        head = f"RecomposeResult: {len(self.changes)} chains fused, {len(self.skips)} refused"
+        refused = [f"refused: {skip.name}: {skip.reason}" for skip in self.skips]
+        return "\n".join([head, *([table(rows)] if self.changes else []), *refused])
+
+
+def recompose(model: Model, example_inputs: Any = None, *, inplace: bool = False) -> RecomposeResult:
+    """Fuse every maximal chain that is provably one linear operator; exact up to the rounding of the dtype.
+
+    Chains are found by dataflow (single-use values, no nonlinearity between), so that chains made by others fuse too.
+    The original parameter names come back: from the record in a saved file, or from the names that decompose gives.
+
+    Args:
+        model: an nn.Module, a torch.fx.GraphModule or a torch.export.ExportedProgram; the result is of the same kind.
+        example_inputs: needed only for an nn.Module that torch.fx cannot trace.
+        inplace: change the given model itself (not possible for an exported program).
+
+    Raises:
+        InputError: arguments that cannot be used.
+        CaptureError: the graph of an nn.Module can be neither traced nor exported.
+    """
+    if inplace and isinstance(model, ExportedProgram):
+        raise InputError("an exported program cannot be changed in place", next_step="use the returned one")
+    graph = open_graph(model, *normalise_inputs(example_inputs), copies=not inplace)
+    runs, skips = graph.runs()
+    for run in runs:
+        graph.put_back(run)
+    return RecomposeResult(graph.finish(), tuple(_fusion(run) for run in runs), tuple(skips))
+
+
+def _fusion(run: Run) -> Fusion:
+    operators: Sequence[Operator] = [call.operator for call in run.calls[0]]
+    return Fusion(
+        site=run.sites[0],
+        operator=describe(run.operators[0]),
+        parts=tuple(call.weight for call in run.calls[0]),
+        parameters_before=sum(operator.parameters for operator in operators),
+        parameters=run.operators[0].parameters,
+    )
