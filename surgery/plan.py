@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+import math
+import reprlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import InputError
-from surgery.factorizations import Ranks, named
+from surgery.errors import InputError, RankError
+from surgery.factorizations import FACTORIZATIONS, Ranks, named
 
 __all__ = ["Decision", "Plan"]
 
 _VERSION = 1
+_RANKS = "whole numbers from 1, as 16 or [16, 32]"
+_FORM = f'{{"surgery_plan": {_VERSION}, "ranks": "...", "decisions": [{{"site": "...", ...}}, ...]}}'
 
 
 @dataclass(frozen=True)
@@ -21,9 +26,9 @@ class Decision:
     """What happens to one site.
 
     ``factorization`` and ``rank`` are None for a site that stays dense, and ``reason`` then says why. ``error`` is the
-    predicted relative Frobenius error of the weight (for Tucker an upper bound). Parameters, MACs (all calls of one run) and
-    latencies (seconds for all calls of one run) are those of the dense operator and of the chain; latencies are None unless
-    they were measured.
+    predicted relative Frobenius error of the weight (for Tucker an upper bound). Parameters, MACs and latencies are
+    those of the dense operator and, if there is one, of the chain. MACs and latencies (seconds) are for all calls of
+    one run; latencies are None unless they were measured.
     """
 
     site: str
@@ -76,15 +81,20 @@ class Plan:
         """Return a plan in which one site has another rank, or stays dense if ``rank`` is None.
 
         The predictions for that site are dropped: they were made for the old choice.
+
+        Raises:
+            InputError: the plan has no such site, no factorization for it, or the rank is no rank.
         """
         old = self[site]
-        if rank is None:
-            new = Decision(site, reason=reason)
-        else:
+        new = Decision(site, reason=reason)
+        if rank is not None:
+            ranks = list(rank) if isinstance(rank, tuple | list) else [rank]
             name = factorization or old.factorization
+            if not _is_rank(ranks):
+                raise RankError(f"rank {rank!r} for {site!r}", allowed=_RANKS, next_step="or None to keep it dense")
             if name is None:
-                raise InputError(f"{site} is dense in this plan", next_step="say factorization= as well")
-            new = Decision(site, factorization=named(name).name, rank=(rank,) if isinstance(rank, int) else tuple(rank))
+                raise InputError(f"{site!r} is dense in this plan", next_step="say factorization= as well")
+            new = Decision(site, factorization=named(name).name, rank=tuple(ranks))
         return replace(self, decisions=tuple(new if d.site == site else d for d in self.decisions))
 
     def diff(self, other: Plan) -> list[str]:
@@ -112,29 +122,24 @@ class Plan:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"the plan is not JSON: {error}", next_step="write one with --save-plan") from None
-        if (
-            not isinstance(data, dict)
-            or data.get("surgery_plan") != _VERSION
-            or not isinstance(data.get("decisions"), list)
-        ):
-            raise InputError(
-                "the file is not a plan",
-                allowed=f'{{"surgery_plan": {_VERSION}, "decisions": [...]}}',
-                next_step="write one with --save-plan",
-            )
-        decisions = tuple(_read_decision(row, index) for index, row in enumerate(data["decisions"]))
-        sites = [d.site for d in decisions]
-        if len(set(sites)) < len(sites):
-            raise InputError(f"the plan names a site twice: {next(s for s in sites if sites.count(s) > 1)}")
-        return cls(decisions, ranks=str(data.get("ranks", "")))
+        if not isinstance(data, dict) or data.get("surgery_plan") != _VERSION or "decisions" not in data:
+            raise InputError("the file is not a plan", allowed=_FORM, next_step="write one with --save-plan")
+        rows, ranks = data["decisions"], data.get("ranks", "")
+        if not isinstance(rows, list) or not isinstance(ranks, str):
+            raise InputError("the plan has decisions that are no list, or ranks that are no text", allowed=_FORM)
+        decisions = tuple(_read_decision(row, index) for index, row in enumerate(rows))
+        repeated = [site for site, times in Counter(d.site for d in decisions).items() if times > 1]
+        if repeated:
+            raise InputError(f"the plan names the site {repeated[0]!r} twice", next_step="remove one of the rows")
+        return cls(decisions, ranks=ranks)
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:
         """Read a plan from a file; raises InputError as ``from_json``."""
         try:
-            text = Path(path).read_text()
+            text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the plan {path}: {error}") from None
         return cls.from_json(text)
@@ -150,18 +155,57 @@ def _say(decision: Decision | None) -> str:
 
 def _read_decision(row: Any, index: int) -> Decision:
     where = f"decision {index} of the plan"
-    known = {f.name: f for f in fields(Decision)}
     if not isinstance(row, dict) or not isinstance(row.get("site"), str):
-        raise InputError(f"{where} has no site name")
-    if unknown := set(row) - set(known):
-        raise InputError(f"{where} has an unknown field {sorted(unknown)[0]!r}", allowed=", ".join(known))
+        raise InputError(f"{where} has no site name", allowed=_FORM)
+    where += f" ({reprlib.repr(row['site'])})"
+    if unknown := sorted(set(row) - set(_FIELDS)):
+        raise InputError(f"{where} has an unknown field {unknown[0]!r}", allowed=", ".join(_FIELDS))
+    for name, value in row.items():
+        allowed, fits = _FIELDS[name]
+        if value is not None and not fits(value):
+            raise InputError(f"{where} has the {name} {reprlib.repr(value)}", allowed=allowed)
     rank = row.get("rank")
-    if isinstance(rank, int):
-        rank = [rank]
     if (rank is None) != (row.get("factorization") is None):
-        raise InputError(f"{where} ({row['site']}) must have both a factorization and a rank, or none of them")
+        raise InputError(f"{where} has only one of factorization and rank", allowed="both, or none of them")
     if rank is not None:
-        named(row["factorization"])
-        if not isinstance(rank, list) or not all(isinstance(r, int) and r > 0 for r in rank):
-            raise InputError(f"{where} ({row['site']}) has the rank {rank!r}", allowed="whole numbers above 0")
-    return Decision(**{**row, "rank": None if rank is None else tuple(rank)})
+        rank = (rank,) if isinstance(rank, int) else tuple(rank)
+    return Decision(**{**row, "rank": rank})
+
+
+def _is_whole(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_rank(value: Any) -> bool:
+    rows = value if isinstance(value, list) else [value]
+    return bool(rows) and all(_is_whole(row, least=1) for row in rows)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value) and value >= 0)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_factorization(value: Any) -> bool:
+    return isinstance(value, str) and value in FACTORIZATIONS
+
+
+_TEXT = ("text", _is_text)
+_COUNT = ("whole numbers from 0", _is_whole)
+_NUMBER = ("numbers from 0", _is_number)
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "site": _TEXT,
+    "factorization": (", ".join(FACTORIZATIONS), _is_factorization),
+    "rank": (_RANKS, _is_rank),
+    "reason": _TEXT,
+    "error": _NUMBER,
+    "dense_parameters": _COUNT,
+    "parameters": _COUNT,
+    "dense_macs": _COUNT,
+    "macs": _COUNT,
+    "dense_latency": _NUMBER,
+    "latency": _NUMBER,
+}

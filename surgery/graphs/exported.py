@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.export import ExportedProgram, ModuleCallEntry
+from torch.export.graph_signature import ConstantArgument, ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node
 
 from surgery.chain import Chain
@@ -182,12 +183,9 @@ class ProgramKind(FunctionalKind):
         self.graph.lint()
         inputs = [self._specs[node.name] for node in self.graph.find_nodes(op="placeholder")]
         signature = ExportGraphSignature(inputs, copy.deepcopy(old.graph_signature.output_specs))
-        calls = copy.deepcopy(old.module_call_graph)
         for before, after in self._renamed:
             signature.replace_all_uses(before, after)
-            for entry in calls:
-                if entry.signature is not None:
-                    entry.signature.replace_all_uses_with(before, after)
+        calls = [_rename_entry(entry, dict(self._renamed)) for entry in old.module_call_graph]
         self._module.meta.update(old.graph_module.meta)
         write_record(self._module, self.record)
         return ExportedProgram(
@@ -201,6 +199,17 @@ class ProgramKind(FunctionalKind):
             constants=old.constants,
             verifiers=old.verifiers,
         )
+
+
+def _rename_entry(entry: ModuleCallEntry, names: dict[str, str]) -> ModuleCallEntry:
+    """Copy the part of a call's signature that names nodes, with the new names."""
+    if entry.signature is None:
+        return entry
+    inputs, outputs = copy.deepcopy((entry.signature.inputs, entry.signature.outputs))
+    for argument in (*inputs, *outputs):
+        if not isinstance(argument, ConstantArgument):
+            argument.name = names.get(argument.name, argument.name)
+    return replace(entry, signature=replace(entry.signature, inputs=inputs, outputs=outputs))
 
 
 def _own_state(state: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ class GraphModuleKind(FunctionalKind):
     kind = "graph"
 
     def __init__(self, model: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool) -> None:
-        self._root = copy.deepcopy(model) if copies else model
+        self._root = _copy(model) if copies else model
         self.graph = self._root.graph
         self.record = read_record(self._root)
         self.shape = lazy_shapes(self._root, lambda: _placeholder_values(self._root, args, kwargs))
@@ -117,6 +118,12 @@ class GraphModuleKind(FunctionalKind):
         self.graph.lint()
         self._root.recompile()
         return self._root
+
+
+def _copy(model: GraphModule) -> GraphModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch copies its own tree specs in a way that it deprecates
+        return copy.deepcopy(model)
 
 
 def _is_empty(module: nn.Module) -> bool:

@@ -19,9 +19,13 @@ __all__ = ["evaluation", "fake_shapes", "lazy_shapes"]
 
 @contextlib.contextmanager
 def evaluation(module: nn.Module) -> Iterator[None]:
-    """Put all modules in evaluation mode, and give each its own training flag back afterwards."""
+    """Put all modules in evaluation mode, and give each its own training flag back afterwards.
+
+    The flags are set one by one: modules that torch.export made refuse ``eval()``.
+    """
     flags = {m: m.training for m in module.modules()}
-    module.eval()
+    for m in flags:
+        m.training = False
     try:
         yield
     finally:

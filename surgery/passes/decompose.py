@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from torch.export import ExportedProgram
@@ -12,14 +12,14 @@ from surgery.chain import Chain, relative_error
 from surgery.cost.latency import Latencies, channel_multiple
 from surgery.errors import CheckError, InputError, Refusal
 from surgery.factorizations import Ranks, named
-from surgery.graphs import Found, Model, open_graph
+from surgery.graphs import Found, GraphKind, Model, open_graph
 from surgery.inputs import normalise_inputs
 from surgery.plan import Decision, Plan
 from surgery.ranks import complete_plan, make_plan
 from surgery.sites import Site, Skip, Totals, describe, select
 from surgery.text import change, count, rank_text, table
 
-__all__ = ["Change", "DecomposeResult", "Progress", "RankSpec", "decompose", "find_sites", "plan"]
+__all__ = ["Change", "DecomposeResult", "Progress", "RankSpec", "decompose", "find_sites", "plan", "preview"]
 
 Progress = Callable[[str, int, int], None]
 RankSpec: TypeAlias = str | int | tuple[int, ...] | Mapping[str, int | tuple[int, ...] | None]
@@ -97,9 +97,27 @@ def plan(
     progress: Progress | None = None,
 ) -> Plan:
     """Return the plan that ``decompose`` would carry out with the same arguments, and change nothing."""
-    graph = open_graph(model, *normalise_inputs(example_inputs), copies=False)
-    rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies)
-    return _make_plan(graph.find(), rules, progress)
+    rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, progress or _silent)
+    return _prepare(model, example_inputs, None, rules, copies=False)[2]
+
+
+def preview(
+    model: Model,
+    example_inputs: Any = None,
+    *,
+    ranks: RankSpec = "auto",
+    factorization: str = "auto",
+    plan: Plan | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    latencies: Latencies | None = None,
+    progress: Progress | None = None,
+) -> DecomposeResult:
+    """Return what ``decompose`` would do, with predicted errors, and the model as it is."""
+    rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, progress or _silent)
+    _, found, plan = _prepare(model, example_inputs, plan, rules, copies=False)
+    changes = [_change(spot.site, d, d.error or 0.0) for spot, d in zip(found.spots, plan, strict=True) if not d.dense]
+    return _result(model, plan, changes, found)
 
 
 def decompose(
@@ -128,7 +146,8 @@ def decompose(
         include, exclude: glob patterns of site names.
         solver: "gram", or "tensorly" for TensorLy's own decompositions.
         inplace: change the given model itself (not possible for an exported program).
-        latencies: where measured times come from for ``ranks="auto"``; by default a cache on disk.
+        latencies: measures each site's operator and chain, for the plan's latencies. ``ranks="auto"`` needs it, and
+            takes ``Latencies()``, with its cache on disk, if none is given.
         progress: called with a step's name, the number of sites done, and the number of all.
 
     Raises:
@@ -138,24 +157,18 @@ def decompose(
     """
     if inplace and isinstance(model, ExportedProgram):
         raise InputError("an exported program cannot be changed in place", next_step="use the returned one")
-    graph = open_graph(model, *normalise_inputs(example_inputs), copies=not inplace)
-    found = graph.find()
-    if plan is None:
-        plan = _make_plan(found, _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies), progress)
-    else:
-        plan = _narrow(complete_plan(plan, [s.site for s in found.spots], found.totals), include, exclude)
+    rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, progress or _silent)
+    graph, found, plan = _prepare(model, example_inputs, plan, rules, copies=not inplace)
     work = [(spot, d) for spot, d in zip(found.spots, plan, strict=True) if not d.dense]
     changes, chains = [], []
     for done, (spot, decision) in enumerate(work):
-        if progress is not None:
-            progress("factor", done, len(work))
-        chain, made = _factor(spot.site, decision, solver)
+        rules.progress("factor", done, len(work))
+        chain, error = _factor(spot.site, decision, solver)
         chains.append(chain)
-        changes.append(made)
+        changes.append(_change(spot.site, decision, error))
     for (spot, _), chain in zip(work, chains, strict=True):
         graph.splice(spot, chain)
-    if progress is not None:
-        progress("factor", len(work), len(work))
+    rules.progress("factor", len(work), len(work))
     return _result(graph.finish(), plan, changes, found)
 
 
@@ -166,23 +179,53 @@ class _Rules:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     latencies: Latencies | None
+    progress: Progress
 
 
-def _make_plan(found: Found, rules: _Rules, progress: Progress | None) -> Plan:
+def _silent(step: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+def _prepare(
+    model: Model, example_inputs: Any, plan: Plan | None, rules: _Rules, *, copies: bool
+) -> tuple[GraphKind, Found, Plan]:
+    """Open the model, find its sites, and make the plan or check the given one."""
+    graph = open_graph(model, *normalise_inputs(example_inputs), copies=copies)
+    found = graph.find()
+    sites = [spot.site for spot in found.spots]
     latencies = rules.latencies
-    if latencies is None and rules.ranks == "auto":
-        latencies = Latencies()
-    return make_plan(
-        [spot.site for spot in found.spots],
-        ranks=rules.ranks,
-        factorization=rules.factorization,
-        include=rules.include,
-        exclude=rules.exclude,
-        totals=found.totals,
-        latencies=latencies,
-        multiple=channel_multiple(),
-        progress=progress,
-    )
+    if plan is not None:
+        plan = _narrow(complete_plan(plan, sites, found.totals), rules.include, rules.exclude)
+    else:
+        if latencies is None and rules.ranks == "auto":
+            latencies = Latencies()
+        plan = make_plan(
+            sites,
+            ranks=rules.ranks,
+            factorization=rules.factorization,
+            include=rules.include,
+            exclude=rules.exclude,
+            totals=found.totals,
+            latencies=latencies,
+            multiple=channel_multiple(),
+            progress=rules.progress,
+        )
+    return graph, found, plan if latencies is None else _measure(plan, sites, latencies, rules.progress)
+
+
+def _measure(plan: Plan, sites: Sequence[Site], latencies: Latencies, progress: Progress) -> Plan:
+    """Fill in the latencies of the factored sites that have none yet."""
+    todo = {d.site for d in plan if not d.dense and d.latency is None}
+    measured: dict[str, Decision] = {}
+    for site, decision in zip(sites, plan, strict=True):
+        if decision.site not in todo or decision.factorization is None or decision.rank is None:
+            continue
+        progress("measure", len(measured), len(todo))
+        chain = named(decision.factorization).skeleton(site.operator, decision.rank)
+        times = [latencies.compare(site.operator, chain, shape) for shape in site.input_shapes]
+        dense, after = sum(t.dense_s for t in times), sum(t.chain_s for t in times)
+        measured[site.name] = replace(decision, dense_latency=dense, latency=after)
+    return replace(plan, decisions=tuple(measured.get(d.site, d) for d in plan))
 
 
 def _narrow(plan: Plan, include: Sequence[str], exclude: Sequence[str]) -> Plan:
@@ -192,20 +235,27 @@ def _narrow(plan: Plan, include: Sequence[str], exclude: Sequence[str]) -> Plan:
     return plan
 
 
-def _factor(site: Site, decision: Decision, solver: str) -> tuple[Chain, Change]:
-    operator, ranks = site.operator, decision.rank
-    if decision.factorization is None or ranks is None:
+def _factor(site: Site, decision: Decision, solver: str) -> tuple[Chain, float]:
+    """Return the chain of a site and the measured error of its weight."""
+    if decision.factorization is None or decision.rank is None:
         raise CheckError(f"the plan has no factorization for {site.name}")
-    chain = named(decision.factorization).factor(operator, ranks, solver=solver)
+    chain = named(decision.factorization).factor(site.operator, decision.rank, solver=solver)
     composed = chain.compose()
     if isinstance(composed, Refusal):
         raise CheckError(f"{decision.factorization} made a chain of {site.name} that is not one operator")
-    change = Change(
+    return chain, relative_error(composed.weight, site.operator.weight)
+
+
+def _change(site: Site, decision: Decision, error: float) -> Change:
+    if decision.factorization is None or decision.rank is None:
+        raise CheckError(f"the plan has no factorization for {site.name}")
+    chain = named(decision.factorization).skeleton(site.operator, decision.rank)
+    return Change(
         site=site.name,
-        operator=describe(operator),
+        operator=describe(site.operator),
         factorization=decision.factorization,
-        rank=ranks,
-        error=relative_error(composed.weight, operator.weight),
+        rank=decision.rank,
+        error=error,
         dense_parameters=site.parameters,
         parameters=chain.parameters,
         dense_macs=site.macs,
@@ -213,7 +263,6 @@ def _factor(site: Site, decision: Decision, solver: str) -> tuple[Chain, Change]
         dense_latency=decision.dense_latency,
         latency=decision.latency,
     )
-    return chain, change
 
 
 def _result(model: Model, plan: Plan, changes: Sequence[Change], found: Found) -> DecomposeResult:

@@ -4,10 +4,10 @@ Kernel W (g, O, I, K) ~ core (g, ro, ri, K) with orthonormal bases out (g, O, ro
 
 Start: sequentially truncated HOSVD (Vannieuwenhoven et al. 2012), each basis from a float64 Gram matrix. Where one rank
 is at least the other times K it loses nothing, and starting from the other one is optimal at once. Then sweeps: with
-one basis fixed, the other moves on its projected unfolding M. Up to 64 channels it moves to the best subspace; beyond,
-by one step of orthogonal iteration, ``basis <- qr(M (M^T basis))``: two products and a thin QR in place of a Gram
-matrix and an eigendecomposition. Neither lowers the captured energy; sweeps stop when it grows by less than
-``tolerance`` of the total. On random kernels, the hardest, one step ends up to 0.3 % above the error of exact ones.
+one basis fixed, the other moves on its projected unfolding M. Up to 128 channels it moves to the best subspace; beyond,
+by two steps of orthogonal iteration, ``basis <- qr(M (M^T basis))``: products and a thin QR in place of a Gram matrix
+and an eigendecomposition. Neither lowers the captured energy; sweeps stop when it grows by less than ``tolerance`` of
+the total. On random 256-channel kernels, the hardest, two steps end 0.05 % above the error of exact ones, one 0.1 %.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from surgery.solvers.gram import gram, leading_subspace
 
 __all__ = ["tucker2"]
 
-_EXACT_UP_TO = 64
+_EXACT_UP_TO = 128
+_STEPS = 2
 
 
 def tucker2(kernel: Tensor, ranks: tuple[int, int], *, sweeps: int = 10, tolerance: float = 1e-4) -> list[Tensor]:
@@ -67,8 +68,9 @@ def _unfold_in(kernel: Tensor, out_basis: Tensor) -> Tensor:
 
 
 def _improve(unfolding: Tensor, basis: Tensor) -> Tensor:
-    """Move the basis to the best subspace, or by one step of orthogonal iteration where that is costly."""
+    """Move the basis to the best subspace, or by steps of orthogonal iteration where that is costly."""
     if unfolding.shape[-2] <= _EXACT_UP_TO:
         return leading_subspace(gram(unfolding), basis.shape[-1]).to(basis.dtype)
-    moved: Tensor = torch.linalg.qr(unfolding @ (unfolding.mT @ basis)).Q
-    return moved
+    for _ in range(_STEPS):
+        basis = torch.linalg.qr(unfolding @ (unfolding.mT @ basis)).Q
+    return basis

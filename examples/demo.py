@@ -1,0 +1,81 @@
+"""The main job on the trained network that the repository ships: every command of `surgery`, one after another.
+
+    python examples/demo.py [--output FOLDER]
+
+Each command is printed before it is run. Between them, accuracy on the labelled sample of test images is measured, and at
+the end the recomposed state dict is loaded into the original class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from fashion_resnet import build
+from safetensors.torch import load_file
+
+import surgery
+
+HERE = Path(__file__).parent
+MODEL = HERE / "data" / "fashion_resnet.pt2"
+SAMPLE = HERE / "data" / "fashion_sample.npz"
+
+
+def run(*words: str | Path) -> None:
+    """Print a surgery command, run it, and stop if it fails."""
+    print(f"\n$ surgery {shlex.join(map(str, words))}", flush=True)
+    subprocess.run([sys.executable, "-m", "surgery", *map(str, words)], check=True)
+
+
+def accuracy(model: torch.nn.Module) -> float:
+    """Return the share of the sample's images that the model labels right."""
+    with np.load(SAMPLE) as sample:
+        images = torch.from_numpy(sample["images"]).float().div(255).unsqueeze(1)
+        labels = torch.from_numpy(sample["labels"]).long()
+    with torch.no_grad():
+        predictions = torch.cat([model(batch).argmax(1) for batch in images.split(250)])
+    return float((predictions == labels).double().mean())
+
+
+def say_accuracy(name: str, model: torch.nn.Module) -> float:
+    """Print and return the accuracy of a model."""
+    share = accuracy(model)
+    print(f"accuracy of {name} on the sample: {100 * share:.2f} %")
+    return share
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for what is written")
+    folder = parser.parse_args().output
+    folder.mkdir(exist_ok=True)
+    factored, recomposed = folder / "fashion.decomposed.pt2", folder / "fashion.recomposed.pt2"
+    weights = folder / "fashion.recomposed.safetensors"
+
+    run("inspect", MODEL)
+    run("decompose", MODEL, "-o", factored, "--ranks", "auto", "--force")
+    before = say_accuracy("the original", surgery.load(MODEL).module())
+    after = say_accuracy("the factored model", surgery.load(factored).module())
+    print(f"change: {100 * (after - before):+.2f} points, without any retraining")
+
+    run("export", MODEL, "-o", folder / "fashion.onnx", "--force")
+    run("export", factored, "-o", folder / "fashion.decomposed.onnx", "--force")
+    run("bench", folder / "fashion.onnx", folder / "fashion.decomposed.onnx")
+
+    run("recompose", factored, "-o", recomposed, "--state-dict", weights, "--force")
+    run("compare", factored, recomposed)
+    original_class = build()
+    original_class.load_state_dict(load_file(weights), strict=True)
+    print("\nthe recomposed state dict loads into the original class with strict=True")
+    back = say_accuracy("the original class with recomposed weights", original_class.eval())
+    print(f"the factored model's accuracy came back: {back - after == 0}")
+
+
+if __name__ == "__main__":
+    main()

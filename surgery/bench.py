@@ -1,0 +1,182 @@
+"""Time whole models under onnxruntime, interleaved, on the same inputs, and say which is faster with what certainty."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from surgery.compare import Model, open_model
+from surgery.cost.latency import cpu_name
+from surgery.cost.timing import Budget, Samples, bind, compare_samples, interleave, open_session, physical_cores
+from surgery.errors import InputError
+from surgery.export import capture, export_onnx
+from surgery.inputs import Inputs, default_inputs, feed, normalise_inputs
+
+__all__ = ["Environment", "ModelComparison", "ModelTiming", "Timing", "bench", "environment"]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where it was measured: what a latency depends on."""
+
+    threads: int
+    cpu: str
+    instruction_set: str
+    python: str
+    torch: str
+    onnxruntime: str
+    surgery: str
+
+
+@dataclass(frozen=True)
+class ModelTiming:
+    """Latency of one model; ``path`` is its file, or the class of a model in memory."""
+
+    path: str
+    samples: Samples = field(repr=False)
+
+    @property
+    def median_s(self) -> float:
+        """Median seconds of one run."""
+        return self.samples.median
+
+    @property
+    def p90_s(self) -> float:
+        """Seconds that nine runs in ten stay below."""
+        return self.samples.p90
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median."""
+        return self.samples.spread
+
+    @property
+    def runs(self) -> int:
+        """Number of timed runs."""
+        return self.samples.runs
+
+
+@dataclass(frozen=True)
+class ModelComparison:
+    """Speed-up of one model over the first, with its 95 % interval, and "faster", "slower" or "no difference"."""
+
+    path: str
+    speedup: float
+    low: float
+    high: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Latencies of all models, each later one compared with the first, and the environment."""
+
+    models: tuple[ModelTiming, ...]
+    comparisons: tuple[ModelComparison, ...]
+    environment: Environment
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the timing as JSON values; times in seconds."""
+        keys = ("path", "median_s", "p90_s", "spread", "runs")
+        return {
+            "models": [{key: getattr(model, key) for key in keys} for model in self.models],
+            "comparisons": [asdict(comparison) for comparison in self.comparisons],
+            "environment": asdict(self.environment),
+        }
+
+
+def bench(
+    models: Sequence[nn.Module | ExportedProgram | str | os.PathLike[str]],
+    example_inputs: Any = None,
+    *,
+    threads: int | None = None,
+    seconds: float = 5.0,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> Timing:
+    """Time models under onnxruntime on the same inputs, interleaved, for about ``seconds`` in all.
+
+    Models are modules, programs, or paths of .pt2 and .onnx files; those of PyTorch are exported to temporary files and
+    checked first. Without ``example_inputs`` those that the first model brings along are used, or random ones of the
+    shapes it declares, with 1 for dynamic sizes of an .onnx file. ``threads`` defaults to the physical cores.
+    ``progress`` is called with the share of the time that is over.
+
+    Raises:
+        InputError: no models, or models that do not take the same inputs.
+        CaptureError, CheckError: a model that cannot be exported, as ``export_onnx`` says.
+
+    >>> bench([nn.Linear(8, 8)], torch.ones(1, 8), seconds=0.01).models[0].runs >= 11
+    True
+    """
+    if isinstance(models, str | os.PathLike | nn.Module | ExportedProgram) or not models:
+        raise InputError("bench needs a list of models", allowed="one or more")
+    paths = [os.fspath(m) if isinstance(m, str | os.PathLike) else type(m).__name__ for m in models]
+    threads = threads or physical_cores()
+    opened = [open_model(model, threads=threads) for model in models]
+    inputs = _shared_inputs(opened, example_inputs, seed)
+    runs = []
+    for path, model in zip(paths, opened, strict=True):
+        try:
+            runs.append(_prepare(model, inputs, threads))
+        except InputError as error:
+            raise InputError(f"{path}: {error.what}", allowed=error.allowed, next_step=error.next_step) from error
+    samples = interleave(runs, Budget(seconds, max_rounds=10_000), seed=seed, progress=progress)
+    return Timing(
+        tuple(ModelTiming(path, sample) for path, sample in zip(paths, samples, strict=True)),
+        tuple(_compare(path, samples[0], later, seed) for path, later in zip(paths[1:], samples[1:], strict=True)),
+        environment(threads),
+    )
+
+
+def _shared_inputs(models: Sequence[Model], example_inputs: Any, seed: int) -> Inputs:
+    if example_inputs is not None:
+        return normalise_inputs(example_inputs)
+    for model in models:
+        inputs = default_inputs(model, seed=seed)
+        if inputs is not None:
+            return inputs
+    raise InputError("no model knows the shape of its inputs", next_step="give example_inputs")
+
+
+def _prepare(model: Model, inputs: Inputs, threads: int) -> Callable[[], None]:
+    if isinstance(model, ort.InferenceSession):
+        return bind(model, feed(model, inputs))
+    program, _ = capture(model, inputs)
+    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
+        file = Path(folder) / "model.onnx"
+        export_onnx(program, file, inputs)
+        session = open_session(file, threads=threads)
+        return bind(session, feed(session, inputs, program))
+
+
+def _compare(path: str, first: Samples, later: Samples, seed: int) -> ModelComparison:
+    speedup = compare_samples(first, later, seed=seed)
+    return ModelComparison(path, speedup.value, speedup.low, speedup.high, speedup.verdict)
+
+
+def environment(threads: int | None = None) -> Environment:
+    """Return this machine, these versions and the number of threads (by default the physical cores)."""
+    try:
+        ours = version("model-surgery")
+    except PackageNotFoundError:
+        ours = "not installed"
+    return Environment(
+        threads=threads or physical_cores(),
+        cpu=cpu_name(),
+        instruction_set=torch.backends.cpu.get_cpu_capability(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        onnxruntime=ort.__version__,
+        surgery=ours,
+    )

@@ -1,0 +1,261 @@
+"""The commands. Each opens the model, calls the Python API, and hands the result to ``show``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from surgery.cli.options import as_json, check_output, default_output, model_options, open_program
+from surgery.errors import InputError, SurgeryError
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from surgery.bench import Timing
+    from surgery.plan import Plan
+
+__all__ = ["bench", "compare", "decompose", "export", "inspect", "recompose"]
+
+_MODEL = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("model", type=_MODEL)
+@model_options
+@as_json
+def inspect(model: Path, json_: bool, **options: Any) -> None:
+    """List the sites of MODEL with their costs, and what is left alone and why."""
+    from surgery.cli import show
+    from surgery.graphs import open_graph
+
+    program, inputs = open_program(model, **options)
+    found = open_graph(program, *inputs).find()
+    if json_:
+        show.print_json(show.found_json(found))
+    else:
+        show.found_tables(model, found)
+
+
+@click.command()
+@click.argument("model", type=_MODEL)
+@click.option("-o", "--output", type=_MODEL, help="The new file.  [default: MODEL.decomposed.pt2 beside MODEL]")
+@click.option(
+    "--ranks",
+    default="auto",
+    show_default=True,
+    metavar="SPEC",
+    help="auto, vbmf, full, energy=0.9, keep_params=0.5, keep_macs=0.5, a whole number, or rank,rank.",
+)
+@click.option(
+    "--factorization", default="auto", show_default=True, metavar="NAME", help="tucker, svd, spatial or auto."
+)
+@click.option("--include", multiple=True, metavar="GLOB", help="Only sites that match; may be repeated.")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="No sites that match; may be repeated.")
+@click.option("--plan", "plan_file", type=_MODEL, help="Carry out this plan file instead of making a plan.")
+@click.option("--save-plan", type=_MODEL, help="Write the plan as JSON.")
+@click.option("--dry-run", is_flag=True, help="Plan and print, but factor and write nothing (but --save-plan).")
+@click.option(
+    "--solver", default="gram", show_default=True, help="gram, or tensorly for TensorLy's own decompositions."
+)
+@click.option("--timing/--no-timing", default=True, help="Measure latencies (auto always does, for its choice).")
+@click.option("--force", is_flag=True, help="Overwrite files that exist.")
+@model_options
+@as_json
+def decompose(
+    model: Path,
+    output: Path | None,
+    ranks: str,
+    factorization: str,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    plan_file: Path | None,
+    save_plan: Path | None,
+    dry_run: bool,
+    solver: str,
+    timing: bool,
+    force: bool,
+    json_: bool,
+    **options: Any,
+) -> None:
+    """Factor the sites of MODEL into chains of lower rank, and write the new model."""
+    from surgery.cli import show
+    from surgery.cost.latency import Latencies
+    from surgery.passes import decompose as passes
+    from surgery.plan import Plan
+    from surgery.save import save
+
+    target = output or default_output(model, "decomposed.pt2")
+    if not dry_run:
+        check_output(target, force=force)
+    if save_plan is not None:
+        check_output(save_plan, force=force)
+    given = None if plan_file is None else Plan.read(plan_file)
+    rules: dict[str, Any] = {"include": include, "exclude": exclude, "latencies": Latencies() if timing else None}
+    if given is None:
+        rules |= {"ranks": ranks, "factorization": factorization}
+    with show.progress(quiet=json_) as progress:
+        progress("load", 0, 1)
+        program, inputs = open_program(model, **options)
+        if dry_run:
+            result = passes.preview(program, inputs, plan=given, progress=progress, **rules)
+        else:
+            result = passes.decompose(program, inputs, plan=given, solver=solver, progress=progress, **rules)
+            save(result.model, target, force=force)
+        measured = _time([program, result.model], inputs, progress) if timing and not dry_run else None
+    if save_plan is not None:
+        _write_plan(result.plan, save_plan, force=force)
+    files = (model, None if dry_run else target)
+    if json_:
+        show.print_json(show.decompose_json(files, result, measured))
+    else:
+        show.decompose_tables(files, result, measured)
+
+
+def _write_plan(plan: Plan, path: Path, *, force: bool) -> None:
+    from surgery.save import write_atomically
+
+    def write(file: IO[bytes]) -> None:
+        file.write(plan.to_json().encode())
+
+    write_atomically(path, write, force=force)
+
+
+def _time(models: list[ExportedProgram], inputs: Any, progress: Any) -> Timing | str:
+    """Return the timing of the models, or why it cannot be had: a model that ONNX cannot express is no failure here."""
+    from surgery.bench import bench
+
+    try:
+        return bench(models, inputs, seconds=4.0, progress=lambda share: progress("time", round(100 * share), 100))
+    except SurgeryError as error:
+        return str(error)
+
+
+@click.command()
+@click.argument("model", type=_MODEL)
+@click.option("-o", "--output", type=_MODEL, help="The new file.  [default: MODEL.recomposed.pt2 beside MODEL]")
+@click.option("--state-dict", type=_MODEL, help="Also write the state dict, as safetensors.")
+@click.option("--force", is_flag=True, help="Overwrite files that exist.")
+@model_options
+@as_json
+def recompose(
+    model: Path, output: Path | None, state_dict: Path | None, force: bool, json_: bool, **options: Any
+) -> None:
+    """Fuse every chain of MODEL that is provably one operator back into that operator."""
+    from surgery.cli import show
+    from surgery.passes.recompose import recompose as run
+    from surgery.save import save, save_state_dict
+
+    target = output or default_output(model, "recomposed.pt2")
+    for path in (target, state_dict):
+        if path is not None:
+            check_output(path, force=force)
+    with show.progress(quiet=json_) as progress:
+        progress("load", 0, 1)
+        program, inputs = open_program(model, **options)
+        progress("recompose", 0, 1)
+        result = run(program, inputs)
+        save(result.model, target, force=force)
+        if state_dict is not None:
+            save_state_dict(result.model.state_dict, state_dict, force=force)
+    if json_:
+        show.print_json(show.recompose_json((model, target), result))
+    else:
+        show.recompose_tables((model, target, state_dict), result)
+
+
+@click.command()
+@click.argument("model", type=_MODEL)
+@click.option("-o", "--output", type=_MODEL, required=True, help="The ONNX file.")
+@click.option("--force", is_flag=True, help="Overwrite a file that exists.")
+@model_options
+@as_json
+def export(model: Path, output: Path, force: bool, json_: bool, **options: Any) -> None:
+    """Export MODEL to ONNX, and check onnxruntime's output against PyTorch's."""
+    from surgery.cli import show
+    from surgery.export import export_onnx
+
+    check_output(output, force=force)
+    with show.progress(quiet=json_) as progress:
+        progress("export", 0, 1)
+        program, inputs = open_program(model, **options)
+        report = export_onnx(program, output, inputs, force=force)
+    if json_:
+        show.print_json(show.export_json(report))
+    else:
+        show.export_lines(report)
+
+
+@click.command()
+@click.argument("models", type=_MODEL, nargs=-1, required=True, metavar="A [B ...]")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of onnxruntime.  [default: physical cores]")
+@click.option("--seconds", type=click.FloatRange(min=0.01), default=5.0, show_default=True, help="Time to measure.")
+@model_options
+@as_json
+def bench(models: tuple[Path, ...], threads: int | None, seconds: float, json_: bool, **options: Any) -> None:
+    """Time models (.pt2 or .onnx) under onnxruntime on this CPU, interleaved; each later one against the first."""
+    from surgery.bench import bench as run
+    from surgery.cli import show
+
+    with show.progress(quiet=json_) as progress:
+        progress("load", 0, 1)
+        opened, inputs = _open_all(models, options)
+        timing = run(
+            opened,
+            inputs,
+            names=[str(path) for path in models],
+            threads=threads,
+            seconds=seconds,
+            seed=options["seed"],
+            progress=lambda share: progress("time", round(100 * share), 100),
+        )
+    if json_:
+        show.print_json(timing.to_json())
+    else:
+        show.timing_tables(timing)
+
+
+def _open_all(paths: tuple[Path, ...], options: dict[str, Any]) -> tuple[list[Any], Any]:
+    """Return .onnx files as paths and all others as programs; and the inputs of the first program, if there is one."""
+    opened: list[Any] = []
+    inputs: Any = None
+    for path in paths:
+        if path.suffix == ".onnx":
+            opened.append(path)
+            continue
+        program, own = open_program(path, **options)
+        opened.append(program)
+        inputs = own if inputs is None else inputs
+    return opened, inputs
+
+
+@click.command()
+@click.argument("a", type=_MODEL)
+@click.argument("b", type=_MODEL)
+@click.option("--inputs", "inputs_file", type=_MODEL, help="Inputs by name, as .npz.")
+@model_options
+@as_json
+def compare(a: Path, b: Path, inputs_file: Path | None, json_: bool, **options: Any) -> None:
+    """Show how far the outputs of A and B are apart on the same inputs."""
+    from surgery.cli import show
+    from surgery.compare import compare as run
+
+    (first, second), inputs = _open_all((a, b), options)
+    if inputs_file is not None:
+        inputs = _read_npz(inputs_file)
+    difference = run(first, second, inputs, seed=options["seed"])
+    if json_:
+        show.print_json(difference.to_json())
+    else:
+        show.difference_tables((a, b), difference)
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is no .npz file of arrays: {error}", next_step="write it with numpy.savez") from error

@@ -1,0 +1,140 @@
+"""Options that several commands share, and the opening of MODEL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from surgery.errors import FileError, InputError
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+__all__ = ["as_json", "check_output", "default_output", "model_options", "open_program", "parse_shapes"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def model_options(command: F) -> F:
+    """Add the options that say how MODEL is read and what it is run on."""
+    for option in reversed(
+        (
+            click.option(
+                "--input-shape",
+                "input_shapes",
+                multiple=True,
+                metavar="[NAME:]N,N,...",
+                help="Shape of an input, as 1,3,224,224 or mask:1,128; repeat it for several inputs.",
+            ),
+            click.option("--model", "factory", metavar="MODULE:FACTORY", help="What makes the module of a state dict."),
+            click.option("--trust", is_flag=True, help="Let the file run code: pickled modules, TorchScript."),
+            click.option("--seed", type=int, default=0, show_default=True, help="Seed of random inputs."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def as_json(command: F) -> F:
+    """Add --json."""
+    return click.option("--json", "json_", is_flag=True, help="Print JSON instead of tables.")(command)
+
+
+def parse_shapes(texts: tuple[str, ...]) -> list[tuple[str | None, tuple[int, ...]]]:
+    """Return (name or None, shape) for each --input-shape.
+
+    Raises:
+        InputError: a text that is no shape.
+    """
+    shapes = []
+    for text in texts:
+        name, colon, sizes = text.rpartition(":")
+        try:
+            shape = tuple(int(size) for size in sizes.split(","))
+        except ValueError:
+            shape = ()
+        if not shape or any(size < 1 for size in shape) or (colon and not name):
+            raise InputError(f"--input-shape {text!r}", allowed="whole numbers above 0, as 1,3,224,224 or mask:1,128")
+        shapes.append((name or None, shape))
+    return shapes
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Raise before any work is done if the output could not be written."""
+    if not path.parent.is_dir():
+        raise FileError(f"the folder {path.parent} does not exist", next_step="make it first")
+    if path.is_dir():
+        raise FileError(f"{path} is a folder", next_step="name a file")
+    if path.exists() and not force:
+        raise FileError(f"{path} exists already", next_step="pass --force to overwrite it, or another -o")
+
+
+def default_output(model: Path, suffix: str) -> Path:
+    """Return model.<suffix> beside the model, without its own suffixes."""
+    return model.with_name(f"{model.stem}.{suffix}")
+
+
+def open_program(
+    path: Path, *, input_shapes: tuple[str, ...], factory: str | None, trust: bool, seed: int
+) -> tuple[ExportedProgram, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Return MODEL as an exported program, and the inputs to run it on.
+
+    Raises:
+        SurgeryError: a file that cannot be loaded, or inputs that do not fit.
+    """
+    from torch.export import ExportedProgram
+
+    from surgery.export import capture
+    from surgery.inputs import program_inputs
+    from surgery.load import load
+
+    shapes = parse_shapes(input_shapes)
+    loaded = load(path, trust=trust, model=factory, example_inputs=_random(shapes, {}, seed)[0] or None)
+    if isinstance(loaded, ExportedProgram):
+        inputs = _fill(loaded, shapes, seed) if shapes else program_inputs(loaded, seed=seed)
+        return loaded, inputs
+    if not shapes:
+        raise InputError(f"{path} is a module, which does not know its input shapes", next_step="pass --input-shape")
+    inputs = _random(shapes, {}, seed)
+    return capture(loaded, inputs)[0], inputs
+
+
+def _fill(
+    program: ExportedProgram, shapes: list[tuple[str | None, tuple[int, ...]]], seed: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return random inputs of the given shapes in the places and dtypes of the program's own."""
+    from torch.utils import _pytree as pytree
+
+    from surgery.inputs import program_inputs, random_tensor
+
+    leaves, spec = pytree.tree_flatten(program_inputs(program, seed=seed))
+    names = [str(name) for name in program.graph_signature.user_inputs]
+    wanted = {name or names[i] if i < len(names) else name: shape for i, (name, shape) in enumerate(shapes)}
+    if unknown := [name for name in wanted if name not in names]:
+        raise InputError(f"the program has no input {unknown[0]}", allowed=", ".join(names))
+    for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+        if name in wanted:
+            leaves[i] = random_tensor(wanted[name], leaf.dtype, seed=seed + i, name=name)
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    return args, kwargs
+
+
+def _random(
+    shapes: list[tuple[str | None, tuple[int, ...]]], kwargs: dict[str, Any], seed: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    import torch
+
+    from surgery.inputs import random_tensor
+
+    args = []
+    for i, (name, shape) in enumerate(shapes):
+        whole = name is not None and any(word in name for word in ("ids", "mask", "token", "position"))
+        tensor = random_tensor(shape, torch.int64 if whole else torch.float32, seed=seed + i, name=name or "")
+        if name is None:
+            args.append(tensor)
+        else:
+            kwargs[name] = tensor
+    return tuple(args), kwargs

@@ -1,0 +1,1 @@
+"""What an operator, a chain or a model costs in time: small ONNX models, the timing core, cached latencies."""

@@ -1,0 +1,248 @@
+"""Latencies of operators and chains, measured once for each structure and kept on disk.
+
+A latency depends on shapes and geometry, on the machine and on the runtime, not on the values of weights; the key of
+a stored one holds exactly these. All are measured in float32 (``onnx_model`` says why), so that the dtype is no part
+of it. A pair of a dense operator and its chain is measured in one interleaved run, and stored as a pair.
+
+The file is ``latencies.sqlite3`` in ``~/.cache/surgery`` (``$XDG_CACHE_HOME/surgery``); the environment variable
+``SURGERY_CACHE`` names another folder, or is ``off``. Any number of processes may share it. Where it cannot be read or
+written, a log line says so, and measuring goes on without it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import sqlite3
+import tempfile
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+
+from surgery.chain import Chain
+from surgery.cost.onnx_model import build_model
+from surgery.cost.timing import VERDICTS, Budget, bind, compare_samples, interleave, open_session, physical_cores
+from surgery.operators import Conv, Geometry, Operator, Shape
+
+__all__ = ["Comparison", "Latencies", "cache_path", "channel_multiple", "cpu_name"]
+
+_PROTOCOL = 1  # raise it whenever the way of measuring changes: stored latencies are then measured anew
+_CPU_FIELDS = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")
+_log = logging.getLogger(__name__)
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Median seconds of a dense operator and of its chain, from one interleaved run.
+
+    ``speedup`` is dense over chain, ``low`` to ``high`` its 95 % interval; ``verdict`` says whether the chain is
+    "faster", "slower", or there is "no difference".
+    """
+
+    dense_s: float
+    chain_s: float
+    speedup: float
+    low: float
+    high: float
+    verdict: str
+
+
+class Latencies:
+    """Measures operators and chains under onnxruntime; what was measured before, in any process, is looked up.
+
+    ``threads`` defaults to the physical cores; ``budget`` is for one measurement; ``path`` is the file, by default
+    ``cache_path()``; ``keep=False`` uses no file. ``measured`` counts the measurements that really ran.
+
+    >>> from surgery.operators import Linear
+    >>> latencies = Latencies(threads=1, budget=Budget(seconds=0.01), keep=False)
+    >>> latencies.measure(Linear(torch.ones(4, 4)), (1, 4)) > 0
+    True
+    """
+
+    def __init__(
+        self,
+        *,
+        threads: int | None = None,
+        budget: Budget | None = None,
+        seed: int = 0,
+        path: Path | None = None,
+        keep: bool = True,
+    ) -> None:
+        self.threads = physical_cores() if threads is None else threads
+        self.budget = budget or Budget(seconds=0.3, max_rounds=500)
+        self.seed = seed
+        self.measured = 0
+        self._store = _Store((path or cache_path()) if keep else None)
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def compare(self, dense: Operator, chain: Chain, shape: Shape) -> Comparison:
+        """Return both latencies at an input shape, and how much faster the chain is.
+
+        Raises:
+            InputError: onnxruntime cannot run one of the two.
+        """
+        key = self._key(shape, dense, chain)
+        found = self._look_up(key, Comparison)
+        if found is None:
+            first, second = self._time(shape, dense, chain)
+            speedup = compare_samples(first, second, seed=self.seed)
+            verdict = speedup.verdict
+            found = Comparison(first.median, second.median, speedup.value, speedup.low, speedup.high, verdict)
+            self._keep(key, asdict(found))
+        return found
+
+    def measure(self, operator: Operator | Chain, shape: Shape) -> float:
+        """Return the median seconds of one run at an input shape; raises InputError as ``compare``."""
+        key = self._key(shape, operator)
+        found = self._look_up(key, _Single)
+        if found is None:
+            found = _Single(self._time(shape, operator)[0].median)
+            self._keep(key, asdict(found))
+        return found.seconds
+
+    def _time(self, shape: Shape, *operators: Operator | Chain) -> Any:
+        self.measured += 1
+        x = np.random.default_rng(self.seed).standard_normal(shape, dtype=np.float32)
+        sessions = [open_session(build_model(operator, shape), threads=self.threads) for operator in operators]
+        return interleave([bind(session, {"input": x}) for session in sessions], self.budget, seed=self.seed)
+
+    def _key(self, shape: Shape, *operators: Operator | Chain) -> str:
+        key = {
+            "operators": [_structure(operator) for operator in operators],
+            "shape": list(shape),
+            "threads": self.threads,
+            "onnxruntime": ort.__version__,
+            "cpu": cpu_name(),
+            "instruction_set": torch.backends.cpu.get_cpu_capability(),
+            "protocol": _PROTOCOL,
+        }
+        return json.dumps(key, sort_keys=True, separators=(",", ":"))
+
+    def _look_up(self, key: str, kind: type[_Value]) -> _Value | None:
+        fields = self._known.get(key) or self._store.get(key)
+        if fields is None:
+            return None
+        try:
+            found = kind(**fields)
+        except TypeError:
+            return None  # written by another version, or by someone else
+        if not all(map(_is_sensible, fields, fields.values())):
+            return None
+        self._known[key] = fields
+        return found
+
+    def _keep(self, key: str, fields: dict[str, Any]) -> None:
+        self._known[key] = fields
+        self._store.put(key, fields)
+
+
+@dataclass(frozen=True)
+class _Single:
+    seconds: float
+
+
+def _is_sensible(name: str, value: Any) -> bool:
+    if name == "verdict":
+        return value in VERDICTS
+    return isinstance(value, float) and math.isfinite(value) and value > 0
+
+
+def _structure(operator: Operator | Chain) -> Any:
+    """Return all that a latency depends on in an operator, as JSON values."""
+    if isinstance(operator, Chain):
+        return [_structure(part) for part in operator.operators]
+    found: dict[str, Any] = {
+        "kind": type(operator).__name__,
+        "weight": list(operator.weight.shape),
+        "bias": operator.bias is not None,
+    }
+    if isinstance(operator, Conv):
+        found |= {"groups": operator.groups, "geometry": asdict(operator.geometry)}
+    return found
+
+
+class _Store:
+    """Text keys to JSON values in one SQLite file; after the first failure it is silent and empty."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        rows = self._execute("SELECT fields FROM latencies WHERE key = ?", (key,))
+        try:
+            found = json.loads(rows[0][0]) if rows else None
+        except (TypeError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def put(self, key: str, fields: dict[str, Any]) -> None:
+        self._execute("INSERT OR REPLACE INTO latencies VALUES (?, ?)", (key, json.dumps(fields)))
+
+    def _execute(self, statement: str, values: tuple[str, ...]) -> list[tuple[Any, ...]]:
+        if self._path is None:
+            return []
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(self._path, timeout=10, isolation_level=None)) as connection:
+                connection.execute("CREATE TABLE IF NOT EXISTS latencies (key TEXT PRIMARY KEY, fields TEXT)")
+                return connection.execute(statement, values).fetchall()
+        except (sqlite3.Error, OSError) as error:
+            _log.warning("the latency cache %s cannot be used (%s); measuring without it", self._path, error)
+            self._path = None
+            return []
+
+
+def cache_path() -> Path | None:
+    """Return the file of stored latencies, or None if ``SURGERY_CACHE`` is ``off``."""
+    chosen = os.environ.get("SURGERY_CACHE", "")
+    if chosen.lower() == "off":
+        return None
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    folder = Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()
+    return (Path(chosen).expanduser() if chosen else folder / "surgery") / "latencies.sqlite3"
+
+
+@cache
+def cpu_name() -> str:
+    """Return the processor's model with its family and stepping: virtual machines hide all but these."""
+    fields: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines():
+            name, _, value = line.partition(":")
+            fields[name.strip()] = value.strip()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = [fields[name] for name in _CPU_FIELDS if fields.get(name)]
+    return f"{found[0]} ({'/'.join(found[1:])})" if found else platform.machine()
+
+
+@cache
+def channel_multiple() -> int:
+    """Return the channel block of onnxruntime's fast convolution here: ranks that are multiples of it waste nothing.
+
+    onnxruntime asks MLAS (``MlasNchwcGetBlockSize``): 16 with AVX-512, 8 with other vector units of x86-64, 16 with
+    NEON in recent versions. So it is not guessed: onnxruntime optimises a convolution to one channel, and its filter
+    comes back padded to a whole block. Where there is no blocked convolution, 16 with AVX-512, otherwise 8.
+    """
+    one = Conv(torch.ones(1, 64, 3, 3), geometry=Geometry.pointwise(2))
+    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
+        file = Path(folder) / "optimised.onnx"
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.optimized_model_filepath = str(file)
+        ort.InferenceSession(build_model(one, (1, 64, 3, 3)), options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(file).graph
+    if any(node.domain == "com.microsoft.nchwc" for node in graph.node):
+        return max(int(weight.dims[0]) for weight in graph.initializer)
+    return 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8

@@ -1,0 +1,144 @@
+"""The ONNX model of one operator or chain, built node by node as torch's exporter would emit it.
+
+A convolution is Conv or ConvTranspose, after a Pad where torch pads in another mode than with zeros, and between
+Unsqueeze and Squeeze where the input has no batch. A linear layer is Gemm on (rows, features), and MatMul, then Add on
+any other number of dimensions. ``torch.onnx.export`` makes the same nodes a thousand times more slowly.
+
+Tensors are float32 whatever the operator's dtype: onnxruntime's CPU convolutions have no other kernel (half precisions
+are cast around them, float64 is refused).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from surgery.chain import Chain
+from surgery.errors import InputError
+from surgery.operators import Conv, Geometry, Linear, Operator, Shape
+
+__all__ = ["OPSET", "build_model"]
+
+OPSET = 20  # what torch.onnx writes; 19 is the first with Pad's wrap mode
+_IR_VERSION = 10
+_MAX_BYTES = 2**31 - 2**20  # protobuf's limit for one message, less room for the nodes
+_PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+
+
+@dataclass
+class _Graph:
+    """Nodes and constants so far, and the value that the next node reads."""
+
+    value: str = "input"
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: list[onnx.TensorProto] = field(default_factory=list)
+
+    def constant(self, array: np.ndarray) -> str:
+        name = f"constant_{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        return name
+
+    def apply(self, op_type: str, constants: Iterable[np.ndarray | None] = (), **attributes: Any) -> None:
+        """Append a node on the current value and the constants that are not None; its output is the new value."""
+        names = [self.constant(array) for array in constants if array is not None]
+        output = f"value_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op_type, [self.value, *names], [output], **attributes))
+        self.value = output
+
+
+def build_model(operator: Operator | Chain, shape: Shape) -> bytes:
+    """Return a serialised ONNX model that maps "input" of this shape as the operator or chain does to "output".
+
+    Weights on the meta device (as ``Factorization.skeleton`` makes them) become seeded random numbers.
+
+    Raises:
+        InputError: an operator of an unknown kind, or more than 2 GiB of weights.
+    """
+    operators = operator.operators if isinstance(operator, Chain) else (operator,)
+    size = 4 * sum(op.parameters for op in operators)
+    if size > _MAX_BYTES:
+        raise InputError(f"the weights take {size / 2**30:.1f} GiB", allowed="an ONNX model of at most 2 GiB")
+    graph, now = _Graph(), shape
+    for op in operators:
+        emit = _EMITTERS.get(type(op))
+        if emit is None:
+            allowed = ", ".join(kind.__name__ for kind in _EMITTERS)
+            raise InputError(f"no ONNX node is known for {type(op).__name__}", allowed=allowed)
+        emit(graph, op, now)
+        now = op.out_shape(now)
+    graph.nodes[-1].output[0] = "output"
+    proto = helper.make_graph(
+        graph.nodes,
+        "operator",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, now)],
+        graph.constants,
+    )
+    model = helper.make_model(proto, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=_IR_VERSION)
+    return model.SerializeToString()
+
+
+def _array(tensor: Tensor | None) -> np.ndarray | None:
+    """Return float32 numbers; random ones, scaled so that activations keep their size, for the meta device."""
+    if tensor is None:
+        return None
+    if not tensor.is_meta:
+        return tensor.detach().to("cpu", torch.float32).numpy()
+    scale = math.prod(tensor.shape[1:]) ** -0.5
+    return np.random.default_rng(0).standard_normal(tuple(tensor.shape), dtype=np.float32) * np.float32(scale)
+
+
+def _emit_linear(graph: _Graph, operator: Operator, shape: Shape) -> None:
+    weight, bias = _array(operator.weight), _array(operator.bias)
+    if len(shape) == 2:
+        graph.apply("Gemm", [weight, bias], transB=1)
+        return
+    graph.apply("MatMul", [None if weight is None else weight.T])
+    if bias is not None:
+        graph.apply("Add", [bias])
+
+
+def _emit_conv(graph: _Graph, operator: Operator, shape: Shape) -> None:
+    if not isinstance(operator, Conv):
+        raise TypeError(type(operator).__name__)
+    geometry = operator.geometry
+    unbatched = len(shape) == geometry.dims + 1
+    first_axis = np.array([0], dtype=np.int64)
+    if unbatched:
+        graph.apply("Unsqueeze", [first_axis])
+    padding = geometry.padding
+    if geometry.padding_mode != "zeros" and geometry.padded:
+        amounts = np.array([0, 0, *_pads(padding, 0), 0, 0, *_pads(padding, 1)], dtype=np.int64)
+        graph.apply("Pad", [amounts], mode=_PAD_MODES[geometry.padding_mode])
+        padding = ((0, 0),) * geometry.dims
+    graph.apply(
+        "ConvTranspose" if geometry.transposed else "Conv",
+        [_array(operator.weight), _array(operator.bias)],
+        kernel_shape=operator.kernel_size,
+        strides=geometry.stride,
+        dilations=geometry.dilation,
+        pads=[*_pads(padding, 0), *_pads(padding, 1)],
+        group=operator.groups,
+        **_transposed_attributes(geometry),
+    )
+    if unbatched:
+        graph.apply("Squeeze", [first_axis])
+
+
+def _pads(padding: tuple[tuple[int, int], ...], side: int) -> list[int]:
+    return [pair[side] for pair in padding]
+
+
+def _transposed_attributes(geometry: Geometry) -> dict[str, Shape]:
+    return {"output_padding": geometry.output_padding} if geometry.transposed else {}
+
+
+_EMITTERS: dict[type[Operator], Callable[[_Graph, Operator, Shape], None]] = {Linear: _emit_linear, Conv: _emit_conv}

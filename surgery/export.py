@@ -1,0 +1,207 @@
+"""Export to ONNX: quietly, whole or not at all, and only what onnxruntime was seen to compute as PyTorch does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from surgery.compare import Difference, compare_outputs, evaluating, run_model
+from surgery.cost.timing import open_session
+from surgery.errors import CaptureError, CheckError, InputError
+from surgery.inputs import Inputs, default_inputs, feed, flatten_inputs, normalise_inputs
+from surgery.save import write_atomically
+
+__all__ = ["TOLERANCES", "ExportReport", "capture", "export_onnx", "quiet"]
+
+TOLERANCES = {  # relative Frobenius error of a whole output, by the coarsest float type in it
+    torch.float64: 1e-6,  # not 1e-12: exporters keep some constants in float32
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
+_SINGLE_FILE_BYTES = 2**31 - 2**24  # protobuf takes less than 2 GiB in one message; leave room for the nodes
+_LOUD = ("torch.onnx", "torch.export", "torch._export", "onnxscript", "onnx_ir")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and how it was checked.
+
+    ``inputs`` has each input as ``name type shape``, with letters for dynamic sizes. The errors are the largest of any
+    output, against PyTorch, on the example inputs. ``data`` is the file of weights beside a model of 2 GiB or more.
+    """
+
+    path: Path
+    size: int
+    opset: int
+    inputs: tuple[str, ...]
+    dynamic: bool
+    max_abs_error: float
+    relative_error: float
+    data: Path | None = None
+
+
+def export_onnx(
+    model: nn.Module | ExportedProgram,
+    path: str | os.PathLike[str],
+    example_inputs: Any = None,
+    *,
+    force: bool = True,
+    seed: int = 0,
+) -> ExportReport:
+    """Write a module (in evaluation mode) or program as ONNX, after onnxruntime gave PyTorch's outputs on the inputs.
+
+    ``example_inputs`` are a tensor, a tuple or list, or a dict by name; a program brings its own along, and its dynamic
+    sizes stay dynamic. Weights of 2 GiB or more go to a second file, ``NAME.onnx.data``.
+
+    Raises:
+        InputError: no inputs, inputs that do not fit, or types that onnxruntime cannot run.
+        CaptureError: torch cannot capture the model or write it as ONNX.
+        CheckError: onnxruntime computes something else; nothing is written.
+    """
+    target = Path(path)
+    program, inputs = capture(model, example_inputs, seed=seed)
+    exported = _to_onnx(program)
+    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
+        draft = Path(folder) / target.name
+        _write_draft(exported, draft)
+        session = _open_draft(draft)
+        difference = _check(program, session, inputs)
+        data = _publish(draft, target, force=force)
+    declared = session.get_inputs()
+    return ExportReport(
+        path=target,
+        size=target.stat().st_size + (data.stat().st_size if data else 0),
+        opset=exported.model.opset_imports[""],
+        inputs=tuple(f"{d.name} {d.type[7:-1]} {'x'.join(map(str, d.shape)) or 'scalar'}" for d in declared),
+        dynamic=any(isinstance(size, str) for d in declared for size in d.shape),
+        max_abs_error=difference.max_abs,
+        relative_error=difference.relative,
+        data=data,
+    )
+
+
+def capture(
+    model: nn.Module | ExportedProgram, example_inputs: Any = None, *, seed: int = 0
+) -> tuple[ExportedProgram, Inputs]:
+    """Return the model as a program (a module's, in evaluation mode), and inputs that it runs on.
+
+    Raises:
+        InputError: no inputs are given and the model knows none.
+        CaptureError: torch.export cannot capture the module.
+    """
+    if not isinstance(model, nn.Module | ExportedProgram):
+        raise InputError(f"a model of type {type(model).__name__}", allowed="nn.Module, GraphModule, ExportedProgram")
+    inputs = default_inputs(model, seed=seed) if example_inputs is None else normalise_inputs(example_inputs)
+    if inputs is None:
+        raise InputError(f"{type(model).__name__} needs example inputs", next_step="give example_inputs")
+    if isinstance(model, ExportedProgram):
+        return model, inputs
+    args, kwargs = inputs
+    run_model(model, inputs)  # inputs that do not fit are an InputError, not a failure of the capture
+    with quiet(), evaluating(model):
+        return _capturing("captured", lambda: torch.export.export(model, args, kwargs)), inputs
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the warnings and log lines of torch's exporters, which speak of themselves."""
+    loggers = [logging.getLogger(name) for name in _LOUD]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _capturing(done: str, run: Callable[[], _Result]) -> _Result:
+    try:
+        return run()
+    except Exception as error:  # torch's exporters raise all kinds
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        reason = (str(root).strip() or type(root).__name__).splitlines()[0]
+        raise CaptureError(f"the model cannot be {done}: {reason}", next_step="see torch.export's guide") from error
+
+
+def _to_onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
+    def run() -> torch.onnx.ONNXProgram:
+        exported = torch.onnx.export(program, dynamo=True, verbose=False)
+        if exported is None:
+            raise InputError("torch.onnx.export returned nothing")
+        return exported
+
+    with quiet():
+        return _capturing("written as ONNX", run)
+
+
+def _write_draft(exported: torch.onnx.ONNXProgram, draft: Path) -> None:
+    size = sum(value.const_value.nbytes for value in exported.model.graph.initializers.values() if value.const_value)
+    with quiet():
+        exported.save(draft, external_data=size > _SINGLE_FILE_BYTES)
+
+
+def _open_draft(draft: Path) -> Any:
+    try:
+        return open_session(draft)
+    except InputError as error:
+        reason = error.what.partition(": ")[2]
+        what = f"onnxruntime's CPU kernels do not take the exported model, so that it cannot be checked: {reason}"
+        raise InputError(what, next_step="convert it with model.float()") from error
+
+
+def _check(program: ExportedProgram, session: Any, inputs: Inputs) -> Difference:
+    tensors = flatten_inputs(inputs, program)
+    feeds = feed(session, inputs, program)
+    try:
+        found = tuple(torch.from_numpy(array) for array in session.run(None, feeds))
+    except Exception as error:  # onnxruntime's exceptions have no common base but this
+        reason = str(error).strip().splitlines()[0]
+        raise CheckError(f"onnxruntime cannot run the exported model: {reason}") from error
+    expected = run_model(program, inputs)
+    try:
+        difference = compare_outputs(expected, found)
+    except InputError as error:
+        raise CheckError(f"the exported model has other outputs: {error.what}") from error
+    floats = [t.dtype for t in (*tensors, *found, *program.state_dict.values()) if t.dtype in TOLERANCES]
+    tolerance = max((TOLERANCES[dtype] for dtype in floats), default=0.0)
+    if not difference.relative <= tolerance:
+        what = f"onnxruntime's outputs differ from PyTorch's by a relative error of {difference.relative:.2g}"
+        raise CheckError(what, allowed=f"at most {tolerance:g}", next_step="nothing was written")
+    return difference
+
+
+def _publish(draft: Path, target: Path, *, force: bool) -> Path | None:
+    """Move the checked draft to its place; the weights first, so that a model is never without them."""
+    source, data = draft.with_name(draft.name + ".data"), target.with_name(target.name + ".data")
+    if source.exists():
+        write_atomically(data, _copier(source), force=force)
+    write_atomically(target, _copier(draft), force=force)
+    return data if source.exists() else None
+
+
+def _copier(source: Path) -> Callable[[IO[bytes]], None]:
+    def copy(file: IO[bytes]) -> None:
+        with source.open("rb") as opened:
+            shutil.copyfileobj(opened, file)
+
+    return copy

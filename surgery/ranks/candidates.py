@@ -1,0 +1,158 @@
+"""Candidates: one site with one factorization that fits it; its spectra, costs and errors at any ranks.
+
+A candidate computes its spectra once, when they are first asked for, and each cost once. Costs are counted on the chain
+that the factorization would build, with weights on the meta device.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from surgery.chain import Chain
+from surgery.errors import InputError, Refusal
+from surgery.factorizations import Factorization, Ranks, Spectrum, fitting
+from surgery.sites import Site
+
+__all__ = ["Candidate", "Choice", "Cost", "candidates_of", "say_ranks"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, and multiply-accumulates of all calls in one run."""
+
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One factorization that fits the operator of one site."""
+
+    site: Site
+    factorization: Factorization
+    _costs: dict[Ranks, Cost] = field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def max_ranks(self) -> Ranks:
+        """The full rank of each unfolding."""
+        return self.factorization.max_ranks(self.site.operator)
+
+    @functools.cached_property
+    def spectra(self) -> tuple[Spectrum, ...]:
+        """The singular values of each unfolding: the expensive part."""
+        return self.factorization.spectra(self.site.operator)
+
+    @functools.cached_property
+    def levels(self) -> tuple[npt.NDArray[np.float64], ...]:
+        """Pooled singular values of each unfolding over the norm of the weight, descending."""
+        pooled = [spectrum.pooled.double().cpu().numpy() for spectrum in self.spectra]
+        return tuple(values / (np.linalg.norm(values) or 1.0) for values in pooled)
+
+    @functools.cached_property
+    def dense_cost(self) -> Cost:
+        """The cost of the operator as it is."""
+        return Cost(self.site.parameters, self.site.macs)
+
+    def skeleton(self, ranks: Ranks) -> Chain:
+        """Return the chain on the meta device."""
+        return self.factorization.skeleton(self.site.operator, ranks)
+
+    def cost(self, ranks: Ranks) -> Cost:
+        """Return the cost of the chain at these ranks."""
+        if ranks not in self._costs:
+            chain = self.skeleton(ranks)
+            calls = Counter(self.site.input_shapes)
+            macs = sum(count * chain.macs(shape) for shape, count in calls.items())
+            self._costs[ranks] = Cost(chain.parameters, macs)
+        return self._costs[ranks]
+
+    def error(self, ranks: Ranks) -> float:
+        """Return the predicted weight error: root of the energy that the unfoldings lose, at most 1.
+
+        With one unfolding that is the error of the truncated SVD (Eckart-Young), with several an upper bound on the
+        error of a truncated higher-order SVD (De Lathauwer et al. 2000, property 10).
+        """
+        if ranks == self.max_ranks:
+            return 0.0
+        lost = sum(float(np.square(v[r:]).sum()) for v, r in zip(self.levels, ranks, strict=True))
+        return min(1.0, math.sqrt(lost))
+
+    def widened(self, ranks: Ranks, cost: str) -> Ranks:
+        """Return these ranks, or with one mode at its full rank where the chain then costs less.
+
+        A full mode needs no factor of its own, so its error and its cost may both be lower. ``cost`` is "parameters" or
+        "macs". The cost of what comes back never grows when the ranks shrink.
+        """
+        options = [ranks]
+        if len(ranks) > 1:
+            options += [(*ranks[:i], full, *ranks[i + 1 :]) for i, full in enumerate(self.max_ranks)]
+        return min(options, key=lambda option: getattr(self.cost(option), cost))
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A candidate at ranks; latencies in seconds for all calls of one run, where they were measured."""
+
+    candidate: Candidate
+    ranks: Ranks
+    dense_latency: float | None = None
+    latency: float | None = None
+
+    @property
+    def cost(self) -> Cost:
+        """The cost of the chain."""
+        return self.candidate.cost(self.ranks)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """What to sort by so that the fewest MACs come first."""
+        return self.cost.macs, self.cost.parameters
+
+    def saves(self, *costs: str) -> bool:
+        """Whether any of these costs ("parameters", "macs") is below that of the dense operator."""
+        dense = self.candidate.dense_cost
+        return any(getattr(self.cost, cost) < getattr(dense, cost) for cost in costs)
+
+    def refuse(self, cost: str) -> Refusal:
+        """Return the refusal of a chain that saves nothing, as ``rank 30 of svd would cost more than dense (...)``."""
+        chain, dense = getattr(self.cost, cost), getattr(self.candidate.dense_cost, cost)
+        name = "MACs" if cost == "macs" else cost
+        what = f"rank {say_ranks(self.ranks)} of {self.candidate.factorization.name}"
+        if chain <= dense:
+            return Refusal(f"{what} would cost as much as dense ({chain} {name})")
+        times = f"{chain / dense:.2g}x" if dense and chain / dense >= 1.05 else f"{dense} -> {chain}"
+        return Refusal(f"{what} would cost more than dense ({name} {times})")
+
+
+def candidates_of(site: Site, factorization: str) -> list[Candidate] | Refusal:
+    """Return the candidates of a site, the preferred one first, or why there is none.
+
+    ``factorization`` is a name, or "auto" for all that fit.
+
+    Raises:
+        InputError: an unknown name, or a weight with values that are not finite.
+    """
+    weight = site.operator.weight.detach()
+    if weight.numel() == 0:
+        return Refusal("its weight is empty")
+    fits = fitting(site.operator, factorization)
+    if isinstance(fits, Refusal):
+        return fits
+    if not bool(torch.isfinite(weight).all()):
+        raise InputError(
+            f"the weight of {site.name!r} has values that are not finite",
+            next_step="repair the model first, or exclude this site",
+        )
+    return [Candidate(site, fit) for fit in fits]
+
+
+def say_ranks(ranks: Ranks) -> str:
+    """Return ranks as they are written in a spec: ``16,32``."""
+    return ",".join(map(str, ranks))

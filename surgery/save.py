@@ -1,0 +1,127 @@
+"""Save a model so that the file is always whole: the old one or the new one, never a part of either.
+
+The bytes go to a temporary file in the target's folder, are flushed to the disk, and take the target's name in one
+step. A crash at any moment leaves the target as it was; an error or Ctrl-C also removes the temporary file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from surgery.archive import RECORD
+from surgery.errors import FileError, InputError
+
+__all__ = ["save", "write_atomically"]
+
+_SAVABLE = "change the model so that torch.export.save takes it, or save its state_dict()"
+_EXISTS = "pass --force (in Python force=True) to overwrite it, or choose another name"
+
+
+def _check_target(target: Path, *, force: bool) -> None:
+    if target.is_dir():
+        raise FileError(f"{target}: is a folder", allowed="a file name")
+    if not target.parent.is_dir():
+        raise FileError(f"{target}: the folder {target.parent} does not exist", next_step="make it first")
+    if target.exists() and not force:
+        raise FileError(f"{target}: exists already", next_step=_EXISTS)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name itself durable, where the system can open folders."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _publish(temporary: Path, target: Path, *, force: bool) -> None:
+    if force:
+        if target.exists():
+            temporary.chmod(target.stat().st_mode & 0o777)
+        os.replace(temporary, target)
+        return
+    try:
+        os.link(temporary, target)  # unlike replace, it fails if someone else made the target meanwhile
+    except FileExistsError:
+        raise FileError(f"{target}: exists already", next_step=_EXISTS) from None
+    temporary.unlink()
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], None], *, force: bool = True) -> None:
+    """Let ``write`` fill a file that appears at ``path`` only when it is complete and on the disk.
+
+    ``force=False`` refuses a target that exists. A link is followed. Whatever ``write`` raises passes through, after
+    the temporary file was removed; an OSError becomes a FileError.
+    """
+    target = Path(os.path.realpath(path))
+    _check_target(target, force=force)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(temporary, "x+b") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        _publish(temporary, target, force=force)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise FileError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _extra_files(program: ExportedProgram) -> dict[str, str] | None:
+    record = program.graph_module.meta.get("surgery")
+    if not isinstance(record, dict):
+        return None
+    try:
+        return {RECORD: json.dumps(record, allow_nan=False)}
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the record in graph_module.meta['surgery'] is not JSON: {error}") from error
+
+
+def save(
+    model: ExportedProgram | nn.Module | torch.fx.GraphModule,
+    path: str | os.PathLike[str],
+    *,
+    force: bool = True,
+) -> None:
+    """Save an ExportedProgram as a .pt2 archive with its record, or any other module as a pickle of the whole.
+
+    The record is ``program.graph_module.meta["surgery"]``, a dict of JSON values. A pickled module needs ``trust`` when
+    it is loaded again; export it first to avoid that. Folders are not made. Raises FileError where the file cannot be
+    written, and InputError for a model that torch cannot save; the file that was there stays as it was.
+
+    >>> save(program, "model.pt2")  # doctest: +SKIP
+    """
+    if not isinstance(model, ExportedProgram | nn.Module):
+        raise InputError(f"cannot save a {type(model).__name__}", allowed="ExportedProgram, nn.Module, GraphModule")
+
+    def write(file: IO[bytes]) -> None:
+        try:
+            if isinstance(model, ExportedProgram):
+                torch.export.save(model, file, extra_files=_extra_files(model))
+            else:
+                torch.save(model, file)
+        except (OSError, InputError):
+            raise
+        except Exception as error:
+            reason = (str(error).splitlines() or [""])[0][:160]
+            what = f"{os.fspath(path)}: torch cannot save this {type(model).__name__}: {type(error).__name__}: {reason}"
+            raise InputError(what, next_step=_SAVABLE) from error
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of its own deprecations while it pickles
+        write_atomically(path, write, force=force)

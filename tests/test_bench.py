@@ -1,0 +1,114 @@
+"""Timing of whole models: what goes in and what comes out. Nothing asserts a time."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from surgery.bench import bench, environment
+from surgery.cost.timing import Budget, Samples, physical_cores
+from surgery.errors import FileError, InputError
+from surgery.export import export_onnx
+
+X = torch.ones(2, 6)
+
+
+def net(width: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that each model takes from now on, in place of measured ones."""
+    seconds: list[float] = []
+
+    def pretend(runs: Any, budget: Budget, *, seed: int, progress: Any) -> tuple[Samples, ...]:
+        for run in runs:
+            run()
+        return tuple(Samples((s,) * 20) for s, _ in zip(seconds, runs, strict=True))
+
+    monkeypatch.setattr(importlib.import_module("surgery.bench"), "interleave", pretend)
+    return seconds
+
+
+def test_models_of_all_kinds_are_timed_on_the_same_inputs(tmp_path: Path, scripted: list[float]) -> None:
+    program = torch.export.export(net(), (X,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, tmp_path / "net.pt2")
+    export_onnx(program, tmp_path / "net.onnx")
+    scripted += [1.0, 0.5, 2.0, 1.005, 1.0]
+    traced = torch.fx.symbolic_trace(net())  # fx names its class after the module
+    models = [program, tmp_path / "net.pt2", str(tmp_path / "net.onnx"), traced, net(8)]
+    timing = bench(models, threads=1)
+    assert [m.path for m in timing.models] == [
+        "ExportedProgram",
+        str(tmp_path / "net.pt2"),
+        str(tmp_path / "net.onnx"),
+        "Sequential",
+        "Sequential",
+    ]
+    assert [m.median_s for m in timing.models] == scripted
+    assert [c.verdict for c in timing.comparisons] == ["faster", "slower", "no difference", "no difference"]
+    assert timing.comparisons[0].speedup == timing.comparisons[0].low == timing.comparisons[0].high == 2.0
+
+
+def test_timing_is_json(scripted: list[float]) -> None:
+    scripted += [1.0, 0.5]
+    timing = bench([net(), net(8)], X, threads=1)
+    data = json.loads(json.dumps(timing.to_json()))
+    assert data["models"][1] == {"path": "Sequential", "median_s": 0.5, "p90_s": 0.5, "spread": 0.0, "runs": 20}
+    assert data["comparisons"] == [{"path": "Sequential", "speedup": 2.0, "low": 2.0, "high": 2.0, "verdict": "faster"}]
+    assert data["environment"]["threads"] == 1
+    assert set(data["environment"]) >= {"cpu", "torch", "onnxruntime", "surgery", "python"}
+
+
+def test_bench_really_measures() -> None:
+    seen: list[float] = []
+    timing = bench([net(), net()], X, seconds=0.02, progress=seen.append)
+    assert timing.environment == environment(physical_cores())
+    assert all(m.runs >= 11 and 0 < m.median_s <= m.p90_s and m.spread >= 0 for m in timing.models)
+    assert timing.comparisons[0].low <= timing.comparisons[0].high
+    assert seen[-1] == 1.0
+
+
+def test_an_onnx_file_knows_its_shapes(tmp_path: Path, scripted: list[float]) -> None:
+    export_onnx(net(), tmp_path / "net.onnx", X)
+    scripted += [1.0, 1.0]
+    assert len(bench([tmp_path / "net.onnx", net()]).models) == 2
+    scripted.pop()
+    assert bench([tmp_path / "net.onnx"], {"input": X}).models[0].runs == 20
+
+
+def test_models_with_other_inputs_are_refused(tmp_path: Path) -> None:
+    class Sum(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    export_onnx(net(), tmp_path / "net.onnx", X)
+    with pytest.raises(InputError, match=r"net\.onnx: the inputs do not fit the model: given float32 5x6"):
+        bench([net(), tmp_path / "net.onnx"], torch.ones(5, 6))
+    with pytest.raises(InputError, match="Sum: the model does not run on these inputs"):
+        bench([net(), Sum()], X)
+    with pytest.raises(InputError, match="no model knows the shape of its inputs"):
+        bench([net()])
+
+
+def test_bad_arguments_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a list of models"):
+        bench([])
+    with pytest.raises(InputError, match="a list of models"):
+        bench("net.onnx")
+    with pytest.raises(InputError, match="threads=-1"):
+        bench([net()], X, threads=-1)
+    with pytest.raises(FileError, match="does not exist"):
+        bench([tmp_path / "no.pt2"], X)
+    with pytest.raises(InputError, match=r"no\.onnx"):
+        bench([tmp_path / "no.onnx"], X)
+    with pytest.raises(InputError, match="measuring budget"):
+        bench([net()], X, seconds=-1)

@@ -1,0 +1,175 @@
+"""The laws of the design over whole networks, on every graph kind: decompose, recompose, and what must not change."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from surgery.chain import relative_error
+from surgery.factorizations import FACTORIZATIONS, fitting
+from surgery.errors import Refusal
+from surgery.passes.decompose import DecomposeResult, decompose, find_sites
+from surgery.passes.recompose import recompose
+from surgery.sites import Site
+from tests.tolerances import reduction, tolerance
+from tests.zoo import GRAPH_KINDS, ZOO, Inputs, call, graph
+
+PAIRS = [
+    pytest.param(name, kind, id=f"{name}-{kind}", marks=pytest.mark.xdist_group(name))
+    for name in ZOO
+    for kind in GRAPH_KINDS
+]
+every_graph = pytest.mark.parametrize(("name", "kind"), PAIRS)
+
+
+def state(model: Any) -> dict[str, Tensor]:
+    return dict(model.state_dict if isinstance(model, ExportedProgram) else model.state_dict())
+
+
+def shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state(model).items()}
+
+
+def unique_parameters(model: Any) -> int:
+    found = model.parameters()
+    return sum({p.data_ptr(): p.numel() for p in found}.values())
+
+
+def outputs(model: Any, inputs: Inputs) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(call(model, inputs)) if isinstance(leaf, Tensor)]
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor], sites: tuple[Site, ...], *, steps: int = 4) -> None:
+    """Outputs agree to the dtype, given the longest sum and the number of operators in a row."""
+    length = max([reduction(site.operator) for site in sites], default=1)
+    allowed = tolerance(torch.float32, length=length, steps=steps * max(1, sum(site.calls for site in sites)))
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        assert a.dtype == e.dtype
+        assert relative_error(a, e) <= allowed
+
+
+def lower_ranks(sites: tuple[Site, ...], factorization: str = "auto") -> dict[str, tuple[int, ...]]:
+    """Half of each full rank, for each site that a factorization fits."""
+    ranks = {}
+    for site in sites:
+        fits = fitting(site.operator, factorization)
+        if not isinstance(fits, Refusal):
+            ranks[site.name] = tuple(math.ceil(r / 2) for r in fits[0].max_ranks(site.operator))
+    return ranks
+
+
+@every_graph
+def test_full_rank_is_the_identity(name: str, kind: str) -> None:
+    model, inputs = graph(name, kind)
+    sites, _ = find_sites(model, inputs)
+    before = outputs(model, inputs)
+    result = decompose(model, inputs, ranks="full")
+    factored = {c.site for c in result.changes}
+    assert factored | {s.name for s in result.skips} >= {s.name for s in sites}
+    assert type(result.model) is type(model)
+    assert_same(outputs(result.model, inputs), before, sites)
+    assert_same(outputs(model, inputs), before, ())  # the given model is as it was
+    back = recompose(result.model, inputs)
+    assert {c.site for c in back.changes} >= factored
+    assert shapes(back.model) == shapes(model)
+    assert_same(outputs(back.model, inputs), before, sites, steps=8)
+
+
+@every_graph
+def test_recompose_gives_back_the_architecture(name: str, kind: str) -> None:
+    model, inputs = graph(name, kind)
+    sites, _ = find_sites(model, inputs)
+    result = decompose(model, inputs, ranks=lower_ranks(sites))
+    assert len(result.changes) == len(lower_ranks(sites))
+    back = recompose(result.model, inputs)
+    assert shapes(back.model) == shapes(model)
+    assert_same(outputs(back.model, inputs), outputs(result.model, inputs), sites)
+    original, _ = ZOO[name]()
+    trained = {k: v for k, v in state(back.model).items() if k in original.state_dict()}
+    original.load_state_dict(complete(trained, original), strict=True)
+    assert_same(outputs(original, inputs), outputs(result.model, inputs), sites)
+
+
+def complete(found: dict[str, Tensor], original: nn.Module) -> dict[str, Tensor]:
+    """Add the buffers that an exported graph does not use and so does not keep; every parameter must be there."""
+    missing = set(original.state_dict()) - set(found)
+    assert not missing & {name for name, _ in original.named_parameters(remove_duplicate=False)} or missing <= set()
+    return {**original.state_dict(), **found}
+
+
+@every_graph
+def test_costs_are_real(name: str, kind: str) -> None:
+    model, inputs = graph(name, kind)
+    sites, _ = find_sites(model, inputs)
+    result = decompose(model, inputs, ranks=lower_ranks(sites))
+    assert unique_parameters(model) == result.before.parameters
+    assert unique_parameters(result.model) == result.after.parameters
+    assert counted_macs(model, inputs) - counted_macs(result.model, inputs) == result.before.macs - result.after.macs
+    for change, decision in zip(result.changes, [d for d in result.plan if not d.dense], strict=True):
+        assert (change.parameters, change.macs) == (decision.parameters, decision.macs)
+
+
+def counted_macs(model: Any, inputs: Inputs) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call(model, inputs)
+    return counter.get_total_flops() // 2
+
+
+@every_graph
+def test_only_sites_change(name: str, kind: str) -> None:
+    model, inputs = graph(name, kind)
+    if not hasattr(model, "graph"):
+        untouched_modules(model, inputs)
+        return
+    sites, _ = find_sites(model, inputs)
+    result = decompose(model, inputs, ranks=lower_ranks(sites))
+    result.model.graph.lint()
+    old = [(n.op, str(n.target)) for n in model.graph.nodes]
+    new = [(n.op, str(n.target)) for n in result.model.graph.nodes]
+    names = {c.site for c in result.changes}
+    calls = sum(site.calls for site in sites if site.name in names)
+    kept = [row for row in old if row in new]
+    assert len(old) - len(kept) <= 4 * calls  # call, weight, bias, transpose
+    others = [row for row in old if not any(word in row[1] for word in ("conv", "linear", "mm", "matmul"))]
+    functions = [row for row in others if row[0] in ("call_function", "call_method", "output")]
+    rest = iter(new)
+    moved = [row for row in functions if "t.default" not in row[1] and "permute" not in row[1]]
+    assert all(row in rest for row in moved), "the nodes outside of the sites stand in their old order"
+
+
+def untouched_modules(model: nn.Module, inputs: Inputs) -> None:
+    sites, _ = find_sites(model, inputs)
+    result = decompose(model, inputs, ranks=lower_ranks(sites))
+    paths = {path for c in result.changes for s in sites if s.name == c.site for path in (s.name, *s.aliases)}
+    new = dict(result.model.named_modules(remove_duplicate=False))
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path not in paths and not any(path.startswith(f"{p}.") for p in paths):
+            assert type(new[path]) is type(module)
+            for key, tensor in module.named_parameters(recurse=False):
+                assert torch.equal(tensor, getattr(new[path], key))
+
+
+@pytest.mark.parametrize("factorization", FACTORIZATIONS)
+@every_graph
+def test_each_factorization(name: str, kind: str, factorization: str) -> None:
+    model, inputs = graph(name, kind)
+    sites, _ = find_sites(model, inputs)
+    ranks = lower_ranks(sites, factorization)
+    if not ranks:
+        assert all(isinstance(fitting(site.operator, factorization), Refusal) for site in sites)
+        return
+    result = decompose(model, inputs, ranks=ranks, factorization=factorization)
+    assert {c.factorization for c in result.changes} == {factorization}
+    back = recompose(result.model, inputs)
+    assert shapes(back.model) == shapes(model)
+    assert_same(outputs(back.model, inputs), outputs(result.model, inputs), sites)

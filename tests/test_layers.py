@@ -1,0 +1,64 @@
+"""The layers of the package: imports point one way, ``__all__`` is complete, and importing is cheap."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import surgery
+
+ROOT = Path(surgery.__file__).parent
+# Lower layers first; a module may import modules of its own layer and of those below.
+LAYERS = [
+    {"errors", "text"},
+    {"operators", "chain", "inputs"},
+    {"solvers", "factorizations", "sites", "plans"},
+    {"graphs"},
+    {"ranks", "cost"},
+    {"passes"},
+    {"archive", "loading", "saving", "export", "benchmark", "comparison"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MODULES = [m.name for m in pkgutil.walk_packages([str(ROOT)], "surgery.") if not m.name.endswith("__main__")]
+
+
+def _imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("surgery."):
+            found.add((node.module or "").split(".")[1])
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    if own in ("__init__", "__main__"):
+        return
+    above = {name for name in _imports(path) if LEVEL[name] > LEVEL[own]}
+    assert not above, f"{own} imports from layers above it: {sorted(above)}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_all_is_complete(name: str) -> None:
+    module = importlib.import_module(name)
+    if not hasattr(module, "__all__"):
+        assert not [n for n, v in vars(module).items() if getattr(v, "__module__", None) == name and n[0] != "_"]
+        return
+    own = {n for n, v in vars(module).items() if getattr(v, "__module__", None) == name and not n.startswith("_")}
+    assert own <= set(module.__all__), f"not in __all__: {sorted(own - set(module.__all__))}"
+    assert all(hasattr(module, n) for n in module.__all__)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, surgery.cli; print([m for m in ('torch','numpy','onnx','onnxruntime','scipy','rich') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

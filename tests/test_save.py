@@ -1,0 +1,127 @@
+"""Saving: a target is always whole, the old or the new, whatever fails and whenever it is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+import torch
+from torch import nn
+
+from surgery.errors import FileError, InputError
+from surgery.load import load
+from surgery.save import save, write_atomically
+from tests.hostile import builder
+
+
+def _export(module: nn.Module, *args: Any) -> torch.export.ExportedProgram:
+    return torch.export.export(module.eval(), args)
+
+
+def _fails(error: BaseException) -> Callable[[IO[bytes]], None]:
+    def write(file: IO[bytes]) -> None:
+        file.write(b"half")
+        raise error
+
+    return write
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(), OSError(28, "No space left")])
+def test_a_failed_write_leaves_all_as_it_was(error: BaseException, tmp_path: Path) -> None:
+    target = tmp_path / "model.pt2"
+    target.write_bytes(b"old")
+    expected = FileError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected):
+        write_atomically(target, _fails(error))
+    assert target.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["model.pt2"]
+
+
+def test_overwriting_needs_force(tmp_path: Path) -> None:
+    target = tmp_path / "model.pt2"
+    write_atomically(target, lambda file: file.write(b"one") and None, force=False)
+    with pytest.raises(FileError, match="--force"):
+        write_atomically(target, lambda file: file.write(b"two") and None, force=False)
+    assert target.read_bytes() == b"one"
+
+    def race(file: IO[bytes]) -> None:
+        (tmp_path / "raced").write_bytes(b"theirs")
+        file.write(b"ours")
+
+    with pytest.raises(FileError, match="--force"):
+        write_atomically(tmp_path / "raced", race, force=False)
+    assert (tmp_path / "raced").read_bytes() == b"theirs"
+    target.chmod(0o640)
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    write_atomically(link, lambda file: file.write(b"two") and None)
+    assert target.read_bytes() == b"two"
+    assert link.is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert sorted(os.listdir(tmp_path)) == ["link", "model.pt2", "raced"]
+
+
+def test_what_cannot_be_saved_is_a_clear_error(tmp_path: Path) -> None:
+    module = nn.Linear(2, 2)
+    with pytest.raises(FileError, match=r"the folder .* does not exist"):
+        save(module, tmp_path / "absent" / "model.pt")
+    with pytest.raises(FileError, match="is a folder"):
+        save(module, tmp_path)
+    module.hook = lambda x: x
+    with pytest.raises(InputError, match="torch cannot save this Linear"):
+        save(module, tmp_path / "model.pt")
+    with pytest.raises(InputError, match="cannot save a dict"):
+        save({}, tmp_path / "model.pt")  # type: ignore[arg-type]
+    assert os.listdir(tmp_path) == []
+
+
+_SAVER = """
+import os, shutil, signal, sys, time
+from surgery.load import load
+from surgery.save import save
+folder, *sources = sys.argv[1:]
+programs = [load(name) for name in sources]
+for round in range(20):
+    target = f"{folder}/{round}.pt2"
+    shutil.copy(sources[0], target)
+    child = os.fork()
+    while child == 0:
+        for program in programs:
+            save(program, target)
+    time.sleep(0.005 + 0.0037 * round)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_killed_saver_leaves_a_whole_file(tmp_path: Path) -> None:
+    """Twenty savers, each killed at another moment; some leave a temporary file, none a broken target."""
+    sources = [tmp_path / "a", tmp_path / "b"]
+    for scale, source in enumerate(sources, 1):
+        net = nn.Linear(64, 64)
+        nn.init.constant_(net.weight, scale)
+        save(_export(net, torch.ones(1, 64)), source)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    subprocess.run([sys.executable, "-c", _SAVER, folder, *sources], check=True)
+    for target in folder.glob("*.pt2"):
+        program = load(target)
+        assert isinstance(program, torch.export.ExportedProgram)
+        weight = program.state_dict["weight"].detach()
+        assert weight.eq(weight[0, 0]).all()
+        assert float(weight[0, 0]) in (1.0, 2.0)
+    assert len(list(folder.glob("*.pt2"))) == 20
+    assert list(folder.glob(".*.tmp"))  # else no saver was killed at work
+
+
+def test_the_record_is_the_file_surgery_json(tmp_path: Path) -> None:
+    program = _export(nn.Linear(2, 2), torch.ones(1, 2))
+    program.graph_module.meta["surgery"] = {"a": 1}
+    save(program, tmp_path / "model.pt2")
+    assert json.loads(builder.entries((tmp_path / "model.pt2").read_bytes())["extra/surgery.json"]) == {"a": 1}
