@@ -28,9 +28,14 @@ __all__ = ["Environment", "ModelComparison", "ModelTiming", "Timing", "bench", "
 
 @dataclass(frozen=True)
 class Environment:
-    """Where it was measured: what a latency depends on."""
+    """Where it was measured: what a latency depends on.
+
+    ``load`` is the number of processes that wanted a core in the minute before (None where the system does not say).
+    On a busy machine expect wide intervals, and do not trust a comparison with more than one thread.
+    """
 
     threads: int
+    load: float | None
     cpu: str
     instruction_set: str
     python: str
@@ -100,6 +105,7 @@ def bench(
     models: Sequence[nn.Module | ExportedProgram | str | os.PathLike[str]],
     example_inputs: Any = None,
     *,
+    names: Sequence[str] | None = None,
     threads: int | None = None,
     seconds: float = 5.0,
     seed: int = 0,
@@ -109,8 +115,8 @@ def bench(
 
     Models are modules, programs, or paths of .pt2 and .onnx files; those of PyTorch are exported to temporary files and
     checked first. Without ``example_inputs`` those that the first model brings along are used, or random ones of the
-    shapes it declares, with 1 for dynamic sizes of an .onnx file. ``threads`` defaults to the physical cores.
-    ``progress`` is called with the share of the time that is over.
+    shapes it declares, with 1 for dynamic sizes of an .onnx file. ``names`` stand for the models in the result,
+    not their paths. ``threads`` defaults to the physical cores. ``progress`` gets the share of the time that is over.
 
     Raises:
         InputError: no models, or models that do not take the same inputs.
@@ -121,22 +127,28 @@ def bench(
     """
     if isinstance(models, str | os.PathLike | nn.Module | ExportedProgram) or not models:
         raise InputError("bench needs a list of models", allowed="one or more")
-    paths = [os.fspath(m) if isinstance(m, str | os.PathLike) else type(m).__name__ for m in models]
-    threads = threads or physical_cores()
-    opened = [open_model(model, threads=threads) for model in models]
+    where = environment(threads)
+    if names is not None and len(names) != len(models):
+        raise InputError(f"{len(names)} names for {len(models)} models", allowed="one name for each model")
+    paths = list(names or map(_name, models))
+    opened = [open_model(model, threads=where.threads) for model in models]
     inputs = _shared_inputs(opened, example_inputs, seed)
     runs = []
     for path, model in zip(paths, opened, strict=True):
         try:
-            runs.append(_prepare(model, inputs, threads))
+            runs.append(_prepare(model, inputs, where.threads))
         except InputError as error:
             raise InputError(f"{path}: {error.what}", allowed=error.allowed, next_step=error.next_step) from error
     samples = interleave(runs, Budget(seconds, max_rounds=10_000), seed=seed, progress=progress)
     return Timing(
         tuple(ModelTiming(path, sample) for path, sample in zip(paths, samples, strict=True)),
         tuple(_compare(path, samples[0], later, seed) for path, later in zip(paths[1:], samples[1:], strict=True)),
-        environment(threads),
+        where,
     )
+
+
+def _name(model: Any) -> str:
+    return os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__
 
 
 def _shared_inputs(models: Sequence[Model], example_inputs: Any, seed: int) -> Inputs:
@@ -173,6 +185,7 @@ def environment(threads: int | None = None) -> Environment:
         ours = "not installed"
     return Environment(
         threads=threads or physical_cores(),
+        load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         cpu=cpu_name(),
         instruction_set=torch.backends.cpu.get_cpu_capability(),
         python=platform.python_version(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,19 @@ def test_timing_is_json(scripted: list[float]) -> None:
     assert set(data["environment"]) >= {"cpu", "torch", "onnxruntime", "surgery", "python"}
 
 
+def test_models_may_be_named(scripted: list[float]) -> None:
+    scripted += [1.0, 0.5]
+    timing = bench([net(), net(8)], X, names=["dense", "factored"], threads=1)
+    assert [m.path for m in timing.models] == ["dense", "factored"]
+    assert timing.comparisons[0].path == "factored"
+    with pytest.raises(InputError, match="1 names for 2 models"):
+        bench([net(), net(8)], X, names=["dense"])
+
+
 def test_bench_really_measures() -> None:
     seen: list[float] = []
     timing = bench([net(), net()], X, seconds=0.02, progress=seen.append)
-    assert timing.environment == environment(physical_cores())
+    assert replace(timing.environment, load=None) == replace(environment(physical_cores()), load=None)
     assert all(m.runs >= 11 and 0 < m.median_s <= m.p90_s and m.spread >= 0 for m in timing.models)
     assert timing.comparisons[0].low <= timing.comparisons[0].high
     assert seen[-1] == 1.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -14,9 +13,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from surgery.chain import relative_error
-from surgery.factorizations import FACTORIZATIONS, fitting
 from surgery.errors import Refusal
-from surgery.passes.decompose import DecomposeResult, decompose, find_sites
+from surgery.factorizations import FACTORIZATIONS, fitting
+from surgery.passes.decompose import decompose, find_sites
 from surgery.passes.recompose import recompose
 from surgery.sites import Site
 from tests.tolerances import reduction, tolerance
@@ -76,7 +75,7 @@ def test_full_rank_is_the_identity(name: str, kind: str) -> None:
     result = decompose(model, inputs, ranks="full")
     factored = {c.site for c in result.changes}
     assert factored | {s.name for s in result.skips} >= {s.name for s in sites}
-    assert type(result.model) is type(model)
+    assert isinstance(result.model, torch.fx.GraphModule if isinstance(model, torch.fx.GraphModule) else type(model))
     assert_same(outputs(result.model, inputs), before, sites)
     assert_same(outputs(model, inputs), before, ())  # the given model is as it was
     back = recompose(result.model, inputs)
@@ -96,15 +95,9 @@ def test_recompose_gives_back_the_architecture(name: str, kind: str) -> None:
     assert_same(outputs(back.model, inputs), outputs(result.model, inputs), sites)
     original, _ = ZOO[name]()
     trained = {k: v for k, v in state(back.model).items() if k in original.state_dict()}
-    original.load_state_dict(complete(trained, original), strict=True)
+    assert set(trained) == set(state(model)) & set(original.state_dict())
+    original.load_state_dict({**original.state_dict(), **trained}, strict=True)
     assert_same(outputs(original, inputs), outputs(result.model, inputs), sites)
-
-
-def complete(found: dict[str, Tensor], original: nn.Module) -> dict[str, Tensor]:
-    """Add the buffers that an exported graph does not use and so does not keep; every parameter must be there."""
-    missing = set(original.state_dict()) - set(found)
-    assert not missing & {name for name, _ in original.named_parameters(remove_duplicate=False)} or missing <= set()
-    return {**original.state_dict(), **found}
 
 
 @every_graph

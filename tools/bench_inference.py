@@ -26,8 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
 import surgery.bench
 import surgery.compare
@@ -41,6 +40,7 @@ from surgery.passes.decompose import decompose, find_sites
 from surgery.sites import Site, describe
 from tools.networks import NETWORKS, build
 
+ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("tucker", "spatial")
 SHARES = (0.5, 0.25, 0.125)
 DEMO = ROOT / "examples" / "data" / "fashion_resnet.pt2"
@@ -119,12 +119,12 @@ def measure_layers(sites: tuple[Site, ...], latencies: Latencies) -> list[Gain]:
     for site in distinct(sites):
         shape = site.input_shape
         for method in METHODS:
-            for share in SHARES:
-                ranks = ranks_at(site.operator, method, share)
+            for ranks in dict.fromkeys(ranks_at(site.operator, method, share) for share in SHARES):
                 chain = named(method).skeleton(site.operator, ranks)
                 c = latencies.compare(site.operator, chain, shape)
                 reduction = site.operator.macs(shape) / chain.macs(shape)
-                what = f"{describe(site.operator)} {site.operator.in_channels}->{site.operator.out_channels} at {shape[-1]}"
+                channels = f"{site.operator.in_channels}->{site.operator.out_channels}"
+                what = f"{describe(site.operator)} {channels} at {shape[-1]}"
                 row = (what, method, ",".join(map(str, ranks)), reduction, c.dense_s, c.chain_s)
                 gains.append(Gain(*row, c.speedup, c.low, c.high, c.verdict))
     return gains

@@ -136,11 +136,18 @@ def _time(models: list[ExportedProgram], inputs: Any, progress: Any) -> Timing |
 @click.argument("model", type=_MODEL)
 @click.option("-o", "--output", type=_MODEL, help="The new file.  [default: MODEL.recomposed.pt2 beside MODEL]")
 @click.option("--state-dict", type=_MODEL, help="Also write the state dict, as safetensors.")
+@click.option("--all", "everything", is_flag=True, help="Also fuse chains that the original of a decomposed model had.")
 @click.option("--force", is_flag=True, help="Overwrite files that exist.")
 @model_options
 @as_json
 def recompose(
-    model: Path, output: Path | None, state_dict: Path | None, force: bool, json_: bool, **options: Any
+    model: Path,
+    output: Path | None,
+    state_dict: Path | None,
+    everything: bool,
+    force: bool,
+    json_: bool,
+    **options: Any,
 ) -> None:
     """Fuse every chain of MODEL that is provably one operator back into that operator."""
     from surgery.cli import show
@@ -155,7 +162,7 @@ def recompose(
         progress("load", 0, 1)
         program, inputs = open_program(model, **options)
         progress("recompose", 0, 1)
-        result = run(program, inputs)
+        result = run(program, inputs, everything=everything)
         save(result.model, target, force=force)
         if state_dict is not None:
             save_state_dict(result.model.state_dict, state_dict, force=force)

@@ -18,6 +18,7 @@ import os
 import platform
 import sqlite3
 import tempfile
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -25,18 +26,28 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 import torch
 
 from surgery.chain import Chain
-from surgery.cost.onnx_model import build_model
-from surgery.cost.timing import VERDICTS, Budget, bind, compare_samples, interleave, open_session, physical_cores
+from surgery.cost.onnx_model import build_choice, build_model
+from surgery.cost.timing import (
+    VERDICTS,
+    Budget,
+    Samples,
+    bind,
+    compare_samples,
+    interleave,
+    open_session,
+    physical_cores,
+)
 from surgery.operators import Conv, Geometry, Operator, Shape
 
 __all__ = ["Comparison", "Latencies", "cache_path", "channel_multiple", "cpu_name"]
 
-_PROTOCOL = 1  # raise it whenever the way of measuring changes: stored latencies are then measured anew
+_PROTOCOL = 2  # raise it whenever the way of measuring changes: stored latencies are then measured anew
 _CPU_FIELDS = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
@@ -95,7 +106,7 @@ class Latencies:
         key = self._key(shape, dense, chain)
         found = self._look_up(key, Comparison)
         if found is None:
-            first, second = self._time(shape, dense, chain)
+            first, second = self._time_pair(dense, chain, shape)
             speedup = compare_samples(first, second, seed=self.seed)
             verdict = speedup.verdict
             found = Comparison(first.median, second.median, speedup.value, speedup.low, speedup.high, verdict)
@@ -107,15 +118,26 @@ class Latencies:
         key = self._key(shape, operator)
         found = self._look_up(key, _Single)
         if found is None:
-            found = _Single(self._time(shape, operator)[0].median)
+            found = _Single(self._time_single(operator, shape).median)
             self._keep(key, asdict(found))
         return found.seconds
 
-    def _time(self, shape: Shape, *operators: Operator | Chain) -> Any:
+    def _time_pair(self, first: Operator, second: Chain, shape: Shape) -> tuple[Samples, Samples]:
+        session = open_session(build_choice(first, second, shape), threads=self.threads, spin=True)
+        x = self._input(shape)
+        runs = [bind(session, {"input": x, "second": np.array(choice)}) for choice in (False, True)]
+        return self._interleave(runs)  # type: ignore[return-value]  # as many as there are runs
+
+    def _time_single(self, operator: Operator | Chain, shape: Shape) -> Samples:
+        session = open_session(build_model(operator, shape), threads=self.threads, spin=True)
+        return self._interleave([bind(session, {"input": self._input(shape)})])[0]
+
+    def _interleave(self, runs: list[Callable[[], None]]) -> tuple[Samples, ...]:
         self.measured += 1
-        x = np.random.default_rng(self.seed).standard_normal(shape, dtype=np.float32)
-        sessions = [open_session(build_model(operator, shape), threads=self.threads) for operator in operators]
-        return interleave([bind(session, {"input": x}) for session in sessions], self.budget, seed=self.seed)
+        return interleave(runs, self.budget, seed=self.seed)
+
+    def _input(self, shape: Shape) -> npt.NDArray[np.float32]:
+        return np.random.default_rng(self.seed).standard_normal(shape, dtype=np.float32)
 
     def _key(self, shape: Shape, *operators: Operator | Chain) -> str:
         key = {

@@ -1,4 +1,4 @@
-"""The ONNX model of one operator or chain, built node by node as torch's exporter would emit it.
+"""The ONNX model of operators and chains, built node by node as torch's exporter would emit it.
 
 A convolution is Conv or ConvTranspose, after a Pad where torch pads in another mode than with zeros, and between
 Unsqueeze and Squeeze where the input has no batch. A linear layer is Gemm on (rows, features), and MatMul, then Add on
@@ -11,7 +11,7 @@ are cast around them, float64 is refused).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from surgery.chain import Chain
 from surgery.errors import InputError
 from surgery.operators import Conv, Geometry, Linear, Operator, Shape
 
-__all__ = ["OPSET", "build_model"]
+__all__ = ["OPSET", "build_choice", "build_model"]
 
 OPSET = 20  # what torch.onnx writes; 19 is the first with Pad's wrap mode
 _IR_VERSION = 10
@@ -62,28 +62,58 @@ def build_model(operator: Operator | Chain, shape: Shape) -> bytes:
     Raises:
         InputError: an operator of an unknown kind, or more than 2 GiB of weights.
     """
-    operators = operator.operators if isinstance(operator, Chain) else (operator,)
-    size = 4 * sum(op.parameters for op in operators)
+    graph = _build_branch(operator, shape, output="output")
+    return _serialise(graph.nodes, graph.constants, [_float("input", shape)], operator.out_shape(shape))
+
+
+def build_choice(first: Operator | Chain, second: Operator | Chain, shape: Shape) -> bytes:
+    """Return a serialised ONNX model that maps "input" as the first does if "second" is false, else as the second.
+
+    Each is a branch of an If node, which onnxruntime optimises as it does a model of its own; the node itself takes
+    less than a microsecond. Raises InputError as ``build_model``.
+    """
+    branches = {}
+    for attribute, operator in (("else_branch", first), ("then_branch", second)):
+        graph = _build_branch(operator, shape, output=attribute)
+        output = [_float(attribute, operator.out_shape(shape))]
+        branches[attribute] = helper.make_graph(graph.nodes, attribute, [], output, graph.constants)
+    node = helper.make_node("If", ["second"], ["output"], **branches)
+    inputs = [_float("input", shape), helper.make_tensor_value_info("second", TensorProto.BOOL, [])]
+    return _serialise([node], [], inputs, first.out_shape(shape))
+
+
+def _float(name: str, shape: Shape) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+
+def _serialise(
+    nodes: Sequence[onnx.NodeProto],
+    constants: Sequence[onnx.TensorProto],
+    inputs: Sequence[onnx.ValueInfoProto],
+    output: Shape,
+) -> bytes:
+    graph = helper.make_graph(nodes, "operators", inputs, [_float("output", output)], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=_IR_VERSION)
+    try:
+        return model.SerializeToString()
+    except Exception as error:  # protobuf's exceptions differ between its versions
+        raise InputError(f"the operators make no ONNX model: {error}", allowed="at most 2 GiB in all") from error
+
+
+def _build_branch(branch: Operator | Chain, shape: Shape, *, output: str) -> _Graph:
+    size = 4 * branch.parameters
     if size > _MAX_BYTES:
         raise InputError(f"the weights take {size / 2**30:.1f} GiB", allowed="an ONNX model of at most 2 GiB")
-    graph, now = _Graph(), shape
-    for op in operators:
-        emit = _EMITTERS.get(type(op))
+    graph = _Graph()
+    for operator in branch.operators if isinstance(branch, Chain) else (branch,):
+        emit = _EMITTERS.get(type(operator))
         if emit is None:
             allowed = ", ".join(kind.__name__ for kind in _EMITTERS)
-            raise InputError(f"no ONNX node is known for {type(op).__name__}", allowed=allowed)
-        emit(graph, op, now)
-        now = op.out_shape(now)
-    graph.nodes[-1].output[0] = "output"
-    proto = helper.make_graph(
-        graph.nodes,
-        "operator",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("output", TensorProto.FLOAT, now)],
-        graph.constants,
-    )
-    model = helper.make_model(proto, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=_IR_VERSION)
-    return model.SerializeToString()
+            raise InputError(f"no ONNX node is known for {type(operator).__name__}", allowed=allowed)
+        emit(graph, operator, shape)
+        shape = operator.out_shape(shape)
+    graph.nodes[-1].output[0] = output
+    return graph
 
 
 def _array(tensor: Tensor | None) -> np.ndarray | None:

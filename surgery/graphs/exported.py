@@ -107,7 +107,7 @@ class ProgramKind(FunctionalKind):
 
     def __init__(self, program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._program = program
-        self._module = GraphModule(program.graph_module, copy.deepcopy(program.graph))
+        self._module = GraphModule(program.graph_module, _copy_graph(program.graph))
         self.graph = self._module.graph
         self.record = read_record(program.graph_module)
         self.view = program_view(program, self.graph)
@@ -199,6 +199,14 @@ class ProgramKind(FunctionalKind):
             constants=old.constants,
             verifiers=old.verifiers,
         )
+
+
+def _copy_graph(graph: Graph) -> Graph:
+    """Copy a graph with the names of its nodes, to which the signature refers; fx would rename an ``input``."""
+    copied = copy.deepcopy(graph)
+    for old, new in zip(graph.nodes, copied.nodes, strict=True):
+        new.name = old.name
+    return copied
 
 
 def _rename_entry(entry: ModuleCallEntry, names: dict[str, str]) -> ModuleCallEntry:

@@ -52,6 +52,11 @@ class FunctionalKind(GraphKind):
     graph: Graph
     record: dict[str, Any]
 
+    @property
+    def recorded(self) -> frozenset[str]:
+        """The sites that decompose has factored, by the record."""
+        return frozenset(self.record)
+
     @abstractmethod
     def add_parameter(self, names: Sequence[str], tensor: Tensor, *, trains: bool) -> None:
         """Add one parameter under all its names."""
@@ -172,7 +177,7 @@ class FunctionalKind(GraphKind):
         return moved[key]
 
     def _has_strangers(self, tensor: Tensor, calls: Sequence[Call]) -> bool:
-        return bool(self.view.uses[identity(tensor)] - {call.node for call in calls})
+        return bool(self.view.uses[identity(tensor)] - {call.user for call in calls})
 
     def _insert(
         self, operator: Operator, source: Node, names: tuple[str, str | None], *, like: Node, stored: str

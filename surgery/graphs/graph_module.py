@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -48,6 +49,7 @@ class GraphModuleKind(FunctionalKind):
             self.splice_functions(spot, chain)
             return
         splice_modules(self._root, spot, chain)
+        self.record |= {name: {"weight": f"{name}.weight"} for name in (spot.site.name, *spot.site.aliases)}
         for call in spot.calls:
             node = current_source(call)
             for i in range(len(chain.operators)):
@@ -59,6 +61,8 @@ class GraphModuleKind(FunctionalKind):
         if run.calls[0][0].path is None:
             self.put_back_functions(run)
             return
+        for site in run.sites:
+            self.record.pop(site, None)
         targets = [_fused_path(self._root, calls) for calls in run.calls]
         fuse_modules(self._root, run)
         for calls, target in zip(run.calls, targets, strict=True):
@@ -141,6 +145,8 @@ def _placeholder_values(module: GraphModule, args: tuple[Any, ...], kwargs: dict
         raise InputError("sites have no costs without input shapes", next_step="give example_inputs")
     codegen = module.graph._codegen
     if hasattr(codegen, "pytree_info"):
-        return tuple(codegen.process_inputs(*args, **kwargs))
+        order = codegen.pytree_info.in_spec.child(1).context or []
+        named = {name: kwargs[name] for name in order} if set(order) == set(kwargs) else kwargs
+        return tuple(torch.utils._pytree.tree_leaves((args, named)))
     names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
     return (*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))

@@ -71,12 +71,25 @@ class GraphKind(ABC):
         macs = sum(spot.site.macs for spot in spots) + sum(skip.macs for skip in skips)
         return Found(tuple(spots), tuple(skips), Totals(sum(unique.values()), macs))
 
-    def runs(self) -> tuple[list[Run], list[Skip]]:
-        """Return the runs that are provably one operator, and why others that look like it are not."""
+    @property
+    def recorded(self) -> frozenset[str]:
+        """The sites that decompose has factored in this model, where it has left a record."""
+        return frozenset()
+
+    def runs(self, *, everything: bool = False) -> tuple[list[Run], list[Skip]]:
+        """Return the runs that are provably one operator, and why others that look like it are not.
+
+        A model with a record comes back to what it was before: chains that it had of its own are left alone, unless
+        ``everything`` is to be fused.
+        """
         groups: dict[tuple[Any, ...], list[tuple[list[Call], Operator]]] = defaultdict(list)
         skips = []
-        for calls in self.view.runs():
-            parts, refusals = _partition(calls)
+        for segment in (s for calls in self.view.runs() for s in self._segments(calls)):
+            if self.recorded and not everything and not set(self._sites(segment)) & self.recorded:
+                place = " -> ".join(site_name(call.weight) for call in segment)
+                skips.append(Skip(place, "chain", "the original model had it (--all fuses it as well)"))
+                continue
+            parts, refusals = _partition(segment)
             skips.extend(refusals)
             for part, operator in parts:
                 groups[self._weights_key(part)].append((part, operator))
@@ -89,6 +102,31 @@ class GraphKind(ABC):
             else:
                 runs.append(Run(sites, tuple(tuple(part) for part, _ in same), tuple(op for _, op in same)))
         return runs, skips
+
+    def _segments(self, calls: Sequence[Call]) -> list[list[Call]]:
+        """Cut a run so that the factors of one site stay apart from what comes before and after them."""
+        segments: list[list[Call]] = [[]]
+        start = 0
+        while start < len(calls):
+            length = self._factored(calls[start:])
+            if length:
+                segments += [list(calls[start : start + length]), []]
+            else:
+                segments[-1].append(calls[start])
+            start += max(1, length)
+        return [segment for segment in segments if len(segment) > 1]
+
+    def _factored(self, calls: Sequence[Call]) -> int:
+        """Return how many calls from the first on are P.0, P.1, ... and all that is below P; 0 if they are not."""
+        names = [self.view.names[identity(self.view.parameters[call.weight])] for call in calls]
+        parents = [_container(aliases, index) for index, aliases in enumerate(names)]
+        length = next((i for i, parent in enumerate(parents) if not parent or parent != parents[0]), len(calls))
+        if length < 2:
+            return 0
+        weights = {name for aliases in names[:length] for name in aliases}
+        own = weights | {f"{name.removesuffix('.weight')}.bias" for name in weights}
+        below = f"{parents[0][0]}."
+        return length if all(n in own for n in self.view.parameters if n.startswith(below)) else 0
 
     def refuse_run(self, runs: Sequence[Sequence[Call]]) -> Refusal | None:
         """Return why runs over the same weights cannot become one operator, or None; a kind may know more reasons."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import Node
 
@@ -19,7 +20,7 @@ from surgery.chain import Chain
 from surgery.errors import InputError, Refusal
 from surgery.graphs.exported import program_shapes, program_view
 from surgery.graphs.kind import GraphKind, Run
-from surgery.graphs.module_edit import fuse_modules, refuse_outside, splice_modules
+from surgery.graphs.module_edit import FACTORED, fuse_modules, refuse_outside, splice_modules
 from surgery.graphs.modules import is_operator_module, read_module
 from surgery.graphs.shapes import lazy_shapes
 from surgery.graphs.trace import export_program, trace_module
@@ -81,7 +82,8 @@ class ModuleKind(GraphKind):
         if isinstance(operator, Conv) and operator.geometry.padding_mode != "zeros" and operator.geometry.padded:
             reason = f"its padding mode {operator.geometry.padding_mode} is a node of its own in an exported graph"
             return Skip(path, describe(operator), reason, operator.parameters)
-        return replace(call, operator=operator, path=path, weight_node=None, bias_node=None)
+        call = replace(call, operator=operator, path=path, weight_node=None, bias_node=None)
+        return _without_views(call) if call.stored == "in_out" else call
 
     def splice(self, spot: Spot, chain: Chain) -> None:
         """Put a chain where an operator stands, at all its calls."""
@@ -95,9 +97,27 @@ class ModuleKind(GraphKind):
         """Refuse modules that are also called outside of the run."""
         return super().refuse_run(runs) or refuse_outside(runs, self.view.calls)
 
+    @property
+    def recorded(self) -> frozenset[str]:
+        """The sites that decompose has factored, by the mark on what stands there."""
+        modules = self._root.named_modules(remove_duplicate=False)
+        return frozenset(name for name, module in modules if hasattr(module, FACTORED))
+
     def finish(self) -> nn.Module:
         """Return the changed model."""
         return self._root
+
+
+def _without_views(call: Call) -> Call:
+    """Widen a Conv1D's product of matrices to the whole module: it flattens its input, and gives its output the shape."""
+    users = list(call.node.users)
+    if _is_view(call.source) and len(users) == 1 and _is_view(users[0]):
+        return replace(call, source=call.source.all_input_nodes[0], node=users[0], inner=call.node)
+    return call
+
+
+def _is_view(node: Node) -> bool:
+    return node.target in (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 
 
 def _functional_skip(call: Call) -> Skip:

@@ -12,7 +12,10 @@ from surgery.graphs.kind import Run
 from surgery.graphs.modules import build_module, build_sequential, carry_hooks, is_operator_module, replace_module
 from surgery.graphs.view import Call, Spot
 
-__all__ = ["fuse_modules", "is_whole_sequential", "refuse_outside", "splice_modules"]
+__all__ = ["FACTORED", "fuse_modules", "is_whole_sequential", "refuse_outside", "splice_modules"]
+
+
+FACTORED = "surgery_factored"  # set on the nn.Sequential that stands for a factored module
 
 
 def splice_modules(root: nn.Module, spot: Spot, chain: Chain) -> None:
@@ -25,6 +28,7 @@ def splice_modules(root: nn.Module, spot: Spot, chain: Chain) -> None:
         if id(module) not in made:
             bias = module._parameters.get("bias")
             new = build_sequential(chain.with_bias(bias), module)
+            setattr(new, FACTORED, True)
             if made:
                 _share_weights(next(iter(made.values())), new)
             made[id(module)] = new

@@ -146,7 +146,17 @@ def build_sequential(chain: Chain, like: nn.Module) -> nn.Sequential:
     modules = [build_module(operator, like, last=i == last) for i, operator in enumerate(chain.operators)]
     sequential = nn.Sequential(*modules).train(like.training)
     carry_hooks(sequential, like)
+    _carry_attributes(sequential, like)
     return sequential
+
+
+def _carry_attributes(new: nn.Sequential, old: nn.Module) -> None:
+    """Give the chain what code around the old module may read of it: stride, in_features, weight.dtype, ...
+
+    Plain attributes, so that neither parameters nor state dict have them twice; weight and bias are the last factor's.
+    """
+    public = {k: v for k, v in vars(old).items() if not k.startswith("_") and k != "training"}
+    vars(new).update(public, weight=new[-1].weight, bias=new[-1].bias)
 
 
 def carry_hooks(new: nn.Module, old: nn.Module) -> None:

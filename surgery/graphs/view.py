@@ -69,6 +69,12 @@ class Call:
     path: str | None = None
     weight_node: Node | None = None
     bias_node: Node | None = None
+    inner: Node | None = None
+
+    @property
+    def user(self) -> Node:
+        """The node that uses the weight: ``inner`` where the call is wider than it, else ``node``."""
+        return self.inner or self.node
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +222,7 @@ class View:
 
     def _refuse_group(self, key: tuple[Any, ...], calls: list[Call], shapes: Iterable[Shape]) -> Refusal | None:
         first = calls[0]
-        strangers = self.uses[key] - {call.node for call in calls}
+        strangers = self.uses[key] - {call.user for call in calls}
         if strangers:
             names = ", ".join(sorted(node.name for node in strangers))
             return Refusal(f"its weight is also used by {names}")

@@ -49,15 +49,20 @@ class RecomposeResult:
         return "\n".join([head, *([table(rows)] if self.changes else []), *refused])
 
 
-def recompose(model: Model, example_inputs: Any = None, *, inplace: bool = False) -> RecomposeResult:
+def recompose(
+    model: Model, example_inputs: Any = None, *, everything: bool = False, inplace: bool = False
+) -> RecomposeResult:
     """Fuse every maximal chain that is provably one linear operator; exact up to the rounding of the dtype.
 
     Chains are found by dataflow (single-use values, no nonlinearity between), so that chains made by others fuse too.
     The original parameter names come back: from the record in a saved file, or from the names that decompose gives.
+    A model that ``decompose`` has made comes back to its original architecture: chains that it had before are left
+    alone, and listed.
 
     Args:
         model: an nn.Module, a torch.fx.GraphModule or a torch.export.ExportedProgram; the result is of the same kind.
         example_inputs: needed only for an nn.Module that torch.fx cannot trace.
+        everything: fuse also the chains that the original of a decomposed model had.
         inplace: change the given model itself (not possible for an exported program).
 
     Raises:
@@ -67,7 +72,7 @@ def recompose(model: Model, example_inputs: Any = None, *, inplace: bool = False
     if inplace and isinstance(model, ExportedProgram):
         raise InputError("an exported program cannot be changed in place", next_step="use the returned one")
     graph = open_graph(model, *normalise_inputs(example_inputs), copies=not inplace)
-    runs, skips = graph.runs()
+    runs, skips = graph.runs(everything=everything)
     for run in runs:
         graph.put_back(run)
     return RecomposeResult(graph.finish(), tuple(_fusion(run) for run in runs), tuple(skips))
