@@ -2,8 +2,8 @@
 
     python examples/demo.py [--output FOLDER]
 
-Each command is printed before it is run. Between them, accuracy on the labelled sample of test images is measured, and at
-the end the recomposed state dict is loaded into the original class.
+Each command is printed before it is run. Between them, accuracy on the labelled sample of test images is measured, and
+at the end the recomposed state dict is loaded into the original class.
 """
 
 from __future__ import annotations

@@ -10,20 +10,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from surgery.bench import bench as bench
+    from surgery.benchmark import bench as bench
     from surgery.chain import Chain as Chain
-    from surgery.compare import compare as compare
+    from surgery.comparison import compare as compare
     from surgery.export import export_onnx as export_onnx
     from surgery.factorizations import FACTORIZATIONS as FACTORIZATIONS
-    from surgery.load import load as load
+    from surgery.loading import load as load
     from surgery.operators import Conv as Conv
     from surgery.operators import Linear as Linear
     from surgery.passes.decompose import decompose as decompose
     from surgery.passes.decompose import find_sites as find_sites
     from surgery.passes.decompose import plan as plan
     from surgery.passes.recompose import recompose as recompose
-    from surgery.plan import Plan as Plan
-    from surgery.save import save as save
+    from surgery.plans import Plan as Plan
+    from surgery.saving import save as save
 
 __version__ = "0.1.0"
 
@@ -32,17 +32,17 @@ _HOMES: dict[str, str] = {
     "Conv": "surgery.operators",
     "FACTORIZATIONS": "surgery.factorizations",
     "Linear": "surgery.operators",
-    "Plan": "surgery.plan",
+    "Plan": "surgery.plans",
     "SurgeryError": "surgery.errors",
-    "bench": "surgery.bench",
-    "compare": "surgery.compare",
+    "bench": "surgery.benchmark",
+    "compare": "surgery.comparison",
     "decompose": "surgery.passes.decompose",
     "export_onnx": "surgery.export",
     "find_sites": "surgery.passes.decompose",
-    "load": "surgery.load",
+    "load": "surgery.loading",
     "plan": "surgery.passes.decompose",
     "recompose": "surgery.passes.recompose",
-    "save": "surgery.save",
+    "save": "surgery.saving",
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from surgery.compare import Difference, compare_outputs, evaluating, run_model
+from surgery.comparison import Difference, compare_outputs, evaluating, run_model
 from surgery.cost.timing import open_session
 from surgery.errors import CaptureError, CheckError, InputError
 from surgery.inputs import Inputs, default_inputs, feed, flatten_inputs, normalise_inputs
-from surgery.save import write_atomically
+from surgery.saving import write_atomically
 
 __all__ = ["TOLERANCES", "ExportReport", "capture", "export_onnx", "quiet"]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery.bench import bench, environment
+from surgery.benchmark import bench, environment
 from surgery.cost.timing import Budget, Samples, physical_cores
 from surgery.errors import FileError, InputError
 from surgery.export import export_onnx
@@ -35,7 +35,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[float]:
             run()
         return tuple(Samples((s,) * 20) for s, _ in zip(seconds, runs, strict=True))
 
-    monkeypatch.setattr(importlib.import_module("surgery.bench"), "interleave", pretend)
+    monkeypatch.setattr(importlib.import_module("surgery.benchmark"), "interleave", pretend)
     return seconds
 
 

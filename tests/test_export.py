@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import export
-from surgery.compare import compare, compare_outputs, run_model
+from surgery.comparison import compare, compare_outputs, run_model
 from surgery.cost.timing import open_session
 from surgery.errors import CaptureError, CheckError, FileError, InputError
 from surgery.export import export_onnx

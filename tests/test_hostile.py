@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from surgery.archive_expressions import check_expression, check_guard
 from surgery.errors import FileError, SurgeryError, UnsafeFileError
-from surgery.load import load
+from surgery.loading import load
 from tests.hostile import ATTACKS, PROVEN, builder, payloads
 
 SECONDS = 10.0  # many times what any of them takes

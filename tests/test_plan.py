@@ -16,7 +16,7 @@ from surgery.errors import InputError, RankError
 from surgery.factorizations import FACTORIZATIONS, Spectrum
 from surgery.factorizations.svd import Svd
 from surgery.operators import Conv, Geometry, Linear, Operator
-from surgery.plan import Decision, Plan
+from surgery.plans import Decision, Plan
 from surgery.ranks import complete_plan, make_plan
 from surgery.sites import Site, Totals
 from tests.cases import decaying

@@ -18,7 +18,7 @@ from surgery.chain import Chain, relative_error
 from surgery.errors import InputError, RankError, Refusal
 from surgery.factorizations import FACTORIZATIONS, Factorization, named
 from surgery.operators import Conv, Geometry, Linear, Operator, Shape
-from surgery.plan import Decision, Plan
+from surgery.plans import Decision, Plan
 from surgery.ranks import AUTO_ENERGY, Auto, Energy, Fixed, Full, Keep, PerSite, Vbmf, make_plan, parse_ranks
 from surgery.ranks.auto import snap
 from surgery.ranks.candidates import Candidate, candidates_of

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from surgery.errors import FileError, InputError
-from surgery.load import load
-from surgery.save import save, write_atomically
+from surgery.loading import load
+from surgery.saving import save, write_atomically
 from tests.hostile import builder
 
 
@@ -83,8 +83,8 @@ def test_what_cannot_be_saved_is_a_clear_error(tmp_path: Path) -> None:
 
 _SAVER = """
 import os, shutil, signal, sys, time
-from surgery.load import load
-from surgery.save import save
+from surgery.loading import load
+from surgery.saving import save
 folder, *sources = sys.argv[1:]
 programs = [load(name) for name in sources]
 for round in range(20):

@@ -28,9 +28,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
-import surgery.bench
-import surgery.compare
-import surgery.load
+import surgery
+from surgery.benchmark import environment
 from surgery.cost.latency import Latencies, channel_multiple
 from surgery.cost.timing import Budget
 from surgery.errors import SurgeryError
@@ -139,7 +138,7 @@ def measure_network(model: torch.nn.Module, x: torch.Tensor, sites: tuple[Site, 
             result = decompose(model, x, ranks=ranks, factorization=method)
             labels.append((method, f"{share:g} of the channels", result.before.macs / result.after.macs))
             models.append(result.model)
-    timing = surgery.bench.bench(models, x, threads=options.threads, seconds=options.seconds * len(models))
+    timing = surgery.bench(models, x, threads=options.threads, seconds=options.seconds * len(models))
     dense = timing.models[0].median_s
     rows = zip(labels, timing.models[1:], timing.comparisons, strict=True)
     return [Gain(PRIMARY, *row, dense, m.median_s, c.speedup, c.low, c.high, c.verdict) for row, m, c in rows]
@@ -150,7 +149,7 @@ def measure_auto(name: str, model: Any, x: torch.Tensor | None, latencies: Laten
     start = time.perf_counter()
     result = decompose(model, x, ranks="auto", latencies=latencies)
     planning = time.perf_counter() - start
-    timing = surgery.bench.bench([model, result.model], x, threads=options.threads, seconds=2 * options.seconds)
+    timing = surgery.bench([model, result.model], x, threads=options.threads, seconds=2 * options.seconds)
     dense, auto = timing.models
     c = timing.comparisons[0]
     return Auto(
@@ -165,7 +164,7 @@ def measure_auto(name: str, model: Any, x: torch.Tensor | None, latencies: Laten
         c.low,
         c.high,
         c.verdict,
-        surgery.compare.compare(model, result.model, x).relative,
+        surgery.compare(model, result.model, x).relative,
     )
 
 
@@ -175,7 +174,7 @@ def networks(options: Any) -> Iterator[tuple[str, Any, torch.Tensor | None]]:
         size = options.image if name != "small_vit" else None  # its position table fixes the size
         yield name, build(name), NETWORKS[name].inputs(size)
     if DEMO.exists():
-        yield DEMO.stem, surgery.load.load(DEMO), None
+        yield DEMO.stem, surgery.load(DEMO), None
 
 
 def show_gains(console: Console, title: str, gains: list[Gain]) -> None:
@@ -241,7 +240,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     """Measure, print and write."""
     console = Console(width=None if sys.stdout.isatty() else 150)
-    environment = asdict(surgery.bench.environment(options.threads))
+    environment = asdict(environment(options.threads))
     console.print(f"image {options.image}, batch 1;", ", ".join(f"{k} {v}" for k, v in environment.items()))
     latencies = Latencies(threads=options.threads, budget=Budget(options.layer_seconds, max_rounds=1000), keep=False)
     model, x = build(PRIMARY), NETWORKS[PRIMARY].inputs(options.image)

@@ -13,8 +13,8 @@ from surgery.errors import InputError, SurgeryError
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-    from surgery.bench import Timing
-    from surgery.plan import Plan
+    from surgery.benchmark import Timing
+    from surgery.plans import Plan
 
 __all__ = ["bench", "compare", "decompose", "export", "inspect", "recompose"]
 
@@ -83,8 +83,8 @@ def decompose(
     from surgery.cli import show
     from surgery.cost.latency import Latencies
     from surgery.passes import decompose as passes
-    from surgery.plan import Plan
-    from surgery.save import save
+    from surgery.plans import Plan
+    from surgery.saving import save
 
     target = output or default_output(model, "decomposed.pt2")
     if not dry_run:
@@ -114,7 +114,7 @@ def decompose(
 
 
 def _write_plan(plan: Plan, path: Path, *, force: bool) -> None:
-    from surgery.save import write_atomically
+    from surgery.saving import write_atomically
 
     def write(file: IO[bytes]) -> None:
         file.write(plan.to_json().encode())
@@ -124,7 +124,7 @@ def _write_plan(plan: Plan, path: Path, *, force: bool) -> None:
 
 def _time(models: list[ExportedProgram], inputs: Any, progress: Any) -> Timing | str:
     """Return the timing of the models, or why it cannot be had: a model that ONNX cannot express is no failure here."""
-    from surgery.bench import bench
+    from surgery.benchmark import bench
 
     try:
         return bench(models, inputs, seconds=4.0, progress=lambda share: progress("time", round(100 * share), 100))
@@ -152,7 +152,7 @@ def recompose(
     """Fuse every chain of MODEL that is provably one operator back into that operator."""
     from surgery.cli import show
     from surgery.passes.recompose import recompose as run
-    from surgery.save import save, save_state_dict
+    from surgery.saving import save, save_state_dict
 
     target = output or default_output(model, "recomposed.pt2")
     for path in (target, state_dict):
@@ -202,7 +202,7 @@ def export(model: Path, output: Path, force: bool, json_: bool, **options: Any) 
 @as_json
 def bench(models: tuple[Path, ...], threads: int | None, seconds: float, json_: bool, **options: Any) -> None:
     """Time models (.pt2 or .onnx) under onnxruntime on this CPU, interleaved; each later one against the first."""
-    from surgery.bench import bench as run
+    from surgery.benchmark import bench as run
     from surgery.cli import show
 
     with show.progress(quiet=json_) as progress:
@@ -246,7 +246,7 @@ def _open_all(paths: tuple[Path, ...], options: dict[str, Any]) -> tuple[list[An
 def compare(a: Path, b: Path, inputs_file: Path | None, json_: bool, **options: Any) -> None:
     """Show how far the outputs of A and B are apart on the same inputs."""
     from surgery.cli import show
-    from surgery.compare import compare as run
+    from surgery.comparison import compare as run
 
     (first, second), inputs = _open_all((a, b), options)
     if inputs_file is not None:

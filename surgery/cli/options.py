@@ -89,7 +89,7 @@ def open_program(
 
     from surgery.export import capture
     from surgery.inputs import program_inputs
-    from surgery.load import load
+    from surgery.loading import load
 
     shapes = parse_shapes(input_shapes)
     loaded = load(path, trust=trust, model=factory, example_inputs=_random(shapes, {}, seed)[0] or None)

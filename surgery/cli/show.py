@@ -18,8 +18,8 @@ from surgery.sites import Skip, describe
 from surgery.text import change, count, rank_text, seconds
 
 if TYPE_CHECKING:
-    from surgery.bench import Timing
-    from surgery.compare import Difference
+    from surgery.benchmark import Timing
+    from surgery.comparison import Difference
     from surgery.export import ExportReport
     from surgery.graphs import Found
     from surgery.passes.decompose import DecomposeResult

@@ -14,7 +14,7 @@ from surgery.errors import CheckError, InputError, Refusal
 from surgery.factorizations import Ranks, named
 from surgery.graphs import Found, GraphKind, Model, open_graph
 from surgery.inputs import normalise_inputs
-from surgery.plan import Decision, Plan
+from surgery.plans import Decision, Plan
 from surgery.ranks import complete_plan, make_plan
 from surgery.sites import Site, Skip, Totals, describe, select
 from surgery.text import change, count, rank_text, table

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import SOLVERS, named
-from surgery.plan import Decision, Plan
+from surgery.plans import Decision, Plan
 from surgery.ranks.auto import Auto, Latencies
 from surgery.ranks.candidates import Candidate, Choice, candidates_of
 from surgery.ranks.named import PerSite, check_known, explicit

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from surgery.compare import Model, open_model
+from surgery.comparison import Model, open_model
 from surgery.cost.latency import cpu_name
 from surgery.cost.timing import Budget, Samples, bind, compare_samples, interleave, open_session, physical_cores
 from surgery.errors import InputError

@@ -28,7 +28,7 @@ from surgery.chain import relative_error
 from surgery.cost.timing import open_session
 from surgery.errors import InputError
 from surgery.inputs import Inputs, default_inputs, feed, normalise_inputs
-from surgery.load import load
+from surgery.loading import load
 
 __all__ = [
     "Difference",

@@ -11,10 +11,11 @@ import json
 import os
 import secrets
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
+import safetensors.torch
 import torch
 from torch import nn
 from torch.export import ExportedProgram
@@ -22,7 +23,7 @@ from torch.export import ExportedProgram
 from surgery.archive import RECORD
 from surgery.errors import FileError, InputError
 
-__all__ = ["save", "write_atomically"]
+__all__ = ["save", "save_state_dict", "write_atomically"]
 
 _SAVABLE = "change the model so that torch.export.save takes it, or save its state_dict()"
 _EXISTS = "pass --force (in Python force=True) to overwrite it, or choose another name"
@@ -125,3 +126,16 @@ def save(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of its own deprecations while it pickles
         write_atomically(path, write, force=force)
+
+
+def save_state_dict(state: Mapping[str, torch.Tensor], path: str | os.PathLike[str], *, force: bool = True) -> None:
+    """Write a state dict as safetensors; tied weights are written under each of their names, as strict loading wants.
+
+    Raises FileError where the file cannot be written; the file that was there stays as it was.
+    """
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+
+    def write(file: IO[bytes]) -> None:
+        file.write(safetensors.torch.save(own))
+
+    write_atomically(path, write, force=force)
