@@ -29,7 +29,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
 import surgery
-from surgery.benchmark import environment
+from surgery.benchmark import environment as measured_on
 from surgery.cost.latency import Latencies, channel_multiple
 from surgery.cost.timing import Budget
 from surgery.errors import SurgeryError
@@ -240,7 +240,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     """Measure, print and write."""
     console = Console(width=None if sys.stdout.isatty() else 150)
-    environment = asdict(environment(options.threads))
+    environment = asdict(measured_on(options.threads))
     console.print(f"image {options.image}, batch 1;", ", ".join(f"{k} {v}" for k, v in environment.items()))
     latencies = Latencies(threads=options.threads, budget=Budget(options.layer_seconds, max_rounds=1000), keep=False)
     model, x = build(PRIMARY), NETWORKS[PRIMARY].inputs(options.image)

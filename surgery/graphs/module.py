@@ -109,7 +109,7 @@ class ModuleKind(GraphKind):
 
 
 def _without_views(call: Call) -> Call:
-    """Widen a Conv1D's product of matrices to the whole module: it flattens its input, and gives its output the shape."""
+    """Widen a Conv1D's product of matrices to the whole module, which flattens its input and shapes its output."""
     users = list(call.node.users)
     if _is_view(call.source) and len(users) == 1 and _is_view(users[0]):
         return replace(call, source=call.source.all_input_nodes[0], node=users[0], inner=call.node)

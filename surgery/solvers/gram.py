@@ -1,8 +1,8 @@
 """Truncated SVD of a batch of matrices through Gram matrices: ``M ~ left @ right``.
 
 For M (m x n, m <= n) the leading eigenvectors U of the Gram matrix ``M M^T`` (m x m, accumulated in float64) span the
-best rank-r subspace (Eckart-Young), and ``M ~ U (U^T M)`` is an exact projection whatever the accuracy of small eigenvalues.
-It never builds an n x n matrix or a full set of singular vectors of the long side: cost m^2 n + m^3.
+best rank-r subspace (Eckart-Young), and ``M ~ U (U^T M)`` is an exact projection whatever the accuracy of small
+eigenvalues. It never builds an n x n matrix or a full set of singular vectors of the long side: cost m^2 n + m^3.
 """
 
 from __future__ import annotations
