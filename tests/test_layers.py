@@ -22,7 +22,7 @@ LAYERS = [
     {"graphs"},
     {"ranks", "cost"},
     {"passes"},
-    {"archive", "loading", "saving", "export", "benchmark", "comparison"},
+    {"archive", "archive_expressions", "archive_program", "loading", "saving", "export", "benchmark", "comparison"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

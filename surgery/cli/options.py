@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = ["as_json", "check_output", "default_output", "model_options", "open_program", "parse_shapes"]
 
-F = TypeVar("F", bound=Callable[..., Any])
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def model_options(command: F) -> F:
+def model_options(command: _F) -> _F:
     """Add the options that say how MODEL is read and what it is run on."""
     for option in reversed(
         (
@@ -38,7 +38,7 @@ def model_options(command: F) -> F:
     return command
 
 
-def as_json(command: F) -> F:
+def as_json(command: _F) -> _F:
     """Add --json."""
     return click.option("--json", "json_", is_flag=True, help="Print JSON instead of tables.")(command)
 

@@ -25,6 +25,21 @@ if TYPE_CHECKING:
     from surgery.passes.decompose import DecomposeResult
     from surgery.passes.recompose import RecomposeResult
 
+__all__ = [
+    "decompose_json",
+    "decompose_tables",
+    "difference_tables",
+    "export_json",
+    "export_lines",
+    "found_json",
+    "found_tables",
+    "print_json",
+    "progress",
+    "recompose_json",
+    "recompose_tables",
+    "timing_tables",
+]
+
 _STEPS = {
     "load": "loading",
     "plan": "choosing ranks",

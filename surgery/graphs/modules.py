@@ -13,7 +13,16 @@ from surgery.errors import Refusal
 from surgery.graphs.functional import conv_geometry, stored_weight
 from surgery.operators import Conv, Linear, Operator
 
-__all__ = ["build_module", "build_sequential", "is_operator_module", "read_module", "refuse_module", "replace_module"]
+__all__ = [
+    "build_module",
+    "build_sequential",
+    "carry_hooks",
+    "is_operator_module",
+    "read_module",
+    "refuse_module",
+    "replace_module",
+    "stored_as",
+]
 
 _CONVS: dict[type[nn.Module], tuple[bool, int]] = {
     nn.Conv1d: (False, 1),
