@@ -2,9 +2,10 @@
 
     python tools/bench_solver.py [--repeats 3] [--json FILE]
 
-Both sides run in the same process on the same kernels, one after the other in turn; the table has medians, the errors of
-both (measured on the reconstruction), and beside them the floor: one Gram product of the unfolding in float64. Kernels
-are random ("normal", the hardest: a flat spectrum) and random with decaying spectra, as trained ones have ("decaying").
+Both sides run in the same process on the same kernels, one after the other in turn; the table has medians, the errors
+of both (measured on the reconstruction), and beside them the floor: one Gram product of the unfolding in float64.
+Kernels are random ("normal", the hardest: a flat spectrum) and random with decaying spectra, as trained ones have
+("decaying").
 """
 
 from __future__ import annotations
