@@ -1,0 +1,52 @@
+"""Time finding the sites of a ResNet-50 at 224x224, apart from loading and tracing, as a module and as a program.
+
+    python tools/bench_find.py [--repeats 5]
+
+What torch imports for its fake tensors is imported before; the first call of the process and the median are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch._dynamo  # fake tensors import it when the first one is made
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+
+from surgery.cost.latency import cpu_name
+from surgery.graphs import Model, open_graph
+from tools.networks import build
+
+
+def time_find(model: Model, inputs: tuple[torch.Tensor, ...]) -> tuple[float, int]:
+    """Return the seconds of one search and the number of sites; the graph is traced before."""
+    graph = open_graph(model, inputs, {}, copies=False)
+    start = time.perf_counter()
+    found = graph.find()
+    return time.perf_counter() - start, len(found.spots)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    repeats = parser.parse_args().repeats
+    versions = f"python {platform.python_version()}, torch {torch.__version__}"
+    print(f"{cpu_name()}, {torch.get_num_threads()} threads, {versions}")
+    module, inputs = build("resnet50"), (torch.randn(1, 3, 224, 224),)
+    first, sites = time_find(module, inputs)
+    program = torch.export.export(module, inputs)
+    for name, model in (("module", module), ("program", program)):
+        later = [time_find(model, inputs)[0] for _ in range(repeats)]
+        start = f", first call in the process {first:.2f} s" if name == "module" else ""
+        print(f"{name}: {sites} sites in {statistics.median(later):.3f} s (median of {repeats}{start})")
+
+
+if __name__ == "__main__":
+    main()
