@@ -30,9 +30,12 @@ def singular_values(matrix: Tensor) -> Tensor:
 
 
 def leading_subspace(gram_matrix: Tensor, rank: int) -> Tensor:
-    """Return orthonormal eigenvectors (..., m, rank) of the largest eigenvalues of a batch of Gram matrices."""
-    vectors: Tensor = torch.linalg.eigh(gram_matrix).eigenvectors
-    return vectors[..., -rank:].flip(-1)
+    """Return orthonormal eigenvectors (..., m, rank) of the largest eigenvalues of a batch of Gram matrices.
+
+    In descending order of the eigenvalues: those of the negative matrix ascend, so that no copy has to flip them.
+    """
+    vectors: Tensor = torch.linalg.eigh(-gram_matrix).eigenvectors
+    return vectors[..., :rank]
 
 
 def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

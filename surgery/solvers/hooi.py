@@ -3,13 +3,14 @@
 Kernel W (g, O, I, K) ~ core (g, ro, ri, K) with orthonormal bases out (g, O, ro) and in (g, I, ri).
 
 Start: sequentially truncated HOSVD (Vannieuwenhoven et al. 2012), whose bases are leading eigenvectors of Gram matrices
-``M M^T`` of unfoldings M. Where one rank is at least the other times K it loses nothing, and starting from the other
-one is optimal at once. Then sweeps: with one basis fixed, the other moves towards the best subspace of its projected
-unfolding. It is near it already, so that a step is not a new eigendecomposition but a Chebyshev filter of the present
-basis, at a fraction of the cost (Zhou and Saad 2007): ``T_p`` of the Gram matrix, scaled so that the eigenvalues to
-leave lie within [-1, 1], grows the others. Degree 2 is as good as an exact step here, and ahead of it after the second
-sweep, as over-relaxation is. Gains fall by a steady rate, so sweeps stop when those to come would lower the error by
-less than ``tolerance`` of itself.
+``M M^T`` of unfoldings M, the smaller mode first. Where one rank is at least the other times K it loses nothing, and
+starting from the other one is optimal at once. Then steps, out and in by turns: with one basis fixed, the other moves
+towards the best subspace of its projected unfolding. It is near it already, so that a step is not a new
+eigendecomposition but a Chebyshev filter of the present basis, at a fraction of the cost (Zhou and Saad 2007): ``T_p``
+of the Gram matrix, scaled so that the eigenvalues to leave lie within [-1, 1], grows the others. Degree 3 is all but
+exact, the best for the first and the last step; between them degree 2 is ahead of it from the next step on, as
+over-relaxation is. So gains fall by a steady rate, and the last step is known before it is taken: what would come after
+it lowers the error by less than ``tolerance`` of itself. The core comes from what that step has projected already.
 The kernel lies as (g, O, K, I) in memory, so that no unfolding needs a copy.
 
 Gram matrices in float32 resolve singular values down to about 3e-4 of the largest. That is ample while the truncated
@@ -30,67 +31,90 @@ __all__ = ["tucker2"]
 _FLOAT32_RESIDUAL = 1e-3  # share of the energy
 _MAX_GAIN = 1e6
 _SMALL = 48  # below, an eigendecomposition costs no more than a filter
+_HALVES = 256  # from this size on, a quarter of a Gram matrix is copied from its mirror image
+_RATE = 0.44  # by which gains fall from step to step on random kernels, where they fall most slowly
+_FIRST, _BETWEEN, _LAST = (3, 0.95), (2, 1.0), (3, 0.8)  # degree, and share of the least Ritz value that is cut off
 
 
-def tucker2(kernel: Tensor, ranks: tuple[int, int], *, sweeps: int = 10, tolerance: float = 1.5e-3) -> list[Tensor]:
+def tucker2(kernel: Tensor, ranks: tuple[int, int], *, sweeps: int = 10, tolerance: float = 1.4e-3) -> list[Tensor]:
     """Return [core (g, ro, ri, K), out basis (g, O, ro), in basis (g, I, ri)] in the kernel's float dtype.
 
     ``kernel`` is (g, O, I, K) in float32 or float64, ``ranks`` is (ro, ri). ``tolerance`` is relative to the error.
     """
     low, high = torch.aminmax(kernel)
     scale = torch.maximum(-low, high).clamp(min=torch.finfo(kernel.dtype).tiny)
-    scaled = (kernel.mT / scale).contiguous()  # its squares must neither overflow nor vanish
+    scaled = kernel.new_empty(kernel.mT.shape)
+    torch.div(kernel.mT, scale, out=scaled)  # its squares must neither overflow nor vanish
     factors, residual = _start_and_sweep(scaled, ranks, sweeps, tolerance)
     if kernel.dtype == torch.float32 and residual < _FLOAT32_RESIDUAL:
         factors, _ = _start_and_sweep(scaled.double(), ranks, sweeps, tolerance)
-    core, out_basis, in_basis = (factor.to(kernel.dtype) for factor in factors)
-    return [(core * scale).mT, out_basis, in_basis]
+    core, *bases = (factor.to(kernel.dtype) for factor in factors)
+    return [_own(factor) for factor in ((core * scale).mT, *bases)]
+
+
+def _own(factor: Tensor) -> Tensor:
+    return factor.clone(memory_format=torch.contiguous_format)
 
 
 def _start_and_sweep(
     kernel: Tensor, ranks: tuple[int, int], sweeps: int, tolerance: float
 ) -> tuple[list[Tensor], float]:
     """Return core (g, ro, K, ri) and bases of a kernel (g, O, K, I), and the share of the energy that they miss."""
+    first = _first_mode(kernel, ranks)
+    bases, mode, projected = [kernel, kernel], first, kernel
+    missed, to_come, total = math.inf, math.inf, 0.0
+    uneven = max(kernel.shape[1::2]) / min(kernel.shape[1::2])  # what a step of the smaller mode says too little by
+    for step in range(2 + 2 * sweeps):
+        mode = (first + step) % 2
+        if step:
+            projected = _project(kernel, bases[1 - mode], 1 - mode)
+        gram = _gram(projected, mode)
+        if step < 2:
+            bases[mode] = leading_subspace(gram, ranks[mode])
+            total = total or max(float(_trace(gram)), torch.finfo(kernel.dtype).tiny)
+            missed = _missed(gram, bases[mode], total) if step else 1.0
+            continue
+        to_come *= _RATE
+        kind = _LAST if to_come <= tolerance else _FIRST if step == 2 else _BETWEEN
+        bases[mode] = _improve(gram, bases[mode], *kind)
+        before, missed = missed, _missed(gram, bases[mode], total)
+        if kind is not _BETWEEN:
+            gain = (before - missed) / (2 * missed) if missed > 0 else 0.0  # the error is the root of what is missed
+            to_come = gain * _RATE / (1 - _RATE) * uneven
+            if to_come <= tolerance:
+                break
+    return [_project(projected, bases[mode], mode), *bases], missed
+
+
+def _first_mode(kernel: Tensor, ranks: tuple[int, int]) -> int:
+    """Return the mode whose basis alone decides if there is one, else the one with the smaller Gram matrix."""
+    _, out, extent, columns = kernel.shape
     rank_out, rank_in = ranks
-    if rank_out > rank_in and rank_out >= rank_in * kernel.shape[2]:  # the in basis alone decides: start from it
-        swapped = kernel.transpose(1, 3).contiguous()
-        (core, in_basis, out_basis), residual = _start_and_sweep(swapped, (rank_in, rank_out), sweeps, tolerance)
-        return [core.transpose(1, 3), out_basis, in_basis], residual
-    gram = _gram_out(kernel)
-    total = max(float(_trace(gram)), torch.finfo(kernel.dtype).tiny)
-    out_basis = leading_subspace(gram, rank_out)
-    gram = _gram_in(kernel, out_basis)
-    in_basis = leading_subspace(gram, rank_in)
-    missed = _missed(gram, in_basis, total)
-    gained = math.inf
-    for _ in range(sweeps):
-        out_basis = _improve(_gram_out(_project_in(kernel, in_basis)), out_basis)
-        gram = _gram_in(kernel, out_basis)
-        in_basis = _improve(gram, in_basis)
-        before, missed = missed, _missed(gram, in_basis, total)
-        last, gained = gained, before - missed
-        rate = min(gained / last, 1.0) if math.isfinite(last) and last > 0 else 0.5
-        if gained * rate <= 2 * tolerance * (1 - rate) * missed:  # the error is the root of what is missed
-            break
-    core = _project_in((out_basis.mT @ kernel.flatten(2)).unflatten(2, tuple(kernel.shape[2:])), in_basis)
-    return [core, out_basis, in_basis], missed
+    if rank_out >= rank_in * extent or rank_in >= rank_out * extent:
+        return int(rank_out > rank_in)
+    return int(columns < out)
 
 
-def _project_in(kernel: Tensor, basis: Tensor) -> Tensor:
-    """Return (g, O, K, ri): the last mode in coordinates of a basis (g, I, ri)."""
+def _project(kernel: Tensor, basis: Tensor, mode: int) -> Tensor:
+    """Return (g, O, K, I) with its out mode (0) or its in mode (1) in coordinates of a basis (g, O or I, r)."""
+    if mode == 0:
+        return (basis.mT @ kernel.flatten(2)).unflatten(2, tuple(kernel.shape[2:]))
     return (kernel.flatten(1, 2) @ basis).unflatten(1, tuple(kernel.shape[1:3]))
 
 
-def _gram_out(kernel: Tensor) -> Tensor:
-    """Return the Gram matrix of the out mode of (g, O, K, I); the dtype stays."""
-    unfolding = kernel.flatten(2)
-    return unfolding @ unfolding.mT
-
-
-def _gram_in(kernel: Tensor, out_basis: Tensor) -> Tensor:
-    """Return the Gram matrix of the in mode of (g, O, K, I) after the projection of the out mode."""
-    unfolding = (out_basis.mT @ kernel.flatten(2)).reshape(len(kernel), -1, kernel.shape[3])
-    return unfolding.mT @ unfolding
+def _gram(kernel: Tensor, mode: int) -> Tensor:
+    """Return the Gram matrix of the out mode (0) or the in mode (1) of (g, O, K, I); the dtype stays."""
+    rows = kernel.flatten(2) if mode == 0 else kernel.flatten(1, 2).mT
+    half = rows.shape[1] // 2
+    if half < _HALVES:
+        return rows @ rows.mT
+    upper, lower = rows[:, :half], rows[:, half:]
+    gram = rows.new_empty(len(rows), rows.shape[1], rows.shape[1])
+    gram[:, :half, :half] = upper @ upper.mT
+    gram[:, half:, half:] = lower @ lower.mT
+    gram[:, half:, :half] = lower @ upper.mT
+    gram[:, :half, half:] = gram[:, half:, :half].mT
+    return gram
 
 
 def _trace(gram: Tensor) -> Tensor:
@@ -101,7 +125,7 @@ def _missed(gram: Tensor, basis: Tensor, total: float) -> float:
     return max(0.0, 1 - float((basis * (gram @ basis)).sum()) / total)
 
 
-def _improve(gram: Tensor, basis: Tensor) -> Tensor:
+def _improve(gram: Tensor, basis: Tensor, most: int, share: float) -> Tensor:
     """Move a basis towards the leading eigenvectors of a Gram matrix by a Chebyshev filter."""
     size, rank = basis.shape[-2:]
     if rank == size:
@@ -110,20 +134,22 @@ def _improve(gram: Tensor, basis: Tensor) -> Tensor:
         return leading_subspace(gram, rank)
     image = gram @ basis
     ritz = (basis * image).sum(-2)
-    cut, largest = ritz.amin(-1), ritz.amax(-1)
-    degree = _degree(cut, largest)
+    cut, largest = share * ritz.amin(-1), ritz.amax(-1)
+    degree = _degree(cut, largest, most)
     if not degree:
         return leading_subspace(gram, rank)
     half = cut[..., None, None] / 2
-    filtered = image / half - basis
-    if degree == 2:
-        filtered = (gram @ filtered) * (2 / half) - 2 * filtered - basis
+    shifted = gram / half
+    shifted.diagonal(dim1=-2, dim2=-1).sub_(1)
+    before, filtered = basis, image / half - basis
+    for _ in range(degree - 1):
+        before, filtered = filtered, torch.baddbmm(before, shifted, filtered, beta=-1, alpha=2)
     return torch.linalg.qr(filtered).Q
 
 
-def _degree(cut: Tensor, largest: Tensor) -> int:
-    """Return the degree of the filter, 1 or 2; 0 where float32 could not hold even the gain ``2 largest / cut - 1``."""
+def _degree(cut: Tensor, largest: Tensor, most: int) -> int:
+    """Return the degree of the filter; 0 where float32 could not hold even the gain ``2 largest / cut - 1`` of 1."""
     if not bool((cut > 0).all()):
         return 0
     gain = float((2 * largest / cut - 1).amax())
-    return 2 if 2 * gain**2 < _MAX_GAIN else int(gain < _MAX_GAIN)
+    return next((degree for degree in range(most, 0, -1) if 2 ** (degree - 1) * gain**degree < _MAX_GAIN), 0)

@@ -22,16 +22,20 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return torch.stack([left for left, _ in pairs]), torch.stack([right for _, right in pairs])
 
 
-def tucker2(kernel: Tensor, ranks: tuple[int, int]) -> list[Tensor]:
-    """Return [core, out basis, in basis] of a batch (g, O, I, K) by TensorLy's ``partial_tucker``, 10 iterations."""
+def tucker2(kernel: Tensor, ranks: tuple[int, int], *, tolerance: float = 0.0) -> list[Tensor]:
+    """Return [core, out basis, in basis] of a batch (g, O, I, K) by TensorLy's ``partial_tucker``.
+
+    10 iterations from an SVD start, fewer if the error falls by less than ``tolerance`` (TensorLy's default: 1e-4).
+    """
     _backend()
     from tensorly.decomposition import partial_tucker
 
     cores, outs, ins = [], [], []
+    options = {"modes": [0, 1], "n_iter_max": 10, "init": "svd", "tol": tolerance}
     for single in kernel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            (core, factors), _ = partial_tucker(single, rank=list(ranks), modes=[0, 1], n_iter_max=10, init="svd")
+            (core, factors), _ = partial_tucker(single, rank=list(ranks), **options)
         cores.append(core)
         outs.append(factors[0])
         ins.append(factors[1])
