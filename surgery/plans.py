@@ -95,7 +95,11 @@ class Plan:
             if name is None:
                 raise InputError(f"{site!r} is dense in this plan", next_step="say factorization= as well")
             new = Decision(site, factorization=named(name).name, rank=tuple(ranks))
-        return replace(self, decisions=tuple(new if d.site == site else d for d in self.decisions))
+        return self.replaced(new)
+
+    def replaced(self, decision: Decision) -> Plan:
+        """Return the plan with another decision for one of its sites."""
+        return replace(self, decisions=tuple(decision if d.site == decision.site else d for d in self.decisions))
 
     def diff(self, other: Plan) -> list[str]:
         """Return one line for each site on which the two plans differ, as ``site: tucker 8,8 -> dense (reason)``."""

@@ -11,7 +11,8 @@ from hypothesis import assume, event, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from surgery.chain import Chain, compose, relative_error
+from surgery.chain import Chain, relative_error
+from surgery.composition import compose
 from surgery.errors import Refusal
 from surgery.operators import Conv, Geometry, Linear, Operator, Shape
 from tests.cases import operator_of

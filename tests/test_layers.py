@@ -17,7 +17,7 @@ ROOT = Path(surgery.__file__).parent
 # Lower layers first; a module may import modules of its own layer and of those below.
 LAYERS = [
     {"errors", "text"},
-    {"operators", "chain", "inputs"},
+    {"operators", "steps", "composition", "chain", "inputs"},
     {"solvers", "factorizations", "sites", "plans"},
     {"graphs"},
     {"ranks", "cost"},

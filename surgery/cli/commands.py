@@ -49,7 +49,7 @@ def inspect(model: Path, json_: bool, **options: Any) -> None:
     help="auto, vbmf, full, energy=0.9, keep_params=0.5, keep_macs=0.5, a whole number, or rank,rank.",
 )
 @click.option(
-    "--factorization", default="auto", show_default=True, metavar="NAME", help="tucker, svd, spatial or auto."
+    "--factorization", default="auto", show_default=True, metavar="NAME", help="auto, tucker, svd, spatial, cp, tt, tr or depthwise."
 )
 @click.option("--include", multiple=True, metavar="GLOB", help="Only sites that match; may be repeated.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="No sites that match; may be repeated.")
@@ -57,7 +57,11 @@ def inspect(model: Path, json_: bool, **options: Any) -> None:
 @click.option("--save-plan", type=_MODEL, help="Write the plan as JSON.")
 @click.option("--dry-run", is_flag=True, help="Plan and print, but factor and write nothing (but --save-plan).")
 @click.option(
-    "--solver", default="gram", show_default=True, help="gram, or tensorly for TensorLy's own decompositions."
+    "--solver",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="auto; als, pp or gd for cp; tensorly for TensorLy's own.",
 )
 @click.option("--timing/--no-timing", default=True, help="Measure latencies (auto always does, for its choice).")
 @click.option("--force", is_flag=True, help="Overwrite files that exist.")

@@ -166,7 +166,7 @@ def decompose_tables(files: tuple[Path, Path | None], result: DecomposeResult, t
         error = "-" if c.error is None else f"{c.error:.3g}"
         macs = f"{count(c.dense_macs)} -> {count(c.macs)}"
         latency = "-" if c.latency is None else f"{seconds(c.dense_latency)} -> {seconds(c.latency)}"
-        table.add_row(c.site, c.operator, c.factorization, rank_text(c.rank), error, macs, latency, "")
+        table.add_row(c.site, c.operator, c.factorization, rank_text(c.rank), error, macs, latency, c.note)
     for skip in result.skips:
         table.add_row(skip.name, skip.operator, "dense", "-", "-", count(skip.macs), "-", skip.reason)
     console.print(table)

@@ -44,6 +44,7 @@ from surgery.cost.timing import (
     physical_cores,
 )
 from surgery.operators import Conv, Geometry, Operator, Shape
+from surgery.steps import Branches, Shift, Step
 
 __all__ = ["Comparison", "Latencies", "cache_path", "channel_multiple", "cpu_name"]
 
@@ -180,10 +181,14 @@ def _is_sensible(name: str, value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value) and value > 0
 
 
-def _structure(operator: Operator | Chain) -> Any:
-    """Return all that a latency depends on in an operator, as JSON values."""
+def _structure(operator: Step | Chain) -> Any:
+    """Return all that a latency depends on in an operator or another step of a chain, as JSON values."""
     if isinstance(operator, Chain):
-        return [_structure(part) for part in operator.operators]
+        return [_structure(step) for step in operator.steps]
+    if isinstance(operator, Branches):
+        return {"branches": [[_structure(part) for part in row] for row in operator.rows]}
+    if not isinstance(operator, Operator):
+        return {"kind": type(operator).__name__} | ({} if isinstance(operator, Shift) else asdict(operator))
     found: dict[str, Any] = {
         "kind": type(operator).__name__,
         "weight": list(operator.weight.shape),

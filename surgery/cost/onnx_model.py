@@ -1,6 +1,7 @@
 """The ONNX model of operators and chains, built node by node as torch's exporter would emit it.
 
-A convolution is Conv or ConvTranspose, after a Pad where torch pads in another mode than with zeros, and between
+Reshapes are Reshape, shifts and sums Add. A convolution is Conv or ConvTranspose, after a Pad where torch pads in
+another mode than with zeros, and between
 Unsqueeze and Squeeze where the input has no batch. A linear layer is Gemm on (rows, features), and MatMul, then Add on
 any other number of dimensions. ``torch.onnx.export`` makes the same nodes a thousand times more slowly.
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from surgery.chain import Chain
 from surgery.errors import InputError
 from surgery.operators import Conv, Geometry, Linear, Operator, Shape
+from surgery.steps import Branches, Flatten, Shift, Step, Transpose, Unflatten
 
 __all__ = ["OPSET", "build_choice", "build_model"]
 
@@ -46,9 +48,15 @@ class _Graph:
         self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
 
-    def apply(self, op_type: str, constants: Iterable[np.ndarray | None] = (), **attributes: Any) -> None:
-        """Append a node on the current value and the constants that are not None; its output is the new value."""
-        names = [self.constant(array) for array in constants if array is not None]
+    def apply(
+        self,
+        op_type: str,
+        constants: Iterable[np.ndarray | None] = (),
+        others: Sequence[str] = (),
+        **attributes: Any,
+    ) -> None:
+        """Append a node on the current value, other values and the constants that there are; its output is current."""
+        names = [*others, *(self.constant(array) for array in constants if array is not None)]
         output = f"value_{len(self.nodes)}"
         self.nodes.append(helper.make_node(op_type, [self.value, *names], [output], **attributes))
         self.value = output
@@ -105,15 +113,45 @@ def _build_branch(branch: Operator | Chain, shape: Shape, *, output: str) -> _Gr
     if size > _MAX_BYTES:
         raise InputError(f"the weights take {size / 2**30:.1f} GiB", allowed="an ONNX model of at most 2 GiB")
     graph = _Graph()
-    for operator in branch.operators if isinstance(branch, Chain) else (branch,):
-        emit = _EMITTERS.get(type(operator))
-        if emit is None:
-            allowed = ", ".join(kind.__name__ for kind in _EMITTERS)
-            raise InputError(f"no ONNX node is known for {type(operator).__name__}", allowed=allowed)
-        emit(graph, operator, shape)
-        shape = operator.out_shape(shape)
+    for step in branch.steps if isinstance(branch, Chain) else (branch,):
+        _emit(graph, step, shape)
+        shape = step.out_shape(shape)
     graph.nodes[-1].output[0] = output
     return graph
+
+
+def _emit(graph: _Graph, step: Step, shape: Shape) -> None:
+    emit = _EMITTERS.get(type(step))
+    if emit is None:
+        allowed = ", ".join(kind.__name__ for kind in _EMITTERS)
+        raise InputError(f"no ONNX node is known for {type(step).__name__}", allowed=allowed)
+    emit(graph, step, shape)
+
+
+def _emit_reshape(graph: _Graph, step: Any, shape: Shape) -> None:
+    graph.apply("Reshape", [np.array(step.out_shape(shape), dtype=np.int64)])
+
+
+def _emit_transpose(graph: _Graph, step: Any, shape: Shape) -> None:
+    order = list(range(len(shape)))
+    order[step.first], order[step.second] = order[step.second], order[step.first]
+    graph.apply("Transpose", perm=order)
+
+
+def _emit_shift(graph: _Graph, step: Any, shape: Shape) -> None:
+    graph.apply("Add", [_array(step.bias)])
+
+
+def _emit_branches(graph: _Graph, step: Any, shape: Shape) -> None:
+    source, values = graph.value, []
+    for row in step.rows:
+        graph.value, at = source, shape
+        for operator in row:
+            _emit(graph, operator, at)
+            at = operator.out_shape(at)
+        values.append(graph.value)
+    for value in values[:-1]:
+        graph.apply("Add", others=[value])
 
 
 def _array(tensor: Tensor | None) -> np.ndarray | None:
@@ -126,7 +164,7 @@ def _array(tensor: Tensor | None) -> np.ndarray | None:
     return np.random.default_rng(0).standard_normal(tuple(tensor.shape), dtype=np.float32) * np.float32(scale)
 
 
-def _emit_linear(graph: _Graph, operator: Operator, shape: Shape) -> None:
+def _emit_linear(graph: _Graph, operator: Any, shape: Shape) -> None:
     weight, bias = _array(operator.weight), _array(operator.bias)
     if len(shape) == 2:
         graph.apply("Gemm", [weight, bias], transB=1)
@@ -136,9 +174,7 @@ def _emit_linear(graph: _Graph, operator: Operator, shape: Shape) -> None:
         graph.apply("Add", [bias])
 
 
-def _emit_conv(graph: _Graph, operator: Operator, shape: Shape) -> None:
-    if not isinstance(operator, Conv):
-        raise TypeError(type(operator).__name__)
+def _emit_conv(graph: _Graph, operator: Any, shape: Shape) -> None:
     geometry = operator.geometry
     unbatched = len(shape) == geometry.dims + 1
     first_axis = np.array([0], dtype=np.int64)
@@ -167,8 +203,16 @@ def _pads(padding: tuple[tuple[int, int], ...], side: int) -> list[int]:
     return [pair[side] for pair in padding]
 
 
-def _transposed_attributes(geometry: Geometry) -> dict[str, Shape]:
+def _transposed_attributes(geometry: Geometry) -> dict[str, Any]:
     return {"output_padding": geometry.output_padding} if geometry.transposed else {}
 
 
-_EMITTERS: dict[type[Operator], Callable[[_Graph, Operator, Shape], None]] = {Linear: _emit_linear, Conv: _emit_conv}
+_EMITTERS: dict[type, Callable[[_Graph, Any, Shape], None]] = {
+    Linear: _emit_linear,
+    Conv: _emit_conv,
+    Unflatten: _emit_reshape,
+    Flatten: _emit_reshape,
+    Transpose: _emit_transpose,
+    Shift: _emit_shift,
+    Branches: _emit_branches,
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from surgery.errors import InputError, Refusal
 from surgery.factorizations.base import SOLVERS, Factorization, Ranks, Spectrum
+from surgery.factorizations.depthwise import Depthwise
 from surgery.factorizations.spatial import Spatial
 from surgery.factorizations.svd import Svd
 from surgery.factorizations.tucker import Tucker
@@ -15,6 +16,7 @@ FACTORIZATIONS: dict[str, Factorization] = {
     "tucker": Tucker(),
     "svd": Svd(),
     "spatial": Spatial(),
+    "depthwise": Depthwise(),
 }
 
 
@@ -32,9 +34,9 @@ def named(name: str) -> Factorization:
 def fitting(operator: Operator, name: str = "auto") -> list[Factorization] | Refusal:
     """Return the factorizations that fit the operator, the preferred one first; or why there is none.
 
-    ``name`` narrows the choice to one factorization; "auto" admits all.
+    ``name`` narrows the choice to one factorization; "auto" admits the automatic ones.
     """
-    choice = list(FACTORIZATIONS.values()) if name == "auto" else [named(name)]
+    choice = [f for f in FACTORIZATIONS.values() if f.automatic] if name == "auto" else [named(name)]
     refusals = {f.name: f.refuse(operator) for f in choice}
     fits = [f for f in choice if refusals[f.name] is None]
     if fits:

@@ -19,11 +19,12 @@ from surgery.chain import Chain
 from surgery.errors import InputError, RankError, Refusal
 from surgery.operators import Conv, Geometry, Linear, Operator, Shape
 from surgery.solvers.gram import singular_values
+from surgery.steps import Step
 
 __all__ = ["SOLVERS", "Factorization", "Ranks", "Spectrum"]
 
 Ranks = tuple[int, ...]
-SOLVERS = ("gram", "tensorly")
+SOLVERS = ("auto", "als", "pp", "gd", "tensorly")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,33 +42,42 @@ class Spectrum:
 
 
 class Factorization(ABC):
-    """One method; ``rank_names`` has a name for each of its ranks, in order."""
+    """One method.
+
+    ``solvers`` are those it has: "auto" is its own best, "tensorly" the field's reference. ``automatic`` says whether
+    it is tried where the user names no method: its errors must follow from spectra, and its chains run fast.
+    """
 
     name: ClassVar[str]
-    rank_names: ClassVar[tuple[str, ...]]
+    automatic: ClassVar[bool] = False
+    solvers: ClassVar[tuple[str, ...]] = ("auto", "tensorly")
 
     @abstractmethod
     def refuse(self, operator: Operator) -> Refusal | None:
         """Return why this method does not fit the operator, or None if it does."""
 
     @abstractmethod
+    def rank_names(self, kernel: Shape) -> tuple[str, ...]:
+        """Return a name for each rank, in order."""
+
+    @abstractmethod
     def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
-        """Return one batch of matrices (groups, m, n) for each rank; the rank is at most min(m, n)."""
+        """Return batches of matrices (groups, m, n) whose singular values guide the ranks; by default one for each."""
 
     @abstractmethod
     def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
         """Return the kernel shape of each factor, in the order in which they are applied."""
 
     @abstractmethod
-    def solve(self, kernel: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, ...]:
-        """Return the kernels of the factors, of the shapes that ``shapes`` says."""
+    def solve(self, kernel: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, ...] | Refusal:
+        """Return the kernels of the factors, of the shapes that ``shapes`` says; or why no good ones were found."""
 
     def geometries(self, geometry: Geometry, kernel: Shape, ranks: Ranks) -> tuple[Geometry, ...]:
         """Return the geometry of each factor of a convolution."""
         raise NotImplementedError(f"{self.name} has no convolutions")
 
     def max_ranks(self, operator: Operator) -> Ranks:
-        """Return the full rank of each unfolding, at which the chain is exact."""
+        """Return the full ranks, at which the chain is exact."""
         meta = torch.empty(operator.kernel.shape, device="meta")
         return tuple(min(unfolding.shape[-2:]) for unfolding in self.unfoldings(meta))
 
@@ -76,26 +86,39 @@ class Factorization(ABC):
         unfoldings = self.unfoldings(operator.kernel.detach())
         return tuple(Spectrum(singular_values(u), *u.shape[-2:]) for u in unfoldings)
 
+    def settle(self, counts: Ranks, full: Ranks) -> Ranks:
+        """Return the ranks that keep so many singular values of each unfolding."""
+        return counts
+
+    def counts(self, ranks: Ranks) -> Ranks:
+        """Return how many singular values of each unfolding these ranks can keep at most."""
+        return ranks
+
     def check_ranks(self, operator: Operator, ranks: Ranks) -> None:
-        """Raise RankError unless there is one rank for each unfolding, between 1 and its full rank."""
+        """Raise RankError unless there are as many ranks as it has, each between 1 and its full rank."""
         allowed = self.max_ranks(operator)
         fits = len(ranks) == len(allowed) and all(1 <= r <= m for r, m in zip(ranks, allowed, strict=True))
         if not fits:
             got = ",".join(map(str, ranks))
-            spans = ", ".join(f"{name} 1 to {m}" for name, m in zip(self.rank_names, allowed, strict=True))
-            raise RankError(f"{self.name} cannot take rank {got} here", allowed=spans)
+            raise RankError(f"{self.name} cannot take rank {got} here", allowed=self.spans(operator))
 
-    def factor(self, operator: Operator, ranks: Ranks, *, solver: str = "gram") -> Chain:
-        """Return the chain of this operator at these ranks, in the operator's dtype.
+    def spans(self, operator: Operator) -> str:
+        """Return what each rank may be, as ``out 1 to 8, in 1 to 6``."""
+        names = self.rank_names(tuple(operator.kernel.shape))
+        rows = zip(names, self.max_ranks(operator), strict=True)
+        return ", ".join(f"{name} 1 to {full}" for name, full in rows)
 
-        Solved in float32 or better (half precisions have no eigensolver). ``solver`` is "gram" (ours) or "tensorly".
+    def factor(self, operator: Operator, ranks: Ranks, *, solver: str = "auto") -> Chain | Refusal:
+        """Return the chain of this operator at these ranks, in the operator's dtype; or why there is no good one.
+
+        Solved in float32 or better (half precisions have no eigensolver). ``solver`` is one of ``solvers``.
 
         Raises:
-            InputError: the method refuses the operator, or the solver is unknown.
+            InputError: the method refuses the operator, or does not have the solver.
             RankError: a rank out of bounds.
         """
-        if solver not in SOLVERS:
-            raise InputError(f"unknown solver {solver!r}", allowed=", ".join(SOLVERS))
+        if solver not in self.solvers:
+            raise InputError(f"{self.name} has no solver {solver!r}", allowed=", ".join(self.solvers))
         if (refusal := self.refuse(operator)) is not None:
             raise InputError(f"{self.name} does not fit this operator: {refusal.reason}")
         self.check_ranks(operator, ranks)
@@ -104,7 +127,9 @@ class Factorization(ABC):
         if not bool(torch.isfinite(wide).all()):
             raise InputError("the weight has values that are not finite", next_step="repair the model first")
         factors = self.solve(wide, ranks, solver)
-        return self.assemble(operator, [factor.to(kernel.dtype) for factor in factors], ranks)
+        if isinstance(factors, Refusal):
+            return factors
+        return self.assemble(operator, [_own(factor.to(kernel.dtype)) for factor in factors], ranks)
 
     def skeleton(self, operator: Operator, ranks: Ranks) -> Chain:
         """Return the chain with weights on the meta device: its costs without its numbers."""
@@ -113,12 +138,27 @@ class Factorization(ABC):
         return self.assemble(meta, [torch.empty(s, device="meta", dtype=meta.weight.dtype) for s in shapes], ranks)
 
     def assemble(self, operator: Operator, factors: Sequence[Tensor], ranks: Ranks) -> Chain:
-        """Build the chain from the factors' kernels; the bias goes on the last operator, if there is one."""
-        biases = [None] * (len(factors) - 1) + [operator.bias]
+        """Build the chain from the factors' kernels; the bias goes on the last operator, or in a shift behind it."""
+        steps: tuple[Step, ...]
         if isinstance(operator, Linear):
-            return Chain(tuple(Linear(f[0].contiguous(), bias=b) for f, b in zip(factors, biases, strict=True)))
-        if not isinstance(operator, Conv):
+            steps = self.linear_steps(operator, factors)
+        elif isinstance(operator, Conv):
+            steps = self.conv_steps(operator, factors, ranks)
+        else:
             raise InputError(f"no factorization knows {type(operator).__name__}")
+        return Chain(steps).with_bias(operator.bias)
+
+    def linear_steps(self, operator: Linear, factors: Sequence[Tensor]) -> tuple[Step, ...]:
+        """Return the steps that replace a linear layer: by default one layer for each factor."""
+        return tuple(Linear(factor[0].contiguous()) for factor in factors)
+
+    def conv_steps(self, operator: Conv, factors: Sequence[Tensor], ranks: Ranks) -> tuple[Step, ...]:
+        """Return the steps that replace a convolution: by default one convolution for each factor."""
         geometries = self.geometries(operator.geometry, tuple(operator.kernel.shape), ranks)
-        rows = zip(factors, geometries, biases, strict=True)
-        return Chain(tuple(Conv.from_kernel(f, g, b) for f, g, b in rows))
+        return tuple(Conv.from_kernel(f, g) for f, g in zip(factors, geometries, strict=True))
+
+
+def _own(factor: Tensor) -> Tensor:
+    """Return the factor in memory of its own: a view would keep, save and train what it is cut from."""
+    alone = factor.is_contiguous() and factor.untyped_storage().nbytes() == factor.nbytes
+    return factor if alone else factor.clone(memory_format=torch.contiguous_format)

@@ -27,7 +27,7 @@ class Spatial(Factorization):
     """Truncated SVD between the kernel's dimensions."""
 
     name = "spatial"
-    rank_names = ("rank",)
+    automatic = True
 
     def refuse(self, operator: Operator) -> Refusal | None:
         """Refuse what has no extent along two kernel dimensions or more."""
@@ -36,6 +36,10 @@ class Spatial(Factorization):
             shape = "x".join(map(str, size)) or "none"
             return Refusal(f"it has no kernel that extends along its first and another dimension (kernel: {shape})")
         return None
+
+    def rank_names(self, kernel: Shape) -> tuple[str, ...]:
+        """Return ("rank",)."""
+        return ("rank",)
 
     def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
         """Return (g, O b, I a)."""

@@ -26,13 +26,17 @@ class Svd(Factorization):
     """Truncated SVD of linear layers and, over the channels, of convolutions."""
 
     name = "svd"
-    rank_names = ("rank",)
+    automatic = True
 
     def refuse(self, operator: Operator) -> Refusal | None:
         """Refuse operators of full rank 1, depthwise convolutions among them."""
         if self.max_ranks(operator) == (1,):
             return Refusal("its weight has rank 1 already (one output, or one input position, in each group)")
         return None
+
+    def rank_names(self, kernel: Shape) -> tuple[str, ...]:
+        """Return ("rank",)."""
+        return ("rank",)
 
     def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
         """Return (g, O, I K)."""

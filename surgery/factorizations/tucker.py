@@ -11,13 +11,12 @@ and in the form that ends with the core the bias is where the original had it. K
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from surgery.errors import Refusal
 from surgery.factorizations.base import Factorization, Ranks
+from surgery.factorizations.kernels import refuse_channels
 from surgery.operators import Geometry, Operator, Shape
 from surgery.solvers import hooi, reference
 
@@ -28,16 +27,15 @@ class Tucker(Factorization):
     """Tucker-2 over the channels of a convolution; ranks are (out, in), as the weight's modes."""
 
     name = "tucker"
-    rank_names = ("out", "in")
+    automatic = True
 
     def refuse(self, operator: Operator) -> Refusal | None:
         """Refuse linear and 1x1 (svd is the same with fewer operators) and depthwise convolutions."""
-        _, out, columns, *size = operator.kernel.shape
-        if math.prod(size) == 1:
-            return Refusal("it has a single kernel position, where svd is the same with fewer operators")
-        if out == 1 and columns == 1:
-            return Refusal("it is depthwise: one input and one output channel in each group")
-        return None
+        return refuse_channels(operator)
+
+    def rank_names(self, kernel: Shape) -> tuple[str, ...]:
+        """Return ("out", "in")."""
+        return ("out", "in")
 
     def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
         """Return (g, O, I K) and (g, I, O K)."""

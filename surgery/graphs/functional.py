@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 from surgery.errors import Refusal
 from surgery.operators import Conv, Geometry, Linear, Operator
 
-__all__ = ["Parts", "conv_geometry", "read_call", "stored_weight", "transposed_source", "write_call"]
+__all__ = ["Parts", "conv_geometry", "is_aten", "read_call", "stored_weight", "transposed_source", "write_call"]
 
 aten = torch.ops.aten
 
@@ -194,18 +194,23 @@ def _spread(value: Any, dims: int) -> tuple[int, ...] | None:
     return values if len(values) == dims and all(isinstance(v, int) for v in values) else None
 
 
+def is_aten(node: Node) -> bool:
+    """Whether the node calls an ATen operator."""
+    return isinstance(node.target, torch._ops.OpOverload)
+
+
 def write_call(
     graph: Graph, operator: Operator, *, source: Node, weight: Node, bias: Node | None, style: Node, stored: str
 ) -> Node:
     """Insert the call of an operator at the graph's insertion point, in the style (torch or ATen) of another call."""
-    is_aten = isinstance(style.target, torch._ops.OpOverload)
+    aten_style = is_aten(style)
     if isinstance(operator, Conv):
-        return _write_conv(graph, operator, source, weight, bias, is_aten=is_aten)
+        return _write_conv(graph, operator, source, weight, bias, is_aten=aten_style)
     if stored == "out_in":
-        return graph.call_function(aten.linear.default if is_aten else F.linear, (source, weight, bias))
+        return graph.call_function(aten.linear.default if aten_style else F.linear, (source, weight, bias))
     if bias is not None:
-        return graph.call_function(aten.addmm.default if is_aten else torch.addmm, (bias, source, weight))
-    return graph.call_function(aten.matmul.default if is_aten else torch.matmul, (source, weight))
+        return graph.call_function(aten.addmm.default if aten_style else torch.addmm, (bias, source, weight))
+    return graph.call_function(aten.matmul.default if aten_style else torch.matmul, (source, weight))
 
 
 def _write_conv(graph: Graph, conv: Conv, source: Node, weight: Node, bias: Node | None, *, is_aten: bool) -> Node:

@@ -7,19 +7,23 @@ graphs. The factors of site P are named P.0.weight, P.1.weight, ...; the bias P.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from surgery.chain import Chain
-from surgery.graphs.functional import Parts, read_call, stored_weight, transposed_source, write_call
+from surgery.graphs.functional import Parts, is_aten, read_call, stored_weight, transposed_source, write_call
+from surgery.graphs.items import Item, LinkCall, SumCall, all_calls
 from surgery.graphs.kind import GraphKind, Run
+from surgery.graphs.links import write_link
 from surgery.graphs.view import Call, Spot, identity
 from surgery.operators import Operator
+from surgery.steps import Branches, Shift, Step
 
-__all__ = ["FunctionalKind", "current_source", "read_record", "write_record"]
+__all__ = ["FunctionalKind", "current_source", "erase", "first_source", "read_record", "write_record"]
 
 
 def read_record(module: GraphModule) -> dict[str, Any]:
@@ -44,6 +48,18 @@ def current_source(call: Call) -> Node:
     parts = read_call(call.node)
     assert isinstance(parts, Parts)  # likewise
     return parts.input
+
+
+def first_source(items: Sequence[Item]) -> Node:
+    """Return the input of a row of items as the graph has it now."""
+    first = items[0]
+    return current_source(first.calls[0]) if first.calls else first.node.all_input_nodes[0]
+
+
+def erase(graph: Graph, items: Sequence[Item], *, keep: Node) -> None:
+    """Erase the nodes of items, users before what they use; ``keep`` is gone already."""
+    for node in reversed([node for item in items for node in item.nodes if node is not keep]):
+        graph.erase_node(node)
 
 
 class FunctionalKind(GraphKind):
@@ -75,37 +91,37 @@ class FunctionalKind(GraphKind):
 
     def splice_functions(self, spot: Spot, chain: Chain) -> None:
         """Replace each call of a site by the calls of its chain."""
-        weights = self._replace_weight(spot, chain)
+        places = [place for place, _ in chain.places]
+        last = places[-1]
+        self._replace_weight(spot, chain)
         moved: dict[tuple[Any, ...], str] = {}
-        last = len(chain.operators) - 1
         for call in spot.calls:
             bias = self._move_bias(call, spot.calls, last, moved)
+            names = {place: (f"{spot.site.name}.{place}.weight", bias if place == last else None) for place in places}
             node = current_source(call)
-            for i, (operator, weight) in enumerate(zip(chain.operators, weights, strict=True)):
-                stored = call.stored if i == last else "out_in"
-                node = self._insert(
-                    operator, node, (weight, bias if i == last else None), like=call.node, stored=stored
-                )
+            for i, step in enumerate(chain.steps):
+                stored = call.stored if step is chain.steps[-1] else "out_in"
+                node = self._write_step(step, node, str(i), names, like=call.node, stored=stored)
             self.replace(call.node, node)
         self._sweep()
 
-    def _replace_weight(self, spot: Spot, chain: Chain) -> list[str]:
+    def _replace_weight(self, spot: Spot, chain: Chain) -> None:
         """Drop the weight, add those of the factors, and record what the weight was called."""
         sites = (spot.site.name, *spot.site.aliases)
-        first, last = spot.calls[0], len(chain.operators) - 1
+        first = spot.calls[0]
         old = self.view.parameters[first.weight]
         for site, name in zip(sites, self.view.names[identity(old)], strict=True):
-            self.record[site] = {"weight": name}
+            self.record[site] = {"weight": name, "stored": first.stored}
             self.drop_parameter(name)
-        for i, operator in enumerate(chain.operators):
-            tensor = stored_weight(operator, first.stored if i == last else "out_in")
-            self.add_parameter([f"{site}.{i}.weight" for site in sites], tensor, trains=old.requires_grad)
-        return [f"{sites[0]}.{i}.weight" for i in range(last + 1)]
+        for place, part in chain.places:
+            if isinstance(part, Operator):
+                tensor = stored_weight(part, first.stored if part is chain.steps[-1] else "out_in")
+                self.add_parameter([f"{site}.{place}.weight" for site in sites], tensor, trains=old.requires_grad)
 
     def _move_bias(
-        self, call: Call, calls: Sequence[Call], index: int, moved: dict[tuple[Any, ...], str]
+        self, call: Call, calls: Sequence[Call], place: str, moved: dict[tuple[Any, ...], str]
     ) -> str | None:
-        """Rename P.bias to P.<index>.bias, unless something else uses it as well."""
+        """Rename P.bias to P.<place>.bias, unless something else uses it as well."""
         if call.bias is None:
             return None
         tensor = self.view.parameters[call.bias]
@@ -115,69 +131,119 @@ class FunctionalKind(GraphKind):
             return call.bias
         if key not in moved:
             self._retire(call.bias, calls)
-            new = [f"{name.removesuffix('.bias')}.{index}.bias" for name in names]
+            new = [f"{name.removesuffix('.bias')}.{place}.bias" for name in names]
             self.add_parameter(new, tensor, trains=tensor.requires_grad)
             moved[key] = new[0]
         return moved[key]
 
     def put_back_functions(self, run: Run) -> None:
-        """Replace the calls of a run, and of its twins, by one call each."""
+        """Replace the items of a run, and of its twins, by one call each."""
         recorded = [self.record.pop(site, {}) for site in run.sites]
         weights = [entry.get("weight") or f"{site}.weight" for site, entry in zip(run.sites, recorded, strict=True)]
-        every = [call for calls in run.calls for call in calls]
-        kept = {calls[-1].bias for calls in run.calls if self._keeps_bias(calls, every, run.sites[0])}
-        for call in every:
-            self._retire(call.weight, every)
-            if call.bias is not None and call.bias not in kept:
-                self._retire(call.bias, every)
-        stored, trains = every[-1].stored, self.view.parameters[every[0].weight].requires_grad
+        every = [item for items in run.rows for item in items]
+        calls = all_calls(every)
+        kept = {items[-1].bias for items in run.rows if self._keeps_bias(items, every, run.sites[0])}
+        stored = recorded[0].get("stored") or calls[-1].stored
+        trains = self.view.parameters[calls[0].weight].requires_grad
+        biases = {bias for item in every for bias in _biases(item)} - kept
+        for name in [call.weight for call in calls] + sorted(biases):
+            self._retire(name, every)
         self.add_parameter(weights, stored_weight(run.operators[0], stored), trains=trains)
         moved: dict[tuple[Any, ...], str] = {}
-        for calls, operator in zip(run.calls, run.operators, strict=True):
-            own = calls[-1].bias
-            bias = own if own in kept else self._add_bias(calls, operator, run.sites[0], moved)
-            like = calls[-1].node
-            node = self._insert(operator, current_source(calls[0]), (weights[0], bias), like=like, stored=stored)
+        for items, operator in zip(run.rows, run.operators, strict=True):
+            own = items[-1].bias
+            bias = own if own in kept else self._add_bias(items, operator, run.sites[0], moved)
+            like = items[-1].node
+            node = self._insert(operator, first_source(items), (weights[0], bias), like=like, stored=stored)
             self.replace(like, node)
-            for call in reversed(calls[:-1]):
-                self.graph.erase_node(call.node)
+            erase(self.graph, items, keep=like)
         self._sweep()
 
-    def _retire(self, name: str, calls: Sequence[Call]) -> None:
-        """Drop a parameter under all its names, unless others than these calls use it."""
+    def _retire(self, name: str, items: Sequence[Item]) -> None:
+        """Drop a parameter under all its names, unless others than these items use it."""
         tensor = self.view.parameters[name]
-        if not self._has_strangers(tensor, calls):
+        if not self._has_strangers(tensor, items):
             for alias in self.view.names[identity(tensor)]:
                 self.drop_parameter(alias)
 
-    def _keeps_bias(self, calls: Sequence[Call], every: Sequence[Call], site: str) -> bool:
-        """Whether the last call's bias goes on under its own name: others use it, or decompose never moved it."""
-        own = calls[-1].bias
-        if own is None or any(call.bias is not None for call in calls[:-1]):
+    def _keeps_bias(self, items: Sequence[Item], every: Sequence[Item], site: str) -> bool:
+        """Whether the last item's bias goes on under its own name: others use it, or decompose never moved it."""
+        own = items[-1].bias
+        if own is None or any(_biases(item) for item in items[:-1]) or len(_biases(items[-1])) > 1:
             return False
-        factored = f"{site}.0.weight" in self.view.parameters
-        return self._has_strangers(self.view.parameters[own], every) or (
-            factored and not own.endswith(f".{len(calls) - 1}.bias")
-        )
+        factored = all_calls(items)[0].weight.startswith(f"{site}.")
+        strangers = self._has_strangers(self.view.parameters[own], every)
+        return strangers or (factored and not own.endswith(f".{_last_place(items)}.bias"))
 
     def _add_bias(
-        self, calls: Sequence[Call], operator: Operator, site: str, moved: dict[tuple[Any, ...], str]
+        self, items: Sequence[Item], operator: Operator, site: str, moved: dict[tuple[Any, ...], str]
     ) -> str | None:
-        """Add the composed bias as P.bias, once for calls that share it."""
+        """Add the composed bias as P.bias, once for items that share it."""
         if operator.bias is None:
             return None
-        tensors = [self.view.parameters[call.bias] for call in calls if call.bias is not None]
+        tensors = [self.view.parameters[bias] for item in items for bias in _biases(item)]
         key = tuple(identity(tensor) for tensor in tensors)
         if key not in moved:
-            suffix = f".{len(calls) - 1}.bias"
+            suffix = f".{_last_place(items)}.bias"
             names = [name for name in self.view.names[key[-1]] if len(key) == 1 and name.endswith(suffix)]
             new = [f"{name.removesuffix(suffix)}.bias" for name in names] or [f"{site}.bias"]
             self.add_parameter(new, operator.bias, trains=tensors[-1].requires_grad)
             moved[key] = new[0]
         return moved[key]
 
-    def _has_strangers(self, tensor: Tensor, calls: Sequence[Call]) -> bool:
-        return bool(self.view.uses[identity(tensor)] - {call.user for call in calls})
+    def _has_strangers(self, tensor: Tensor, items: Sequence[Item]) -> bool:
+        own = {call.user for call in all_calls(items)} | {item.node for item in items if isinstance(item, LinkCall)}
+        return bool(self.view.uses[identity(tensor)] - own)
+
+    def _write_step(
+        self,
+        step: Step,
+        source: Node,
+        place: str,
+        names: Mapping[str, tuple[str, str | None]],
+        *,
+        like: Node,
+        stored: str,
+    ) -> Node:
+        """Insert the nodes of one step before ``like``; ``names`` has the weight and the bias at each place."""
+        if isinstance(step, Operator):
+            return self._insert(step, source, names[place], like=like, stored=stored)
+        if isinstance(step, Branches):
+            return self._write_branches(step, source, place, names, like=like)
+        if isinstance(step, Shift):
+            bias = names[place][1]
+            assert bias is not None  # a chain has a shift for its bias alone
+            return self.write_sum(source, self.parameter_node(bias, like), like=like)
+        with self.graph.inserting_before(like):
+            node = write_link(self.graph, step, source, is_aten=is_aten(like))
+        self.stamp(node, like)
+        return node
+
+    def _write_branches(
+        self,
+        step: Branches,
+        source: Node,
+        place: str,
+        names: Mapping[str, tuple[str, str | None]],
+        *,
+        like: Node,
+    ) -> Node:
+        total: Node | None = None
+        for j, row in enumerate(step.rows):
+            node = source
+            for k, operator in enumerate(row):
+                node = self._insert(operator, node, names[f"{place}.{j}.{k}"], like=like, stored="out_in")
+            total = node if total is None else self.write_sum(total, node, like=like)
+        assert total is not None  # there are rows
+        return total
+
+    def write_sum(self, first: Node, second: Node, *, like: Node) -> Node:
+        """Insert an addition before ``like``, in its style."""
+        with self.graph.inserting_before(like):
+            target = torch.ops.aten.add.Tensor if is_aten(like) else torch.add
+            node = self.graph.call_function(target, (first, second))
+        self.stamp(node, like)
+        return node
 
     def _insert(
         self, operator: Operator, source: Node, names: tuple[str, str | None], *, like: Node, stored: str
@@ -204,3 +270,15 @@ class FunctionalKind(GraphKind):
     @abstractmethod
     def is_dropped(self, node: Node) -> bool:
         """Whether the node provides a parameter that has been dropped."""
+
+
+def _biases(item: Item) -> list[str]:
+    """Return the names of all biases of an item."""
+    biases = [call.bias for call in item.calls] if item.calls else [item.bias]
+    return [bias for bias in biases if bias is not None]
+
+
+def _last_place(items: Sequence[Item]) -> str:
+    """Return where the last item's bias stands below its site, if the items are all steps of its chain."""
+    at, last = len(items) - 1, items[-1]
+    return f"{at}.{len(last.rows) - 1}.{len(last.rows[-1]) - 1}" if isinstance(last, SumCall) else str(at)

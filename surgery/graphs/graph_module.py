@@ -13,11 +13,20 @@ from torch.fx import GraphModule, Node
 
 from surgery.chain import Chain
 from surgery.errors import InputError, Refusal
-from surgery.graphs.functional_edit import FunctionalKind, current_source, read_record, write_record
+from surgery.graphs.functional_edit import (
+    FunctionalKind,
+    current_source,
+    erase,
+    first_source,
+    read_record,
+    write_record,
+)
+from surgery.graphs.items import Item
 from surgery.graphs.kind import Run
 from surgery.graphs.module_edit import fuse_modules, is_whole_sequential, refuse_outside, splice_modules
 from surgery.graphs.shapes import lazy_shapes
-from surgery.graphs.view import Call, Spot, View
+from surgery.graphs.view import Spot, View
+from surgery.steps import Branches, Step
 
 __all__ = ["GraphModuleKind"]
 
@@ -52,8 +61,8 @@ class GraphModuleKind(FunctionalKind):
         self.record |= {name: {"weight": f"{name}.weight"} for name in (spot.site.name, *spot.site.aliases)}
         for call in spot.calls:
             node = current_source(call)
-            for i in range(len(chain.operators)):
-                node = self._insert_module(f"{call.path}.{i}", node, call.node)
+            for i, step in enumerate(chain.steps):
+                node = self._insert_step(step, f"{call.path}.{i}", node, call.node)
             self.replace(call.node, node)
 
     def put_back(self, run: Run) -> None:
@@ -63,15 +72,28 @@ class GraphModuleKind(FunctionalKind):
             return
         for site in run.sites:
             self.record.pop(site, None)
-        targets = [_fused_path(self._root, calls) for calls in run.calls]
+        targets = [_fused_path(self._root, items) for items in run.rows]
         fuse_modules(self._root, run)
-        for calls, target in zip(run.calls, targets, strict=True):
-            node = self._insert_module(target, current_source(calls[0]), calls[-1].node)
-            self.replace(calls[-1].node, node)
-            for call in reversed(calls[:-1]):
-                self.graph.erase_node(call.node)
-        for path in {str(call.path) for calls in run.calls for call in calls[1:]}:
+        for items, target in zip(run.rows, targets, strict=True):
+            like = items[-1].node
+            node = self._insert_module(target, first_source(items), like)
+            self.replace(like, node)
+            erase(self.graph, items, keep=like)
+        for path in {str(item.path) for items in run.rows for item in items[1:]}:
             self._root.delete_submodule(path)
+
+    def _insert_step(self, step: Step, path: str, source: Node, like: Node) -> Node:
+        """Insert the call of a step's module; branches are called one by one, and added up."""
+        if not isinstance(step, Branches):
+            return self._insert_module(path, source, like)
+        total: Node | None = None
+        for j, row in enumerate(step.rows):
+            node = source
+            for k in range(len(row)):
+                node = self._insert_module(f"{path}.{j}.{k}", node, like)
+            total = node if total is None else self.write_sum(total, node, like=like)
+        assert total is not None  # there are rows
+        return total
 
     def _insert_module(self, path: str, source: Node, like: Node) -> Node:
         with self.graph.inserting_before(like):
@@ -79,7 +101,7 @@ class GraphModuleKind(FunctionalKind):
         self.stamp(node, like)
         return node
 
-    def refuse_run(self, runs: Sequence[Sequence[Call]]) -> Refusal | None:
+    def refuse_run(self, runs: Sequence[Sequence[Item]]) -> Refusal | None:
         """Refuse modules that are also called outside of the run."""
         return super().refuse_run(runs) or refuse_outside(runs, self.view.calls)
 
@@ -134,8 +156,8 @@ def _is_empty(module: nn.Module) -> bool:
     return type(module) is nn.Module and not (module._parameters or module._modules or module._buffers)
 
 
-def _fused_path(root: nn.Module, calls: Sequence[Call]) -> str:
-    paths = [str(call.path) for call in calls]
+def _fused_path(root: nn.Module, items: Sequence[Item]) -> str:
+    paths = [str(item.path) for item in items]
     return paths[0].rpartition(".")[0] if is_whole_sequential(root, paths) else paths[0]
 
 

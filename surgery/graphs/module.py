@@ -19,8 +19,10 @@ from torch.fx import Node
 from surgery.chain import Chain
 from surgery.errors import InputError, Refusal
 from surgery.graphs.exported import program_shapes, program_view
+from surgery.graphs.items import Item
 from surgery.graphs.kind import GraphKind, Run
-from surgery.graphs.module_edit import FACTORED, fuse_modules, refuse_outside, splice_modules
+from surgery.graphs.links import is_link_module
+from surgery.graphs.module_edit import FACTORED, fuse_modules, is_whole_sequential, refuse_outside, splice_modules
 from surgery.graphs.modules import is_operator_module, read_module
 from surgery.graphs.shapes import lazy_shapes
 from surgery.graphs.trace import export_program, trace_module
@@ -68,13 +70,22 @@ class ModuleKind(GraphKind):
             raise InputError("torch.fx cannot trace this model", next_step="give example_inputs for torch.export")
         program = export_program(self._root, args, kwargs)
         self.shape = program_shapes(program, None)
-        self.view = replace(program_view(program), parameters=parameters, adapt=self._own_call)
+        view = program_view(program)
+        self.view = replace(view, parameters=parameters, adapt=self._own_call, owner=self._link_path)
+
+    def _link_path(self, node: Node) -> str | None:
+        """Return the path of the link module whose forward made a node."""
+        path = _caller(self._root, node)
+        return path if path is not None and is_link_module(self._root.get_submodule(path)) else None
 
     def _own_call(self, call: Call) -> Call | Skip:
         """Turn a call of an exported graph into that of the module whose forward made it."""
         path = site_name(call.weight)
         owner = self._root.get_submodule(path) if call.weight.endswith(".weight") else None
-        if owner is None or not is_operator_module(owner) or _caller(self._root, call.node) is not owner:
+        caller = _caller(self._root, call.node)
+        if owner is None or caller is None or not is_operator_module(owner):
+            return _functional_skip(call)
+        if self._root.get_submodule(caller) is not owner:
             return _functional_skip(call)
         operator = read_module(owner)
         if isinstance(operator, Refusal):
@@ -93,8 +104,14 @@ class ModuleKind(GraphKind):
         """Put one operator where a run stands, at all its calls."""
         fuse_modules(self._root, run)
 
-    def refuse_run(self, runs: Sequence[Sequence[Call]]) -> Refusal | None:
-        """Refuse modules that are also called outside of the run."""
+    def refuse_run(self, runs: Sequence[Sequence[Item]]) -> Refusal | None:
+        """Refuse modules that are also called outside of the run, and reshapes that forward() makes itself."""
+        for items in runs:
+            paths = [str(item.path) for item in items]
+            if any(item.path is None for item in items):
+                return Refusal("a function in forward() is part of the chain; recompose an exported program instead")
+            if not all(isinstance(item, Call) for item in items) and not is_whole_sequential(self._root, paths):
+                return Refusal("its modules are not those of one nn.Sequential")
         return super().refuse_run(runs) or refuse_outside(runs, self.view.calls)
 
     @property
@@ -112,7 +129,8 @@ def _without_views(call: Call) -> Call:
     """Widen a Conv1D's product of matrices to the whole module, which flattens its input and shapes its output."""
     users = list(call.node.users)
     if _is_view(call.source) and len(users) == 1 and _is_view(users[0]):
-        return replace(call, source=call.source.all_input_nodes[0], node=users[0], inner=call.node)
+        within = (call.source, call.node)
+        return replace(call, source=call.source.all_input_nodes[0], node=users[0], inner=call.node, within=within)
     return call
 
 
@@ -125,13 +143,14 @@ def _functional_skip(call: Call) -> Skip:
     return Skip(site_name(call.weight), describe(call.operator), reason, call.operator.parameters)
 
 
-def _caller(root: nn.Module, node: Node) -> nn.Module | None:
-    """Return the innermost module in whose forward the node was made."""
+def _caller(root: nn.Module, node: Node) -> str | None:
+    """Return the path of the innermost module in whose forward the node was made."""
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
         return None
     path = str(list(stack.values())[-1][0]).split("@")[0]
     try:
-        return root.get_submodule(path)
+        root.get_submodule(path)
     except AttributeError:
         return None
+    return path

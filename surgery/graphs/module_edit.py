@@ -8,6 +8,7 @@ from torch import nn
 
 from surgery.chain import Chain
 from surgery.errors import Refusal
+from surgery.graphs.items import Item, all_calls
 from surgery.graphs.kind import Run
 from surgery.graphs.modules import build_module, build_sequential, carry_hooks, is_operator_module, replace_module
 from surgery.graphs.view import Call, Spot
@@ -15,7 +16,7 @@ from surgery.graphs.view import Call, Spot
 __all__ = ["FACTORED", "fuse_modules", "is_whole_sequential", "refuse_outside", "splice_modules"]
 
 
-FACTORED = "surgery_factored"  # set on the nn.Sequential that stands for a factored module
+FACTORED = "surgery_factored"  # set on the nn.Sequential that stands for a factored module: the class of that module
 
 
 def splice_modules(root: nn.Module, spot: Spot, chain: Chain) -> None:
@@ -28,7 +29,7 @@ def splice_modules(root: nn.Module, spot: Spot, chain: Chain) -> None:
         if id(module) not in made:
             bias = module._parameters.get("bias")
             new = build_sequential(chain.with_bias(bias), module)
-            setattr(new, FACTORED, True)
+            setattr(new, FACTORED, type(module))
             if made:
                 _share_weights(next(iter(made.values())), new)
             made[id(module)] = new
@@ -38,14 +39,15 @@ def splice_modules(root: nn.Module, spot: Spot, chain: Chain) -> None:
 def fuse_modules(root: nn.Module, run: Run) -> None:
     """Replace a run's modules by one: in the place of their nn.Sequential, or of the first of them."""
     made: dict[int, nn.Module] = {}
-    paths = {tuple(str(call.path) for call in calls): i for i, calls in enumerate(run.calls)}
+    paths = {tuple(str(item.path) for item in items): i for i, items in enumerate(run.rows)}
     for modules, index in paths.items():
-        last = root.get_submodule(modules[-1])
-        new = build_module(run.operators[index], last)
+        parent = modules[0].rpartition(".")[0]
+        whole = is_whole_sequential(root, modules)
+        kind = getattr(root.get_submodule(parent), FACTORED, None) if whole else None
+        new = build_module(run.operators[index], _last_module(root, run.rows[index]), kind=kind)
         if made:
-            _share_weight(next(iter(made.values())), new)
-        if is_whole_sequential(root, modules):
-            parent = modules[0].rpartition(".")[0]
+            _share_weights(next(iter(made.values())), new)
+        if whole:
             old = root.get_submodule(parent)
             carry_hooks(new, old)
             for alias, module in list(root.named_modules(remove_duplicate=False)):
@@ -58,6 +60,10 @@ def fuse_modules(root: nn.Module, run: Run) -> None:
         made[index] = new
 
 
+def _last_module(root: nn.Module, items: Sequence[Item]) -> nn.Module:
+    return root.get_submodule(str(all_calls(items)[-1].path))
+
+
 def is_whole_sequential(root: nn.Module, paths: Sequence[str]) -> bool:
     """Whether these modules are all the children of one nn.Sequential below the root, in order."""
     parent = paths[0].rpartition(".")[0]
@@ -67,18 +73,15 @@ def is_whole_sequential(root: nn.Module, paths: Sequence[str]) -> bool:
     return children == list(paths)
 
 
-def refuse_outside(runs: Sequence[Sequence[Call]], calls: Sequence[Call]) -> Refusal | None:
+def refuse_outside(runs: Sequence[Sequence[Item]], calls: Sequence[Call]) -> Refusal | None:
     """Refuse runs whose modules are also called outside of them."""
-    inside = {call.node for run in runs for call in run}
-    paths = {call.path for run in runs for call in run if call.path is not None}
+    inside = {call.node for run in runs for call in all_calls(run)}
+    paths = {call.path for run in runs for call in all_calls(run) if call.path is not None}
     strangers = sorted({str(c.path) for c in calls if c.path in paths and c.node not in inside})
     return Refusal(f"{', '.join(strangers)} is also called outside of the chain") if strangers else None
 
 
-def _share_weights(source: nn.Sequential, target: nn.Sequential) -> None:
-    for shared, own in zip(source, target, strict=True):
-        _share_weight(shared, own)
-
-
-def _share_weight(source: nn.Module, target: nn.Module) -> None:
-    target.weight = source.weight
+def _share_weights(source: nn.Module, target: nn.Module) -> None:
+    for shared, own in zip(source.modules(), target.modules(), strict=True):
+        if "weight" in shared._parameters:
+            own.weight = shared.weight

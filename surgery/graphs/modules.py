@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery import layers
 from surgery.chain import Chain
 from surgery.errors import Refusal
 from surgery.graphs.functional import conv_geometry, stored_weight
+from surgery.graphs.links import build_link, is_link_module
 from surgery.operators import Conv, Linear, Operator
+from surgery.steps import Branches, Shift, Step
 
 __all__ = [
     "build_module",
@@ -54,20 +57,19 @@ _HOOKS = (
 )
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def _is_conv1d(kind: type[nn.Module]) -> bool:
     """Whether this is transformers' Conv1D: a linear layer that stores its weight as (in, out)."""
-    kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def is_operator_module(module: nn.Module) -> bool:
     """Whether the module's class is exactly one that is known to be an operator."""
-    return type(module) is nn.Linear or type(module) in _CONVS or _is_conv1d(module)
+    return type(module) is nn.Linear or type(module) in _CONVS or _is_conv1d(type(module))
 
 
 def stored_as(module: nn.Module) -> str:
     """Return how the module stores its weight, "out_in" or "in_out"."""
-    return "in_out" if _is_conv1d(module) else "out_in"
+    return "in_out" if _is_conv1d(type(module)) else "out_in"
 
 
 def read_module(module: nn.Module) -> Operator | Refusal:
@@ -78,7 +80,7 @@ def read_module(module: nn.Module) -> Operator | Refusal:
     own_bias = module._parameters.get("bias")
     weight, bias = own_weight.detach(), None if own_bias is None else own_bias.detach()
     if type(module) not in _CONVS:
-        return Linear(weight.t() if _is_conv1d(module) else weight, bias=bias)
+        return Linear(weight.t() if _is_conv1d(type(module)) else weight, bias=bias)
     conv: Any = module
     geometry = conv_geometry(
         conv.kernel_size,
@@ -95,6 +97,8 @@ def read_module(module: nn.Module) -> Operator | Refusal:
 def refuse_module(module: nn.Module) -> str | None:
     """Return why a leaf module with matrix weights is no site, or None if it has no such weights."""
     name = type(module).__name__
+    if is_link_module(module):
+        return None
     if name in _REASONS:
         return _REASONS[name]
     if torch.nn.utils.parametrize.is_parametrized(module):
@@ -105,8 +109,10 @@ def refuse_module(module: nn.Module) -> str | None:
     return f"{name} is not handled yet"
 
 
-def build_module(operator: Operator, like: nn.Module, *, last: bool = True) -> nn.Module:
-    """Return a module for an operator, of the class of ``like`` where that fits, with its training flag.
+def build_module(
+    operator: Operator, like: nn.Module, *, last: bool = True, kind: type[nn.Module] | None = None
+) -> nn.Module:
+    """Return a module for an operator, of the class ``kind`` (that of ``like``) where it fits, with its training flag.
 
     The new parameters take part in training as the weight of ``like`` does.
     """
@@ -115,8 +121,9 @@ def build_module(operator: Operator, like: nn.Module, *, last: bool = True) -> n
     stored = "out_in"
     if isinstance(operator, Conv):
         module = _build_conv(operator, kwargs)
-    elif last and _is_conv1d(like) and operator.bias is not None:
-        module, stored = type(like)(operator.out_channels, operator.in_channels), "in_out"
+    elif last and _is_conv1d(kind or type(like)) and operator.bias is not None:
+        made: Any = kind or type(like)
+        module, stored = made(operator.out_channels, operator.in_channels), "in_out"
     else:
         module = nn.Linear(operator.in_channels, operator.out_channels, **kwargs)
     trains = next(like.parameters()).requires_grad
@@ -151,21 +158,32 @@ def _build_conv(conv: Conv, kwargs: dict[str, Any]) -> nn.Module:
 
 def build_sequential(chain: Chain, like: nn.Module) -> nn.Sequential:
     """Return the chain as a plain nn.Sequential, which carries the hooks of the module that it replaces."""
-    last = len(chain.operators) - 1
-    modules = [build_module(operator, like, last=i == last) for i, operator in enumerate(chain.operators)]
+    modules = [_build_step(step, like, last=step is chain.steps[-1]) for step in chain.steps]
     sequential = nn.Sequential(*modules).train(like.training)
     carry_hooks(sequential, like)
-    _carry_attributes(sequential, like)
+    place = chain.places[-1][0]
+    _carry_attributes(sequential, like, sequential.get_submodule(place))
     return sequential
 
 
-def _carry_attributes(new: nn.Sequential, old: nn.Module) -> None:
+def _build_step(step: Step, like: nn.Module, *, last: bool) -> nn.Module:
+    if isinstance(step, Operator):
+        return build_module(step, like, last=last)
+    if isinstance(step, Branches):
+        return layers.Sum(nn.Sequential(*(build_module(op, like, last=False) for op in row)) for row in step.rows)
+    if isinstance(step, Shift):
+        return layers.Shift(nn.Parameter(_own(step.bias), requires_grad=next(like.parameters()).requires_grad))
+    return build_link(step)
+
+
+def _carry_attributes(new: nn.Sequential, old: nn.Module, last: nn.Module) -> None:
     """Give the chain what code around the old module may read of it: stride, in_features, weight.dtype, ...
 
-    Plain attributes, so that neither parameters nor state dict have them twice; weight and bias are the last factor's.
+    Plain attributes, so that neither parameters nor state dict have them twice; weight and bias are the last factors'.
     """
     public = {k: v for k, v in vars(old).items() if not k.startswith("_") and k != "training"}
-    vars(new).update(public, weight=new[-1].weight, bias=new[-1].bias)
+    weight = next(module.weight for module in reversed(list(new.modules())) if "weight" in module._parameters)
+    vars(new).update(public, weight=weight, bias=last.bias)
 
 
 def carry_hooks(new: nn.Module, old: nn.Module) -> None:

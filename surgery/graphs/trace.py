@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Tracer
 
 from surgery.errors import CaptureError, InputError
+from surgery.graphs.links import is_link_module
 from surgery.graphs.modules import is_operator_module
 from surgery.graphs.shapes import evaluation
 
@@ -20,7 +21,7 @@ __all__ = ["export_program", "trace_module"]
 
 class _Tracer(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_operator_module(m) or super().is_leaf_module(m, module_qualified_name)
+        return is_operator_module(m) or is_link_module(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace_module(

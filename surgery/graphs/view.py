@@ -7,7 +7,7 @@ weights are seen as one whatever their names.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -58,7 +58,11 @@ def site_name(parameter: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of an operator: a module's (``path`` set) or a function's (weight and bias nodes set)."""
+    """One call of an operator: a module's (``path`` set) or a function's (weight and bias nodes set).
+
+    Where the call is wider than the node that uses the weight, ``inner`` is that node, and ``within`` has it and all
+    others before ``node``.
+    """
 
     node: Node
     source: Node
@@ -70,10 +74,26 @@ class Call:
     weight_node: Node | None = None
     bias_node: Node | None = None
     inner: Node | None = None
+    within: tuple[Node, ...] = ()
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The nodes of the call as an item of a run."""
+        return (*self.within, self.node)
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """Itself: what an item of a run has of calls."""
+        return (self,)
+
+    @property
+    def step(self) -> Operator:
+        """The operator as a step of a chain."""
+        return self.operator
 
     @property
     def user(self) -> Node:
-        """The node that uses the weight: ``inner`` where the call is wider than it, else ``node``."""
+        """The node that uses the weight."""
         return self.inner or self.node
 
 
@@ -91,7 +111,7 @@ class View:
 
     ``parameters`` has every name, aliases of tied weights included; ``providers`` maps nodes to parameter names;
     ``buffers`` are nodes that provide buffers or constants; ``module`` resolves call_module nodes; ``adapt`` may
-    turn a call into another or refuse it.
+    turn a call into another or refuse it; ``owner`` has the path of the module that a link's function call stands for.
     """
 
     graph: Graph
@@ -100,6 +120,7 @@ class View:
     buffers: frozenset[Node] = frozenset()
     module: Callable[[str], nn.Module] | None = None
     adapt: Callable[[Call], Call | Skip] = lambda call: call
+    owner: Callable[[Node], str | None] = lambda node: None
     _skips: dict[str, Skip] = field(default_factory=dict)
 
     @cached_property
@@ -233,20 +254,6 @@ class View:
         if any(0 in s for s in shapes):
             return Refusal("it is called on an empty input")
         return None
-
-    def runs(self) -> Iterator[list[Call]]:
-        """Yield each maximal run of two calls or more in which every inner value has a single use."""
-        follower: dict[Node, Call] = {}
-        for call in self.calls:
-            if len(call.source.users) == 1:
-                follower[call.source] = call
-        inner = {follower[call.node].node for call in self.calls if call.node in follower}
-        for call in self.calls:
-            run = [call]
-            while run[-1].node in follower:
-                run.append(follower[run[-1].node])
-            if call.node not in inner and len(run) > 1:
-                yield run
 
 
 def _form(call: Call) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from surgery.chain import Chain, relative_error
 from surgery.cost.latency import Latencies, channel_multiple
 from surgery.errors import CheckError, InputError, Refusal
-from surgery.factorizations import Ranks, named
+from surgery.factorizations import SOLVERS, Factorization, Ranks, named
 from surgery.graphs import Found, GraphKind, Model, open_graph
 from surgery.inputs import normalise_inputs
 from surgery.plans import Decision, Plan
@@ -27,7 +27,10 @@ RankSpec: TypeAlias = str | int | tuple[int, ...] | Mapping[str, int | tuple[int
 
 @dataclass(frozen=True)
 class Change:
-    """One site that was factored: costs before and after, and the measured relative error of its weight."""
+    """One site that was factored: costs before and after, and the measured relative error of its weight.
+
+    ``note`` says what the user should know of it, as that another method had to take the place of the planned one.
+    """
 
     site: str
     operator: str
@@ -40,6 +43,7 @@ class Change:
     macs: int
     dense_latency: float | None = None
     latency: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,8 +69,9 @@ class DecomposeResult:
         for c in self.changes:
             parameters, macs = change(c.dense_parameters, c.parameters), change(c.dense_macs, c.macs)
             rows.append([c.site, c.factorization, rank_text(c.rank), f"{c.error:.2e}", parameters, macs])
+        notes = [f"note: {c.site}: {c.note}" for c in self.changes if c.note]
         skips = [f"left alone: {skip.name}: {skip.reason}" for skip in self.skips]
-        return "\n".join([head, *([table(rows)] if self.changes else []), *skips])
+        return "\n".join([head, *([table(rows)] if self.changes else []), *notes, *skips])
 
 
 def find_sites(model: Model, example_inputs: Any = None) -> tuple[tuple[Site, ...], tuple[Skip, ...]]:
@@ -129,7 +134,7 @@ def decompose(
     plan: Plan | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    solver: str = "gram",
+    solver: str = "auto",
     inplace: bool = False,
     latencies: Latencies | None = None,
     progress: Progress | None = None,
@@ -144,7 +149,7 @@ def decompose(
         factorization: "auto", or the name of one of ``surgery.FACTORIZATIONS``.
         plan: a plan to carry out instead of making one; ``include`` and ``exclude`` still narrow it.
         include, exclude: glob patterns of site names.
-        solver: "gram", or "tensorly" for TensorLy's own decompositions.
+        solver: "auto"; "als", "pp" or "gd" for cp; "tensorly" for TensorLy's own decompositions.
         inplace: change the given model itself (not possible for an exported program).
         latencies: measures each site's operator and chain, for the plan's latencies. ``ranks="auto"`` needs it, and
             takes ``Latencies()``, with its cache on disk, if none is given.
@@ -163,8 +168,9 @@ def decompose(
     changes, chains = [], []
     for done, (spot, decision) in enumerate(work):
         rules.progress("factor", done, len(work))
-        chain, error = _factor(spot.site, decision, solver)
+        chain, error, decision = _factor(spot.site, decision, solver)
         chains.append(chain)
+        plan = plan.replaced(decision)
         changes.append(_change(spot.site, decision, error))
     for (spot, _), chain in zip(work, chains, strict=True):
         graph.splice(spot, chain)
@@ -235,15 +241,43 @@ def _narrow(plan: Plan, include: Sequence[str], exclude: Sequence[str]) -> Plan:
     return plan
 
 
-def _factor(site: Site, decision: Decision, solver: str) -> tuple[Chain, float]:
-    """Return the chain of a site and the measured error of its weight."""
+def _factor(site: Site, decision: Decision, solver: str) -> tuple[Chain, float, Decision]:
+    """Return the chain of a site, the measured error of its weight, and the decision as it was carried out."""
     if decision.factorization is None or decision.rank is None:
         raise CheckError(f"the plan has no factorization for {site.name}")
-    chain = named(decision.factorization).factor(site.operator, decision.rank, solver=solver)
+    method = named(decision.factorization)
+    chain = method.factor(site.operator, decision.rank, solver=_known(solver, method))
+    if isinstance(chain, Refusal):
+        return _factor(site, _fallback(site, decision, chain), "auto")
     composed = chain.compose()
     if isinstance(composed, Refusal):
         raise CheckError(f"{decision.factorization} made a chain of {site.name} that is not one operator")
-    return chain, relative_error(composed.weight, site.operator.weight)
+    return chain, relative_error(composed.weight, site.operator.weight), decision
+
+
+def _known(solver: str, method: Factorization) -> str:
+    """Return the solver, or the method's own where it has none of this name and another method has."""
+    return solver if solver in method.solvers or solver not in SOLVERS else "auto"
+
+
+def _fallback(site: Site, decision: Decision, refusal: Refusal) -> Decision:
+    """Return Tucker at the same ranks for a site whose planned method found no good factors."""
+    tucker = named("tucker")
+    limits = tucker.max_ranks(site.operator)
+    ranks = tuple(min(max(decision.rank or (1,)), limit) for limit in limits)
+    reason = f"{decision.factorization} {rank_text(decision.rank)}: {refusal.reason}; tucker took its place"
+    skeleton = tucker.skeleton(site.operator, ranks)
+    return replace(
+        decision,
+        factorization=tucker.name,
+        rank=ranks,
+        reason=reason,
+        error=None,
+        parameters=skeleton.parameters,
+        macs=sum(skeleton.macs(shape) for shape in site.input_shapes),
+        dense_latency=None,
+        latency=None,
+    )
 
 
 def _change(site: Site, decision: Decision, error: float) -> Change:
@@ -262,6 +296,7 @@ def _change(site: Site, decision: Decision, error: float) -> Change:
         macs=sum(chain.macs(shape) for shape in site.input_shapes),
         dense_latency=decision.dense_latency,
         latency=decision.latency,
+        note=decision.reason or "",
     )
 
 

@@ -12,7 +12,7 @@ from surgery.chain import Chain
 from surgery.errors import InputError, Refusal
 from surgery.operators import Operator, Shape
 from surgery.ranks.candidates import Candidate, Choice, say_ranks
-from surgery.ranks.quality import SiteRule, energy_ranks, vbmf_ranks
+from surgery.ranks.quality import SiteRule, energy_counts, vbmf_counts
 
 __all__ = ["AUTO_ENERGY", "Auto", "Comparison", "Latencies", "snap"]
 
@@ -76,10 +76,10 @@ class Auto(SiteRule):
 
     def ranks(self, candidate: Candidate) -> tuple[int, ...]:
         """Return the snapped ranks."""
-        energy = energy_ranks(candidate, AUTO_ENERGY)
         groups = candidate.site.operator.kernel.shape[0]
-        rows = zip(vbmf_ranks(candidate), energy, candidate.max_ranks, strict=True)
-        snapped = tuple(min(full, snap(v or e, groups=groups, multiple=self.multiple)) for v, e, full in rows)
+        counts = zip(vbmf_counts(candidate), energy_counts(candidate, AUTO_ENERGY), strict=True)
+        rows = zip(candidate.settled(tuple(v or e for v, e in counts)), candidate.max_ranks, strict=True)
+        snapped = tuple(min(full, snap(rank, groups=groups, multiple=self.multiple)) for rank, full in rows)
         return candidate.widened(snapped, "macs")
 
 

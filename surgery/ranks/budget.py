@@ -43,7 +43,7 @@ class Threshold(SiteRule):
     def ranks(self, candidate: Candidate) -> Ranks:
         """Return the number of singular values at or above the level in each mode, at least 1."""
         counts = [int(np.searchsorted(-levels, -self.level, side="right")) for levels in candidate.levels]
-        return candidate.widened(tuple(max(1, count) for count in counts), self.cost)
+        return candidate.widened(candidate.settled(tuple(max(1, count) for count in counts)), self.cost)
 
 
 @dataclass(frozen=True)

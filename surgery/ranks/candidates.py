@@ -73,15 +73,22 @@ class Candidate:
             self._costs[ranks] = Cost(chain.parameters, macs)
         return self._costs[ranks]
 
+    def settled(self, counts: Ranks) -> Ranks:
+        """Return the ranks that keep so many singular values of each unfolding, between 1 and the full ranks."""
+        ranks = self.factorization.settle(counts, self.max_ranks)
+        return tuple(max(1, min(rank, full)) for rank, full in zip(ranks, self.max_ranks, strict=True))
+
     def error(self, ranks: Ranks) -> float:
         """Return the predicted weight error: root of the energy that the unfoldings lose, at most 1.
 
         With one unfolding that is the error of the truncated SVD (Eckart-Young), with several an upper bound on the
-        error of a truncated higher-order SVD (De Lathauwer et al. 2000, property 10).
+        error of a truncated higher-order SVD (De Lathauwer et al. 2000, property 10) or a train (Oseledets 2011). For
+        cp and tr it is a lower bound: what no chain of these ranks can keep.
         """
         if ranks == self.max_ranks:
             return 0.0
-        lost = sum(float(np.square(v[r:]).sum()) for v, r in zip(self.levels, ranks, strict=True))
+        counts = self.factorization.counts(ranks)
+        lost = sum(float(np.square(v[c:]).sum()) for v, c in zip(self.levels, counts, strict=True))
         return min(1.0, math.sqrt(lost))
 
     def widened(self, ranks: Ranks, cost: str) -> Ranks:

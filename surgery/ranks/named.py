@@ -84,5 +84,4 @@ def check_known(unknown: Iterable[str], sites: Sequence[str], who: str) -> None:
 
 
 def _spans(candidate: Candidate) -> str:
-    rows = zip(candidate.factorization.rank_names, candidate.max_ranks, strict=True)
-    return f"{candidate.factorization.name} {', '.join(f'{name} 1 to {full}' for name, full in rows)}"
+    return f"{candidate.factorization.name} {candidate.factorization.spans(candidate.site.operator)}"

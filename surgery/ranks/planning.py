@@ -34,7 +34,7 @@ def make_plan(
     totals: Totals,
     latencies: Latencies | None = None,
     multiple: int | None = None,
-    solver: str = "gram",
+    solver: str = "auto",
     progress: Progress | None = None,
 ) -> Plan:
     """Return a plan with one decision for each site, in order.

@@ -14,7 +14,7 @@ from surgery.ranks.candidates import Candidate, Choice, say_ranks
 from surgery.ranks.vbmf import evbmf_rank
 from surgery.sites import Totals
 
-__all__ = ["Energy", "Fixed", "Full", "QualityRule", "RankRule", "SiteRule", "Vbmf", "energy_ranks", "vbmf_ranks"]
+__all__ = ["Energy", "Fixed", "Full", "QualityRule", "RankRule", "SiteRule", "Vbmf", "energy_counts", "vbmf_counts"]
 
 
 class RankRule(ABC):
@@ -100,8 +100,8 @@ class Energy(QualityRule):
         return f"energy={self.share:g}"
 
     def ranks(self, candidate: Candidate) -> Ranks:
-        """Return the smallest rank of each mode that keeps the share."""
-        return energy_ranks(candidate, self.share)
+        """Return the smallest ranks that keep the share of each unfolding."""
+        return candidate.settled(energy_counts(candidate, self.share))
 
 
 @dataclass(frozen=True)
@@ -112,19 +112,19 @@ class Vbmf(QualityRule):
         return "vbmf"
 
     def ranks(self, candidate: Candidate) -> Ranks | Refusal:
-        """Return the rank of each mode, or that one of them has none."""
-        ranks = vbmf_ranks(candidate)
-        if 0 in ranks:
+        """Return the ranks that keep the signal of each unfolding, or that one of them has none."""
+        counts = vbmf_counts(candidate)
+        if 0 in counts:
             return Refusal("EVBMF finds no signal above the noise in its weight (rank 0)")
-        return ranks
+        return candidate.settled(counts)
 
 
-def energy_ranks(candidate: Candidate, share: float) -> Ranks:
-    """Return the smallest rank of each mode that keeps this share of the energy, pooled over the groups."""
+def energy_counts(candidate: Candidate, share: float) -> Ranks:
+    """Return how few singular values of each unfolding keep this share of the energy, pooled over the groups."""
     kept = [np.cumsum(np.square(levels)) for levels in candidate.levels]
     return tuple(min(len(k), int(np.searchsorted(k, share * k[-1])) + 1) for k in kept)
 
 
-def vbmf_ranks(candidate: Candidate) -> Ranks:
-    """Return the EVBMF rank of each mode, the largest over the groups; 0 where all is noise."""
+def vbmf_counts(candidate: Candidate) -> Ranks:
+    """Return the EVBMF rank of each unfolding, the largest over the groups; 0 where all is noise."""
     return tuple(evbmf_rank(s.values, s.rows, s.columns) for s in candidate.spectra)

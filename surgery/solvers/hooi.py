@@ -49,11 +49,7 @@ def tucker2(kernel: Tensor, ranks: tuple[int, int], *, sweeps: int = 10, toleran
     if kernel.dtype == torch.float32 and residual < _FLOAT32_RESIDUAL:
         factors, _ = _start_and_sweep(scaled.double(), ranks, sweeps, tolerance)
     core, *bases = (factor.to(kernel.dtype) for factor in factors)
-    return [_own(factor) for factor in ((core * scale).mT, *bases)]
-
-
-def _own(factor: Tensor) -> Tensor:
-    return factor.clone(memory_format=torch.contiguous_format)
+    return [(core * scale).mT, *bases]
 
 
 def _start_and_sweep(

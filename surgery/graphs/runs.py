@@ -1,0 +1,162 @@
+"""Which items of an fx graph are provably one operator: runs cut at the borders of factored sites, then composed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from surgery.composition import compose, compose_steps
+from surgery.errors import Refusal
+from surgery.graphs.items import Item, LinkCall, SumCall, all_calls, find_runs
+from surgery.graphs.view import Call, View, identity, site_name
+from surgery.operators import Conv, Operator
+from surgery.sites import Skip
+
+__all__ = ["Part", "container", "find_parts", "sites_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Items in a row, and the one operator that they are."""
+
+    items: tuple[Item, ...]
+    operator: Operator
+
+
+def find_parts(view: View, recorded: Collection[str], *, everything: bool) -> tuple[list[Part], list[Skip]]:
+    """Return the parts of all runs that compose, and why others that look like it do not.
+
+    Where a record names factored sites, other chains are left alone unless ``everything`` is to be fused.
+    """
+    parts: list[Part] = []
+    skips: list[Skip] = []
+    for segment in (s for run in find_runs(view) for s in _segments(view, run)):
+        if recorded and not everything and not set(sites_of(view, segment)) & set(recorded):
+            place = " -> ".join(site_name(call.weight) for call in all_calls(segment))
+            skips.append(Skip(place, "chain", "the original model had it (--all fuses it as well)"))
+            continue
+        found, refusals = _partition(segment)
+        parts += found
+        skips += refusals
+    return parts, skips
+
+
+def sites_of(view: View, items: Sequence[Item]) -> tuple[str, ...]:
+    """Name the one operator: P for weights P.0.weight, P.1.weight, ...; else as the first weight."""
+    carriers = [item for item in items if item.calls]
+    parents = [container(view, item) for item in carriers]
+    if parents[0] and all(parent == parents[0] for parent in parents):
+        return parents[0]
+    return tuple(site_name(name) for name in _aliases(view, carriers[0].calls[0]))
+
+
+def container(view: View, item: Item) -> tuple[str, ...]:
+    """Return the P of each name P.<step>.weight, or P.<step>.<row>.<call>.weight in a sum; none for other names."""
+    found = {tuple(_parent(name, isinstance(item, SumCall)) for name in _aliases(view, call)) for call in item.calls}
+    return found.pop() if len(found) == 1 and all(all(names) for names in found) else ()
+
+
+def _parent(name: str, in_sum: bool) -> str:
+    *parents, leaf = name.split(".")
+    depth = 3 if in_sum else 1
+    numbers = parents[-depth:]
+    fits = leaf == "weight" and len(parents) > depth and all(number.isdecimal() for number in numbers)
+    return ".".join(parents[:-depth]) if fits else ""
+
+
+def _aliases(view: View, call: Call) -> list[str]:
+    return view.names[identity(view.parameters[call.weight])]
+
+
+def _segments(view: View, run: Sequence[Item]) -> list[list[Item]]:
+    """Cut a run so that the factors of one site, with their links, stay apart from what comes before and after them."""
+    segments: list[list[Item]] = [[]]
+    start = 0
+    while start < len(run):
+        length = _factored(view, run[start:])
+        if length:
+            segments += [list(run[start : start + length]), []]
+        else:
+            segments[-1].append(run[start])
+        start += max(1, length)
+    return [segment for segment in segments if len(all_calls(segment)) > 1]
+
+
+def _factored(view: View, run: Sequence[Item]) -> int:
+    """Return how many items from the first on are all that is below a name P, with their links; 0 if they are not."""
+    lead = next((at for at, item in enumerate(run) if item.calls), len(run))
+    carriers = [item for item in run if item.calls]
+    parents = container(view, carriers[0]) if carriers else ()
+    if not parents or _first_step(view, carriers[0], parents) != lead:
+        return 0
+    mine = [item for item in carriers if container(view, item) == parents]
+    calls = all_calls(mine)
+    weights = {name for call in calls for name in _aliases(view, call)}
+    own = weights | {f"{name.removesuffix('.weight')}.bias" for name in weights}
+    own |= {item.bias for item in run if isinstance(item, LinkCall) and item.bias is not None}
+    whole = all(name in own for name in view.parameters if name.startswith(f"{parents[0]}."))
+    if len(calls) < 2 or not whole:
+        return 0
+    last = max(at for at, item in enumerate(run) if item in mine)
+    return next((at for at in range(last + 1, len(run)) if run[at].calls), len(run))
+
+
+def _first_step(view: View, item: Item, parents: tuple[str, ...]) -> int:
+    """Return which step of its chain the first item with a weight is: its name says so."""
+    return int(_aliases(view, item.calls[0])[0].removeprefix(f"{parents[0]}.").split(".")[0])
+
+
+def _partition(items: Sequence[Item]) -> tuple[list[Part], list[Skip]]:
+    """Split a segment into the longest parts that compose, from the left; each break is a skip with its reason."""
+    if all(isinstance(item, Call) for item in items):
+        return _partition_calls(all_calls(items))
+    parts: list[Part] = []
+    start = 0
+    while start < len(items):
+        part = _longest(items[start:])
+        if part is not None:
+            parts.append(part)
+        start += 1 if part is None else len(part.items)
+    return parts, []
+
+
+def _longest(items: Sequence[Item]) -> Part | None:
+    """Return the longest part from the first item on that composes of two calls or more."""
+    for end in range(len(items), 0, -1):
+        part = items[:end]
+        if len(all_calls(part)) < 2 or len({item.path is None for item in part}) > 1:
+            continue
+        operator = compose_steps([item.step for item in part])
+        if not isinstance(operator, Refusal) and _refuse(operator) is None:
+            return Part(tuple(part), operator)
+    return None
+
+
+def _partition_calls(calls: Sequence[Call]) -> tuple[list[Part], list[Skip]]:
+    parts: list[Part] = []
+    skips = []
+    current, operator = [calls[0]], calls[0].operator
+    for call in calls[1:]:
+        merged = _compose_calls(current[-1], operator, call)
+        if isinstance(merged, Refusal):
+            place = f"{site_name(current[-1].weight)} -> {site_name(call.weight)}"
+            skips.append(Skip(place, "chain", merged.reason))
+            parts.append(Part(tuple(current), operator))
+            current, operator = [call], call.operator
+        else:
+            current, operator = [*current, call], merged
+    parts.append(Part(tuple(current), operator))
+    return [part for part in parts if len(part.items) > 1], skips
+
+
+def _compose_calls(last: Call, operator: Operator, call: Call) -> Operator | Refusal:
+    if (last.path is None) != (call.path is None):
+        return Refusal("one is a module and the other a function call")
+    merged = compose(operator, call.operator)
+    return merged if isinstance(merged, Refusal) else _refuse(merged) or merged
+
+
+def _refuse(operator: Operator) -> Refusal | None:
+    if isinstance(operator, Conv) and not operator.expressible:
+        return Refusal("the padding of their composition differs between two sides of a dimension")
+    return None
