@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from surgery.factorizations import FACTORIZATIONS as FACTORIZATIONS
     from surgery.loading import load as load
     from surgery.operators import Conv as Conv
+    from surgery.operators import Embedding as Embedding
     from surgery.operators import Linear as Linear
     from surgery.passes.decompose import decompose as decompose
     from surgery.passes.decompose import find_sites as find_sites
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 _HOMES: dict[str, str] = {
     "Chain": "surgery.chain",
     "Conv": "surgery.operators",
+    "Embedding": "surgery.operators",
     "FACTORIZATIONS": "surgery.factorizations",
     "Linear": "surgery.operators",
     "Plan": "surgery.plans",

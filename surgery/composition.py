@@ -16,8 +16,10 @@ Reshapes come in two places:
 - channels (c n) are split, a convolution over one more dimension acts on c with a kernel of extent 1 along n, and they
   are flattened again (a ring's middle): that is the convolution with the kernel ``K (x) I_n``;
 - linear layers act on the last axis, and reshapes, transposes and shifts on those that the last one was split into.
-  Such steps never see an axis in front, which the count of split axes proves, so they are one linear layer; its weight is
-  what the steps make of the identity.
+  Such steps never see an axis in front, which the count of split axes proves, so they are one linear layer; its weight
+  is what the steps make of the identity.
+
+An embedding, then a linear layer are one embedding, whose rows are what the layer makes of its rows.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from surgery.errors import Refusal
-from surgery.operators import Conv, Geometry, Linear, Operator
+from surgery.operators import Conv, Embedding, Geometry, Linear, Operator
 from surgery.steps import Branches, Flatten, Link, Shift, Step, Transpose, Unflatten
 
 __all__ = ["add", "compose", "compose_steps"]
@@ -165,6 +167,9 @@ def compose(first: Operator, second: Operator) -> Operator | Refusal:
         return _compose_linear(first, second)
     if isinstance(first, Conv) and isinstance(second, Conv):
         return _compose_conv(first, second)
+    if isinstance(first, Embedding) and isinstance(second, Linear):
+        rows = second.to(dtype=torch.float64)(first.weight.double())
+        return replace(first, weight=rows.to(first.weight.dtype))
     return Refusal(f"{type(first).__name__} and {type(second).__name__} do not act on the same axes")
 
 

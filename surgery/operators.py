@@ -16,7 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Conv", "Geometry", "Linear", "Operator", "Shape"]
+__all__ = ["Conv", "Embedding", "Geometry", "Linear", "Operator", "Shape"]
 
 Shape = tuple[int, ...]
 
@@ -150,6 +150,34 @@ class Linear(Operator):
     def macs(self, shape: Shape) -> int:
         """Return rows times the size of the weight."""
         return math.prod(shape[:-1]) * self.weight.numel()
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding(Operator):
+    """Rows of a table: weight (entries, features), whole numbers (...) as input, output (..., features).
+
+    A linear map of one-hot vectors, and so a kernel with one input channel an entry; it multiplies nothing. The row
+    ``padding_index`` gets no gradient.
+    """
+
+    padding_index: int | None = None
+
+    @property
+    def kernel(self) -> Tensor:
+        """The weight as (1, features, entries)."""
+        return self.weight.t().unsqueeze(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply to whole numbers (...) below the number of entries."""
+        return F.embedding(x, self.weight, self.padding_index)
+
+    def out_shape(self, shape: Shape) -> Shape:
+        """Return (..., features)."""
+        return (*shape, self.weight.shape[1])
+
+    def macs(self, shape: Shape) -> int:
+        """Return 0: rows are looked up."""
+        return 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surgery.operators import Conv, Geometry, Linear, Operator, Shape
+from surgery.operators import Conv, Embedding, Geometry, Linear, Operator, Shape
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Case:
     def inputs(self) -> Tensor:
         """Return random activations, the same each time."""
         generator = torch.Generator().manual_seed(zlib.crc32(self.id.encode()) + 1)
+        if isinstance(self.module, nn.Embedding):
+            return torch.randint(self.module.num_embeddings, self.shape, generator=generator)
         return torch.randn(self.shape, generator=generator, dtype=torch.float64).to(self.dtype)
 
 
@@ -65,6 +67,8 @@ def decaying(weight: Tensor, rate: float = 0.7) -> Tensor:
 
 def operator_of(module: nn.Module) -> Operator:
     """Return the operator of a torch layer: the tests' own reading of it, apart from that of the graph code."""
+    if isinstance(module, nn.Embedding):
+        return Embedding(module.weight.data, padding_index=module.padding_idx)
     bias = None if module.bias is None else module.bias.data
     if isinstance(module, nn.Linear):
         return Linear(module.weight.data, bias=bias)
@@ -102,6 +106,12 @@ CASES: list[Case] = [
     Case("linear-vector", lambda: _L(7, 7), (7,)),
     Case("linear-1out", lambda: _L(9, 1), (4, 9)),
     Case("linear-1in", lambda: _L(1, 9), (4, 1)),
+    Case("linear-composite", lambda: _L(24, 18), (2, 3, 24)),
+    Case("linear-composite-nobias", lambda: _L(16, 36, bias=False), (5, 16)),
+    # embeddings
+    Case("embedding", lambda: nn.Embedding(30, 8), (4,)),
+    Case("embedding-padding", lambda: nn.Embedding(12, 10, padding_idx=3), (2, 5)),
+    Case("embedding-few", lambda: nn.Embedding(5, 16), (3, 2)),
     # one dimension
     Case("conv1d-3", lambda: _C1(6, 8, 3), _ROW),
     Case("conv1d-5-same-dilation", lambda: _C1(6, 8, 5, padding="same", dilation=2), _ROW),

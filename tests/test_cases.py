@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from surgery.operators import Linear
+from surgery.operators import Embedding, Linear
 from tests.cases import CASES, Case
 from tests.tolerances import assert_close, reduction, tolerance
 
@@ -21,6 +21,9 @@ def test_the_operator_is_the_module(case: Case) -> None:
     assert_close(case.operator(x), expected, tolerance(case.dtype, length=reduction(case.operator)))
     assert case.operator.out_shape(case.shape) == expected.shape
     assert case.operator.parameters == sum(p.numel() for p in case.module.parameters())
+    if isinstance(case.operator, Embedding):
+        assert (case.operator.in_channels, case.operator.out_channels) == case.module.weight.shape
+        return
     axis = -1 if isinstance(case.operator, Linear) else -1 - case.operator.geometry.dims
     assert case.operator.in_channels == case.shape[axis]
     assert case.operator.out_channels == expected.shape[axis]

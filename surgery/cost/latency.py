@@ -32,7 +32,7 @@ import onnxruntime as ort
 import torch
 
 from surgery.chain import Chain
-from surgery.cost.onnx_model import build_choice, build_model
+from surgery.cost.onnx_model import build_choice, build_model, entries
 from surgery.cost.timing import (
     VERDICTS,
     Budget,
@@ -125,20 +125,23 @@ class Latencies:
 
     def _time_pair(self, first: Operator, second: Chain, shape: Shape) -> tuple[Samples, Samples]:
         session = open_session(build_choice(first, second, shape), threads=self.threads, spin=True)
-        x = self._input(shape)
+        x = self._input(first, shape)
         runs = [bind(session, {"input": x, "second": np.array(choice)}) for choice in (False, True)]
         return self._interleave(runs)  # type: ignore[return-value]  # as many as there are runs
 
     def _time_single(self, operator: Operator | Chain, shape: Shape) -> Samples:
         session = open_session(build_model(operator, shape), threads=self.threads, spin=True)
-        return self._interleave([bind(session, {"input": self._input(shape)})])[0]
+        return self._interleave([bind(session, {"input": self._input(operator, shape)})])[0]
 
     def _interleave(self, runs: list[Callable[[], None]]) -> tuple[Samples, ...]:
         self.measured += 1
         return interleave(runs, self.budget, seed=self.seed)
 
-    def _input(self, shape: Shape) -> npt.NDArray[np.float32]:
-        return np.random.default_rng(self.seed).standard_normal(shape, dtype=np.float32)
+    def _input(self, operator: Operator | Chain, shape: Shape) -> npt.NDArray[Any]:
+        generator = np.random.default_rng(self.seed)
+        if limit := entries(operator):
+            return generator.integers(limit, size=shape, dtype=np.int64)
+        return generator.standard_normal(shape, dtype=np.float32)
 
     def _key(self, shape: Shape, *operators: Operator | Chain) -> str:
         key = {

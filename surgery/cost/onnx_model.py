@@ -1,9 +1,8 @@
 """The ONNX model of operators and chains, built node by node as torch's exporter would emit it.
 
 Reshapes are Reshape, shifts and sums Add. A convolution is Conv or ConvTranspose, after a Pad where torch pads in
-another mode than with zeros, and between
-Unsqueeze and Squeeze where the input has no batch. A linear layer is Gemm on (rows, features), and MatMul, then Add on
-any other number of dimensions. ``torch.onnx.export`` makes the same nodes a thousand times more slowly.
+another mode than with zeros, and between Unsqueeze and Squeeze where the input has no batch. A linear layer is Gemm on
+(rows, features), and MatMul, then Add on any other number of dimensions. An embedding is Gather. ``torch.onnx.export`` makes the same nodes a thousand times more slowly.
 
 Tensors are float32 whatever the operator's dtype: onnxruntime's CPU convolutions have no other kernel (half precisions
 are cast around them, float64 is refused).
@@ -24,10 +23,10 @@ from torch import Tensor
 
 from surgery.chain import Chain
 from surgery.errors import InputError
-from surgery.operators import Conv, Geometry, Linear, Operator, Shape
+from surgery.operators import Conv, Embedding, Geometry, Linear, Operator, Shape
 from surgery.steps import Branches, Flatten, Shift, Step, Transpose, Unflatten
 
-__all__ = ["OPSET", "build_choice", "build_model"]
+__all__ = ["OPSET", "build_choice", "build_model", "entries"]
 
 OPSET = 20  # what torch.onnx writes; 19 is the first with Pad's wrap mode
 _IR_VERSION = 10
@@ -71,7 +70,7 @@ def build_model(operator: Operator | Chain, shape: Shape) -> bytes:
         InputError: an operator of an unknown kind, or more than 2 GiB of weights.
     """
     graph = _build_branch(operator, shape, output="output")
-    return _serialise(graph.nodes, graph.constants, [_float("input", shape)], operator.out_shape(shape))
+    return _serialise(graph.nodes, graph.constants, [_input(operator, shape)], operator.out_shape(shape))
 
 
 def build_choice(first: Operator | Chain, second: Operator | Chain, shape: Shape) -> bytes:
@@ -86,8 +85,19 @@ def build_choice(first: Operator | Chain, second: Operator | Chain, shape: Shape
         output = [_float(attribute, operator.out_shape(shape))]
         branches[attribute] = helper.make_graph(graph.nodes, attribute, [], output, graph.constants)
     node = helper.make_node("If", ["second"], ["output"], **branches)
-    inputs = [_float("input", shape), helper.make_tensor_value_info("second", TensorProto.BOOL, [])]
+    inputs = [_input(first, shape), helper.make_tensor_value_info("second", TensorProto.BOOL, [])]
     return _serialise([node], [], inputs, first.out_shape(shape))
+
+
+def _input(branch: Operator | Chain, shape: Shape) -> onnx.ValueInfoProto:
+    kind = TensorProto.INT64 if entries(branch) else TensorProto.FLOAT
+    return helper.make_tensor_value_info("input", kind, shape)
+
+
+def entries(branch: Operator | Chain) -> int:
+    """Return how many entries an embedding has that comes first; 0 where the input is activations."""
+    first = branch.operators[0] if isinstance(branch, Chain) else branch
+    return first.in_channels if isinstance(first, Embedding) else 0
 
 
 def _float(name: str, shape: Shape) -> onnx.ValueInfoProto:
@@ -174,6 +184,13 @@ def _emit_linear(graph: _Graph, operator: Any, shape: Shape) -> None:
         graph.apply("Add", [bias])
 
 
+def _emit_embedding(graph: _Graph, operator: Any, shape: Shape) -> None:
+    weight, indices = _array(operator.weight), graph.value
+    assert weight is not None  # an embedding has one
+    graph.value = graph.constant(weight)
+    graph.apply("Gather", others=[indices])
+
+
 def _emit_conv(graph: _Graph, operator: Any, shape: Shape) -> None:
     geometry = operator.geometry
     unbatched = len(shape) == geometry.dims + 1
@@ -210,6 +227,7 @@ def _transposed_attributes(geometry: Geometry) -> dict[str, Any]:
 _EMITTERS: dict[type, Callable[[_Graph, Any, Shape], None]] = {
     Linear: _emit_linear,
     Conv: _emit_conv,
+    Embedding: _emit_embedding,
     Unflatten: _emit_reshape,
     Flatten: _emit_reshape,
     Transpose: _emit_transpose,

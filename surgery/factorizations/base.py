@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from surgery.chain import Chain
 from surgery.errors import InputError, RankError, Refusal
-from surgery.operators import Conv, Geometry, Linear, Operator, Shape
+from surgery.operators import Conv, Embedding, Geometry, Linear, Operator, Shape
 from surgery.solvers.gram import singular_values
 from surgery.steps import Step
 
@@ -142,6 +142,8 @@ class Factorization(ABC):
         steps: tuple[Step, ...]
         if isinstance(operator, Linear):
             steps = self.linear_steps(operator, factors)
+        elif isinstance(operator, Embedding):
+            steps = _embedding_steps(operator, factors)
         elif isinstance(operator, Conv):
             steps = self.conv_steps(operator, factors, ranks)
         else:
@@ -156,6 +158,12 @@ class Factorization(ABC):
         """Return the steps that replace a convolution: by default one convolution for each factor."""
         geometries = self.geometries(operator.geometry, tuple(operator.kernel.shape), ranks)
         return tuple(Conv.from_kernel(f, g) for f, g in zip(factors, geometries, strict=True))
+
+
+def _embedding_steps(operator: Embedding, factors: Sequence[Tensor]) -> tuple[Step, ...]:
+    first, *rest = factors
+    narrow = replace(operator, weight=first[0].t().contiguous())
+    return (narrow, *(Linear(factor[0].contiguous()) for factor in rest))
 
 
 def _own(factor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from surgery.errors import Refusal
-from surgery.operators import Conv, Geometry, Linear, Operator
+from surgery.operators import Conv, Embedding, Geometry, Linear, Operator
 
 __all__ = ["Parts", "conv_geometry", "is_aten", "read_call", "stored_weight", "transposed_source", "write_call"]
 
@@ -29,6 +29,10 @@ _CONVOLUTION = (*_CONV[:6], "transposed", "output_padding", "groups")
 _LINEAR = ("input", "weight", "bias")
 _ADDMM = ("bias", "input", "weight")
 _MATMUL = ("input", "weight")
+
+_EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+_EMBEDDING_ATEN = ("weight", "input", "padding_idx", "scale_grad_by_freq", "sparse")
+_EMBEDDINGS = (F.embedding, aten.embedding.default)
 
 # target -> (argument names, number of spatial dimensions; 0 for linear maps, None where the weight tells)
 _CALLS: dict[Any, tuple[tuple[str, ...], int | None]] = {
@@ -111,8 +115,23 @@ def stored_weight(operator: Operator, stored: str) -> Tensor:
     return operator.weight.t().contiguous() if stored == "in_out" else operator.weight
 
 
+def _read_embedding(node: Node) -> Parts | Refusal | None:
+    """Return the parts of an embedding's call; torch and ATen have their arguments in different orders."""
+    names = _EMBEDDING_ATEN if node.target is aten.embedding.default else _EMBEDDING
+    values: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
+    source, weight, padding = values["input"], values["weight"], values.get("padding_idx")
+    if not isinstance(source, Node) or not isinstance(weight, Node):
+        return None
+    if values.get("max_norm") is not None or values.get("scale_grad_by_freq") or values.get("sparse"):
+        return Refusal("it renormalises its rows, or has gradients of its own (max_norm, scale_grad_by_freq, sparse)")
+    index = None if padding in (None, -1) else padding
+    return Parts(source, weight, None, lambda w, b: Embedding(w, padding_index=index))
+
+
 def read_call(node: Node) -> Parts | Refusal | None:
-    """Return the parts of a convolution or linear call, why it cannot be one, or None for any other node."""
+    """Return the parts of an operator's call, why it cannot be one, or None for any other node."""
+    if node.op == "call_function" and node.target in _EMBEDDINGS:
+        return _read_embedding(node)
     if node.op != "call_function" or node.target not in _CALLS:
         return None
     names, dims = _CALLS[node.target]
@@ -206,6 +225,11 @@ def write_call(
     aten_style = is_aten(style)
     if isinstance(operator, Conv):
         return _write_conv(graph, operator, source, weight, bias, is_aten=aten_style)
+    if isinstance(operator, Embedding):
+        index = operator.padding_index
+        if aten_style:
+            return graph.call_function(aten.embedding.default, (weight, source, -1 if index is None else index))
+        return graph.call_function(F.embedding, (source, weight, index))
     if stored == "out_in":
         return graph.call_function(aten.linear.default if aten_style else F.linear, (source, weight, bias))
     if bias is not None:

@@ -13,10 +13,11 @@ from surgery.chain import Chain
 from surgery.errors import Refusal
 from surgery.graphs.functional import conv_geometry, stored_weight
 from surgery.graphs.links import build_link, is_link_module
-from surgery.operators import Conv, Linear, Operator
+from surgery.operators import Conv, Embedding, Linear, Operator
 from surgery.steps import Branches, Shift, Step
 
 __all__ = [
+    "RECURRENT",
     "build_module",
     "build_sequential",
     "carry_hooks",
@@ -35,13 +36,16 @@ _CONVS: dict[type[nn.Module], tuple[bool, int]] = {
     nn.ConvTranspose2d: (True, 2),
     nn.ConvTranspose3d: (True, 3),
 }
+RECURRENT = (
+    "the kernels of recurrent layers take dense weights only: factors would need a loop over the time steps, "
+    "which is slower"
+)
 _REASONS: dict[str, str] = {
-    "Embedding": "embeddings are not handled yet",
-    "EmbeddingBag": "embeddings are not handled yet",
+    "EmbeddingBag": "bags of embeddings are not handled",
     "MultiheadAttention": "packed attention weights (in_proj_weight) are not handled yet",
-    "LSTM": "recurrent weights are not handled yet",
-    "GRU": "recurrent weights are not handled yet",
-    "RNN": "recurrent weights are not handled yet",
+    "LSTM": RECURRENT,
+    "GRU": RECURRENT,
+    "RNN": RECURRENT,
 }
 
 
@@ -64,7 +68,7 @@ def _is_conv1d(kind: type[nn.Module]) -> bool:
 
 def is_operator_module(module: nn.Module) -> bool:
     """Whether the module's class is exactly one that is known to be an operator."""
-    return type(module) is nn.Linear or type(module) in _CONVS or _is_conv1d(type(module))
+    return type(module) in (nn.Linear, nn.Embedding) or type(module) in _CONVS or _is_conv1d(type(module))
 
 
 def stored_as(module: nn.Module) -> str:
@@ -79,6 +83,8 @@ def read_module(module: nn.Module) -> Operator | Refusal:
         return Refusal("its weight is computed from other parameters (weight norm or another parametrization)")
     own_bias = module._parameters.get("bias")
     weight, bias = own_weight.detach(), None if own_bias is None else own_bias.detach()
+    if type(module) is nn.Embedding:
+        return _read_embedding(module, weight)
     if type(module) not in _CONVS:
         return Linear(weight.t() if _is_conv1d(type(module)) else weight, bias=bias)
     conv: Any = module
@@ -92,6 +98,12 @@ def read_module(module: nn.Module) -> Operator | Refusal:
         padding_mode=conv.padding_mode,
     )
     return geometry if isinstance(geometry, Refusal) else Conv(weight, geometry, conv.groups, bias=bias)
+
+
+def _read_embedding(module: nn.Embedding, weight: Tensor) -> Operator | Refusal:
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        return Refusal("it renormalises its rows, or has gradients of its own (max_norm, scale_grad_by_freq, sparse)")
+    return Embedding(weight, padding_index=module.padding_idx)
 
 
 def refuse_module(module: nn.Module) -> str | None:
@@ -121,6 +133,9 @@ def build_module(
     stored = "out_in"
     if isinstance(operator, Conv):
         module = _build_conv(operator, kwargs)
+    elif isinstance(operator, Embedding):
+        del kwargs["bias"]
+        module = nn.Embedding(operator.in_channels, operator.out_channels, operator.padding_index, **kwargs)
     elif last and _is_conv1d(kind or type(like)) and operator.bias is not None:
         made: Any = kind or type(like)
         module, stored = made(operator.out_channels, operator.in_channels), "in_out"
@@ -183,7 +198,7 @@ def _carry_attributes(new: nn.Sequential, old: nn.Module, last: nn.Module) -> No
     """
     public = {k: v for k, v in vars(old).items() if not k.startswith("_") and k != "training"}
     weight = next(module.weight for module in reversed(list(new.modules())) if "weight" in module._parameters)
-    vars(new).update(public, weight=weight, bias=last.bias)
+    vars(new).update(public, weight=weight, bias=getattr(last, "bias", None))
 
 
 def carry_hooks(new: nn.Module, old: nn.Module) -> None:

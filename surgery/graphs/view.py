@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 
 from surgery.errors import Refusal
 from surgery.graphs.functional import read_call, transposed_source
-from surgery.graphs.modules import is_operator_module, read_module, refuse_module, stored_as
+from surgery.graphs.modules import RECURRENT, is_operator_module, read_module, refuse_module, stored_as
 from surgery.operators import Conv, Operator, Shape
 from surgery.sites import Site, Skip, describe
 
@@ -28,13 +28,11 @@ aten = torch.ops.aten
 
 # functions with weight matrices that are no site, and why
 _OTHER_FUNCTIONS: dict[Any, str] = {
-    torch.nn.functional.embedding: "embeddings are not handled yet",
-    aten.embedding.default: "embeddings are not handled yet",
-    aten.embedding_bag.padding_idx: "embeddings are not handled yet",
-    aten.lstm.input: "recurrent weights are not handled yet",
-    aten.gru.input: "recurrent weights are not handled yet",
-    aten.rnn_tanh.input: "recurrent weights are not handled yet",
-    aten.rnn_relu.input: "recurrent weights are not handled yet",
+    aten.embedding_bag.padding_idx: "bags of embeddings are not handled",
+    aten.lstm.input: RECURRENT,
+    aten.gru.input: RECURRENT,
+    aten.rnn_tanh.input: RECURRENT,
+    aten.rnn_relu.input: RECURRENT,
     aten.bilinear.default: "bilinear maps are not handled yet",
     aten.einsum.default: "einsum on a weight is not handled yet",
     aten.bmm.default: "a batch of weight matrices is not handled yet",
