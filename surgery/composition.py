@@ -124,13 +124,19 @@ def _compose_features(steps: Sequence[Step]) -> Linear | Refusal:
         return Refusal("its operators act on a part of the last axis only")
     size = width
     wide = [step.to(dtype=torch.float64) for step in steps]
-    identity = torch.eye(size, dtype=torch.float64, device=first.weight.device)
-    rows = torch.cat([identity, identity.new_zeros(1, size)])
-    for step in wide:
-        rows = step(rows)
+    rows = torch.eye(size, dtype=torch.float64, device=first.weight.device)
+    offset = rows.new_zeros(1, size)
+    for step in wide:  # apart, since weights may be far smaller than biases
+        rows, offset = _without_bias(step)(rows), step(offset)
     shifted = any(step.bias is not None for step in steps if isinstance(step, Operator | Shift))
-    weight, dtype = (rows[:-1] - rows[-1]).mT.contiguous(), first.weight.dtype
-    return Linear(weight.to(dtype), bias=rows[-1].to(dtype) if shifted else None)
+    weight, dtype = rows.mT.contiguous(), first.weight.dtype
+    return Linear(weight.to(dtype), bias=offset[0].to(dtype) if shifted else None)
+
+
+def _without_bias(step: Step) -> Step:
+    if isinstance(step, Operator):
+        return step.with_bias(None)
+    return Shift(torch.zeros_like(step.bias)) if isinstance(step, Shift) else step
 
 
 def _in_features(steps: Sequence[Step]) -> int | None:

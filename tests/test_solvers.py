@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from surgery.chain import relative_error
+from surgery.errors import InputError
 from surgery.solvers import gram, hooi, reference
 from tests.cases import decaying
 
@@ -120,7 +122,80 @@ def test_a_zero_matrix_in_a_batch_leaves_the_others_alone() -> None:
 def test_low_rank_at_any_scale(dtype: torch.dtype, scale: float) -> None:
     matrix = (random(2, 6, 10) * scale).to(dtype)
     left, right = gram.low_rank(matrix, 3)
-    assert relative_error(left @ right, truncated(matrix, 3)) <= EXACT
+    assert left.dtype == right.dtype == dtype
+    expected = truncated(matrix, 3)
+    assert relative_error(left.double() @ right.double(), expected) <= max(EXACT, torch.finfo(dtype).eps)
+
+
+LARGE = {"square": (1, 224, 224), "wide": (1, 200, 600), "tall": (1, 500, 224), "batch": (2, 208, 260)}
+SPECTRA = {  # singular values over i / n, whose sum of squares is all but flat, all but one value, or quick to fall
+    "random": None,
+    "power": lambda i: i**-0.7,
+    "steep power": lambda i: i**-1.4,
+    "exponential": lambda i: torch.exp(-20 * i / len(i)),
+    "equal": torch.ones_like,
+    "one large": lambda i: torch.where(i == 1, 1e3, 1.0),
+    "low rank and noise": lambda i: torch.where(i <= len(i) // 4, 1.0, 1e-2),
+    "low rank": lambda i: torch.where(i <= len(i) // 8, 1.0, 0.0),
+}
+
+
+def with_spectrum(shape: tuple[int, ...], values: Callable[[Tensor], Tensor] | None) -> Tensor:
+    matrix = random(*shape)
+    if values is None:
+        return matrix
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    return (left * values(torch.arange(1.0, min(shape[-2:]) + 1, dtype=torch.float64))) @ right
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
+@pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
+def test_low_rank_of_a_large_float32_matrix_is_nearly_lapacks(
+    shape: tuple[int, ...], spectrum: Callable[[Tensor], Tensor] | None
+) -> None:
+    """Ranks that take filters, an eigendecomposition in float32, and one in float64."""
+    matrix = with_spectrum(shape, spectrum).float()
+    full = min(shape[-2:])
+    for rank in (1, full // 8, full // 4, full // 2, full - 1, full):
+        left, right = gram.low_rank(matrix, rank)
+        assert left.dtype == right.dtype == torch.float32
+        best = relative_error(truncated(matrix, rank), matrix)
+        error = relative_error(left.double() @ right.double(), matrix)
+        assert error <= 1.002 * best + 2 * torch.finfo(torch.float32).eps
+        balance = left.square().sum(-2) / right.square().sum(-1)
+        kept = torch.linalg.svdvals(matrix.double())[..., :rank] > 1e-3 * float(
+            torch.linalg.matrix_norm(matrix, 2).max()
+        )
+        assert torch.allclose(balance[kept], torch.ones(()), rtol=1e-3)
+
+
+def test_filters_and_eigendecompositions_agree_and_repeat() -> None:
+    matrix = with_spectrum((1, 224, 300), SPECTRA["power"]).float()
+    errors = []
+    for rank in (54, 55, 56, 57):  # a quarter of 224 is 56
+        left, right = gram.low_rank(matrix, rank)
+        assert torch.equal(left, gram.low_rank(matrix, rank)[0])
+        errors.append(relative_error(left @ right, matrix))
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_low_rank_of_a_large_float32_matrix_at_any_scale(scale: float) -> None:
+    matrix = random(1, 224, 300).float()
+    for rank in (8, 112):
+        left, right = gram.low_rank(matrix * scale, rank)
+        expected = gram.low_rank(matrix, rank)
+        assert relative_error(left.double() @ right.double() / scale, expected[0] @ expected[1]) <= 1e-3
+
+
+def test_a_large_zero_matrix_in_a_batch_leaves_the_others_alone() -> None:
+    matrix = random(3, 200, 210).float()
+    matrix[1] = 0
+    for rank in (8, 100):
+        left, right = gram.low_rank(matrix, rank)
+        assert not (left @ right)[1].any()
+        best = relative_error(truncated(matrix, rank), matrix)
+        assert relative_error(left.double() @ right.double(), matrix) <= 1.002 * best
 
 
 def test_gram_accumulates_in_float64() -> None:
@@ -258,3 +333,59 @@ def test_the_reference_reconstructs_as_tensorly_does() -> None:
     core, out_basis, in_basis = reference.tucker2(random(1, 6, 5, 9), (3, 2))
     theirs = tucker_to_tensor((core[0], [out_basis[0], in_basis[0], torch.eye(9, dtype=torch.float64)]))
     assert relative_error(tucker2_tensor([core, out_basis, in_basis])[0], theirs) <= EXACT
+
+
+def relative_to(tensor: Tensor, parts: list[Tensor], equation: str) -> float:
+    return relative_error(torch.einsum(equation, *parts), tensor)
+
+
+def test_the_references_cp_is_parafac_with_its_weights_absorbed() -> None:
+    tensor = torch.einsum("gar,gbr,gcr->gabc", random(2, 5, 2), random(2, 4, 2, seed=1), random(2, 3, 2, seed=2))
+    factors = reference.cp(tensor, 2)
+    assert [tuple(factor.shape) for factor in factors] == [(2, 5, 2), (2, 4, 2), (2, 3, 2)]
+    assert relative_to(tensor, factors, "gar,gbr,gcr->gabc") <= 1e-3
+    assert relative_to(tensor, reference.cp(tensor, 2, sweeps=1), "gar,gbr,gcr->gabc") > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_references_train_is_tensorlys(dtype: torch.dtype) -> None:
+    import tensorly
+    from tensorly.decomposition import tensor_train
+
+    tensor = random(2, 6, 3, 3, 5).to(dtype)
+    cores = reference.tensor_train(tensor, (4, 5, 3))
+    assert [tuple(core.shape) for core in cores] == [(2, 1, 6, 4), (2, 4, 3, 5), (2, 5, 3, 3), (2, 3, 5, 1)]
+    tensorly.set_backend("pytorch")
+    theirs = torch.stack([tensor_train(single, [1, 4, 5, 3, 1]).to_tensor() for single in tensor])
+    assert relative_to(theirs, cores, "gpar,grbs,gsct,gtdp->gabcd") <= 8 * torch.finfo(dtype).eps
+
+
+def test_the_references_train_is_filled_to_the_ranks() -> None:
+    tensor = random(1, 3, 2, 4)
+    cores = reference.tensor_train(tensor, (5, 6))
+    assert [tuple(core.shape) for core in cores] == [(1, 1, 3, 5), (1, 5, 2, 6), (1, 6, 4, 1)]
+    assert relative_to(tensor, cores, "gpar,grbs,gscp->gabc") <= EXACT
+
+
+@pytest.mark.parametrize("ranks", [(2, 3, 4), (4, 2, 3), (3, 3, 2)])
+def test_the_references_ring_has_the_ranks(ranks: tuple[int, int, int]) -> None:
+    """From whichever mode it starts: not every one can hold the ranks on both its sides."""
+    a, b, c = ranks
+    sizes = [n * m + 1 if n * m == max(a * b, b * c, c * a) else n * m for n, m in ((a, b), (b, c), (c, a))]
+    shapes = [(2, r, n, s) for r, n, s in zip(ranks, sizes, (b, c, a), strict=True)]
+    tensor = torch.einsum("gras,gsbt,gtcr->gabc", *(random(*shape, seed=i) for i, shape in enumerate(shapes)))
+    cores = reference.tensor_ring(tensor, ranks)
+    assert [tuple(core.shape) for core in cores] == shapes
+    assert relative_to(tensor, cores, "gras,gsbt,gtcr->gabc") < 1
+
+
+def test_the_references_ring_of_full_ranks_is_exact() -> None:
+    tensor = random(2, 4, 3, 5)
+    cores = reference.tensor_ring(tensor, (1, 4, 12))
+    assert [tuple(core.shape) for core in cores] == [(2, 1, 4, 4), (2, 4, 3, 12), (2, 12, 5, 1)]
+    assert relative_to(tensor, cores, "gras,gsbt,gtcr->gabc") <= EXACT
+
+
+def test_the_reference_refuses_a_ring_that_no_mode_can_hold() -> None:
+    with pytest.raises(InputError, match="no ring of ranks"):
+        reference.tensor_ring(random(1, 3, 3, 3), (2, 2, 2))

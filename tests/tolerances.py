@@ -17,9 +17,9 @@ from surgery.chain import relative_error
 from surgery.operators import Operator
 
 # Over the estimate above. The solvers work in float64, or in TensorLy's case in the kernel's dtype from float32 on, and
-# an eigendecomposition is off by several u of its own; half precisions only see the result. The worst of the case table
-# uses 0.6 of each.
-_MARGIN = {torch.float64: 4, torch.float32: 2, torch.float16: 1, torch.bfloat16: 1}
+# an eigendecomposition is off by several u of its own; half precisions only see the result, but what a sum of
+# components rounds grows as they cancel. The worst of the case table uses 0.8 of each.
+_MARGIN = {torch.float64: 4, torch.float32: 2, torch.float16: 1.5, torch.bfloat16: 1.5}
 _HALF = (torch.float16, torch.bfloat16)
 
 

@@ -49,7 +49,11 @@ def inspect(model: Path, json_: bool, **options: Any) -> None:
     help="auto, vbmf, full, energy=0.9, keep_params=0.5, keep_macs=0.5, a whole number, or rank,rank.",
 )
 @click.option(
-    "--factorization", default="auto", show_default=True, metavar="NAME", help="auto, tucker, svd, spatial, cp, tt, tr or depthwise."
+    "--factorization",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="auto, tucker, svd, spatial, cp, tt, tr or depthwise.",
 )
 @click.option("--include", multiple=True, metavar="GLOB", help="Only sites that match; may be repeated.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="No sites that match; may be repeated.")

@@ -2,7 +2,8 @@
 
 Reshapes are Reshape, shifts and sums Add. A convolution is Conv or ConvTranspose, after a Pad where torch pads in
 another mode than with zeros, and between Unsqueeze and Squeeze where the input has no batch. A linear layer is Gemm on
-(rows, features), and MatMul, then Add on any other number of dimensions. An embedding is Gather. ``torch.onnx.export`` makes the same nodes a thousand times more slowly.
+(rows, features), and MatMul, then Add on any other number of dimensions. An embedding is Gather. ``torch.onnx.export``
+makes the same nodes a thousand times more slowly.
 
 Tensors are float32 whatever the operator's dtype: onnxruntime's CPU convolutions have no other kernel (half precisions
 are cast around them, float64 is refused).

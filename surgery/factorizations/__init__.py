@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from surgery.errors import InputError, Refusal
 from surgery.factorizations.base import SOLVERS, Factorization, Ranks, Spectrum
+from surgery.factorizations.cp import Cp
 from surgery.factorizations.depthwise import Depthwise
 from surgery.factorizations.spatial import Spatial
 from surgery.factorizations.svd import Svd
+from surgery.factorizations.tr import Tr
+from surgery.factorizations.tt import Tt
 from surgery.factorizations.tucker import Tucker
 from surgery.operators import Operator
 
@@ -17,6 +20,9 @@ FACTORIZATIONS: dict[str, Factorization] = {
     "svd": Svd(),
     "spatial": Spatial(),
     "depthwise": Depthwise(),
+    "cp": Cp(),
+    "tt": Tt(),
+    "tr": Tr(),
 }
 
 

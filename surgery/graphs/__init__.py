@@ -20,8 +20,12 @@ __all__ = ["Call", "Found", "GraphKind", "Model", "Run", "Spot", "open_graph"]
 Model = nn.Module | GraphModule | ExportedProgram
 
 
-def open_graph(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool = True) -> GraphKind:
+def open_graph(
+    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool = True, inplace: bool = False
+) -> GraphKind:
     """Return the adapter of a model, on a copy of it unless told otherwise (a program is never changed itself).
+
+    Without ``copies`` nothing may be changed through it, unless ``inplace`` says so.
 
     Raises:
         InputError: the object is no model.
@@ -30,9 +34,9 @@ def open_graph(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], *, c
     if isinstance(model, ExportedProgram):
         return ProgramKind(model, args, kwargs)
     if isinstance(model, GraphModule):
-        return GraphModuleKind(model, args, kwargs, copies=copies)
+        return GraphModuleKind(model, args, kwargs, copies=copies, inplace=inplace)
     if isinstance(model, nn.Module):
-        return ModuleKind(model, args, kwargs, copies=copies)
+        return ModuleKind(model, args, kwargs, copies=copies, inplace=inplace)
     raise InputError(
         f"{type(model).__name__} is no model", allowed="nn.Module, torch.fx.GraphModule, torch.export.ExportedProgram"
     )

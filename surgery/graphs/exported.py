@@ -23,6 +23,7 @@ from surgery.chain import Chain
 from surgery.errors import CheckError, InputError
 from surgery.graphs.functional_edit import FunctionalKind, read_record, write_record
 from surgery.graphs.kind import Run
+from surgery.graphs.packed import pack, unpack
 from surgery.graphs.view import Spot, View, identity
 from surgery.operators import Shape
 
@@ -110,14 +111,23 @@ class ProgramKind(FunctionalKind):
         self._module = GraphModule(program.graph_module, _copy_graph(program.graph))
         self.graph = self._module.graph
         self.record = read_record(program.graph_module)
-        self.view = program_view(program, self.graph)
         self._state = dict(program.state_dict)
         self._specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-        self._nodes = {name: node for node, name in self.view.providers.items()}
+        self._first = program_view(program, self.graph)
+        self._nodes = {name: node for node, name in self._first.providers.items()}
         self._gone: set[Node] = set()
         self._renamed: list[tuple[str, str]] = []
         given = (args, kwargs) if args or kwargs else None
         self.shape = program_shapes(program, given)
+        self.view = self._first
+        if unpack(self):
+            self.view = self.look()
+
+    def look(self) -> View:
+        """Return a view of the graph as it is now."""
+        parameters = {name: self._state[name] for name in self._nodes}
+        providers = {node: name for name, node in self._nodes.items()}
+        return View(self.graph, parameters, providers, self._first.buffers)
 
     def splice(self, spot: Spot, chain: Chain) -> None:
         """Put a chain where an operator stands, at all its calls."""
@@ -179,6 +189,7 @@ class ProgramKind(FunctionalKind):
 
     def finish(self) -> ExportedProgram:
         """Build and validate a new program: signature, state and call graph that belong to the rewritten nodes."""
+        pack(self)
         old = self._program
         self.graph.lint()
         inputs = [self._specs[node.name] for node in self.graph.find_nodes(op="placeholder")]

@@ -19,7 +19,7 @@ from surgery.graphs.functional import Parts, is_aten, read_call, stored_weight, 
 from surgery.graphs.items import Item, LinkCall, SumCall, all_calls
 from surgery.graphs.kind import GraphKind, Run
 from surgery.graphs.links import write_link
-from surgery.graphs.view import Call, Spot, identity
+from surgery.graphs.view import Call, Spot, View, identity
 from surgery.operators import Operator
 from surgery.steps import Branches, Shift, Step
 
@@ -74,6 +74,10 @@ class FunctionalKind(GraphKind):
         return frozenset(self.record)
 
     @abstractmethod
+    def look(self) -> View:
+        """Return a view of the graph as it is now."""
+
+    @abstractmethod
     def add_parameter(self, names: Sequence[str], tensor: Tensor, *, trains: bool) -> None:
         """Add one parameter under all its names."""
 
@@ -103,7 +107,7 @@ class FunctionalKind(GraphKind):
                 stored = call.stored if step is chain.steps[-1] else "out_in"
                 node = self._write_step(step, node, str(i), names, like=call.node, stored=stored)
             self.replace(call.node, node)
-        self._sweep()
+        self.sweep()
 
     def _replace_weight(self, spot: Spot, chain: Chain) -> None:
         """Drop the weight, add those of the factors, and record what the weight was called."""
@@ -154,10 +158,10 @@ class FunctionalKind(GraphKind):
             own = items[-1].bias
             bias = own if own in kept else self._add_bias(items, operator, run.sites[0], moved)
             like = items[-1].node
-            node = self._insert(operator, first_source(items), (weights[0], bias), like=like, stored=stored)
+            node = self.insert(operator, first_source(items), (weights[0], bias), like=like, stored=stored)
             self.replace(like, node)
             erase(self.graph, items, keep=like)
-        self._sweep()
+        self.sweep()
 
     def _retire(self, name: str, items: Sequence[Item]) -> None:
         """Drop a parameter under all its names, unless others than these items use it."""
@@ -207,7 +211,7 @@ class FunctionalKind(GraphKind):
     ) -> Node:
         """Insert the nodes of one step before ``like``; ``names`` has the weight and the bias at each place."""
         if isinstance(step, Operator):
-            return self._insert(step, source, names[place], like=like, stored=stored)
+            return self.insert(step, source, names[place], like=like, stored=stored)
         if isinstance(step, Branches):
             return self._write_branches(step, source, place, names, like=like)
         if isinstance(step, Shift):
@@ -232,7 +236,7 @@ class FunctionalKind(GraphKind):
         for j, row in enumerate(step.rows):
             node = source
             for k, operator in enumerate(row):
-                node = self._insert(operator, node, names[f"{place}.{j}.{k}"], like=like, stored="out_in")
+                node = self.insert(operator, node, names[f"{place}.{j}.{k}"], like=like, stored="out_in")
             total = node if total is None else self.write_sum(total, node, like=like)
         assert total is not None  # there are rows
         return total
@@ -245,13 +249,22 @@ class FunctionalKind(GraphKind):
         self.stamp(node, like)
         return node
 
-    def _insert(
-        self, operator: Operator, source: Node, names: tuple[str, str | None], *, like: Node, stored: str
+    def insert(
+        self,
+        operator: Operator,
+        source: Node,
+        names: tuple[str, str | None],
+        *,
+        like: Node,
+        stored: str,
+        style: Node | None = None,
     ) -> Node:
+        """Insert the call of an operator before ``like``, on the parameters of these names, in the style of a call."""
         weight, bias = (None if name is None else self.parameter_node(name, like) for name in names)
         assert weight is not None  # names[0] is a str
         with self.graph.inserting_before(like):
-            node = write_call(self.graph, operator, source=source, weight=weight, bias=bias, style=like, stored=stored)
+            call = style or like
+            node = write_call(self.graph, operator, source=source, weight=weight, bias=bias, style=call, stored=stored)
         self.stamp(node, like)
         return node
 
@@ -260,7 +273,7 @@ class FunctionalKind(GraphKind):
         old.replace_all_uses_with(new)
         self.graph.erase_node(old)
 
-    def _sweep(self) -> None:
+    def sweep(self) -> None:
         """Erase the nodes that provide dropped parameters, and their transposes."""
         for node in reversed(list(self.graph.nodes)):
             origin = transposed_source(node) or node

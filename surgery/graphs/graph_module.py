@@ -24,6 +24,7 @@ from surgery.graphs.functional_edit import (
 from surgery.graphs.items import Item
 from surgery.graphs.kind import Run
 from surgery.graphs.module_edit import fuse_modules, is_whole_sequential, refuse_outside, splice_modules
+from surgery.graphs.packed import pack, unpack
 from surgery.graphs.shapes import lazy_shapes
 from surgery.graphs.view import Spot, View
 from surgery.steps import Branches, Step
@@ -36,15 +37,23 @@ class GraphModuleKind(FunctionalKind):
 
     kind = "graph"
 
-    def __init__(self, model: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool) -> None:
-        self._root = _copy(model) if copies else model
+    def __init__(
+        self, model: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool, inplace: bool
+    ) -> None:
+        self._root = _copy(model) if copies or (_attends(model) and not inplace) else model
         self.graph = self._root.graph
         self.record = read_record(self._root)
         self.shape = lazy_shapes(self._root, lambda: _placeholder_values(self._root, args, kwargs))
         self._dropped: set[str] = set()
+        self.view = self.look()
+        if unpack(self):
+            self.view = self.look()
+
+    def look(self) -> View:
+        """Return a view of the graph as it is now."""
         parameters = dict(self._root.named_parameters(remove_duplicate=False))
         reads = {node: str(node.target) for node in self.graph.find_nodes(op="get_attr")}
-        self.view = View(
+        return View(
             self.graph,
             parameters,
             {node: name for node, name in reads.items() if name in parameters},
@@ -140,6 +149,7 @@ class GraphModuleKind(FunctionalKind):
 
     def finish(self) -> GraphModule:
         """Lint and recompile."""
+        pack(self)
         write_record(self._root, self.record)
         self.graph.lint()
         self._root.recompile()
@@ -150,6 +160,10 @@ def _copy(model: GraphModule) -> GraphModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch copies its own tree specs in a way that it deprecates
         return copy.deepcopy(model)
+
+
+def _attends(model: GraphModule) -> bool:
+    return any(name.endswith("in_proj_weight") for name, _ in model.named_parameters())
 
 
 def _is_empty(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from surgery.chain import Chain
 from surgery.errors import InputError, Refusal
+from surgery.graphs.attention import pack_all, unpack_all
 from surgery.graphs.exported import program_shapes, program_view
 from surgery.graphs.items import Item
 from surgery.graphs.kind import GraphKind, Run
@@ -38,8 +39,12 @@ class ModuleKind(GraphKind):
 
     kind = "module"
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool) -> None:
-        self._root = copy.deepcopy(model) if copies else model
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool, inplace: bool
+    ) -> None:
+        attends = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+        self._root = copy.deepcopy(model) if copies or (attends and not inplace) else model
+        self._packed = unpack_all(self._root)
         traced = trace_module(self._root, args, kwargs)
         parameters = dict(self._root.named_parameters(remove_duplicate=False))
         if traced is None:
@@ -121,7 +126,8 @@ class ModuleKind(GraphKind):
         return frozenset(name for name, module in modules if hasattr(module, FACTORED))
 
     def finish(self) -> nn.Module:
-        """Return the changed model."""
+        """Return the changed model, with the packed attention of what has not changed."""
+        pack_all(self._root, self._packed)
         return self._root
 
 

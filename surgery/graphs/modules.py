@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from surgery import layers
 from surgery.chain import Chain
@@ -42,7 +43,7 @@ RECURRENT = (
 )
 _REASONS: dict[str, str] = {
     "EmbeddingBag": "bags of embeddings are not handled",
-    "MultiheadAttention": "packed attention weights (in_proj_weight) are not handled yet",
+    "MultiheadAttention": "its projections are packed in one weight; factor the module or an exported program instead",
     "LSTM": RECURRENT,
     "GRU": RECURRENT,
     "RNN": RECURRENT,
@@ -68,7 +69,11 @@ def _is_conv1d(kind: type[nn.Module]) -> bool:
 
 def is_operator_module(module: nn.Module) -> bool:
     """Whether the module's class is exactly one that is known to be an operator."""
-    return type(module) in (nn.Linear, nn.Embedding) or type(module) in _CONVS or _is_conv1d(type(module))
+    return (
+        type(module) in (nn.Linear, NonDynamicallyQuantizableLinear, nn.Embedding)
+        or type(module) in _CONVS
+        or _is_conv1d(type(module))
+    )
 
 
 def stored_as(module: nn.Module) -> str:

@@ -93,12 +93,18 @@ def _factored(view: View, run: Sequence[Item]) -> int:
     calls = all_calls(mine)
     weights = {name for call in calls for name in _aliases(view, call)}
     own = weights | {f"{name.removesuffix('.weight')}.bias" for name in weights}
-    own |= {item.bias for item in run if isinstance(item, LinkCall) and item.bias is not None}
+    shifts = [item.bias for item in run if isinstance(item, LinkCall) and item.bias is not None]
+    places = {bias.removeprefix(f"{parent}.") for bias in shifts for parent in parents if bias.startswith(f"{parent}.")}
+    own |= {f"{parent}.{place}" for parent in parents for place in places}
     whole = all(name in own for name in view.parameters if name.startswith(f"{parents[0]}."))
     if len(calls) < 2 or not whole:
         return 0
     last = max(at for at, item in enumerate(run) if item in mine)
-    return next((at for at in range(last + 1, len(run)) if run[at].calls), len(run))
+    following = next((at for at in range(last + 1, len(run)) if run[at].calls), None)
+    if following is None:
+        return len(run)
+    others = container(view, run[following])
+    return max(last + 1, following - (_first_step(view, run[following], others) if others else 0))
 
 
 def _first_step(view: View, item: Item, parents: tuple[str, ...]) -> int:

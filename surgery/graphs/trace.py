@@ -19,8 +19,19 @@ from surgery.graphs.shapes import evaluation
 __all__ = ["export_program", "trace_module"]
 
 
+_TRANSFORMERS = (
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+)
+
+
 class _Tracer(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, _TRANSFORMERS):
+            return False  # torch's own, but made of layers
         return is_operator_module(m) or is_link_module(m) or super().is_leaf_module(m, module_qualified_name)
 
 

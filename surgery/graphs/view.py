@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from surgery.errors import Refusal
-from surgery.graphs.functional import read_call, transposed_source
+from surgery.graphs.functional import Parts, read_call, transposed_source
 from surgery.graphs.modules import RECURRENT, is_operator_module, read_module, refuse_module, stored_as
 from surgery.operators import Conv, Operator, Shape
 from surgery.sites import Site, Skip, describe
@@ -155,7 +155,7 @@ class View:
         if weight is None:
             return self._refuse_weight(node, parts.weight)
         if weight.endswith("in_proj_weight"):
-            reason = "packed attention weights (in_proj_weight) are not handled yet"
+            reason = "attention uses its packed weight (in_proj_weight) in another way than on one input"
             return self._skip(site_name(weight), "Linear", reason, self.parameters[weight])
         if parts.bias is not None:
             bias = self.providers.get(parts.bias)
@@ -166,6 +166,21 @@ class View:
         if isinstance(operator, Refusal):
             return self._skip(site_name(weight), str(node.target), operator.reason, self.parameters[weight])
         return Call(node, parts.input, operator, weight, bias, parts.stored, None, parts.weight, parts.bias)
+
+    @property
+    def packed_calls(self) -> list[Call]:
+        """The calls on whole packed projections of attention (in_proj_weight)."""
+        found = []
+        for node in self.graph.nodes:
+            parts = read_call(node)
+            weight = self.providers.get(parts.weight) if isinstance(parts, Parts) else None
+            if isinstance(parts, Parts) and weight is not None and weight.endswith("in_proj_weight"):
+                bias = None if parts.bias is None else self.providers.get(parts.bias)
+                operator = parts.build(self.parameters[weight].detach(), None)
+                if isinstance(operator, Operator) and (bias is None) == (parts.bias is None):
+                    row = (weight, bias, parts.stored, None, parts.weight, parts.bias)
+                    found.append(Call(node, parts.input, operator, *row))
+        return found
 
     def _read_module(self, node: Node) -> Call | Skip | None:
         assert self.module is not None  # only graphs with modules have such nodes

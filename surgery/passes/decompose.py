@@ -163,7 +163,7 @@ def decompose(
     if inplace and isinstance(model, ExportedProgram):
         raise InputError("an exported program cannot be changed in place", next_step="use the returned one")
     rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, progress or _silent)
-    graph, found, plan = _prepare(model, example_inputs, plan, rules, copies=not inplace)
+    graph, found, plan = _prepare(model, example_inputs, plan, rules, copies=not inplace, inplace=inplace)
     work = [(spot, d) for spot, d in zip(found.spots, plan, strict=True) if not d.dense]
     changes, chains = [], []
     for done, (spot, decision) in enumerate(work):
@@ -193,10 +193,10 @@ def _silent(step: str, done: int, total: int) -> None:
 
 
 def _prepare(
-    model: Model, example_inputs: Any, plan: Plan | None, rules: _Rules, *, copies: bool
+    model: Model, example_inputs: Any, plan: Plan | None, rules: _Rules, *, copies: bool, inplace: bool = False
 ) -> tuple[GraphKind, Found, Plan]:
     """Open the model, find its sites, and make the plan or check the given one."""
-    graph = open_graph(model, *normalise_inputs(example_inputs), copies=copies)
+    graph = open_graph(model, *normalise_inputs(example_inputs), copies=copies, inplace=inplace)
     found = graph.find()
     sites = [spot.site for spot in found.spots]
     latencies = rules.latencies

@@ -71,7 +71,7 @@ def recompose(
     """
     if inplace and isinstance(model, ExportedProgram):
         raise InputError("an exported program cannot be changed in place", next_step="use the returned one")
-    graph = open_graph(model, *normalise_inputs(example_inputs), copies=not inplace)
+    graph = open_graph(model, *normalise_inputs(example_inputs), copies=not inplace, inplace=inplace)
     runs, skips = graph.runs(everything=everything)
     for run in runs:
         graph.put_back(run)

@@ -1,0 +1,109 @@
+"""``cp``: canonical polyadic, one rank r for all modes: a sum of r products of vectors.
+
+    W (O, I, a, b) ~ sum_r  U (O, r)  V (I, r)  A (a, r)  B (b, r)
+
+    Conv   1x1 convolution I -> r, a x 1 depthwise on r, 1 x b depthwise on r, 1x1 convolution r -> O
+
+Each depthwise convolution has the stride, padding and dilation of its own dimension; dimensions of extent 1 need none (a
+stride along one goes with the first). Parameters g r (I + a + b + O). Exact at the product of all extents but the
+largest, with unit vectors in the other modes; below that by alternating least squares (``solver="als"``, the default),
+pairwise perturbation (``"pp"``) or the over-parameterised gradient method (``"gd"``). The best approximation of a rank
+need not exist: where components grow without bound and cancel, and do so still under a ridge, there is no chain, and
+the reason says so. Lebedev et al. 2015 (arXiv 1412.6553). Linear layers and 1x1 convolutions are two-way: there it is
+svd.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from surgery.errors import Refusal
+from surgery.factorizations.base import Factorization, Ranks
+from surgery.factorizations.kernels import along_each, only, refuse_channels, spatial_dims
+from surgery.operators import Geometry, Operator, Shape
+from surgery.solvers import reference
+from surgery.solvers.cp import cp
+
+__all__ = ["Cp"]
+
+
+class Cp(Factorization):
+    """CP of convolutions."""
+
+    name = "cp"
+    solvers = ("auto", "als", "pp", "gd", "tensorly")
+
+    def refuse(self, operator: Operator) -> Refusal | None:
+        """Refuse what has two modes only, and depthwise convolutions."""
+        return refuse_channels(operator)
+
+    def rank_names(self, kernel: Shape) -> tuple[str, ...]:
+        """Return ("rank",)."""
+        return ("rank",)
+
+    def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
+        """Return (g, O, I K) and (g, I, O K): the rank is at least that of both (Elhoushi et al. 2019 use EVBMF so)."""
+        return kernel.flatten(2), kernel.transpose(1, 2).flatten(2)
+
+    def max_ranks(self, operator: Operator) -> Ranks:
+        """Return the product of all extents but the largest."""
+        shape = operator.kernel.shape[1:]
+        return (math.prod(shape) // max(shape),)
+
+    def settle(self, counts: Ranks, full: Ranks) -> Ranks:
+        """Return the larger of the two."""
+        return (max(counts),)
+
+    def counts(self, ranks: Ranks) -> Ranks:
+        """Return the rank for both unfoldings."""
+        return ranks * 2
+
+    def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
+        """Return the shapes of the first 1x1, a depthwise convolution for each dimension, and the last 1x1."""
+        groups, out, columns, *size = kernel
+        (rank,) = ranks
+        ones = (1,) * len(size)
+        depthwise = [(groups * rank, 1, 1, *only(size, dim)) for dim in spatial_dims(kernel)]
+        return (groups, rank, columns, *ones), *depthwise, (groups, out, rank, *ones)
+
+    def geometries(self, geometry: Geometry, kernel: Shape, ranks: Ranks) -> tuple[Geometry, ...]:
+        """Return that of each dimension for its depthwise convolution, and none for the 1x1 convolutions."""
+        pointwise = Geometry.pointwise(geometry.dims)
+        return pointwise, *along_each(geometry, kernel), pointwise
+
+    def solve(self, kernel: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, ...] | Refusal:
+        """Return the factors as kernels, or why they are degenerate."""
+        dims = spatial_dims(tuple(kernel.shape))
+        tensor = kernel.reshape(*kernel.shape[:3], *(kernel.shape[3 + dim] for dim in dims))
+        factors = _solve(tensor, ranks[0], solver)
+        if isinstance(factors, Refusal):
+            return factors
+        out, columns, *extents = factors
+        parts = [columns.mT, *(extent.mT.flatten(0, 1) for extent in extents), out]
+        return tuple(p.reshape(s) for p, s in zip(parts, self.shapes(tuple(kernel.shape), ranks), strict=True))
+
+
+def _solve(tensor: Tensor, rank: int, solver: str) -> list[Tensor] | Refusal:
+    shape = tensor.shape[1:]
+    if rank == math.prod(shape) // max(shape):
+        return _unit_factors(tensor)
+    if solver == "tensorly":
+        return reference.cp(tensor, rank)
+    found = cp(tensor, rank, method="als" if solver == "auto" else solver)
+    return Refusal(found.reason) if found.degenerate else found.factors
+
+
+def _unit_factors(tensor: Tensor) -> list[Tensor]:
+    """Return the exact factors: unit vectors in all modes but the largest, which has the fibres of the tensor."""
+    groups, *shape = tensor.shape
+    largest = shape.index(max(shape))
+    others = [mode for mode in range(len(shape)) if mode != largest]
+    fibres = tensor.movedim(largest + 1, 1).flatten(2)
+    places = torch.unravel_index(torch.arange(fibres.shape[2]), [shape[mode] for mode in others])
+    eyes = [torch.eye(shape[mode], dtype=tensor.dtype)[:, place] for mode, place in zip(others, places, strict=True)]
+    factors = [eye.expand(groups, -1, -1) for eye in eyes]
+    factors.insert(largest, fibres)
+    return factors

@@ -1,0 +1,175 @@
+"""``tr``: tensor ring, a closed row of cores.
+
+    Conv     W (O, K, I) ~ sum  Go (n, O, s)  Gk (s, K, r)  Gi (r, I, n)             K kernel positions together
+             1x1 convolution I -> r n, k x k convolution r -> s on each of n, 1x1 convolution s n -> O
+    Linear   W ((p q), (a b)) ~ sum  Gb (t, b, u)  Ga (u, a, v)  Gp (v, p, w)  Gq (w, q, t)
+             (.., a, b) -> b -> t u -> (.., t, a u) -> a u -> v -> v -> p w -> (.., p, t w) -> t w -> q -> (.., p q)
+
+Convolutions: the channels (r n) are split, and a convolution over one more dimension, of extent 1 along n, takes r to
+s with the geometry of the original: so one or two dimensions only. A ring of n = 1 is a Tucker-2. Parameters g (I r n
++ s r K + s n O), multiply-accumulates of the middle n times its parameters a position. Linear: in = a b and out = p
+q, both split near the root; four linear layers and two transposes. Parameters t b u + u a v + v p w + w q t.
+
+Full ranks are those of an exact TR-SVD with the fewest parameters: the two bonds beside one core hold its mode, about
+equal, as in n s = O, and each bond after them is full for what is left. They are no bound on what a ring can use: any
+one rank may be traded for the others. Below them by TR-SVD and alternating least squares. Ranks from singular values
+are those at which the ring of the truncated HOSVD is exact, so that it loses no more than that. Zhao et al. 2016
+(arXiv 1606.05535); Wang et al. 2018, "Wide Compression: Tensor Ring Nets" (CVPR).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from surgery.errors import Refusal
+from surgery.factorizations.base import Factorization, Ranks
+from surgery.factorizations.kernels import refuse_channels
+from surgery.factorizations.tt import balanced, refuse_prime
+from surgery.operators import Conv, Geometry, Linear, Operator, Shape
+from surgery.solvers import reference
+from surgery.solvers.ring import tensor_ring
+from surgery.steps import Flatten, Step, Transpose, Unflatten
+
+__all__ = ["Tr"]
+
+
+class Tr(Factorization):
+    """Tensor rings: convolutions over output, kernel and input; linear layers over two factors of each side."""
+
+    name = "tr"
+
+    def refuse(self, operator: Operator) -> Refusal | None:
+        """Refuse what tt refuses, and convolutions over three dimensions."""
+        if isinstance(operator, Conv) and operator.geometry.dims > 2:
+            return Refusal("it is a convolution over three dimensions, whose ring needs one over four")
+        return refuse_prime(operator) if isinstance(operator, Linear) else refuse_channels(operator)
+
+    def rank_names(self, kernel: Shape) -> tuple[str, ...]:
+        """Return ("ring", "out", "in"), or ("ring", "in", "mid", "out") for linear layers."""
+        return ("ring", "in", "mid", "out") if len(kernel) == 3 else ("ring", "out", "in")
+
+    def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
+        """Return one matrix for each mode against all others: a ring's rank there is at most that of its two bonds."""
+        tensor = _tensor(kernel)
+        return tuple(tensor.movedim(k, 1).flatten(2) for k in range(1, tensor.dim()))
+
+    def max_ranks(self, operator: Operator) -> Ranks:
+        """Return (n, s, r) or (t, u, v, w) at which TR-SVD is exact."""
+        meta = torch.empty(operator.kernel.shape, device="meta")
+        return _exact(tuple(_tensor(meta).shape[1:]))[1]
+
+    def settle(self, counts: Ranks, full: Ranks) -> Ranks:
+        """Return the cheapest ranks for which TR-SVD of a tensor whose modes have these sizes is exact."""
+        within = [r for r in _all_exact(counts) if all(rank <= most for rank, most in zip(r, full, strict=True))]
+        return min(within, key=lambda ranks: _parameters(counts, ranks), default=full)
+
+    def counts(self, ranks: Ranks) -> Ranks:
+        """Return the product of the two bonds beside each core."""
+        return tuple(before * after for before, after in zip(ranks, (*ranks[1:], ranks[0]), strict=True))
+
+    def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
+        """Return (g, r n, I, 1..), (g, s, r, 1, *k), (g, O, s n, 1..), where n = 1 needs no dimension of its own."""
+        groups, out, columns, *size = kernel
+        if not size:
+            (a, b), (p, q), (t, u, v, w) = balanced(columns), balanced(out), ranks
+            return (1, t * u, b), (1, v, a * u), (1, p * w, v), (1, q, t * w)
+        (n, s, r), ones = ranks, (1,) * len(size)
+        return (groups, r * n, columns, *ones), (groups, s, r, *_inner(n), *size), (groups, out, s * n, *ones)
+
+    def geometries(self, geometry: Geometry, kernel: Shape, ranks: Ranks) -> tuple[Geometry, ...]:
+        """Return none for the 1x1 convolutions, and the whole geometry, with none along n, for the middle."""
+        inner = _inner(ranks[0])
+        middle = Geometry(
+            stride=(*inner, *geometry.stride),
+            padding=(*((0, 0) for _ in inner), *geometry.padding),
+            dilation=(*inner, *geometry.dilation),
+            output_padding=(*(0 for _ in inner), *geometry.output_padding),
+            transposed=geometry.transposed,
+            padding_mode=geometry.padding_mode,
+        )
+        pointwise = Geometry.pointwise(geometry.dims)
+        return pointwise, middle, pointwise
+
+    def solve(self, kernel: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, ...]:
+        """Return the cores as kernels."""
+        tensor = _tensor(kernel)
+        cores = _reference(tensor, ranks) if solver == "tensorly" else tensor_ring(tensor, ranks)
+        if kernel.dim() == 3:
+            b, a, p, q = cores
+            parts = [b.transpose(2, 3), a.permute(0, 3, 2, 1), p.permute(0, 2, 3, 1), q.permute(0, 2, 3, 1)]
+        else:
+            out, middle, columns = cores
+            parts = [columns.transpose(2, 3), middle.transpose(2, 3), out.permute(0, 2, 3, 1)]
+        shapes = self.shapes(tuple(kernel.shape), ranks)
+        return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+
+    def linear_steps(self, operator: Linear, factors: Sequence[Tensor]) -> tuple[Step, ...]:
+        """Return the four linear layers with the reshapes around them."""
+        (a, b), (p, _) = balanced(operator.in_channels), balanced(operator.out_channels)
+        first, second, third, fourth = super().linear_steps(operator, factors)
+        u, w = factors[1].shape[2] // a, factors[2].shape[1] // p
+        swap = Transpose(-3, -2), Flatten(-2, -1)
+        contract = Unflatten(-1, (a, b)), first, Unflatten(-1, (factors[0].shape[1] // u, u)), *swap, second
+        return *contract, third, Unflatten(-1, (p, w)), *swap, fourth, Flatten(-2, -1)
+
+    def conv_steps(self, operator: Conv, factors: Sequence[Tensor], ranks: Ranks) -> tuple[Step, ...]:
+        """Return the three convolutions, and around the second, for n > 1, the split of the channels into (r, n)."""
+        first, middle, last = super().conv_steps(operator, factors, ranks)
+        (n, _, r), dims = ranks, operator.geometry.dims
+        if n == 1:
+            return first, middle, last
+        return first, Unflatten(-dims - 1, (operator.groups * r, n)), middle, Flatten(-dims - 2, -dims - 1), last
+
+
+def _inner(n: int) -> Shape:
+    return (1,) if n > 1 else ()
+
+
+def _tensor(kernel: Tensor) -> Tensor:
+    """Return W (g, O, I, *k) as (g, O, K, I), and W ((p q), (a b)) as (1, b, a, p, q)."""
+    if kernel.dim() > 3:
+        return kernel.flatten(3).transpose(2, 3)
+    split = kernel.unflatten(2, balanced(kernel.shape[2])).unflatten(1, balanced(kernel.shape[1]))
+    return split.permute(0, 4, 3, 1, 2)
+
+
+def _turn(row: Shape, by: int) -> Shape:
+    """Return the row from ``by`` on, and then what was before."""
+    return row[by:] + row[:by]
+
+
+def _exact(sizes: Shape) -> tuple[int, Ranks]:
+    """Return a mode and the ranks at which TR-SVD from it is exact: of all modes, that with the fewest parameters."""
+    held = [min(size, math.prod(sizes) // size) for size in sizes]
+    choices = [(first, _later_full(sizes, first, balanced(held[first]))) for first in range(len(sizes))]
+    return min(choices, key=lambda choice: _parameters(sizes, choice[1]))
+
+
+def _all_exact(sizes: Shape) -> list[Ranks]:
+    """Return the ranks at which TR-SVD is exact, from each mode and for each split of the ranks beside it."""
+    pairs = [(k, n, -(-size // n)) for k, size in enumerate(sizes) for n in range(1, size + 1)]
+    return [_later_full(sizes, k, (before, after)) for k, before, after in pairs]
+
+
+def _later_full(sizes: Shape, first: int, beside: tuple[int, int]) -> Ranks:
+    """Return the ranks with two given beside a mode, and each after them full for what TR-SVD has left."""
+    turned, ranks = _turn(sizes, first), list(beside)
+    for k in range(1, len(sizes) - 1):
+        ranks.append(min(ranks[-1] * turned[k], math.prod(turned[k + 1 :]) * ranks[0]))
+    return _turn(tuple(ranks), -first)
+
+
+def _parameters(sizes: Shape, ranks: Ranks) -> int:
+    return sum(size * before * after for size, before, after in zip(sizes, ranks, _turn(ranks, 1), strict=True))
+
+
+def _reference(tensor: Tensor, ranks: Ranks) -> list[Tensor]:
+    """Return TensorLy's cores, from the mode at which it is exact at full ranks."""
+    first, _ = _exact(tuple(tensor.shape[1:]))
+    order = _turn(tuple(range(len(ranks))), first)
+    cores = reference.tensor_ring(tensor.permute(0, *(1 + k for k in order)), _turn(ranks, first))
+    return [cores[order.index(k)] for k in range(len(ranks))]

@@ -1,0 +1,128 @@
+"""Dimension trees: what the updates of different modes share is contracted once (Phan et al. 2013, Ma and Solomonik).
+
+A node is a tensor of which some modes are left. The root has all modes; a split into a left and a right run of modes
+gives two children, each with the other run contracted; a leaf has one mode. Visiting the leaves in order, with each
+factor that an update changes used from then on, is one sweep of alternating least squares. For CP (rank r) the root
+
+    tensor (g, left * right)  x  product of the right factors (g, r, right)  ->  (g, r, left)        one GEMM
+
+costs g r * size for each of its two children, wherever it is split, and no copy; a node below it (g, r, ...) has the
+rank as a batch axis and costs what reading it does. So the split is the one whose nodes are smallest: a convolution
+kernel (O, I, 3, 3) contracts O to get all of (I, 3, 3), and the rest to get O: two GEMMs a sweep, not four.
+
+Pair operators (all modes but two contracted) come from three runs: any two modes are outside of one of them, so that
+three contractions of the root give all pairs, and the same rule holds for the nodes below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+__all__ = ["Contract", "Modes", "Pairs", "contract", "khatri_rao", "pair_nodes", "visit"]
+
+Modes = tuple[int, ...]
+Pairs = dict[tuple[int, int], Tensor]
+Contract = Callable[[Tensor, Modes, Modes], Tensor]
+"""From a node, its modes, and a run of them, to the node with the run contracted."""
+
+
+def visit(
+    node: Tensor, modes: Modes, sizes: Sequence[int], contract: Contract, update: Callable[[int, Tensor], None]
+) -> None:
+    """Call ``update(mode, leaf)`` for each mode of a node in order; it may change what ``contract`` contracts with.
+
+    ``sizes`` are those of all modes of the root.
+    """
+    if len(modes) == 1:
+        update(modes[0], node)
+        return
+    place = _split(tuple(sizes[mode] for mode in modes))[0]
+    left, right = modes[:place], modes[place:]
+    visit(contract(node, modes, right), left, sizes, contract, update)
+    visit(contract(node, modes, left), right, sizes, contract, update)
+
+
+def pair_nodes(
+    node: Tensor, modes: Modes, sizes: Sequence[int], contract: Contract, wanted: set[tuple[int, int]] | None = None
+) -> Pairs:
+    """Return the node with all modes contracted but i and j, for each pair i < j (of those wanted, if given)."""
+    if len(modes) == 2:
+        return {(modes[0], modes[1]): node}
+    wanted = set(combinations(modes, 2)) if wanted is None else set(wanted)
+    found: Pairs = {}
+    for run in _three_runs(modes, sizes):
+        rest = tuple(mode for mode in modes if mode not in run)
+        missing = wanted.intersection(combinations(rest, 2)) - found.keys()
+        if missing:
+            found |= pair_nodes(contract(node, modes, run), rest, sizes, contract, missing)
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _split(sizes: Modes) -> tuple[int, int]:
+    """Return where to split, and the size of all nodes below."""
+    if len(sizes) == 1:
+        return 0, 0
+    costs = []
+    for place in range(1, len(sizes)):
+        children = sizes[:place], sizes[place:]
+        costs.append((sum(math.prod(child) + _split(child)[1] for child in children), place))
+    cost, place = min(costs)
+    return place, cost
+
+
+def _three_runs(modes: Modes, sizes: Sequence[int]) -> list[Modes]:
+    """Return three runs of modes, those first whose contraction leaves least; the sum of what they leave is least."""
+
+    def left_by(run: Modes) -> int:
+        return math.prod(sizes[mode] for mode in modes if mode not in run)
+
+    cuts = combinations(range(1, len(modes)), 2)
+    choices = [(modes[:first], modes[first:second], modes[second:]) for first, second in cuts]
+    return sorted(min(choices, key=lambda runs: sum(map(left_by, runs))), key=left_by)
+
+
+def khatri_rao(factors: Sequence[Tensor]) -> Tensor:
+    """Return the row-wise Kronecker products (g, r, n_1 n_2 ...) of factors (g, r, n_i); the last mode runs fastest."""
+    product = factors[0]
+    for factor in factors[1:]:
+        product = (product[..., None] * factor[..., None, :]).flatten(2)
+    return product
+
+
+def contract(node: Tensor, modes: Modes, run: Modes, factors: Sequence[Tensor]) -> Tensor:
+    """Return a CP node (g, r, sizes of its modes) without a run of them, contracted with factors (g, r, n_i).
+
+    ``node`` is (g, sizes), the tensor itself, or (g, r, sizes). ``run`` is a run of ``modes`` without gaps.
+    """
+    axes = node.dim() - len(modes)
+    start = axes + modes.index(run[0])
+    before, after = node.shape[axes:start], node.shape[start + len(run) :]
+    cube = node.reshape(*node.shape[:axes], math.prod(before), -1, math.prod(after))
+    weights = khatri_rao([factors[mode] for mode in run])
+    found = _contract_tensor(cube, weights) if axes == 1 else _contract_node(cube, weights)
+    return found.reshape(*weights.shape[:2], *before, *after)
+
+
+def _contract_tensor(cube: Tensor, weights: Tensor) -> Tensor:
+    """Return (g, r, a, b) from (g, a, c, b) and (g, r, c)."""
+    if cube.shape[1] == 1:
+        return weights @ cube[:, 0]
+    if cube.shape[3] == 1:
+        return weights @ cube[..., 0].mT
+    return (weights[:, None] @ cube).transpose(1, 2)
+
+
+def _contract_node(cube: Tensor, weights: Tensor) -> Tensor:
+    """Return (g, r, a, b) from (g, r, a, c, b) and (g, r, c)."""
+    if cube.shape[2] == 1:
+        return torch.einsum("grcb,grc->grb", cube[:, :, 0], weights)
+    if cube.shape[4] == 1:
+        return torch.einsum("grac,grc->gra", cube[..., 0], weights)
+    return torch.einsum("gracb,grc->grab", cube, weights)

@@ -1,0 +1,67 @@
+"""How much memory a solver may need, and the refusal of what would not fit.
+
+The estimate is rough, and from above. It counts, in float64, to which solvers go where float32 says too little, some
+copies of the weight (scaled, permuted, projected) and four matrices of the size of the largest Gram matrix: itself, its
+eigenvectors, and LAPACK's work space, which is twice that. A Gram matrix of the shorter side of an unfolding is never
+larger than the weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from surgery.errors import InputError
+
+__all__ = ["available_memory", "check_memory", "estimate"]
+
+_COPIES = {"svd": 3, "spatial": 3, "depthwise": 3, "tucker": 3, "cp": 4, "tt": 4, "tr": 6}
+_SQUARES = 4
+_MEMINFO = Path("/proc/meminfo")
+
+
+def estimate(method: str, kernel: Sequence[int], itemsize: int) -> int:
+    """Return about how many bytes a method needs at most beside a kernel (g, O, I, *size) of ``itemsize`` a number.
+
+    A method that is not known counts as the most demanding one.
+
+    >>> estimate("svd", (1, 4096, 4096), 4) // 2**20
+    960
+    """
+    groups, out, columns, *size = kernel
+    taps, weights = math.prod(size), math.prod(kernel)
+    by_out, by_in = min(out, columns * taps), min(columns, out * taps)
+    largest = {"svd": by_out, "tucker": max(by_out, by_in), "cp": max(by_out, by_in)}
+    square = largest[method] ** 2 if method in largest else out * columns * taps
+    copies = _COPIES.get(method, max(_COPIES.values()))
+    return itemsize * weights + 8 * (copies * weights + _SQUARES * groups * square)
+
+
+def available_memory() -> int | None:
+    """Return the bytes that can be had without swapping; None where the system does not say (other than Linux)."""
+    try:
+        lines = _MEMINFO.read_text().splitlines()
+    except OSError:
+        return None
+    kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(kilobytes[0]) * 1024 if kilobytes else None
+
+
+def check_memory(needed_bytes: int, what: str) -> None:
+    """Let pass what fits into the memory available, or where the system does not say how much that is.
+
+    Raises:
+        InputError: ``what`` needs more; with the estimate, what is available, and what to do next.
+    """
+    available = available_memory()
+    if available is not None and needed_bytes > available:
+        raise InputError(
+            f"{what} may need {_size(needed_bytes)} of memory",
+            allowed=f"the {_size(available)} available",
+            next_step="keep this site dense (rank None), or run where more is free",
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{math.ceil(count / 2**20)} MiB"

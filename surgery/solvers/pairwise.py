@@ -1,0 +1,112 @@
+"""Pairwise perturbation: sweeps of alternating least squares that do not touch the tensor (Ma and Solomonik 2018).
+
+Near the fixed point the factors move little from sweep to sweep. With P_n the factors at some sweep, D_n = A_n - P_n,
+``T_(n)`` the tensor contracted with all P but P_n and ``T_(n,m)`` with all but two (pair operators (g, r, n_i, n_j),
+from the dimension tree at three contractions of the tensor), the MTTKRP of mode n is (arXiv 1811.10573), up to second
+order in D,
+
+    M_n  =  T_(n)  +  sum_m  T_(n,m) D_m          cost g r n_i n_j for a pair, for CP of any order
+
+The paper drops the second order. Here it is dropped of the residual alone, since that of the model P is known exactly
+at a cost of r x r: with S_m = P_m^T P_m and E_m = P_m^T D_m, and products elementwise over all modes m but n,
+
+    M_n  +=  P_n (prod (S_m + E_m) - prod S_m - sum_m E_m prod_k!=m S_k)
+
+so that on a good fit the steps may be larger. The phase ends where a factor has moved too far, or after some sweeps;
+then comes an exact sweep, and if the exact error has not fallen the phase is taken back and the limit lowered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from surgery.solvers.dimension_tree import Pairs, contract, pair_nodes
+
+if TYPE_CHECKING:
+    from surgery.solvers.cp import CpModel
+
+__all__ = ["drift", "pairwise_sweeps"]
+
+_LIMIT = 0.05  # relative change of a factor up to which the pair operators are used at first
+_MOST = 0.2
+_ENTER = 0.25  # share of the limit that one sweep may use up for a phase to pay
+_PHASE = 15  # sweeps
+
+
+def pairwise_sweeps(model: CpModel, *, sweeps: int, tolerance: float) -> int:
+    """Sweep, exactly while the factors move fast and by pair operators else, until the error settles.
+
+    Return the number of sweeps of both kinds. The last one is exact, and no phase raises the exact error.
+    """
+    limit, done, phase, anchor = _LIMIT, 0, 0, model.snapshot()
+    while done < sweeps:
+        before, kept = model.objective, model.snapshot()
+        fell = model.step(model.sweep)
+        done += 1
+        if phase:
+            model.restore(anchor, ~fell)
+            limit = min(2 * limit, _MOST) if bool(fell.all()) else limit / 4
+        if model.settled(before, fell, tolerance * (phase + 1)):
+            break
+        phase = 0
+        if bool(fell.all()) and drift(kept.factors, model.factors) < _ENTER * limit and done + 1 < sweeps:
+            anchor = model.snapshot()
+            phase = _phase(model, min(_PHASE, sweeps - done - 1), limit, tolerance)
+            done += phase
+            model.residual, model.blowup = anchor.residual, anchor.blowup  # what the exact sweep has to fall below
+    return done
+
+
+def drift(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Return the largest relative change of a factor (g, r, n), over modes and groups."""
+    changes = [torch.linalg.vector_norm(new - old, dim=(1, 2)) for old, new in zip(before, after, strict=True)]
+    norms = [torch.linalg.vector_norm(new, dim=(1, 2)) for new in after]
+    shares = [
+        change / norm.clamp(min=torch.finfo(norm.dtype).tiny) for change, norm in zip(changes, norms, strict=True)
+    ]
+    return float(torch.stack(shares).max())
+
+
+def _phase(model: CpModel, most: int, limit: float, tolerance: float) -> int:
+    """Sweep by the pair operators of the present factors; return how many sweeps it were."""
+    perturbed = _Perturbed(model)
+    for done in range(1, most + 1):
+        before = model.objective
+        fell = model.step(perturbed.sweep)
+        if drift(perturbed.factors, model.factors) > limit or model.settled(before, fell, tolerance):
+            return done
+    return most
+
+
+class _Perturbed:
+    """The tensor as it looks from factors P: pair operators, MTTKRPs and Gram matrices."""
+
+    def __init__(self, model: CpModel) -> None:
+        self.model = model
+        self.factors = list(model.factors)
+        self.grams = list(model.grams)
+        self.pairs: Pairs = pair_nodes(model.tensor, model.modes, model.sizes, model.contract)
+        self.mttkrps = [self._with(mode, (mode + 1) % len(self.factors), self.factors) for mode in model.modes]
+
+    def sweep(self) -> None:
+        """Update each factor of the model once."""
+        for mode in self.model.modes:
+            self.model.update(mode, self._mttkrp(mode))
+
+    def _with(self, mode: int, other: int, factors: Sequence[Tensor]) -> Tensor:
+        pair = (min(mode, other), max(mode, other))
+        return contract(self.pairs[pair], pair, (other,), factors)
+
+    def _mttkrp(self, mode: int) -> Tensor:
+        moves = [now - then for now, then in zip(self.model.factors, self.factors, strict=True)]
+        others = [other for other in self.model.modes if other != mode]
+        mttkrp = sum((self._with(mode, other, moves) for other in others), self.mttkrps[mode])
+        value, slope, whole = torch.ones(1), torch.zeros(1), torch.ones(1)
+        for other in others:
+            gram, change = self.grams[other], moves[other].double() @ self.factors[other].double().mT
+            slope, value, whole = slope * gram + value * change, value * gram, whole * (gram + change)
+        return mttkrp + ((whole - value - slope) @ self.factors[mode].double()).to(mttkrp.dtype)
