@@ -19,6 +19,7 @@ from surgery.chain import Chain
 from surgery.errors import InputError, RankError, Refusal
 from surgery.operators import Conv, Embedding, Geometry, Linear, Operator, Shape
 from surgery.solvers.gram import singular_values
+from surgery.solvers.memory import check_memory, estimate
 from surgery.steps import Step
 
 __all__ = ["SOLVERS", "Factorization", "Ranks", "Spectrum"]
@@ -114,7 +115,7 @@ class Factorization(ABC):
         Solved in float32 or better (half precisions have no eigensolver). ``solver`` is one of ``solvers``.
 
         Raises:
-            InputError: the method refuses the operator, or does not have the solver.
+            InputError: the method refuses the operator, does not have the solver, or needs more memory than there is.
             RankError: a rank out of bounds.
         """
         if solver not in self.solvers:
@@ -123,6 +124,7 @@ class Factorization(ABC):
             raise InputError(f"{self.name} does not fit this operator: {refusal.reason}")
         self.check_ranks(operator, ranks)
         kernel = operator.kernel.detach()
+        check_memory(estimate(self.name, kernel.shape, kernel.element_size()), f"{self.name} of {tuple(kernel.shape)}")
         wide = kernel if kernel.dtype == torch.float64 else kernel.float()
         if not bool(torch.isfinite(wide).all()):
             raise InputError("the weight has values that are not finite", next_step="repair the model first")

@@ -4,8 +4,8 @@
 
     Conv   1x1 convolution I -> r, a x 1 depthwise on r, 1 x b depthwise on r, 1x1 convolution r -> O
 
-Each depthwise convolution has the stride, padding and dilation of its own dimension; dimensions of extent 1 need none (a
-stride along one goes with the first). Parameters g r (I + a + b + O). Exact at the product of all extents but the
+Each depthwise convolution has the stride, padding and dilation of its own dimension; dimensions of extent 1 need none
+(a stride along one goes with the first). Parameters g r (I + a + b + O). Exact at the product of all extents but the
 largest, with unit vectors in the other modes; below that by alternating least squares (``solver="als"``, the default),
 pairwise perturbation (``"pp"``) or the over-parameterised gradient method (``"gd"``). The best approximation of a rank
 need not exist: where components grow without bound and cancel, and do so still under a ridge, there is no chain, and
