@@ -180,7 +180,7 @@ def test_a_chain_that_costs_more_than_dense_is_not_made() -> None:
 def test_auto_factorization_takes_the_fewest_macs() -> None:
     one = site("conv", conv(16, 16))
     choices = {name: plan_of([one], "energy=0.8", factorization=name)["conv"] for name in FACTORIZATIONS}
-    macs = {name: d.macs for name, d in choices.items() if d.macs is not None}
+    macs = {name: d.macs for name, d in choices.items() if d.macs is not None and FACTORIZATIONS[name].automatic}
     best = plan_of([one], "energy=0.8")["conv"]
     assert best.macs == min(macs.values())
 
@@ -469,6 +469,8 @@ def test_predictions_are_what_is_built(case: Case, method: Factorization) -> Non
     for ranks in {tuple(max(1, m // 2) for m in full), tuple(max(1, m - 1) for m in full)}:
         decision = plan_of([one], {"it": ranks}, factorization=method.name)["it"]
         chain = named(method.name).factor(case.operator, ranks)
+        if isinstance(chain, Refusal):
+            continue  # there are no good factors of these ranks
         assert (decision.factorization, decision.rank) == (method.name, ranks)
         assert decision.parameters == chain.parameters
         assert decision.macs == 2 * chain.macs(case.shape)

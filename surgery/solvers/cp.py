@@ -31,7 +31,7 @@ from surgery.solvers.dimension_tree import Modes, contract, visit
 from surgery.solvers.gram import leading_subspace
 from surgery.solvers.pairwise import pairwise_sweeps
 
-__all__ = ["CpResult", "cp"]
+__all__ = ["CpModel", "CpResult", "Snapshot", "cp", "gram_of", "product"]
 
 _METHODS = ("als", "pp", "gd")
 _TRIAL_SWEEPS = 5
