@@ -275,6 +275,7 @@ def _random(like: Tensor, rank: int, size: int, generator: torch.Generator) -> T
 
 
 def product(grams: Sequence[Tensor]) -> Tensor:
+    """Return the elementwise product of Gram matrices (g, r, r): the Gram matrix of a Khatri-Rao product."""
     product = grams[0]
     for gram in grams[1:]:
         product = product * gram
@@ -282,6 +283,7 @@ def product(grams: Sequence[Tensor]) -> Tensor:
 
 
 def gram_of(factor: Tensor) -> Tensor:
+    """Return the Gram matrix in float64 of a factor as the solver keeps it, with the rank first."""
     factor = factor.double()
     return factor @ factor.mT
 
