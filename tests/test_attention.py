@@ -17,7 +17,7 @@ from torch.export import Dim
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from surgery.errors import InputError, Refusal
-from surgery.graphs.attention import UnpackedAttention, repack, unpack
+from surgery.graphs.attention import UnpackedAttention, pack_all, repack, unpack, unpack_all
 from tests.tolerances import assert_close, tolerance
 
 WIDTH, HEADS, BATCH, TARGETS, SOURCES = 12, 4, 3, 5, 7
@@ -553,3 +553,13 @@ def test_half_precision_and_autocast() -> None:
             kwargs = {"attn_mask": hidden, "need_weights": need_weights}
             actual, expected = unpacked(*x, **kwargs)[0], attention(*x, **kwargs)[0]
             assert_close(actual, expected, tolerance(torch.bfloat16, steps=5))
+
+
+def test_attention_with_a_tied_packed_weight_is_left_alone() -> None:
+    pair = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)])
+    pair[1].in_proj_weight = pair[0].in_proj_weight
+    originals = unpack_all(pair)
+    assert [type(module) for module in pair] == [nn.MultiheadAttention, nn.MultiheadAttention, UnpackedAttention]
+    pack_all(pair, originals)
+    assert {type(module) for module in pair} == {nn.MultiheadAttention}
+    assert pair[1].in_proj_weight is pair[0].in_proj_weight

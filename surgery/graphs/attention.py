@@ -12,6 +12,7 @@ first and (L, ..., E) of the length first both become (..., H, L, D), batched or
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -195,11 +196,18 @@ def repack(attention: UnpackedAttention) -> nn.MultiheadAttention:
 
 
 def unpack_all(root: nn.Module) -> dict[int, nn.MultiheadAttention]:
-    """Unpack all attention below a module, in place; return the originals by the id of what took their place."""
+    """Unpack all attention below a module, in place; return the originals by the id of what took their place.
+
+    Attention whose packed weight is tied to that of another is left alone: its parts would come apart.
+    """
     originals: dict[int, nn.MultiheadAttention] = {}
+    packed = [m._parameters.get("in_proj_weight") for m in root.modules() if isinstance(m, nn.MultiheadAttention)]
+    users = Counter(id(weight) for weight in packed if weight is not None)
     made: dict[int, UnpackedAttention | Refusal] = {}
     for path, module in list(root.named_modules(remove_duplicate=False)):
-        if path and isinstance(module, nn.MultiheadAttention) and not isinstance(module, UnpackedAttention):
+        if not path or not isinstance(module, nn.MultiheadAttention) or isinstance(module, UnpackedAttention):
+            continue
+        if users[id(module._parameters.get("in_proj_weight"))] < 2:
             if id(module) not in made:
                 made[id(module)] = unpack(module)
             new = made[id(module)]
