@@ -4,8 +4,8 @@
 
     Conv   for t = 1 .. r:  1x1 convolution I -> O, then k x k depthwise on O with the geometry;  the sum of all
 
-The one branching form: onnxruntime runs a depthwise convolution blocked, but not the grouped convolution with r inputs
-a group that would be the same without branches (measured twice as slow). Parameters g O r (I + K). Exact at
+The one branching form: without branches it would be one grouped convolution with r inputs a group, for which
+onnxruntime has no blocked kernel. Parameters g O r (I + K). Exact at
 r = min(I, K); optimal for each output channel (Eckart-Young). Guo et al. 2018, "Network Decoupling" (arXiv 1808.05517).
 """
 
