@@ -28,7 +28,8 @@ class Decision:
     ``factorization`` and ``rank`` are None for a site that stays dense, and ``reason`` then says why. ``error`` is the
     predicted relative Frobenius error of the weight (for Tucker an upper bound). Parameters, MACs and latencies are
     those of the dense operator and, if there is one, of the chain. MACs and latencies (seconds) are for all calls of
-    one run; latencies are None unless they were measured.
+    one run; latencies are None unless they were measured. Sites of one ``joint`` group share all factors but the last,
+    so they have the same factorization and rank; the shared parameters count for the first of them.
     """
 
     site: str
@@ -42,6 +43,7 @@ class Decision:
     macs: int | None = None
     dense_latency: float | None = None
     latency: float | None = None
+    joint: str | None = None
 
     @property
     def dense(self) -> bool:
@@ -154,7 +156,8 @@ def _say(decision: Decision | None) -> str:
         return "absent"
     if decision.dense:
         return f"dense ({decision.reason})" if decision.reason else "dense"
-    return f"{decision.factorization} {','.join(map(str, decision.rank or ()))}"
+    shared = f" joint with {decision.joint}" if decision.joint and decision.joint != decision.site else ""
+    return f"{decision.factorization} {','.join(map(str, decision.rank or ()))}{shared}"
 
 
 def _read_decision(row: Any, index: int) -> Decision:
@@ -212,4 +215,5 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "macs": _COUNT,
     "dense_latency": _NUMBER,
     "latency": _NUMBER,
+    "joint": _TEXT,
 }

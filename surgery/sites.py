@@ -36,6 +36,11 @@ class Site:
         return len(self.input_shapes)
 
     @property
+    def members(self) -> tuple[Site, ...]:
+        """The sites that are decided on together: itself alone, unless it is a joint one."""
+        return (self,)
+
+    @property
     def parameters(self) -> int:
         """Number of parameters, counted once however often it is called."""
         return self.operator.parameters

@@ -18,11 +18,11 @@ ROOT = Path(surgery.__file__).parent
 LAYERS = [
     {"errors", "text"},
     {"operators", "steps", "composition", "chain", "inputs"},
-    {"solvers", "factorizations", "sites", "plans"},
+    {"solvers", "factorizations", "sites", "joint", "plans"},
     {"graphs"},
-    {"ranks", "cost"},
+    {"ranks", "cost", "calibration"},
     {"passes"},
-    {"archive", "archive_expressions", "archive_program", "loading", "saving", "export", "benchmark", "comparison"},
+    {"archive", "archive_expressions", "archive_program", "loading", "saving", "export", "benchmark", "comparison", "training"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -57,6 +57,12 @@ def inspect(model: Path, json_: bool, **options: Any) -> None:
 )
 @click.option("--include", multiple=True, metavar="GLOB", help="Only sites that match; may be repeated.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="No sites that match; may be repeated.")
+@click.option(
+    "--joint",
+    multiple=True,
+    metavar="SITE,SITE,...",
+    help="Sites that share all factors but the last; may be repeated. inputs: all alike sites that read one value.",
+)
 @click.option("--plan", "plan_file", type=_MODEL, help="Carry out this plan file instead of making a plan.")
 @click.option("--save-plan", type=_MODEL, help="Write the plan as JSON.")
 @click.option("--dry-run", is_flag=True, help="Plan and print, but factor and write nothing (but --save-plan).")
@@ -78,6 +84,7 @@ def decompose(
     factorization: str,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    joint: tuple[str, ...],
     plan_file: Path | None,
     save_plan: Path | None,
     dry_run: bool,
@@ -102,7 +109,7 @@ def decompose(
     given = None if plan_file is None else Plan.read(plan_file)
     rules: dict[str, Any] = {"include": include, "exclude": exclude, "latencies": Latencies() if timing else None}
     if given is None:
-        rules |= {"ranks": ranks, "factorization": factorization}
+        rules |= {"ranks": ranks, "factorization": factorization, "joint": _groups(joint)}
     with show.progress(quiet=json_) as progress:
         progress("load", 0, 1)
         program, inputs = open_program(model, **options)
@@ -119,6 +126,10 @@ def decompose(
         show.print_json(show.decompose_json(files, result, measured))
     else:
         show.decompose_tables(files, result, measured)
+
+
+def _groups(joint: tuple[str, ...]) -> str | list[list[str]]:
+    return "inputs" if joint == ("inputs",) else [[name.strip() for name in group.split(",")] for group in joint]
 
 
 def _write_plan(plan: Plan, path: Path, *, force: bool) -> None:

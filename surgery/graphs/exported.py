@@ -115,6 +115,7 @@ class ProgramKind(FunctionalKind):
         self._specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
         self._first = program_view(program, self.graph)
         self._nodes = {name: node for node, name in self._first.providers.items()}
+        self.shared = {}
         self._gone: set[Node] = set()
         self._renamed: list[tuple[str, str]] = []
         given = (args, kwargs) if args or kwargs else None
@@ -145,9 +146,8 @@ class ProgramKind(FunctionalKind):
                 return value.fake_mode
         raise CheckError("the program's nodes have no fake values", next_step="export it again")
 
-    def add_parameter(self, names: Sequence[str], tensor: Tensor, *, trains: bool) -> None:
+    def add_parameter(self, names: Sequence[str], parameter: nn.Parameter) -> None:
         """Add one parameter under all its names: state, placeholder and input spec each."""
-        parameter = nn.Parameter(tensor.detach(), requires_grad=trains)
         others = (n for n in self.graph.find_nodes(op="placeholder") if self._specs[n.name].kind != InputKind.PARAMETER)
         anchor = next(others, None) or next(n for n in self.graph.nodes if n.op != "placeholder")
         for name in names:
@@ -234,10 +234,11 @@ def _rename_entry(entry: ModuleCallEntry, names: dict[str, str]) -> ModuleCallEn
 def _own_state(state: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copy the tensors that the old program has too, each once, so that tied weights stay tied."""
     copies: dict[tuple[Any, ...], Tensor] = {}
+    others = {identity(tensor) for tensor in old.values()}
     for name, tensor in state.items():
         key = identity(tensor)
         if key not in copies:
-            mine = tensor.detach().clone() if name in old else tensor
+            mine = tensor.detach().clone() if key in others else tensor
             trains = isinstance(tensor, nn.Parameter)
             copies[key] = nn.Parameter(mine, requires_grad=tensor.requires_grad) if trains else mine
         state[name] = copies[key]

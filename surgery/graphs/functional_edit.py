@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from surgery.chain import Chain
@@ -19,6 +19,7 @@ from surgery.graphs.functional import Parts, is_aten, read_call, stored_weight, 
 from surgery.graphs.items import Item, LinkCall, SumCall, all_calls
 from surgery.graphs.kind import GraphKind, Run
 from surgery.graphs.links import write_link
+from surgery.graphs.module_edit import Shared
 from surgery.graphs.view import Call, Spot, View, identity
 from surgery.operators import Operator
 from surgery.steps import Branches, Shift, Step
@@ -67,6 +68,7 @@ class FunctionalKind(GraphKind):
 
     graph: Graph
     record: dict[str, Any]
+    shared: Shared
 
     @property
     def recorded(self) -> frozenset[str]:
@@ -78,7 +80,7 @@ class FunctionalKind(GraphKind):
         """Return a view of the graph as it is now."""
 
     @abstractmethod
-    def add_parameter(self, names: Sequence[str], tensor: Tensor, *, trains: bool) -> None:
+    def add_parameter(self, names: Sequence[str], parameter: nn.Parameter) -> None:
         """Add one parameter under all its names."""
 
     @abstractmethod
@@ -120,7 +122,9 @@ class FunctionalKind(GraphKind):
         for place, part in chain.places:
             if isinstance(part, Operator):
                 tensor = stored_weight(part, first.stored if part is chain.steps[-1] else "out_in")
-                self.add_parameter([f"{site}.{place}.weight" for site in sites], tensor, trains=old.requires_grad)
+                new = nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
+                parameter = self.shared.setdefault(id(part.weight), (part.weight, new))[1]
+                self.add_parameter([f"{site}.{place}.weight" for site in sites], parameter)
 
     def _move_bias(
         self, call: Call, calls: Sequence[Call], place: str, moved: dict[tuple[Any, ...], str]
@@ -136,7 +140,7 @@ class FunctionalKind(GraphKind):
         if key not in moved:
             self._retire(call.bias, calls)
             new = [f"{name.removesuffix('.bias')}.{place}.bias" for name in names]
-            self.add_parameter(new, tensor, trains=tensor.requires_grad)
+            self.add_parameter(new, nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad))
             moved[key] = new[0]
         return moved[key]
 
@@ -152,7 +156,8 @@ class FunctionalKind(GraphKind):
         biases = {bias for item in every for bias in _biases(item)} - kept
         for name in [call.weight for call in calls] + sorted(biases):
             self._retire(name, every)
-        self.add_parameter(weights, stored_weight(run.operators[0], stored), trains=trains)
+        weight = stored_weight(run.operators[0], stored).detach()
+        self.add_parameter(weights, nn.Parameter(weight, requires_grad=trains))
         moved: dict[tuple[Any, ...], str] = {}
         for items, operator in zip(run.rows, run.operators, strict=True):
             own = items[-1].bias
@@ -164,11 +169,23 @@ class FunctionalKind(GraphKind):
         self.sweep()
 
     def _retire(self, name: str, items: Sequence[Item]) -> None:
-        """Drop a parameter under all its names, unless others than these items use it."""
+        """Drop a parameter under all its names but those by which others than these items still use it."""
         tensor = self.view.parameters[name]
-        if not self._has_strangers(tensor, items):
-            for alias in self.view.names[identity(tensor)]:
+        names = self.view.names[identity(tensor)]
+        kept = self._names_of_strangers(names, items) if self._has_strangers(tensor, items) else set()
+        for alias in names:
+            if alias not in kept:
                 self.drop_parameter(alias)
+
+    def _names_of_strangers(self, names: Sequence[str], items: Sequence[Item]) -> set[str]:
+        """Return the names of a parameter by which the graph, as it is now, uses it elsewhere than in these items."""
+        own = {node for item in items for node in item.nodes}
+        found = set()
+        for node, name in self.look().providers.items():
+            users = {user for direct in node.users for user in _through_transpose(direct, node)}
+            if name in names and users - own:
+                found.add(name)
+        return found
 
     def _keeps_bias(self, items: Sequence[Item], every: Sequence[Item], site: str) -> bool:
         """Whether the last item's bias goes on under its own name: others use it, or decompose never moved it."""
@@ -191,7 +208,7 @@ class FunctionalKind(GraphKind):
             suffix = f".{_last_place(items)}.bias"
             names = [name for name in self.view.names[key[-1]] if len(key) == 1 and name.endswith(suffix)]
             new = [f"{name.removesuffix(suffix)}.bias" for name in names] or [f"{site}.bias"]
-            self.add_parameter(new, operator.bias, trains=tensors[-1].requires_grad)
+            self.add_parameter(new, nn.Parameter(operator.bias.detach(), requires_grad=tensors[-1].requires_grad))
             moved[key] = new[0]
         return moved[key]
 
@@ -283,6 +300,10 @@ class FunctionalKind(GraphKind):
     @abstractmethod
     def is_dropped(self, node: Node) -> bool:
         """Whether the node provides a parameter that has been dropped."""
+
+
+def _through_transpose(user: Node, node: Node) -> list[Node]:
+    return list(user.users) if transposed_source(user) is node else [user]
 
 
 def _biases(item: Item) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from surgery.chain import Chain
@@ -44,6 +44,7 @@ class GraphModuleKind(FunctionalKind):
         self.graph = self._root.graph
         self.record = read_record(self._root)
         self.shape = lazy_shapes(self._root, lambda: _placeholder_values(self._root, args, kwargs))
+        self.shared = {}
         self._dropped: set[str] = set()
         self.view = self.look()
         if unpack(self):
@@ -66,7 +67,7 @@ class GraphModuleKind(FunctionalKind):
         if spot.calls[0].path is None:
             self.splice_functions(spot, chain)
             return
-        splice_modules(self._root, spot, chain)
+        splice_modules(self._root, spot, chain, self.shared)
         self.record |= {name: {"weight": f"{name}.weight"} for name in (spot.site.name, *spot.site.aliases)}
         for call in spot.calls:
             node = current_source(call)
@@ -114,9 +115,8 @@ class GraphModuleKind(FunctionalKind):
         """Refuse modules that are also called outside of the run."""
         return super().refuse_run(runs) or refuse_outside(runs, self.view.calls)
 
-    def add_parameter(self, names: Sequence[str], tensor: Tensor, *, trains: bool) -> None:
+    def add_parameter(self, names: Sequence[str], parameter: nn.Parameter) -> None:
         """Add one parameter under all its names, making empty modules on the way."""
-        parameter = nn.Parameter(tensor.detach(), requires_grad=trains)
         for name in names:
             path, _, leaf = name.rpartition(".")
             module: nn.Module = self._root

@@ -23,7 +23,14 @@ from surgery.graphs.exported import program_shapes, program_view
 from surgery.graphs.items import Item
 from surgery.graphs.kind import GraphKind, Run
 from surgery.graphs.links import is_link_module
-from surgery.graphs.module_edit import FACTORED, fuse_modules, is_whole_sequential, refuse_outside, splice_modules
+from surgery.graphs.module_edit import (
+    FACTORED,
+    Shared,
+    fuse_modules,
+    is_whole_sequential,
+    refuse_outside,
+    splice_modules,
+)
 from surgery.graphs.modules import is_operator_module, read_module
 from surgery.graphs.shapes import lazy_shapes
 from surgery.graphs.trace import export_program, trace_module
@@ -45,6 +52,7 @@ class ModuleKind(GraphKind):
         attends = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
         self._root = copy.deepcopy(model) if copies or (attends and not inplace) else model
         self._packed = unpack_all(self._root)
+        self._shared: Shared = {}
         traced = trace_module(self._root, args, kwargs)
         parameters = dict(self._root.named_parameters(remove_duplicate=False))
         if traced is None:
@@ -85,12 +93,9 @@ class ModuleKind(GraphKind):
 
     def _own_call(self, call: Call) -> Call | Skip:
         """Turn a call of an exported graph into that of the module whose forward made it."""
-        path = site_name(call.weight)
-        owner = self._root.get_submodule(path) if call.weight.endswith(".weight") else None
-        caller = _caller(self._root, call.node)
-        if owner is None or caller is None or not is_operator_module(owner):
-            return _functional_skip(call)
-        if self._root.get_submodule(caller) is not owner:
+        path = _caller(self._root, call.node)
+        owner = None if path is None else self._root.get_submodule(path)
+        if path is None or owner is None or not is_operator_module(owner) or not self._owns(owner, call):
             return _functional_skip(call)
         operator = read_module(owner)
         if isinstance(operator, Refusal):
@@ -98,12 +103,17 @@ class ModuleKind(GraphKind):
         if isinstance(operator, Conv) and operator.geometry.padding_mode != "zeros" and operator.geometry.padded:
             reason = f"its padding mode {operator.geometry.padding_mode} is a node of its own in an exported graph"
             return Skip(path, describe(operator), reason, operator.parameters)
-        call = replace(call, operator=operator, path=path, weight_node=None, bias_node=None)
+        weight = f"{path}.weight"  # torch.export calls weights that are tied by the name of one of them
+        call = replace(call, operator=operator, weight=weight, path=path, weight_node=None, bias_node=None)
         return _without_views(call) if call.stored == "in_out" else call
+
+    def _owns(self, owner: nn.Module, call: Call) -> bool:
+        """Whether a call uses the weight of this module."""
+        return owner._parameters.get("weight") is self.view.parameters[call.weight]
 
     def splice(self, spot: Spot, chain: Chain) -> None:
         """Put a chain where an operator stands, at all its calls."""
-        splice_modules(self._root, spot, chain)
+        splice_modules(self._root, spot, chain, self._shared)
 
     def put_back(self, run: Run) -> None:
         """Put one operator where a run stands, at all its calls."""

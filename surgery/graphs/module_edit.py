@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.chain import Chain
 from surgery.errors import Refusal
@@ -12,15 +12,22 @@ from surgery.graphs.items import Item, all_calls
 from surgery.graphs.kind import Run
 from surgery.graphs.modules import build_module, build_sequential, carry_hooks, is_operator_module, replace_module
 from surgery.graphs.view import Call, Spot
+from surgery.operators import Operator
 
-__all__ = ["FACTORED", "fuse_modules", "is_whole_sequential", "refuse_outside", "splice_modules"]
+__all__ = ["FACTORED", "Shared", "fuse_modules", "is_whole_sequential", "refuse_outside", "splice_modules"]
 
 
 FACTORED = "surgery_factored"  # set on the nn.Sequential that stands for a factored module: the class of that module
 
 
-def splice_modules(root: nn.Module, spot: Spot, chain: Chain) -> None:
-    """Replace the module at each name of a site by an nn.Sequential; tied modules share its weights, not its bias."""
+Shared = dict[int, tuple[Tensor, nn.Parameter]]  # by the id of a factor: itself, and the parameter that it became
+
+
+def splice_modules(root: nn.Module, spot: Spot, chain: Chain, shared: Shared) -> None:
+    """Replace the module at each name of a site by an nn.Sequential; tied modules share its weights, not its bias.
+
+    A factor that is the same tensor as one of an earlier chain in ``shared`` becomes the same parameter.
+    """
     made: dict[int, nn.Sequential] = {}
     for path in (spot.site.name, *spot.site.aliases):
         module = root.get_submodule(path)
@@ -32,6 +39,8 @@ def splice_modules(root: nn.Module, spot: Spot, chain: Chain) -> None:
             setattr(new, FACTORED, type(module))
             if made:
                 _share_weights(next(iter(made.values())), new)
+            else:
+                _share_factors(new, chain, shared)
             made[id(module)] = new
         replace_module(root, path, made[id(module)])
 
@@ -79,6 +88,13 @@ def refuse_outside(runs: Sequence[Sequence[Item]], calls: Sequence[Call]) -> Ref
     paths = {call.path for run in runs for call in all_calls(run) if call.path is not None}
     strangers = sorted({str(c.path) for c in calls if c.path in paths and c.node not in inside})
     return Refusal(f"{', '.join(strangers)} is also called outside of the chain") if strangers else None
+
+
+def _share_factors(sequential: nn.Sequential, chain: Chain, shared: Shared) -> None:
+    for place, part in chain.places:
+        if isinstance(part, Operator):
+            module = sequential.get_submodule(place)
+            module.weight = shared.setdefault(id(part.weight), (part.weight, module.get_parameter("weight")))[1]
 
 
 def _share_weights(source: nn.Module, target: nn.Module) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from torch.fx import Node
 
 from surgery.graphs.functional import is_aten
@@ -50,7 +51,7 @@ def _unpack_call(kind: FunctionalKind, call: Call) -> None:
     rows = []
     for part, weight in zip(_PARTS, tensor.detach().chunk(3), strict=True):
         name = f"{prefix}{part}.weight"
-        kind.add_parameter([name], weight.clone(), trains=tensor.requires_grad)
+        kind.add_parameter([name], nn.Parameter(weight.clone(), requires_grad=tensor.requires_grad))
         rows.append(kind.insert(Linear(weight), source, (name, None), like=call.node, stored="out_in"))
     with kind.graph.inserting_before(call.node):
         node = kind.graph.call_function(_CATS[is_aten(call.node)], (rows, -1))
@@ -83,7 +84,7 @@ def _pack_rows(kind: FunctionalKind, view: View, node: Node, calls: Sequence[Cal
         return
     weights = [view.parameters[name] for name in names]
     rows, source = torch.cat(weights).detach(), calls[0].source
-    kind.add_parameter([packed], rows, trains=weights[0].requires_grad)
+    kind.add_parameter([packed], nn.Parameter(rows, requires_grad=weights[0].requires_grad))
     last, bias = _with_bias(view, node, f"{prefix}in_proj_bias")
     new = kind.insert(Linear(rows), source, (packed, bias), like=last, stored="out_in", style=calls[0].node)
     kind.replace(last, new)

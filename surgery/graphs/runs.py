@@ -44,10 +44,15 @@ def find_parts(view: View, recorded: Collection[str], *, everything: bool) -> tu
 def sites_of(view: View, items: Sequence[Item]) -> tuple[str, ...]:
     """Name the one operator: P for weights P.0.weight, P.1.weight, ...; else as the first weight."""
     carriers = [item for item in items if item.calls]
-    parents = [container(view, item) for item in carriers]
-    if parents[0] and all(parent == parents[0] for parent in parents):
-        return parents[0]
+    parents = _common([container(view, item) for item in carriers])
+    if parents:
+        return parents
     return tuple(site_name(name) for name in _aliases(view, carriers[0].calls[0]))
+
+
+def _common(rows: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the names that are in all rows: a factor that several sites share stands below each of them."""
+    return tuple(name for name in rows[0] if all(name in row for row in rows[1:]))
 
 
 def container(view: View, item: Item) -> tuple[str, ...]:
@@ -86,10 +91,9 @@ def _factored(view: View, run: Sequence[Item]) -> int:
     """Return how many items from the first on are all that is below a name P, with their links; 0 if they are not."""
     lead = next((at for at, item in enumerate(run) if item.calls), len(run))
     carriers = [item for item in run if item.calls]
-    parents = container(view, carriers[0]) if carriers else ()
+    parents, mine = _site_of_first(view, carriers)
     if not parents or _first_step(view, carriers[0], parents) != lead:
         return 0
-    mine = [item for item in carriers if container(view, item) == parents]
     calls = all_calls(mine)
     weights = {name for call in calls for name in _aliases(view, call)}
     own = weights | {f"{name.removesuffix('.weight')}.bias" for name in weights}
@@ -107,9 +111,24 @@ def _factored(view: View, run: Sequence[Item]) -> int:
     return max(last + 1, following - (_first_step(view, run[following], others) if others else 0))
 
 
+def _site_of_first(view: View, carriers: Sequence[Item]) -> tuple[tuple[str, ...], list[Item]]:
+    """Return the names P below which the first items with weights stand, and these items."""
+    parents = container(view, carriers[0]) if carriers else ()
+    mine: list[Item] = []
+    for item in carriers:
+        common = _common([parents, container(view, item)])
+        if not common:
+            break
+        parents = common
+        mine.append(item)
+    return parents, mine
+
+
 def _first_step(view: View, item: Item, parents: tuple[str, ...]) -> int:
     """Return which step of its chain the first item with a weight is: its name says so."""
-    return int(_aliases(view, item.calls[0])[0].removeprefix(f"{parents[0]}.").split(".")[0])
+    aliases = _aliases(view, item.calls[0])
+    name = next(alias for alias in aliases if alias.startswith(f"{parents[0]}."))
+    return int(name.removeprefix(f"{parents[0]}.").split(".")[0])
 
 
 def _partition(items: Sequence[Item]) -> tuple[list[Part], list[Skip]]:

@@ -11,67 +11,23 @@ from torch.export import ExportedProgram
 from surgery.chain import Chain, relative_error
 from surgery.cost.latency import Latencies, channel_multiple
 from surgery.errors import CheckError, InputError, Refusal
-from surgery.factorizations import SOLVERS, Factorization, Ranks, named
+from surgery.factorizations import SOLVERS, Factorization, named
 from surgery.graphs import Found, GraphKind, Model, open_graph
 from surgery.inputs import normalise_inputs
+from surgery.joint import JointSite, form, split
+from surgery.passes.results import Change, DecomposeResult
 from surgery.plans import Decision, Plan
 from surgery.ranks import complete_plan, make_plan
+from surgery.ranks.candidates import Candidate
+from surgery.ranks.joining import check_groups, join, joint_groups
 from surgery.sites import Site, Skip, Totals, describe, select
-from surgery.text import change, count, rank_text, table
+from surgery.text import rank_text
 
 __all__ = ["Change", "DecomposeResult", "Progress", "RankSpec", "decompose", "find_sites", "plan", "preview"]
 
 Progress = Callable[[str, int, int], None]
 RankSpec: TypeAlias = str | int | tuple[int, ...] | Mapping[str, int | tuple[int, ...] | None]
-
-
-@dataclass(frozen=True)
-class Change:
-    """One site that was factored: costs before and after, and the measured relative error of its weight.
-
-    ``note`` says what the user should know of it, as that another method had to take the place of the planned one.
-    """
-
-    site: str
-    operator: str
-    factorization: str
-    rank: Ranks
-    error: float
-    dense_parameters: int
-    parameters: int
-    dense_macs: int
-    macs: int
-    dense_latency: float | None = None
-    latency: float | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True, repr=False)
-class DecomposeResult:
-    """The new model, the plan that made it, each change, each place left alone, and the totals before and after."""
-
-    model: Any
-    plan: Plan
-    changes: tuple[Change, ...]
-    skips: tuple[Skip, ...]
-    before: Totals
-    after: Totals
-
-    def __repr__(self) -> str:
-        """Say in a few lines what was changed and what was not."""
-        b, a = self.before, self.after
-        head = (
-            f"DecomposeResult: {len(self.changes)} factored, {len(self.skips)} left alone; "
-            f"parameters {count(b.parameters)} -> {count(a.parameters)} ({change(b.parameters, a.parameters)}), "
-            f"MACs {count(b.macs)} -> {count(a.macs)} ({change(b.macs, a.macs)})"
-        )
-        rows = [["site", "method", "rank", "weight error", "parameters", "MACs"]]
-        for c in self.changes:
-            parameters, macs = change(c.dense_parameters, c.parameters), change(c.dense_macs, c.macs)
-            rows.append([c.site, c.factorization, rank_text(c.rank), f"{c.error:.2e}", parameters, macs])
-        notes = [f"note: {c.site}: {c.note}" for c in self.changes if c.note]
-        skips = [f"left alone: {skip.name}: {skip.reason}" for skip in self.skips]
-        return "\n".join([head, *([table(rows)] if self.changes else []), *notes, *skips])
+Joint: TypeAlias = str | Sequence[Sequence[str]]
 
 
 def find_sites(model: Model, example_inputs: Any = None) -> tuple[tuple[Site, ...], tuple[Skip, ...]]:
@@ -98,11 +54,12 @@ def plan(
     factorization: str = "auto",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    joint: Joint = (),
     latencies: Latencies | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Return the plan that ``decompose`` would carry out with the same arguments, and change nothing."""
-    rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, progress or _silent)
+    rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, progress or _silent, joint)
     return _prepare(model, example_inputs, None, rules, copies=False)[2]
 
 
@@ -115,11 +72,12 @@ def preview(
     plan: Plan | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    joint: Joint = (),
     latencies: Latencies | None = None,
     progress: Progress | None = None,
 ) -> DecomposeResult:
     """Return what ``decompose`` would do, with predicted errors, and the model as it is."""
-    rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, progress or _silent)
+    rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, progress or _silent, joint)
     _, found, plan = _prepare(model, example_inputs, plan, rules, copies=False)
     changes = [_change(spot.site, d, d.error or 0.0) for spot, d in zip(found.spots, plan, strict=True) if not d.dense]
     return _result(model, plan, changes, found)
@@ -135,6 +93,7 @@ def decompose(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     solver: str = "auto",
+    joint: Joint = (),
     inplace: bool = False,
     latencies: Latencies | None = None,
     progress: Progress | None = None,
@@ -150,6 +109,8 @@ def decompose(
         plan: a plan to carry out instead of making one; ``include`` and ``exclude`` still narrow it.
         include, exclude: glob patterns of site names.
         solver: "auto"; "als", "pp" or "gd" for cp; "tensorly" for TensorLy's own decompositions.
+        joint: groups of sites that share all factors but the last, as ``[("attn.q", "attn.k", "attn.v")]``; or "inputs"
+            for all alike sites that read the same value.
         inplace: change the given model itself (not possible for an exported program).
         latencies: measures each site's operator and chain, for the plan's latencies. ``ranks="auto"`` needs it, and
             takes ``Latencies()``, with its cache on disk, if none is given.
@@ -162,20 +123,22 @@ def decompose(
     """
     if inplace and isinstance(model, ExportedProgram):
         raise InputError("an exported program cannot be changed in place", next_step="use the returned one")
-    rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, progress or _silent)
+    rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, progress or _silent, joint)
     graph, found, plan = _prepare(model, example_inputs, plan, rules, copies=not inplace, inplace=inplace)
-    work = [(spot, d) for spot, d in zip(found.spots, plan, strict=True) if not d.dense]
-    changes, chains = [], []
-    for done, (spot, decision) in enumerate(work):
+    spots = {spot.site.name: spot for spot in found.spots}
+    chains: dict[str, Chain] = {}
+    changes: dict[str, Change] = {}
+    work = join([spot.site for spot in found.spots if not plan[spot.site.name].dense], joint_groups(plan))
+    for done, unit in enumerate(work):
         rules.progress("factor", done, len(work))
-        chain, error, decision = _factor(spot.site, decision, solver)
-        chains.append(chain)
-        plan = plan.replaced(decision)
-        changes.append(_change(spot.site, decision, error))
-    for (spot, _), chain in zip(work, chains, strict=True):
-        graph.splice(spot, chain)
+        made, plan = _factor(unit, plan, solver)
+        for site, chain in zip(unit.members, made, strict=True):
+            chains[site.name] = chain
+            changes[site.name] = _change(site, plan[site.name], _error(site, chain))
+    for name, chain in chains.items():
+        graph.splice(spots[name], chain)
     rules.progress("factor", len(work), len(work))
-    return _result(graph.finish(), plan, changes, found)
+    return _result(graph.finish(), plan, [changes[name] for name in spots if name in changes], found)
 
 
 @dataclass(frozen=True)
@@ -186,6 +149,7 @@ class _Rules:
     exclude: tuple[str, ...]
     latencies: Latencies | None
     progress: Progress
+    joint: Joint = ()
 
 
 def _silent(step: str, done: int, total: int) -> None:
@@ -201,7 +165,8 @@ def _prepare(
     sites = [spot.site for spot in found.spots]
     latencies = rules.latencies
     if plan is not None:
-        plan = _narrow(complete_plan(plan, sites, found.totals), rules.include, rules.exclude)
+        left_out = select([site.name for site in sites], rules.include, rules.exclude)
+        plan = complete_plan(_narrow(plan, left_out), sites, found.totals)
     else:
         if latencies is None and rules.ranks == "auto":
             latencies = Latencies()
@@ -215,44 +180,76 @@ def _prepare(
             latencies=latencies,
             multiple=channel_multiple(),
             progress=rules.progress,
+            joint=_groups(found, rules.joint),
         )
     return graph, found, plan if latencies is None else _measure(plan, sites, latencies, rules.progress)
+
+
+def _groups(found: Found, joint: Joint) -> Sequence[Sequence[str]]:
+    """Return the groups of site names that ``joint`` means."""
+    if isinstance(joint, str):
+        if joint != "inputs":
+            raise InputError(f"joint={joint!r}", allowed='"inputs", or groups of site names')
+        groups: dict[tuple[object, ...], list[str]] = {}
+        for spot in found.spots:
+            key = (tuple(call.source for call in spot.calls), form(spot.site.operator))
+            groups.setdefault(key, []).append(spot.site.name)
+        return [names for names in groups.values() if len(names) > 1]
+    check_groups(joint, [spot.site.name for spot in found.spots])
+    return joint
 
 
 def _measure(plan: Plan, sites: Sequence[Site], latencies: Latencies, progress: Progress) -> Plan:
     """Fill in the latencies of the factored sites that have none yet."""
     todo = {d.site for d in plan if not d.dense and d.latency is None}
-    measured: dict[str, Decision] = {}
-    for site, decision in zip(sites, plan, strict=True):
-        if decision.site not in todo or decision.factorization is None or decision.rank is None:
-            continue
-        progress("measure", len(measured), len(todo))
-        chain = named(decision.factorization).skeleton(site.operator, decision.rank)
-        times = [latencies.compare(site.operator, chain, shape) for shape in site.input_shapes]
-        dense, after = sum(t.dense_s for t in times), sum(t.chain_s for t in times)
-        measured[site.name] = replace(decision, dense_latency=dense, latency=after)
-    return replace(plan, decisions=tuple(measured.get(d.site, d) for d in plan))
+    units = [unit for unit in join(sites, joint_groups(plan)) if unit.name in todo]
+    for done, unit in enumerate(units):
+        progress("measure", done, len(units))
+        for site, chain in zip(unit.members, _skeletons(unit, plan[unit.name]), strict=True):
+            times = [latencies.compare(site.operator, chain, shape) for shape in site.input_shapes]
+            dense, after = sum(t.dense_s for t in times), sum(t.chain_s for t in times)
+            plan = plan.replaced(replace(plan[site.name], dense_latency=dense, latency=after))
+    return plan
 
 
-def _narrow(plan: Plan, include: Sequence[str], exclude: Sequence[str]) -> Plan:
-    for site, reason in select([d.site for d in plan], include, exclude).items():
-        if reason is not None:
+def _skeletons(unit: Site, decision: Decision) -> tuple[Chain, ...]:
+    """Return the chain of each member of a site, without numbers."""
+    if decision.factorization is None or decision.rank is None:
+        raise CheckError(f"the plan has no factorization for {unit.name}")
+    return _split(named(decision.factorization).skeleton(unit.operator, decision.rank), unit)
+
+
+def _split(chain: Chain, unit: Site) -> tuple[Chain, ...]:
+    chains = split(chain, unit.members) if isinstance(unit, JointSite) else (chain,)
+    if isinstance(chains, Refusal):
+        raise CheckError(f"the joint sites of {unit.name} cannot share factors: {chains.reason}")
+    return chains
+
+
+def _narrow(plan: Plan, left_out: Mapping[str, str | None]) -> Plan:
+    for site in [d.site for d in plan]:
+        if (reason := left_out.get(site)) is not None:
             plan = plan.edit(site, rank=None, reason=reason)
     return plan
 
 
-def _factor(site: Site, decision: Decision, solver: str) -> tuple[Chain, float, Decision]:
-    """Return the chain of a site, the measured error of its weight, and the decision as it was carried out."""
+def _factor(unit: Site, plan: Plan, solver: str) -> tuple[tuple[Chain, ...], Plan]:
+    """Return the chain of each member of a site, and the plan as it was carried out."""
+    decision = plan[unit.name]
     if decision.factorization is None or decision.rank is None:
-        raise CheckError(f"the plan has no factorization for {site.name}")
+        raise CheckError(f"the plan has no factorization for {unit.name}")
     method = named(decision.factorization)
-    chain = method.factor(site.operator, decision.rank, solver=_known(solver, method))
+    chain = method.factor(unit.operator, decision.rank, solver=_known(solver, method))
     if isinstance(chain, Refusal):
-        return _factor(site, _fallback(site, decision, chain), "auto")
+        return _factor(unit, _fallback(unit, plan, chain), "auto")
+    return _split(chain, unit), plan
+
+
+def _error(site: Site, chain: Chain) -> float:
     composed = chain.compose()
     if isinstance(composed, Refusal):
-        raise CheckError(f"{decision.factorization} made a chain of {site.name} that is not one operator")
-    return chain, relative_error(composed.weight, site.operator.weight), decision
+        raise CheckError(f"the chain of {site.name} is not one operator: {composed.reason}")
+    return relative_error(composed.weight, site.operator.weight)
 
 
 def _known(solver: str, method: Factorization) -> str:
@@ -260,30 +257,22 @@ def _known(solver: str, method: Factorization) -> str:
     return solver if solver in method.solvers or solver not in SOLVERS else "auto"
 
 
-def _fallback(site: Site, decision: Decision, refusal: Refusal) -> Decision:
-    """Return Tucker at the same ranks for a site whose planned method found no good factors."""
-    tucker = named("tucker")
-    limits = tucker.max_ranks(site.operator)
-    ranks = tuple(min(max(decision.rank or (1,)), limit) for limit in limits)
+def _fallback(unit: Site, plan: Plan, refusal: Refusal) -> Plan:
+    """Return the plan with Tucker at the same ranks for a site whose planned method found no good factors."""
+    tucker, decision = named("tucker"), plan[unit.name]
+    ranks = tuple(min(max(decision.rank or (1,)), limit) for limit in tucker.max_ranks(unit.operator))
     reason = f"{decision.factorization} {rank_text(decision.rank)}: {refusal.reason}; tucker took its place"
-    skeleton = tucker.skeleton(site.operator, ranks)
-    return replace(
-        decision,
-        factorization=tucker.name,
-        rank=ranks,
-        reason=reason,
-        error=None,
-        parameters=skeleton.parameters,
-        macs=sum(skeleton.macs(shape) for shape in site.input_shapes),
-        dense_latency=None,
-        latency=None,
-    )
+    costs = Candidate(unit, tucker).costs(ranks)
+    for site, cost in zip(unit.members, costs, strict=True):
+        changed = replace(plan[site.name], factorization=tucker.name, rank=ranks, reason=reason, error=None)
+        costed = replace(changed, parameters=cost.parameters, macs=cost.macs, dense_latency=None, latency=None)
+        plan = plan.replaced(costed)
+    return plan
 
 
 def _change(site: Site, decision: Decision, error: float) -> Change:
-    if decision.factorization is None or decision.rank is None:
+    if decision.factorization is None or decision.rank is None or decision.parameters is None or decision.macs is None:
         raise CheckError(f"the plan has no factorization for {site.name}")
-    chain = named(decision.factorization).skeleton(site.operator, decision.rank)
     return Change(
         site=site.name,
         operator=describe(site.operator),
@@ -291,11 +280,12 @@ def _change(site: Site, decision: Decision, error: float) -> Change:
         rank=decision.rank,
         error=error,
         dense_parameters=site.parameters,
-        parameters=chain.parameters,
+        parameters=decision.parameters,
         dense_macs=site.macs,
-        macs=sum(chain.macs(shape) for shape in site.input_shapes),
+        macs=decision.macs,
         dense_latency=decision.dense_latency,
         latency=decision.latency,
+        joint=decision.joint,
         note=decision.reason or "",
     )
 

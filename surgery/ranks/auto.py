@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -102,11 +101,9 @@ def snap(rank: int, *, groups: int = 1, multiple: int | None = None) -> int:
 def _measure(choice: Choice, latencies: Latencies) -> Choice | Refusal:
     """Return the choice with its latencies over all calls if it is faster, and slower for none of the input shapes."""
     candidate = choice.candidate
-    calls = Counter(candidate.site.input_shapes)
-    chain = candidate.skeleton(choice.ranks)
     what = f"{candidate.factorization.name} {say_ranks(choice.ranks)}"
     try:
-        rows = [(count, latencies.compare(candidate.site.operator, chain, shape)) for shape, count in calls.items()]
+        rows = [(n, latencies.compare(dense, chain, at)) for dense, chain, at, n in candidate.pairs(choice.ranks)]
     except InputError as error:
         return Refusal(f"{what} cannot be measured: {error.what}")
     dense = sum(count * row.dense_s for count, row in rows)

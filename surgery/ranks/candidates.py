@@ -18,6 +18,8 @@ import torch
 from surgery.chain import Chain
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import Factorization, Ranks, Spectrum, fitting
+from surgery.joint import JointSite, own_parameters, split
+from surgery.operators import Operator, Shape
 from surgery.sites import Site
 
 __all__ = ["Candidate", "Choice", "Cost", "candidates_of", "say_ranks"]
@@ -60,18 +62,37 @@ class Candidate:
         """The cost of the operator as it is."""
         return Cost(self.site.parameters, self.site.macs)
 
-    def skeleton(self, ranks: Ranks) -> Chain:
-        """Return the chain on the meta device."""
-        return self.factorization.skeleton(self.site.operator, ranks)
+    def chains(self, ranks: Ranks) -> tuple[Chain, ...] | Refusal:
+        """Return the chain of each member of the site on the meta device; or why they cannot share one."""
+        chain = self.factorization.skeleton(self.site.operator, ranks)
+        return split(chain, self.site.members) if isinstance(self.site, JointSite) else (chain,)
 
     def cost(self, ranks: Ranks) -> Cost:
         """Return the cost of the chain at these ranks."""
         if ranks not in self._costs:
-            chain = self.skeleton(ranks)
-            calls = Counter(self.site.input_shapes)
-            macs = sum(count * chain.macs(shape) for shape, count in calls.items())
-            self._costs[ranks] = Cost(chain.parameters, macs)
+            costs = self.costs(ranks)
+            self._costs[ranks] = Cost(sum(c.parameters for c in costs), sum(c.macs for c in costs))
         return self._costs[ranks]
+
+    def costs(self, ranks: Ranks) -> list[Cost]:
+        """Return the cost for each member of the site; parameters that several share count for the first."""
+        chains = self.chains(ranks)
+        if isinstance(chains, Refusal):
+            raise InputError(f"{self.site.name!r} cannot share factors: {chains.reason}")
+        calls = [Counter(member.input_shapes) for member in self.site.members]
+        rows = zip(chains, calls, own_parameters(chains), strict=True)
+        return [Cost(own, sum(n * chain.macs(shape) for shape, n in times.items())) for chain, times, own in rows]
+
+    def pairs(self, ranks: Ranks) -> list[tuple[Operator, Chain, Shape, int]]:
+        """Return what to time: operator, its chain, an input shape, and how many calls have it."""
+        chains = self.chains(ranks)
+        if isinstance(chains, Refusal):
+            return []
+        return [
+            (member.operator, chain, shape, count)
+            for member, chain in zip(self.site.members, chains, strict=True)
+            for shape, count in Counter(member.input_shapes).items()
+        ]
 
     def settled(self, counts: Ranks) -> Ranks:
         """Return the ranks that keep so many singular values of each unfolding, between 1 and the full ranks."""
@@ -157,7 +178,12 @@ def candidates_of(site: Site, factorization: str) -> list[Candidate] | Refusal:
             f"the weight of {site.name!r} has values that are not finite",
             next_step="repair the model first, or exclude this site",
         )
-    return [Candidate(site, fit) for fit in fits]
+    candidates = [Candidate(site, fit) for fit in fits]
+    if not isinstance(site, JointSite):
+        return candidates
+    shared = {c: c.chains(c.max_ranks) for c in candidates}
+    refusals = [f"{c.factorization.name}: {why.reason}" for c, why in shared.items() if isinstance(why, Refusal)]
+    return [c for c, chains in shared.items() if not isinstance(chains, Refusal)] or Refusal("; ".join(refusals))
 
 
 def say_ranks(ranks: Ranks) -> str:

@@ -36,17 +36,26 @@ class PerSite(SiteRule):
         """Return what the site's row says.
 
         Raises:
-            RankError: the row has the site's own name and a rank that its candidates cannot take.
+            RankError: the row has the site's own name and a rank that its candidates cannot take; or sites that share
+                factors have different ranks.
         """
-        site = candidates[0].site.name
         rows = dict(self.rows)
-        name = site if site in rows else next((n for n in rows if fnmatchcase(site, n)), None)
+        members = [site.name for site in candidates[0].site.members]
+        found = [(site, self._row(site)) for site in members]
+        if len({None if name is None else rows[name] for _, name in found}) > 1:
+            raise RankError(f"the joint sites {', '.join(members)} have different ranks", allowed="one for all of them")
+        site, name = found[0]
         if name is None:
             return Refusal("the ranks do not name it")
         ranks = rows[name]
         if ranks is None:
             return Refusal("kept dense by the ranks given")
         return explicit(candidates, ranks) if name == site else Fixed(ranks).choose(candidates)
+
+    def _row(self, site: str) -> str | None:
+        """Return the row that counts for a site: its own, or the first pattern that matches."""
+        rows = [name for name, _ in self.rows]
+        return site if site in rows else next((name for name in rows if fnmatchcase(site, name)), None)
 
 
 def explicit(candidates: Sequence[Candidate], ranks: Ranks) -> Choice:

@@ -11,6 +11,7 @@ from surgery.factorizations import SOLVERS, named
 from surgery.plans import Decision, Plan
 from surgery.ranks.auto import Auto, Latencies
 from surgery.ranks.candidates import Candidate, Choice, candidates_of
+from surgery.ranks.joining import join, joint_groups
 from surgery.ranks.named import PerSite, check_known, explicit
 from surgery.ranks.quality import RankRule, SiteRule
 from surgery.ranks.rules import RankSpec, parse_ranks
@@ -36,12 +37,14 @@ def make_plan(
     multiple: int | None = None,
     solver: str = "auto",
     progress: Progress | None = None,
+    joint: Sequence[Sequence[str]] = (),
 ) -> Plan:
     """Return a plan with one decision for each site, in order.
 
-    ``include`` and ``exclude`` are glob patterns of site names. ``totals`` are the costs of the whole model, for
-    budgets. ``latencies`` and ``multiple`` (of channels) serve ``ranks="auto"`` only. ``solver`` is only checked here:
-    predictions are the same for both. ``progress`` gets ("plan", sites done, sites to do), before each and at the end.
+    ``joint`` has groups of names of sites that are to share factors; those left out leave their group. ``include`` and
+    ``exclude`` are glob patterns of site names. ``totals`` are the costs of the whole model, for budgets. ``latencies``
+    and ``multiple`` (of channels) serve ``ranks="auto"`` only. ``solver`` is only checked here: predictions are the
+    same for both. ``progress`` gets ("plan", sites done, sites to do), before each and at the end.
 
     A site's spectra are computed at most once for each factorization, and not at all for sites that are left out.
 
@@ -58,10 +61,11 @@ def make_plan(
     left_out = select([site.name for site in sites], include, exclude)
     if isinstance(rule, PerSite):
         rule.check(list(left_out))
-    chosen = [site for site in sites if left_out[site.name] is None]
-    outcomes: dict[str, Outcome] = {name: Refusal(why) for name, why in left_out.items() if why is not None}
-    outcomes |= _choose(chosen, rule, factorization, totals, progress or _silent)
-    plan = Plan(tuple(_decide(site, outcomes[site.name]) for site in sites), ranks=str(rule))
+    units = join([site for site in sites if left_out[site.name] is None], joint)
+    outcomes = _choose(units, rule, factorization, totals, progress or _silent)
+    made = {decision.site: decision for unit in units for decision in _decide(unit, outcomes[unit.name])}
+    made |= {site.name: _dense(site, why) for site in sites if (why := left_out[site.name]) is not None}
+    plan = Plan(tuple(made[site.name] for site in sites), ranks=str(rule))
     _log_savings(plan, totals)
     return plan
 
@@ -78,7 +82,9 @@ def complete_plan(plan: Plan, sites: Sequence[Site], totals: Totals) -> Plan:
     names = [site.name for site in sites]
     check_known((d.site for d in plan if d.site not in set(names)), names, "the plan names")
     rows = {decision.site: decision for decision in plan}
-    completed = Plan(tuple(_complete(site, rows.get(site.name)) for site in sites), ranks=plan.ranks)
+    units = join(sites, joint_groups(plan))
+    made = {d.site: d for unit in units for d in _complete(unit, [rows.get(site.name) for site in unit.members])}
+    completed = Plan(tuple(made[site.name] for site in sites), ranks=plan.ranks)
     _log_savings(completed, totals)
     return completed
 
@@ -109,37 +115,55 @@ def _choose(
     return outcomes | {candidates[0].site.name: settled.choose(candidates) for candidates in waiting}
 
 
-def _decide(site: Site, outcome: Outcome) -> Decision:
-    decision = Decision(site.name, dense_parameters=site.parameters, dense_macs=site.macs)
+def _dense(site: Site, reason: str) -> Decision:
+    return Decision(site.name, dense_parameters=site.parameters, dense_macs=site.macs, reason=reason)
+
+
+def _decide(unit: Site, outcome: Outcome) -> list[Decision]:
+    """Return the decision for each member of a site; those of a joint one name the group."""
     if isinstance(outcome, Refusal):
-        return dataclasses.replace(decision, reason=outcome.reason)
-    return dataclasses.replace(
-        decision,
-        factorization=outcome.candidate.factorization.name,
-        rank=outcome.ranks,
-        error=outcome.candidate.error(outcome.ranks),
-        parameters=outcome.cost.parameters,
-        macs=outcome.cost.macs,
-        dense_latency=outcome.dense_latency,
-        latency=outcome.latency,
-    )
+        return [_dense(site, outcome.reason) for site in unit.members]
+    together = len(unit.members) > 1
+    shares = [1.0] if not together else [site.macs / (unit.macs or 1) for site in unit.members]
+    return [
+        dataclasses.replace(
+            _dense(site, ""),
+            reason=None,
+            factorization=outcome.candidate.factorization.name,
+            rank=outcome.ranks,
+            joint=unit.name if together else None,
+            error=outcome.candidate.error(outcome.ranks),
+            parameters=cost.parameters,
+            macs=cost.macs,
+            dense_latency=None if outcome.dense_latency is None else share * outcome.dense_latency,
+            latency=None if outcome.latency is None else share * outcome.latency,
+        )
+        for site, cost, share in zip(unit.members, outcome.candidate.costs(outcome.ranks), shares, strict=True)
+    ]
 
 
-def _complete(site: Site, row: Decision | None) -> Decision:
+def _complete(unit: Site, rows: Sequence[Decision | None]) -> list[Decision]:
+    """Return the decisions of a plan's rows for the members of a site, with predictions."""
+    row = rows[0]
     if row is None:
-        return _decide(site, Refusal("not in the plan"))
+        return _decide(unit, Refusal("not in the plan"))
     if row.factorization is None or row.rank is None:
-        return _decide(site, Refusal(row.reason or "dense in the plan"))
-    candidates = candidates_of(site, row.factorization)
+        return _decide(unit, Refusal(row.reason or "dense in the plan"))
+    candidates = candidates_of(unit, row.factorization)
     if isinstance(candidates, Refusal):
         raise InputError(
-            f"the plan wants {row.factorization} for {site.name!r}, which does not fit: {candidates.reason}",
+            f"the plan wants {row.factorization} for {unit.name!r}, which does not fit: {candidates.reason}",
             next_step="choose another factorization for it, or keep it dense",
         )
-    decision = _decide(site, explicit(candidates, row.rank))
-    if (row.parameters, row.macs) == (decision.parameters, decision.macs):
-        decision = dataclasses.replace(decision, dense_latency=row.dense_latency, latency=row.latency)
-    return decision
+    decisions = _decide(unit, explicit(candidates, row.rank))
+    return [_with_latencies(d, old) for d, old in zip(decisions, rows, strict=True)]
+
+
+def _with_latencies(decision: Decision, row: Decision | None) -> Decision:
+    """Return a decision with the latencies of a plan's row, if the costs of the row are still right."""
+    if row is None or (row.parameters, row.macs) != (decision.parameters, decision.macs):
+        return decision
+    return dataclasses.replace(decision, dense_latency=row.dense_latency, latency=row.latency)
 
 
 def _log_savings(plan: Plan, totals: Totals) -> None:

@@ -1,0 +1,64 @@
+"""What decompose returns: the new model, and each change and each place left alone as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.factorizations import Ranks
+from surgery.plans import Plan
+from surgery.sites import Skip, Totals
+from surgery.text import change, count, rank_text, table
+
+__all__ = ["Change", "DecomposeResult"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One site that was factored: costs before and after, and the measured relative error of its weight.
+
+    ``joint`` names the group with which it shares factors, whose parameters count for the first of them. ``note`` says
+    what the user should know of it, as that another method had to take the place of the planned one.
+    """
+
+    site: str
+    operator: str
+    factorization: str
+    rank: Ranks
+    error: float
+    dense_parameters: int
+    parameters: int
+    dense_macs: int
+    macs: int
+    dense_latency: float | None = None
+    latency: float | None = None
+    joint: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, repr=False)
+class DecomposeResult:
+    """The new model, the plan that made it, each change, each place left alone, and the totals before and after."""
+
+    model: Any
+    plan: Plan
+    changes: tuple[Change, ...]
+    skips: tuple[Skip, ...]
+    before: Totals
+    after: Totals
+
+    def __repr__(self) -> str:
+        """Say in a few lines what was changed and what was not."""
+        b, a = self.before, self.after
+        head = (
+            f"DecomposeResult: {len(self.changes)} factored, {len(self.skips)} left alone; "
+            f"parameters {count(b.parameters)} -> {count(a.parameters)} ({change(b.parameters, a.parameters)}), "
+            f"MACs {count(b.macs)} -> {count(a.macs)} ({change(b.macs, a.macs)})"
+        )
+        rows = [["site", "method", "rank", "weight error", "parameters", "MACs"]]
+        for c in self.changes:
+            parameters, macs = change(c.dense_parameters, c.parameters), change(c.dense_macs, c.macs)
+            rows.append([c.site, c.factorization, rank_text(c.rank), f"{c.error:.2e}", parameters, macs])
+        notes = [f"note: {c.site}: {c.note}" for c in self.changes if c.note]
+        skips = [f"left alone: {skip.name}: {skip.reason}" for skip in self.skips]
+        return "\n".join([head, *([table(rows)] if self.changes else []), *notes, *skips])
