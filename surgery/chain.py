@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,13 @@ __all__ = ["Chain", "relative_error"]
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """What replaces one operator: steps applied in order, with the bias on the last operator or in a final shift."""
+    """What replaces one operator: steps applied in order, with the bias on the last operator or in a final shift.
+
+    ``origin`` is the factorization that made it and its ranks, where one did.
+    """
 
     steps: tuple[Step, ...]
+    origin: tuple[str, tuple[int, ...]] | None = None
 
     @property
     def operators(self) -> tuple[Operator, ...]:
@@ -66,7 +70,7 @@ class Chain:
 
     def to(self, **kwargs: Any) -> Chain:
         """Return the same chain with its tensors moved or cast as by ``Tensor.to``."""
-        return Chain(tuple(step.to(**kwargs) for step in self.steps))
+        return replace(self, steps=tuple(step.to(**kwargs) for step in self.steps))
 
     @property
     def bias(self) -> Tensor | None:
@@ -78,9 +82,9 @@ class Chain:
         """Return the same chain with another bias; a chain that ends with a reshape gets a shift for it."""
         *before, last = self.steps
         if isinstance(last, Operator | Branches):
-            return Chain((*before, last.with_bias(bias)))
+            return replace(self, steps=(*before, last.with_bias(bias)))
         kept = before if isinstance(last, Shift) else [*before, last]
-        return Chain((*kept, *([] if bias is None else [Shift(bias)])))
+        return replace(self, steps=(*kept, *([] if bias is None else [Shift(bias)])))
 
     def compose(self) -> Operator | Refusal:
         """Contract the chain into the one operator that it is, or say why it is none."""

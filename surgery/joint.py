@@ -17,7 +17,7 @@ import torch
 from surgery.chain import Chain
 from surgery.errors import Refusal
 from surgery.operators import Conv, Embedding, Linear, Operator
-from surgery.sites import Site, describe
+from surgery.sites import FactoredSite, Site
 
 __all__ = ["JointSite", "form", "own_parameters", "split", "stack"]
 
@@ -54,10 +54,13 @@ def form(operator: Operator) -> tuple[object, ...]:
 
 def stack(sites: Sequence[Site]) -> JointSite | Refusal:
     """Return the sites as one with stacked outputs, or why they cannot be."""
+    factored = [site.name for site in sites if isinstance(site, FactoredSite)]
+    if factored:
+        return Refusal(f"{factored[0]} is factored already; recompose it first")
     first, *others = sites
     for other in others:
         if form(other.operator) != form(first.operator):
-            ours, theirs = (f"{s.name} ({describe(s.operator)}, {s.operator.in_channels} in)" for s in (first, other))
+            ours, theirs = (f"{s.name} ({s.description}, {s.operator.in_channels} in)" for s in (first, other))
             return Refusal(f"{ours} and {theirs} differ in more than their outputs")
     kernel = torch.cat([site.operator.kernel.detach() for site in sites], 1)
     operator: Operator

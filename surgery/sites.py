@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from surgery.errors import InputError
+from surgery.chain import Chain
+from surgery.errors import CheckError, InputError
 from surgery.operators import Conv, Linear, Operator, Shape
 
-__all__ = ["Site", "Skip", "Totals", "describe", "select"]
+__all__ = ["FactoredSite", "Site", "Skip", "Totals", "describe", "select"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,11 @@ class Site:
         return (self,)
 
     @property
+    def description(self) -> str:
+        """The operator in words."""
+        return describe(self.operator)
+
+    @property
     def parameters(self) -> int:
         """Number of parameters, counted once however often it is called."""
         return self.operator.parameters
@@ -49,6 +55,39 @@ class Site:
     def macs(self) -> int:
         """Multiply-accumulates of all calls in one run."""
         return sum(self.operator.macs(shape) for shape in self.input_shapes)
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredSite(Site):
+    """A chain that a factorization has made at known ranks: a site that may be cut to lower ranks.
+
+    ``operator`` is the one that it stands for, without numbers: its weight is on the meta device.
+    """
+
+    chain: Chain = field(kw_only=True)
+
+    @property
+    def made_by(self) -> tuple[str, tuple[int, ...]]:
+        """The factorization and its ranks."""
+        if self.chain.origin is None:
+            raise CheckError(f"nothing says what made the chain of {self.name}")
+        return self.chain.origin
+
+    @property
+    def description(self) -> str:
+        """The operator in words, and what it has become."""
+        method, ranks = self.made_by
+        return f"{describe(self.operator)} as {method} {','.join(map(str, ranks))}"
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the chain."""
+        return self.chain.parameters
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of all calls of the chain in one run."""
+        return sum(self.chain.macs(shape) for shape in self.input_shapes)
 
 
 @dataclass(frozen=True)

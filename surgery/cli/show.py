@@ -105,7 +105,7 @@ def found_json(found: Found) -> dict[str, Any]:
         {
             "name": spot.site.name,
             "aliases": list(spot.site.aliases),
-            "operator": describe(spot.site.operator),
+            "operator": spot.site.description,
             "weight_shape": list(spot.site.operator.weight.shape),
             "input_shape": list(spot.site.input_shape),
             "calls": spot.site.calls,
@@ -127,7 +127,7 @@ def found_tables(path: Path, found: Found) -> None:
     for site in (spot.site for spot in found.spots):
         shapes = (_shape(site.operator.weight.shape), _shape(site.input_shape))
         costs = (str(site.calls), count(site.parameters), count(site.macs), f"{100 * site.macs / total:.1f} %")
-        table.add_row(site.name, describe(site.operator), *shapes, *costs)
+        table.add_row(site.name, site.description, *shapes, *costs)
     console.print(table)
     if found.skips:
         console.print()

@@ -1,8 +1,9 @@
 """What a factorization is: a method that turns one operator into a chain at given ranks.
 
-A method says which operators it refuses, how its ranks relate to unfoldings of the kernel (whose singular values
-guide rank selection), the shapes of its factors (so that costs are known without numbers), how to find the factors
-and how to assemble them into a chain. Everything else follows here, once for all methods.
+A method says which operators it refuses, as what tensor it sees their kernel, how its ranks relate to unfoldings of
+that (whose singular values guide rank selection), how to approximate it by cores, the shapes of the factors that these
+become (so that costs are known without numbers), and how to assemble them into a chain. Everything else follows here,
+once for all methods.
 """
 
 from __future__ import annotations
@@ -62,16 +63,45 @@ class Factorization(ABC):
         """Return a name for each rank, in order."""
 
     @abstractmethod
-    def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
-        """Return batches of matrices (groups, m, n) whose singular values guide the ranks; by default one for each."""
+    def tensor(self, kernel: Tensor) -> Tensor:
+        """Return the kernel as the tensor (batch, n_1, .., n_N) that the cores approximate."""
+
+    @abstractmethod
+    def matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Return the unfoldings (batch, m, n) of that tensor whose singular values guide the ranks."""
+
+    @abstractmethod
+    def fit(self, tensor: Tensor, ranks: Ranks, solver: str) -> Sequence[Tensor] | Refusal:
+        """Return the cores at these ranks, or why no good ones were found."""
+
+    @abstractmethod
+    def expand(self, cores: Sequence[Tensor]) -> Tensor:
+        """Return the tensor that cores stand for."""
+
+    @abstractmethod
+    def axes(self, cores: Sequence[Tensor]) -> tuple[int | None, ...]:
+        """Return for each core which of its axes is a mode of the tensor; None for a core that has none of its own."""
+
+    @abstractmethod
+    def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
+        """Return the kernels of the factors, of the shapes that ``shapes`` says."""
+
+    @abstractmethod
+    def cores(self, factors: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> list[Tensor]:
+        """Return the cores of factors: what ``factors`` undoes."""
 
     @abstractmethod
     def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
         """Return the kernel shape of each factor, in the order in which they are applied."""
 
-    @abstractmethod
+    def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
+        """Return the unfoldings (batch, m, n) of a kernel whose singular values guide the ranks."""
+        return self.matrices(self.tensor(kernel))
+
     def solve(self, kernel: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, ...] | Refusal:
         """Return the kernels of the factors, of the shapes that ``shapes`` says; or why no good ones were found."""
+        cores = self.fit(self.tensor(kernel), ranks, solver)
+        return cores if isinstance(cores, Refusal) else self.factors(cores, tuple(kernel.shape), ranks)
 
     def geometries(self, geometry: Geometry, kernel: Shape, ranks: Ranks) -> tuple[Geometry, ...]:
         """Return the geometry of each factor of a convolution."""
@@ -150,7 +180,7 @@ class Factorization(ABC):
             steps = self.conv_steps(operator, factors, ranks)
         else:
             raise InputError(f"no factorization knows {type(operator).__name__}")
-        return Chain(steps).with_bias(operator.bias)
+        return Chain(steps, origin=(self.name, ranks)).with_bias(operator.bias)
 
     def linear_steps(self, operator: Linear, factors: Sequence[Tensor]) -> tuple[Step, ...]:
         """Return the steps that replace a linear layer: by default one layer for each factor."""

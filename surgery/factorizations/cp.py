@@ -16,6 +16,7 @@ svd.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -44,9 +45,14 @@ class Cp(Factorization):
         """Return ("rank",)."""
         return ("rank",)
 
-    def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
+    def tensor(self, kernel: Tensor) -> Tensor:
+        """Return (g, O, I, a, b), of the dimensions that extend."""
+        extents = [kernel.shape[3 + dim] for dim in spatial_dims(tuple(kernel.shape))]
+        return kernel.reshape(*kernel.shape[:3], *extents)
+
+    def matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Return (g, O, I K) and (g, I, O K): the rank is at least that of both (Elhoushi et al. 2019 use EVBMF so)."""
-        return kernel.flatten(2), kernel.transpose(1, 2).flatten(2)
+        return tensor.flatten(2), tensor.transpose(1, 2).flatten(2)
 
     def max_ranks(self, operator: Operator) -> Ranks:
         """Return the product of all extents but the largest."""
@@ -74,26 +80,40 @@ class Cp(Factorization):
         pointwise = Geometry.pointwise(geometry.dims)
         return pointwise, *along_each(geometry, kernel), pointwise
 
-    def solve(self, kernel: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, ...] | Refusal:
-        """Return the factors as kernels, or why they are degenerate."""
-        dims = spatial_dims(tuple(kernel.shape))
-        tensor = kernel.reshape(*kernel.shape[:3], *(kernel.shape[3 + dim] for dim in dims))
-        factors = _solve(tensor, ranks[0], solver)
-        if isinstance(factors, Refusal):
-            return factors
-        out, columns, *extents = factors
+    def fit(self, tensor: Tensor, ranks: Ranks, solver: str) -> Sequence[Tensor] | Refusal:
+        """Return a matrix (g, n, r) for each mode, or why they are degenerate."""
+        (rank,), shape = ranks, tensor.shape[1:]
+        if rank == math.prod(shape) // max(shape):
+            return _unit_factors(tensor)
+        if solver == "tensorly":
+            return reference.cp(tensor, rank)
+        found = cp(tensor, rank, method="als" if solver == "auto" else solver)
+        return Refusal(found.reason) if found.degenerate else found.factors
+
+    def expand(self, cores: Sequence[Tensor]) -> Tensor:
+        """Return the sum of the products of columns."""
+        product = cores[0]
+        for core in cores[1:]:
+            product = (
+                (product[..., None, :] * core[:, None]).flatten(1, 2) if core is not cores[-1] else product @ core.mT
+            )
+        return product.unflatten(1, [core.shape[1] for core in cores[:-1]])
+
+    def axes(self, cores: Sequence[Tensor]) -> tuple[int | None, ...]:
+        """Return the rows of each matrix."""
+        return (1,) * len(cores)
+
+    def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
+        """Return those of the inputs, of each dimension and of the outputs."""
+        out, columns, *extents = cores
         parts = [columns.mT, *(extent.mT.flatten(0, 1) for extent in extents), out]
-        return tuple(p.reshape(s) for p, s in zip(parts, self.shapes(tuple(kernel.shape), ranks), strict=True))
+        return tuple(part.reshape(shape) for part, shape in zip(parts, self.shapes(kernel, ranks), strict=True))
 
-
-def _solve(tensor: Tensor, rank: int, solver: str) -> list[Tensor] | Refusal:
-    shape = tensor.shape[1:]
-    if rank == math.prod(shape) // max(shape):
-        return _unit_factors(tensor)
-    if solver == "tensorly":
-        return reference.cp(tensor, rank)
-    found = cp(tensor, rank, method="als" if solver == "auto" else solver)
-    return Refusal(found.reason) if found.degenerate else found.factors
+    def cores(self, factors: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> list[Tensor]:
+        """Return the matrices of outputs, inputs and dimensions."""
+        columns, *extents, out = factors
+        rows = [extent.reshape(kernel[0], ranks[0], -1).mT for extent in extents]
+        return [out.flatten(2), columns.flatten(2).mT, *rows]
 
 
 def _unit_factors(tensor: Tensor) -> list[Tensor]:

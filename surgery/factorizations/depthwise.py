@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from surgery.errors import Refusal
@@ -43,9 +44,13 @@ class Depthwise(Factorization):
         """Return ("pairs",)."""
         return ("pairs",)
 
-    def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
+    def tensor(self, kernel: Tensor) -> Tensor:
         """Return (g O, I, K): one matrix for each output channel."""
-        return (kernel.flatten(3).flatten(0, 1),)
+        return kernel.flatten(3).flatten(0, 1)
+
+    def matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Return (g O, I, K)."""
+        return (tensor,)
 
     def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
         """Return (g, O, I, 1...) and (g O, 1, 1, *k) for each pair in turn."""
@@ -63,10 +68,26 @@ class Depthwise(Factorization):
         rows = tuple((convs[i], convs[i + 1]) for i in range(0, len(convs), 2))
         return rows[0] if len(rows) == 1 else (Branches(rows),)
 
-    def solve(self, kernel: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, ...]:
-        """Return the factors of a truncated SVD for each output channel."""
+    def fit(self, tensor: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, Tensor]:
+        """Return left (batch, m, r) and right (batch, r, n) of the truncated SVD."""
         low_rank = reference.low_rank if solver == "tensorly" else gram.low_rank
-        left, right = low_rank(self.unfoldings(kernel)[0], ranks[0])
-        shapes = self.shapes(tuple(kernel.shape), ranks)
+        return low_rank(tensor, ranks[0])
+
+    def expand(self, cores: Sequence[Tensor]) -> Tensor:
+        """Return left @ right."""
+        return cores[0] @ cores[1]
+
+    def axes(self, cores: Sequence[Tensor]) -> tuple[int | None, ...]:
+        """Return the rows of left and the columns of right."""
+        return 1, 2
+
+    def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
+        """Return column t of left and row t of right for each pair."""
+        left, right = cores
         parts = [part for t in range(ranks[0]) for part in (left[:, :, t], right[:, t])]
-        return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+        return tuple(part.reshape(shape) for part, shape in zip(parts, self.shapes(kernel, ranks), strict=True))
+
+    def cores(self, factors: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> list[Tensor]:
+        """Return left (g O, I, r) and right (g O, r, K)."""
+        left = torch.stack([part.flatten(0, 1).flatten(1) for part in factors[::2]], -1)
+        return [left, torch.stack([part.flatten(1) for part in factors[1::2]], 1)]

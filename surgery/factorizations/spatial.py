@@ -12,6 +12,7 @@ r = min(O b, I a). The second scheme of Jaderberg et al. 2014 (arXiv 1405.3866),
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -41,10 +42,14 @@ class Spatial(Factorization):
         """Return ("rank",)."""
         return ("rank",)
 
-    def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
+    def tensor(self, kernel: Tensor) -> Tensor:
         """Return (g, O b, I a)."""
         rows = kernel.flatten(4).permute(0, 1, 4, 2, 3)
-        return (rows.flatten(3).flatten(1, 2),)
+        return rows.flatten(3).flatten(1, 2)
+
+    def matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Return (g, O b, I a)."""
+        return (tensor,)
 
     def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
         """Return (g, r, I, a, 1) and (g, O, r, 1, b)."""
@@ -55,10 +60,25 @@ class Spatial(Factorization):
         """Return the part of the first dimension, then that of the others."""
         return geometry.along({0}), geometry.along(range(1, geometry.dims))
 
-    def solve(self, kernel: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, ...]:
-        """Return the factors of the truncated SVD of the unfolding."""
+    def fit(self, tensor: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, Tensor]:
+        """Return left (batch, m, r) and right (batch, r, n) of the truncated SVD."""
         low_rank = reference.low_rank if solver == "tensorly" else gram.low_rank
-        left, right = low_rank(self.unfoldings(kernel)[0], ranks[0])
-        first, second = self.shapes(tuple(kernel.shape), ranks)
-        left = left.unflatten(1, (kernel.shape[1], math.prod(second[4:]))).transpose(2, 3)
-        return right.reshape(first), left.reshape(second)
+        return low_rank(tensor, ranks[0])
+
+    def expand(self, cores: Sequence[Tensor]) -> Tensor:
+        """Return left @ right."""
+        return cores[0] @ cores[1]
+
+    def axes(self, cores: Sequence[Tensor]) -> tuple[int | None, ...]:
+        """Return the rows of left and the columns of right."""
+        return 1, 2
+
+    def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
+        """Return right and left as kernels."""
+        first, second = self.shapes(kernel, ranks)
+        left = cores[0].unflatten(1, (kernel[1], math.prod(kernel[4:]))).transpose(2, 3)
+        return cores[1].reshape(first), left.reshape(second)
+
+    def cores(self, factors: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> list[Tensor]:
+        """Return left and right."""
+        return [factors[1].flatten(3).transpose(2, 3).flatten(1, 2), factors[0].flatten(2)]

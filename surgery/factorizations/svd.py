@@ -12,6 +12,8 @@ no padding, so a bias on it is exact. The channel form of Zhang et al. 2015 (arX
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from surgery.errors import Refusal
@@ -38,9 +40,13 @@ class Svd(Factorization):
         """Return ("rank",)."""
         return ("rank",)
 
-    def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
+    def tensor(self, kernel: Tensor) -> Tensor:
         """Return (g, O, I K)."""
-        return (kernel.flatten(2),)
+        return kernel.flatten(2)
+
+    def matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Return (g, O, I K)."""
+        return (tensor,)
 
     def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
         """Return (g, r, I, *k) and (g, O, r, 1...)."""
@@ -51,9 +57,24 @@ class Svd(Factorization):
         """Return the whole geometry, then none."""
         return geometry, Geometry.pointwise(geometry.dims)
 
-    def solve(self, kernel: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, ...]:
-        """Return the factors of the truncated SVD."""
+    def fit(self, tensor: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, Tensor]:
+        """Return left (batch, m, r) and right (batch, r, n) of the truncated SVD."""
         low_rank = reference.low_rank if solver == "tensorly" else gram.low_rank
-        left, right = low_rank(kernel.flatten(2), ranks[0])
-        first, second = self.shapes(tuple(kernel.shape), ranks)
-        return right.reshape(first), left.reshape(second)
+        return low_rank(tensor, ranks[0])
+
+    def expand(self, cores: Sequence[Tensor]) -> Tensor:
+        """Return left @ right."""
+        return cores[0] @ cores[1]
+
+    def axes(self, cores: Sequence[Tensor]) -> tuple[int | None, ...]:
+        """Return the rows of left and the columns of right."""
+        return 1, 2
+
+    def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
+        """Return right and left as kernels."""
+        first, second = self.shapes(kernel, ranks)
+        return cores[1].reshape(first), cores[0].reshape(second)
+
+    def cores(self, factors: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> list[Tensor]:
+        """Return left and right."""
+        return [factors[1].flatten(2), factors[0].flatten(2)]

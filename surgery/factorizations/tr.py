@@ -31,7 +31,7 @@ from surgery.factorizations.kernels import refuse_channels
 from surgery.factorizations.tt import balanced, refuse_prime
 from surgery.operators import Conv, Geometry, Linear, Operator, Shape
 from surgery.solvers import reference
-from surgery.solvers.ring import tensor_ring
+from surgery.solvers.ring import ring_tensor, tensor_ring
 from surgery.steps import Flatten, Step, Transpose, Unflatten
 
 __all__ = ["Tr"]
@@ -52,15 +52,21 @@ class Tr(Factorization):
         """Return ("ring", "out", "in"), or ("ring", "in", "mid", "out") for linear layers."""
         return ("ring", "in", "mid", "out") if len(kernel) == 3 else ("ring", "out", "in")
 
-    def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
+    def tensor(self, kernel: Tensor) -> Tensor:
+        """Return W (g, O, I, *k) as (g, O, K, I), and W ((p q), (a b)) as (1, b, a, p, q)."""
+        if kernel.dim() > 3:
+            return kernel.flatten(3).transpose(2, 3)
+        split = kernel.unflatten(2, balanced(kernel.shape[2])).unflatten(1, balanced(kernel.shape[1]))
+        return split.permute(0, 4, 3, 1, 2)
+
+    def matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Return one matrix for each mode against all others: a ring's rank there is at most that of its two bonds."""
-        tensor = _tensor(kernel)
         return tuple(tensor.movedim(k, 1).flatten(2) for k in range(1, tensor.dim()))
 
     def max_ranks(self, operator: Operator) -> Ranks:
         """Return (n, s, r) or (t, u, v, w) at which TR-SVD is exact."""
         meta = torch.empty(operator.kernel.shape, device="meta")
-        return _exact(tuple(_tensor(meta).shape[1:]))[1]
+        return _exact(tuple(self.tensor(meta).shape[1:]))[1]
 
     def settle(self, counts: Ranks, full: Ranks) -> Ranks:
         """Return the cheapest ranks for which TR-SVD of a tensor whose modes have these sizes is exact."""
@@ -94,18 +100,41 @@ class Tr(Factorization):
         pointwise = Geometry.pointwise(geometry.dims)
         return pointwise, middle, pointwise
 
-    def solve(self, kernel: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, ...]:
+    def fit(self, tensor: Tensor, ranks: Ranks, solver: str) -> Sequence[Tensor]:
+        """Return the cores (g, before, n, after) of the ring."""
+        return _reference(tensor, ranks) if solver == "tensorly" else tensor_ring(tensor, ranks)
+
+    def expand(self, cores: Sequence[Tensor]) -> Tensor:
+        """Return the tensor of the ring."""
+        return ring_tensor(cores)
+
+    def axes(self, cores: Sequence[Tensor]) -> tuple[int | None, ...]:
+        """Return the middle axes."""
+        return (2,) * len(cores)
+
+    def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
         """Return the cores as kernels."""
-        tensor = _tensor(kernel)
-        cores = _reference(tensor, ranks) if solver == "tensorly" else tensor_ring(tensor, ranks)
-        if kernel.dim() == 3:
+        if len(kernel) == 3:
             b, a, p, q = cores
             parts = [b.transpose(2, 3), a.permute(0, 3, 2, 1), p.permute(0, 2, 3, 1), q.permute(0, 2, 3, 1)]
         else:
             out, middle, columns = cores
             parts = [columns.transpose(2, 3), middle.transpose(2, 3), out.permute(0, 2, 3, 1)]
-        shapes = self.shapes(tuple(kernel.shape), ranks)
-        return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+        return tuple(part.reshape(shape) for part, shape in zip(parts, self.shapes(kernel, ranks), strict=True))
+
+    def cores(self, factors: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> list[Tensor]:
+        """Return the cores of the ring."""
+        if len(kernel) == 3:
+            (a, b), (p, q), (t, u, v, w) = balanced(kernel[2]), balanced(kernel[1]), ranks
+            shapes = (1, t, u, b), (1, v, a, u), (1, p, w, v), (1, q, t, w)
+            orders = (0, 1, 3, 2), (0, 3, 2, 1), (0, 3, 1, 2), (0, 3, 1, 2)
+            rows = zip(factors, shapes, orders, strict=True)
+            return [factor.reshape(shape).permute(order) for factor, shape, order in rows]
+        groups, out, columns = kernel[:3]
+        (n, s, r), (first, middle, last) = ranks, factors
+        ring = [first.reshape(groups, r, n, columns), middle.reshape(groups, s, r, -1)]
+        ends = [core.transpose(2, 3) for core in ring]
+        return [last.reshape(groups, out, s, n).permute(0, 3, 1, 2), ends[1], ends[0]]
 
     def linear_steps(self, operator: Linear, factors: Sequence[Tensor]) -> tuple[Step, ...]:
         """Return the four linear layers with the reshapes around them."""
@@ -127,14 +156,6 @@ class Tr(Factorization):
 
 def _inner(n: int) -> Shape:
     return (1,) if n > 1 else ()
-
-
-def _tensor(kernel: Tensor) -> Tensor:
-    """Return W (g, O, I, *k) as (g, O, K, I), and W ((p q), (a b)) as (1, b, a, p, q)."""
-    if kernel.dim() > 3:
-        return kernel.flatten(3).transpose(2, 3)
-    split = kernel.unflatten(2, balanced(kernel.shape[2])).unflatten(1, balanced(kernel.shape[1]))
-    return split.permute(0, 4, 3, 1, 2)
 
 
 def _turn(row: Shape, by: int) -> Shape:

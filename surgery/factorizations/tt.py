@@ -29,7 +29,7 @@ from surgery.factorizations.base import Factorization, Ranks
 from surgery.factorizations.kernels import along_each, only, refuse_channels, spatial_dims
 from surgery.operators import Geometry, Linear, Operator, Shape
 from surgery.solvers import gram, reference
-from surgery.solvers.train import tensor_train
+from surgery.solvers.train import tensor_train, train_tensor
 from surgery.steps import Flatten, Step, Transpose, Unflatten
 
 __all__ = ["Tt", "balanced", "refuse_prime"]
@@ -51,11 +51,16 @@ class Tt(Factorization):
         inner = len(spatial_dims(kernel)) - 1
         return ("in", *(["mid"] if inner == 1 else [f"mid{k + 1}" for k in range(inner)]), "out")
 
-    def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
-        """Return (g, I, a b O), (g, I a, b O), (g, I a b, O); for linear layers (1, p b, q a)."""
+    def tensor(self, kernel: Tensor) -> Tensor:
+        """Return (g, I, a, b, O), of the dimensions that extend; W ((p q), (a b)) as (1, p b, q a)."""
         if kernel.dim() == 3:
-            return (_permuted(kernel),)
-        tensor = _tensor(kernel)
+            split = kernel.unflatten(2, balanced(kernel.shape[2])).unflatten(1, balanced(kernel.shape[1]))
+            return split.permute(0, 1, 4, 2, 3).flatten(3).flatten(1, 2)
+        extents = [kernel.shape[3 + dim] for dim in spatial_dims(tuple(kernel.shape))]
+        return kernel.reshape(*kernel.shape[:3], *extents).movedim(1, -1)
+
+    def matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Return (g, I, a b O), (g, I a, b O), (g, I a b, O); for linear layers (1, p b, q a)."""
         return tuple(tensor.flatten(1, k).flatten(2) for k in range(1, tensor.dim() - 1))
 
     def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
@@ -81,11 +86,30 @@ class Tt(Factorization):
         reduce, expand = _needs(kernel, ranks)
         return *[pointwise] * reduce, *along_each(geometry, kernel), *[pointwise] * expand
 
-    def solve(self, kernel: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, ...]:
+    def fit(self, tensor: Tensor, ranks: Ranks, solver: str) -> Sequence[Tensor]:
+        """Return the cores (g, before, n, after) of the train; for linear layers left and right."""
+        if tensor.dim() == 3:
+            low_rank = reference.low_rank if solver == "tensorly" else gram.low_rank
+            return low_rank(tensor, ranks[0])
+        train = reference.tensor_train if solver == "tensorly" else tensor_train
+        return train(tensor, ranks)
+
+    def expand(self, cores: Sequence[Tensor]) -> Tensor:
+        """Return the tensor of the train, or left @ right."""
+        return cores[0] @ cores[1] if len(cores) == 2 else train_tensor(cores)
+
+    def axes(self, cores: Sequence[Tensor]) -> tuple[int | None, ...]:
+        """Return the middle axes; of left and right the rows and the columns."""
+        return (1, 2) if len(cores) == 2 else (2,) * len(cores)
+
+    def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
         """Return the cores as kernels; a full end goes into its neighbour."""
-        parts = _solve_linear(kernel, ranks[0], solver) if kernel.dim() == 3 else _solve_conv(kernel, ranks, solver)
-        shapes = self.shapes(tuple(kernel.shape), ranks)
-        return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+        parts = _linear_factors(cores, kernel) if len(cores) == 2 else _conv_factors(cores, kernel, ranks)
+        return tuple(part.reshape(shape) for part, shape in zip(parts, self.shapes(kernel, ranks), strict=True))
+
+    def cores(self, factors: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> list[Tensor]:
+        """Return the cores of the train, with unit matrices for ends that are not there; or left and right."""
+        return _linear_cores(factors, kernel) if len(kernel) == 3 else _conv_cores(factors, kernel, ranks)
 
     def linear_steps(self, operator: Linear, factors: Sequence[Tensor]) -> tuple[Step, ...]:
         """Return the two linear layers with the reshapes around them."""
@@ -121,17 +145,10 @@ def _needs(kernel: Shape, ranks: Ranks) -> tuple[bool, bool]:
     return not full_in or both, not full_out or both
 
 
-def _tensor(kernel: Tensor) -> Tensor:
-    """Return the kernel as (g, I, a, b, O), of the dimensions that extend."""
-    extents = [kernel.shape[3 + dim] for dim in spatial_dims(tuple(kernel.shape))]
-    return kernel.reshape(*kernel.shape[:3], *extents).movedim(1, -1)
-
-
-def _solve_conv(kernel: Tensor, ranks: Ranks, solver: str) -> list[Tensor]:
+def _conv_factors(cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> list[Tensor]:
     """Return the cores as (g, after, before, extent); a 1x1 that is not needed is multiplied into its neighbour."""
-    train = reference.tensor_train if solver == "tensorly" else tensor_train
-    first, *middle, last = train(_tensor(kernel), ranks)
-    reduce, expand = _needs(tuple(kernel.shape), ranks)
+    first, *middle, last = cores
+    reduce, expand = _needs(kernel, ranks)
     if not reduce:
         middle[0] = torch.einsum("gir,grns->gins", first[:, 0], middle[0])
     if not expand:
@@ -139,15 +156,24 @@ def _solve_conv(kernel: Tensor, ranks: Ranks, solver: str) -> list[Tensor]:
     return [first[:, 0].mT] * reduce + [core.movedim(3, 1) for core in middle] + [last[..., 0].mT] * expand
 
 
-def _permuted(kernel: Tensor) -> Tensor:
-    """Return W ((p q), (a b)) as (1, p b, q a)."""
-    split = kernel.unflatten(2, balanced(kernel.shape[2])).unflatten(1, balanced(kernel.shape[1]))
-    return split.permute(0, 1, 4, 2, 3).flatten(3).flatten(1, 2)
+def _conv_cores(factors: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> list[Tensor]:
+    reduce, expand = _needs(kernel, ranks)
+    groups, out, columns = kernel[:3]
+    ends = [torch.eye(size).to(factors[0]).expand(groups, -1, -1) for size in (columns, out)]
+    middle = factors[int(reduce) : len(factors) - int(expand)]
+    first = factors[0].flatten(2).mT if reduce else ends[0]
+    last = factors[-1].flatten(2).mT if expand else ends[1]
+    return [first.unsqueeze(1), *(part.flatten(3).movedim(1, 3) for part in middle), last.unsqueeze(3)]
 
 
-def _solve_linear(kernel: Tensor, rank: int, solver: str) -> list[Tensor]:
+def _linear_factors(cores: Sequence[Tensor], kernel: Shape) -> list[Tensor]:
     """Return G1 as (1, p, r, b) and G2 as (1, q, a, r)."""
-    low_rank = reference.low_rank if solver == "tensorly" else gram.low_rank
-    left, right = low_rank(_permuted(kernel), rank)
-    (a, b), (p, q) = balanced(kernel.shape[2]), balanced(kernel.shape[1])
-    return [left.view(1, p, b, rank).transpose(2, 3), right.mT.reshape(1, q, a, rank)]
+    left, right = cores
+    (a, b), (p, q) = balanced(kernel[2]), balanced(kernel[1])
+    return [left.unflatten(1, (p, b)).transpose(2, 3), right.mT.unflatten(1, (q, a))]
+
+
+def _linear_cores(factors: Sequence[Tensor], kernel: Shape) -> list[Tensor]:
+    (a, b), (p, q) = balanced(kernel[2]), balanced(kernel[1])
+    left = factors[0].reshape(1, p, -1, b).transpose(2, 3).flatten(1, 2)
+    return [left, factors[1].reshape(1, q * a, -1).mT]

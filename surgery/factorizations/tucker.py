@@ -11,6 +11,8 @@ and in the form that ends with the core the bias is where the original had it. K
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,9 +39,13 @@ class Tucker(Factorization):
         """Return ("out", "in")."""
         return ("out", "in")
 
-    def unfoldings(self, kernel: Tensor) -> tuple[Tensor, ...]:
+    def tensor(self, kernel: Tensor) -> Tensor:
+        """Return (g, O, I, K)."""
+        return kernel.flatten(3)
+
+    def matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Return (g, O, I K) and (g, I, O K)."""
-        return kernel.flatten(2), kernel.transpose(1, 2).flatten(2)
+        return tensor.flatten(2), tensor.transpose(1, 2).flatten(2)
 
     def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
         """Return the shapes of the reducing 1x1, the core and the expanding 1x1, without those that are not needed."""
@@ -60,19 +66,38 @@ class Tucker(Factorization):
         pointwise = Geometry.pointwise(geometry.dims)
         return (pointwise,) * reduce + (geometry,) + (pointwise,) * expand
 
-    def solve(self, kernel: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, ...]:
-        """Return the needed ones of V^T, core and U."""
+    def fit(self, tensor: Tensor, ranks: Ranks, solver: str) -> Sequence[Tensor]:
+        """Return core (g, ro, ri, K), U (g, O, ro) and V (g, I, ri)."""
         rank_out, rank_in = ranks
         tucker2 = reference.tucker2 if solver == "tensorly" else hooi.tucker2
-        core, out_basis, in_basis = tucker2(kernel.flatten(3), (rank_out, rank_in))
-        reduce, expand = _needs(tuple(kernel.shape), ranks)
+        return tucker2(tensor, (rank_out, rank_in))
+
+    def expand(self, cores: Sequence[Tensor]) -> Tensor:
+        """Return core x_1 U x_2 V."""
+        return torch.einsum("grsk,gor,gis->goik", *cores)
+
+    def axes(self, cores: Sequence[Tensor]) -> tuple[int | None, ...]:
+        """Return the rows of U and V; the core has K, which stays as it is."""
+        return None, 1, 1
+
+    def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
+        """Return the needed ones of V^T, core and U; what is not needed goes into the core."""
+        core, out_basis, in_basis = cores
+        reduce, expand = _needs(kernel, ranks)
         if not expand:
             core = torch.einsum("gor,grik->goik", out_basis, core)
         if not reduce:
             core = torch.einsum("gis,grsk->grik", in_basis, core)
         parts = [in_basis.mT] * reduce + [core] + [out_basis] * expand
-        shapes = self.shapes(tuple(kernel.shape), ranks)
-        return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+        return tuple(part.reshape(shape) for part, shape in zip(parts, self.shapes(kernel, ranks), strict=True))
+
+    def cores(self, factors: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> list[Tensor]:
+        """Return core, U and V, of which those that are not there are unit matrices."""
+        reduce, expand = _needs(kernel, ranks)
+        core = factors[int(reduce)].flatten(3)
+        eyes = [torch.eye(size).to(core).expand(len(core), -1, -1) for size in kernel[1:3]]
+        out_basis = factors[-1].flatten(2) if expand else eyes[0]
+        return [core, out_basis, factors[0].flatten(2).mT if reduce else eyes[1]]
 
 
 def _needs(kernel: Shape, ranks: Ranks) -> tuple[bool, bool]:

@@ -9,13 +9,15 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from surgery.errors import InputError
+from surgery.graphs.chains import ChainSpot
 from surgery.graphs.exported import ProgramKind
 from surgery.graphs.graph_module import GraphModuleKind
-from surgery.graphs.kind import Found, GraphKind, Run
+from surgery.graphs.kind import Found, GraphKind
 from surgery.graphs.module import ModuleKind
+from surgery.graphs.runs import Run
 from surgery.graphs.view import Call, Spot
 
-__all__ = ["Call", "Found", "GraphKind", "Model", "Run", "Spot", "open_graph"]
+__all__ = ["Call", "ChainSpot", "Found", "GraphKind", "Model", "Run", "Spot", "open_graph"]
 
 Model = nn.Module | GraphModule | ExportedProgram
 

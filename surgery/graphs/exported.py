@@ -22,8 +22,8 @@ from torch.fx import Graph, GraphModule, Node
 from surgery.chain import Chain
 from surgery.errors import CheckError, InputError
 from surgery.graphs.functional_edit import FunctionalKind, read_record, write_record
-from surgery.graphs.kind import Run
 from surgery.graphs.packed import pack, unpack
+from surgery.graphs.runs import Run
 from surgery.graphs.view import Spot, View, identity
 from surgery.operators import Shape
 
@@ -196,7 +196,7 @@ class ProgramKind(FunctionalKind):
         signature = ExportGraphSignature(inputs, copy.deepcopy(old.graph_signature.output_specs))
         for before, after in self._renamed:
             signature.replace_all_uses(before, after)
-        calls = [_rename_entry(entry, dict(self._renamed)) for entry in old.module_call_graph]
+        calls = [_rename_entry(entry, _final_names(self._renamed)) for entry in old.module_call_graph]
         self._module.meta.update(old.graph_module.meta)
         write_record(self._module, self.record)
         return ExportedProgram(
@@ -218,6 +218,14 @@ def _copy_graph(graph: Graph) -> Graph:
     for old, new in zip(graph.nodes, copied.nodes, strict=True):
         new.name = old.name
     return copied
+
+
+def _final_names(renamed: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return the last name of each node that was replaced; what took its place may have been replaced as well."""
+    names: dict[str, str] = {}
+    for before, after in reversed(renamed):
+        names[before] = names.get(after, after)
+    return names
 
 
 def _rename_entry(entry: ModuleCallEntry, names: dict[str, str]) -> ModuleCallEntry:

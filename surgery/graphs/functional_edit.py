@@ -7,6 +7,7 @@ graphs. The factors of site P are named P.0.weight, P.1.weight, ...; the bias P.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from surgery.chain import Chain
+from surgery.graphs.chains import ChainSpot, Origin
 from surgery.graphs.functional import Parts, is_aten, read_call, stored_weight, transposed_source, write_call
 from surgery.graphs.items import Item, LinkCall, SumCall, all_calls
-from surgery.graphs.kind import GraphKind, Run
+from surgery.graphs.kind import GraphKind
 from surgery.graphs.links import write_link
 from surgery.graphs.module_edit import Shared
+from surgery.graphs.runs import Run
 from surgery.graphs.view import Call, Spot, View, identity
 from surgery.operators import Operator
 from surgery.steps import Branches, Shift, Step
@@ -75,6 +78,32 @@ class FunctionalKind(GraphKind):
         """The sites that decompose has factored, by the record."""
         return frozenset(self.record)
 
+    @property
+    def origins(self) -> Mapping[str, Origin]:
+        """The factorization and the ranks of each site in the record."""
+        origins = {site: _origin(entry) for site, entry in self.record.items()}
+        return {site: origin for site, origin in origins.items() if origin is not None}
+
+    def note(self, site: str, chain: Chain, **entry: Any) -> None:
+        """Record that a site is factored, and what its weight was called."""
+        if chain.origin is not None:
+            entry |= {"factorization": chain.origin[0], "rank": list(chain.origin[1])}
+        self.record[site] = entry
+
+    def reopen(self, spots: Sequence[ChainSpot]) -> dict[str, Spot]:
+        """Put an operator without numbers where each chain stands, and return the spots for splicing, by name."""
+        if not spots:
+            return {}
+        names = {spot.site.name: self.record[spot.site.name]["weight"] for spot in spots}
+        for spot in spots:
+            self.put_back(spot.run)
+        self.view = self.look()
+        calls: dict[tuple[Any, ...], list[Call]] = defaultdict(list)
+        for call in self.view.calls:
+            calls[identity(self.view.parameters[call.weight])].append(call)
+        found = {spot.site.name: tuple(calls[identity(self.view.parameters[names[spot.site.name]])]) for spot in spots}
+        return {spot.site.name: Spot(spot.site, found[spot.site.name]) for spot in spots}
+
     @abstractmethod
     def look(self) -> View:
         """Return a view of the graph as it is now."""
@@ -117,7 +146,7 @@ class FunctionalKind(GraphKind):
         first = spot.calls[0]
         old = self.view.parameters[first.weight]
         for site, name in zip(sites, self.view.names[identity(old)], strict=True):
-            self.record[site] = {"weight": name, "stored": first.stored}
+            self.note(site, chain, weight=name, stored=first.stored)
             self.drop_parameter(name)
         for place, part in chain.places:
             if isinstance(part, Operator):
@@ -300,6 +329,14 @@ class FunctionalKind(GraphKind):
     @abstractmethod
     def is_dropped(self, node: Node) -> bool:
         """Whether the node provides a parameter that has been dropped."""
+
+
+def _origin(entry: Any) -> Origin | None:
+    """Return what a record says of a chain's making; files may say anything there."""
+    name, rank = (entry.get("factorization"), entry.get("rank")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(rank, list):
+        return None
+    return (name, tuple(rank)) if all(isinstance(r, int) and r > 0 for r in rank) else None
 
 
 def _through_transpose(user: Node, node: Node) -> list[Node]:

@@ -22,9 +22,9 @@ from surgery.graphs.functional_edit import (
     write_record,
 )
 from surgery.graphs.items import Item
-from surgery.graphs.kind import Run
 from surgery.graphs.module_edit import fuse_modules, is_whole_sequential, refuse_outside, splice_modules
 from surgery.graphs.packed import pack, unpack
+from surgery.graphs.runs import Run
 from surgery.graphs.shapes import lazy_shapes
 from surgery.graphs.view import Spot, View
 from surgery.steps import Branches, Step
@@ -68,7 +68,8 @@ class GraphModuleKind(FunctionalKind):
             self.splice_functions(spot, chain)
             return
         splice_modules(self._root, spot, chain, self.shared)
-        self.record |= {name: {"weight": f"{name}.weight"} for name in (spot.site.name, *spot.site.aliases)}
+        for name in (spot.site.name, *spot.site.aliases):
+            self.note(name, chain, weight=f"{name}.weight")
         for call in spot.calls:
             node = current_source(call)
             for i, step in enumerate(chain.steps):

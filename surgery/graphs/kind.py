@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,13 +16,14 @@ from torch.fx import Node
 
 from surgery.chain import Chain
 from surgery.errors import Refusal
+from surgery.graphs.chains import ChainSpot, Origin, find_chains
 from surgery.graphs.items import Item, all_calls
-from surgery.graphs.runs import Part, find_parts, sites_of
-from surgery.graphs.view import Call, Spot, View, identity
+from surgery.graphs.runs import Part, Run, find_parts, sites_of
+from surgery.graphs.view import Spot, View, identity
 from surgery.operators import Conv, Operator, Shape
 from surgery.sites import Skip, Totals
 
-__all__ = ["Found", "GraphKind", "Run"]
+__all__ = ["Found", "GraphKind"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,24 +33,6 @@ class Found:
     spots: tuple[Spot, ...]
     skips: tuple[Skip, ...]
     totals: Totals
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """Items in a row that are provably one operator, and its twins: the other rows over the same weights.
-
-    ``operators`` are the composed operators of the row and of its twins: one weight, each with its own bias.
-    ``sites`` are the names that the one operator gets, one for each alias of a tied weight.
-    """
-
-    sites: tuple[str, ...]
-    rows: tuple[tuple[Item, ...], ...]
-    operators: tuple[Operator, ...]
-
-    @property
-    def calls(self) -> tuple[tuple[Call, ...], ...]:
-        """The calls of each row."""
-        return tuple(tuple(all_calls(items)) for items in self.rows)
 
 
 class GraphKind(ABC):
@@ -72,11 +55,25 @@ class GraphKind(ABC):
         """Check the changed model and return it."""
 
     def find(self) -> Found:
-        """Return all sites and skips, and the totals of the model."""
+        """Return all sites and skips, and the totals of the model; chains whose making is known are sites too."""
         spots, skips = self.view.spots(self.shape)
+        chains = find_chains(self.view, self.origins, self.shape)
+        inside = {call.node for chain in chains for row in chain.run.calls for call in row}
+        if chains:
+            others = [spot for spot in spots if not {call.node for call in spot.calls} & inside]
+            spots = sorted([*chains, *others], key=lambda spot: spot.first)
         unique = {identity(p): p.numel() for p in self.view.parameters.values()}
         macs = sum(spot.site.macs for spot in spots) + sum(skip.macs for skip in skips)
         return Found(tuple(spots), tuple(skips), Totals(sum(unique.values()), macs))
+
+    @property
+    def origins(self) -> Mapping[str, Origin]:
+        """The factorization and the ranks of each site that decompose has factored, where that is known."""
+        return {}
+
+    @abstractmethod
+    def reopen(self, spots: Sequence[ChainSpot]) -> dict[str, Spot]:
+        """Put an operator without numbers where each chain stands, and return the spots for splicing, by name."""
 
     @property
     def recorded(self) -> frozenset[str]:

@@ -19,12 +19,14 @@ from torch.fx import Node
 from surgery.chain import Chain
 from surgery.errors import InputError, Refusal
 from surgery.graphs.attention import pack_all, unpack_all
+from surgery.graphs.chains import ChainSpot, Origin
 from surgery.graphs.exported import program_shapes, program_view
 from surgery.graphs.items import Item
-from surgery.graphs.kind import GraphKind, Run
+from surgery.graphs.kind import GraphKind
 from surgery.graphs.links import is_link_module
 from surgery.graphs.module_edit import (
     FACTORED,
+    ORIGIN,
     Shared,
     fuse_modules,
     is_whole_sequential,
@@ -32,6 +34,7 @@ from surgery.graphs.module_edit import (
     splice_modules,
 )
 from surgery.graphs.modules import is_operator_module, read_module
+from surgery.graphs.runs import Run
 from surgery.graphs.shapes import lazy_shapes
 from surgery.graphs.trace import export_program, trace_module
 from surgery.graphs.view import Call, Spot, View, site_name
@@ -134,6 +137,19 @@ class ModuleKind(GraphKind):
         """The sites that decompose has factored, by the mark on what stands there."""
         modules = self._root.named_modules(remove_duplicate=False)
         return frozenset(name for name, module in modules if hasattr(module, FACTORED))
+
+    @property
+    def origins(self) -> Mapping[str, Origin]:
+        """The factorization and the ranks of each factored site, by the mark on what stands there."""
+        modules = self._root.named_modules(remove_duplicate=False)
+        marks = ((name, getattr(module, ORIGIN, None)) for name, module in modules)
+        return {name: origin for name, origin in marks if origin is not None}
+
+    def reopen(self, spots: Sequence[ChainSpot]) -> dict[str, Spot]:
+        """Put an operator without numbers where each chain stands, and return the spots for splicing, by name."""
+        for spot in spots:
+            self.put_back(spot.run)
+        return {spot.site.name: Spot(spot.site, ()) for spot in spots}
 
     def finish(self) -> nn.Module:
         """Return the changed model, with the packed attention of what has not changed."""

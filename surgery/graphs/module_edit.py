@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from surgery.chain import Chain
 from surgery.errors import Refusal
 from surgery.graphs.items import Item, all_calls
-from surgery.graphs.kind import Run
 from surgery.graphs.modules import build_module, build_sequential, carry_hooks, is_operator_module, replace_module
+from surgery.graphs.runs import Run
 from surgery.graphs.view import Call, Spot
 from surgery.operators import Operator
 
-__all__ = ["FACTORED", "Shared", "fuse_modules", "is_whole_sequential", "refuse_outside", "splice_modules"]
+__all__ = ["FACTORED", "ORIGIN", "Shared", "fuse_modules", "is_whole_sequential", "refuse_outside", "splice_modules"]
 
 
+ORIGIN = "surgery_origin"  # set beside it: the factorization and its ranks
 FACTORED = "surgery_factored"  # set on the nn.Sequential that stands for a factored module: the class of that module
 
 
@@ -37,6 +38,7 @@ def splice_modules(root: nn.Module, spot: Spot, chain: Chain, shared: Shared) ->
             bias = module._parameters.get("bias")
             new = build_sequential(chain.with_bias(bias), module)
             setattr(new, FACTORED, type(module))
+            setattr(new, ORIGIN, chain.origin)
             if made:
                 _share_weights(next(iter(made.values())), new)
             else:

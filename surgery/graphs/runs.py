@@ -12,7 +12,7 @@ from surgery.graphs.view import Call, View, identity, site_name
 from surgery.operators import Conv, Operator
 from surgery.sites import Skip
 
-__all__ = ["Part", "container", "find_parts", "sites_of"]
+__all__ = ["Part", "Run", "container", "find_parts", "find_segments", "sites_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +23,24 @@ class Part:
     operator: Operator
 
 
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Items in a row that are provably one operator, and its twins: the other rows over the same weights.
+
+    ``operators`` are the composed operators of the row and of its twins: one weight, each with its own bias.
+    ``sites`` are the names that the one operator gets, one for each alias of a tied weight.
+    """
+
+    sites: tuple[str, ...]
+    rows: tuple[tuple[Item, ...], ...]
+    operators: tuple[Operator, ...]
+
+    @property
+    def calls(self) -> tuple[tuple[Call, ...], ...]:
+        """The calls of each row."""
+        return tuple(tuple(all_calls(items)) for items in self.rows)
+
+
 def find_parts(view: View, recorded: Collection[str], *, everything: bool) -> tuple[list[Part], list[Skip]]:
     """Return the parts of all runs that compose, and why others that look like it do not.
 
@@ -30,7 +48,7 @@ def find_parts(view: View, recorded: Collection[str], *, everything: bool) -> tu
     """
     parts: list[Part] = []
     skips: list[Skip] = []
-    for segment in (s for run in find_runs(view) for s in _segments(view, run)):
+    for segment in find_segments(view):
         if recorded and not everything and not set(sites_of(view, segment)) & set(recorded):
             place = " -> ".join(site_name(call.weight) for call in all_calls(segment))
             skips.append(Skip(place, "chain", "the original model had it (--all fuses it as well)"))
@@ -39,6 +57,11 @@ def find_parts(view: View, recorded: Collection[str], *, everything: bool) -> tu
         parts += found
         skips += refusals
     return parts, skips
+
+
+def find_segments(view: View) -> list[list[Item]]:
+    """Return all runs, cut at the borders of factored sites."""
+    return [segment for run in find_runs(view) for segment in _segments(view, run)]
 
 
 def sites_of(view: View, items: Sequence[Item]) -> tuple[str, ...]:

@@ -102,6 +102,11 @@ class Spot:
     site: Site
     calls: tuple[Call, ...]
 
+    @property
+    def first(self) -> Node:
+        """The first node with its weight."""
+        return self.calls[0].node
+
 
 @dataclass(frozen=True, eq=False)
 class View:

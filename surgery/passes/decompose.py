@@ -8,20 +8,19 @@ from typing import Any, TypeAlias
 
 from torch.export import ExportedProgram
 
-from surgery.chain import Chain, relative_error
+from surgery.chain import Chain
 from surgery.cost.latency import Latencies, channel_multiple
-from surgery.errors import CheckError, InputError, Refusal
-from surgery.factorizations import SOLVERS, Factorization, named
-from surgery.graphs import Found, GraphKind, Model, open_graph
+from surgery.errors import CheckError, InputError
+from surgery.factorizations import named
+from surgery.graphs import ChainSpot, Found, GraphKind, Model, open_graph
 from surgery.inputs import normalise_inputs
-from surgery.joint import JointSite, form, split
+from surgery.joint import form
+from surgery.passes.factoring import Made, factor_site, split_chain
 from surgery.passes.results import Change, DecomposeResult
 from surgery.plans import Decision, Plan
 from surgery.ranks import complete_plan, make_plan
-from surgery.ranks.candidates import Candidate
 from surgery.ranks.joining import check_groups, join, joint_groups
-from surgery.sites import Site, Skip, Totals, describe, select
-from surgery.text import rank_text
+from surgery.sites import FactoredSite, Site, Skip, Totals, select
 
 __all__ = ["Change", "DecomposeResult", "Progress", "RankSpec", "decompose", "find_sites", "plan", "preview"]
 
@@ -126,19 +125,18 @@ def decompose(
     rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, progress or _silent, joint)
     graph, found, plan = _prepare(model, example_inputs, plan, rules, copies=not inplace, inplace=inplace)
     spots = {spot.site.name: spot for spot in found.spots}
-    chains: dict[str, Chain] = {}
-    changes: dict[str, Change] = {}
+    made: dict[str, Made] = {}
     work = join([spot.site for spot in found.spots if not plan[spot.site.name].dense], joint_groups(plan))
     for done, unit in enumerate(work):
         rules.progress("factor", done, len(work))
-        made, plan = _factor(unit, plan, solver)
-        for site, chain in zip(unit.members, made, strict=True):
-            chains[site.name] = chain
-            changes[site.name] = _change(site, plan[site.name], _error(site, chain))
-    for name, chain in chains.items():
-        graph.splice(spots[name], chain)
+        found_chains, plan = factor_site(unit, plan, solver)
+        made |= {m.site.name: m for m in found_chains}
+    spots |= graph.reopen([spot for spot in found.spots if isinstance(spot, ChainSpot) and spot.site.name in made])
+    for name, m in made.items():
+        graph.splice(spots[name], m.chain)
     rules.progress("factor", len(work), len(work))
-    return _result(graph.finish(), plan, [changes[name] for name in spots if name in changes], found)
+    changes = [_change(made[name].site, plan[name], made[name].error) for name in spots if name in made]
+    return _result(graph.finish(), plan, changes, found)
 
 
 @dataclass(frozen=True)
@@ -192,6 +190,8 @@ def _groups(found: Found, joint: Joint) -> Sequence[Sequence[str]]:
             raise InputError(f"joint={joint!r}", allowed='"inputs", or groups of site names')
         groups: dict[tuple[object, ...], list[str]] = {}
         for spot in found.spots:
+            if isinstance(spot.site, FactoredSite):
+                continue
             key = (tuple(call.source for call in spot.calls), form(spot.site.operator))
             groups.setdefault(key, []).append(spot.site.name)
         return [names for names in groups.values() if len(names) > 1]
@@ -216,14 +216,7 @@ def _skeletons(unit: Site, decision: Decision) -> tuple[Chain, ...]:
     """Return the chain of each member of a site, without numbers."""
     if decision.factorization is None or decision.rank is None:
         raise CheckError(f"the plan has no factorization for {unit.name}")
-    return _split(named(decision.factorization).skeleton(unit.operator, decision.rank), unit)
-
-
-def _split(chain: Chain, unit: Site) -> tuple[Chain, ...]:
-    chains = split(chain, unit.members) if isinstance(unit, JointSite) else (chain,)
-    if isinstance(chains, Refusal):
-        raise CheckError(f"the joint sites of {unit.name} cannot share factors: {chains.reason}")
-    return chains
+    return split_chain(named(decision.factorization).skeleton(unit.operator, decision.rank), unit)
 
 
 def _narrow(plan: Plan, left_out: Mapping[str, str | None]) -> Plan:
@@ -233,49 +226,12 @@ def _narrow(plan: Plan, left_out: Mapping[str, str | None]) -> Plan:
     return plan
 
 
-def _factor(unit: Site, plan: Plan, solver: str) -> tuple[tuple[Chain, ...], Plan]:
-    """Return the chain of each member of a site, and the plan as it was carried out."""
-    decision = plan[unit.name]
-    if decision.factorization is None or decision.rank is None:
-        raise CheckError(f"the plan has no factorization for {unit.name}")
-    method = named(decision.factorization)
-    chain = method.factor(unit.operator, decision.rank, solver=_known(solver, method))
-    if isinstance(chain, Refusal):
-        return _factor(unit, _fallback(unit, plan, chain), "auto")
-    return _split(chain, unit), plan
-
-
-def _error(site: Site, chain: Chain) -> float:
-    composed = chain.compose()
-    if isinstance(composed, Refusal):
-        raise CheckError(f"the chain of {site.name} is not one operator: {composed.reason}")
-    return relative_error(composed.weight, site.operator.weight)
-
-
-def _known(solver: str, method: Factorization) -> str:
-    """Return the solver, or the method's own where it has none of this name and another method has."""
-    return solver if solver in method.solvers or solver not in SOLVERS else "auto"
-
-
-def _fallback(unit: Site, plan: Plan, refusal: Refusal) -> Plan:
-    """Return the plan with Tucker at the same ranks for a site whose planned method found no good factors."""
-    tucker, decision = named("tucker"), plan[unit.name]
-    ranks = tuple(min(max(decision.rank or (1,)), limit) for limit in tucker.max_ranks(unit.operator))
-    reason = f"{decision.factorization} {rank_text(decision.rank)}: {refusal.reason}; tucker took its place"
-    costs = Candidate(unit, tucker).costs(ranks)
-    for site, cost in zip(unit.members, costs, strict=True):
-        changed = replace(plan[site.name], factorization=tucker.name, rank=ranks, reason=reason, error=None)
-        costed = replace(changed, parameters=cost.parameters, macs=cost.macs, dense_latency=None, latency=None)
-        plan = plan.replaced(costed)
-    return plan
-
-
 def _change(site: Site, decision: Decision, error: float) -> Change:
     if decision.factorization is None or decision.rank is None or decision.parameters is None or decision.macs is None:
         raise CheckError(f"the plan has no factorization for {site.name}")
     return Change(
         site=site.name,
-        operator=describe(site.operator),
+        operator=site.description,
         factorization=decision.factorization,
         rank=decision.rank,
         error=error,
@@ -293,7 +249,7 @@ def _change(site: Site, decision: Decision, error: float) -> Change:
 def _result(model: Model, plan: Plan, changes: Sequence[Change], found: Found) -> DecomposeResult:
     sites = {spot.site.name: spot.site for spot in found.spots}
     dense = [
-        Skip(d.site, describe(sites[d.site].operator), d.reason or "", sites[d.site].parameters, sites[d.site].macs)
+        Skip(d.site, sites[d.site].description, d.reason or "", sites[d.site].parameters, sites[d.site].macs)
         for d in plan
         if d.dense
     ]

@@ -12,6 +12,7 @@ from surgery.errors import InputError, Refusal
 from surgery.operators import Operator, Shape
 from surgery.ranks.candidates import Candidate, Choice, say_ranks
 from surgery.ranks.quality import SiteRule, energy_counts, vbmf_counts
+from surgery.sites import FactoredSite
 
 __all__ = ["AUTO_ENERGY", "Auto", "Comparison", "Latencies", "snap"]
 
@@ -58,6 +59,8 @@ class Auto(SiteRule):
 
     def choose(self, candidates: Sequence[Candidate]) -> Choice | Refusal:
         """Return the choice with the fewest MACs that is faster than dense; refuse if none is."""
+        if isinstance(candidates[0].site, FactoredSite):
+            return Refusal("it is factored already; give it ranks to cut it further")
         choices = [Choice(candidate, self.ranks(candidate)) for candidate in candidates]
         choices.sort(key=lambda choice: choice.order)
         cheaper = [choice for choice in choices if choice.saves("macs")]

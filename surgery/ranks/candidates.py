@@ -17,10 +17,11 @@ import torch
 
 from surgery.chain import Chain
 from surgery.errors import InputError, Refusal
-from surgery.factorizations import Factorization, Ranks, Spectrum, fitting
+from surgery.factorizations import Factorization, Ranks, Spectrum, fitting, named
+from surgery.factorizations.recut import chain_spectra
 from surgery.joint import JointSite, own_parameters, split
 from surgery.operators import Operator, Shape
-from surgery.sites import Site
+from surgery.sites import FactoredSite, Site
 
 __all__ = ["Candidate", "Choice", "Cost", "candidates_of", "say_ranks"]
 
@@ -43,12 +44,16 @@ class Candidate:
 
     @functools.cached_property
     def max_ranks(self) -> Ranks:
-        """The full rank of each unfolding."""
+        """The full rank of each unfolding; of a chain its own ranks."""
+        if isinstance(self.site, FactoredSite):
+            return self.site.made_by[1]
         return self.factorization.max_ranks(self.site.operator)
 
     @functools.cached_property
     def spectra(self) -> tuple[Spectrum, ...]:
         """The singular values of each unfolding: the expensive part."""
+        if isinstance(self.site, FactoredSite):
+            return chain_spectra(self.factorization, self.site.operator, self.site.chain)
         return self.factorization.spectra(self.site.operator)
 
     @functools.cached_property
@@ -167,6 +172,8 @@ def candidates_of(site: Site, factorization: str) -> list[Candidate] | Refusal:
     Raises:
         InputError: an unknown name, or a weight with values that are not finite.
     """
+    if isinstance(site, FactoredSite):
+        return _candidates_of_chain(site, factorization)
     weight = site.operator.weight.detach()
     if weight.numel() == 0:
         return Refusal("its weight is empty")
@@ -184,6 +191,13 @@ def candidates_of(site: Site, factorization: str) -> list[Candidate] | Refusal:
     shared = {c: c.chains(c.max_ranks) for c in candidates}
     refusals = [f"{c.factorization.name}: {why.reason}" for c, why in shared.items() if isinstance(why, Refusal)]
     return [c for c, chains in shared.items() if not isinstance(chains, Refusal)] or Refusal("; ".join(refusals))
+
+
+def _candidates_of_chain(site: FactoredSite, factorization: str) -> list[Candidate] | Refusal:
+    method, _ = site.made_by
+    if factorization not in ("auto", method):
+        return Refusal(f"it is factored by {method} already; recompose it first for another method")
+    return [Candidate(site, named(method))]
 
 
 def say_ranks(ranks: Ranks) -> str:

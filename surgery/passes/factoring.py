@@ -1,0 +1,83 @@
+"""The chains of one site of a plan, with errors: factored, shared out among joint sites, or cut to lower ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from surgery.chain import Chain, relative_error
+from surgery.errors import CheckError, Refusal
+from surgery.factorizations import SOLVERS, Factorization, Ranks, named
+from surgery.factorizations.recut import recut
+from surgery.joint import JointSite, split
+from surgery.plans import Plan
+from surgery.ranks.candidates import Candidate
+from surgery.sites import FactoredSite, Site
+from surgery.text import rank_text
+
+__all__ = ["Made", "factor_site", "split_chain"]
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """The chain of a site and the measured relative error of its weight."""
+
+    site: Site
+    chain: Chain
+    error: float
+
+
+def factor_site(unit: Site, plan: Plan, solver: str) -> tuple[list[Made], Plan]:
+    """Return the chain of each member of a site, and the plan as it was carried out."""
+    decision = plan[unit.name]
+    if decision.factorization is None or decision.rank is None:
+        raise CheckError(f"the plan has no factorization for {unit.name}")
+    method = named(decision.factorization)
+    if isinstance(unit, FactoredSite):
+        return _recut(unit, plan, decision.rank)
+    chain = method.factor(unit.operator, decision.rank, solver=_known(solver, method))
+    if isinstance(chain, Refusal):
+        return factor_site(unit, _fallback(unit, plan, chain), "auto")
+    chains = split_chain(chain, unit)
+    return [Made(s, c, _error(s, c)) for s, c in zip(unit.members, chains, strict=True)], plan
+
+
+def _recut(site: FactoredSite, plan: Plan, ranks: Ranks) -> tuple[list[Made], Plan]:
+    """Return the chain of a factored site cut to lower ranks; it stays as it is where no good factors were found."""
+    cut = recut(named(site.made_by[0]), site.operator, site.chain, ranks)
+    if isinstance(cut, Refusal):
+        kept = replace(plan[site.name], factorization=None, rank=None, reason=cut.reason, error=None)
+        return [], plan.replaced(replace(kept, parameters=None, macs=None))
+    return [Made(site, cut.chain, cut.error)], plan
+
+
+def _error(site: Site, chain: Chain) -> float:
+    composed = chain.compose()
+    if isinstance(composed, Refusal):
+        raise CheckError(f"the chain of {site.name} is not one operator: {composed.reason}")
+    return relative_error(composed.weight, site.operator.weight)
+
+
+def _known(solver: str, method: Factorization) -> str:
+    """Return the solver, or the method's own where it has none of this name and another method has."""
+    return solver if solver in method.solvers or solver not in SOLVERS else "auto"
+
+
+def _fallback(unit: Site, plan: Plan, refusal: Refusal) -> Plan:
+    """Return the plan with Tucker at the same ranks for a site whose planned method found no good factors."""
+    tucker, decision = named("tucker"), plan[unit.name]
+    ranks = tuple(min(max(decision.rank or (1,)), limit) for limit in tucker.max_ranks(unit.operator))
+    reason = f"{decision.factorization} {rank_text(decision.rank)}: {refusal.reason}; tucker took its place"
+    costs = Candidate(unit, tucker).costs(ranks)
+    for site, cost in zip(unit.members, costs, strict=True):
+        changed = replace(plan[site.name], factorization=tucker.name, rank=ranks, reason=reason, error=None)
+        costed = replace(changed, parameters=cost.parameters, macs=cost.macs, dense_latency=None, latency=None)
+        plan = plan.replaced(costed)
+    return plan
+
+
+def split_chain(chain: Chain, unit: Site) -> tuple[Chain, ...]:
+    """Return the chain of each member of a site from that of the whole."""
+    chains = split(chain, unit.members) if isinstance(unit, JointSite) else (chain,)
+    if isinstance(chains, Refusal):
+        raise CheckError(f"the joint sites of {unit.name} cannot share factors: {chains.reason}")
+    return chains

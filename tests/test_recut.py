@@ -1,0 +1,120 @@
+"""Chains that are factored already are sites that can be cut to lower ranks, without composing what they stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import surgery
+from surgery.chain import Chain, relative_error
+from surgery.errors import CheckError, Refusal
+from surgery.factorizations import Factorization, Ranks
+from surgery.factorizations.recut import Cut, chain_spectra, recut
+from surgery.passes.decompose import decompose, find_sites
+from surgery.passes.recompose import recompose
+from surgery.sites import FactoredSite
+from tests.cases import Case
+from tests.test_algebra import EXACT, composed, each, factor, halved, slack
+from tests.test_graphs import assert_same, counted_macs, every_graph, lower_ranks, outputs, shapes, unique_parameters
+from tests.zoo import graph
+
+NESTED = ("svd", "spatial", "depthwise")  # truncated SVDs, of which each lower one is part of a higher one
+
+
+def cut(method: Factorization, case: Case, chain: Chain, ranks: Ranks) -> Cut:
+    found = recut(method, case.operator.to(device="meta"), chain, ranks)
+    if isinstance(found, Refusal):
+        assert method.name == "cp"
+        pytest.skip(found.reason)
+    return found
+
+
+@each(EXACT)
+def test_a_cut_at_its_own_ranks_changes_nothing(case: Case, method: Factorization) -> None:
+    chain = factor(method, case.operator, halved(method.max_ranks(case.operator)))
+    assert chain.origin is not None
+    again = cut(method, case, chain, chain.origin[1])
+    assert again.chain is chain
+    assert again.error == 0
+
+
+@each(EXACT)
+def test_the_error_of_a_cut_is_measured_and_what_is_possible(case: Case, method: Factorization) -> None:
+    chain = factor(method, case.operator, halved(method.max_ranks(case.operator)))
+    assert chain.origin is not None
+    lower = halved(chain.origin[1])
+    found = cut(method, case, chain, lower)
+    before, after = composed(chain).weight, composed(found.chain).weight
+    assert found.error == pytest.approx(relative_error(after, before), abs=slack(case, chain))
+    direct = factor(method, case.operator, lower)
+    if method.name in NESTED:
+        assert relative_error(after, composed(direct).weight) <= 1e-6  # a gap between singular values may be small
+    assert found.chain.parameters == direct.parameters or direct.origin != found.chain.origin
+
+
+@each(EXACT)
+def test_spectra_are_those_of_the_composed_weight(case: Case, method: Factorization) -> None:
+    chain = factor(method, case.operator, halved(method.max_ranks(case.operator)))
+    expected = method.spectra(composed(chain))
+    for found, whole in zip(chain_spectra(method, case.operator, chain), expected, strict=True):
+        assert (found.rows, found.columns) == (whole.rows, whole.columns)
+        # singular values from Gram matrices are good to the root of eps
+        assert torch.allclose(found.values, whole.values, rtol=0, atol=1e-7 * float(whole.values.max()))
+
+
+@every_graph
+def test_factored_models_are_cut_and_recomposed(name: str, kind: str) -> None:
+    model, inputs = graph(name, kind)
+    once = decompose(model, inputs, ranks="energy=0.95")
+    sites, _ = find_sites(once.model, inputs)
+    factored = {site.name: site for site in sites if isinstance(site, FactoredSite)}
+    known = {c.site: (c.factorization, c.rank) for c in once.changes}
+    assert {name: site.made_by for name, site in factored.items()} == known
+    ranks = {name: halved(site.made_by[1]) for name, site in factored.items() if site.made_by[1] != (1,)}
+    twice = decompose(once.model, inputs, ranks=ranks)
+    assert {c.site for c in twice.changes} == set(ranks)
+    assert unique_parameters(twice.model) == twice.after.parameters
+    macs = counted_macs(once.model, inputs) - counted_macs(twice.model, inputs)
+    assert macs == twice.before.macs - twice.after.macs
+    back = recompose(twice.model, inputs)
+    assert shapes(back.model) == shapes(model)
+    assert_same(outputs(back.model, inputs), outputs(twice.model, inputs), find_sites(model, inputs)[0])
+
+
+def test_cutting_composes_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = graph("resnet-basic", "module")
+    once = decompose(model, inputs, ranks="energy=0.9")
+
+    def fail(self: Chain) -> Any:
+        raise CheckError("composed")
+
+    monkeypatch.setattr(Chain, "compose", fail)
+    assert decompose(once.model, inputs, ranks="energy=0.8").changes
+
+
+@pytest.mark.parametrize("factorization", ["svd", "tucker", "tt", "cp", "tr", "spatial", "depthwise"])
+def test_a_saved_program_is_cut_after_loading(factorization: str, tmp_path: Path) -> None:
+    program, inputs = graph("resnet-basic", "program")
+    ranks = lower_ranks(find_sites(program, inputs)[0], factorization)
+    once = decompose(program, inputs, ranks=ranks, factorization=factorization)
+    surgery.save(once.model, tmp_path / "once.pt2")
+    loaded = surgery.load(tmp_path / "once.pt2")
+    site = next(s for s in find_sites(loaded)[0] if isinstance(s, FactoredSite) and min(s.made_by[1]) > 1)
+    twice = decompose(loaded, ranks={site.name: tuple(max(1, r - 1) for r in site.made_by[1])})
+    assert [c.site for c in twice.changes] == [site.name]
+    surgery.save(twice.model, tmp_path / "twice.pt2")
+    again = surgery.load(tmp_path / "twice.pt2")
+    assert_same(outputs(again, inputs), outputs(twice.model, inputs), ())
+    assert shapes(recompose(again).model) == shapes(program)
+
+
+def test_another_method_says_why_it_leaves_a_chain_alone() -> None:
+    model, inputs = graph("resnet-basic", "module")
+    once = decompose(model, inputs, ranks={"1.body.0.0": 4}, factorization="svd")
+    other = decompose(once.model, inputs, ranks=2, factorization="tucker", include=["1.body.0.0"])
+    assert {s.name: s.reason for s in other.skips}["1.body.0.0"] == (
+        "it is factored by svd already; recompose it first for another method"
+    )
