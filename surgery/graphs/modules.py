@@ -38,8 +38,8 @@ _CONVS: dict[type[nn.Module], tuple[bool, int]] = {
     nn.ConvTranspose3d: (True, 3),
 }
 RECURRENT = (
-    "the kernels of recurrent layers take dense weights only: factors would need a loop over the time steps, "
-    "which is slower"
+    "recurrent layers are not factored: their kernels take dense weights, and a factored recurrent weight needs a loop "
+    "over the time steps (tools/bench_recurrent.py times it)"
 )
 _REASONS: dict[str, str] = {
     "EmbeddingBag": "bags of embeddings are not handled",
