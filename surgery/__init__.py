@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from surgery.passes.recompose import recompose as recompose
     from surgery.plans import Plan as Plan
     from surgery.saving import save as save
+    from surgery.training import LowRankTraining as LowRankTraining
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _HOMES: dict[str, str] = {
     "Embedding": "surgery.operators",
     "FACTORIZATIONS": "surgery.factorizations",
     "Linear": "surgery.operators",
+    "LowRankTraining": "surgery.training",
     "Plan": "surgery.plans",
     "SurgeryError": "surgery.errors",
     "bench": "surgery.benchmark",

@@ -21,8 +21,10 @@ LAYERS = [
     {"solvers", "factorizations", "sites", "joint", "plans"},
     {"graphs"},
     {"ranks", "cost", "calibration"},
+    {"archive", "archive_expressions", "archive_program", "loading", "saving", "export", "benchmark", "comparison"},
+    {"allocation"},
     {"passes"},
-    {"archive", "archive_expressions", "archive_program", "loading", "saving", "export", "benchmark", "comparison", "training"},
+    {"training"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

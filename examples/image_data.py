@@ -1,0 +1,93 @@
+"""Fashion-MNIST and CIFAR-10 as uint8 tensors, and augmented batches of them, for the examples that train."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from surgery.errors import FileError, InputError
+from tools.train_demo import DATA, read_split
+
+__all__ = ["Data", "augment", "batches", "read_data"]
+
+MAX_SHIFT = 2
+
+
+@dataclass(frozen=True)
+class Data:
+    """Uint8 images (N, C, H, W) and labels of both splits, and mean and deviation of the training pixels."""
+
+    images: Tensor
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Return uint8 images as the network takes them."""
+        return (images.float() / 255 - self.mean) / self.std
+
+
+def read_data(name: str, path: Path | None, count: int | None) -> Data:
+    """Return a data set, or the first images of its training split.
+
+    Raises:
+        FileError: the files are not there, or are none of this data set.
+    """
+    rows = _read_fashion(path or DATA) if name == "fashion" else _read_cifar(path)
+    images, labels = rows[0][:count], rows[1][:count]
+    pixels = images.float() / 255
+    mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
+    return Data(images, labels, rows[2], rows[3], mean[:, None, None], std[:, None, None])
+
+
+def _read_fashion(folder: Path) -> tuple[Tensor, ...]:
+    train, test = read_split(folder, "train"), read_split(folder, "t10k")
+    return train.images, train.labels, test.images, test.labels
+
+
+def _read_cifar(path: Path | None) -> tuple[Tensor, ...]:
+    if path is None or not path.is_file():
+        step = "give the .npz file of JPEG images as --path FILE, or take --data fashion"
+        raise FileError(f"{path or 'the CIFAR-10 file'} does not exist", next_step=step)
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise InputError("CIFAR-10 is stored as JPEG images", next_step="pip install pillow") from error
+    rows = []
+    with np.load(path) as file:
+        for split in ("train", "test"):
+            stream, offsets = file[f"{split}_jpg"].tobytes(), file[f"{split}_off"]
+            files = (io.BytesIO(stream[start:end]) for start, end in itertools.pairwise(offsets))
+            images = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+            rows += [torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(file[f"{split}_y"])]
+    return rows[0], rows[1].long(), rows[2], rows[3].long()
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Return each image shifted by up to `MAX_SHIFT` pixels each way, and mirrored in half the cases."""
+    count, channels, height, width = images.shape
+    padded = functional.pad(images, (MAX_SHIFT,) * 4)
+    down, right = torch.randint(2 * MAX_SHIFT + 1, (2, count, 1), generator=generator)
+    mirrored = torch.rand(count, 1, generator=generator) < 0.5
+    steps = torch.arange(width)
+    rows = (down + torch.arange(height))[:, None, :, None]
+    columns = (right + torch.where(mirrored, steps.flip(0), steps))[:, None, None, :]
+    which, channel = torch.arange(count)[:, None, None, None], torch.arange(channels)[None, :, None, None]
+    return padded[which, channel, rows, columns]
+
+
+def batches(data: Data, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield one shuffled, augmented epoch; the incomplete last batch is left out."""
+    order = torch.randperm(len(data.labels), generator=generator)
+    for index in order[: len(order) // size * size].view(-1, size):
+        yield data.normalised(augment(data.images[index], generator)), data.labels[index]

@@ -1,0 +1,237 @@
+"""Trains a network of 3x3 convolutions faster: decomposed in mid-run, recomposed at the end; against four other ways.
+
+    python examples/train_faster.py --data fashion [--path FOLDER] [--epochs 15] [--seeds 3] [--configs dense,surgery]
+    python examples/train_faster.py --data cifar --path cifar10_jpeg.npz
+
+    dense        the original network to the end
+    surgery      surgery.LowRankTraining with its defaults, recomposed at the end
+    compressed   dense with fewer epochs: as long as `surgery` took, its schedule compressed
+    paper        EVBMF ranks (Tucker) after a twentieth of the epochs, a fresh optimizer (Elhoushi et al. 2019)
+    pufferfish   a quarter of the ranks (channel SVD) after a sixth of the epochs, first layer dense, a fresh optimizer
+
+All train on the same images in the same order of epochs, in the memory format in which the dense network is fastest
+here. Seconds are those of training, with everything that a switch takes (measuring, factoring, recomposing); accuracy
+on the test images is read after each epoch with the clock stopped. The weights of `surgery` are loaded into the
+original class, and the last accuracy is that of it. Each finished run is kept in the JSON file: start again to go on.
+
+Fashion-MNIST comes from the Debian package `dataset-fashion-mnist`; CIFAR-10 is an .npz file of JPEG images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in examples/ only
+
+from examples.image_data import Data, batches, read_data
+from examples.training_results import ORDER, Result, Task, plot, read_results, summary, write_results
+from surgery.errors import InputError, SurgeryError
+from surgery.passes.decompose import find_sites
+from surgery.training import LowRankTraining
+from surgery.training.propose import try_formats
+
+BATCH = 128
+EVAL_BATCH = 500
+
+
+def build(channels: int, width: int) -> nn.Sequential:
+    """Return the network: two convolutions each of width, 2 width and 4 width channels, for images (N, C, H, W)."""
+    layers: list[nn.Module] = []
+    before = channels
+    for rows in (width, 2 * width, 4 * width):
+        for _ in range(2):
+            layers += [nn.Conv2d(before, rows, 3, padding=1, bias=False), nn.BatchNorm2d(rows), nn.ReLU()]
+            before = rows
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10))
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Data) -> float:
+    """Return the share of test images that a model gets right."""
+    model.eval()
+    pairs = zip(data.test_images.split(EVAL_BATCH), data.test_labels.split(EVAL_BATCH), strict=True)
+    right = sum(int((model(data.normalised(x)).argmax(1) == y).sum()) for x, y in pairs)
+    return right / len(data.test_labels)
+
+
+class Way:
+    """One way to train: what to do after each epoch; the dense network does nothing."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, epochs: int) -> None:
+        self.model, self.optimizer = model, optimizer
+
+    def end_epoch(self, epoch: int) -> None:
+        """Do what comes after an epoch."""
+
+    def finish(self) -> str:
+        """Do what comes after the last epoch; return what there is to tell."""
+        return ""
+
+
+class Surgery(Way):
+    """``surgery.LowRankTraining`` with its defaults."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, epochs: int) -> None:
+        super().__init__(model, optimizer, inputs, epochs)
+        self.run = LowRankTraining(model, optimizer, inputs, epochs=epochs)
+
+    def end_epoch(self, epoch: int) -> None:
+        """Let it decide."""
+        event = self.run.end_epoch(epoch)
+        if event is not None:
+            print(event)
+
+    def finish(self) -> str:
+        """Return the history."""
+        self.run.finish()
+        return repr(self.run.history)
+
+
+class Fixed(Way):
+    """A switch at a fixed epoch to given ranks, a fresh optimizer, and factors to the end."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, at: int, settings: dict[str, Any]
+    ) -> None:
+        super().__init__(model, optimizer, inputs, at)
+        self.run = LowRankTraining(model, optimizer, inputs, decompose_at=at, recompose_at=None, **settings)
+
+    def end_epoch(self, epoch: int) -> None:
+        """Switch where it is time, and drop the optimizer's state."""
+        event = self.run.end_epoch(epoch)
+        if event is not None and event.kind == "decompose":
+            self.optimizer.state.clear()
+
+    def finish(self) -> str:
+        """Return the history."""
+        self.run.finish()
+        return repr(self.run.history)
+
+
+def paper(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, epochs: int) -> Way:
+    """Return the way of Elhoushi et al.: epoch 10 of 200."""
+    settings = {"ranks": "vbmf", "factorization": "tucker"}
+    return Fixed(model, optimizer, inputs, max(1, round(epochs / 20)), settings)
+
+
+def pufferfish(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, epochs: int) -> Way:
+    """Return Pufferfish's way: epoch 15 of 90, a quarter of the channels, the first layer and the head dense."""
+    sites, _ = find_sites(model, inputs)
+    ranks = {site.name: min(site.operator.in_channels, site.operator.out_channels) // 4 for site in sites[1:-1]}
+    return Fixed(model, optimizer, inputs, max(1, round(epochs / 6)), {"ranks": ranks, "factorization": "svd"})
+
+
+WAYS: dict[str, Callable[[nn.Module, torch.optim.Optimizer, Tensor, int], Way]] = {
+    "dense": Way,
+    "surgery": Surgery,
+    "compressed": Way,
+    "paper": paper,
+    "pufferfish": pufferfish,
+}
+
+
+def train(config: str, seed: int, task: Task, data: Data, epochs: int, *, channels_last: bool) -> Result:
+    """Train one way with one seed, and return its times and accuracies."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    channels = data.images.shape[1]
+    model = build(channels, task.width)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), lr=task.rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    total = epochs * (len(data.labels) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.rate, total_steps=total, cycle_momentum=False)
+    inputs = data.normalised(data.images[:BATCH])
+    start = time.perf_counter()
+    way = WAYS[config](model, optimizer, inputs, epochs)
+    spent, seconds, found, notes = time.perf_counter() - start, [], [], ""
+    for epoch in range(epochs):
+        start = time.perf_counter()
+        _train_epoch(model.train(), optimizer, schedule, batches(data, BATCH, generator))
+        way.end_epoch(epoch)
+        notes = way.finish() if epoch == epochs - 1 else ""
+        spent += time.perf_counter() - start
+        seconds.append(spent)
+        found.append(accuracy(_original(model, channels, task.width) if config == "surgery" and notes else model, data))
+        print(f"{config} seed {seed} epoch {epoch + 1}/{epochs}: {spent:.1f} s, {100 * found[-1]:.2f} %", flush=True)
+    return Result(config, seed, task, epochs, seconds, found, notes)
+
+
+def _train_epoch(model: nn.Module, optimizer: Any, schedule: Any, stream: Iterator[tuple[Tensor, Tensor]]) -> None:
+    for images, labels in stream:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(images), labels, label_smoothing=0.1).backward()
+        optimizer.step()
+        schedule.step()
+
+
+def _original(model: nn.Module, channels: int, width: int) -> nn.Module:
+    """Return a fresh dense network with the weights of one that was recomposed."""
+    fresh = build(channels, width)
+    fresh.load_state_dict(model.state_dict(), strict=True)
+    return fresh
+
+
+def length(config: str, seed: int, task: Task, done: list[Result]) -> int:
+    """Return the epochs of a run: for `compressed`, as many as fit into the time that `surgery` took.
+
+    Raises:
+        InputError: the runs that this one is measured by are not done.
+    """
+    if config != "compressed":
+        return task.epochs
+    times = {r.config: r.seconds[-1] for r in done if r.seed == seed and r.task == task}
+    if not {"dense", "surgery"} <= set(times):
+        raise InputError("compressed needs the times of dense and surgery", next_step="add them to --configs")
+    return max(1, round(task.epochs * times["surgery"] / times["dense"]))
+
+
+def main() -> None:
+    """Train what is not done yet, then print the table and draw the plot."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", choices=("fashion", "cifar"), default="fashion")
+    parser.add_argument("--path", type=Path, help="folder of the IDX files, or the .npz file of CIFAR-10")
+    parser.add_argument("--configs", default=",".join(ORDER), help="comma-separated, of " + ", ".join(ORDER))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--images", type=int, help="train on the first so many images only")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=0.1)
+    parser.add_argument("--json", type=Path, default=Path("train_faster.json"))
+    parser.add_argument("--plot", type=Path, default=Path("train_faster.png"))
+    options = parser.parse_args()
+    try:
+        configs = options.configs.split(",")
+        if unknown := set(configs) - set(ORDER):
+            raise InputError(f"unknown way {sorted(unknown)[0]!r}", allowed=", ".join(ORDER))
+        data = read_data(options.data, options.path, options.images)
+        task = Task(options.data, len(data.labels), options.epochs, options.width, options.rate)
+        results = read_results(options.json)
+        network = build(data.images.shape[1], task.width)
+        channels_last = try_formats(network, data.normalised(data.images[:BATCH]))[0]
+        for seed in range(options.seeds):
+            for config in (c for c in ORDER if c in configs):
+                if any((r.config, r.seed, r.task) == (config, seed, task) for r in results):
+                    continue
+                epochs = length(config, seed, task, results)
+                results.append(train(config, seed, task, data, epochs, channels_last=channels_last))
+                write_results(options.json, results)
+    except SurgeryError as error:
+        raise SystemExit(f"error: {error}") from error
+    shown = [r for r in results if r.task == task]
+    print(summary(shown))
+    plot(shown, options.plot)
+
+
+if __name__ == "__main__":
+    main()

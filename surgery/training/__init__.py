@@ -1,0 +1,9 @@
+"""Training that decomposes the model in mid-run and recomposes it at the end."""
+
+from __future__ import annotations
+
+from surgery.training.forecast import Forecast, make_forecast
+from surgery.training.history import EpochRow, Event, History
+from surgery.training.low_rank import LowRankTraining
+
+__all__ = ["EpochRow", "Event", "Forecast", "History", "LowRankTraining", "make_forecast"]

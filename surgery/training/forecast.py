@@ -1,0 +1,90 @@
+"""Whether a switch pays: a pure function of step times, steps left and what the switch costs.
+
+saved = steps left x (dense step - factored step) - cost of the switch        epochs to break even = cost / gain
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from surgery.text import seconds
+
+__all__ = ["LEAST_GAIN", "Forecast", "make_forecast"]
+
+LEAST_GAIN = 0.03  # ours: of the step; below, noise of the measurement decides
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds of a step dense and factored, seconds that the switch costs, and what follows for the epochs left.
+
+    ``saved`` and ``break_even`` (epochs, infinite where a factored step is no shorter) are for the steps of an epoch as
+    they were; ``saved`` is None where it is not known how many epochs are left.
+    """
+
+    dense_step: float
+    factored_step: float
+    steps: int
+    epochs_left: int | None
+    cost: float
+
+    @property
+    def gain(self) -> float:
+        """Seconds that an epoch gets shorter."""
+        return self.steps * (self.dense_step - self.factored_step)
+
+    @property
+    def break_even(self) -> float:
+        """Epochs until the switch has earned what it costs."""
+        return self.cost / self.gain if self.gain > 0 else math.inf
+
+    @property
+    def saved(self) -> float | None:
+        """Seconds saved in all epochs left, the cost taken off."""
+        return None if self.epochs_left is None else self.epochs_left * self.gain - self.cost
+
+    @property
+    def pays(self) -> bool:
+        """Whether a step gets clearly shorter, and the epochs left earn what the switch costs."""
+        shorter = self.factored_step < (1 - LEAST_GAIN) * self.dense_step
+        return shorter and (self.saved is None or self.saved > 0)
+
+    @property
+    def reason(self) -> str:
+        """What speaks for the switch or against it, in words."""
+        steps = f"a step of {seconds(self.dense_step)} becomes {seconds(self.factored_step)}"
+        if self.factored_step >= (1 - LEAST_GAIN) * self.dense_step:
+            return f"it would not train faster: {steps}"
+        ratio = f"{steps} ({self.dense_step / self.factored_step:.2f}x)"
+        even = f"the switch costs {seconds(self.cost)} and breaks even after {self.break_even:.2g} epochs"
+        if self.saved is None:
+            return f"{ratio}; {even}"
+        if self.saved <= 0:
+            return f"it would not pay: {ratio}, but {even}, and {self.epochs_left} are left"
+        return f"{ratio}; {even}; {seconds(self.saved)} saved over {self.epochs_left} epochs"
+
+
+def make_forecast(
+    *,
+    dense_step: float,
+    measured_dense: float,
+    measured_factored: float,
+    steps: int,
+    epochs_left: int | None,
+    cost: float,
+) -> Forecast:
+    """Return the forecast from a step as it was in training, and from measured passes of the model, in seconds.
+
+    Only the passes change: what else is in a step (data, optimizer, evaluation) is taken to stay as it is, so that the
+    step gets shorter by as much as the passes do, but not below a share of them.
+
+    >>> forecast = make_forecast(
+    ...     dense_step=1.0, measured_dense=0.8, measured_factored=0.2, steps=10, epochs_left=5, cost=3.0
+    ... )
+    >>> round(forecast.factored_step, 6), round(forecast.break_even, 6), round(forecast.saved, 6)
+    (0.4, 0.5, 27.0)
+    """
+    ratio = measured_factored / measured_dense
+    factored = max(dense_step - (measured_dense - measured_factored), min(1.0, ratio) * dense_step)
+    return Forecast(dense_step, factored, steps, epochs_left, cost)

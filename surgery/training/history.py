@@ -1,0 +1,172 @@
+"""What happened in a run: one frozen row for each epoch, with the event after it if there was one; and its plot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import InputError
+from surgery.passes.results import Change
+from surgery.text import rank_text, seconds, table
+from surgery.training.forecast import Forecast
+
+__all__ = ["EpochRow", "Event", "History"]
+
+
+@dataclass(frozen=True, repr=False)
+class Event:
+    """One decision: ``kind`` is "decompose", "recompose" or "stay" (dense, for good), ``reason`` says why.
+
+    ``epoch`` is the number of epochs done, ``seconds`` what the decision took, measurements included. ``changes`` have
+    each factored site with the error of its weight; ``notes`` say what could not be carried over, and which sites stay
+    dense.
+    """
+
+    kind: str
+    epoch: int
+    reason: str
+    seconds: float = 0.0
+    changes: tuple[Change, ...] = ()
+    notes: tuple[str, ...] = ()
+    forecast: Forecast | None = None
+    channels_last: bool = False
+
+    def __repr__(self) -> str:
+        """Say in a few lines what was done and why."""
+        head = f"{self.kind} after epoch {self.epoch}: {self.reason}; took {seconds(self.seconds)}"
+        rows = [["site", "method", "rank", "weight error"]]
+        rows += [[c.site, c.factorization, rank_text(c.rank), f"{c.error:.3f}"] for c in self.changes]
+        formats = ["memory format: channels_last"] if self.channels_last else []
+        return "\n".join([head, *formats, *([table(rows)] if self.changes else []), *self.notes])
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """One epoch: its seconds and optimizer steps, the mean stable rank after it relative to the start, and its event.
+
+    ``phase`` is what was trained: "dense", "factored" or "recomposed". The seconds are from the end of the last
+    ``end_epoch`` to the start of this one, so with all that the loop does; an event's own come on top of them.
+    """
+
+    epoch: int
+    phase: str
+    seconds: float
+    steps: int
+    accuracy: float | None = None
+    stable_rank: float | None = None
+    event: Event | None = None
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Seconds for each step, all of the epoch counted; None without steps."""
+        return self.seconds / self.steps if self.steps else None
+
+
+@dataclass(frozen=True, repr=False)
+class History:
+    """The rows so far; ``setup`` are the seconds before the first epoch, ``closing`` is the event of ``finish()``."""
+
+    rows: tuple[EpochRow, ...] = ()
+    setup: float = 0.0
+    closing: Event | None = None
+
+    def __iter__(self) -> Iterator[EpochRow]:
+        """Iterate over the rows."""
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        """Return the number of epochs."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> EpochRow:
+        """Return a row."""
+        return self.rows[index]
+
+    def __repr__(self) -> str:
+        """Return the rows as a table, then each event."""
+        head = ["epoch", "phase", "seconds", "step", "accuracy", "stable rank"]
+        cells = [head]
+        for row in self.rows:
+            numbers = [f"{row.seconds:.2f}", seconds(row.step_seconds), _number(row.accuracy), _number(row.stable_rank)]
+            cells.append([str(row.epoch), row.phase, *numbers])
+        outcome = [self.outcome] if self.outcome else []
+        return "\n".join([table(cells), *(repr(event) for event in self.events), *outcome])
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """All events, in order."""
+        return tuple(event for event in (*(row.event for row in self.rows), self.closing) if event is not None)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all: set-up, epochs and events."""
+        return self.setup + sum(row.seconds for row in self.rows) + sum(event.seconds for event in self.events)
+
+    @property
+    def outcome(self) -> str:
+        """The forecast step beside the one that came, in words; empty before there is one."""
+        forecast = next((e.forecast for e in self.events if e.kind == "decompose" and e.forecast), None)
+        factored = [row for row in self.rows if row.phase == "factored" and row.steps]
+        if forecast is None or not factored:
+            return ""
+        step = sum(row.seconds for row in factored) / sum(row.steps for row in factored)
+        return f"forecast: a step of {seconds(forecast.factored_step)}; outcome: {seconds(step)}"
+
+    def add(self, row: EpochRow) -> History:
+        """Return the history with one more row."""
+        return replace(self, rows=(*self.rows, row))
+
+    def close(self, event: Event) -> History:
+        """Return the history with the event after the last epoch."""
+        return replace(self, closing=event)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw accuracy against wall-clock seconds, with a line at each event, into a file.
+
+        Raises:
+            InputError: no accuracy was given to ``end_epoch``, or matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise InputError("plots need matplotlib", next_step="pip install matplotlib") from error
+        if all(row.accuracy is None for row in self.rows):
+            raise InputError("the history has no accuracy", next_step="call end_epoch(epoch, accuracy=...)")
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel="wall-clock seconds", ylabel="accuracy")
+        times, now = [], self.setup
+        for row in self.rows:
+            now += row.seconds
+            times.append(now)
+            if row.event is not None:
+                axes.axvline(now, color="0.6", linestyle="--")
+                axes.annotate(row.event.kind, (now, 0.02), xycoords=("data", "axes fraction"), rotation=90, ha="right")
+                now += row.event.seconds
+        known = [(time, row.accuracy) for time, row in zip(times, self.rows, strict=True) if row.accuracy is not None]
+        axes.plot([time for time, _ in known], [value for _, value in known], marker="o")
+        axes.grid(alpha=0.3)
+        figure.savefig(path)
+
+    def to_values(self) -> dict[str, Any]:
+        """Return the history as plain values, for a checkpoint or JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> History:
+        """Return the history of ``to_values``."""
+        rows = tuple(EpochRow(**{**row, "event": _event(row["event"])}) for row in values["rows"])
+        return cls(rows, values["setup"], _event(values["closing"]))
+
+
+def _event(row: Mapping[str, Any] | None) -> Event | None:
+    if row is None:
+        return None
+    changes = tuple(Change(**{**change, "rank": tuple(change["rank"])}) for change in row["changes"])
+    forecast = None if row["forecast"] is None else Forecast(**row["forecast"])
+    return Event(**{**row, "changes": changes, "notes": tuple(row["notes"]), "forecast": forecast})
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,112 @@
+"""Measured seconds of a forward and a backward pass in torch: of an operator, of its chains, and of whole models.
+
+At the real batch shape, in training mode, in the memory format asked for, what is compared interleaved. In the default
+format a factored convolution may take several times as long as the dense one on a CPU, and in ``channels_last`` a small
+part of it, so a number says nothing without its format. The global random state is left as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from surgery.chain import Chain
+from surgery.cost.timing import Budget, Samples, interleave
+from surgery.graphs.modules import build_module, build_sequential
+from surgery.inputs import Inputs, random_tensor
+from surgery.operators import Conv, Embedding, Operator, Shape
+
+__all__ = ["PassTimer", "has_formats", "time_models"]
+
+_SITE = Budget(seconds=0.15, min_rounds=3, max_rounds=50, warmup_rounds=1)
+_MODEL = Budget(seconds=1.0, min_rounds=3, max_rounds=20, warmup_rounds=1)
+
+
+def has_formats(operators: Sequence[Operator]) -> bool:
+    """Whether any operator is a convolution over two dimensions: all others know one memory format only."""
+    return any(isinstance(operator, Conv) and operator.geometry.dims == 2 for operator in operators)
+
+
+@dataclass(frozen=True, eq=False)
+class PassTimer:
+    """Times operators against chains, one pair of each form once; ``channels_last`` is the memory format."""
+
+    channels_last: bool = False
+    _known: dict[tuple[Any, ...], tuple[Samples, ...]] = field(default_factory=dict, repr=False)
+
+    def compare(self, dense: Operator, chains: Sequence[Chain], shape: Shape) -> tuple[Samples, ...]:
+        """Return the samples of the operator and of each chain, whose numbers may be on the meta device."""
+        key = (_form(dense), tuple(tuple(map(_form, chain.operators)) for chain in chains), shape)
+        if key not in self._known:
+            steps: list[Operator | Chain] = [dense, *chains]
+            with torch.random.fork_rng():
+                self._known[key] = interleave([self._pass(step, dense, shape) for step in steps], _SITE)
+        return self._known[key]
+
+    def _pass(self, step: Operator | Chain, dense: Operator, shape: Shape) -> Callable[[], object]:
+        device, dtype = dense.weight.device, dense.weight.dtype
+        like = nn.Linear(1, 1, device=device, dtype=dtype)
+        step = step.to(device="meta")
+        module = build_sequential(step, like) if isinstance(step, Chain) else build_module(step, like)
+        _fill(module.to_empty(device=device))
+        x = _input(dense, shape).to(device)
+        if self.channels_last and x.dim() == 4:
+            module, x = module.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x.requires_grad_(x.is_floating_point())
+        return _run_pass(module, ((x,), {}))
+
+
+def time_models(models: Sequence[nn.Module], inputs: Inputs) -> tuple[Samples, ...]:
+    """Return the samples of a forward and backward pass of each model, which must be copies: their buffers move on."""
+    with torch.random.fork_rng():
+        return interleave([_run_pass(model.train(), inputs) for model in models], _MODEL)
+
+
+def _run_pass(module: nn.Module, inputs: Inputs) -> Callable[[], object]:
+    args, kwargs = inputs
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    leaves = [leaf for leaf in args if isinstance(leaf, Tensor) and leaf.requires_grad]
+
+    def run() -> None:
+        with torch.enable_grad():
+            outputs = [leaf for leaf in pytree.tree_leaves(_plain(module(*args, **kwargs))) if _differentiable(leaf)]
+            torch.autograd.grad(outputs, [*trained, *leaves], [_ones(y) for y in outputs], allow_unused=True)
+        if outputs and outputs[0].is_cuda:
+            torch.cuda.synchronize()
+
+    return run
+
+
+def _plain(output: Any) -> Any:
+    """Return an output as what pytree knows: the outputs of transformers are mappings of a class of their own."""
+    return dict(output) if isinstance(output, Mapping) else output
+
+
+def _differentiable(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _ones(output: Tensor) -> Tensor:
+    return torch.ones_like(output)
+
+
+def _fill(module: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=max(1, parameter[0].numel()) ** -0.5)
+
+
+def _input(dense: Operator, shape: Shape) -> Tensor:
+    if isinstance(dense, Embedding):
+        return torch.randint(dense.in_channels, shape)
+    return random_tensor(shape, dense.weight.dtype)
+
+
+def _form(operator: Operator) -> tuple[Any, ...]:
+    conv = (operator.geometry, operator.groups) if isinstance(operator, Conv) else ()
+    return (type(operator), tuple(operator.weight.shape), operator.bias is None, *conv)

@@ -1,0 +1,155 @@
+"""What to switch to: a plan, the memory format for it, and the forecast of what it saves; nothing is changed here."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.cost.latency import channel_multiple
+from surgery.inputs import normalise_inputs
+from surgery.passes.decompose import RankSpec, decompose, find_sites
+from surgery.plans import Decision, Plan
+from surgery.ranks import RankRule, make_plan
+from surgery.sites import Site, Totals
+from surgery.training.forecast import Forecast, make_forecast
+from surgery.training.measure import PassTimer, has_formats, time_models
+from surgery.training.ranks import TrainingRanks
+from surgery.training.spectra import SpectrumLog
+
+__all__ = ["Proposal", "Sought", "plan_for", "propose", "refused", "shrunk", "sites_of", "try_formats"]
+
+_PACKED = ("in_proj_q", "in_proj_k", "in_proj_v")
+_FORMATS = {False: "contiguous", True: "channels_last"}
+
+
+@dataclass(frozen=True)
+class Sought:
+    """What the user asked for: ranks, factorization, which sites."""
+
+    ranks: RankSpec | RankRule = "auto"
+    factorization: str = "auto"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    @property
+    def automatic(self) -> bool:
+        """Whether ranks are to be found by spectra and measured times."""
+        return self.ranks == "auto"
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A plan in a memory format, and the forecast of it, where it was measured."""
+
+    plan: Plan
+    channels_last: bool
+    forecast: Forecast | None = None
+
+
+def sites_of(root: nn.Module, example_inputs: Any) -> tuple[Site, ...]:
+    """Return the sites of a module."""
+    return find_sites(root, example_inputs)[0]
+
+
+def plan_for(sites: Sequence[Site], sought: Sought, rule: RankRule | None = None) -> Plan:
+    """Return the plan of what was asked for; attention with packed projections stays dense: their state is one."""
+    attention = {site.name.rpartition(".")[0] for site in sites if site.name.endswith(_PACKED)}
+    packed = [site.name for site in sites if site.name.rpartition(".")[0] in attention]
+    plan = make_plan(
+        sites,
+        ranks=sought.ranks if rule is None else rule,
+        factorization=sought.factorization,
+        include=sought.include,
+        exclude=sought.exclude,
+        totals=Totals(sum(site.parameters for site in sites), sum(site.macs for site in sites)),
+    )
+    for name in packed:
+        plan = plan.edit(name, rank=None, reason="attention with packed projections is not factored in training yet")
+    return plan
+
+
+def propose(
+    root: nn.Module,
+    example_inputs: Any,
+    sought: Sought,
+    *,
+    log: SpectrumLog,
+    formats: Sequence[bool],
+    epoch: tuple[float, int],
+    epochs_left: int | None,
+) -> Proposal:
+    """Return the best plan over the memory formats, with its forecast.
+
+    ``formats`` says which to try (True is channels_last), the present one first; ``epoch`` is the seconds of the last
+    epoch and its steps. The model is copied, and neither it nor the random state changes.
+    """
+    start = time.perf_counter()
+    sites = sites_of(root, example_inputs)
+    plans: dict[bool, Plan] = {}
+    for channels_last in formats:
+        rule = TrainingRanks(log, PassTimer(channels_last), channel_multiple()) if sought.automatic else None
+        plans[channels_last] = plan_for(sites, sought, rule)
+    factored = {form: plan for form, plan in plans.items() if not all(decision.dense for decision in plan)}
+    if not factored:
+        return Proposal(plans[formats[0]], formats[0])
+    models, spent = [], 0.0
+    for form, plan in factored.items():
+        before = time.perf_counter()
+        models.append(_formatted(decompose(root, example_inputs, plan=plan).model, form))
+        spent = time.perf_counter() - before
+    inputs = normalise_inputs(example_inputs)
+    dense, *samples = time_models([_formatted(copy.deepcopy(root), formats[0]), *models], inputs)
+    best, form = min((s.median, form) for s, form in zip(samples, factored, strict=True))
+    seconds, steps = epoch
+    forecast = make_forecast(
+        dense_step=seconds / steps if steps else dense.median,
+        measured_dense=dense.median,
+        measured_factored=best,
+        steps=max(1, steps),
+        epochs_left=epochs_left,
+        cost=time.perf_counter() - start + spent,
+    )
+    return Proposal(plans[form], form, forecast)
+
+
+def try_formats(root: nn.Module, example_inputs: Any) -> list[bool]:
+    """Return the memory formats worth trying for a dense model, the fastest first: one where it is ahead by far.
+
+    Only convolutions over two dimensions know more than one.
+    """
+    if not has_formats([site.operator for site in sites_of(root, example_inputs)]):
+        return [False]
+    models = [_formatted(copy.deepcopy(root), form) for form in _FORMATS]
+    contiguous, channels_last = time_models(models, normalise_inputs(example_inputs))
+    if channels_last.median < contiguous.median:
+        return [True]
+    return [False, True]
+
+
+def _formatted(model: nn.Module, channels_last: bool) -> nn.Module:
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    return model.to(memory_format=form)  # type: ignore[call-overload]
+
+
+def shrunk(before: Plan, proposed: Plan) -> Plan:
+    """Return the plan with the proposed decisions where they cost fewer MACs, and those before elsewhere."""
+    old = {decision.site: decision for decision in before}
+    rows = [d if _macs(d) < _macs(old[d.site]) else old[d.site] for d in proposed]
+    return Plan(tuple(rows), before.ranks)
+
+
+def _macs(decision: Decision) -> int:
+    macs = decision.dense_macs if decision.dense else decision.macs
+    return macs or 0
+
+
+def refused(plan: Plan) -> str:
+    """Return why no site of a plan is factored, in words."""
+    reasons = dict.fromkeys(f"{decision.site}: {decision.reason}" for decision in plan)
+    return "no site would train faster; " + "; ".join(reasons)

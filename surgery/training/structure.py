@@ -1,0 +1,150 @@
+"""Factored sites of a module that trains: which parameters stand for which weight, and how they compose.
+
+A plan and the dense module say all of it: ``build`` gives a module the structure of a plan with factors that are still
+empty, for a checkpoint to fill, and ``read_sites`` the record of it. Both only need shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.chain import Chain
+from surgery.errors import CheckError, InputError, Refusal
+from surgery.factorizations import Ranks, named
+from surgery.graphs import open_graph
+from surgery.graphs.modules import stored_as
+from surgery.inputs import normalise_inputs
+from surgery.operators import Operator
+from surgery.plans import Plan
+from surgery.sites import Site
+from surgery.steps import Branches, Shift, Step
+from surgery.training.transport import Compose
+
+__all__ = ["FactoredSite", "balance", "build", "factored_parameters", "layouts", "read_sites", "with_weights"]
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredSite:
+    """One factored site: the chain without numbers, the paths of what has its factors, and all names it stands for.
+
+    ``names`` are those of the site and of its aliases; ``places`` are below each of them, for each factor; ``shift`` is
+    the place of the bias. ``stored`` is how the dense module stores its weight.
+    """
+
+    names: tuple[str, ...]
+    chain: Chain
+    places: tuple[str, ...]
+    shift: str
+    stored: str
+
+    def bind(self, root: nn.Module) -> tuple[list[nn.Parameter], Compose]:
+        """Return the weights of the factors in a module, and what composes them; both outlast the factors there.
+
+        Weights are as their modules store them, factors and dense weight alike; the composition is differentiable.
+        """
+        modules: list[Any] = [root.get_submodule(f"{self.names[0]}.{place}") for place in self.places]
+        layouts = [stored_as(module) for module in modules]
+
+        def compose(weights: Sequence[Tensor]) -> Tensor:
+            turned = (w.mT if layout == "in_out" else w for w, layout in zip(weights, layouts, strict=True))
+            operator = with_weights(self.chain, turned).compose()
+            if isinstance(operator, Refusal):
+                raise CheckError(f"the factors of {self.names[0]} are not one operator: {operator.reason}")
+            return operator.weight.mT if self.stored == "in_out" else operator.weight
+
+        return [module.weight for module in modules], compose
+
+
+def with_weights(chain: Chain, weights: Iterable[Tensor]) -> Chain:
+    """Return the chain with other weights for its operators, in order, and without any bias."""
+    return Chain(tuple(_fill(chain.steps, iter(weights))))
+
+
+def _fill(steps: Sequence[Step], weights: Iterator[Tensor]) -> Iterator[Step]:
+    for step in steps:
+        if isinstance(step, Operator):
+            yield replace(step, weight=next(weights), bias=None)
+        elif isinstance(step, Branches):
+            rows = (tuple(_fill(row, weights)) for row in step.rows)
+            yield Branches(tuple(rows))  # type: ignore[arg-type]
+        elif not isinstance(step, Shift):
+            yield step
+
+
+def layouts(root: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
+    """Return how the dense modules of the sites store their weights; without a module there is no entry."""
+    modules = dict(root.named_modules(remove_duplicate=False))
+    return {site.name: stored_as(modules[site.name]) for site in sites if site.name in modules}
+
+
+def read_sites(sites: Sequence[Site], plan: Plan, stored: Mapping[str, str]) -> tuple[FactoredSite, ...]:
+    """Return the record of what a plan makes of the sites of a module."""
+    found = []
+    for site, decision in zip(sites, plan, strict=True):
+        if decision.factorization is None or decision.rank is None:
+            continue
+        chain = named(decision.factorization).skeleton(site.operator, decision.rank)
+        places = tuple(place for place, part in chain.places if isinstance(part, Operator))
+        shift = chain.with_bias(torch.empty(0)).places[-1][0]
+        found.append(FactoredSite((site.name, *site.aliases), chain, places, shift, stored[site.name]))
+    return tuple(found)
+
+
+def build(root: nn.Module, example_inputs: Any, plan: Plan) -> tuple[FactoredSite, ...]:
+    """Give a dense module the structure of a plan, in place, with factors of zeros; return the record of it.
+
+    Raises:
+        InputError: the plan was made for a model with other sites.
+    """
+    graph = open_graph(root, *normalise_inputs(example_inputs), copies=False, inplace=True)
+    spots = graph.find().spots
+    names = [spot.site.name for spot in spots]
+    if names != [decision.site for decision in plan]:
+        raise InputError(
+            "the plan is of a model with other sites", allowed=", ".join(names), next_step="make the same model, dense"
+        )
+    sites = [spot.site for spot in spots]
+    record = read_sites(sites, plan, layouts(root, sites))
+    for spot, decision in zip(spots, plan, strict=True):
+        if decision.factorization is not None and decision.rank is not None:
+            graph.splice(spot, _empty_chain(spot.site.operator, decision.factorization, decision.rank))
+    graph.finish()
+    return record
+
+
+def _empty_chain(operator: Operator, factorization: str, ranks: Ranks) -> Chain:
+    method = named(factorization)
+    shapes = method.shapes(tuple(operator.kernel.shape), ranks)
+    return method.assemble(operator, [operator.weight.new_zeros(shape) for shape in shapes], ranks)
+
+
+def factored_parameters(record: Sequence[FactoredSite]) -> dict[str, list[str]]:
+    """Map the name of each dense parameter to those that stand for it."""
+    names: dict[str, list[str]] = {}
+    for site in record:
+        for name in site.names:
+            names[f"{name}.weight"] = [f"{name}.{place}.weight" for place in site.places]
+            names[f"{name}.bias"] = [f"{name}.{site.shift}.bias"]
+    return names
+
+
+def balance(root: nn.Module, record: Sequence[FactoredSite]) -> None:
+    """Give the factors of each chain the same Frobenius norm, in place: what they compose to stays as it is.
+
+    Gradient flow keeps the differences of the squared norms (Du et al. 2018), so that factors that start alike learn
+    alike. Chains with a sum of branches, whose rows have scales of their own, are left as they are.
+    """
+    for site in record:
+        if any(isinstance(step, Branches) for step in site.chain.steps):
+            continue
+        factors, _ = site.bind(root)
+        logs = torch.stack([torch.linalg.vector_norm(factor.detach().double()).log() for factor in factors])
+        if not bool(logs.isfinite().all()):
+            continue
+        for factor, log in zip(factors, logs, strict=True):
+            factor.data.mul_(float((logs.mean() - log).exp()))

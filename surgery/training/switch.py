@@ -1,0 +1,132 @@
+"""The switch itself: one module and its optimizer from dense to factored and back, in place, with all state.
+
+What stays the same: the objects of the model and of the optimizer, every module but the sites, the groups of the
+optimizer, and what the factors compose to. Biases get new objects of the same values, and keep their state.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.errors import CheckError
+from surgery.passes.decompose import decompose
+from surgery.passes.recompose import recompose
+from surgery.passes.results import Change
+from surgery.plans import Plan
+from surgery.sites import Site
+from surgery.training.optimizer import Exchange
+from surgery.training.structure import FactoredSite, balance, build, factored_parameters, layouts, read_sites
+from surgery.training.transport import Jacobian
+
+__all__ = ["align_copy", "fill_structure", "set_format", "switch_down", "switch_up"]
+
+Parameters = Mapping[str, nn.Parameter]
+
+
+def switch_down(
+    root: nn.Module, example_inputs: Any, plan: Plan, sites: Sequence[Site]
+) -> tuple[tuple[FactoredSite, ...], Plan, tuple[Change, ...], list[Exchange]]:
+    """Factor the sites of a plan in place, balanced.
+
+    Return the record, the plan as it was carried out, the changes with their measured errors, and the exchanges that
+    the optimizer of the module needs.
+    """
+    stored, before = layouts(root, sites), _parameters(root)
+    result = decompose(root, example_inputs, plan=plan, inplace=True)
+    record = read_sites(sites, result.plan, stored)
+    balance(root, record)
+    return record, result.plan, result.changes, _exchanges_down(root, before, record)
+
+
+def switch_up(root: nn.Module, example_inputs: Any, record: Sequence[FactoredSite]) -> list[Exchange]:
+    """Compose the factored sites in place, exactly; return the exchanges that the optimizer needs.
+
+    Raises:
+        CheckError: a chain did not come back as one operator.
+    """
+    before = _parameters(root)
+    bound = [site.bind(root) for site in record]
+    recompose(root, example_inputs, inplace=True)
+    after = _parameters(root)
+    lost = [site.names[0] for site in record if f"{site.names[0]}.weight" not in after]
+    if lost:
+        raise CheckError(f"{', '.join(lost)} did not come back as one operator")
+    exchanges, taken = [], set()
+    for site, (factors, compose) in zip(record, bound, strict=True):
+        name = f"{site.names[0]}.weight"
+        jacobian = functools.partial(Jacobian, compose, factors)
+        exchanges.append(Exchange(tuple(factors), (after[name],), (name,), jacobian))
+        taken |= {id(factor) for factor in factors}
+    origins = {new: old for old, news in factored_parameters(record).items() for new in news}
+    rest = {name: parameter for name, parameter in before.items() if id(parameter) not in taken}
+    return exchanges + _rebound(rest, after, origins)
+
+
+def fill_structure(root: nn.Module, example_inputs: Any, plan: Plan) -> tuple[tuple[FactoredSite, ...], list[Exchange]]:
+    """Give a dense module the structure of a plan, with empty factors; return the record and the exchanges."""
+    before = _parameters(root)
+    record = build(root, example_inputs, plan)
+    return record, _exchanges_down(root, before, record)
+
+
+def align_copy(
+    copy: nn.Module, example_inputs: Any, plan: Plan, factored: nn.Module, record: Sequence[FactoredSite]
+) -> None:
+    """Give a dense copy of a model, as an average of its weights, factors near those of the model.
+
+    Factors are only determined up to a change of basis, and averages of factors in different bases mean nothing. So the
+    copy starts from the model's factors, and moves them to its own weights by one Gauss-Newton step.
+    """
+    weights = {site.names[0]: copy.get_submodule(site.names[0]).weight for site in record}
+    biases = _parameters(copy)
+    build(copy, example_inputs, plan)
+    after = _parameters(copy)
+    for site in record:
+        factors, compose = site.bind(factored)
+        own, _ = site.bind(copy)
+        jacobian = Jacobian(compose, factors)
+        steps = jacobian.push_back(weights[site.names[0]].detach().double() - jacobian.weight)  # type: ignore[operator]
+        for parameter, factor, step in zip(own, factors, steps, strict=True):
+            parameter.data.copy_(factor.detach() + step)
+    for old, names in factored_parameters(record).items():
+        if old.endswith(".bias") and old in biases:
+            after[names[0]].data.copy_(biases[old].detach())
+
+
+def set_format(root: nn.Module, channels_last: bool) -> None:
+    """Give all 4-d weights of a module the memory format, in place."""
+    if channels_last:
+        root.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _parameters(root: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(root.named_parameters(remove_duplicate=False))
+
+
+def _exchanges_down(root: nn.Module, before: Parameters, record: Sequence[FactoredSite]) -> list[Exchange]:
+    after, names, exchanges, taken = _parameters(root), factored_parameters(record), [], set()
+    for site in record:
+        weight = f"{site.names[0]}.weight"
+        factors, compose = site.bind(root)
+        jacobian = functools.partial(Jacobian, compose, factors)
+        exchanges.append(Exchange((before[weight],), tuple(factors), tuple(names[weight]), jacobian))
+        taken.add(id(before[weight]))
+    rest = {name: parameter for name, parameter in before.items() if id(parameter) not in taken}
+    return exchanges + _rebound(rest, after, {old: news[0] for old, news in names.items()})
+
+
+def _rebound(before: Parameters, after: Parameters, names: Mapping[str, str]) -> list[Exchange]:
+    """Return the exchanges of parameters that are the same in a new object, as biases; they keep their flag."""
+    exchanges, seen = [], set()
+    for name, old in before.items():
+        new = after[names.get(name, name)]
+        if new is not old and id(old) not in seen:
+            new.requires_grad_(old.requires_grad)
+            exchanges.append(Exchange((old,), (new,), (names.get(name, name),)))
+        seen.add(id(old))
+    return exchanges

@@ -1,0 +1,119 @@
+"""A model with its optimizer and all else that hangs on its parameters, so that they switch together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from surgery.passes.recompose import recompose
+from surgery.passes.results import Change
+from surgery.plans import Plan
+from surgery.sites import Site
+from surgery.training.frobenius import FrobeniusDecay
+from surgery.training.optimizer import Exchange, exchange_parameters
+from surgery.training.propose import sites_of
+from surgery.training.structure import FactoredSite, build
+from surgery.training.switch import align_copy, fill_structure, set_format, switch_down, switch_up
+from surgery.training.wrappers import agree, broadcast, group_of, rewrap, unwrap
+
+__all__ = ["Trainee"]
+
+
+class Trainee:
+    """What is trained: ``down`` factors it, ``up`` composes it again, ``restore`` gives it a structure to load into.
+
+    ``model`` is in the wrappers that the user gave, ``root`` is the module inside. ``record`` has the factored sites,
+    none while it is dense; ``plan`` is the last one carried out. ``channels_last`` is the format of 4-d weights.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, inputs: Any, *, frobenius_decay: bool) -> None:
+        self.model, self.optimizer, self.inputs = model, optimizer, inputs
+        self.record: tuple[FactoredSite, ...] = ()
+        self.plan = Plan(())
+        weights = [parameter for parameter in unwrap(model).parameters() if parameter.dim() == 4]
+        self.channels_last = any(not weight.is_contiguous() for weight in weights)
+        self._mirrors: list[nn.Module] = []
+        self._decay = FrobeniusDecay(optimizer) if frobenius_decay else None
+
+    @property
+    def root(self) -> nn.Module:
+        """The module inside of all wrappers."""
+        return unwrap(self.model)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites of the module as it is."""
+        return sites_of(self.root, self.inputs)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process decides: it is alone, or rank 0 of its group."""
+        group = group_of(self.model)
+        return group is None or group.rank() == 0
+
+    def agree(self, value: Any) -> Any:
+        """Return the value of the process that leads."""
+        return agree(value, group_of(self.model))
+
+    def mirror(self, copy: nn.Module) -> None:
+        """Take a dense copy along."""
+        self._mirrors.append(unwrap(copy.module if isinstance(copy, AveragedModel) else copy))
+
+    def use_format(self, channels_last: bool) -> None:
+        """Give the 4-d weights of model and mirrors a memory format; what is channels_last already stays so."""
+        self.channels_last = channels_last
+        for module in (self.root, *self._mirrors):
+            set_format(module, channels_last)
+
+    def down(self, plan: Plan) -> tuple[tuple[Change, ...], list[str]]:
+        """Factor the sites of a plan; return the changes, and notes on state that could not be carried over."""
+        root = self.root
+        record, self.plan, changes, exchanges = switch_down(root, self.inputs, plan, self.sites)
+        notes = self._become(record, exchanges)
+        for copy in self._mirrors:
+            align_copy(copy, self.inputs, self.plan, root, record)
+        self.use_format(self.channels_last)
+        return changes, notes
+
+    def up(self) -> list[str]:
+        """Compose all factored sites; return notes on state that could not be carried over."""
+        exchanges = switch_up(self.root, self.inputs, self.record)
+        notes = self._become((), exchanges)
+        for copy in self._mirrors:
+            recompose(copy, self.inputs, inplace=True)
+        self.use_format(self.channels_last)
+        return notes
+
+    def restore(self, plan: Plan, *, factored: bool) -> None:
+        """Give a dense model the structure that the plan had, without any state, for a checkpoint to fill."""
+        self.plan = plan
+        if factored:
+            record, exchanges = fill_structure(self.root, self.inputs, plan)
+            self._become(record, exchanges, carry=False)
+            for copy in self._mirrors:
+                build(copy, self.inputs, plan)
+        self.use_format(self.channels_last)
+
+    def release(self) -> None:
+        """Take the hooks off the optimizer."""
+        if self._decay is not None:
+            self._decay.remove()
+
+    def _become(
+        self, record: tuple[FactoredSite, ...], exchanges: Sequence[Exchange], *, carry: bool = True
+    ) -> list[str]:
+        """Bring the optimizer, the wrappers and the decay up to date with the parameters of the module."""
+        root, group = self.root, group_of(self.model)
+        set_format(root, self.channels_last)
+        new = [parameter for exchange in exchanges for parameter in exchange.new]
+        broadcast(new, self.optimizer, group)
+        notes = exchange_parameters(self.optimizer, exchanges, carry=carry)
+        broadcast(new, self.optimizer, group)
+        self.model, self.record = rewrap(self.model), record
+        if self._decay is not None:
+            self._decay.watch([site.bind(root) for site in record])
+        return notes

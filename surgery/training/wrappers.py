@@ -1,0 +1,107 @@
+"""What may be around a model that trains: torch.compile's wrapper and DistributedDataParallel, taken off and put on.
+
+A compiled model stays the same object: its code is compiled again when it next runs. DistributedDataParallel has hooks
+on the parameters that it was given, so that after a switch there is a new one with the same settings. Its constructor
+sends all parameters from rank 0 to the others. The old one can no longer run: it would not synchronise anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from surgery.errors import InputError
+
+__all__ = ["agree", "broadcast", "group_of", "rewrap", "unwrap"]
+
+_KEPT = (
+    "device_ids",
+    "output_device",
+    "dim",
+    "broadcast_buffers",
+    "process_group",
+    "find_unused_parameters",
+    "gradient_as_bucket_view",
+    "static_graph",
+)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside of all wrappers.
+
+    Raises:
+        InputError: its parameters are shards, as FSDP's.
+    """
+    while (inner := _inside(model)) is not None:
+        model = inner
+    if any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        raise InputError(
+            "the model is sharded (FSDP)",
+            allowed="plain modules, torch.compile, DistributedDataParallel",
+            next_step="decompose it before fully_shard",
+        )
+    return model
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    if isinstance(model, DistributedDataParallel):
+        return model.module
+    inner = getattr(model, "_orig_mod", None)  # torch.compile's; importing its class would import the whole compiler
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def rewrap(model: nn.Module) -> nn.Module:
+    """Return the model in the wrappers that it is in, made ready for the parameters that it has now."""
+    inner = _inside(model)
+    if inner is None:
+        return model
+    fresh = rewrap(inner)
+    if isinstance(model, DistributedDataParallel):
+        return _distributed(model, fresh)
+    torch.compiler.reset()
+    return model if fresh is inner else type(model)(fresh, model.dynamo_ctx)
+
+
+def _distributed(old: DistributedDataParallel, inner: nn.Module) -> DistributedDataParallel:
+    kept: dict[str, Any] = {name: getattr(old, name) for name in _KEPT if hasattr(old, name)}
+    del old.reducer
+    megabytes = old.bucket_bytes_cap / 1024**2
+    return DistributedDataParallel(inner, bucket_cap_mb=megabytes, **kept)
+
+
+def group_of(model: nn.Module) -> Any:
+    """Return the process group of a distributed model; None for any other."""
+    inside: nn.Module | None = model
+    while inside is not None:
+        if isinstance(inside, DistributedDataParallel):
+            return inside.process_group
+        inside = _inside(inside)
+    return None
+
+
+def agree(value: Any, group: Any) -> Any:
+    """Return the value of rank 0 of the group; the value itself without a group."""
+    if group is None:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
+    return box[0]
+
+
+def broadcast(parameters: Iterable[nn.Parameter], optimizer: Optimizer, group: Any) -> None:
+    """Make parameters and their optimizer state those of rank 0 of the group; nothing without a group."""
+    if group is None:
+        return
+    source = dist.get_global_rank(group, 0)
+    for parameter in parameters:
+        state = optimizer.state.get(parameter, {})
+        for tensor in (parameter.data, *(value for value in state.values() if isinstance(value, Tensor))):
+            whole = tensor.contiguous()
+            dist.broadcast(whole, src=source, group=group)
+            tensor.copy_(whole)

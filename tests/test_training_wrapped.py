@@ -1,0 +1,104 @@
+"""Training in low rank under torch.compile and DistributedDataParallel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from surgery.chain import relative_error
+from surgery.training import LowRankTraining
+from surgery.training.wrappers import unwrap
+from tests.tolerances import tolerance
+from tests.training_cases import OPTIMIZERS, RANKS, Net, batch, loss_of, train
+
+WORLD = 2
+
+
+def compiled_run() -> LowRankTraining:
+    torch.manual_seed(0)
+    model = Net(drop=0.0).double()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    wrapped: Any = torch.compile(model, backend="eager")
+    return LowRankTraining(wrapped, optimizer, batch(torch.float64)[0], decompose_at=1, ranks=RANKS, recompose_at=2)
+
+
+def test_a_compiled_model_is_compiled_again() -> None:
+    run = compiled_run()
+    wrapped = run.model
+    torch.manual_seed(0)
+    plain = Net(drop=0.0).double()
+    beside = LowRankTraining(
+        plain,
+        OPTIMIZERS["sgd"](plain.parameters()),
+        batch(torch.float64)[0],
+        decompose_at=1,
+        ranks=RANKS,
+        recompose_at=2,
+    )
+    for epoch in range(3):
+        for each in (run, beside):
+            train(each, seed=epoch)
+            each.end_epoch(epoch)
+        assert run.model is wrapped
+        x = batch(torch.float64, seed=8)[0]
+        assert relative_error(run.model.eval()(x), plain.eval()(x)) <= tolerance(torch.float64, length=512, steps=64)
+        assert run.phase == beside.phase
+
+
+def test_wrappers_are_seen_through() -> None:
+    model = nn.Linear(2, 2)
+    assert unwrap(model) is model
+    assert unwrap(torch.compile(model, backend="eager")) is model  # type: ignore[arg-type]
+
+
+def work(rank: int, folder: str) -> None:
+    """One process: its own half of each batch, and weights that differ until the wrapper makes them alike."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+    try:
+        torch.manual_seed(rank)
+        model = DistributedDataParallel(Net(drop=0.0).double(), bucket_cap_mb=1)
+        run = LowRankTraining(
+            model,
+            OPTIMIZERS["adamw"](model.parameters()),
+            batch(torch.float64)[0],
+            decompose_at=1,
+            ranks=RANKS,
+            recompose_at=3,
+        )
+        phases = []
+        for epoch in range(4):
+            for step in range(3):
+                run.optimizer.zero_grad()
+                loss_of(run.model, batch(torch.float64, seed=1000 * rank + 10 * epoch + step)).backward()
+                run.optimizer.step()
+            run.end_epoch(epoch)
+            phases.append(run.phase)
+            state = {"model": unwrap(run.model).state_dict(), "optimizer": run.optimizer.state_dict()["state"]}
+            torch.save(state, f"{folder}/{epoch}-{rank}.pt")
+        assert isinstance(run.model, DistributedDataParallel)
+        assert phases == ["factored", "factored", "recomposed", "recomposed"]
+        assert model is not run.model
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo")
+def test_all_processes_switch_to_the_same_weights_and_stay_together(tmp_path: Path) -> None:
+    mp.start_processes(work, args=(str(tmp_path),), nprocs=WORLD, start_method="spawn")
+    for epoch in range(4):
+        first, second = (torch.load(tmp_path / f"{epoch}-{rank}.pt", weights_only=True) for rank in range(WORLD))
+        trained = {
+            name for name in first["model"] if not name.startswith("norm.")
+        }  # batch statistics are each one's own
+        assert all(torch.equal(first["model"][name], second["model"][name]) for name in trained)
+        for index, state in first["optimizer"].items():
+            assert all(torch.equal(value, second["optimizer"][index][key]) for key, value in state.items())
+    assert "first.weight" in first["model"]
