@@ -24,7 +24,7 @@ LAYERS = [
     {"archive", "archive_expressions", "archive_program", "loading", "saving", "export", "benchmark", "comparison"},
     {"allocation"},
     {"passes"},
-    {"training"},
+    {"training", "report"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from surgery.chain import relative_error
 from surgery.errors import InputError, RankError
-from surgery.solvers import overparameterized
-from surgery.solvers.overparameterized import Method, descend, gradient_cp, mttkrp, reduce_rank, symmetric_cp
+from surgery.solvers.components import mttkrp, reduce_rank
+from surgery.solvers.overparameterized import Method, descend, gradient_cp, symmetric_cp
 
 EXACT = 1e-12
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-8}
@@ -49,11 +49,10 @@ def test_mttkrp_is_einsums(sizes: tuple[int, ...], components: int, groups: int,
         assert torch.allclose(found, expected, rtol=EXACT, atol=EXACT * float(tensor.abs().sum()) * 100)
 
 
-def test_mttkrp_in_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mttkrp_in_chunks_is_the_same() -> None:
     tensor, factors = random(2, 4, 3, 5), [random(2, size, 7) for size in (4, 3, 5)]
     expected = mttkrp(tensor, factors, [0, 2])
-    monkeypatch.setattr(overparameterized, "_ENTRIES", 65)
-    for whole, chunked in zip(expected, mttkrp(tensor, factors, [0, 2]), strict=True):
+    for whole, chunked in zip(expected, mttkrp(tensor, factors, [0, 2], entries=65), strict=True):
         assert relative_error(chunked, whole) <= EXACT
 
 
@@ -112,13 +111,12 @@ def test_split_components_are_merged() -> None:
     assert relative_error(tensor_of(found), tensor_of(truth)) <= TOLERANCE[torch.float64]
 
 
-def test_sweeps_never_raise_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweeps_never_raise_the_error() -> None:
     tensor = random(2, 5, 4, 3)
     start = descend(tensor, 6, epochs=1)
     errors = []
     for sweeps in range(6):
-        monkeypatch.setattr(overparameterized, "_SWEEPS", sweeps)
-        errors.append(relative_error(tensor_of(reduce_rank(tensor, start, 4)), tensor))
+        errors.append(relative_error(tensor_of(reduce_rank(tensor, start, 4, sweeps=sweeps)), tensor))
     assert errors == sorted(errors, reverse=True)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from surgery.chain import relative_error
 from surgery.errors import InputError, RankError
-from surgery.solvers.cp import CpModel, cp
-from surgery.solvers.pairwise import _Perturbed, drift
+from surgery.solvers.cp import cp
+from surgery.solvers.cp_model import CpModel
+from surgery.solvers.pairwise import Perturbed, drift
 from surgery.solvers.tucker import TuckerResult, tucker
 from tests.test_cp import LETTERS, planted, random
 
@@ -38,7 +39,7 @@ def model_at(tensor: Tensor, rank: int, seed: int) -> CpModel:
 def errors_of_mttkrps(tensor: Tensor, rank: int, step: float, seed: int) -> list[float]:
     """Relative errors of the perturbed MTTKRPs a step away from where the pair operators were built."""
     model = model_at(tensor, rank, seed)
-    perturbed = _Perturbed(model)
+    perturbed = Perturbed(model)
     moves = [random(*factor.shape, seed=seed + 50 + i) for i, factor in enumerate(model.factors)]
     model.factors = [factor + step * move for factor, move in zip(model.factors, moves, strict=True)]
     exact: dict[int, Tensor] = {}
@@ -46,7 +47,7 @@ def errors_of_mttkrps(tensor: Tensor, rank: int, step: float, seed: int) -> list
         operands = [f"gr{LETTERS[other]}" for other in model.modes if other != mode]
         subscripts = ",".join([f"g{LETTERS[: len(model.modes)]}", *operands]) + f"->gr{LETTERS[mode]}"
         exact[mode] = torch.einsum(subscripts, tensor, *(f for i, f in enumerate(model.factors) if i != mode))
-    return [relative_error(perturbed._mttkrp(mode), exact[mode]) for mode in model.modes]
+    return [relative_error(perturbed.mttkrp(mode), exact[mode]) for mode in model.modes]
 
 
 @settings(max_examples=30, deadline=None)
@@ -58,13 +59,13 @@ def test_mttkrps_are_exact_where_they_should_be(groups: int, sizes: tuple[int, .
     same = planted(groups, sizes, rank, seed=seed)
     factors = [random(groups, size, rank, seed=seed + i) for i, size in enumerate(sizes)]
     model = CpModel(same, [factor.mT for factor in factors])
-    perturbed = _Perturbed(model)
+    perturbed = Perturbed(model)
     model.factors = [factor + random(*factor.shape, seed=seed + 50 + i) for i, factor in enumerate(model.factors)]
     for mode in model.modes:
         others = [gram for i, gram in enumerate(model.factors) if i != mode]
         start = [factor for i, factor in enumerate(factors) if i != mode]
         mixed = math.prod(new @ old for new, old in zip(others, start, strict=True))
-        assert relative_error(perturbed._mttkrp(mode), mixed @ factors[mode].mT) <= EXACT * 100
+        assert relative_error(perturbed.mttkrp(mode), mixed @ factors[mode].mT) <= EXACT * 100
     if len(sizes) == 2:
         assert max(errors_of_mttkrps(tensor, rank, 1.0, seed)) <= EXACT
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from surgery.chain import relative_error
 from surgery.errors import InputError
-from surgery.solvers import gram, hooi, reference
+from surgery.solvers import eigen, gram, hooi, reference
 from tests.cases import decaying
 
 EXACT = 1e-12
@@ -153,7 +154,7 @@ def with_spectrum(shape: tuple[int, ...], values: Callable[[Tensor], Tensor] | N
 def test_low_rank_of_a_large_float32_matrix_is_nearly_lapacks(
     shape: tuple[int, ...], spectrum: Callable[[Tensor], Tensor] | None
 ) -> None:
-    """Ranks that take filters, an eigendecomposition in float32, and one in float64."""
+    """Ranks that take filters, an eigendecomposition, and further ones of what the first leaves."""
     matrix = with_spectrum(shape, spectrum).float()
     full = min(shape[-2:])
     for rank in (1, full // 8, full // 4, full // 2, full - 1, full):
@@ -161,7 +162,7 @@ def test_low_rank_of_a_large_float32_matrix_is_nearly_lapacks(
         assert left.dtype == right.dtype == torch.float32
         best = relative_error(truncated(matrix, rank), matrix)
         error = relative_error(left.double() @ right.double(), matrix)
-        assert error <= 1.002 * best + 2 * torch.finfo(torch.float32).eps
+        assert error <= 1.002 * best + math.sqrt(full) * torch.finfo(torch.float32).eps  # an orthonormal basis rounded
         balance = left.square().sum(-2) / right.square().sum(-1)
         kept = torch.linalg.svdvals(matrix.double())[..., :rank] > 1e-3 * float(
             torch.linalg.matrix_norm(matrix, 2).max()
@@ -205,7 +206,7 @@ def test_gram_accumulates_in_float64() -> None:
 
 def test_leading_subspace_is_orthonormal_and_sorted() -> None:
     matrix = random(2, 6, 9)
-    basis = gram.leading_subspace(gram.gram(matrix), 4)
+    basis = eigen.leading_subspace(gram.gram(matrix), 4)
     assert relative_error(basis.mT @ basis, torch.eye(4).expand(2, 4, 4)) <= EXACT
     energies = torch.linalg.vector_norm(basis.mT @ matrix, dim=-1)
     assert torch.allclose(energies, torch.linalg.svdvals(matrix)[..., :4])

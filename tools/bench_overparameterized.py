@@ -27,8 +27,9 @@ from rich.table import Table
 from torch import Tensor
 
 from surgery.cost.latency import cpu_name
+from surgery.solvers.components import reduce_rank
 from surgery.solvers.cp import cp
-from surgery.solvers.overparameterized import Method, descend, reduce_rank, symmetric_cp
+from surgery.solvers.overparameterized import Method, descend, symmetric_cp
 
 TIMES_RANK = (1, 2, 4)
 METHODS: dict[str, Method] = {"over-parameterised": "overparameterized", "plain descent": "plain"}

@@ -7,7 +7,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import as_json, check_output, default_output, model_options, open_program
+from surgery.cli.options import as_json, check_output, default_output, load_function, model_options, open_program
 from surgery.errors import InputError, SurgeryError
 
 if TYPE_CHECKING:
@@ -73,6 +73,12 @@ def inspect(model: Path, json_: bool, **options: Any) -> None:
     metavar="NAME",
     help="auto; als, pp or gd for cp; tensorly for TensorLy's own.",
 )
+@click.option("--calibration", type=_MODEL, help="Inputs by name, as .npz or .pt: fit the factors to them.")
+@click.option("--max-error", type=float, help="With --calibration: largest relative output error.  [default: 0.05]")
+@click.option("--target-speedup", type=float, help="With --calibration: least speed-up of the whole model.")
+@click.option("--eval", "metric", metavar="MODULE:FUNCTION", help="A metric of a module; higher is better.")
+@click.option("--max-drop", type=float, help="With --eval: by how much the metric may fall.")
+@click.option("--cost", type=click.Choice(["latency", "macs", "params"]), default="latency", show_default=True)
 @click.option("--timing/--no-timing", default=True, help="Measure latencies (auto always does, for its choice).")
 @click.option("--force", is_flag=True, help="Overwrite files that exist.")
 @model_options
@@ -89,6 +95,12 @@ def decompose(
     save_plan: Path | None,
     dry_run: bool,
     solver: str,
+    calibration: Path | None,
+    max_error: float | None,
+    target_speedup: float | None,
+    metric: str | None,
+    max_drop: float | None,
+    cost: str,
     timing: bool,
     force: bool,
     json_: bool,
@@ -116,9 +128,13 @@ def decompose(
         if dry_run:
             result = passes.preview(program, inputs, plan=given, progress=progress, **rules)
         else:
-            result = passes.decompose(program, inputs, plan=given, solver=solver, progress=progress, **rules)
+            promise: dict[str, Any] = {"max_error": max_error, "target_speedup": target_speedup, "max_drop": max_drop}
+            promise |= {"calibration": calibration, "cost": cost, "eval_fn": metric and load_function(metric)}
+            result = passes.decompose(program, inputs, plan=given, solver=solver, progress=progress, **rules, **promise)
             save(result.model, target, force=force)
-        measured = _time([program, result.model], inputs, progress) if timing and not dry_run else None
+        measured: Timing | str | None = None if result.search is None else result.search.timing
+        if measured is None and timing and not dry_run:
+            measured = _time([program, result.model], inputs, progress)
     if save_plan is not None:
         _write_plan(result.plan, save_plan, force=force)
     files = (model, None if dry_run else target)
@@ -126,6 +142,8 @@ def decompose(
         show.print_json(show.decompose_json(files, result, measured))
     else:
         show.decompose_tables(files, result, measured)
+    if result.promise is not None and not result.promise.kept:
+        raise click.exceptions.Exit(3)
 
 
 def _groups(joint: tuple[str, ...]) -> str | list[list[str]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,7 +16,15 @@ from surgery.errors import FileError, InputError
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-__all__ = ["as_json", "check_output", "default_output", "model_options", "open_program", "parse_shapes"]
+__all__ = [
+    "as_json",
+    "check_output",
+    "default_output",
+    "load_function",
+    "model_options",
+    "open_program",
+    "parse_shapes",
+]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -100,6 +111,31 @@ def open_program(
         raise InputError(f"{path} is a module, which does not know its input shapes", next_step="pass --input-shape")
     inputs = _random(shapes, {}, seed)
     return capture(loaded, inputs)[0], inputs
+
+
+def load_function(name: str) -> Callable[[Any], float]:
+    """Import ``module:function``, also from the current folder.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    module, _, attribute = name.partition(":")
+    allowed = "module:function, as metrics:accuracy for accuracy(module) -> float in metrics.py"
+    if not module or not attribute:
+        raise InputError(f"--eval {name!r}", allowed=allowed)
+    sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # importing runs the user's own code
+        raise InputError(f"--eval {name!r}: {type(error).__name__}: {error}", allowed=allowed) from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(found):
+        raise InputError(f"--eval {name!r} is a {type(found).__name__}", allowed=allowed)
+    function: Callable[[Any], float] = found
+    return function
 
 
 def _fill(

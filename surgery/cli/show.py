@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from surgery.sites import Skip, describe
+from surgery.sites import Skip
 from surgery.text import change, count, rank_text, seconds
 
 if TYPE_CHECKING:
@@ -153,6 +153,8 @@ def decompose_json(
         "after": asdict(result.after) | {"file_size": _size(files[1])},
         "changes": [asdict(c) for c in result.changes],
         "skips": [asdict(skip) for skip in result.skips],
+        "promise": None if result.promise is None else asdict(result.promise),
+        "frontier": [] if result.search is None else [list(point) for point in result.search.frontier],
         "timing": timing if timing is None or isinstance(timing, str) else timing.to_json(),
         "plan": json.loads(result.plan.to_json()),
     }
@@ -198,8 +200,15 @@ def _verdict(output: Path | None, result: DecomposeResult, timing: Timing | str 
     elif timing is not None:
         c = timing.comparisons[0]
         yield f"{c.verdict}: {c.speedup:.2f}x, 95 % interval {c.low:.2f} to {c.high:.2f} ({_where(timing)})"
+    if result.search is not None and result.search.metrics is not None:
+        before, after = result.search.metrics
+        yield f"metric: {before:.6g} -> {after:.6g}"
+    if result.promise is not None:
+        yield str(result.promise)
     if not result.changes:
         yield "no site was factored: the model is the original"
+    elif result.promise is None and result.plan.ranks == "auto":
+        yield "with --calibration the factors fit your data, and auto keeps a promise (--max-error, --target-speedup)"
     yield "dry run: nothing was written" if output is None else f"wrote {output}"
 
 

@@ -8,6 +8,9 @@ from typing import Any, TypeAlias
 
 from torch.export import ExportedProgram
 
+from surgery.allocation.prices import Counted, Measured, Prices
+from surgery.calibration.batch_norm import batch_norm_moments, reestimate_batch_norm
+from surgery.calibration.inputs import Calibration, read_calibration
 from surgery.chain import Chain
 from surgery.cost.latency import Latencies, channel_multiple
 from surgery.errors import CheckError, InputError
@@ -15,7 +18,9 @@ from surgery.factorizations import named
 from surgery.graphs import ChainSpot, Found, GraphKind, Model, open_graph
 from surgery.inputs import normalise_inputs
 from surgery.joint import form
-from surgery.passes.factoring import Made, factor_site, split_chain
+from surgery.passes.factoring import Made, factor_site, gather, split_chain
+from surgery.passes.goals import Evaluate, Goal
+from surgery.passes.promise import Terms, negotiate
 from surgery.passes.results import Change, DecomposeResult
 from surgery.plans import Decision, Plan
 from surgery.ranks import complete_plan, make_plan
@@ -94,6 +99,12 @@ def decompose(
     solver: str = "auto",
     joint: Joint = (),
     inplace: bool = False,
+    calibration: Any = None,
+    max_error: float | None = None,
+    target_speedup: float | None = None,
+    eval_fn: Evaluate | None = None,
+    max_drop: float | None = None,
+    cost: str = "latency",
     latencies: Latencies | None = None,
     progress: Progress | None = None,
 ) -> DecomposeResult:
@@ -111,6 +122,13 @@ def decompose(
         joint: groups of sites that share all factors but the last, as ``[("attn.q", "attn.k", "attn.v")]``; or "inputs"
             for all alike sites that read the same value.
         inplace: change the given model itself (not possible for an exported program).
+        calibration: inputs to fit the factors to: a tensor of samples, a sequence of inputs, a DataLoader, or a path. A
+            few hundred samples do. Biases and batch-norm statistics are corrected for them, and with ``ranks="auto"``
+            the result is the fastest model that keeps one promise on samples held out of them:
+        max_error: an output error of at most this (relative; the default promise, at 0.05);
+        target_speedup: a whole model at least so many times as fast, with the least error;
+        eval_fn, max_drop: a metric, ``eval_fn(module) -> float``, higher is better, that falls by at most ``max_drop``.
+        cost: what is to be low: "latency", measured on this CPU, or "macs" or "params".
         latencies: measures each site's operator and chain, for the plan's latencies. ``ranks="auto"`` needs it, and
             takes ``Latencies()``, with its cache on disk, if none is given.
         progress: called with a step's name, the number of sites done, and the number of all.
@@ -122,21 +140,74 @@ def decompose(
     """
     if inplace and isinstance(model, ExportedProgram):
         raise InputError("an exported program cannot be changed in place", next_step="use the returned one")
-    rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, progress or _silent, joint)
+    report = progress or _silent
+    asked = {"max_error": max_error, "target_speedup": target_speedup, "eval_fn": eval_fn, "max_drop": max_drop}
+    wanted = [name for name, value in asked.items() if value is not None]
+    automatic = ranks == "auto" and plan is None
+    if wanted and (calibration is None or not automatic):
+        raise InputError(f"{wanted[0]} needs calibration data and ranks='auto'", next_step="give calibration=")
+    samples = None if calibration is None else read_calibration(calibration, model, example_inputs)
+    rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, report, joint)
+    if samples is not None and automatic:
+        if inplace or joint:
+            raise InputError(
+                f"{'inplace' if inplace else 'joint'} with calibration and ranks='auto'", allowed="neither"
+            )
+        goal = Goal.of(max_error, target_speedup, max_drop, metric=eval_fn is not None)
+        return _promise(model, example_inputs, samples, goal, eval_fn, cost, rules)
+    data = None if samples is None else gather(model, samples, report)
+    norms = None if samples is None else batch_norm_moments(model, samples)
     graph, found, plan = _prepare(model, example_inputs, plan, rules, copies=not inplace, inplace=inplace)
     spots = {spot.site.name: spot for spot in found.spots}
     made: dict[str, Made] = {}
     work = join([spot.site for spot in found.spots if not plan[spot.site.name].dense], joint_groups(plan))
     for done, unit in enumerate(work):
         rules.progress("factor", done, len(work))
-        found_chains, plan = factor_site(unit, plan, solver)
+        found_chains, plan = factor_site(unit, plan, solver, data)
         made |= {m.site.name: m for m in found_chains}
     spots |= graph.reopen([spot for spot in found.spots if isinstance(spot, ChainSpot) and spot.site.name in made])
     for name, m in made.items():
         graph.splice(spots[name], m.chain)
     rules.progress("factor", len(work), len(work))
     changes = [_change(made[name].site, plan[name], made[name].error) for name in spots if name in made]
-    return _result(graph.finish(), plan, changes, found)
+    changed = graph.finish()
+    if samples is not None and made:
+        reestimate_batch_norm(changed, samples, reference=norms)
+    return _result(changed, plan, changes, found)
+
+
+def _promise(
+    model: Model,
+    example_inputs: Any,
+    samples: Calibration,
+    goal: Goal,
+    evaluate: Evaluate | None,
+    cost: str,
+    rules: _Rules,
+) -> DecomposeResult:
+    """Carry out ``auto`` with calibration data."""
+    latencies = rules.latencies or Latencies()
+    prices: Prices = Measured(latencies) if cost == "latency" else Counted(cost)
+    if goal.kind == "target_speedup" and not prices.measured:
+        raise InputError(f"target_speedup with cost={cost!r}", allowed="cost='latency'")
+    inputs = normalise_inputs(example_inputs)
+    if not any(inputs) and not isinstance(model, ExportedProgram):
+        inputs = next(iter(samples))
+    terms = Terms(
+        goal,
+        prices,
+        evaluate,
+        rules.factorization,
+        rules.include,
+        rules.exclude,
+        multiple=channel_multiple(),
+        threads=latencies.threads,
+    )
+    done = negotiate(model, inputs, samples, terms, rules.progress)
+    sites = {spot.site.name: spot.site for spot in done.found.spots}
+    changes = [_change(sites[name], done.plan[name], error) for name, error in done.errors.items()]
+    result = _result(done.model, done.plan, changes, done.found)
+    return replace(result, promise=done.promise, search=done.search)
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from surgery.calibration.collect import Progress, collect
+from surgery.calibration.factor import fit
+from surgery.calibration.inputs import Calibration
+from surgery.calibration.moments import Moments
+from surgery.calibration.sensitivity import with_sensitivity
 from surgery.chain import Chain, relative_error
 from surgery.errors import CheckError, Refusal
 from surgery.factorizations import SOLVERS, Factorization, Ranks, named
 from surgery.factorizations.recut import recut
+from surgery.graphs import Model
 from surgery.joint import JointSite, split
 from surgery.plans import Plan
 from surgery.ranks.candidates import Candidate
 from surgery.sites import FactoredSite, Site
 from surgery.text import rank_text
 
-__all__ = ["Made", "factor_site", "split_chain"]
+__all__ = ["Made", "factor_site", "gather", "split_chain"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,17 +33,31 @@ class Made:
     error: float
 
 
-def factor_site(unit: Site, plan: Plan, solver: str) -> tuple[list[Made], Plan]:
-    """Return the chain of each member of a site, and the plan as it was carried out."""
+def gather(model: Model, samples: Calibration, progress: Progress) -> Mapping[str, Moments]:
+    """Return the moments of all sites of a model, with the sensitivity of its output."""
+    return with_sensitivity(model, samples, collect(model, samples, progress=progress))
+
+
+def factor_site(
+    unit: Site, plan: Plan, solver: str, data: Mapping[str, Moments] | None = None
+) -> tuple[list[Made], Plan]:
+    """Return the chain of each member of a site, fitted to data if there is any, and the plan as it was carried out.
+
+    Joint sites are not fitted to data: what they share would have to serve the sensitivities of all.
+    """
     decision = plan[unit.name]
     if decision.factorization is None or decision.rank is None:
         raise CheckError(f"the plan has no factorization for {unit.name}")
     method = named(decision.factorization)
     if isinstance(unit, FactoredSite):
         return _recut(unit, plan, decision.rank)
-    chain = method.factor(unit.operator, decision.rank, solver=_known(solver, method))
+    known = _known(solver, method)
+    if data is not None and unit.name in data and not isinstance(unit, JointSite):
+        chain = fit(method, unit.operator, decision.rank, data[unit.name], solver=known)
+    else:
+        chain = method.factor(unit.operator, decision.rank, solver=known)
     if isinstance(chain, Refusal):
-        return factor_site(unit, _fallback(unit, plan, chain), "auto")
+        return factor_site(unit, _fallback(unit, plan, chain), "auto", data)
     chains = split_chain(chain, unit)
     return [Made(s, c, _error(s, c)) for s, c in zip(unit.members, chains, strict=True)], plan
 

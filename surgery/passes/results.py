@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from surgery.allocation.budget import Trial
+from surgery.benchmark import Timing
 from surgery.factorizations import Ranks
+from surgery.passes.goals import Promise
 from surgery.plans import Plan
 from surgery.sites import Skip, Totals
 from surgery.text import change, count, rank_text, table
 
-__all__ = ["Change", "DecomposeResult"]
+__all__ = ["Change", "DecomposeResult", "Search"]
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,28 @@ class Change:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Search:
+    """How a promise was searched for.
+
+    ``frontier`` has (expected output error, cost) of the best choices from dense to the cheapest, in the unit of the
+    costs and for all sites that have options; ``chosen`` is the point of the result. ``trials`` are what was measured
+    on the way, ``metrics`` the user's metric before and after, and ``timing`` the final one of both models.
+    """
+
+    frontier: tuple[tuple[float, float], ...] = ()
+    chosen: tuple[float, float] | None = None
+    trials: tuple[Trial, ...] = ()
+    metrics: tuple[float, float] | None = None
+    timing: Timing | None = None
+
+
 @dataclass(frozen=True, repr=False)
 class DecomposeResult:
-    """The new model, the plan that made it, each change, each place left alone, and the totals before and after."""
+    """The new model, the plan that made it, each change, each place left alone, and the totals before and after.
+
+    With calibration data also the ``promise`` that was asked for, as measured, and how it was searched for.
+    """
 
     model: Any
     plan: Plan
@@ -46,6 +68,8 @@ class DecomposeResult:
     skips: tuple[Skip, ...]
     before: Totals
     after: Totals
+    promise: Promise | None = None
+    search: Search | None = None
 
     def __repr__(self) -> str:
         """Say in a few lines what was changed and what was not."""
@@ -61,4 +85,5 @@ class DecomposeResult:
             rows.append([c.site, c.factorization, rank_text(c.rank), f"{c.error:.2e}", parameters, macs])
         notes = [f"note: {c.site}: {c.note}" for c in self.changes if c.note]
         skips = [f"left alone: {skip.name}: {skip.reason}" for skip in self.skips]
-        return "\n".join([head, *([table(rows)] if self.changes else []), *notes, *skips])
+        promised = [] if self.promise is None else [str(self.promise)]
+        return "\n".join([head, *promised, *([table(rows)] if self.changes else []), *notes, *skips])

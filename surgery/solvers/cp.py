@@ -2,42 +2,33 @@
 
     T (g, n_1, ..., n_N)  ~  sum_r  a_1r o ... o a_Nr        factors (g, n_i, r)
 
-Each factor in turn is the solution of its linear least squares problem ``A_n G = M``: M is the tensor contracted with
-all other factors (MTTKRP, from the dimension tree: two GEMMs a sweep, 4 g r size flops), and G the elementwise product
-of the other factors' Gram matrices (r x r, in float64; solved by Cholesky). The residual follows from the last M of a
-sweep, ``||T||^2 - 2 <M, A_N> + sum(G_1 * ... * G_N)``, so that the model is never built. Start: the leading
-eigenvectors of the unfoldings' Gram matrices (HOSVD), and random factors; the best after a few sweeps goes on.
-
-Sweeps start from an extrapolation of the last two by Nesterov's weights (Mitchell, Ye and De Sterck 2020); where the
-error rises, it is taken back and the weights start anew. The extra cost is that of r x r Gram matrices.
-
-A best approximation of a rank above 1 need not exist (de Silva and Lim 2008): components then grow without bound and
-cancel. So where components are large and opposite, a ridge ``mu sum_r lambda_r^2`` (lambda_r is the norm of component
-r; it adds ``mu diag(G)`` to G, however norms are spread over the factors) holds them. Where there are fits as good with
-smaller components it costs next to nothing; where there are none it limits the fit, and the result is degenerate.
+by sweeps over the factors (``cp_model``), exact or by pairwise perturbation (``pairwise``), or by gradient descent on
+more components (``overparameterized``). Start: the leading eigenvectors of the unfoldings' Gram matrices (HOSVD), and
+random factors; the best after a few sweeps goes on. Gram matrices of factors are r x r, and nothing is larger than the
+tensor but for its contraction with one factor. No end is sure to be the global optimum, and a best approximation need
+not exist; a result whose components grow and cancel says so.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from surgery.errors import InputError
-from surgery.solvers.dimension_tree import Modes, contract, visit
-from surgery.solvers.gram import leading_subspace
+from surgery.solvers.cp_model import CpModel
+from surgery.solvers.eigen import leading_subspace
+from surgery.solvers.gram import row_gram
 from surgery.solvers.pairwise import pairwise_sweeps
+from surgery.solvers.scaling import normalised
 
-__all__ = ["CpModel", "CpResult", "Snapshot", "cp", "gram_of", "product"]
+__all__ = ["CpResult", "als_sweeps", "cp", "start"]
 
 _METHODS = ("als", "pp", "gd")
 _TRIAL_SWEEPS = 5
-_RIDGE = 1e-5
-_LARGE, _OPPOSITE = 10.0, -0.9  # blowup and congruence (cosine) of two components that cancel
-_HUGE = 100.0  # blowup where more than two do
 _PENALTY = 0.1  # share of the residual from which on the ridge limits the fit
 _FLOAT32_RESIDUAL = 1e-3  # share of the energy below which float32 products say too little about it
 
@@ -54,119 +45,6 @@ class CpResult:
     sweeps: int
     degenerate: bool
     reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """Factors (g, r, n_i), their Gram matrices, and what was known of their fit."""
-
-    factors: list[Tensor]
-    grams: list[Tensor]
-    residual: Tensor
-    blowup: Tensor
-
-
-class CpModel:
-    """A CP model on its way: factors (g, r, n_i) of a tensor (g, n_1, ..., n_N), and how far they are from it.
-
-    ``residual`` and ``blowup``, the components' squared norms, are shares (g,) of the tensor's energy.
-    """
-
-    def __init__(self, tensor: Tensor, factors: Sequence[Tensor]) -> None:
-        self.tensor = tensor
-        self.energy = _squares(tensor)
-        self.factors = list(factors)
-        self.grams = [gram_of(factor) for factor in factors]
-        self.residual = torch.full_like(self.energy, math.inf)
-        self.blowup = torch.zeros_like(self.energy)
-        self.ridge = torch.zeros_like(self.energy)
-        self.momentum = torch.zeros_like(self.energy)
-        self.before = self.factors
-        self.modes: Modes = tuple(range(len(factors)))
-        self.sizes: Modes = tuple(tensor.shape[1:])
-
-    @property
-    def objective(self) -> Tensor:
-        """What every update lowers: the residual and the ridge's penalty (g,)."""
-        return self.residual + self.ridge * self.blowup
-
-    def contract(self, node: Tensor, modes: Modes, run: Modes) -> Tensor:
-        """Contract a node of the dimension tree with the present factors."""
-        return contract(node, modes, run, self.factors)
-
-    def sweep(self) -> None:
-        """Update each factor once, exactly."""
-        visit(self.tensor, self.modes, self.sizes, self.contract, self.update)
-
-    def update(self, mode: int, mttkrp: Tensor) -> None:
-        """Solve for one factor from its MTTKRP (g, r, n); after the last one the residual is known."""
-        normal = product([gram for other, gram in enumerate(self.grams) if other != mode])
-        self._set(mode, _solve(normal, mttkrp, self.ridge))
-        if mode == self.modes[-1]:
-            self._judge(mttkrp)
-
-    def measure(self) -> None:
-        """Find the residual of the factors as they are."""
-        self._judge(self.contract(self.tensor, self.modes, self.modes[:-1]))
-
-    def step(self, sweep: Callable[[], None]) -> Tensor:
-        """Extrapolate, sweep, and take back the groups whose objective rose; return where it did not (g,)."""
-        kept, objective = self.snapshot(), self.objective
-        weight = ((self.momentum - 1) / (self.momentum + 2)).clamp(min=0).view(-1, 1, 1).to(self.tensor.dtype)
-        for mode in self.modes[1:]:  # a sweep solves for the first before it uses it
-            self._set(mode, torch.addcmul(kept.factors[mode], weight, kept.factors[mode] - self.before[mode]))
-        sweep()
-        fell = self.objective <= objective
-        self.restore(kept, ~fell)
-        self.before = kept.factors
-        self.momentum = torch.where(fell, self.momentum + 1, 0)
-        self._regularise()
-        return fell
-
-    def _regularise(self) -> None:
-        """Add a ridge to the groups whose components cancel; it stays."""
-        if bool((self.blowup > _LARGE).any()):
-            cancel = (self.blowup > _HUGE) | ((self.blowup > _LARGE) & (self.congruence() < _OPPOSITE))
-            self.ridge = torch.where(cancel, _RIDGE, self.ridge)
-
-    def settled(self, before: Tensor, fell: Tensor, tolerance: float) -> bool:
-        """Whether in all groups the error, the root of the objective, fell by less than ``tolerance`` of itself.
-
-        It does not where it rose: a step was taken back, or a ridge was added.
-        """
-        gain = before - self.objective
-        return bool((fell & (gain >= 0) & (gain <= 2 * tolerance * self.objective)).all())
-
-    def snapshot(self) -> Snapshot:
-        """Return the present factors."""
-        return Snapshot(list(self.factors), list(self.grams), self.residual, self.blowup)
-
-    def restore(self, kept: Snapshot, groups: Tensor) -> None:
-        """Go back to a snapshot in some groups, given by a mask (g,)."""
-        if not bool(groups.any()):
-            return
-        mask = groups.view(-1, 1, 1)
-        self.factors = [torch.where(mask, old, new) for old, new in zip(kept.factors, self.factors, strict=True)]
-        self.grams = [torch.where(mask, old, new) for old, new in zip(kept.grams, self.grams, strict=True)]
-        self.residual = torch.where(groups, kept.residual, self.residual)
-        self.blowup = torch.where(groups, kept.blowup, self.blowup)
-
-    def _set(self, mode: int, factor: Tensor) -> None:
-        self.factors[mode] = factor
-        self.grams[mode] = gram_of(factor)
-
-    def _judge(self, mttkrp: Tensor) -> None:
-        model = product(self.grams)
-        inner = (mttkrp.double() * self.factors[-1].double()).sum((1, 2))
-        floor = self.energy.clamp(min=torch.finfo(torch.float64).tiny)
-        self.residual = ((self.energy - 2 * inner + model.sum((1, 2))) / floor).clamp(min=0)
-        self.blowup = model.diagonal(dim1=1, dim2=2).sum(1) / floor
-
-    def congruence(self) -> Tensor:
-        """Return the smallest cosine between two components (g,)."""
-        model = product(self.grams)
-        norms = model.diagonal(dim1=1, dim2=2).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-        return (model / norms[:, :, None] / norms[:, None, :]).amin((1, 2))
 
 
 def cp(
@@ -188,16 +66,22 @@ def cp(
     not finite.
     """
     _check(tensor, rank, method)
-    low, high = torch.aminmax(tensor.flatten(1), dim=1)
-    scale = torch.maximum(-low, high).clamp(min=torch.finfo(tensor.dtype).tiny)
-    shape = (-1, *(1,) * (tensor.dim() - 1))
-    scaled = torch.div(tensor, scale.view(shape), out=tensor.new_empty(tensor.shape))  # its squares must not overflow
+    with torch.inference_mode():  # an eighth of the time of small tensors is what autograd would note
+        found = _solve(tensor, rank, method, sweeps=sweeps, tolerance=tolerance, restarts=restarts, seed=seed)
+    return replace(found, factors=[factor.clone() for factor in found.factors])
+
+
+def _solve(
+    tensor: Tensor, rank: int, method: str, *, sweeps: int, tolerance: float, restarts: int, seed: int
+) -> CpResult:
+    scaled, scale = normalised(tensor, groups=1)
+    scale = scale.flatten()
     if method == "gd":
         from surgery.solvers.overparameterized import gradient_cp
 
         model, done = CpModel(scaled, [factor.mT for factor in gradient_cp(scaled, rank, seed=seed)]), 0
     else:
-        model = _start(scaled, rank, restarts=restarts, seed=seed)
+        model = start(scaled, rank, restarts=restarts, seed=seed)
         model, done = _run(model, method, sweeps=sweeps, tolerance=tolerance)
     if not done:
         model.measure()
@@ -207,7 +91,7 @@ def cp(
 
 def _run(model: CpModel, method: str, *, sweeps: int, tolerance: float) -> tuple[CpModel, int]:
     """Sweep until the error settles; where float32 cannot tell, go on in float64. Return the number of sweeps too."""
-    run = pairwise_sweeps if method == "pp" else _als_sweeps
+    run = pairwise_sweeps if method == "pp" else als_sweeps
     done = run(model, sweeps=sweeps, tolerance=tolerance)
     if model.tensor.dtype == torch.float32 and float(model.residual.min()) < _FLOAT32_RESIDUAL:
         ridge = model.ridge
@@ -229,7 +113,7 @@ def _check(tensor: Tensor, rank: int, method: str) -> None:
         raise InputError("a tensor with NaN or infinite entries", allowed="finite entries")
 
 
-def _als_sweeps(model: CpModel, *, sweeps: int, tolerance: float) -> int:
+def als_sweeps(model: CpModel, *, sweeps: int, tolerance: float) -> int:
     """Sweep until the error settles; return the number of sweeps."""
     for done in range(1, sweeps + 1):
         before = model.objective
@@ -239,8 +123,11 @@ def _als_sweeps(model: CpModel, *, sweeps: int, tolerance: float) -> int:
     return sweeps
 
 
-def _start(tensor: Tensor, rank: int, *, restarts: int, seed: int) -> CpModel:
-    """Return the best of the HOSVD and of random starts, group by group, after a few sweeps."""
+def start(tensor: Tensor, rank: int, *, restarts: int = 0, seed: int = 0) -> CpModel:
+    """Return the HOSVD, or the best of it and of random starts, group by group, after a few sweeps.
+
+    Of a tensor (g, n_1, ..., n_N) whose squares are within the range of its dtype.
+    """
     generator = torch.Generator().manual_seed(seed)
     modes = range(1, tensor.dim())
     models = [CpModel(tensor, [_leading(tensor.movedim(mode, 1).flatten(2), rank, generator) for mode in modes])]
@@ -262,9 +149,9 @@ def _leading(unfolding: Tensor, rank: int, generator: torch.Generator) -> Tensor
     rows, columns = unfolding.shape[1:]
     count = min(rank, rows, columns)
     if rows <= columns:
-        basis = leading_subspace(unfolding @ unfolding.mT, count)
+        basis = leading_subspace(row_gram(unfolding), count)
     else:
-        basis = torch.linalg.qr(unfolding @ leading_subspace(unfolding.mT @ unfolding, count)).Q
+        basis = torch.linalg.qr(unfolding @ leading_subspace(row_gram(unfolding.mT), count)).Q
     return torch.cat([basis.mT, _random(unfolding, rank - count, rows, generator)], 1)
 
 
@@ -272,36 +159,6 @@ def _random(like: Tensor, rank: int, size: int, generator: torch.Generator) -> T
     """Return unit vectors (g, rank, size)."""
     vectors = torch.randn(len(like), rank, size, generator=generator, dtype=like.dtype)
     return torch.nn.functional.normalize(vectors, dim=2)
-
-
-def product(grams: Sequence[Tensor]) -> Tensor:
-    """Return the elementwise product of Gram matrices (g, r, r): the Gram matrix of a Khatri-Rao product."""
-    product = grams[0]
-    for gram in grams[1:]:
-        product = product * gram
-    return product
-
-
-def gram_of(factor: Tensor) -> Tensor:
-    """Return the Gram matrix in float64 of a factor as the solver keeps it, with the rank first."""
-    factor = factor.double()
-    return factor @ factor.mT
-
-
-def _squares(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=torch.float64).square()
-
-
-def _solve(normal: Tensor, mttkrp: Tensor, ridge: Tensor) -> Tensor:
-    """Return X (g, r, n) with ``normal X = mttkrp``, for normal (g, r, r) positive semidefinite in float64."""
-    jitter = max(torch.finfo(mttkrp.dtype).eps, normal.shape[1] * torch.finfo(torch.float64).eps)
-    diagonal = normal.diagonal(dim1=1, dim2=2)
-    diagonal.mul_(1 + jitter + ridge[:, None])
-    diagonal.masked_fill_(diagonal == 0, 1)  # a component of norm 0 stays 0
-    triangle, info = torch.linalg.cholesky_ex(normal)
-    if bool(info.any()):
-        return (torch.linalg.pinv(normal, hermitian=True) @ mttkrp.double()).to(mttkrp.dtype)
-    return torch.cholesky_solve(mttkrp.double(), triangle).to(mttkrp.dtype)
 
 
 def _balanced(factors: Sequence[Tensor], scale: Tensor, dtype: torch.dtype) -> list[Tensor]:

@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import combinations
 
-import torch
 from torch import Tensor
 
 __all__ = ["Contract", "Modes", "Pairs", "contract", "khatri_rao", "pair_nodes", "visit"]
@@ -121,8 +120,11 @@ def _contract_tensor(cube: Tensor, weights: Tensor) -> Tensor:
 
 def _contract_node(cube: Tensor, weights: Tensor) -> Tensor:
     """Return (g, r, a, b) from (g, r, a, c, b) and (g, r, c)."""
-    if cube.shape[2] == 1:
-        return torch.einsum("grcb,grc->grb", cube[:, :, 0], weights)
-    if cube.shape[4] == 1:
-        return torch.einsum("grac,grc->gra", cube[..., 0], weights)
-    return torch.einsum("gracb,grc->grab", cube, weights)
+    groups, rank, before, _, after = cube.shape
+    if before == 1:
+        found = weights.flatten(0, 1).unsqueeze(1) @ cube[:, :, 0].flatten(0, 1)
+    elif after == 1:
+        found = weights.flatten(0, 1).unsqueeze(1) @ cube[..., 0].flatten(0, 1).mT
+    else:
+        found = weights[:, :, None, None] @ cube
+    return found.reshape(groups, rank, before, after)

@@ -24,14 +24,14 @@ import math
 import torch
 from torch import Tensor
 
-from surgery.solvers.gram import leading_subspace
+from surgery.solvers.chebyshev import filter_basis, filter_degree
+from surgery.solvers.eigen import leading_subspace
+from surgery.solvers.gram import row_gram
 
 __all__ = ["tucker2"]
 
 _FLOAT32_RESIDUAL = 1e-3  # share of the energy
-_MAX_GAIN = 1e6
 _SMALL = 48  # below, an eigendecomposition costs no more than a filter
-_HALVES = 256  # from this size on, a quarter of a Gram matrix is copied from its mirror image
 _RATE = 0.44  # by which gains fall from step to step on random kernels, where they fall most slowly
 _FIRST, _BETWEEN, _LAST = (3, 0.95), (2, 1.0), (3, 0.8)  # degree, and share of the least Ritz value that is cut off
 
@@ -47,7 +47,8 @@ def tucker2(kernel: Tensor, ranks: tuple[int, int], *, sweeps: int = 10, toleran
     torch.div(kernel.mT, scale, out=scaled)  # its squares must neither overflow nor vanish
     factors, residual = _start_and_sweep(scaled, ranks, sweeps, tolerance)
     if kernel.dtype == torch.float32 and residual < _FLOAT32_RESIDUAL:
-        factors, _ = _start_and_sweep(scaled.double(), ranks, sweeps, tolerance)
+        scaled = scaled.double()
+        factors, _ = _start_and_sweep(scaled, ranks, sweeps, tolerance)
     core, *bases = (factor.to(kernel.dtype) for factor in factors)
     return [(core * scale).mT, *bases]
 
@@ -101,16 +102,7 @@ def _project(kernel: Tensor, basis: Tensor, mode: int) -> Tensor:
 def _gram(kernel: Tensor, mode: int) -> Tensor:
     """Return the Gram matrix of the out mode (0) or the in mode (1) of (g, O, K, I); the dtype stays."""
     rows = kernel.flatten(2) if mode == 0 else kernel.flatten(1, 2).mT
-    half = rows.shape[1] // 2
-    if half < _HALVES:
-        return rows @ rows.mT
-    upper, lower = rows[:, :half], rows[:, half:]
-    gram = rows.new_empty(len(rows), rows.shape[1], rows.shape[1])
-    gram[:, :half, :half] = upper @ upper.mT
-    gram[:, half:, half:] = lower @ lower.mT
-    gram[:, half:, :half] = lower @ upper.mT
-    gram[:, :half, half:] = gram[:, half:, :half].mT
-    return gram
+    return row_gram(rows)
 
 
 def _trace(gram: Tensor) -> Tensor:
@@ -131,21 +123,5 @@ def _improve(gram: Tensor, basis: Tensor, most: int, share: float) -> Tensor:
     image = gram @ basis
     ritz = (basis * image).sum(-2)
     cut, largest = share * ritz.amin(-1), ritz.amax(-1)
-    degree = _degree(cut, largest, most)
-    if not degree:
-        return leading_subspace(gram, rank)
-    half = cut[..., None, None] / 2
-    shifted = gram / half
-    shifted.diagonal(dim1=-2, dim2=-1).sub_(1)
-    before, filtered = basis, image / half - basis
-    for _ in range(degree - 1):
-        before, filtered = filtered, torch.baddbmm(before, shifted, filtered, beta=-1, alpha=2)
-    return torch.linalg.qr(filtered).Q
-
-
-def _degree(cut: Tensor, largest: Tensor, most: int) -> int:
-    """Return the degree of the filter; 0 where float32 could not hold even the gain ``2 largest / cut - 1`` of 1."""
-    if not bool((cut > 0).all()):
-        return 0
-    gain = float((2 * largest / cut - 1).amax())
-    return next((degree for degree in range(most, 0, -1) if 2 ** (degree - 1) * gain**degree < _MAX_GAIN), 0)
+    degree = filter_degree(cut, largest, most)
+    return filter_basis(gram, basis, image, cut=cut, degree=degree) if degree else leading_subspace(gram, rank)

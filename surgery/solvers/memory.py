@@ -1,9 +1,9 @@
 """How much memory a solver may need, and the refusal of what would not fit.
 
-The estimate is rough, and from above. It counts, in float64, to which solvers go where float32 says too little, some
-copies of the weight (scaled, permuted, projected) and four matrices of the size of the largest Gram matrix: itself, its
-eigenvectors, and LAPACK's work space, which is twice that. A Gram matrix of the shorter side of an unfolding is never
-larger than the weight.
+The estimate is rough, and from above. It counts, in the dtype that solvers work in (float32 or float64), some copies of
+the weight (permuted, projected, what is left of it; one in float64 counts twice) and four matrices of the size of the
+largest Gram matrix: itself, its eigenvectors, and LAPACK's work space, which is twice that. A Gram matrix of the
+shorter side of an unfolding is never larger than the weight.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from surgery.errors import InputError
 
 __all__ = ["available_memory", "check_memory", "estimate"]
 
-_COPIES = {"svd": 3, "spatial": 3, "depthwise": 3, "tucker": 3, "cp": 4, "tt": 4, "tr": 6}
+_COPIES = {"svd": 5, "spatial": 5, "depthwise": 5, "tucker": 6, "cp": 6, "tt": 5, "tr": 6}
 _SQUARES = 4
 _MEMINFO = Path("/proc/meminfo")
 
@@ -27,7 +27,7 @@ def estimate(method: str, kernel: Sequence[int], itemsize: int) -> int:
     A method that is not known counts as the most demanding one.
 
     >>> estimate("svd", (1, 4096, 4096), 4) // 2**20
-    960
+    640
     """
     groups, out, columns, *size = kernel
     taps, weights = math.prod(size), math.prod(kernel)
@@ -35,7 +35,7 @@ def estimate(method: str, kernel: Sequence[int], itemsize: int) -> int:
     largest = {"svd": by_out, "tucker": max(by_out, by_in), "cp": max(by_out, by_in)}
     square = largest[method] ** 2 if method in largest else out * columns * taps
     copies = _COPIES.get(method, max(_COPIES.values()))
-    return itemsize * weights + 8 * (copies * weights + _SQUARES * groups * square)
+    return itemsize * weights + max(itemsize, 4) * (copies * weights + _SQUARES * groups * square)
 
 
 def available_memory() -> int | None:

@@ -19,17 +19,14 @@ then comes an exact sweep, and if the exact error has not fallen the phase is ta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from surgery.solvers.cp_model import CpModel
 from surgery.solvers.dimension_tree import Pairs, contract, pair_nodes
 
-if TYPE_CHECKING:
-    from surgery.solvers.cp import CpModel
-
-__all__ = ["drift", "pairwise_sweeps"]
+__all__ = ["Perturbed", "drift", "pairwise_sweeps"]
 
 _LIMIT = 0.05  # relative change of a factor up to which the pair operators are used at first
 _MOST = 0.2
@@ -73,7 +70,7 @@ def drift(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 
 def _phase(model: CpModel, most: int, limit: float, tolerance: float) -> int:
     """Sweep by the pair operators of the present factors; return how many sweeps it were."""
-    perturbed = _Perturbed(model)
+    perturbed = Perturbed(model)
     for done in range(1, most + 1):
         before = model.objective
         fell = model.step(perturbed.sweep)
@@ -82,7 +79,7 @@ def _phase(model: CpModel, most: int, limit: float, tolerance: float) -> int:
     return most
 
 
-class _Perturbed:
+class Perturbed:
     """The tensor as it looks from factors P: pair operators, MTTKRPs and Gram matrices."""
 
     def __init__(self, model: CpModel) -> None:
@@ -95,13 +92,14 @@ class _Perturbed:
     def sweep(self) -> None:
         """Update each factor of the model once."""
         for mode in self.model.modes:
-            self.model.update(mode, self._mttkrp(mode))
+            self.model.update(mode, self.mttkrp(mode))
 
     def _with(self, mode: int, other: int, factors: Sequence[Tensor]) -> Tensor:
         pair = (min(mode, other), max(mode, other))
         return contract(self.pairs[pair], pair, (other,), factors)
 
-    def _mttkrp(self, mode: int) -> Tensor:
+    def mttkrp(self, mode: int) -> Tensor:
+        """Return the MTTKRP (g, r, n) of a mode for the present factors of the model, up to second order."""
         moves = [now - then for now, then in zip(self.model.factors, self.factors, strict=True)]
         others = [other for other in self.model.modes if other != mode]
         mttkrp = sum((self._with(mode, other, moves) for other in others), self.mttkrps[mode])

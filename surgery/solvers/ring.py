@@ -2,16 +2,19 @@
 
     T (g, n_0 .. n_{N-1})  ~  trace of the product of cores (g, r_k, n_k, r_{k+1}),  r_N = r_0
 
-Start: TR-SVD from each mode that holds the ranks beside it (r_k r_{k+1} <= n_k; where none does, from the nearest to
-it), and the best of them. It is exact where a mode holds just these and each rank after it is full; then nothing
-follows. Otherwise sweeps: each core in turn is the least-squares solution with the others fixed, kept near to what it
-was by a ridge at the level of rounding. The tensor is contracted with each half of the ring once a sweep, for all
-cores of the other half; Gram matrices of what is fixed come from the cores alone, as products of transfer matrices (r
-r) x (s s). Cost of a sweep of three cores n x k x n: 2 n^2 k R at the ends, R^3 for each core, for R = r_k r_{k+1}. A
-core with R above 1024 stays as it is, and where transfer matrices would be too large there is no sweep.
+A bond that is full for a core beside it, as r_k = r_{k-1} n_{k-1} is, ties nothing: the two modes are one until the
+end, when an identity splits their core again.
 
-Contractions are in the tensor's dtype, all else in float64. Where float32 would leave less than 0.1 % of the energy,
-all is done again in float64.
+Start: TR-SVD from the smallest mode that holds the ranks beside it (r_k r_{k+1} <= n_k); where none does, from the
+nearest to it. It is exact where a mode holds just these and each rank after it is full; then nothing follows. Nor does
+it where a system of equations would have more than 1024 unknowns; then all such modes are tried. Otherwise sweeps:
+each core in turn is the least-squares solution with the others fixed, kept near to what it was by a ridge at the level
+of rounding. The tensor is contracted with each half of the ring once a sweep, for all cores of the other half; Gram
+matrices of what is fixed come from the cores alone, as products of transfer matrices (r r) x (s s). Cost of a sweep of
+three cores n x k x n: 2 n^2 k R at the ends, R^3 for each core, for R = r_k r_{k+1}.
+
+Contractions are in the tensor's dtype, systems of equations in float64. Where less than 0.1 % of the energy is left,
+float32 contractions would say too little about it, and the sweeps go on in float64.
 """
 
 from __future__ import annotations
@@ -20,33 +23,30 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from surgery.solvers.scaling import normalised
 from surgery.solvers.train import cut
 
 __all__ = ["ring_tensor", "tensor_ring"]
 
 _FLOAT32_RESIDUAL = 1e-3  # share of the energy
 _EXACT = 1e-24  # likewise
+_LARGEST = 1024  # system of equations
 _RIDGE = {torch.float32: 1e-7, torch.float64: 1e-13}  # of the mean eigenvalue of a Gram matrix
-_LARGEST = 1024
-_MOST = 2**14  # the largest product of three ranks for which transfer matrices are multiplied
 
 
-def tensor_ring(tensor: Tensor, ranks: Sequence[int], *, sweeps: int = 30, tolerance: float = 1e-3) -> list[Tensor]:
+def tensor_ring(tensor: Tensor, ranks: Sequence[int], *, sweeps: int = 10, tolerance: float = 1e-3) -> list[Tensor]:
     """Return the cores (g, r_k, n_k, r_{k+1}) of a batch of tensors (g, n_0 .. n_{N-1}), N > 1, in its float dtype.
 
     ``ranks`` are r_0 .. r_{N-1}. Sweeps end with the first whose gain is below ``tolerance`` of the squared error;
     ``sweeps=0`` is TR-SVD, whose error depends on the signs of singular vectors. Cores have equal norms.
     """
-    low, high = torch.aminmax(tensor)
-    scale = torch.maximum(-low, high).clamp(min=torch.finfo(tensor.dtype).tiny)
-    scaled = tensor / scale  # its squares must neither overflow nor vanish
-    cores, missed = _start_and_sweep(scaled, ranks, sweeps, tolerance)
-    if tensor.dtype == torch.float32 and missed < _FLOAT32_RESIDUAL:
-        cores, _ = _start_and_sweep(scaled.double(), ranks, sweeps, tolerance)
-    share = scale.double() ** (1 / len(cores))
-    return [(core * share).to(tensor.dtype).contiguous() for core in _even(cores)]
+    scaled, scale = normalised(tensor)
+    share = scale.double().flatten() ** (1 / len(ranks))
+    cores = _even(_ring(scaled, list(ranks), sweeps, tolerance))
+    return [(core * share).to(tensor.dtype).contiguous() for core in cores]
 
 
 def ring_tensor(cores: Sequence[Tensor]) -> Tensor:
@@ -57,47 +57,81 @@ def ring_tensor(cores: Sequence[Tensor]) -> Tensor:
     return (rows @ columns).unflatten(2, tuple(core.shape[2] for core in others))
 
 
-def _start_and_sweep(tensor: Tensor, ranks: Sequence[int], sweeps: int, tolerance: float) -> tuple[list[Tensor], float]:
-    """Return cores in float64, and the share of the energy that they miss."""
-    total = float(torch.linalg.vector_norm(tensor)) ** 2 or 1.0
-    cores, missed = _start(tensor, ranks, total)
-    if math.prod(sorted(ranks)[-3:]) > _MOST:
-        return cores, missed
+def _ring(tensor: Tensor, ranks: list[int], sweeps: int, tolerance: float) -> list[Tensor]:
+    """Return cores in float64; a pair of modes whose bond is full for one of them is solved for as one."""
+    sizes = tensor.shape[1:]
+    for k in range(1, len(ranks)) if len(ranks) > 2 else ():
+        before, after = ranks[k - 1] * sizes[k - 1], sizes[k] * ranks[(k + 1) % len(ranks)]
+        if ranks[k] >= min(before, after):
+            cores = _ring(tensor.flatten(k, k + 1), ranks[:k] + ranks[k + 1 :], sweeps, tolerance)
+            pair = cores[k - 1].flatten(2).reshape(len(tensor), before, after)
+            left, right = cut(pair, ranks[k])
+            left, right = left.unflatten(1, (-1, sizes[k - 1])), right.unflatten(2, (sizes[k], -1))
+            return [*cores[: k - 1], left, right, *cores[k:]]
+    return _start_and_sweep(tensor, ranks, sweeps, tolerance)
+
+
+def _start_and_sweep(tensor: Tensor, ranks: Sequence[int], sweeps: int, tolerance: float) -> list[Tensor]:
+    total = float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2 or 1.0
+    largest = max(before * after for before, after in zip(ranks, [*ranks[1:], ranks[0]], strict=True))
+    sweeps = sweeps if largest <= _LARGEST else 0
+    cores, missed = _start(tensor, ranks, total, swept=sweeps > 0)
     for _ in range(sweeps):
         if missed <= _EXACT:
             break
+        if missed < _FLOAT32_RESIDUAL:
+            tensor = tensor.double()
         before = missed
         cores, missed = _sweep(tensor, cores, total)
         if before - missed <= tolerance * missed:
             break
-    return cores, missed
+    return cores
 
 
-def _start(tensor: Tensor, ranks: Sequence[int], total: float) -> tuple[list[Tensor], float]:
-    modes = range(len(ranks))
-    room = [size / (ranks[k] * ranks[(k + 1) % len(ranks)]) for k, size in enumerate(tensor.shape[1:])]
+def _start(tensor: Tensor, ranks: Sequence[int], total: float, *, swept: bool) -> tuple[list[Tensor], float]:
+    """Return the cores of TR-SVD in float64, filled to their ranks, and the share of the energy that they miss."""
+    count, sizes = len(ranks), tensor.shape[1:]
+    room = [size / (ranks[k] * ranks[(k + 1) % count]) for k, size in enumerate(sizes)]
+    choices = sorted((k for k in range(count) if room[k] >= min(1.0, max(room))), key=lambda k: sizes[k])
     starts = []
-    for first in modes:
-        if room[first] >= min(1.0, max(room)):
-            order = [(first + k) % len(ranks) for k in modes]
-            cores = _ring_svd(tensor.permute(0, *(1 + k for k in order)), [ranks[k] for k in order])
-            starts.append([cores[(k - first) % len(ranks)].double() for k in modes])
-    losses = [float(torch.linalg.vector_norm(ring_tensor(cores) - tensor)) ** 2 / total for cores in starts]
-    best = losses.index(min(losses))
-    return starts[best], losses[best]
+    for first in choices[:1] if swept else choices:
+        order = [(first + k) % count for k in range(count)]
+        cores, lost = _ring_svd(tensor.permute(0, *(1 + k for k in order)), [ranks[k] for k in order])
+        starts.append((lost / total, [cores[(k - first) % count] for k in range(count)]))
+    lost, cores = min(starts, key=lambda start: start[0])
+    return cores, lost
 
 
-def _ring_svd(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
-    """Return the cores of TR-SVD from the first mode, algorithm 1 of Zhao et al. 2016."""
-    groups, first, rows = len(tensor), ranks[0], ranks[1]
-    left, rest = cut(tensor.flatten(2), first * rows)
+def _ring_svd(tensor: Tensor, ranks: Sequence[int]) -> tuple[list[Tensor], float]:
+    """Return the cores of TR-SVD from the first mode, algorithm 1 of Zhao et al. 2016, and the energy they lose.
+
+    A first bond that the mode cannot hold is filled with random vectors on one side and zeros on the other: that
+    changes nothing, and leaves sweeps something to use.
+    """
+    groups, rows = len(tensor), ranks[1]
+    matrix = tensor.flatten(2)
+    first = min(ranks[0], -(-min(matrix.shape[1:]) // rows))
+    left, rest, lost = _cut(matrix, first * rows)
     cores = [left.unflatten(2, (first, rows)).transpose(1, 2)]
     rest = rest.unflatten(1, (first, rows)).movedim(1, -1)
     for size, rank in zip(tensor.shape[2:-1], ranks[2:], strict=True):
-        left, rest = cut(rest.reshape(groups, rows * size, -1), rank)
+        left, rest, more = _cut(rest.reshape(groups, rows * size, -1), rank)
         cores.append(left.unflatten(1, (rows, size)))
-        rows = rank
-    return [*cores, rest.reshape(groups, rows, tensor.shape[-1], first)]
+        rows, lost = rank, lost + more
+    cores.append(F.pad(rest.reshape(groups, rows, tensor.shape[-1], first), (0, ranks[0] - first)))
+    generator = torch.Generator().manual_seed(0)
+    extra = torch.randn(groups, ranks[0] - first, *cores[0].shape[2:], generator=generator)
+    cores[0] = torch.cat([cores[0], extra.to(tensor) / math.sqrt(tensor.shape[1])], 1)
+    return [core.double() for core in cores], lost
+
+
+def _cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Return the two sides of a cut, and the energy that it loses."""
+    left, rest = cut(matrix, rank)
+    if rank >= min(matrix.shape[1:]):
+        return left, rest, 0.0
+    before, after = (float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in (matrix, rest))
+    return left, rest, max(0.0, before - after)
 
 
 def _sweep(tensor: Tensor, cores: list[Tensor], total: float) -> tuple[list[Tensor], float]:
@@ -115,14 +149,14 @@ def _sweep_half(
     updated, missed = list(cores), 1.0
     chain = _merged(others).to(matrix.dtype)
     image = matrix @ chain.transpose(1, 2).flatten(2)
-    image = image.double().unflatten(2, (chain.shape[1], chain.shape[3])).permute(0, 3, 1, 2)
+    image = image.unflatten(2, (chain.shape[1], chain.shape[3])).permute(0, 3, 1, 2)
     for k, core in enumerate(cores):
-        target = _target(image, updated[:k], core.shape[2], updated[k + 1 :])
+        target = _target(image, updated[:k], core.shape[2], updated[k + 1 :]).double()
         gram = _gram([*updated[k + 1 :], *others, *updated[:k]])
-        if gram.shape[1] <= _LARGEST:
-            updated[k] = _least_squares(target, gram, core, _RIDGE[matrix.dtype])
-        rows = _rows(updated[k])
-        missed = max(0.0, 1 - float((rows * (2 * _rows(target) - gram @ rows)).sum()) / total)
+        updated[k] = _least_squares(target, gram, core, _RIDGE[matrix.dtype])
+        if k == len(cores) - 1:
+            rows = _rows(updated[k])
+            missed = max(0.0, 1 - float((rows * (2 * _rows(target) - gram @ rows)).sum()) / total)
     return updated, missed
 
 
@@ -132,9 +166,11 @@ def _target(image: Tensor, before: Sequence[Tensor], size: int, after: Sequence[
     left, right = (math.prod(core.shape[2] for core in cores) for cores in (before, after))
     image = image.reshape(groups, first * left, size, right * last)
     if after:
-        image = (image.flatten(1, 2) @ _merged(after).flatten(2).mT).unflatten(1, (first * left, size))
+        image = (image.flatten(1, 2) @ _merged(after).to(image.dtype).flatten(2).mT).unflatten(1, (first * left, size))
     if before:
-        image = (_merged(before).flatten(1, 2).mT @ image.flatten(2)).unflatten(2, tuple(image.shape[2:]))
+        image = (_merged(before).to(image.dtype).flatten(1, 2).mT @ image.flatten(2)).unflatten(
+            2, tuple(image.shape[2:])
+        )
     return image
 
 

@@ -8,8 +8,7 @@ it are left. A rank that is full costs no eigendecomposition, and cuts nothing. 
 cuts lose, and the error at most root N - 1 times that of the best train. Cost of a cut of m x n, m <= n: m^2 n + m^3.
 
 Every bond is balanced in the end: the root of each of its singular values is on both sides, which keeps the train as a
-whole and trains stably. Gram matrices in float32 resolve singular values down to about 3e-4 of the largest, which is
-ample while the cuts lose more than that; where they do not, all is done again in float64.
+whole and trains stably. In the tensor's dtype, float32 or float64, throughout (see ``gram.left_subspace``).
 """
 
 from __future__ import annotations
@@ -20,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgery.solvers.gram import leading_subspace
+from surgery.solvers.gram import left_subspace
+from surgery.solvers.scaling import normalised
 
 __all__ = ["cut", "round_train", "tensor_train", "train_tensor"]
-
-_FLOAT32_RESIDUAL = 1e-3  # share of the energy
 
 
 def tensor_train(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
@@ -33,11 +31,9 @@ def tensor_train(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
     ``ranks`` are r_1 .. r_{N-1}; one above what a train can use is filled with zeros. TT-SVD, algorithm 1 of
     Oseledets 2011 (SIAM J. Sci. Comput. 33-5).
     """
-    scaled, scale = _scaled(tensor)
-    cores, values, missed = _cut_all(scaled, ranks)
-    if tensor.dtype == torch.float32 and missed < _FLOAT32_RESIDUAL:
-        cores, values, _ = _cut_all(scaled.double(), ranks)
-    return [core.to(tensor.dtype) for core in _balanced(cores, values, scale)]
+    scaled, scale = normalised(tensor)
+    cores, values = _cut_all(scaled, ranks)
+    return _balanced(cores, values, scale.flatten())
 
 
 def round_train(cores: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
@@ -45,7 +41,7 @@ def round_train(cores: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
 
     Right cores made orthonormal by QR, then cuts from left to right: algorithm 2 of Oseledets 2011. Cost N n r^3.
     """
-    pairs = [_scaled(core.double()) for core in cores]
+    pairs = [normalised(core.double()) for core in cores]
     parts, scale = [part for part, _ in pairs], torch.ones_like(pairs[0][1])
     for _, factor in pairs:
         scale = scale * factor
@@ -82,46 +78,26 @@ def cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     elif kept == columns:
         left, rest = torch.linalg.qr(matrix)
     elif rows <= columns:
-        left = _leading(matrix @ matrix.mT, kept)
+        left = left_subspace(matrix, kept)
         rest = left.mT @ matrix
     else:
-        right = _leading(matrix.mT @ matrix, kept)
+        right = left_subspace(matrix.mT, kept)
         left, rest = torch.linalg.qr(matrix @ right)
         rest = rest @ right.mT
     empty = rank - kept
     return F.pad(left, (0, empty)), F.pad(rest, (0, 0, 0, empty))
 
 
-def _leading(gram: Tensor, rank: int) -> Tensor:
-    try:
-        return leading_subspace(gram, rank)
-    except RuntimeError:  # float32 may not converge where many eigenvalues are zero but for rounding
-        return leading_subspace(gram.double(), rank).to(gram.dtype)
-
-
-def _scaled(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the tensor over its largest entry, and that: squares must neither overflow nor vanish."""
-    low, high = torch.aminmax(tensor)
-    scale = torch.maximum(-low, high).clamp(min=torch.finfo(tensor.dtype).tiny)
-    return tensor / scale, scale
-
-
-def _cut_all(tensor: Tensor, ranks: Sequence[int]) -> tuple[list[Tensor], list[Tensor], float]:
-    """Return cores, orthonormal but for the last, the singular values of bonds, and the share of the energy lost."""
+def _cut_all(tensor: Tensor, ranks: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return cores, orthonormal but for the last, and the singular values of the bonds."""
     groups, *sizes = tensor.shape
-    cores, values, rest, rows, lossy = [], [], tensor.flatten(1).unsqueeze(1), 1, False
+    cores, values, rest, rows = [], [], tensor, 1
     for size, rank in zip(sizes, ranks, strict=False):
-        matrix = rest.reshape(groups, rows * size, -1)
-        lossy |= rank < min(matrix.shape[1:])
-        left, rest = cut(matrix, rank)
+        left, rest = cut(rest.reshape(groups, rows * size, -1), rank)
         cores.append(left.unflatten(1, (rows, size)))
         values.append(torch.linalg.vector_norm(rest, dim=2))
         rows = rank
-    cores.append(rest.reshape(groups, rows, sizes[-1], 1))
-    if not lossy:
-        return cores, values, 1.0
-    energies = [float(torch.linalg.vector_norm(part)) ** 2 for part in (rest, tensor)]
-    return cores, values, 1 - energies[0] / energies[1] if energies[1] else 0.0
+    return [*cores, rest.reshape(groups, rows, sizes[-1], 1)], values
 
 
 def _balanced(cores: Sequence[Tensor], values: Sequence[Tensor], scale: Tensor) -> list[Tensor]:

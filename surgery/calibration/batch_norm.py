@@ -1,0 +1,225 @@
+"""Re-estimate batch-norm statistics: what a factored network feeds its normalisations is no longer what they expect.
+
+Each running mean and variance is set from the activations that reach it, in passes over all calibration batches. In the
+first pass every normalisation uses the statistics of the batch at hand, as in training, so that all of them see inputs
+normalised already; with a single batch this gives exactly what one step in training mode at momentum 1 gives. Later
+passes normalise with what the one before has found, as inference does.
+
+With a reference, the moments of what reached the normalisations of the original network on the same inputs, only the
+difference to it is corrected: mean' = mean + (m - m_ref), variance' = variance * v / v_ref. What calibration data and
+training data differ in, and the chance of few samples, is the same in both and cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from surgery.calibration.inputs import Calibration
+from surgery.calibration.observe import Observed, ObservedGraph, ObservedModule, observe
+from surgery.graphs import GraphKind, Model, Spot
+from surgery.graphs.view import View
+
+__all__ = ["Reference", "batch_norm_moments", "feeds_batch_norm", "reestimate_batch_norm"]
+
+aten = torch.ops.aten
+
+Pair = tuple[Tensor, Tensor]
+Reference = Mapping[str, Pair]
+
+_BUFFERS = ("running_mean", "running_var")
+
+# target -> places of the running mean and of the running variance among its arguments
+_FUNCTIONS: dict[Any, tuple[int, int]] = {
+    F.batch_norm: (1, 2),
+    torch.batch_norm: (3, 4),
+    aten.batch_norm.default: (3, 4),
+    aten.native_batch_norm.default: (3, 4),
+    aten._native_batch_norm_legit_no_training.default: (3, 4),
+}
+
+
+def batch_norm_moments(model: Model, batches: Calibration) -> Reference:
+    """Return mean and variance of what reaches each batch norm of a model, by name, in evaluation mode.
+
+    Raises:
+        InputError: as ``collect``.
+    """
+    observed = observe(model, next(iter(batches)))
+    norms = _norms(observed, model)
+    for batch in batches if norms else ():
+        observed.run(batch)
+    return {norm.name: (norm.seen.mean, norm.seen.variance(unbiased=True)) for norm in norms}
+
+
+def reestimate_batch_norm(
+    model: Model, batches: Calibration, *, reference: Reference | None = None, passes: int = 2
+) -> tuple[str, ...]:
+    """Set the running statistics of all batch norms of a model, in place, and return the names of those.
+
+    ``reference`` are the ``batch_norm_moments`` of the original on the same inputs. Of a program the tensors of its
+    state dict are set; nothing else changes in any graph kind.
+
+    Raises:
+        InputError: as ``collect``.
+    """
+    observed = observe(model, next(iter(batches)))
+    norms = _norms(observed, model)
+    before = {norm.name: (norm.mean.clone(), norm.variance.clone()) for norm in norms}
+    for number in range(passes if norms else 0):
+        for norm in norms:
+            norm.own_batch, norm.seen = number == 0 and reference is None, _Statistics()
+        for batch in batches:
+            observed.run(batch)
+        for norm in norms:
+            mean, variance = norm.seen.mean, norm.seen.variance(unbiased=True)
+            if reference is not None:
+                mean, variance = _corrected(before[norm.name], reference[norm.name], (mean, variance))
+            norm.set(mean, variance)
+    if not isinstance(model, ExportedProgram):
+        _give_back(model, norms)
+    return tuple(norm.name for norm in norms)
+
+
+def _corrected(before: Pair, reference: Pair, now: Pair) -> Pair:
+    """Return the running mean and variance, moved by what has changed since the reference."""
+    tiny = torch.finfo(torch.float64).tiny
+    ratio = (now[1] / reference[1].clamp(min=tiny)).nan_to_num(nan=1.0, posinf=1.0)
+    return before[0].double() + now[0] - reference[0], before[1].double() * torch.where(reference[1] > 0, ratio, 1.0)
+
+
+def feeds_batch_norm(kind: GraphKind, spot: Spot) -> bool:
+    """Whether batch norms, and nothing else, read what a site puts out, so that they take up its mean."""
+    users = [user for call in spot.calls for user in call.node.users]
+    return bool(users) and all(_is_norm(kind.view, user) for user in users)
+
+
+def _is_norm(view: View, node: Node) -> bool:
+    if node.op == "call_module" and view.module is not None:
+        return _is_tracked(view.module(str(node.target)))
+    return _function_buffers(node) is not None
+
+
+def _give_back(model: nn.Module, norms: Sequence[_Norm]) -> None:
+    """Copy the statistics into the model where a copy of it was run, as it is with packed attention."""
+    for norm in norms:
+        for leaf, value in zip(_BUFFERS, (norm.mean, norm.variance), strict=True):
+            target = model.get_buffer(f"{norm.name}.{leaf}")
+            if target is not value:
+                target.copy_(value)
+
+
+class _Statistics:
+    """Mean and variance of each channel, summed in float64."""
+
+    def __init__(self) -> None:
+        self._count, self._sum, self._squares = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, x: Tensor) -> None:
+        wide = x.detach().double().movedim(1, 0).flatten(1)
+        self._count += wide.shape[1]
+        self._sum = self._sum + wide.sum(1)
+        self._squares = self._squares + wide.square().sum(1)
+
+    @property
+    def mean(self) -> Tensor:
+        return self._sum / self._count
+
+    def variance(self, *, unbiased: bool) -> Tensor:
+        scatter = (self._squares - self._sum * self.mean).clamp(min=0)
+        return scatter / max(1, self._count - unbiased)
+
+
+@dataclass(eq=False)
+class _Norm:
+    """One batch norm: its buffers, and what has reached it."""
+
+    name: str
+    mean: Tensor
+    variance: Tensor
+    own_batch: bool = False
+    seen: _Statistics = field(default_factory=_Statistics)
+
+    def see(self, x: Tensor) -> None:
+        """Add an input, and in a first pass normalise it by itself."""
+        self.seen.add(x)
+        if self.own_batch:
+            alone = _Statistics()
+            alone.add(x)
+            self.set(alone.mean, alone.variance(unbiased=False))
+
+    def set(self, mean: Tensor, variance: Tensor) -> None:
+        self.mean.copy_(mean)
+        self.variance.copy_(variance)
+
+
+def _norms(observed: Observed, model: Model) -> list[_Norm]:
+    """Return the batch norms of a model, each watched already."""
+    if isinstance(observed, ObservedModule):
+        found = {id(m): path for path, m in observed.root.named_modules() if _is_tracked(m)}
+        norms = [_module_norm(path, observed.root) for path in found.values()]
+        for norm in norms:
+            observed.watch_module(norm.name, norm.see)
+        return norms
+    assert isinstance(observed, ObservedGraph)  # there are these two
+    return _graph_norms(observed, model)
+
+
+def _is_tracked(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+
+
+def _module_norm(path: str, root: nn.Module) -> _Norm:
+    mean, variance = (root.get_buffer(f"{path}.{leaf}") for leaf in _BUFFERS)
+    return _Norm(path, mean, variance)
+
+
+def _graph_norms(observed: ObservedGraph, model: Model) -> list[_Norm]:
+    """Return the batch norms that a graph calls as modules or as functions, one for each pair of buffers."""
+    view = observed.kind.view
+    norms: dict[str, _Norm] = {}
+    for node in view.graph.nodes:
+        if node.op == "call_module" and view.module is not None and _is_tracked(view.module(str(node.target))):
+            root = view.graph.owning_module
+            assert root is not None  # each kind keeps the module of its graph
+            norm = _module_norm(str(node.target), root)
+        else:
+            buffers = _function_buffers(node)
+            if buffers is None:
+                continue
+            names = [_buffer_name(buffer, model) for buffer in buffers]
+            mean, variance = (_buffer(name, model) for name in names)
+            norm = _Norm(names[0].removesuffix(".running_mean"), mean, variance)
+        norm = norms.setdefault(norm.name, norm)
+        observed.watch_node(node, node.all_input_nodes[0], norm.see)
+    return list(norms.values())
+
+
+def _function_buffers(node: Node) -> tuple[Node, Node] | None:
+    """Return the nodes of running mean and variance of a batch norm's call; None for any other node."""
+    places = _FUNCTIONS.get(node.target) if node.op == "call_function" else None
+    if places is None:
+        return None
+    found = [
+        node.args[place] if place < len(node.args) else node.kwargs.get(leaf)
+        for place, leaf in zip(places, _BUFFERS, strict=True)
+    ]
+    mean, variance = found
+    return (mean, variance) if isinstance(mean, Node) and isinstance(variance, Node) else None
+
+
+def _buffer_name(node: Node, model: Model) -> str:
+    if isinstance(model, ExportedProgram):
+        return model.graph_signature.inputs_to_buffers[node.name]
+    return str(node.target)
+
+
+def _buffer(name: str, model: Model) -> Tensor:
+    return model.state_dict[name] if isinstance(model, ExportedProgram) else model.get_buffer(name)

@@ -1,0 +1,90 @@
+"""The columns that an operator multiplies: tokens of a linear layer, patches of a convolution.
+
+Patches are a strided view of the padded input, indexed at some positions, so that none is copied that is not used. A
+transposed convolution is the plain one, of stride 1 and with the kernel mirrored, over the input with stride - 1 zeros
+stuffed between its values and d (k - 1) - padding around them; its patches are those, mirrored back.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from surgery.errors import InputError
+from surgery.operators import Conv, Linear, Operator
+
+__all__ = ["Columns", "read_columns"]
+
+Columns = Tensor  # (groups, rows, n): n values of each row, in the order (channel, taps) of the kernel
+_BLOCK = 2**24  # numbers in one block
+
+
+def read_columns(operator: Operator, x: Tensor, *, rows: int, generator: torch.Generator) -> Iterator[Columns]:
+    """Yield at most ``rows`` columns, in blocks of bounded size, of an input of a linear layer or a convolution.
+
+    In the dtype of the input, half precisions in float32. Positions are drawn without repetition.
+
+    Raises:
+        InputError: an operator of another kind.
+    """
+    x = x.detach()
+    x = x if x.dtype == torch.float64 else x.float()
+    if isinstance(operator, Linear):
+        tokens = x.reshape(-1, x.shape[-1])
+        for chosen in _choose(len(tokens), rows, generator, width=tokens.shape[1]):
+            yield tokens[chosen].unsqueeze(0)
+    elif isinstance(operator, Conv):
+        yield from _patches(operator, x, rows, generator)
+    else:
+        raise InputError(f"no columns are known of {type(operator).__name__}")
+
+
+def _choose(total: int, rows: int, generator: torch.Generator, *, width: int) -> Iterator[Tensor]:
+    order = torch.randperm(total, generator=generator)[:rows] if total > rows else torch.arange(total)
+    yield from order.split(max(1, _BLOCK // width))
+
+
+def _patches(conv: Conv, x: Tensor, rows: int, generator: torch.Generator) -> Iterator[Columns]:
+    dims = conv.geometry.dims
+    x = x if x.dim() == dims + 2 else x.unsqueeze(0)
+    mirrored = conv.geometry.transposed
+    view = _stuffed_view(conv, x) if mirrored else _view(conv, x)
+    view = view.movedim(1, 1 + dims)  # (batch, *positions, channels, *taps)
+    positions = view.shape[: 1 + dims]
+    width = view.shape[1 + dims :].numel()
+    for chosen in _choose(positions.numel(), rows, generator, width=width):
+        patches = view[torch.unravel_index(chosen, positions)]
+        patches = patches.flip(list(range(-dims, 0))) if mirrored else patches
+        yield patches.unflatten(1, (conv.groups, -1)).flatten(2).transpose(0, 1)
+
+
+def _view(conv: Conv, x: Tensor) -> Tensor:
+    """Return (batch, channels, *positions, *taps)."""
+    g = conv.geometry
+    if g.padded:
+        mode = "constant" if g.padding_mode == "zeros" else g.padding_mode
+        x = F.pad(x, [side for pair in reversed(g.padding) for side in pair], mode=mode)
+    return _windows(x, conv.kernel_size, g.stride, g.dilation)
+
+
+def _stuffed_view(conv: Conv, x: Tensor) -> Tensor:
+    g = conv.geometry
+    sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], g.stride, strict=True)]
+    stuffed = x.new_zeros(*x.shape[:2], *sizes)
+    places = [slice(None), slice(None), *(slice(None, None, s) for s in g.stride)]
+    stuffed[tuple(places)] = x
+    spans = [d * (k - 1) for d, k in zip(g.dilation, conv.kernel_size, strict=True)]
+    sides = zip(spans, g.padding, g.output_padding, strict=True)
+    pads = [(span - before, span - after + extra) for span, (before, after), extra in sides]
+    padded = F.pad(stuffed, list(itertools.chain.from_iterable(reversed(pads))))
+    return _windows(padded, conv.kernel_size, (1,) * g.dims, g.dilation)
+
+
+def _windows(x: Tensor, size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
+    for dim, (k, s, d) in enumerate(zip(size, stride, dilation, strict=True), start=2):
+        x = x.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
+    return x

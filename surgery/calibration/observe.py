@@ -1,0 +1,226 @@
+"""Run a model of any graph kind on calibration inputs, and show the values that something is called on.
+
+An nn.Module runs as it is, and hooks see what its submodules get. Graphs are interpreted node by node, on the
+parameters that the graph kind holds, with packed attention taken apart as the kind has it. Always in evaluation mode
+and without gradients. The model itself is not changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from surgery.errors import InputError
+from surgery.graphs import Call, GraphKind, Model, open_graph
+from surgery.graphs.attention import unpack_all
+from surgery.graphs.shapes import evaluation
+from surgery.inputs import Inputs
+
+__all__ = ["Change", "Observed", "ObservedGraph", "ObservedModule", "See", "observe"]
+
+See = Callable[[Tensor], None]
+Change = Callable[[Tensor], Tensor]
+
+
+class Observed(ABC):
+    """A model that can be run while something watches its calls."""
+
+    def __init__(self, kind: GraphKind) -> None:
+        self.kind = kind
+
+    @abstractmethod
+    def watch(self, call: Call, see: See) -> None:
+        """Show ``see`` the input of an operator's call, each time just before it is used."""
+
+    @abstractmethod
+    def tap(self, call: Call, change: Change) -> None:
+        """Put what ``change`` returns in the place of each output of an operator's call."""
+
+    @abstractmethod
+    def execute(self, inputs: Inputs) -> Any:
+        """Run the model once; whatever it raises comes through."""
+
+    def run(self, inputs: Inputs, *, gradients: bool = False) -> Any:
+        """Run the model once, and return its outputs.
+
+        Raises:
+            InputError: the model does not take these inputs.
+        """
+        try:
+            with torch.set_grad_enabled(gradients), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch about itself
+                return self.execute(inputs)
+        except InputError:
+            raise
+        except Exception as error:  # a model may raise anything on inputs that do not fit
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            what = f"the model does not run on the calibration inputs: {line}"
+            raise InputError(what, next_step="check their number, shapes and dtypes") from error
+
+
+def observe(model: Model, inputs: Inputs) -> Observed:
+    """Return a model to be watched; ``inputs`` are one batch, to trace it with.
+
+    Raises:
+        InputError, CaptureError: as ``open_graph``.
+    """
+    if isinstance(model, ExportedProgram):
+        return ObservedGraph(open_graph(model, *inputs), lambda kind, given: _bind_program(model, kind, given))
+    if isinstance(model, GraphModule):
+        return ObservedGraph(open_graph(model, *inputs, copies=False), _bind_graph)
+    return ObservedModule(model, open_graph(model, *inputs, copies=False))
+
+
+class ObservedModule(Observed):
+    """An nn.Module whose submodules have hooks while it runs."""
+
+    def __init__(self, model: nn.Module, kind: GraphKind) -> None:
+        super().__init__(kind)
+        attends = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+        self.root = copy.deepcopy(model) if attends else model
+        if attends:
+            unpack_all(self.root)
+        self._watchers: dict[str, list[See]] = defaultdict(list)
+        self._taps: dict[str, Change] = {}
+
+    def watch(self, call: Call, see: See) -> None:
+        """Show the input of a module; one hook sees all its calls, so it is added once however many there are."""
+        self.watch_module(str(call.path), see)
+
+    def watch_module(self, path: str, see: See) -> None:
+        """Show ``see`` the first input of a submodule."""
+        if see not in self._watchers[path]:
+            self._watchers[path].append(see)
+
+    def tap(self, call: Call, change: Change) -> None:
+        """Change the output of a module."""
+        self._taps[str(call.path)] = change
+
+    def execute(self, inputs: Inputs) -> Any:
+        """Run with hooks, which are gone afterwards."""
+        args, kwargs = inputs
+        handles = [
+            self.root.get_submodule(path).register_forward_pre_hook(_hook(sees), with_kwargs=True)
+            for path, sees in self._watchers.items()
+        ]
+        for path, change in self._taps.items():
+            handles.append(self.root.get_submodule(path).register_forward_hook(_output_hook(change)))
+        try:
+            with evaluation(self.root):
+                return self.root(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _hook(sees: Iterable[See]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def show(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        value = args[0] if args else kwargs["input"]
+        for see in sees:
+            see(value)
+
+    return show
+
+
+def _output_hook(change: Change) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    return lambda module, args, output: change(output)
+
+
+class ObservedGraph(Observed):
+    """A graph that is interpreted; ``bind`` gives the value of each placeholder."""
+
+    def __init__(self, kind: GraphKind, bind: Callable[[GraphKind, Inputs], Mapping[Node, Any]]) -> None:
+        super().__init__(kind)
+        self._bind = bind
+        self._watchers: dict[Node, list[tuple[Node, See]]] = defaultdict(list)
+        self._taps: dict[Node, Change] = {}
+
+    def watch(self, call: Call, see: See) -> None:
+        """Show the input of a call."""
+        self.watch_node(call.nodes[0], call.source, see)
+
+    def watch_node(self, node: Node, source: Node, see: See) -> None:
+        """Show ``see`` the value of one of a node's inputs, just before the node runs."""
+        self._watchers[node].append((source, see))
+
+    def tap(self, call: Call, change: Change) -> None:
+        """Change the output of a call."""
+        self._taps[call.node] = change
+
+    def execute(self, inputs: Inputs) -> Any:
+        """Interpret the graph."""
+        graph = self.kind.view.graph
+        module = graph.owning_module
+        assert module is not None  # each kind keeps the module of its graph
+        with evaluation(module):
+            values = dict(self._bind(self.kind, inputs))
+            return _Interpreter(module, self._watchers, self._taps).run(initial_env=values, enable_io_processing=False)
+
+
+class _Interpreter(Interpreter):
+    def __init__(
+        self, module: GraphModule, watchers: Mapping[Node, list[tuple[Node, See]]], taps: Mapping[Node, Change]
+    ) -> None:
+        super().__init__(module)
+        self._watchers, self._taps = watchers, taps
+
+    def run_node(self, n: Node) -> Any:
+        for source, see in self._watchers.get(n, ()):
+            see(self.env[source])
+        value = super().run_node(n)
+        return self._taps[n](value) if n in self._taps else value
+
+
+def _bind_program(program: ExportedProgram, kind: GraphKind, inputs: Inputs) -> dict[Node, Any]:
+    """Return the inputs, the parameters (as the kind has them), buffers and constants by placeholder."""
+    given = iter(_leaves(inputs, program.call_spec.in_spec))
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    values: dict[Node, Any] = {}
+    for node in kind.view.graph.find_nodes(op="placeholder"):
+        spec = specs.get(node.name)
+        if node in kind.view.providers:
+            values[node] = kind.view.parameters[kind.view.providers[node]]
+        elif spec is None or spec.kind is InputKind.USER_INPUT:
+            values[node] = next(given)
+        else:
+            state = program.state_dict if spec.target in program.state_dict else program.constants
+            values[node] = state[str(spec.target)]
+    return values
+
+
+def _bind_graph(kind: GraphKind, inputs: Inputs) -> dict[Node, Any]:
+    """Return the inputs by placeholder: flattened if the graph was exported with a tree, else by place and by name."""
+    graph = kind.view.graph
+    nodes = list(graph.find_nodes(op="placeholder"))
+    if hasattr(graph._codegen, "pytree_info"):
+        return dict(zip(nodes, _leaves(inputs, graph._codegen.pytree_info.in_spec), strict=True))
+    args, kwargs = inputs
+    values = dict(zip(nodes, args, strict=False))
+    for node in nodes[len(args) :]:
+        if str(node.target) in kwargs:
+            values[node] = kwargs[str(node.target)]
+        elif node.args:
+            values[node] = node.args[0]
+        else:
+            raise InputError(f"no value is given for the input {node.target}")
+    return values
+
+
+def _leaves(inputs: Inputs, spec: Any) -> list[Any]:
+    """Return the inputs as a flat list, those by name in the order of the specification."""
+    args, kwargs = inputs
+    order = spec.child(1).context or []
+    if set(order) == set(kwargs):
+        kwargs = {name: kwargs[name] for name in order}
+    return pytree.tree_leaves((args, kwargs))

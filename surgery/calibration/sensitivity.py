@@ -1,0 +1,108 @@
+"""How much the output of a model minds an error in the output of each site, from gradients on calibration inputs.
+
+For the model's output f and a random direction v, the gradient g of <v, f> with respect to a site's output y says by
+how much f moves: |df|^2 = E_v <v, df>^2 = E <g, dy>^2 to first order. With g taken as independent of the error dy and
+of itself at other positions (as K-FAC does: Martens and Grosse 2015, arXiv 1503.05671), that is tr(G E[dy dy^T]) for
+
+    G = E[g g^T]    (groups, O, O), the mean over positions and samples
+
+Outputs of a model that are several tensors count by their relative error. One backward pass for each batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from surgery.calibration.inputs import Calibration
+from surgery.calibration.moments import Moments
+from surgery.calibration.observe import observe
+from surgery.errors import InputError
+from surgery.graphs import Model
+from surgery.operators import Conv, Operator
+
+__all__ = ["with_sensitivity"]
+
+_SAMPLES, _BATCH = 128, 8
+
+
+def with_sensitivity(
+    model: Model, batches: Calibration, moments: Mapping[str, Moments], *, samples: int = _SAMPLES, seed: int = 0
+) -> Mapping[str, Moments]:
+    """Return the moments with the sensitivity of each site, from at most so many samples in small batches.
+
+    A site that no gradient reaches keeps its moments without one.
+
+    Raises:
+        InputError: the model has no output to differentiate, or cannot be differentiated.
+    """
+    observed = observe(model, next(iter(batches)))
+    found = {}
+    for spot in observed.kind.find().spots:
+        if spot.site.name in moments:
+            gram = _Gram(spot.site.operator)
+            found[spot.site.name] = gram
+            for call in spot.calls:
+                observed.tap(call, gram.tap)
+    generator = torch.Generator().manual_seed(seed)
+    for batch in _small(batches, samples):
+        _backward(observed.run(batch, gradients=True), generator)
+    return {
+        name: replace(m, sensitivity=found[name].mean if name in found and found[name].count else None)
+        for name, m in moments.items()
+    }
+
+
+def _small(batches: Calibration, samples: int) -> Calibration:
+    if batches.exact:
+        whole = max(1, samples // batches.batch_size) * batches.batch_size
+        return batches.take(torch.arange(min(whole, batches.count)))
+    few = batches.take(torch.arange(min(samples, batches.count)))
+    return replace(few, batch_size=min(_BATCH, few.batch_size))
+
+
+def _backward(output: object, generator: torch.Generator) -> None:
+    total: Tensor | None = None
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point():
+            direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float32).to(leaf)
+            scale = torch.linalg.vector_norm(leaf.detach().float()).clamp(min=1e-12)
+            part = (leaf * direction).sum() / scale.to(leaf.dtype)
+            total = part if total is None else total + part
+    if total is None:
+        raise InputError("the model has no output that depends on its operators by gradients")
+    try:
+        total.backward()
+    except RuntimeError as error:
+        raise InputError(f"the model cannot be differentiated: {str(error).splitlines()[0]}") from error
+
+
+class _Gram:
+    """The sum of g g^T over the positions of a site's outputs."""
+
+    def __init__(self, operator: Operator) -> None:
+        self.count = 0
+        self._groups, self._out = operator.kernel.shape[:2]
+        self._axis = -1 - operator.geometry.dims if isinstance(operator, Conv) else -1
+        self._sum = torch.zeros(self._groups, self._out, self._out, dtype=torch.float64)
+
+    @property
+    def mean(self) -> Tensor:
+        """G."""
+        return self._sum / self.count
+
+    def tap(self, y: Tensor) -> Tensor:
+        """Return the output as a value of its own, whose gradient is added when it is known."""
+        own = y.detach().requires_grad_().clone() if not y.requires_grad else y.clone()
+        own.register_hook(self._add)
+        return own
+
+    def _add(self, gradient: Tensor) -> None:
+        rows = gradient.detach().movedim(self._axis, -1).reshape(-1, self._groups, self._out).transpose(0, 1)
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        self._sum += rows.mT @ rows
+        self.count += rows.shape[1]

@@ -1,0 +1,183 @@
+"""bisect: which sites of a decomposed model cost the most of a metric, by giving groups of them their weights back.
+
+The decomposed model is recomposed: it has the original's architecture again, and the outputs of its factors. The metric
+gains g(S) when the sites S get their original weights (and biases) back, everything else as it is. A group that gains
+enough is halved, until it is one site: with k sites that matter among n, about 2 k log2(n) evaluations instead of n.
+It is a search by single groups: what only two sites of different groups cost together is not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from surgery.errors import InputError
+from surgery.passes.goals import Evaluate, metric_of
+from surgery.passes.recompose import recompose
+from surgery.sites import Skip
+from surgery.text import table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from surgery.graphs import Model
+
+__all__ = ["Bisection", "Blame", "bisect"]
+
+_LEAST = 0.1  # of the whole loss; what gains less is not worth a closer look
+_PACKED = ("in_proj_q", "in_proj_k", "in_proj_v")
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Blame:
+    """Sites, and what the metric gains when they alone are dense again; several are one group that was not halved."""
+
+    sites: tuple[str, ...]
+    gain: float
+
+
+@dataclass(frozen=True, repr=False)
+class Bisection:
+    """The metric of both models, who is to blame, the most first, and the sites that could not be restored."""
+
+    original: float
+    decomposed: float
+    blames: tuple[Blame, ...]
+    skips: tuple[Skip, ...]
+    evaluations: int
+
+    @property
+    def loss(self) -> float:
+        """What decomposing has cost of the metric."""
+        return self.original - self.decomposed
+
+    def __repr__(self) -> str:
+        """Say who is to blame in a few lines."""
+        head = f"Bisection: {self.original:.6g} -> {self.decomposed:.6g} in {self.evaluations} evaluations"
+        rows = [["sites", "gain when dense"]] + [[", ".join(b.sites), f"{b.gain:+.3g}"] for b in self.blames]
+        return "\n".join([head, *([table(rows)] if self.blames else [])])
+
+
+def bisect(
+    original: Model,
+    decomposed: Model,
+    example_inputs: Any = None,
+    *,
+    eval_fn: Evaluate,
+    least: float = _LEAST,
+    progress: Progress | None = None,
+) -> Bisection:
+    """Return which sites of a decomposed model cost the most of a metric, ``eval_fn(module)``, higher is better.
+
+    Args:
+        original: the model that was decomposed.
+        decomposed: what ``decompose`` made of it.
+        example_inputs: needed only for an nn.Module that torch.fx cannot trace.
+        eval_fn: the metric; it gets a module in evaluation mode, with the original's architecture.
+        least: a group that gains less than this share of the whole loss is not halved further.
+        progress: called with "evaluate", the number of evaluations done, and how many there will be at least.
+
+    Raises:
+        InputError: the second is no decomposition of the first, or a metric that fails.
+    """
+    fused = recompose(decomposed, example_inputs)
+    first, second = _module(original), _module(fused.model)
+    bench = _Bench(second, eval_fn, progress or _silent)
+    found = {change.site: _slots(change.site, first, second) for change in fused.changes}
+    sites = [site for site, slots in found.items() if slots]
+    if not sites:
+        raise InputError("the second model has no site that was factored from the first", next_step="give both models")
+    best, base = metric_of(first, eval_fn), metric_of(second, eval_fn)
+    blames = [] if best <= base else bench.search(sites, found, base=base, loss=best - base, least=least)
+    lost = [Skip(site, "", "its weight is not among those of the original") for site in found if site not in sites]
+    return Bisection(best, base, tuple(blames), (*fused.skips, *lost), bench.evaluations + 2)
+
+
+def _silent(step: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+def _module(model: Model) -> nn.Module:
+    return model.module() if isinstance(model, ExportedProgram) else model
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_parameters(remove_duplicate=False))
+
+
+@dataclass(frozen=True, eq=False)
+class _Slot:
+    """A place in the decomposed model's memory, what was there, and what the original has there."""
+
+    place: Tensor
+    factored: Tensor
+    dense: Tensor
+
+
+def _slots(site: str, first: nn.Module, second: nn.Module) -> list[_Slot]:
+    """Return the weight and bias of a site in both models; rows of the packed ones for a projection of attention."""
+    old, new = _tensors(first), _tensors(second)
+    prefix, _, last = site.rpartition(".")
+    if last in _PACKED and f"{site}.weight" not in new:
+        names = [f"{prefix}.{name}".lstrip(".") for name in ("in_proj_weight", "in_proj_bias")]
+        part: int | None = _PACKED.index(last)
+    else:
+        names, part = [site, f"{site}.weight", f"{site}.bias"], None
+    slots = []
+    for name in names:
+        if name in old and name in new and old[name].shape == new[name].shape:
+            a, b = old[name].detach(), new[name].detach()
+            place, dense = (b, a) if part is None else (b.chunk(3)[part], a.chunk(3)[part])
+            slots.append(_Slot(place, place.clone(), dense))
+    return slots
+
+
+@dataclass(eq=False)
+class _Bench:
+    """The recomposed module, its metric, and how often that was measured."""
+
+    module: nn.Module
+    evaluate: Evaluate
+    progress: Progress
+    evaluations: int = 0
+
+    def search(
+        self, sites: Sequence[str], slots: dict[str, list[_Slot]], *, base: float, loss: float, least: float
+    ) -> list[Blame]:
+        """Return groups that were not halved, by what they gain; the group with the most is halved first."""
+        groups, done = [Blame(tuple(sites), loss)], []
+        while groups:
+            group = max(groups, key=lambda blame: blame.gain)
+            groups.remove(group)
+            if len(group.sites) == 1 or group.gain < least * loss:
+                done.append(group)
+                continue
+            middle = (len(group.sites) + 1) // 2
+            for half in (group.sites[:middle], group.sites[middle:]):
+                self.progress("evaluate", self.evaluations, self.evaluations + 2 * len(groups) + 2)
+                with _restored([slot for site in half for slot in slots[site]]):
+                    groups.append(Blame(half, metric_of(self.module, self.evaluate) - base))
+                self.evaluations += 1
+        self.progress("evaluate", self.evaluations, self.evaluations)
+        return sorted(done, key=lambda blame: -blame.gain)
+
+
+@contextmanager
+def _restored(slots: Sequence[_Slot]) -> Iterator[None]:
+    """Put the original weights in place, and afterwards the factored ones again."""
+    with torch.no_grad():
+        for slot in slots:
+            slot.place.copy_(slot.dense)
+        try:
+            yield
+        finally:
+            for slot in slots:
+                slot.place.copy_(slot.factored)

@@ -1,0 +1,129 @@
+"""What a user wants to be kept, and how it is measured on a model: output error, a metric's drop, a speed-up.
+
+The output error is that of held-out samples. Its promise is for samples that no one has seen, so what counts is an
+upper confidence limit of 95 %: of the ratio of two sums over samples (squared error, squared output), by its standard
+error in large samples (Cochran 1977, Sampling Techniques, section 2.11).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from surgery.calibration.inputs import Calibration
+from surgery.comparison import evaluating, run_model
+from surgery.errors import InputError
+from surgery.graphs import Model
+
+__all__ = ["Evaluate", "Goal", "HeldOut", "Promise", "metric_of"]
+
+Evaluate = Callable[[Any], float]
+_QUANTILE = 1.645  # one-sided, 95 %
+_DEFAULT_ERROR = 0.05
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One of ``max_error`` (of the output, relative), ``max_drop`` (of a metric), ``target_speedup`` (at least 1)."""
+
+    kind: str
+    limit: float
+
+    @classmethod
+    def of(cls, max_error: float | None, target_speedup: float | None, max_drop: float | None, *, metric: bool) -> Goal:
+        """Return the goal that is given; without any, an output error of at most 0.05. ``metric``: there is one.
+
+        Raises:
+            InputError: more than one, or a value out of range.
+        """
+        given = {"max_error": max_error, "target_speedup": target_speedup, "max_drop": max_drop}
+        said = [(kind, limit) for kind, limit in given.items() if limit is not None]
+        if len(said) > 1:
+            raise InputError(f"{' and '.join(kind for kind, _ in said)} at once", allowed="one of them")
+        kind, limit = said[0] if said else ("max_error", _DEFAULT_ERROR)
+        if kind == "max_drop" and not metric:
+            raise InputError("max_drop without a metric", next_step="give eval_fn= (--eval module:function)")
+        least = 1.0 if kind == "target_speedup" else 0.0
+        if not (math.isfinite(limit) and limit >= least and (limit > 0 or kind == "max_drop")):
+            allowed = {"max_error": "above 0", "target_speedup": "1 or more", "max_drop": "0 or more"}[kind]
+            raise InputError(f"{kind}={limit:g}", allowed=f"numbers, {allowed}")
+        return cls(kind, float(limit))
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A goal, what was measured for the result, and whether it is kept; ``note`` says what stood in the way."""
+
+    kind: str
+    limit: float
+    measured: float
+    kept: bool
+    note: str = ""
+
+    def __str__(self) -> str:
+        what = {"max_error": "output error", "max_drop": "drop of the metric", "target_speedup": "speed-up"}[self.kind]
+        bound = "at least" if self.kind == "target_speedup" else "at most"
+        state = "kept" if self.kept else "NOT KEPT"
+        return (
+            f"{what} {bound} {self.limit:g}: measured {self.measured:.3g}, {state}{'; ' * bool(self.note)}{self.note}"
+        )
+
+
+class HeldOut:
+    """The outputs of a model on held-out samples, to measure others against."""
+
+    def __init__(self, model: Model, samples: Calibration) -> None:
+        self._samples = samples
+        self._outputs = [_leaves(run_model(model, batch)) for batch in samples]
+        if not any(leaves for leaves in self._outputs):
+            raise InputError("the model has no floating-point output to compare")
+
+    def error(self, model: Model) -> tuple[float, float]:
+        """Return the relative error of the outputs, and its upper confidence limit."""
+        squares: list[Tensor] = []
+        energies: list[Tensor] = []
+        for batch, expected in zip(self._samples, self._outputs, strict=True):
+            size = self._samples.batch_size
+            for found, wanted in zip(_leaves(run_model(model, batch)), expected, strict=True):
+                squares.append(_per_sample(found - wanted, size))
+                energies.append(_per_sample(wanted, size))
+        e, n = torch.cat(squares), torch.cat(energies)
+        ratio = float(e.sum() / n.sum().clamp(min=1e-300))
+        deviation = float((e - ratio * n).square().sum().sqrt() / n.sum().clamp(min=1e-300))
+        return math.sqrt(ratio), math.sqrt(ratio + _QUANTILE * deviation)
+
+
+def _leaves(output: Any) -> list[Tensor]:
+    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [leaf.detach().double() for leaf in leaves]
+
+
+def _per_sample(tensor: Tensor, size: int) -> Tensor:
+    """Return the sum of squares of each sample, or of all where axis 0 does not hold samples."""
+    squares = tensor.square()
+    return squares.flatten(1).sum(1) if tensor.dim() > 1 and len(tensor) <= size else squares.sum().view(1)
+
+
+def metric_of(model: Model, evaluate: Evaluate) -> float:
+    """Return the user's metric of a model: of a program, of its module; in evaluation mode, without gradients.
+
+    Raises:
+        InputError: the function fails, or returns no finite number.
+    """
+    module = model.module() if isinstance(model, ExportedProgram) else model
+    try:
+        with torch.no_grad(), evaluating(module):
+            value = float(evaluate(module))
+    except Exception as error:  # the user's own code
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"eval_fn failed: {type(error).__name__}: {line}") from error
+    if not math.isfinite(value):
+        raise InputError(f"eval_fn returned {value}", allowed="a finite number, higher is better")
+    return value

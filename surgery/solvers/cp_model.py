@@ -1,0 +1,190 @@
+"""A CP model on its way to a tensor: exact updates of its factors, their extrapolation, and what holds them.
+
+    T (g, n_1, ..., n_N)  ~  sum_r  a_1r o ... o a_Nr        factors, with the rank first, (g, r, n_i)
+
+Each factor in turn is the solution of its linear least squares problem ``A_n G = M``: M is the tensor contracted with
+all other factors (MTTKRP, from the dimension tree: two GEMMs a sweep, 4 g r size flops), and G the elementwise product
+of the other factors' Gram matrices (r x r, in float64; solved by Cholesky). The residual follows from the last M of a
+sweep, ``||T||^2 - 2 <M, A_N> + sum(G_1 * ... * G_N)``, so that the model is never built.
+
+Steps start from an extrapolation of the last two sweeps by Nesterov's weights (Mitchell, Ye and De Sterck 2020); where
+the error rises, it is taken back and the weights start anew. The extra cost is that of r x r Gram matrices.
+
+A best approximation of a rank above 1 need not exist (de Silva and Lim 2008): components then grow without bound and
+cancel. So where components are large and opposite, a ridge ``mu sum_r lambda_r^2`` (lambda_r is the norm of component
+r; it adds ``mu diag(G)`` to G, however norms are spread over the factors) holds them. Where there are fits as good with
+smaller components it costs next to nothing; where there are none it limits the fit, and the result is degenerate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from surgery.solvers.dimension_tree import Modes, contract, visit
+
+__all__ = ["CpModel", "Snapshot", "gram_of", "product"]
+
+_RIDGE = 1e-5
+_LARGE, _OPPOSITE = 10.0, -0.9  # blowup and congruence (cosine) of two components that cancel
+_HUGE = 100.0  # blowup where more than two do
+_TINY = torch.finfo(torch.float64).tiny
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Factors (g, r, n_i), their Gram matrices, and what was known of their fit."""
+
+    factors: list[Tensor]
+    grams: list[Tensor]
+    residual: Tensor
+    blowup: Tensor
+
+
+class CpModel:
+    """A CP model on its way: factors (g, r, n_i) of a tensor (g, n_1, ..., n_N), and how far they are from it.
+
+    ``residual`` and ``blowup``, the components' squared norms, are shares (g,) of the tensor's energy. Where steps are
+    not ``extrapolated`` they are plain alternating least squares.
+    """
+
+    def __init__(self, tensor: Tensor, factors: Sequence[Tensor], *, extrapolated: bool = True) -> None:
+        self.tensor = tensor
+        self.extrapolated = extrapolated
+        self.energy = _squares(tensor)
+        self.factors = list(factors)
+        self.grams = [gram_of(factor) for factor in factors]
+        self.residual = torch.full_like(self.energy, math.inf)
+        self.blowup = torch.zeros_like(self.energy)
+        self.ridge = torch.zeros_like(self.energy)
+        self.momentum = torch.zeros_like(self.energy)
+        self.before = self.factors
+        self.modes: Modes = tuple(range(len(factors)))
+        self.sizes: Modes = tuple(tensor.shape[1:])
+
+    @property
+    def objective(self) -> Tensor:
+        """What every update lowers: the residual and the ridge's penalty (g,)."""
+        return self.residual + self.ridge * self.blowup
+
+    def contract(self, node: Tensor, modes: Modes, run: Modes) -> Tensor:
+        """Contract a node of the dimension tree with the present factors."""
+        return contract(node, modes, run, self.factors)
+
+    def sweep(self) -> None:
+        """Update each factor once, exactly."""
+        visit(self.tensor, self.modes, self.sizes, self.contract, self.update)
+
+    def update(self, mode: int, mttkrp: Tensor) -> None:
+        """Solve for one factor from its MTTKRP (g, r, n); after the last one the residual is known."""
+        normal = product([gram for other, gram in enumerate(self.grams) if other != mode])
+        jitter = max(torch.finfo(mttkrp.dtype).eps, normal.shape[1] * torch.finfo(torch.float64).eps)
+        self._set(mode, _solve(normal, mttkrp, (1 + jitter + self.ridge)[:, None]))
+        if mode == self.modes[-1]:
+            self._judge(mttkrp)
+
+    def measure(self) -> None:
+        """Find the residual of the factors as they are."""
+        leaves: dict[int, Tensor] = {}  # by the tree, since a Khatri-Rao product of all modes but one is large
+        visit(self.tensor, self.modes, self.sizes, self.contract, leaves.__setitem__)
+        self._judge(leaves[self.modes[-1]])
+
+    def step(self, sweep: Callable[[], None]) -> Tensor:
+        """Extrapolate, sweep, and take back the groups whose objective rose; return where it did not (g,)."""
+        kept, objective = self.snapshot(), self.objective
+        if self.extrapolated and bool((self.momentum > 1).any()):
+            self._extrapolate()
+        sweep()
+        fell = self.objective <= objective
+        self.restore(kept, ~fell)
+        self.before = kept.factors
+        self.momentum = torch.where(fell, self.momentum + 1, 0)
+        self._regularise()
+        return fell
+
+    def _extrapolate(self) -> None:
+        """Go on in the direction of the last step; a sweep solves for the first factor before it uses it."""
+        weight = ((self.momentum - 1) / (self.momentum + 2)).clamp(min=0).view(-1, 1, 1).to(self.tensor.dtype)
+        for mode in self.modes[1:]:
+            now = self.factors[mode]
+            self._set(mode, torch.addcmul(now, weight, now - self.before[mode]))
+
+    def _regularise(self) -> None:
+        """Add a ridge to the groups whose components cancel; it stays."""
+        if bool((self.blowup > _LARGE).any()):
+            cancel = (self.blowup > _HUGE) | ((self.blowup > _LARGE) & (self.congruence() < _OPPOSITE))
+            self.ridge = torch.where(cancel, _RIDGE, self.ridge)
+
+    def settled(self, before: Tensor, fell: Tensor, tolerance: float) -> bool:
+        """Whether in all groups the error, the root of the objective, fell by less than ``tolerance`` of itself.
+
+        It does not where it rose: a step was taken back, or a ridge was added.
+        """
+        gain = before - self.objective
+        return bool((fell & (gain >= 0) & (gain <= 2 * tolerance * self.objective)).all())
+
+    def snapshot(self) -> Snapshot:
+        """Return the present factors."""
+        return Snapshot(list(self.factors), list(self.grams), self.residual, self.blowup)
+
+    def restore(self, kept: Snapshot, groups: Tensor) -> None:
+        """Go back to a snapshot in some groups, given by a mask (g,)."""
+        if not bool(groups.any()):
+            return
+        mask = groups.view(-1, 1, 1)
+        self.factors = [torch.where(mask, old, new) for old, new in zip(kept.factors, self.factors, strict=True)]
+        self.grams = [torch.where(mask, old, new) for old, new in zip(kept.grams, self.grams, strict=True)]
+        self.residual = torch.where(groups, kept.residual, self.residual)
+        self.blowup = torch.where(groups, kept.blowup, self.blowup)
+
+    def _set(self, mode: int, factor: Tensor) -> None:
+        self.factors[mode] = factor
+        self.grams[mode] = gram_of(factor)
+
+    def _judge(self, mttkrp: Tensor) -> None:
+        model = product(self.grams)
+        inner = (mttkrp.double() * self.factors[-1].double()).sum((1, 2))
+        floor = self.energy.clamp(min=_TINY)
+        self.residual = ((self.energy - 2 * inner + model.sum((1, 2))) / floor).clamp(min=0)
+        self.blowup = model.diagonal(dim1=1, dim2=2).sum(1) / floor
+
+    def congruence(self) -> Tensor:
+        """Return the smallest cosine between two components (g,)."""
+        model = product(self.grams)
+        norms = model.diagonal(dim1=1, dim2=2).sqrt().clamp(min=_TINY)
+        return (model / norms[:, :, None] / norms[:, None, :]).amin((1, 2))
+
+
+def product(grams: Sequence[Tensor]) -> Tensor:
+    """Return the elementwise product of Gram matrices (g, r, r), a new one: that of a Khatri-Rao product."""
+    first, *others = grams
+    product = first * others[0] if others else first.clone()
+    for gram in others[1:]:
+        product *= gram
+    return product
+
+
+def gram_of(factor: Tensor) -> Tensor:
+    """Return the Gram matrix in float64 of a factor as the solver keeps it, with the rank first."""
+    factor = factor.double()
+    return factor @ factor.mT
+
+
+def _squares(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=torch.float64).square()
+
+
+def _solve(normal: Tensor, mttkrp: Tensor, growth: Tensor) -> Tensor:
+    """Return X (g, r, n) with ``normal X = mttkrp``, for normal (g, r, r) positive semidefinite in float64, spoiled.
+
+    ``growth`` (g, 1) is what its diagonal is multiplied by; a component of norm 0 stays 0.
+    """
+    normal.diagonal(dim1=1, dim2=2).mul_(growth).add_(_TINY)
+    triangle, info = torch.linalg.cholesky_ex(normal)
+    if bool(info.any()):
+        return (torch.linalg.pinv(normal, hermitian=True) @ mttkrp.double()).to(mttkrp.dtype)
+    return torch.cholesky_solve(mttkrp.double(), triangle).to(mttkrp.dtype)

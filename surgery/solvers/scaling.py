@@ -1,0 +1,24 @@
+"""Scales at which squares of entries neither overflow nor vanish, whatever the unit of a weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["normalised"]
+
+_SAFE = 2.0**-40, 2.0**40  # largest entries, of whose squares sums are far from the ends of float32
+
+
+def normalised(tensor: Tensor, *, groups: int = 0) -> tuple[Tensor, Tensor]:
+    """Return the tensor over its largest magnitude, and that; the tensor itself, no copy, and 1 where nothing is lost.
+
+    The first ``groups`` axes have scales of their own: it has one entry for each group and extent 1 elsewhere.
+    """
+    axes = tuple(range(groups, tensor.dim()))
+    low, high = tensor.amin(axes, keepdim=True), tensor.amax(axes, keepdim=True)
+    peak = torch.maximum(-low, high)
+    if bool(((peak == 0) | ((peak > _SAFE[0]) & (peak < _SAFE[1]))).all()):
+        return tensor, torch.ones_like(peak)
+    peak.clamp_(min=torch.finfo(tensor.dtype).tiny)
+    return tensor / peak, peak

@@ -1,0 +1,227 @@
+"""Approximation in the norm of outputs. For inputs x with second moment C = E[x x^T] and a matrix D (m x n) on them
+
+    E |D x|^2 = tr(D C D^T),        so that the error of W' in the place of W is |(W - W') C^(1/2)|_F.
+
+Low rank in closed form. For m <= n with the leading eigenvectors U (m x r) of ``W C W^T`` the best W' is the projection
+``U (U^T W)``: Eckart-Young for W C^(1/2), where C^(-1/2) cancels, so that no root or inverse of C is needed, and what
+C does not see stays as it was in the rows kept. For m > n with C = L L^T and the leading eigenvectors V (n x r) of
+``L^T W^T W L`` it is ``(W L V) (V^T L^-1)``. Cost m n^2 + m^3, or m n^2 + n^3.
+
+Any other structure: the kernel is linear in each of its factors, so that a truncated Gauss-Newton method (Nocedal and
+Wright 2006, section 7.1) only needs products with the Jacobian J and its transpose, which automatic differentiation
+gives of the function that builds the kernel: conjugate gradients on ``J^T C J p = -J^T C (W' - W)`` for all factors at
+once, then the longest of the steps p, p/2, p/4, ... that lowers the error. Each iteration costs one product with C, m
+n^2, and about four times what it costs to build the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from surgery.solvers.eigen import leading_subspace
+
+__all__ = ["Metric", "equal_norms", "low_rank", "refine", "roots", "times_channels"]
+
+_HALVINGS = 6
+_GAIN = 3e-3  # relative, of the squared error: a step that gains less is the last one
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """A second moment C (n x n) for each group of inputs, where column ``i * taps + k`` is channel i at kernel tap k.
+
+    ``factors`` are one or two tensors, C or (channels, taps) with ``C = channels (x) taps``; each is (groups, m, m),
+    or (groups, m) for a diagonal. Symmetric, positive semi-definite, float64.
+    """
+
+    factors: tuple[Tensor, ...]
+    taps: int = 1
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """Return ``M C`` for (groups, rows, n)."""
+        if len(self.factors) == 1:
+            return _times(matrix, self.factors[0])
+        channels, taps = self.factors
+        split = matrix.unflatten(-1, (-1, self.taps))
+        inner = _times(split.flatten(1, 2), taps).view_as(split)
+        return _times(inner.mT.flatten(1, 2), channels).unflatten(1, (-1, self.taps)).mT.flatten(2)
+
+    def energy(self, matrix: Tensor) -> Tensor:
+        """Return ``tr(M C M^T)``, summed over the groups, for (groups, rows, n)."""
+        return (self.times(matrix) * matrix).sum().clamp(min=0)
+
+    def regularised(self, ridge: float) -> Metric:
+        """Return ``C + ridge * mean(diagonal) * identity``, factor by factor; zero becomes the identity."""
+        return replace(self, factors=tuple(_add_ridge(factor, ridge) for factor in self.factors))
+
+    @property
+    def channels(self) -> Tensor:
+        """The second moment of the channels, averaged over the taps: (groups, I, I) or, diagonal, (groups, I)."""
+        first, *rest = self.factors
+        if rest or self.taps == 1:
+            return first
+        split = first.unflatten(1, (-1, self.taps)).unflatten(-1, (-1, self.taps))
+        return torch.einsum("gikjk->gij", split) / self.taps
+
+    @property
+    def positions(self) -> Tensor:
+        """The second moment of the taps (groups, K, K), of mean diagonal 1: summed over the channels."""
+        first, *rest = self.factors
+        if rest or self.taps == 1:
+            return rest[0] if rest else first.new_ones(len(first), 1, 1)
+        split = first.unflatten(1, (-1, self.taps)).unflatten(-1, (-1, self.taps))
+        summed = torch.einsum("gikil->gkl", split)
+        mean = summed.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        return summed / mean.clamp(min=torch.finfo(summed.dtype).tiny)
+
+    def whitened(self, inverse: Tensor) -> Metric:
+        """Return the metric of ``W (R (x) I)`` for the symmetric inverse ``R^-1`` of (I, I) or (I,) in each group."""
+        first, *rest = self.factors
+        if first.dim() == 2:
+            return replace(self, factors=(first * inverse**2, *rest))
+        taps = 1 if rest else self.taps
+        half = times_channels(first, inverse, taps)
+        return replace(self, factors=(times_channels(half.mT, inverse, taps), *rest))
+
+
+def times_channels(matrix: Tensor, factor: Tensor, taps: int) -> Tensor:
+    """Return ``M (F (x) I_taps)`` for (groups, rows, channels * taps), F dense or diagonal in each group."""
+    split = matrix.unflatten(-1, (-1, taps))
+    if factor.dim() == 2:
+        return (split * factor[:, None, :, None]).flatten(2)
+    return torch.einsum("grik,gij->grjk", split, factor).flatten(2)
+
+
+def _times(matrix: Tensor, factor: Tensor) -> Tensor:
+    return matrix * factor.unsqueeze(1) if factor.dim() == 2 else matrix @ factor
+
+
+def _add_ridge(factor: Tensor, ridge: float) -> Tensor:
+    diagonal = factor if factor.dim() == 2 else factor.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    added = torch.where(mean > 0, ridge * mean, 1).expand_as(diagonal)
+    return factor + (added if factor.dim() == 2 else torch.diag_embed(added))
+
+
+def roots(moment: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return the symmetric root of ``moment + ridge * mean(diagonal)`` and its inverse, (g, m, m) or, diagonal, (g, m).
+
+    Eigenvalues that rounding made negative are raised to the ridge.
+    """
+    if moment.dim() == 2:
+        root = _add_ridge(moment.clamp(min=0), ridge).sqrt()
+        return root, 1 / root
+    values, vectors = torch.linalg.eigh(moment)
+    values = _add_ridge(values.clamp(min=0), ridge).sqrt().unsqueeze(-2)
+    return (vectors * values) @ vectors.mT, (vectors / values) @ vectors.mT
+
+
+def low_rank(matrix: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
+    """Return (left, right), (g, m, rank) and (g, rank, n), whose product is nearest to the matrix under the metric.
+
+    In float64. Balanced: the square root of each singular value of the product is on both sides.
+    """
+    matrix = matrix.double()
+    if matrix.shape[-2] <= matrix.shape[-1] or len(metric.factors) > 1:
+        basis = leading_subspace(metric.times(matrix) @ matrix.mT, rank)
+        return _balanced(basis, basis.mT @ matrix)
+    (moment,) = metric.factors
+    if moment.dim() == 2:
+        root = moment.sqrt().unsqueeze(1)
+        basis = leading_subspace((matrix * root).mT @ (matrix * root), rank)
+        return _balanced((matrix * root) @ basis, basis.mT / root)
+    lower = torch.linalg.cholesky(moment)
+    seen = matrix @ lower
+    basis = leading_subspace(seen.mT @ seen, rank)
+    return _balanced(seen @ basis, torch.linalg.solve_triangular(lower, basis.mT, upper=False, left=False))
+
+
+def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    basis, rest = torch.linalg.qr(left)
+    right = rest @ right
+    vectors = torch.linalg.eigh(right @ right.mT).eigenvectors.flip(-1)
+    right = vectors.mT @ right
+    values = torch.linalg.vector_norm(right, dim=-1, keepdim=True)
+    root = torch.where(values > 0, values, 1).sqrt()
+    return (basis @ vectors) * root.mT, right / root
+
+
+def refine(
+    build: Callable[[Sequence[Tensor]], Tensor],
+    factors: Sequence[Tensor],
+    target: Tensor,
+    metric: Metric,
+    *,
+    steps: int = 4,
+    iterations: int = 8,
+) -> list[Tensor]:
+    """Return factors whose kernel is nearer to a target under a metric; starts of equal norms go faster.
+
+    ``build`` makes the kernel (g, O, I, *size) of the factors and is linear in each; all are float64. At most ``steps``
+    Gauss-Newton steps of at most ``iterations`` conjugate gradients each; the error never grows.
+    """
+    factors = list(factors)
+    error = float(metric.energy((build(factors) - target).flatten(2)))
+    for _ in range(steps):
+        step = _gauss_newton(build, factors, target, metric, iterations)
+        before = error
+        for halving in range(_HALVINGS):
+            moved = [f + s / 2**halving for f, s in zip(factors, step, strict=True)]
+            found = float(metric.energy((build(moved) - target).flatten(2)))
+            if found < error:
+                factors, error = moved, found
+                break
+        if not error < (1 - _GAIN) * before:
+            break
+    return factors
+
+
+def _gauss_newton(
+    build: Callable[[Sequence[Tensor]], Tensor],
+    factors: Sequence[Tensor],
+    target: Tensor,
+    metric: Metric,
+    iterations: int,
+) -> list[Tensor]:
+    """Return the step of truncated conjugate gradients; the Jacobian's product is a derivative of its transpose's."""
+    with torch.enable_grad():
+        leaves = [factor.detach().requires_grad_() for factor in factors]
+        image = build(leaves)
+        dual = torch.zeros_like(image, requires_grad=True)
+        pulled = torch.autograd.grad(image, leaves, dual, create_graph=True)
+
+    def pull(kernel: Tensor) -> list[Tensor]:
+        weighted = metric.times(kernel.flatten(2)).view_as(kernel)
+        return list(torch.autograd.grad(image, leaves, weighted, retain_graph=True))
+
+    residual = [-part for part in pull(image.detach() - target)]
+    step, direction = [torch.zeros_like(part) for part in residual], residual
+    size = first = _dot(residual, residual)
+    for _ in range(iterations):
+        if size <= 1e-6 * first:
+            break
+        (pushed,) = torch.autograd.grad(pulled, dual, direction, retain_graph=True)
+        curved = pull(pushed)
+        length = size / max(_dot(direction, curved), torch.finfo(torch.float64).tiny)
+        step = [s + length * d for s, d in zip(step, direction, strict=True)]
+        residual = [r - length * c for r, c in zip(residual, curved, strict=True)]
+        before, size = size, _dot(residual, residual)
+        direction = [r + (size / before) * d for r, d in zip(residual, direction, strict=True)]
+    return step
+
+
+def _dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    return sum(float((a * b).sum()) for a, b in zip(first, second, strict=True))
+
+
+def equal_norms(factors: Sequence[Tensor]) -> list[Tensor]:
+    """Return factors of one product, scaled to the geometric mean of their norms."""
+    norms = torch.stack([torch.linalg.vector_norm(factor) for factor in factors])
+    if not bool((norms > 0).all()):
+        return list(factors)
+    mean = norms.log().mean().exp()
+    return [factor * (mean / norm) for factor, norm in zip(factors, norms, strict=True)]

@@ -1,0 +1,119 @@
+"""Calibration inputs: every form that users give, files without pickle, batch sizes and splits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from surgery.calibration.collect import collect
+from surgery.calibration.inputs import Calibration, read_calibration
+from surgery.calibration.observe import observe
+from surgery.errors import FileError, InputError
+from tests.test_calibration_models import as_kind, images, net
+
+
+def stacked(calibration: Calibration) -> Tensor:
+    return torch.cat([args[0] if args else next(iter(kwargs.values())) for args, kwargs in calibration])
+
+
+FORMS: dict[str, Callable[[Tensor], Any]] = {
+    "tensor": lambda x: x,
+    "array": lambda x: x.numpy(),
+    "tensors": lambda x: list(x.split(3)),
+    "tuples": lambda x: [(part,) for part in x.split(4)],
+    "dicts": lambda x: [{"x": part} for part in x.split(5)],
+    "labels": lambda x: [(part, torch.zeros(len(part))) for part in x.split(4)],
+    "loader": lambda x: DataLoader(TensorDataset(x, torch.arange(len(x))), batch_size=4),
+    "pairs": lambda x: [((x[:4],), {}), ((x[4:],), {})],
+}
+
+
+@pytest.mark.parametrize("kind", ["module", "program-dynamic", "graph"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_samples(form: str, kind: str) -> None:
+    x = images(10)
+    model = as_kind(net(), kind, x[:2])
+    calibration = read_calibration(FORMS[form](x), model, batch_size=4)
+    assert calibration.count == 10
+    assert len(calibration) == len(list(calibration)) == 3
+    assert torch.equal(stacked(calibration), x)
+    assert torch.equal(stacked(calibration), x)  # once more
+    collect(model, calibration)
+    assert read_calibration(calibration, model) is calibration
+    assert read_calibration(FORMS[form](x), model, limit=6).count == 6
+
+
+@pytest.mark.parametrize("kind", ["module", "program-dynamic"])
+@pytest.mark.parametrize("suffix", [".npz", ".pt"])
+def test_files_are_read_without_pickle(tmp_path: Path, suffix: str, kind: str) -> None:
+    x, path = images(5), tmp_path / f"inputs{suffix}"
+    named = {"x": x, "labels": torch.arange(5)}
+    if suffix == ".npz":
+        np.savez(path, **{name: value.numpy() for name, value in named.items()})
+    else:
+        torch.save(named, path)
+    model = as_kind(net(), kind, x[:2])
+    assert torch.equal(stacked(read_calibration(path, model)), x)
+    assert torch.equal(stacked(read_calibration(str(path), model)), x)
+
+
+def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
+    model = net()
+    np.savez(tmp_path / "objects.npz", x=np.array([{}], dtype=object))
+    torch.save(model, tmp_path / "module.pt")
+    for name in ("objects.npz", "module.pt", "missing.npz"):
+        with pytest.raises(FileError, match=name):
+            read_calibration(tmp_path / name, model)
+    with pytest.raises(InputError, match="type int"):
+        read_calibration(3, model)
+    with pytest.raises(InputError, match="no calibration input"):
+        read_calibration([], model)
+    with pytest.raises(InputError, match="have no x"):
+        read_calibration({"y": images(2), "z": images(2)}, model)
+    with pytest.raises(InputError, match="more than the number"):
+        read_calibration([images(2), images(2)[..., :4]], model)
+    with pytest.raises(InputError, match="does not run on the calibration inputs"):
+        observe(model, ((images(2),), {})).run(((images(2)[:, :2],), {}))
+
+
+def test_a_fixed_batch_size_is_kept() -> None:
+    program = as_kind(net(), "program", images(4))
+    calibration = read_calibration(images(15), program)
+    assert calibration.exact
+    assert [len(args[0]) for args, _ in calibration] == [4, 4, 4]
+    fit, held_out = calibration.split(0.25)
+    assert (fit.count, held_out.count) == (8, 4)
+    with pytest.raises(InputError, match="exported for batches of 4"):
+        read_calibration(images(3), program)
+    with pytest.raises(InputError, match="cannot be split"):
+        read_calibration(images(4), program).split()
+
+
+def test_a_split_loses_and_repeats_nothing() -> None:
+    x = images(11)
+    fit, held_out = read_calibration(x, net()).split(0.25, seed=3)
+    assert (fit.count, held_out.count) == (8, 3)
+    joined = torch.cat([stacked(fit), stacked(held_out)])
+    assert torch.equal(joined[joined[:, 0, 0, 0].argsort()], x[x[:, 0, 0, 0].argsort()])
+    again = read_calibration(x, net()).split(0.25, seed=3)[0]
+    assert torch.equal(stacked(again), stacked(fit))
+
+
+def test_what_is_no_sample_goes_with_each_batch() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, scale: Tensor, flag: bool = True) -> Tensor:
+            return self.linear(x * scale) if flag else x
+
+    batches = read_calibration([(torch.randn(6, 4), torch.ones(4))], Scaled(), batch_size=4)
+    assert [(len(args[0]), len(args[1])) for args, _ in batches] == [(4, 4), (2, 4)]

@@ -1,0 +1,153 @@
+"""``auto`` with calibration data keeps its promise on held-out samples, or says that it cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+
+import surgery
+from surgery.calibration import read_calibration
+from surgery.cli.commands import decompose as command
+from surgery.errors import InputError
+from surgery.passes.goals import Goal, HeldOut
+from tests.cases import decaying
+
+KINDS = ("module", "graph", "program")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1, bias=False),
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+        nn.Conv2d(24, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128, 40),
+    )
+    for parameter in model.parameters():
+        parameter.data = decaying(parameter.data.double(), 0.6).float()
+    return model.eval()
+
+
+def samples(count: int = 160) -> Tensor:
+    return torch.randn(count, 3, 10, 10, generator=torch.Generator().manual_seed(1))
+
+
+def opened(kind: str) -> Any:
+    model = network()
+    if kind == "graph":
+        return torch.fx.symbolic_trace(model)
+    if kind == "program":
+        batch = torch.export.Dim("batch")
+        return torch.export.export(model, (samples(4),), dynamic_shapes=({0: batch},))
+    return model
+
+
+def run(model: Any, x: Tensor) -> Tensor:
+    module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
+    with torch.no_grad():
+        return torch.cat([module(part) for part in x.split(4)])  # torch guards the batch size of some convolutions
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_output_error_is_kept_on_samples_never_seen(kind: str) -> None:
+    model = opened(kind)
+    result = surgery.decompose(model, samples(4), calibration=samples(), max_error=0.2, cost="macs")
+    assert result.promise is not None
+    assert result.promise.kept
+    assert result.after.macs < 0.8 * result.before.macs
+    fresh = torch.randn(500, 3, 10, 10, generator=torch.Generator().manual_seed(2))
+    before, after = run(model, fresh), run(result.model, fresh)
+    assert float((after - before).norm() / before.norm()) <= 0.2
+    back = surgery.recompose(result.model, samples(4))
+    assert float((run(back.model, fresh) - after).norm() / after.norm()) <= 1e-5
+
+
+def test_a_metric_falls_no_further_than_it_may() -> None:
+    model, x = network(), samples()
+    labels = run(model, x).argmax(1)
+
+    def accuracy(module: nn.Module) -> float:
+        return float((module(x).argmax(1) == labels).float().mean())
+
+    result = surgery.decompose(model, x[:4], calibration=x, eval_fn=accuracy, max_drop=0.1, cost="macs")
+    assert result.promise is not None
+    assert result.promise.kept
+    assert result.search is not None
+    assert result.search.metrics is not None
+    assert result.search.metrics[0] == 1
+    assert result.search.metrics[0] - result.search.metrics[1] == pytest.approx(result.promise.measured)
+    assert accuracy(result.model) == pytest.approx(result.search.metrics[1])
+    assert result.changes
+
+
+def test_a_promise_that_nothing_keeps_gives_the_original() -> None:
+    model = network()
+    result = surgery.decompose(model, samples(4), calibration=samples(), max_error=1e-9, cost="macs")
+    assert result.model is model
+    assert not result.changes
+    assert result.promise is not None
+    assert result.promise.kept
+    assert {skip.name: skip.reason for skip in result.skips}["3"].startswith("no change keeps the promise")
+
+
+def test_given_ranks_are_fitted_to_the_data() -> None:
+    model, x = network(), samples()
+    plain = surgery.decompose(model, x[:4], ranks="keep_macs=0.4")
+    fitted = surgery.decompose(model, x[:4], ranks="keep_macs=0.4", calibration=x)
+    assert fitted.plan == plain.plan
+    held = HeldOut(model, read_calibration(samples(300)[160:], model))
+    assert held.error(fitted.model)[0] < held.error(plain.model)[0]
+
+
+def test_the_upper_limit_is_above_the_error_and_falls_with_samples() -> None:
+    model, x = network(), samples(400)
+    other = surgery.decompose(model, x[:4], ranks="keep_macs=0.5").model
+    few, many = (HeldOut(model, read_calibration(x[:n], model)).error(other) for n in (20, 400))
+    assert few[0] < few[1]
+    assert many[0] < many[1]
+    assert many[1] - many[0] < few[1] - few[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_error": 0.1}, "max_error needs calibration data and ranks='auto'"),
+        ({"max_error": 0.1, "calibration": 1, "ranks": 4}, "max_error needs calibration data and ranks='auto'"),
+        ({"max_error": 0.1, "max_drop": 0.1, "calibration": 1}, "max_error and max_drop at once"),
+        ({"max_error": 0.0, "calibration": 1}, "max_error=0; allowed: numbers, above 0"),
+        ({"target_speedup": 0.5, "calibration": 1}, "target_speedup=0.5; allowed: numbers, 1 or more"),
+        ({"max_drop": 0.1, "calibration": 1}, "max_drop without a metric"),
+        ({"target_speedup": 2, "calibration": 1, "cost": "macs"}, "target_speedup with cost='macs'"),
+        ({"calibration": 1, "cost": "joules"}, "cost='joules'"),
+    ],
+)
+def test_wrong_goals_are_one_clear_error(arguments: dict[str, Any], message: str) -> None:
+    if "calibration" in arguments:
+        arguments = arguments | {"calibration": samples(40)}
+    with pytest.raises(InputError, match=message):
+        surgery.decompose(network(), samples(4), **arguments)
+
+
+def test_goals_have_a_default() -> None:
+    assert Goal.of(None, None, None, metric=False) == Goal("max_error", 0.05)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter to itself
+def test_the_command_line_takes_data_and_prints_the_promise(tmp_path: Path) -> None:
+    surgery.save(opened("program"), tmp_path / "model.pt2")
+    np.savez(tmp_path / "inputs.npz", input=samples().numpy())
+    words = [str(tmp_path / "model.pt2"), "--calibration", str(tmp_path / "inputs.npz"), "--max-error", "0.2"]
+    done = CliRunner().invoke(command, [*words, "--cost", "macs", "--no-timing"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "output error at most 0.2: measured" in done.output
+    assert (tmp_path / "model.decomposed.pt2").exists()
