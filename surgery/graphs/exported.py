@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -176,7 +177,9 @@ class ProgramKind(FunctionalKind):
         """Copy the metadata, and run the node on fake values."""
         super().stamp(node, like)
         values = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self._mode, torch.no_grad():
+        shape_env = self._mode.shape_env
+        kept = nullcontext() if shape_env is None else shape_env.suppress_guards()
+        with self._mode, torch.no_grad(), kept:  # a guard on which kernel runs would narrow the sizes that are dynamic
             node.meta["val"] = node.target(*values[0], **values[1])  # type: ignore[operator] # it is a call_function
 
     def replace(self, old: Node, new: Node) -> None:
