@@ -20,6 +20,7 @@ __all__ = ["Change", "DecomposeResult", "Search"]
 class Change:
     """One site that was factored: costs before and after, and the measured relative error of its weight.
 
+    Of a chain that was cut to lower ranks, costs before and the error are those to the chain that it was.
     ``joint`` names the group with which it shares factors, whose parameters count for the first of them. ``note`` says
     what the user should know of it, as that another method had to take the place of the planned one.
     """
