@@ -38,13 +38,16 @@ class Data:
 
 
 def read_data(name: str, path: Path | None, count: int | None) -> Data:
-    """Return a data set, or the first images of its training split.
+    """Return a data set, or a sample of its training split.
 
     Raises:
         FileError: the files are not there, or are none of this data set.
     """
     rows = _read_fashion(path or DATA) if name == "fashion" else _read_cifar(path)
-    images, labels = rows[0][:count], rows[1][:count]
+    images, labels = rows[0], rows[1]
+    if count is not None:  # at random: a file may have its images in order of class
+        some = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]
+        images, labels = images[some], labels[some]
     pixels = images.float() / 255
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
     return Data(images, labels, rows[2], rows[3], mean[:, None, None], std[:, None, None])

@@ -19,17 +19,20 @@ if TYPE_CHECKING:
     from surgery.operators import Conv as Conv
     from surgery.operators import Embedding as Embedding
     from surgery.operators import Linear as Linear
+    from surgery.passes.bisect import bisect as bisect
     from surgery.passes.decompose import decompose as decompose
     from surgery.passes.decompose import find_sites as find_sites
     from surgery.passes.decompose import plan as plan
     from surgery.passes.recompose import recompose as recompose
     from surgery.plans import Plan as Plan
     from surgery.saving import save as save
+    from surgery.training import ADMM as ADMM
     from surgery.training import LowRankTraining as LowRankTraining
 
 __version__ = "0.1.0"
 
 _HOMES: dict[str, str] = {
+    "ADMM": "surgery.training",
     "Chain": "surgery.chain",
     "Conv": "surgery.operators",
     "Embedding": "surgery.operators",
@@ -39,6 +42,7 @@ _HOMES: dict[str, str] = {
     "Plan": "surgery.plans",
     "SurgeryError": "surgery.errors",
     "bench": "surgery.benchmark",
+    "bisect": "surgery.passes.bisect",
     "compare": "surgery.comparison",
     "decompose": "surgery.passes.decompose",
     "export_onnx": "surgery.export",

@@ -58,8 +58,9 @@ def test_an_average_of_the_weights_goes_along() -> None:
         late.mirror(Net())
 
 
+@pytest.mark.parametrize("closure", [False, True])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_frobenius_decay_decays_the_product(optimizer: str) -> None:
+def test_frobenius_decay_decays_the_product(optimizer: str, closure: bool) -> None:
     """With gradients of zero, a step is ``F - lr wd J^T W``, whether the optimizer couples its decay or not."""
     run = make_run(optimizer, dtype=torch.float64, ranks={"hidden": 3}, frobenius_decay=True)
     train(run)
@@ -69,9 +70,18 @@ def test_frobenius_decay_decays_the_product(optimizer: str) -> None:
     factors = [hidden[0].weight, hidden[1].weight]
     before = [factor.detach().clone() for factor in factors]
     decays = product_gradients(before, lambda pair: pair[1] @ pair[0])
-    for parameter in run.model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    run.optimizer.step()
+
+    def gradients() -> float:
+        for parameter in run.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        return 0.0
+
+    if closure:
+        run.optimizer.zero_grad()
+        run.optimizer.step(gradients)
+    else:
+        gradients()
+        run.optimizer.step()
     for factor, start, decay in zip(factors, before, decays, strict=True):
         expected = start - group["lr"] * group["weight_decay"] * decay
         assert relative_error(factor, expected) <= tolerance(torch.float64, length=64, steps=8)

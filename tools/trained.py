@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import surgery
 
-__all__ = ["NETWORKS", "Network", "split"]
+__all__ = ["NETWORKS", "Network", "ResNet20", "split"]
 
 DATA = Path(__file__).resolve().parent.parent / "examples" / "data"
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

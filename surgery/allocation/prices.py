@@ -26,6 +26,10 @@ class Prices(Protocol):
     """Whatever says what a candidate costs at some ranks."""
 
     @property
+    def what(self) -> str:
+        """What costs are: one of ``COSTS``."""
+
+    @property
     def measured(self) -> bool:
         """Whether costs are seconds that were measured."""
 
@@ -39,6 +43,7 @@ class Measured:
 
     latencies: Latencies
     knots: int = 4
+    what: str = "latency"
     measured: bool = True
 
     def price(self, candidate: Candidate, choices: Sequence[Ranks], /) -> tuple[float, list[float]]:

@@ -8,6 +8,7 @@ import sys
 import click
 
 from surgery.cli.commands import bench, compare, decompose, export, inspect, recompose
+from surgery.cli.report import bisect, plan, report
 from surgery.errors import SurgeryError
 
 __all__ = ["cli", "main"]
@@ -23,7 +24,7 @@ def cli() -> None:
     """
 
 
-for command in (inspect, decompose, recompose, export, bench, compare):
+for command in (inspect, decompose, recompose, export, bench, compare, report, plan, bisect):
     cli.add_command(command)
 
 

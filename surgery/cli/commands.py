@@ -111,6 +111,7 @@ def decompose(
     from surgery.cost.latency import Latencies
     from surgery.passes import decompose as passes
     from surgery.plans import Plan
+    from surgery.report import attach, collect
     from surgery.saving import save
 
     target = output or default_output(model, "decomposed.pt2")
@@ -131,15 +132,17 @@ def decompose(
             promise: dict[str, Any] = {"max_error": max_error, "target_speedup": target_speedup, "max_drop": max_drop}
             promise |= {"calibration": calibration, "cost": cost, "eval_fn": metric and load_function(metric)}
             result = passes.decompose(program, inputs, plan=given, solver=solver, progress=progress, **rules, **promise)
-            save(result.model, target, force=force)
         measured: Timing | str | None = None if result.search is None else result.search.timing
         if measured is None and timing and not dry_run:
             measured = _time([program, result.model], inputs, progress)
+        if not dry_run:
+            attach(result.model, collect(result, timing=measured, files=(model, None)))
+            save(result.model, target, force=force)
     if save_plan is not None:
         _write_plan(result.plan, save_plan, force=force)
     files = (model, None if dry_run else target)
     if json_:
-        show.print_json(show.decompose_json(files, result, measured))
+        show.print_json(collect(result, timing=measured, files=files))
     else:
         show.decompose_tables(files, result, measured)
     if result.promise is not None and not result.promise.kept:

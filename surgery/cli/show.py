@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from surgery.passes.recompose import RecomposeResult
 
 __all__ = [
-    "decompose_json",
     "decompose_tables",
     "difference_tables",
     "export_json",
@@ -140,24 +139,6 @@ def found_tables(path: Path, found: Found) -> None:
 
 def _size(path: Path | None) -> int | None:
     return None if path is None or not path.exists() else path.stat().st_size
-
-
-def decompose_json(
-    files: tuple[Path, Path | None], result: DecomposeResult, timing: Timing | str | None
-) -> dict[str, Any]:
-    """Return what was changed, what was not, and the totals and timing before and after."""
-    return {
-        "input": str(files[0]),
-        "output": None if files[1] is None else str(files[1]),
-        "before": asdict(result.before) | {"file_size": _size(files[0])},
-        "after": asdict(result.after) | {"file_size": _size(files[1])},
-        "changes": [asdict(c) for c in result.changes],
-        "skips": [asdict(skip) for skip in result.skips],
-        "promise": None if result.promise is None else asdict(result.promise),
-        "frontier": [] if result.search is None else [list(point) for point in result.search.frontier],
-        "timing": timing if timing is None or isinstance(timing, str) else timing.to_json(),
-        "plan": json.loads(result.plan.to_json()),
-    }
 
 
 def decompose_tables(files: tuple[Path, Path | None], result: DecomposeResult, timing: Timing | str | None) -> None:

@@ -3,7 +3,8 @@
 The decomposed model is recomposed: it has the original's architecture again, and the outputs of its factors. The metric
 gains g(S) when the sites S get their original weights (and biases) back, everything else as it is. A group that gains
 enough is halved, until it is one site: with k sites that matter among n, about 2 k log2(n) evaluations instead of n.
-It is a search by single groups: what only two sites of different groups cost together is not seen.
+A group of which neither half gains enough is named as a whole: its sites cost what they do only together. Batch-norm
+statistics stay those of the decomposed model.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Blame:
-    """Sites, and what the metric gains when they alone are dense again; several are one group that was not halved."""
+    """Sites, and what the metric gains when they alone are dense again; several are a group that was not told apart."""
 
     sites: tuple[str, ...]
     gain: float
@@ -161,11 +162,14 @@ class _Bench:
                 done.append(group)
                 continue
             middle = (len(group.sites) + 1) // 2
+            halves = []
             for half in (group.sites[:middle], group.sites[middle:]):
                 self.progress("evaluate", self.evaluations, self.evaluations + 2 * len(groups) + 2)
                 with _restored([slot for site in half for slot in slots[site]]):
-                    groups.append(Blame(half, metric_of(self.module, self.evaluate) - base))
+                    halves.append(Blame(half, metric_of(self.module, self.evaluate) - base))
                 self.evaluations += 1
+            together = all(half.gain < least * loss for half in halves)
+            (done if together else groups).extend([group] if together else halves)
         self.progress("evaluate", self.evaluations, self.evaluations)
         return sorted(done, key=lambda blame: -blame.gain)
 

@@ -237,9 +237,8 @@ class _Workshop:
                 errors[option.site] = _weight_error(chain, self._spots[option.site].site.operator.weight)
         plan = self._plan({option.site: option for option in chosen if option.site in errors})
         promise, metrics = self._judge(model, timing)
-        points = tuple((damage**0.5, cost) for damage, cost in frontier(self.sites))
         at = (sum(o.damage for o in chosen) ** 0.5, sum(o.cost for o in chosen))
-        search = Search(points, at, tuple(trials), metrics, timing)
+        search = replace(self._search(trials), chosen=at, metrics=metrics, timing=timing)
         return Negotiated(model, self.found, plan, errors, promise, search)
 
     def _judge(self, model: Any, timing: Timing | None) -> tuple[Promise, tuple[float, float] | None]:
@@ -263,14 +262,20 @@ class _Workshop:
         goal = self.terms.goal
         fast = goal.kind == "target_speedup"
         promise = Promise(goal.kind, goal.limit, float(fast), not fast or goal.limit == 1, f"the original: {reason}")
-        return Negotiated(self.model, self.found, self._plan({}), {}, promise, Search(trials=tuple(trials)))
+        return Negotiated(self.model, self.found, self._plan({}), {}, promise, self._search(trials))
+
+    def _search(self, trials: Sequence[Trial]) -> Search:
+        points = tuple((damage**0.5, cost) for damage, cost in frontier(self.sites)) if self.sites else ()
+        return Search(points, trials=tuple(trials), cost=self.terms.prices.what)
 
     def _plan(self, chosen: dict[str, Option]) -> Plan:
         by_name = {options.site.name: options for options in self.sites}
         decisions = []
         for name, spot in self._spots.items():
             site = spot.site
-            decision = Decision(name, dense_parameters=site.parameters, dense_macs=site.macs)
+            measured = self.terms.prices.measured
+            dense = by_name[name].dense.cost if measured and name in by_name else None
+            decision = Decision(name, dense_parameters=site.parameters, dense_macs=site.macs, dense_latency=dense)
             option = chosen.get(name)
             if option is None or option.factorization is None or option.ranks is None:
                 reason = self.reasons.get(name, "every chain would cost more of the promise than it gains")
@@ -279,7 +284,6 @@ class _Workshop:
             chain = self.chain(option)
             if chain is None:
                 raise CheckError(f"{name} has no chain")
-            measured = self.terms.prices.measured
             decisions.append(
                 replace(
                     decision,
@@ -288,7 +292,6 @@ class _Workshop:
                     error=option.damage**0.5,
                     parameters=chain.parameters,
                     macs=sum(chain.macs(shape) for shape in site.input_shapes),
-                    dense_latency=by_name[name].dense.cost if measured else None,
                     latency=option.cost if measured else None,
                 )
             )

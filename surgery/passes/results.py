@@ -44,9 +44,10 @@ class Change:
 class Search:
     """How a promise was searched for.
 
-    ``frontier`` has (expected output error, cost) of the best choices from dense to the cheapest, in the unit of the
-    costs and for all sites that have options; ``chosen`` is the point of the result. ``trials`` are what was measured
-    on the way, ``metrics`` the user's metric before and after, and ``timing`` the final one of both models.
+    ``frontier`` has (expected output error, cost) of the best choices from dense to the cheapest, for all sites that
+    have options; ``cost`` says what costs are: "latency" (seconds), "macs" or "params". ``chosen`` is the point of the
+    result. ``trials`` are what was measured on the way, ``metrics`` the user's metric before and after, and ``timing``
+    the final one of both models.
     """
 
     frontier: tuple[tuple[float, float], ...] = ()
@@ -54,6 +55,7 @@ class Search:
     trials: tuple[Trial, ...] = ()
     metrics: tuple[float, float] | None = None
     timing: Timing | None = None
+    cost: str = ""
 
 
 @dataclass(frozen=True, repr=False)

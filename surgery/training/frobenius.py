@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from surgery.errors import InputError
+from surgery.training.closures import after_gradients
 from surgery.training.transport import Compose
 
 __all__ = ["FrobeniusDecay", "product_gradients"]
@@ -45,7 +46,10 @@ class FrobeniusDecay:
         """Take the hook off the optimizer."""
         self._handle.remove()
 
-    def _correct(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _correct(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        return after_gradients(lambda: self._decay(optimizer), args, kwargs)
+
+    def _decay(self, optimizer: Optimizer) -> None:
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         for factors, compose in self._sites:
             group = groups.get(id(factors[0]))

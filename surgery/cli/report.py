@@ -1,0 +1,173 @@
+"""The commands that explain a result: its report as a page, how two plans differ, which sites cost the most."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery.cli.options import as_json, check_output, default_output, load_function, model_options, open_program
+from surgery.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from surgery.passes.bisect import Bisection
+
+__all__ = ["bisect", "plan", "report"]
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("model", type=_FILE)
+@click.option("-o", "--output", type=_FILE, help="The page.  [default: MODEL.report.html beside MODEL]")
+@click.option("--force", is_flag=True, help="Overwrite a file that exists.")
+@as_json
+def report(model: Path, output: Path | None, force: bool, json_: bool) -> None:
+    """Write what decompose did to MODEL, and why, as one HTML page; with --json only print it, unless -o is given."""
+    from surgery.cli import show
+    from surgery.report import render, write
+
+    target = None if json_ and output is None else output or default_output(model, "report.html")
+    if target is not None:
+        check_output(target, force=force)
+    found = _read_report(model)
+    if target is None:
+        render(found)  # nothing is passed on that a page could not show
+    else:
+        write(found, target, force=force)
+    if json_:
+        show.print_json(found)
+    else:
+        click.echo(f"wrote {target}")
+
+
+def _read_report(model: Path) -> dict[str, Any]:
+    """Return the report in MODEL, with the name and the size that its file has now."""
+    from torch.export import ExportedProgram
+
+    from surgery.loading import load
+    from surgery.report import read
+
+    program = load(model)
+    if not isinstance(program, ExportedProgram):
+        raise InputError(
+            f"{model} is no exported program", next_step="give the .pt2 that surgery decompose has written"
+        )
+    found = read(program)
+    after = found.get("after")
+    if isinstance(after, dict):
+        found["after"] = after | {"file_size": model.stat().st_size}
+    return found | {"output": str(model)}
+
+
+@click.group()
+def plan() -> None:
+    """Work with plan files."""
+
+
+@plan.command()
+@click.argument("a", type=_FILE)
+@click.argument("b", type=_FILE)
+@as_json
+def diff(a: Path, b: Path, json_: bool) -> None:
+    """Show each site on which the plans A and B differ."""
+    from surgery.cli import show
+    from surgery.plans import Plan
+
+    lines = Plan.read(a).diff(Plan.read(b))
+    if json_:
+        show.print_json({"equal": not lines, "differences": lines})
+    else:
+        click.echo("\n".join(lines) or "the plans are equal")
+
+
+@click.command()
+@click.argument("model", type=_FILE)
+@click.argument("decomposed", type=_FILE, required=False)
+@click.option("--plan", "plan_file", type=_FILE, help="Carry out this plan file on MODEL, instead of DECOMPOSED.")
+@click.option("--eval", "metric", required=True, metavar="MODULE:FUNCTION", help="The metric; higher is better.")
+@click.option(
+    "--least",
+    type=click.FloatRange(0, 1),
+    default=0.1,
+    show_default=True,
+    help="Groups of sites that cost less than this share of the whole loss are not told apart.",
+)
+@model_options
+@as_json
+def bisect(
+    model: Path,
+    decomposed: Path | None,
+    plan_file: Path | None,
+    metric: str,
+    least: float,
+    json_: bool,
+    **options: Any,
+) -> None:
+    """Find the sites of DECOMPOSED, made of MODEL, that cost the most of a metric."""
+    from surgery.cli import show
+    from surgery.passes.bisect import bisect as run
+
+    if (decomposed is None) == (plan_file is None):
+        raise InputError("bisect needs one decomposed model", allowed="DECOMPOSED or --plan FILE, one of them")
+    evaluate = load_function(metric)
+    with show.progress(quiet=json_) as progress:
+        progress("load", 0, 1)
+        program, inputs = open_program(model, **options)
+        other = _second(program, inputs, decomposed, plan_file, options, progress)
+        found = run(program, other, inputs, eval_fn=evaluate, least=least, progress=progress)
+    if json_:
+        show.print_json(_bisection_json(found))
+    else:
+        _print_bisection(found)
+
+
+def _second(
+    program: ExportedProgram,
+    inputs: Any,
+    decomposed: Path | None,
+    plan_file: Path | None,
+    options: dict[str, Any],
+    progress: Any,
+) -> ExportedProgram:
+    """Return the decomposed program: from its file, or by carrying out the plan."""
+    from surgery.passes.decompose import decompose
+    from surgery.plans import Plan
+
+    if decomposed is not None:
+        return open_program(decomposed, **options)[0]
+    assert plan_file is not None  # the command has seen to it
+    result: ExportedProgram = decompose(program, inputs, plan=Plan.read(plan_file), progress=progress).model
+    return result
+
+
+def _bisection_json(found: Bisection) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(found) | {"loss": found.loss}
+
+
+def _print_bisection(found: Bisection) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    if found.blames:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for i, name in enumerate(("sites", "gain when dense again", "share of the loss")):
+            table.add_column(name, justify="right" if i else "left", overflow="fold")
+        for blame in found.blames:
+            table.add_row(", ".join(blame.sites), f"{blame.gain:+.4g}", f"{100 * blame.gain / found.loss:.0f} %")
+        console.print(table, markup=False)
+    for skip in found.skips:
+        console.print(f"not tried: {skip.name}: {skip.reason}", markup=False)
+    console.print(f"metric {found.original:.6g} -> {found.decomposed:.6g}, {found.evaluations} evaluations")
+    if found.blames:
+        worst = found.blames[0].sites[0]
+        console.print(f"to undo a site: surgery decompose MODEL --plan PLAN --exclude {worst}", markup=False)
+    else:
+        console.print("decomposing has cost nothing of the metric")

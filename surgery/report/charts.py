@@ -1,0 +1,151 @@
+"""The two drawings of a report as SVG: bars of where the time goes, and the frontier of error against cost.
+
+Both are drawn in user units that a page scales to its width: 760 units wide, text of 13.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from surgery.report.markup import Markup, shorten, tag
+
+__all__ = ["Bar", "Frontier", "bars", "frontier", "ticks"]
+
+_WIDTH = 760.0
+_ROW, _BAR = 38.0, 13.0
+_LABEL, _VALUE = 290.0, 80.0
+_HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360.0, 76.0, 24.0, 44.0, 52.0
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A pair of bars: what something takes before and after; ``quiet`` draws it paler."""
+
+    label: str
+    before: float
+    after: float
+    quiet: bool = False
+
+
+def bars(rows: Sequence[Bar], say: Callable[[float], str]) -> Markup:
+    """Return horizontal pairs of bars, in the order of the rows; ``say`` makes a label of a value."""
+    largest = max((max(row.before, row.after) for row in rows), default=0.0) or 1.0
+    scale = (_WIDTH - _LABEL - _VALUE - 20) / largest
+    drawn = [_pair(row, 8 + i * _ROW, scale, say) for i, row in enumerate(rows)]
+    return _drawing(drawn, 8 + len(rows) * _ROW, "Where it goes, before and after, by layer")
+
+
+def _pair(row: Bar, top: float, scale: float, say: Callable[[float], str]) -> Markup:
+    quiet = " quiet" if row.quiet else ""
+    label = tag("text", shorten(row.label, 40), x=_LABEL - 10, y=top + _BAR + 4, text_anchor="end")
+    parts = [tag("title", row.label), label]
+    for value, kind, y in ((row.before, "before", top), (row.after, "after", top + _BAR + 1)):
+        width = max(1.0, value * scale)
+        parts.append(tag("rect", x=_LABEL, y=y, width=width, height=_BAR, class_=kind + quiet))
+        parts.append(tag("text", say(value), x=_LABEL + width + 6, y=y + _BAR - 2, class_="value"))
+    return tag("g", *parts)
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Points of (cost, error), the chosen one, and the largest error that is allowed, if there is a limit."""
+
+    points: Sequence[tuple[float, float]]
+    chosen: tuple[float, float] | None
+    limit: float | None
+    cost: str
+
+
+def frontier(plot: Frontier, say_cost: Callable[[float], str]) -> Markup:
+    """Return the plot of error against cost; errors far above those that matter are cut off."""
+    high = _highest(plot)
+    seen = [x for x, y in plot.points if y <= high] + ([plot.chosen[0]] if plot.chosen else [])
+    costs = seen or [x for x, _ in plot.points]
+    low_x, high_x = min(costs), max(costs)
+    margin = 0.06 * (high_x - low_x) or 0.5 * abs(high_x) or 1.0
+    x = _axis(max(0.0, low_x - margin), high_x + margin, _LEFT, _WIDTH - _RIGHT)
+    y = _axis(0.0, high, _HEIGHT - _BOTTOM, _TOP)
+    line = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in sorted(plot.points))
+    area = tag("rect", x=_LEFT, y=_TOP - 8, width=_WIDTH - _LEFT - _RIGHT, height=_HEIGHT - _TOP - _BOTTOM + 14)
+    parts = [
+        tag("defs", tag("clipPath", area, id="plot")),
+        *_grid_x(ticks(low_x, high_x), x, say_cost),
+        *_grid_y(ticks(0.0, high), y),
+        *([] if plot.limit is None or plot.limit > high else _limit(plot.limit, y)),
+        tag("polyline", points=line, class_="frontier", clip_path="url(#plot)"),
+        *(tag("circle", cx=x(a), cy=y(b), r=3.5, class_="point") for a, b in plot.points if b <= high),
+        *_labels(plot, x, y),
+        tag("text", "output error", x=8, y=18),
+        tag("text", plot.cost, x=(_LEFT + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 10, text_anchor="middle"),
+    ]
+    return _drawing(parts, _HEIGHT, "Output error against cost")
+
+
+def _highest(plot: Frontier) -> float:
+    """Return the top of the axis: twice the chosen error and the limit, but no more than the largest error."""
+    chosen = plot.chosen[1] if plot.chosen else 0.0
+    wanted = max(2.5 * chosen, 2.0 * (plot.limit or 0.0))
+    return max(chosen, min(max(y for _, y in plot.points), wanted or math.inf)) * 1.05 or 1.0
+
+
+def _labels(plot: Frontier, x: Callable[[float], float], y: Callable[[float], float]) -> list[Markup]:
+    dense = max(plot.points)
+    parts = [tag("text", "original", x=x(dense[0]), y=y(dense[1]) - 10, text_anchor="end")] if not dense[1] else []
+    if plot.chosen:
+        a, b = x(plot.chosen[0]), y(plot.chosen[1])
+        parts += [
+            tag("circle", cx=a, cy=b, r=8, class_="chosen"),
+            tag("text", "chosen", x=a + 13, y=b - 8, class_="strong"),
+        ]
+    return parts
+
+
+def _limit(limit: float, y: Callable[[float], float]) -> list[Markup]:
+    at = y(limit)
+    return [
+        tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=at, y2=at, class_="limit"),
+        tag("text", "promised limit", x=_WIDTH - _RIGHT, y=at - 6, text_anchor="end", class_="value"),
+    ]
+
+
+def _grid_x(values: Sequence[float], x: Callable[[float], float], say: Callable[[float], str]) -> list[Markup]:
+    base = _HEIGHT - _BOTTOM
+    lines = [tag("line", x1=x(v), x2=x(v), y1=_TOP, y2=base, class_="grid") for v in values]
+    return lines + [tag("text", say(v), x=x(v), y=base + 20, text_anchor="middle", class_="value") for v in values]
+
+
+def _grid_y(values: Sequence[float], y: Callable[[float], float]) -> list[Markup]:
+    lines = [tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y(v), y2=y(v), class_="grid") for v in values]
+    texts = [f"{100 * v:.3g} %" for v in values]
+    labels = [
+        tag("text", t, x=_LEFT - 8, y=y(v) + 4, text_anchor="end", class_="value")
+        for t, v in zip(texts, values, strict=True)
+    ]
+    return lines + labels
+
+
+def _axis(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    scale = (end - start) / (high - low) if high > low else 0.0
+    return lambda value: start + (value - low) * scale
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Return about so many round numbers from low to high; one where the two are too near to each other.
+
+    >>> ticks(0.0, 0.05)
+    [0.0, 0.01, 0.02, 0.03, 0.04, 0.05]
+    """
+    if not high - low > 1e-12 * max(abs(low), abs(high), 1e-18):
+        return [low]
+    rough = (high - low) / about
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = size * min((1, 2, 5, 10), key=lambda factor: abs(factor * size - rough))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [float(f"{i * step:.6g}") for i in range(first, last + 1)]
+
+
+def _drawing(parts: Sequence[Markup], height: float, title: str) -> Markup:
+    size = f"0 0 {_WIDTH:g} {height:g}"
+    return tag("svg", tag("title", title), *parts, viewBox=size, role="img", xmlns="http://www.w3.org/2000/svg")

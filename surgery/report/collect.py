@@ -1,0 +1,74 @@
+"""The JSON values of a report, from what decompose returned and what was measured of both models."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from surgery.benchmark import Environment, Timing, environment
+from surgery.passes.results import DecomposeResult, Search
+from surgery.report.content import VERSION
+
+__all__ = ["collect"]
+
+
+def collect(
+    result: DecomposeResult,
+    *,
+    timing: Timing | str | None = None,
+    where: Environment | None = None,
+    files: tuple[Path | None, Path | None] = (None, None),
+) -> dict[str, Any]:
+    """Return the content of a report as JSON values: numbers are finite, times in seconds, sizes in bytes.
+
+    Args:
+        result: what ``decompose`` returned.
+        timing: of the original and the new model, or why there is none; by default the one of the result's search.
+        where: the machine; by default that of the timing, or this one.
+        files: the two models' files, for their names and sizes; None for one that is not written yet.
+    """
+    measured = timing if timing is not None or result.search is None else result.search.timing
+    timed = measured if isinstance(measured, Timing) else None
+    place = where or (timed.environment if timed is not None else environment())
+    content = {
+        "surgery_report": VERSION,
+        "input": None if files[0] is None else str(files[0]),
+        "output": None if files[1] is None else str(files[1]),
+        "before": asdict(result.before) | {"file_size": _size(files[0])},
+        "after": asdict(result.after) | {"file_size": _size(files[1])},
+        "changes": [asdict(change) for change in result.changes],
+        "skips": [asdict(skip) for skip in result.skips],
+        "timing": measured if timed is None else timed.to_json(),
+        "environment": asdict(place),
+        "promise": None if result.promise is None else asdict(result.promise),
+        "search": None if result.search is None else _search(result.search),
+        "plan": json.loads(result.plan.to_json()),
+    }
+    plain: dict[str, Any] = _plain(content)
+    return plain
+
+
+def _size(path: Path | None) -> int | None:
+    return None if path is None or not path.exists() else path.stat().st_size
+
+
+def _search(search: Search) -> dict[str, Any]:
+    return {
+        "frontier": [list(point) for point in search.frontier],
+        "chosen": None if search.chosen is None else list(search.chosen),
+        "cost": search.cost,
+        "trials": [asdict(trial) for trial in search.trials],
+        "metrics": None if search.metrics is None else list(search.metrics),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Return JSON values alone: tuples as lists, and None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,268 @@
+"""The content of a report as values, read from JSON of strangers: each text is text, and each number is finite."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.errors import InputError
+
+__all__ = ["Content", "Kept", "Latency", "Left", "Replaced", "Route", "Total", "VERSION", "read_content"]
+
+VERSION = 1
+_LARGEST = 1e30  # what is larger is no measurement, and would overflow in sums; so would quotients by 1 / this
+_WIDE = 1.25
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 1
+_AGAIN = "make the report again with surgery decompose"
+PROMISES = ("max_error", "max_drop", "target_speedup")
+
+
+@dataclass(frozen=True)
+class Total:
+    """What a whole model has: parameters, multiply-accumulates of a run, and bytes of its file."""
+
+    parameters: float | None
+    macs: float | None
+    file_size: float | None
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of a run of both models (median, and what nine in ten stay below), and the speed-up with its interval."""
+
+    before: float
+    after: float
+    before_p90: float | None
+    after_p90: float | None
+    speedup: float
+    low: float
+    high: float
+    verdict: str
+
+    @property
+    def unsure(self) -> bool:
+        """Whether the interval is too wide for one number to stand for it."""
+        return self.high > _WIDE * self.low
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A site that was factored; ``effect`` is the relative error of the output that is expected of it alone."""
+
+    site: str
+    operator: str
+    method: str
+    rank: str
+    error: float | None
+    effect: float | None
+    dense_macs: float | None
+    macs: float | None
+    dense_latency: float | None
+    latency: float | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """A place that was left alone, and why; ``latency`` in seconds where it was measured."""
+
+    name: str
+    operator: str
+    reason: str
+    macs: float | None
+    latency: float | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A promise: what was asked for, what was measured, and whether that keeps it."""
+
+    kind: str
+    limit: float
+    measured: float
+    kept: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class Route:
+    """How the result was found: (output error, cost) of the best choices, the chosen one, and (value, kept) trials."""
+
+    points: tuple[tuple[float, float], ...]
+    chosen: tuple[float, float] | None
+    cost: str
+    trials: tuple[tuple[float, bool], ...]
+    metrics: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Content:
+    """All that a page shows."""
+
+    source: str
+    target: str
+    before: Total
+    after: Total
+    replaced: tuple[Replaced, ...]
+    left: tuple[Left, ...]
+    latency: Latency | None
+    no_latency: str
+    promise: Kept | None
+    route: Route | None
+    environment: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One JSON object, with the place where it stands for messages."""
+
+    values: Mapping[str, Any]
+    where: str
+
+    def text(self, key: str) -> str:
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, str):
+            self.refuse(key, "text")
+        return value or ""
+
+    def maybe(self, key: str) -> float | None:
+        value = self.values.get(key)
+        return None if value is None else _number(value, f"{self.where}.{key}")
+
+    def number(self, key: str) -> float:
+        return _number(self.values.get(key), f"{self.where}.{key}")
+
+    def pair(self, key: str) -> tuple[float, float] | None:
+        value = self.values.get(key)
+        return None if value is None else _pair(value, f"{self.where}.{key}")
+
+    def items(self, key: str) -> list[Any]:
+        value = self.values.get(key, [])
+        if not isinstance(value, list):
+            self.refuse(key, "a list")
+        return list(value)
+
+    def row(self, key: str) -> _Row:
+        return _row(self.values.get(key, {}), f"{self.where}.{key}")
+
+    def rows(self, key: str) -> list[_Row]:
+        return [_row(item, f"{self.where}.{key}[{i}]") for i, item in enumerate(self.items(key))]
+
+    def refuse(self, key: str, allowed: str) -> None:
+        raise _error(f"{self.where}.{key}", self.values.get(key), allowed)
+
+
+def read_content(report: Mapping[str, Any]) -> Content:
+    """Return the content of a report.
+
+    Raises:
+        InputError: a value that is missing or of another kind than it should be, with its place.
+    """
+    top = _row(report, "report")
+    if report.get("surgery_report") != VERSION:
+        top.refuse("surgery_report", str(VERSION))
+    decisions = {row.text("site"): row for row in top.row("plan").rows("decisions")}
+    searched = report.get("search") is not None
+    replaced = [_replaced(row, decisions.get(row.text("site")), searched=searched) for row in top.rows("changes")]
+    timing = report.get("timing")
+    told = timing if isinstance(timing, str) else ""
+    return Content(
+        source=top.text("input"),
+        target=top.text("output"),
+        before=_total(top.row("before")),
+        after=_total(top.row("after")),
+        replaced=tuple(replaced),
+        left=tuple(_left(row, decisions.get(row.text("name"))) for row in top.rows("skips")),
+        latency=None if timing is None or told else _latency(top.row("timing")),
+        no_latency=told,
+        promise=None if report.get("promise") is None else _promise(top.row("promise")),
+        route=_route(top.row("search")) if searched else None,
+        environment=_environment(top.row("environment")),
+    )
+
+
+def _total(row: _Row) -> Total:
+    return Total(row.maybe("parameters"), row.maybe("macs"), row.maybe("file_size"))
+
+
+def _replaced(row: _Row, decision: _Row | None, *, searched: bool) -> Replaced:
+    ranks = [f"{_number(rank, f'{row.where}.rank'):g}" for rank in row.items("rank")]
+    return Replaced(
+        site=row.text("site"),
+        operator=row.text("operator"),
+        method=row.text("factorization"),
+        rank=", ".join(ranks),
+        error=row.maybe("error"),
+        effect=decision.maybe("error") if searched and decision is not None else None,
+        dense_macs=row.maybe("dense_macs"),
+        macs=row.maybe("macs"),
+        dense_latency=row.maybe("dense_latency"),
+        latency=row.maybe("latency"),
+        note=row.text("note"),
+    )
+
+
+def _left(row: _Row, decision: _Row | None) -> Left:
+    latency = None if decision is None else decision.maybe("dense_latency")
+    return Left(row.text("name"), row.text("operator"), row.text("reason"), row.maybe("macs"), latency)
+
+
+def _latency(row: _Row) -> Latency:
+    models, compared = row.rows("models"), row.rows("comparisons")
+    if len(models) < 2 or not compared:
+        row.refuse("models", "two models and their comparison")
+    before, after, c = models[0], models[1], compared[0]
+    times = before.number("median_s"), after.number("median_s"), before.maybe("p90_s"), after.maybe("p90_s")
+    return Latency(*times, c.number("speedup"), c.number("low"), c.number("high"), c.text("verdict"))
+
+
+def _promise(row: _Row) -> Kept:
+    kind, kept = row.text("kind"), row.values.get("kept")
+    if kind not in PROMISES:
+        row.refuse("kind", ", ".join(PROMISES))
+    if not isinstance(kept, bool):
+        row.refuse("kept", "true or false")
+    return Kept(kind, row.number("limit"), row.number("measured"), bool(kept), row.text("note"))
+
+
+def _route(row: _Row) -> Route:
+    return Route(
+        points=tuple(_pair(point, f"{row.where}.frontier") for point in row.items("frontier")),
+        chosen=row.pair("chosen"),
+        cost=row.text("cost"),
+        trials=tuple((trial.number("value"), trial.values.get("kept") is True) for trial in row.rows("trials")),
+        metrics=row.pair("metrics"),
+    )
+
+
+def _environment(row: _Row) -> tuple[tuple[str, str], ...]:
+    return tuple((key, _said(value, f"{row.where}[{_SHORT.repr(key)}]")) for key, value in row.values.items())
+
+
+def _said(value: Any, where: str) -> str:
+    return value or "" if isinstance(value, str | None) else f"{_number(value, where):g}"
+
+
+def _row(value: Any, where: str) -> _Row:
+    if not isinstance(value, Mapping):
+        raise _error(where, value, "a JSON object")
+    return _Row(value, where)
+
+
+def _pair(value: Any, where: str) -> tuple[float, float]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise _error(where, value, "two numbers")
+    return _number(value[0], where), _number(value[1], where)
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+        raise _error(where, value, f"a number of at most {_LARGEST:g}")
+    return float(value) if abs(value) * _LARGEST > 1 else 0.0
+
+
+def _error(where: str, value: Any, allowed: str) -> InputError:
+    return InputError(f"{where} is {_SHORT.repr(value)}", allowed=allowed, next_step=_AGAIN)

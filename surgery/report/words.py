@@ -1,0 +1,105 @@
+"""What a report says in plain words: the sentences at its top, how values are written, and what the terms mean."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+
+from surgery.report.content import Content, Kept, Latency
+from surgery.report.markup import shorten
+from surgery.text import count, seconds
+
+__all__ = ["GLOSSARY", "bytes_text", "milliseconds", "percent", "promise_sentences", "summary", "title"]
+
+GLOSSARY = (
+    ("layer, site", "a place in the network that multiplies by a table of learned numbers, its weight"),
+    (
+        "factored",
+        "the one large table is replaced by two to four smaller ones, used one after another, that multiply to nearly "
+        "the same",
+    ),
+    ("rank", "how wide the passage between the small tables is: a lower rank is faster and less exact"),
+    ("method", "the way in which a weight is taken apart, as svd, tucker or cp; all of them give ordinary layers"),
+    ("MACs", "multiply-accumulates: how many products the network computes for one input"),
+    ("latency", "the time of one run, measured with onnxruntime on the machine that is named above"),
+    (
+        "95 % interval",
+        "measured times vary; if the measurement were repeated, nearly all speed-ups would lie in this interval",
+    ),
+    ("weight error", "how far the product of the small tables is from the weight, relative to the weight"),
+    ("output error", "how far the network's answers are from those of the original, relative to their size"),
+    ("share of it", "how much a layer adds to the output error, as expected from how sensitive the output is to it"),
+    ("left alone", "a layer that stays as it was, because changing it would not pay or would cost too much accuracy"),
+)
+
+
+def milliseconds(value: float | None) -> str:
+    """Return a duration with a unit; a dash for None."""
+    return "\u2013" if value is None else "0" if value <= 0 else seconds(value).replace("us", "\u00b5s")
+
+
+def percent(value: float | None) -> str:
+    """Return a share as a percentage of three digits; a dash for None."""
+    return "\u2013" if value is None else f"{100 * value:.3g} %"
+
+
+def bytes_text(value: float | None) -> str:
+    """Return a size with a unit; a dash for None."""
+    return "\u2013" if value is None else f"{count(value)}B" if value >= 1000 else f"{value:g} B"
+
+
+def title(content: Content) -> str:
+    """Return the title of the page."""
+    name = PurePath(content.source).name
+    return f"Report on {shorten(name, 80)}" if name else "Report on a decomposed model"
+
+
+def summary(content: Content) -> str:
+    """Return in one or two sentences what was done, what it brings, and whether the promise is kept."""
+    promise = content.promise
+    told = "" if promise is None else f" What was promised is {'kept' if promise.kept else 'not kept'}."
+    found = len(content.replaced)
+    if not found:
+        return (
+            f"The model was left exactly as it was: no change was found that pays and keeps what was asked for.{told}"
+        )
+    what = f"{found} {'layer was' if found == 1 else 'layers were'} replaced by cheaper ones"
+    gains = [_speed(content.latency)] if content.latency else []
+    before, after = content.before.parameters, content.after.parameters
+    if before and after is not None:
+        gains.append(f"{'it' if gains else 'the model'} has {_fewer(before, after)} parameters")
+    return f"{what}{': ' * bool(gains)}{' and '.join(gains)}.{told}"
+
+
+def _speed(latency: Latency) -> str:
+    times = f"{milliseconds(latency.before)} \u2192 {milliseconds(latency.after)}"
+    if latency.verdict == "faster":
+        speedup = f"{latency.low:.1f} to {latency.high:.1f}" if latency.unsure else f"{latency.speedup:.2f}"
+        return f"the model is {speedup} times as fast as before on this machine ({times} a run)"
+    if latency.verdict == "slower":
+        return f"the model is slower than before on this machine ({times} a run)"
+    return f"the model is about as fast as before on this machine ({times} a run)"
+
+
+def _fewer(before: float, after: float) -> str:
+    share = 100 * (after / before - 1)
+    return f"{abs(share):.0f} % {'more' if share > 0 else 'fewer'}"
+
+
+def promise_sentences(promise: Kept, metrics: tuple[float, float] | None) -> tuple[str, str]:
+    """Return what was promised, and what was measured."""
+    asked, measured = {
+        "max_error": (
+            f"The output error is at most {percent(promise.limit)}.",
+            f"Measured {percent(promise.measured)} on samples that the layers were not fitted to.",
+        ),
+        "max_drop": (
+            f"The metric falls by at most {promise.limit:.4g}.",
+            f"Measured a change of {-promise.measured:+.4g}"
+            + (f", from {metrics[0]:.4g} to {metrics[1]:.4g}." if metrics else "."),
+        ),
+        "target_speedup": (
+            f"The model is at least {promise.limit:.3g} times as fast.",
+            f"Measured {promise.measured:.2f} times as fast.",
+        ),
+    }[promise.kind]
+    return asked, f"{measured.removesuffix('.')} ({promise.note})." if promise.note else measured

@@ -1,0 +1,93 @@
+"""Constraints of ADMM: each a weight that trains, with its projection to the rank that it is to have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from surgery.chain import relative_error
+from surgery.errors import InputError, Refusal
+from surgery.factorizations import Ranks, named
+from surgery.graphs.modules import stored_as
+from surgery.operators import Operator
+from surgery.plans import Plan
+from surgery.sites import Site
+
+__all__ = ["PROJECTING", "Constraint", "constrain"]
+
+PROJECTING = ("auto", "tt", "tr", "tucker", "svd", "spatial")
+
+
+@dataclass(frozen=True, eq=False)
+class Constraint:
+    """One weight that is to have a rank; ``target`` is Z and ``dual`` is U, of its shape, and changed in place."""
+
+    name: str
+    weight: nn.Parameter
+    operator: Operator
+    factorization: str
+    rank: Ranks
+    stored: str
+    target: Tensor
+    dual: Tensor
+
+    @property
+    def gap(self) -> Tensor:
+        """``W - Z + U``: what the penalty is of."""
+        return self.weight.detach() - self.target + self.dual
+
+    @property
+    def residual(self) -> float:
+        """``||W - Z|| / ||W||``."""
+        return relative_error(self.target, self.weight.detach())
+
+    def project(self) -> Tensor:
+        """Return ``W + U`` at the rank.
+
+        Raises:
+            InputError: there are no good factors at this rank, or the weight has values that are not finite.
+        """
+        wanted = self.weight.detach() + self.dual
+        turned = wanted.mT.contiguous() if self.stored == "in_out" else wanted
+        chain = named(self.factorization).factor(replace(self.operator, weight=turned, bias=None), self.rank)
+        composed = chain if isinstance(chain, Refusal) else chain.compose()
+        if isinstance(composed, Refusal):
+            raise InputError(f"{self.name} cannot be projected: {composed.reason}", next_step="try other ranks")
+        return composed.weight.mT if self.stored == "in_out" else composed.weight
+
+    def update(self, target: Tensor) -> None:
+        """Take a new Z, and the dual step that follows from it."""
+        self.target.copy_(target)
+        self.dual.add_(self.weight.detach()).sub_(self.target)
+
+
+def constrain(
+    root: nn.Module, optimizer: Optimizer, sites: Sequence[Site], plan: Plan
+) -> tuple[Plan, tuple[Constraint, ...]]:
+    """Return the constraints of a plan; sites whose weight is not trained stay dense in the plan that comes back.
+
+    Raises:
+        InputError: no site is left.
+    """
+    trained = {id(weight) for group in optimizer.param_groups for weight in group["params"] if weight.requires_grad}
+    modules = dict(root.named_modules(remove_duplicate=False))
+    found = []
+    for site, decision in zip(sites, plan, strict=True):
+        if decision.factorization is None or decision.rank is None:
+            continue
+        module = modules.get(site.name)
+        weight = None if module is None else module._parameters.get("weight")
+        if module is None or weight is None or id(weight) not in trained:
+            plan = plan.edit(site.name, rank=None, reason="this optimizer trains no parameter that is its weight alone")
+            continue
+        operator, start = site.operator.to(device="meta"), weight.detach()
+        ranked = (decision.factorization, decision.rank, stored_as(module))
+        found.append(Constraint(site.name, weight, operator, *ranked, start.clone(), torch.zeros_like(start)))
+    if not found:
+        reasons = dict.fromkeys(f"{decision.site}: {decision.reason}" for decision in plan)
+        raise InputError(f"there is nothing to constrain: {'; '.join(reasons)}", next_step="give other ranks")
+    return plan, tuple(found)

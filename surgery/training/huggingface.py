@@ -1,0 +1,138 @@
+"""LowRankTraining as a callback of the Trainer of Hugging Face transformers.
+
+Its checkpoints have the weights of the dense architecture at any time, composed while the model is factored, so that
+``from_pretrained`` of the original class takes them. The Trainer loads a checkpoint before any callback can give the
+model its structure; so ``low_rank_training.pt`` beside it has the factors with the state of their optimizer, and the
+Trainer's own ``optimizer.pt`` is of the dense architecture too, without any state. Callback and Trainer together then
+go on with the run that it was.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from surgery.errors import InputError
+from surgery.passes.recompose import recompose
+from surgery.training.low_rank import LowRankTraining
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer import OPTIMIZER_NAME
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+    from transformers.utils.import_utils import is_accelerate_available
+
+    if not is_accelerate_available():
+        raise ImportError("accelerate")
+except ImportError as error:
+    raise InputError(
+        "surgery.training.huggingface needs transformers and accelerate",
+        next_step="pip install 'model-surgery[huggingface]'",
+    ) from error
+
+__all__ = ["STATE_NAME", "LowRankCallback"]
+
+STATE_NAME = "low_rank_training.pt"
+
+
+class LowRankCallback(TrainerCallback):
+    """Decomposes the model of a Trainer in mid-training, and recomposes it at the end.
+
+        callback = LowRankCallback({"pixel_values": images})
+        Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+        print(callback.run.history)
+
+    Args:
+        example_inputs: one batch for the model as in training: a tensor, a tuple of arguments, or a dict of keywords.
+        options: those of ``LowRankTraining``; ``epochs`` is the Trainer's number of epochs unless it is given.
+
+    Raises:
+        InputError: from ``train``, arguments that cannot be used; more than one process or device; a checkpoint to
+            resume from that this callback did not save, or that is not in ``output_dir``.
+    """
+
+    def __init__(self, example_inputs: Any, **options: Any) -> None:
+        self._inputs, self._options = example_inputs, options
+        self._run: LowRankTraining | None = None
+        self._sizes: list[int] = []
+
+    @property
+    def run(self) -> LowRankTraining:
+        """The run, with its history and plan.
+
+        Raises:
+            InputError: there is none before ``train``.
+        """
+        if self._run is None:
+            raise InputError("the training has not begun", next_step="call trainer.train first")
+        return self._run
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make the run, or the one that was saved in the checkpoint to resume from."""
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise InputError(
+                "a Trainer over several processes or devices",
+                allowed="one",
+                next_step="use LowRankTraining with DistributedDataParallel in a loop of your own",
+            )
+        model: nn.Module = kwargs["model"]
+        optimizer: Optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # inside accelerate's
+        self._sizes = [len(group["params"]) for group in optimizer.param_groups]
+        options = {"epochs": state.num_train_epochs, **self._options}
+        self._run = LowRankTraining(model, optimizer, self._inputs, **options)
+        if state.global_step:
+            self._run.load_state_dict(_read(_folder(args, state)))
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the epoch of the run."""
+        self.run.end_epoch(max(0, round(state.epoch or 0) - 1))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the run."""
+        self.run.finish()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the state of the run to a checkpoint, and make the rest of it that of the dense architecture."""
+        folder = _folder(args, state)
+        torch.save(self.run.state_dict(), folder / STATE_NAME)
+        if self.run.phase != "factored":
+            return
+        dense = recompose(self.run.model, self._inputs).model
+        if hasattr(dense, "save_pretrained"):
+            dense.save_pretrained(folder)
+        if (folder / OPTIMIZER_NAME).exists():
+            torch.save(_without_state(self.run.optimizer, self._sizes), folder / OPTIMIZER_NAME)
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    file = folder / STATE_NAME
+    if not file.exists():
+        raise InputError(
+            f"there is no {file}", next_step="resume from a checkpoint in output_dir that this callback has saved"
+        )
+    state: dict[str, Any] = torch.load(file, weights_only=True)
+    return state
+
+
+def _without_state(optimizer: Optimizer, sizes: list[int]) -> dict[str, Any]:
+    """Return a state dict with the optimizer's options, for groups of these sizes, and no state."""
+    groups, first = [], 0
+    for group, size in zip(optimizer.state_dict()["param_groups"], sizes, strict=True):
+        options = {key: value for key, value in group.items() if key != "param_names"}
+        groups.append({**options, "params": list(range(first, first + size))})
+        first += size
+    return {"state": {}, "param_groups": groups}

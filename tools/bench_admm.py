@@ -1,0 +1,239 @@
+"""ADMM and fine-tuning against decomposition and fine-tuning of a trained CIFAR ResNet-20, at equal total epochs.
+
+    python tools/bench_admm.py --weights resnet20.pt --data cifar10.npz --json admm.json
+    python tools/bench_admm.py --weights resnet20.pt --data cifar10.npz --quick      # one method, few images
+
+    decompose    the trained network is decomposed, and fine-tuned for all epochs
+    admm         it is trained under the constraint for a part of them, decomposed, and fine-tuned for the others
+    dense        it is trained on for all epochs, as a reference
+
+Both ways have the ranks of one plan, made from the trained weights, the same batches, optimizer (SGD with momentum)
+and peak learning rate; the rate rises over a fifth of each phase, and falls to zero. `cut` is the accuracy right after
+the decomposition, `accuracy` that at the end, `error` the relative error of the weights that the decomposition made,
+`residual` the last ||W - Z|| / ||W|| of ADMM. Both are means over the sites, the error's weighed by parameters.
+Rows that the JSON file has already are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn import functional
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+
+from examples.image_data import Data, batches, read_data
+from surgery.errors import FileError, SurgeryError
+from surgery.passes.decompose import decompose, plan
+from surgery.passes.results import DecomposeResult
+from surgery.training.admm import ADMM
+from tools.trained import ResNet20
+
+METHODS = ("tt", "tucker")
+SHARES = (1 / 2, 1 / 3)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # those that the weights were trained with
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all rows have in common: images, epochs in total and under ADMM, peak rate, weight of the penalty."""
+
+    images: int
+    test_images: int
+    epochs: int
+    admm_epochs: int
+    rate: float
+    rho: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way at one size."""
+
+    method: str
+    keep_params: float
+    way: str
+    task: Task
+    parameters: int
+    cut: float
+    accuracy: float
+    error: float
+    residual: float
+    seconds: float
+
+
+def load_network(path: Path) -> ResNet20:
+    """Return the trained network."""
+    if not path.is_file():
+        raise FileError(f"{path} does not exist", next_step="give a state dict of a CIFAR ResNet-20 as --weights FILE")
+    model = ResNet20()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def load_images(path: Path, task: Task) -> Data:
+    """Return a sample of the images, normalised as the network knows them; the file has them in order of class."""
+    data = read_data("cifar", path, None)
+    mean, std = (torch.tensor(row)[:, None, None] for row in (MEAN, STD))
+    generator = torch.Generator().manual_seed(0)
+    some = torch.randperm(len(data.labels), generator=generator)[: task.images]
+    test = torch.randperm(len(data.test_labels), generator=generator)[: task.test_images]
+    return Data(data.images[some], data.labels[some], data.test_images[test], data.test_labels[test], mean, std)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Data) -> float:
+    """Return the share of test images that are recognised."""
+    model.eval()
+    right = 0
+    for images, labels in zip(data.test_images.split(500), data.test_labels.split(500), strict=True):
+        x = data.normalised(images).contiguous(memory_format=torch.channels_last)
+        right += int((model(x).argmax(1) == labels).sum())
+    return right / len(data.test_labels)
+
+
+def train(model: nn.Module, data: Data, task: Task, epochs: int, generator: torch.Generator) -> None:
+    """Train for some epochs."""
+    optimizer, scheduler = make_optimizer(model, task, epochs)
+    for _ in range(epochs):
+        epoch(model, optimizer, scheduler, data, generator)
+
+
+def make_optimizer(model: nn.Module, task: Task, epochs: int) -> tuple[SGD, LRScheduler]:
+    """Return SGD as it is usual for this network, with a scheduler for the steps of so many epochs."""
+    optimizer = SGD(model.parameters(), lr=task.rate, momentum=0.9, weight_decay=1e-4)
+    steps = max(1, epochs * (task.images // BATCH))
+    return optimizer, OneCycleLR(optimizer, task.rate, total_steps=steps, pct_start=0.2, cycle_momentum=False)
+
+
+def epoch(model: nn.Module, optimizer: SGD, scheduler: LRScheduler, data: Data, generator: torch.Generator) -> None:
+    """Take the steps of one epoch."""
+    model.train()
+    for images, labels in batches(data, BATCH, generator):
+        optimizer.zero_grad()
+        x = images.contiguous(memory_format=torch.channels_last)
+        functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+        scheduler.step()
+
+
+def constrain(model: nn.Module, data: Data, task: Task, generator: torch.Generator, method: str, ranks: str) -> ADMM:
+    """Train under the constraint."""
+    optimizer, scheduler = make_optimizer(model, task, task.admm_epochs)
+    inputs = data.normalised(data.test_images[:1])
+    run = ADMM(
+        model,
+        optimizer,
+        ranks,
+        example_inputs=inputs,
+        factorization=method,
+        rho=task.rho,
+        epochs=task.admm_epochs,
+    )
+    for index in range(task.admm_epochs):
+        epoch(model, optimizer, scheduler, data, generator)
+        run.end_epoch(index)
+    return run
+
+
+def mean_error(result: DecomposeResult) -> float:
+    """Return the mean of the weights' errors, each weighed by its parameters."""
+    total = sum(change.dense_parameters for change in result.changes)
+    return sum(change.error * change.dense_parameters for change in result.changes) / total
+
+
+def measure(weights: Path, data: Data, task: Task, method: str, share: float, way: str) -> Row:
+    """Run one way."""
+    start, generator = time.perf_counter(), torch.Generator().manual_seed(task.seed)
+    model: nn.Module = load_network(weights)
+    inputs, ranks = data.normalised(data.test_images[:1]), f"keep_params={share:.4f}"
+    left, error, residual = task.epochs, 0.0, 0.0
+    if way == "admm":
+        run = constrain(model, data, task, generator, method, ranks)
+        result, left = run.finish(), task.epochs - task.admm_epochs
+        residual = sum(run.residuals[-1].values()) / len(run.residuals[-1])
+    elif way == "decompose":
+        result = decompose(model, inputs, plan=plan(model, inputs, ranks=ranks, factorization=method))
+    if way != "dense":
+        model, error = result.model.to(memory_format=torch.channels_last), mean_error(result)
+    cut = accuracy(model, data)
+    train(model, data, task, left, generator)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return Row(
+        method, share, way, task, count, cut, accuracy(model, data), error, residual, time.perf_counter() - start
+    )
+
+
+def show(rows: list[Row]) -> Table:
+    """Return the table."""
+    epochs = {f"{row.task.epochs} epochs, {row.task.admm_epochs} of them ADMM" for row in rows}
+    table = Table(title=f"ResNet-20 on CIFAR-10; in total {'; '.join(sorted(epochs))}")
+    for column in ("method", "kept", "way", "parameters", "error", "residual", "cut %", "accuracy %", "seconds"):
+        table.add_column(column, justify="left" if column in ("method", "way") else "right")
+    for row in rows:
+        numbers = f"{row.error:.3f}", f"{row.residual:.3f}", f"{100 * row.cut:.2f}", f"{100 * row.accuracy:.2f}"
+        kept = f"{row.keep_params:.2f}"
+        table.add_row(row.method, kept, row.way, f"{row.parameters:,}", *numbers, f"{row.seconds:.0f}")
+    return table
+
+
+def read_rows(path: Path | None) -> list[Row]:
+    """Return the rows of earlier runs."""
+    if path is None or not path.is_file():
+        return []
+    return [Row(**{**row, "task": Task(**row["task"])}) for row in json.loads(path.read_text())["rows"]]
+
+
+def write_rows(path: Path | None, rows: list[Row]) -> None:
+    """Write all rows."""
+    if path is not None:
+        versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        path.write_text(json.dumps({**versions, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+def main() -> None:
+    """Run what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True, help="state dict of a CIFAR ResNet-20")
+    parser.add_argument("--data", type=Path, required=True, help=".npz file of CIFAR-10 as JPEG images")
+    parser.add_argument("--epochs", type=int, default=12, help="of each row, in total")
+    parser.add_argument("--admm-epochs", type=int, help="half of them by default")
+    parser.add_argument("--images", type=int, default=50_000)
+    parser.add_argument("--rate", type=float, default=0.02)
+    parser.add_argument("--rho", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="one method at 2x, 2,000 images, 2 epochs")
+    parser.add_argument("--json", type=Path, help="keep the rows here; those it has are not run again")
+    args = parser.parse_args()
+    epochs, images, test = (2, 2_000, 1_000) if args.quick else (args.epochs, args.images, 10_000)
+    task = Task(images, test, epochs, args.admm_epochs or epochs // 2, args.rate, args.rho, args.seed)
+    methods, shares = (METHODS[:1], SHARES[:1]) if args.quick else (METHODS, SHARES)
+    todo = [("-", 1.0, "dense"), *((m, s, way) for m in methods for s in shares for way in ("decompose", "admm"))]
+    try:
+        data, rows = load_images(args.data, task), read_rows(args.json)
+        for key in todo:
+            if not any((row.method, row.keep_params, row.way) == key and row.task == task for row in rows):
+                rows.append(measure(args.weights, data, task, *key))
+                write_rows(args.json, rows)
+                row = rows[-1]
+                print(f"{row.method} {row.keep_params:.2f} {row.way}: {100 * row.accuracy:.2f} %", file=sys.stderr)
+    except SurgeryError as error:
+        sys.exit(f"error: {error}")
+    Console(width=120).print(show([row for row in rows if row.task == task]))
+
+
+if __name__ == "__main__":
+    main()
