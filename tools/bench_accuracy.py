@@ -120,7 +120,7 @@ def at_least(points: list[Point], rule: str, target: float) -> float | None:
 
 def show(console: Console, name: str, original: float, points: list[Point]) -> None:
     """Print accuracy at each target, and what `auto` loses against the best of the others."""
-    table = Table("target", *SWEEPS, "auto", "auto's speed-up", "lost: auto / best other", "predicted / measured")
+    table = Table("target", *SWEEPS, "auto", "at", "lost / best other", "predicted")
     for target in TARGETS:
         others = [at_least(points, rule, target) for rule in SWEEPS]
         auto = next(p for p in points if p.rule == "auto" and p.parameter == target)
