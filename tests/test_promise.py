@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import surgery
-from surgery.calibration import read_calibration
+from surgery.calibration import read_calibration, reestimate_batch_norm
+from surgery.calibration.batch_norm import batch_norm_moments
 from surgery.cli.commands import decompose as command
 from surgery.errors import InputError
 from surgery.passes.goals import Goal, HeldOut
@@ -116,6 +117,26 @@ def test_the_upper_limit_is_above_the_error_and_falls_with_samples() -> None:
     assert few[0] < few[1]
     assert many[0] < many[1]
     assert many[1] - many[0] < few[1] - few[0]
+
+
+def test_batch_norms_of_a_deep_network_are_corrected_together() -> None:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()) for _ in range(8)]
+    model = nn.Sequential(*blocks)
+    for parameter in model.parameters():
+        parameter.data = decaying(parameter.data.double(), 0.8).float()
+    x = torch.randn(96, 16, 8, 8)
+    model.train()
+    for _ in range(30):
+        model(x[:32])
+    model.eval()
+    factored = surgery.decompose(model, x[:4], ranks="energy=0.7").model
+    samples = read_calibration(x[:64], model)
+    reference = batch_norm_moments(model, samples)
+    reestimate_batch_norm(factored, samples, reference=reference)
+    for name, (_, variance) in batch_norm_moments(factored, samples).items():
+        old, new = (network.get_buffer(f"{name}.running_var") for network in (model, factored))
+        assert torch.allclose(variance / new, reference[name][1] / old, rtol=0.05)
 
 
 @pytest.mark.parametrize(

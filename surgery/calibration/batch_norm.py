@@ -72,17 +72,16 @@ def reestimate_batch_norm(
     """
     observed = observe(model, next(iter(batches)))
     norms = _norms(observed, model)
-    before = {norm.name: (norm.mean.clone(), norm.variance.clone()) for norm in norms}
+    if reference is not None:
+        for norm in norms:
+            norm.reference = (norm.mean.clone(), norm.variance.clone()), reference[norm.name]
     for number in range(passes if norms else 0):
         for norm in norms:
-            norm.own_batch, norm.seen = number == 0 and reference is None, _Statistics()
+            norm.own_batch, norm.seen = number == 0, _Statistics()
         for batch in batches:
             observed.run(batch)
         for norm in norms:
-            mean, variance = norm.seen.mean, norm.seen.variance(unbiased=True)
-            if reference is not None:
-                mean, variance = _corrected(before[norm.name], reference[norm.name], (mean, variance))
-            norm.set(mean, variance)
+            norm.set(norm.seen.mean, norm.seen.variance(unbiased=True))
     if not isinstance(model, ExportedProgram):
         _give_back(model, norms)
     return tuple(norm.name for norm in norms)
@@ -145,6 +144,7 @@ class _Norm:
     mean: Tensor
     variance: Tensor
     own_batch: bool = False
+    reference: tuple[Pair, Pair] | None = None
     seen: _Statistics = field(default_factory=_Statistics)
 
     def see(self, x: Tensor) -> None:
@@ -156,6 +156,9 @@ class _Norm:
             self.set(alone.mean, alone.variance(unbiased=False))
 
     def set(self, mean: Tensor, variance: Tensor) -> None:
+        """Take these as running statistics; with a reference only what has changed since."""
+        if self.reference is not None:
+            mean, variance = _corrected(*self.reference, (mean, variance))
         self.mean.copy_(mean)
         self.variance.copy_(variance)
 
