@@ -150,6 +150,7 @@ def test_batch_norms_of_a_deep_network_are_corrected_together() -> None:
         ({"max_drop": 0.1, "calibration": 1}, "max_drop without a metric"),
         ({"target_speedup": 2, "calibration": 1, "cost": "macs"}, "target_speedup with cost='macs'"),
         ({"calibration": 1, "cost": "joules"}, "cost='joules'"),
+        ({"cost": "macs"}, "cost needs calibration data and ranks='auto'"),
     ],
 )
 def test_wrong_goals_are_one_clear_error(arguments: dict[str, Any], message: str) -> None:
@@ -172,3 +173,5 @@ def test_the_command_line_takes_data_and_prints_the_promise(tmp_path: Path) -> N
     assert done.exit_code == 0, done.output
     assert "output error at most 0.2: measured" in done.output
     assert (tmp_path / "model.decomposed.pt2").exists()
+    with pytest.raises(InputError, match="--dry-run with calibration or a promise"):
+        CliRunner().invoke(command, [*words, "--dry-run", "-o", str(tmp_path / "b.pt2")], catch_exceptions=False)

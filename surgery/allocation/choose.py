@@ -18,28 +18,30 @@ __all__ = ["choose_damage", "choose_least_cost", "frontier"]
 
 _GAP = 1e-3
 _SECONDS = 10.0
+_PRICES = 96  # of damage, on the frontier
 
 
 def choose_least_cost(sites: Sequence[Options], damage: float) -> list[Option]:
     """Return the options of least cost whose damages sum to at most ``damage``; dense everywhere where that is 0."""
-    return _solve(
-        sites, [o.cost for s in sites for o in s.options], [o.damage for s in sites for o in s.options], damage
-    )
+    costs, damages = _columns(sites)
+    return _solve(sites, costs, damages, damage) or [site.dense for site in sites]
 
 
 def choose_damage(sites: Sequence[Options], cost: float) -> list[Option] | None:
     """Return the options of least damage whose costs sum to at most ``cost``; None where the cheapest cost more."""
-    if sum(min(o.cost for o in site.options) for site in sites) > cost:
+    cheapest = [min(site.options, key=lambda option: option.cost) for site in sites]
+    if sum(option.cost for option in cheapest) > cost:
         return None
-    return _solve(sites, [o.damage for s in sites for o in s.options], [o.cost for s in sites for o in s.options], cost)
+    costs, damages = _columns(sites)
+    return _solve(sites, damages, costs, cost) or cheapest
 
 
-def frontier(sites: Sequence[Options], points: int = 24) -> list[tuple[float, float]]:
+def frontier(sites: Sequence[Options]) -> list[tuple[float, float]]:
     """Return (damage, cost) of the best choices from dense to the cheapest, by increasing damage.
 
     For each price of damage every site takes its best option by itself (Lagrange), which is exact on the convex hull.
     """
-    prices = np.geomspace(1e-6, 1e6, points * 4)
+    prices = np.geomspace(1e-6, 1e6, _PRICES)
     scale = sum(s.dense.cost for s in sites) / max(1e-30, sum(max(o.damage for o in s.options) for s in sites))
     found: dict[tuple[float, float], None] = {}
     for price in prices * scale:
@@ -48,7 +50,16 @@ def frontier(sites: Sequence[Options], points: int = 24) -> list[tuple[float, fl
     return sorted(found)
 
 
-def _solve(sites: Sequence[Options], goal: Sequence[float], weight: Sequence[float], limit: float) -> list[Option]:
+def _columns(sites: Sequence[Options]) -> tuple[list[float], list[float]]:
+    """Return the costs and the damages of all options, site by site."""
+    options = [option for site in sites for option in site.options]
+    return [option.cost for option in options], [option.damage for option in options]
+
+
+def _solve(
+    sites: Sequence[Options], goal: Sequence[float], weight: Sequence[float], limit: float
+) -> list[Option] | None:
+    """Return the choice of the least goal whose weights sum to at most the limit; None if time was up before any."""
     options = [option for site in sites for option in site.options]
     if not options:
         return []
@@ -62,7 +73,7 @@ def _solve(sites: Sequence[Options], goal: Sequence[float], weight: Sequence[flo
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
     )
-    if result.x is None:  # no time for any solution: dense is always one where damage is limited
-        return [site.dense for site in sites]
+    if result.x is None:
+        return None
     picked = np.flatnonzero(result.x > 0.5)
     return [options[index] for index in picked]

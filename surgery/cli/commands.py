@@ -119,6 +119,11 @@ def decompose(
         check_output(target, force=force)
     if save_plan is not None:
         check_output(save_plan, force=force)
+    promised = (calibration, max_error, target_speedup, metric, max_drop)
+    if dry_run and any(value is not None for value in promised):
+        raise InputError(
+            "--dry-run with calibration or a promise, which is known by factoring", next_step="leave it out"
+        )
     given = None if plan_file is None else Plan.read(plan_file)
     rules: dict[str, Any] = {"include": include, "exclude": exclude, "latencies": Latencies() if timing else None}
     if given is None:

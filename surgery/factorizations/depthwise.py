@@ -4,9 +4,8 @@
 
     Conv   for t = 1 .. r:  1x1 convolution I -> O, then k x k depthwise on O with the geometry;  the sum of all
 
-The one branching form: without branches it would be one grouped convolution with r inputs a group, for which
-onnxruntime has no blocked kernel. Parameters g O r (I + K). Exact at
-r = min(I, K); optimal for each output channel (Eckart-Young). Guo et al. 2018, "Network Decoupling" (arXiv 1808.05517).
+The one branching form. Parameters g O r (I + K). Exact at r = min(I, K); optimal for each output channel
+(Eckart-Young). Guo et al. 2018, "Network Decoupling" (arXiv 1808.05517).
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ import torch
 from torch import Tensor
 
 from surgery.errors import Refusal
-from surgery.factorizations.base import Factorization, Ranks
+from surgery.factorizations.base import Ranks
+from surgery.factorizations.matrix import MatrixFactorization
 from surgery.operators import Conv, Geometry, Operator, Shape
-from surgery.solvers import gram, reference
 from surgery.steps import Branches, Step
 
 __all__ = ["Depthwise"]
 
 
-class Depthwise(Factorization):
+class Depthwise(MatrixFactorization):
     """Sums of pointwise and depthwise convolutions."""
 
     name = "depthwise"
@@ -48,10 +47,6 @@ class Depthwise(Factorization):
         """Return (g O, I, K): one matrix for each output channel."""
         return kernel.flatten(3).flatten(0, 1)
 
-    def matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Return (g O, I, K)."""
-        return (tensor,)
-
     def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
         """Return (g, O, I, 1...) and (g O, 1, 1, *k) for each pair in turn."""
         groups, out, columns, *size = kernel
@@ -67,19 +62,6 @@ class Depthwise(Factorization):
         convs = [step for step in super().conv_steps(operator, factors, ranks) if isinstance(step, Operator)]
         rows = tuple((convs[i], convs[i + 1]) for i in range(0, len(convs), 2))
         return rows[0] if len(rows) == 1 else (Branches(rows),)
-
-    def fit(self, tensor: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, Tensor]:
-        """Return left (batch, m, r) and right (batch, r, n) of the truncated SVD."""
-        low_rank = reference.low_rank if solver == "tensorly" else gram.low_rank
-        return low_rank(tensor, ranks[0])
-
-    def expand(self, cores: Sequence[Tensor]) -> Tensor:
-        """Return left @ right."""
-        return cores[0] @ cores[1]
-
-    def axes(self, cores: Sequence[Tensor]) -> tuple[int | None, ...]:
-        """Return the rows of left and the columns of right."""
-        return 1, 2
 
     def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
         """Return column t of left and row t of right for each pair."""

@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from surgery.errors import Refusal
-from surgery.factorizations.base import Factorization, Ranks
+from surgery.factorizations.base import Ranks
+from surgery.factorizations.matrix import MatrixFactorization
 from surgery.operators import Geometry, Operator, Shape
-from surgery.solvers import gram, reference
 
 __all__ = ["Spatial"]
 
 
-class Spatial(Factorization):
+class Spatial(MatrixFactorization):
     """Truncated SVD between the kernel's dimensions."""
 
     name = "spatial"
@@ -47,10 +47,6 @@ class Spatial(Factorization):
         rows = kernel.flatten(4).permute(0, 1, 4, 2, 3)
         return rows.flatten(3).flatten(1, 2)
 
-    def matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Return (g, O b, I a)."""
-        return (tensor,)
-
     def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
         """Return (g, r, I, a, 1) and (g, O, r, 1, b)."""
         groups, out, columns, first, *rest = kernel
@@ -59,19 +55,6 @@ class Spatial(Factorization):
     def geometries(self, geometry: Geometry, kernel: Shape, ranks: Ranks) -> tuple[Geometry, ...]:
         """Return the part of the first dimension, then that of the others."""
         return geometry.along({0}), geometry.along(range(1, geometry.dims))
-
-    def fit(self, tensor: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, Tensor]:
-        """Return left (batch, m, r) and right (batch, r, n) of the truncated SVD."""
-        low_rank = reference.low_rank if solver == "tensorly" else gram.low_rank
-        return low_rank(tensor, ranks[0])
-
-    def expand(self, cores: Sequence[Tensor]) -> Tensor:
-        """Return left @ right."""
-        return cores[0] @ cores[1]
-
-    def axes(self, cores: Sequence[Tensor]) -> tuple[int | None, ...]:
-        """Return the rows of left and the columns of right."""
-        return 1, 2
 
     def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
         """Return right and left as kernels."""

@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from surgery.errors import Refusal
-from surgery.factorizations.base import Factorization, Ranks
+from surgery.factorizations.base import Ranks
+from surgery.factorizations.matrix import MatrixFactorization
 from surgery.operators import Geometry, Operator, Shape
-from surgery.solvers import gram, reference
 
 __all__ = ["Svd"]
 
 
-class Svd(Factorization):
+class Svd(MatrixFactorization):
     """Truncated SVD of linear layers and, over the channels, of convolutions."""
 
     name = "svd"
@@ -44,10 +44,6 @@ class Svd(Factorization):
         """Return (g, O, I K)."""
         return kernel.flatten(2)
 
-    def matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Return (g, O, I K)."""
-        return (tensor,)
-
     def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
         """Return (g, r, I, *k) and (g, O, r, 1...)."""
         groups, out, columns, *size = kernel
@@ -56,19 +52,6 @@ class Svd(Factorization):
     def geometries(self, geometry: Geometry, kernel: Shape, ranks: Ranks) -> tuple[Geometry, ...]:
         """Return the whole geometry, then none."""
         return geometry, Geometry.pointwise(geometry.dims)
-
-    def fit(self, tensor: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, Tensor]:
-        """Return left (batch, m, r) and right (batch, r, n) of the truncated SVD."""
-        low_rank = reference.low_rank if solver == "tensorly" else gram.low_rank
-        return low_rank(tensor, ranks[0])
-
-    def expand(self, cores: Sequence[Tensor]) -> Tensor:
-        """Return left @ right."""
-        return cores[0] @ cores[1]
-
-    def axes(self, cores: Sequence[Tensor]) -> tuple[int | None, ...]:
-        """Return the rows of left and the columns of right."""
-        return 1, 2
 
     def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
         """Return right and left as kernels."""

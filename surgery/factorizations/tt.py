@@ -27,8 +27,9 @@ from torch import Tensor
 from surgery.errors import Refusal
 from surgery.factorizations.base import Factorization, Ranks
 from surgery.factorizations.kernels import along_each, only, refuse_channels, spatial_dims
+from surgery.factorizations.matrix import truncated_svd
 from surgery.operators import Geometry, Linear, Operator, Shape
-from surgery.solvers import gram, reference
+from surgery.solvers import reference
 from surgery.solvers.train import tensor_train, train_tensor
 from surgery.steps import Flatten, Step, Transpose, Unflatten
 
@@ -89,8 +90,7 @@ class Tt(Factorization):
     def fit(self, tensor: Tensor, ranks: Ranks, solver: str) -> Sequence[Tensor]:
         """Return the cores (g, before, n, after) of the train; for linear layers left and right."""
         if tensor.dim() == 3:
-            low_rank = reference.low_rank if solver == "tensorly" else gram.low_rank
-            return low_rank(tensor, ranks[0])
+            return truncated_svd(tensor, ranks[0], solver)
         train = reference.tensor_train if solver == "tensorly" else tensor_train
         return train(tensor, ranks)
 

@@ -16,7 +16,7 @@ from surgery.cost.latency import Latencies, channel_multiple
 from surgery.errors import CheckError, InputError
 from surgery.factorizations import named
 from surgery.graphs import ChainSpot, Found, GraphKind, Model, open_graph
-from surgery.inputs import normalise_inputs
+from surgery.inputs import Inputs, normalise_inputs
 from surgery.joint import form
 from surgery.passes.factoring import Made, factor_site, gather, split_chain
 from surgery.passes.goals import Evaluate, Goal
@@ -142,7 +142,7 @@ def decompose(
         raise InputError("an exported program cannot be changed in place", next_step="use the returned one")
     report = progress or _silent
     asked = {"max_error": max_error, "target_speedup": target_speedup, "eval_fn": eval_fn, "max_drop": max_drop}
-    wanted = [name for name, value in asked.items() if value is not None]
+    wanted = [name for name, value in asked.items() if value is not None] + ["cost"] * (cost != "latency")
     automatic = ranks == "auto" and plan is None
     if wanted and (calibration is None or not automatic):
         raise InputError(f"{wanted[0]} needs calibration data and ranks='auto'", next_step="give calibration=")
@@ -154,8 +154,8 @@ def decompose(
                 f"{'inplace' if inplace else 'joint'} with calibration and ranks='auto'", allowed="neither"
             )
         goal = Goal.of(max_error, target_speedup, max_drop, metric=eval_fn is not None)
-        return _promise(model, example_inputs, samples, goal, eval_fn, cost, rules)
-    data = None if samples is None else gather(model, samples, report)
+        return _promise(model, example_inputs, samples, (goal, eval_fn, cost, solver), rules)
+    data = None if samples is None else gather(model, _inputs(model, example_inputs, samples), samples, None, report)
     norms = None if samples is None else batch_norm_moments(model, samples)
     graph, found, plan = _prepare(model, example_inputs, plan, rules, copies=not inplace, inplace=inplace)
     spots = {spot.site.name: spot for spot in found.spots}
@@ -180,19 +180,16 @@ def _promise(
     model: Model,
     example_inputs: Any,
     samples: Calibration,
-    goal: Goal,
-    evaluate: Evaluate | None,
-    cost: str,
+    asked: tuple[Goal, Evaluate | None, str, str],
     rules: _Rules,
 ) -> DecomposeResult:
-    """Carry out ``auto`` with calibration data."""
+    """Carry out ``auto`` with calibration data, for a goal, its metric, a cost and a solver."""
+    goal, evaluate, cost, solver = asked
     latencies = rules.latencies or Latencies()
     prices: Prices = Measured(latencies) if cost == "latency" else Counted(cost)
     if goal.kind == "target_speedup" and not prices.measured:
         raise InputError(f"target_speedup with cost={cost!r}", allowed="cost='latency'")
-    inputs = normalise_inputs(example_inputs)
-    if not any(inputs) and not isinstance(model, ExportedProgram):
-        inputs = next(iter(samples))
+    inputs = _inputs(model, example_inputs, samples)
     terms = Terms(
         goal,
         prices,
@@ -200,6 +197,7 @@ def _promise(
         rules.factorization,
         rules.include,
         rules.exclude,
+        solver=solver,
         multiple=channel_multiple(),
         threads=latencies.threads,
     )
@@ -208,6 +206,12 @@ def _promise(
     changes = [_change(sites[name], done.plan[name], error) for name, error in done.errors.items()]
     result = _result(done.model, done.plan, changes, done.found)
     return replace(result, promise=done.promise, search=done.search)
+
+
+def _inputs(model: Model, example_inputs: Any, samples: Calibration) -> Inputs:
+    """Return the example inputs; where there are none and the model brings none, a batch of samples."""
+    inputs = normalise_inputs(example_inputs)
+    return inputs if any(inputs) or isinstance(model, ExportedProgram) else next(iter(samples))
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
+from surgery.calibration.batch_norm import feeds_batch_norm
 from surgery.calibration.collect import Progress, collect
 from surgery.calibration.factor import fit
 from surgery.calibration.inputs import Calibration
@@ -14,14 +15,29 @@ from surgery.chain import Chain, relative_error
 from surgery.errors import CheckError, Refusal
 from surgery.factorizations import SOLVERS, Factorization, Ranks, named
 from surgery.factorizations.recut import recut
-from surgery.graphs import Model
+from surgery.graphs import Model, open_graph
+from surgery.inputs import Inputs
 from surgery.joint import JointSite, split
 from surgery.plans import Plan
 from surgery.ranks.candidates import Candidate
 from surgery.sites import FactoredSite, Site
 from surgery.text import rank_text
 
-__all__ = ["Made", "factor_site", "gather", "split_chain"]
+__all__ = ["Made", "SiteData", "factor_site", "gather", "split_chain", "weight_error"]
+
+
+@dataclass(frozen=True, eq=False)
+class SiteData:
+    """What calibration data say of the sites: moments by name, and which have their mean taken up behind them."""
+
+    moments: Mapping[str, Moments]
+    centred: frozenset[str]
+
+    def fit(self, site: Site, name: str, ranks: Ranks, solver: str = "auto") -> Chain | Refusal:
+        """Return the chain of a site by the factorization of this name, fitted to the data."""
+        method, operator = named(name), site.operator
+        centred = site.name in self.centred
+        return fit(method, operator, ranks, self.moments[site.name], solver=_known(solver, method), centred=centred)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +49,18 @@ class Made:
     error: float
 
 
-def gather(model: Model, samples: Calibration, progress: Progress) -> Mapping[str, Moments]:
-    """Return the moments of all sites of a model, with the sensitivity of its output."""
-    return with_sensitivity(model, samples, collect(model, samples, progress=progress))
+def gather(
+    model: Model, inputs: Inputs, samples: Calibration, sites: Collection[str] | None, progress: Progress
+) -> SiteData:
+    """Return what the samples say of some sites of a model, or of all, with the sensitivity of its output."""
+    moments = with_sensitivity(model, samples, collect(model, samples, sites=sites, progress=progress))
+    graph = open_graph(model, *inputs, copies=False)
+    spots = [spot for spot in graph.find().spots if spot.site.name in moments]
+    taken = (s for s in spots if s.site.operator.bias is not None or feeds_batch_norm(graph, s))
+    return SiteData(moments, frozenset(spot.site.name for spot in taken))
 
 
-def factor_site(
-    unit: Site, plan: Plan, solver: str, data: Mapping[str, Moments] | None = None
-) -> tuple[list[Made], Plan]:
+def factor_site(unit: Site, plan: Plan, solver: str, data: SiteData | None = None) -> tuple[list[Made], Plan]:
     """Return the chain of each member of a site, fitted to data if there is any, and the plan as it was carried out.
 
     Joint sites are not fitted to data: what they share would have to serve the sensitivities of all.
@@ -51,15 +71,14 @@ def factor_site(
     method = named(decision.factorization)
     if isinstance(unit, FactoredSite):
         return _recut(unit, plan, decision.rank)
-    known = _known(solver, method)
-    if data is not None and unit.name in data and not isinstance(unit, JointSite):
-        chain = fit(method, unit.operator, decision.rank, data[unit.name], solver=known)
+    if data is not None and unit.name in data.moments and not isinstance(unit, JointSite):
+        chain = data.fit(unit, method.name, decision.rank, solver)
     else:
-        chain = method.factor(unit.operator, decision.rank, solver=known)
+        chain = method.factor(unit.operator, decision.rank, solver=_known(solver, method))
     if isinstance(chain, Refusal):
         return factor_site(unit, _fallback(unit, plan, chain), "auto", data)
     chains = split_chain(chain, unit)
-    return [Made(s, c, _error(s, c)) for s, c in zip(unit.members, chains, strict=True)], plan
+    return [Made(s, c, weight_error(s, c)) for s, c in zip(unit.members, chains, strict=True)], plan
 
 
 def _recut(site: FactoredSite, plan: Plan, ranks: Ranks) -> tuple[list[Made], Plan]:
@@ -71,7 +90,8 @@ def _recut(site: FactoredSite, plan: Plan, ranks: Ranks) -> tuple[list[Made], Pl
     return [Made(site, cut.chain, cut.error)], plan
 
 
-def _error(site: Site, chain: Chain) -> float:
+def weight_error(site: Site, chain: Chain) -> float:
+    """Return the relative error of the weight that a chain stands for."""
     composed = chain.compose()
     if isinstance(composed, Refusal):
         raise CheckError(f"the chain of {site.name} is not one operator: {composed.reason}")

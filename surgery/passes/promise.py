@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from surgery.allocation.budget import Trial, largest_budget
@@ -18,16 +19,14 @@ from surgery.allocation.choose import choose_damage, choose_least_cost, frontier
 from surgery.allocation.options import Option, Options, options_of
 from surgery.allocation.prices import Prices
 from surgery.benchmark import Timing, bench
-from surgery.calibration.batch_norm import batch_norm_moments, feeds_batch_norm, reestimate_batch_norm
-from surgery.calibration.collect import collect
-from surgery.calibration.factor import fit
+from surgery.calibration.batch_norm import batch_norm_moments, reestimate_batch_norm
 from surgery.calibration.inputs import Calibration
-from surgery.calibration.sensitivity import with_sensitivity
-from surgery.chain import Chain, relative_error
+from surgery.chain import Chain
 from surgery.errors import CheckError, Refusal
-from surgery.factorizations import Ranks, named
+from surgery.factorizations import Ranks
 from surgery.graphs import Found, Model, open_graph
 from surgery.inputs import Inputs
+from surgery.passes.factoring import gather, weight_error
 from surgery.passes.goals import Evaluate, Goal, HeldOut, Promise, metric_of
 from surgery.passes.results import Search
 from surgery.plans import Decision, Plan
@@ -50,6 +49,7 @@ class Terms:
     factorization: str = "auto"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    solver: str = "auto"
     multiple: int | None = None
     threads: int | None = None
     seconds: float = _SECONDS
@@ -101,16 +101,13 @@ class _Workshop:
 
     def __post_init__(self) -> None:
         self._fit, self._held = self.samples.split()
-        graph = open_graph(self.model, *self.inputs, copies=False)
-        self.found: Found = graph.find()
+        self.found: Found = open_graph(self.model, *self.inputs, copies=False).find()
         self._spots = {spot.site.name: spot for spot in self.found.spots}
         left_out = select(list(self._spots), self.terms.include, self.terms.exclude)
         self.reasons = {name: reason for name, reason in left_out.items() if reason is not None}
         wanted = [name for name in self._spots if name not in self.reasons]
-        moments = collect(self.model, self._fit, sites=wanted, progress=self.progress)
-        self._moments = with_sensitivity(self.model, self._fit, moments)
+        self._data = gather(self.model, self.inputs, self._fit, wanted, self.progress)
         self._norms = batch_norm_moments(self.model, self._fit)
-        self._centred = {name: self._takes_mean(graph, name) for name in wanted}
         self.sites = []
         for done, name in enumerate(wanted):
             self.progress("measure", done, len(wanted))
@@ -121,20 +118,25 @@ class _Workshop:
                 self.sites.append(options)
         self.progress("measure", len(wanted), len(wanted))
 
-    def _takes_mean(self, graph: Any, name: str) -> bool:
-        spot = self._spots[name]
-        return spot.site.operator.bias is not None or feeds_batch_norm(graph, spot)
+    @cached_property
+    def _held_out(self) -> HeldOut:
+        return HeldOut(self.model, self._held)
+
+    @cached_property
+    def _metric(self) -> float | None:
+        """The metric of the original."""
+        return None if self.terms.evaluate is None else metric_of(self.model, self.terms.evaluate)
 
     def _options(self, name: str) -> Options | Refusal:
-        if name not in self._moments:
+        if name not in self._data.moments:
             return Refusal("no calibration input reaches it")
         return options_of(
             self._spots[name].site,
-            self._moments[name],
+            self._data.moments[name],
             self.terms.prices,
             factorization=self.terms.factorization,
             multiple=self.terms.multiple,
-            centred=self._centred[name],
+            centred=name in self._data.centred,
         )
 
     def for_quality(self) -> tuple[list[Trial], list[Option]]:
@@ -155,10 +157,10 @@ class _Workshop:
         """Return what to measure of a model, its limit, by which power of the budget it grows, and the first budget."""
         goal = self.terms.goal
         if goal.kind == "max_error":
-            held = HeldOut(self.model, self._held)
-            return (lambda model: held.error(model)[1]), goal.limit, 0.5, goal.limit**2
-        assert self.terms.evaluate is not None  # decompose has seen to it
-        evaluate, before = self.terms.evaluate, metric_of(self.model, self.terms.evaluate)
+            return (lambda model: self._held_out.error(model)[1]), goal.limit, 0.5, goal.limit**2
+        evaluate, before = self.terms.evaluate, self._metric
+        assert evaluate is not None  # Goal.of has seen to it
+        assert before is not None
         return (lambda model: before - metric_of(model, evaluate)), goal.limit, 1.0, 0.1**2
 
     def for_speed(self) -> tuple[list[Trial], list[Option]]:
@@ -206,9 +208,10 @@ class _Workshop:
         assert option.ranks is not None
         key = (option.site, option.factorization, option.ranks)
         if key not in self._chains:
-            operator, moments = self._spots[option.site].site.operator, self._moments[option.site]
-            method, centred = named(option.factorization), self._centred[option.site]
-            found = fit(method, operator, option.ranks, moments, centred=centred)
+            site = self._spots[option.site].site
+            found = self._data.fit(site, option.factorization, option.ranks, self.terms.solver)
+            if isinstance(found, Refusal):
+                self.reasons[option.site] = found.reason
             self._chains[key] = None if isinstance(found, Refusal) else found
         return self._chains[key]
 
@@ -234,7 +237,7 @@ class _Workshop:
         for option in chosen:
             chain = None if option.factorization is None else self.chain(option)
             if chain is not None:
-                errors[option.site] = _weight_error(chain, self._spots[option.site].site.operator.weight)
+                errors[option.site] = weight_error(self._spots[option.site].site, chain)
         plan = self._plan({option.site: option for option in chosen if option.site in errors})
         promise, metrics = self._judge(model, timing)
         at = (sum(o.damage for o in chosen) ** 0.5, sum(o.cost for o in chosen))
@@ -244,8 +247,8 @@ class _Workshop:
     def _judge(self, model: Any, timing: Timing | None) -> tuple[Promise, tuple[float, float] | None]:
         goal = self.terms.goal
         metrics = None
-        if self.terms.evaluate is not None:
-            metrics = metric_of(self.model, self.terms.evaluate), metric_of(model, self.terms.evaluate)
+        if self.terms.evaluate is not None and self._metric is not None:
+            metrics = self._metric, metric_of(model, self.terms.evaluate)
         if goal.kind == "target_speedup":
             reached = 1.0 if timing is None else timing.comparisons[0].speedup
             note = "" if reached >= goal.limit else f"short by {goal.limit - reached:.2f}"
@@ -253,7 +256,7 @@ class _Workshop:
         if goal.kind == "max_drop" and metrics is not None:
             drop = metrics[0] - metrics[1]
             return Promise(goal.kind, goal.limit, drop, drop <= goal.limit), metrics
-        error, upper = HeldOut(self.model, self._held).error(model)
+        error, upper = self._held_out.error(model)
         return Promise(goal.kind, goal.limit, error, upper <= goal.limit, f"at most {upper:.3g} with 95 %"), metrics
 
     def original(self, reason: str, trials: Sequence[Trial] = ()) -> Negotiated:
@@ -296,10 +299,3 @@ class _Workshop:
                 )
             )
         return Plan(tuple(decisions), ranks="auto")
-
-
-def _weight_error(chain: Chain, weight: Any) -> float:
-    composed = chain.compose()
-    if isinstance(composed, Refusal):
-        raise CheckError(f"a chain is not one operator: {composed.reason}")
-    return relative_error(composed.weight, weight)
