@@ -1,7 +1,8 @@
-"""Trains a network of 3x3 convolutions faster: decomposed in mid-run, recomposed at the end; against four other ways.
+"""Trains a network faster: decomposed in mid-run, recomposed at the end; against four other ways.
 
     python examples/train_faster.py --data fashion [--path FOLDER] [--epochs 15] [--seeds 3] [--configs dense,surgery]
     python examples/train_faster.py --data cifar --path cifar10_jpeg.npz
+    python examples/train_faster.py --network vit --rate 0.001 [--save FOLDER]
 
     dense        the original network to the end
     surgery      surgery.LowRankTraining with its defaults, recomposed at the end
@@ -33,6 +34,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in examples/ only
 
 from examples.image_data import Data, batches, read_data
+from examples.train_networks import NETWORKS
 from examples.training_results import ORDER, Result, Task, plot, read_results, summary, write_results
 from surgery.errors import InputError, SurgeryError
 from surgery.passes.decompose import find_sites
@@ -43,16 +45,17 @@ BATCH = 128
 EVAL_BATCH = 500
 
 
-def build(channels: int, width: int) -> nn.Sequential:
-    """Return the network: two convolutions each of width, 2 width and 4 width channels, for images (N, C, H, W)."""
-    layers: list[nn.Module] = []
-    before = channels
-    for rows in (width, 2 * width, 4 * width):
-        for _ in range(2):
-            layers += [nn.Conv2d(before, rows, 3, padding=1, bias=False), nn.BatchNorm2d(rows), nn.ReLU()]
-            before = rows
-        layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10))
+def build(task: Task, data: Data) -> nn.Module:
+    """Return a fresh network for a task."""
+    channels, side = data.images.shape[1:3]
+    return NETWORKS[task.network](channels, side, task.width)
+
+
+def optimizer_of(model: nn.Module, task: Task) -> torch.optim.Optimizer:
+    """Return SGD for the convolutions, AdamW for the transformer, as is usual for each."""
+    if task.network == "vit":
+        return torch.optim.AdamW(model.parameters(), lr=task.rate, weight_decay=0.05)
+    return torch.optim.SGD(model.parameters(), lr=task.rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
 @torch.no_grad()
@@ -140,15 +143,16 @@ WAYS: dict[str, Callable[[nn.Module, torch.optim.Optimizer, Tensor, int], Way]] 
 }
 
 
-def train(config: str, seed: int, task: Task, data: Data, epochs: int, *, channels_last: bool) -> Result:
-    """Train one way with one seed, and return its times and accuracies."""
+def train(
+    config: str, seed: int, task: Task, data: Data, epochs: int, *, channels_last: bool
+) -> tuple[Result, nn.Module]:
+    """Train one way with one seed; return its times and accuracies, and the network."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    channels = data.images.shape[1]
-    model = build(channels, task.width)
+    model = build(task, data)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(model.parameters(), lr=task.rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = optimizer_of(model, task)
     total = epochs * (len(data.labels) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.rate, total_steps=total, cycle_momentum=False)
     inputs = data.normalised(data.images[:BATCH])
@@ -162,9 +166,9 @@ def train(config: str, seed: int, task: Task, data: Data, epochs: int, *, channe
         notes = way.finish() if epoch == epochs - 1 else ""
         spent += time.perf_counter() - start
         seconds.append(spent)
-        found.append(accuracy(_original(model, channels, task.width) if config == "surgery" and notes else model, data))
+        found.append(accuracy(_original(model, task, data) if config == "surgery" and notes else model, data))
         print(f"{config} seed {seed} epoch {epoch + 1}/{epochs}: {spent:.1f} s, {100 * found[-1]:.2f} %", flush=True)
-    return Result(config, seed, task, epochs, seconds, found, notes)
+    return Result(config, seed, task, epochs, seconds, found, notes), model
 
 
 def _train_epoch(model: nn.Module, optimizer: Any, schedule: Any, stream: Iterator[tuple[Tensor, Tensor]]) -> None:
@@ -175,9 +179,17 @@ def _train_epoch(model: nn.Module, optimizer: Any, schedule: Any, stream: Iterat
         schedule.step()
 
 
-def _original(model: nn.Module, channels: int, width: int) -> nn.Module:
+def save(model: nn.Module, task: Task, data: Data, folder: Path) -> None:
+    """Keep a trained dense network, with the normalised test images, as `tools/trained.py` reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images = data.normalised(data.test_images)
+    values = {"width": task.width, "state": model.state_dict(), "images": images, "labels": data.test_labels}
+    torch.save(values, folder / f"{task.network}.pt")
+
+
+def _original(model: nn.Module, task: Task, data: Data) -> nn.Module:
     """Return a fresh dense network with the weights of one that was recomposed."""
-    fresh = build(channels, width)
+    fresh = build(task, data)
     fresh.load_state_dict(model.state_dict(), strict=True)
     return fresh
 
@@ -199,6 +211,7 @@ def length(config: str, seed: int, task: Task, done: list[Result]) -> int:
 def main() -> None:
     """Train what is not done yet, then print the table and draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--network", choices=sorted(NETWORKS), default="cnn")
     parser.add_argument("--data", choices=("fashion", "cifar"), default="fashion")
     parser.add_argument("--path", type=Path, help="folder of the IDX files, or the .npz file of CIFAR-10")
     parser.add_argument("--configs", default=",".join(ORDER), help="comma-separated, of " + ", ".join(ORDER))
@@ -207,6 +220,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="train on the first so many images only")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--rate", type=float, default=0.1)
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="also keep the last dense network there")
     parser.add_argument("--json", type=Path, default=Path("train_faster.json"))
     parser.add_argument("--plot", type=Path, default=Path("train_faster.png"))
     options = parser.parse_args()
@@ -215,17 +229,19 @@ def main() -> None:
         if unknown := set(configs) - set(ORDER):
             raise InputError(f"unknown way {sorted(unknown)[0]!r}", allowed=", ".join(ORDER))
         data = read_data(options.data, options.path, options.images)
-        task = Task(options.data, len(data.labels), options.epochs, options.width, options.rate)
+        task = Task(options.network, options.data, len(data.labels), options.epochs, options.width, options.rate)
         results = read_results(options.json)
-        network = build(data.images.shape[1], task.width)
-        channels_last = try_formats(network, data.normalised(data.images[:BATCH]))[0]
+        channels_last = try_formats(build(task, data), data.normalised(data.images[:BATCH]))[0]
         for seed in range(options.seeds):
             for config in (c for c in ORDER if c in configs):
                 if any((r.config, r.seed, r.task) == (config, seed, task) for r in results):
                     continue
                 epochs = length(config, seed, task, results)
-                results.append(train(config, seed, task, data, epochs, channels_last=channels_last))
+                result, model = train(config, seed, task, data, epochs, channels_last=channels_last)
+                results.append(result)
                 write_results(options.json, results)
+                if options.save is not None and config == "dense":
+                    save(model, task, data, options.save)
     except SurgeryError as error:
         raise SystemExit(f"error: {error}") from error
     shown = [r for r in results if r.task == task]

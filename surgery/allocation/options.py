@@ -27,10 +27,12 @@ from surgery.operators import Conv, Embedding, Linear, Operator
 from surgery.ranks.auto import snap
 from surgery.ranks.candidates import Candidate, candidates_of
 from surgery.sites import FactoredSite, Site
-from surgery.solvers.weighted import roots, times_channels
+from surgery.solvers.weighted import roots, times_channels, triangles
 
 __all__ = ["Option", "Options", "options_of"]
 
+_JOINT = 1152  # columns; above, the root over channels and taps at once costs more than it tells
+_RIDGE = 1e-12
 _LEVELS = 12  # thresholds on singular values, from the largest to a thousandth of it
 
 
@@ -132,7 +134,10 @@ def _whitened(site: Site, moments: Moments, *, centred: bool) -> tuple[Site, flo
     operator = site.operator
     kernel = operator.kernel.detach().double()
     metric = moments.centred if centred else moments.metric
-    first, *rest = (roots(factor, 0.0)[0] for factor in metric.factors)
+    if metric.factors[0].shape[-1] > _JOINT and metric.factors[0].dim() == 3:
+        metric = metric.separated()
+    mixed = metric.taps > 1 and len(metric.factors) == 1  # a root over channels and taps at once must be symmetric
+    first, *rest = ((roots if mixed else triangles)(factor, _RIDGE)[0] for factor in metric.factors)
     rows = times_channels(kernel.flatten(2), first, metric.taps if rest else 1)
     if rest:
         split = rows.unflatten(-1, (-1, metric.taps))
@@ -141,7 +146,7 @@ def _whitened(site: Site, moments: Moments, *, centred: bool) -> tuple[Site, flo
     if moments.sensitivity is None:
         scale = float(rows.square().sum()) / total if total > 0 else 0.0
     else:
-        rows = roots(moments.sensitivity, 0.0)[0] @ rows
+        rows = triangles(moments.sensitivity, _RIDGE)[0].mT @ rows
         scale = float(rows.square().sum()) * _positions(site)
     return replace(site, operator=_with_kernel(operator, rows.view_as(kernel))), scale
 

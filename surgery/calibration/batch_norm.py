@@ -56,7 +56,7 @@ def batch_norm_moments(model: Model, batches: Calibration) -> Reference:
     norms = _norms(observed, model)
     for batch in batches if norms else ():
         observed.run(batch)
-    return {norm.name: (norm.seen.mean, norm.seen.variance(unbiased=True)) for norm in norms}
+    return {norm.name: (norm.seen.mean, norm.seen.variance) for norm in norms}
 
 
 def reestimate_batch_norm(
@@ -81,7 +81,7 @@ def reestimate_batch_norm(
         for batch in batches:
             observed.run(batch)
         for norm in norms:
-            norm.set(norm.seen.mean, norm.seen.variance(unbiased=True))
+            norm.set(norm.seen.mean, norm.seen.variance)
     if not isinstance(model, ExportedProgram):
         _give_back(model, norms)
     return tuple(norm.name for norm in norms)
@@ -121,19 +121,25 @@ class _Statistics:
     def __init__(self) -> None:
         self._count, self._sum, self._squares = 0, torch.zeros(()), torch.zeros(())
 
-    def add(self, x: Tensor) -> None:
-        wide = x.detach().double().movedim(1, 0).flatten(1)
-        self._count += wide.shape[1]
-        self._sum = self._sum + wide.sum(1)
-        self._squares = self._squares + wide.square().sum(1)
+    def add(self, x: Tensor) -> Pair:
+        """Add a batch, and return its own mean and variance."""
+        wide = x.detach() if x.dtype == torch.float64 else x.detach().float()
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        variance, mean = (part.double() for part in torch.var_mean(wide, axes, correction=0))
+        count = x.numel() // x.shape[1]
+        self._count += count
+        self._sum = self._sum + count * mean
+        self._squares = self._squares + count * (variance + mean.square())
+        return mean, variance
 
     @property
     def mean(self) -> Tensor:
         return self._sum / self._count
 
-    def variance(self, *, unbiased: bool) -> Tensor:
-        scatter = (self._squares - self._sum * self.mean).clamp(min=0)
-        return scatter / max(1, self._count - unbiased)
+    @property
+    def variance(self) -> Tensor:
+        """The unbiased variance."""
+        return (self._squares - self._sum * self.mean).clamp(min=0) / max(1, self._count - 1)
 
 
 @dataclass(eq=False)
@@ -149,11 +155,9 @@ class _Norm:
 
     def see(self, x: Tensor) -> None:
         """Add an input, and in a first pass normalise it by itself."""
-        self.seen.add(x)
+        alone = self.seen.add(x)
         if self.own_batch:
-            alone = _Statistics()
-            alone.add(x)
-            self.set(alone.mean, alone.variance(unbiased=False))
+            self.set(*alone)
 
     def set(self, mean: Tensor, variance: Tensor) -> None:
         """Take these as running statistics; with a reference only what has changed since."""

@@ -25,7 +25,6 @@ from surgery.chain import Chain
 from surgery.errors import Refusal
 from surgery.factorizations import Factorization, Ranks
 from surgery.operators import Operator
-from surgery.solvers.weighted import roots
 
 __all__ = ["RIDGE", "correct_bias", "fit", "output_error"]
 
@@ -81,16 +80,16 @@ def output_error(
     shift = _mean_shift(difference, moments)
     for sign, bias in ((1, operator.bias), (-1, chain.bias)):
         shift = shift if bias is None else shift + sign * bias.detach().double().view_as(shift)
-    if weighed and moments.sensitivity is not None:
-        root, _ = roots(moments.sensitivity, 0)
-        kernel, difference, shift = root @ kernel, root @ difference, root @ shift
-    scale = moments.metric.energy(kernel)
+    sensitivity = moments.sensitivity if weighed else None
+    scale = moments.metric.energy(kernel, sensitivity)
     if not scale > 0:
         return 0.0
     if operator.bias is None and chain.bias is None and not centred:
-        return math.sqrt(float(moments.metric.energy(difference) / scale))
-    mean = 0.0 if centred else float(shift.square().sum())
-    return math.sqrt((float(moments.centred.energy(difference)) + mean) / float(scale))
+        return math.sqrt(float(moments.metric.energy(difference, sensitivity) / scale))
+    mean = 0.0
+    if not centred:
+        mean = float((shift * (shift if sensitivity is None else sensitivity @ shift)).sum())
+    return math.sqrt((float(moments.centred_energy(difference, sensitivity)) + mean) / float(scale))
 
 
 def correct_bias(chain: Chain, operator: Operator, moments: Moments) -> Chain:

@@ -65,6 +65,14 @@ class Moments:
         kernel = _centre(kernel * scale, mean)
         return Metric((channels, kernel * (taps / _trace(kernel).clamp(min=torch.finfo(kernel.dtype).tiny))), taps)
 
+    def centred_energy(self, difference: Tensor, sensitivity: Tensor | None = None) -> Tensor:
+        """Return ``tr(D Cov D^T)`` of (groups, O, n), or with G on the left; without a second matrix where C is one."""
+        if len(self.metric.factors) > 1:
+            return self.centred.energy(difference, sensitivity)
+        shift = difference @ self.mean.unsqueeze(-1)
+        other = shift if sensitivity is None else sensitivity @ shift
+        return (self.metric.energy(difference, sensitivity) - (shift * other).sum()).clamp(min=0)
+
     def whitener(self, ridge: float = 1e-3) -> tuple[Tensor, ...]:
         """Return the symmetric positive definite root of each factor of C.
 

@@ -120,7 +120,7 @@ def _coordinates(problem: Problem, metric: Metric) -> _Coordinates:
     left, right = (ones[0], ones[0]), (ones[1], ones[1])
     if problem.writes and problem.sensitivity is not None:
         left = roots(problem.sensitivity, problem.ridge)
-    if problem.readers:
+    if problem.readers and problem.method.name != "svd":  # its closed form needs none
         right = roots(metric.channels, problem.ridge)
     return _Coordinates(left, right)
 
@@ -133,6 +133,8 @@ def search(problem: Problem, plain: Chain | Refusal) -> Chain | None:
     metric = metric.whitened(coordinates.channels[1])
     if problem.method.name == "svd":
         return problem.chain(coordinates.move(problem, _svd(problem, target, metric), 1))
+    if problem.operator.weight.dtype != torch.float64:
+        metric = metric.narrow()
     starts = []
     if isinstance(plain, Chain):
         starts.append(coordinates.move(problem, [operator.kernel.double() for operator in plain.operators], 0))

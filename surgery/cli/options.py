@@ -120,7 +120,7 @@ def load_function(name: str) -> Callable[[Any], float]:
         InputError: there is none of this name.
     """
     module, _, attribute = name.partition(":")
-    allowed = "module:function, as metrics:accuracy for accuracy(module) -> float in metrics.py"
+    allowed = "module:function, as metrics:accuracy for accuracy(module) in metrics.py"
     if not module or not attribute:
         raise InputError(f"--eval {name!r}", allowed=allowed)
     sys.path.insert(0, os.getcwd())

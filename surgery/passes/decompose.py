@@ -127,7 +127,8 @@ def decompose(
             the result is the fastest model that keeps one promise on samples held out of them:
         max_error: an output error of at most this (relative; the default promise, at 0.05);
         target_speedup: a whole model at least so many times as fast, with the least error;
-        eval_fn, max_drop: a metric, ``eval_fn(module) -> float``, higher is better, that falls by at most ``max_drop``.
+        eval_fn, max_drop: a metric, ``eval_fn(module)``, higher is better, that falls by at most ``max_drop``. A number
+            is taken as it is; of a tensor with the score of each sample the mean falls by no more with 95 % confidence.
         cost: what is to be low: "latency", measured on this CPU, or "macs" or "params".
         latencies: measures each site's operator and chain, for the plan's latencies. ``ranks="auto"`` needs it, and
             takes ``Latencies()``, with its cache on disk, if none is given.

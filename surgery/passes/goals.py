@@ -2,7 +2,9 @@
 
 The output error is that of held-out samples. Its promise is for samples that no one has seen, so what counts is an
 upper confidence limit of 95 %: of the ratio of two sums over samples (squared error, squared output), by its standard
-error in large samples (Cochran 1977, Sampling Techniques, section 2.11).
+error in large samples (Cochran 1977, Sampling Techniques, section 2.11). Of a metric the same holds where it is given
+as the score of each sample: their differences are paired, and what counts is the limit of their mean. A metric that is
+one number is taken as it is.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from surgery.comparison import evaluating, run_model
 from surgery.errors import InputError
 from surgery.graphs import Model
 
-__all__ = ["Evaluate", "Goal", "HeldOut", "Promise", "metric_of"]
+__all__ = ["Evaluate", "Goal", "HeldOut", "Promise", "drop_of", "metric_of", "scores_of"]
 
-Evaluate = Callable[[Any], float]
+Evaluate = Callable[[Any], float | Tensor]
 _QUANTILE = 1.645  # one-sided, 95 %
 _DEFAULT_ERROR = 0.05
 
@@ -111,19 +113,51 @@ def _per_sample(tensor: Tensor, size: int) -> Tensor:
     return squares.flatten(1).sum(1) if tensor.dim() > 1 and len(tensor) <= size else squares.sum().view(1)
 
 
-def metric_of(model: Model, evaluate: Evaluate) -> float:
-    """Return the user's metric of a model: of a program, of its module; in evaluation mode, without gradients.
+def scores_of(model: Model, evaluate: Evaluate) -> Tensor:
+    """Return the user's metric of a model in float64: the score of each sample, or one number (1,).
+
+    Of a program, of its module; in evaluation mode, without gradients.
 
     Raises:
-        InputError: the function fails, or returns no finite number.
+        InputError: the function fails, or returns neither a finite number nor a tensor (samples,) of them.
     """
     module = model.module() if isinstance(model, ExportedProgram) else model
     try:
         with torch.no_grad(), evaluating(module):
-            value = float(evaluate(module))
+            found = torch.as_tensor(evaluate(module)).detach().double().cpu()
     except Exception as error:  # the user's own code
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"eval_fn failed: {type(error).__name__}: {line}") from error
-    if not math.isfinite(value):
-        raise InputError(f"eval_fn returned {value}", allowed="a finite number, higher is better")
-    return value
+    if found.dim() > 1 or not found.numel() or not bool(torch.isfinite(found).all()):
+        said = f"{float(found):g}" if found.numel() == 1 else f"a tensor of shape {tuple(found.shape)}"
+        allowed = "a finite number, or a tensor (samples,) of the score of each; higher is better"
+        raise InputError(f"eval_fn returned {said}", allowed=allowed)
+    return found.view(-1)
+
+
+def metric_of(model: Model, evaluate: Evaluate) -> float:
+    """Return the user's metric of a model as one number, the mean of its scores.
+
+    Raises:
+        InputError: as ``scores_of`` says.
+    """
+    return float(scores_of(model, evaluate).mean())
+
+
+def drop_of(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """Return how much the mean of paired scores (samples,) falls, and its upper confidence limit.
+
+    The limit is the drop itself where there is one score only.
+
+    Raises:
+        InputError: the two are not of the same samples.
+    """
+    if before.shape != after.shape:
+        raise InputError(
+            f"eval_fn returned {len(before)} scores, then {len(after)}", allowed="the same samples each time"
+        )
+    differences = before - after
+    drop = float(differences.mean())
+    if len(differences) == 1:
+        return drop, drop
+    return drop, drop + _QUANTILE * float(differences.std()) / math.sqrt(len(differences))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from surgery.solvers.eigen import leading_subspace
 
-__all__ = ["Metric", "equal_norms", "low_rank", "refine", "roots", "times_channels"]
+__all__ = ["Metric", "equal_norms", "low_rank", "refine", "roots", "times_channels", "triangles"]
 
 _HALVINGS = 6
 _GAIN = 3e-3  # relative, of the squared error: a step that gains less is the last one
@@ -41,6 +41,14 @@ class Metric:
     factors: tuple[Tensor, ...]
     taps: int = 1
 
+    def narrow(self) -> Metric:
+        """Return the metric in float32: its products cost half, and are enough to compare and improve errors by."""
+        return replace(self, factors=tuple(factor.float() for factor in self.factors))
+
+    def separated(self) -> Metric:
+        """Return the metric as channels (x) taps, each averaged over the other."""
+        return self if self.taps == 1 else replace(self, factors=(self.channels, self.positions))
+
     def times(self, matrix: Tensor) -> Tensor:
         """Return ``M C`` for (groups, rows, n)."""
         if len(self.factors) == 1:
@@ -50,9 +58,10 @@ class Metric:
         inner = _times(split.flatten(1, 2), taps).view_as(split)
         return _times(inner.mT.flatten(1, 2), channels).unflatten(1, (-1, self.taps)).mT.flatten(2)
 
-    def energy(self, matrix: Tensor) -> Tensor:
-        """Return ``tr(M C M^T)``, summed over the groups, for (groups, rows, n)."""
-        return (self.times(matrix) * matrix).sum().clamp(min=0)
+    def energy(self, matrix: Tensor, sensitivity: Tensor | None = None) -> Tensor:
+        """Return ``tr(M C M^T)``, or ``tr(G M C M^T)`` for G (groups, rows, rows), of M (groups, rows, n)."""
+        other = matrix if sensitivity is None else sensitivity @ matrix
+        return (self.times(matrix) * other).sum().clamp(min=0)
 
     def regularised(self, ridge: float) -> Metric:
         """Return ``C + ridge * mean(diagonal) * identity``, factor by factor; zero becomes the identity."""
@@ -97,7 +106,9 @@ def times_channels(matrix: Tensor, factor: Tensor, taps: int) -> Tensor:
 
 
 def _times(matrix: Tensor, factor: Tensor) -> Tensor:
-    return matrix * factor.unsqueeze(1) if factor.dim() == 2 else matrix @ factor
+    """Return the product in the dtype of the factor, given back in that of the matrix."""
+    same = matrix.to(factor.dtype)
+    return (same * factor.unsqueeze(1) if factor.dim() == 2 else same @ factor).to(matrix.dtype)
 
 
 def _add_ridge(factor: Tensor, ridge: float) -> Tensor:
@@ -118,6 +129,20 @@ def roots(moment: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(moment)
     values = _add_ridge(values.clamp(min=0), ridge).sqrt().unsqueeze(-2)
     return (vectors * values) @ vectors.mT, (vectors / values) @ vectors.mT
+
+
+def triangles(moment: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return L with ``L L^T = moment + ridge * mean(diagonal)``, and its inverse; roots where that is not definite.
+
+    A tenth of the time of the symmetric roots, which differ by an orthogonal matrix: singular values are the same.
+    """
+    if moment.dim() == 2:
+        return roots(moment, ridge)
+    lower, info = torch.linalg.cholesky_ex(_add_ridge(moment, ridge))
+    if bool(info.any()):
+        return roots(moment, ridge)
+    eye = torch.eye(moment.shape[-1], dtype=moment.dtype).expand_as(moment)
+    return lower, torch.linalg.solve_triangular(lower, eye, upper=False)
 
 
 def low_rank(matrix: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:

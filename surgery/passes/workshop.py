@@ -1,0 +1,211 @@
+"""What ``auto`` with calibration data works with: a model, all that is measured of it once, and what is made of it.
+
+moments -> options of each site (damage, cost);    chosen options -> data-aware factors -> a model, timed or measured
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.allocation.options import Option, Options, options_of
+from surgery.allocation.prices import Prices
+from surgery.benchmark import Timing, bench
+from surgery.calibration.batch_norm import batch_norm_moments, reestimate_batch_norm
+from surgery.calibration.inputs import Calibration
+from surgery.chain import Chain
+from surgery.errors import CheckError, Refusal
+from surgery.factorizations import Ranks, named
+from surgery.graphs import Found, Model, open_graph
+from surgery.inputs import Inputs
+from surgery.operators import Operator
+from surgery.passes.factoring import gather, weight_error
+from surgery.passes.goals import Evaluate, Goal, HeldOut, scores_of
+from surgery.plans import Decision, Plan
+from surgery.ranks.planning import Progress
+from surgery.sites import select
+
+__all__ = ["Terms", "Workshop"]
+
+_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is asked for: the goal with its metric, and how options are made and priced."""
+
+    goal: Goal
+    prices: Prices
+    evaluate: Evaluate | None = None
+    factorization: str = "auto"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    solver: str = "auto"
+    multiple: int | None = None
+    threads: int | None = None
+    seconds: float = _SECONDS
+
+
+@dataclass(eq=False)
+class Workshop:
+    """The model with all that is measured of it once, and the chains that were fitted so far."""
+
+    model: Model
+    inputs: Inputs
+    samples: Calibration
+    terms: Terms
+    progress: Progress
+    sites: list[Options] = field(init=False)
+    reasons: dict[str, str] = field(init=False)
+    _chains: dict[tuple[str, str, Ranks], Chain | None] = field(init=False, default_factory=dict)
+    _built: dict[tuple[Option, ...], Any] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._fit, self._held = self.samples.split()
+        self.found: Found = open_graph(self.model, *self.inputs, copies=False).find()
+        self._spots = {spot.site.name: spot for spot in self.found.spots}
+        left_out = select(list(self._spots), self.terms.include, self.terms.exclude)
+        self.reasons = {name: reason for name, reason in left_out.items() if reason is not None}
+        wanted = [name for name in self._spots if name not in self.reasons]
+        self._data = gather(self.model, self.inputs, self._fit, wanted, self.progress)
+        self._norms = batch_norm_moments(self.model, self._fit)
+        self.sites = []
+        for done, name in enumerate(wanted):
+            self.progress("measure", done, len(wanted))
+            options = self._options(name)
+            if isinstance(options, Refusal):
+                self.reasons[name] = options.reason
+            else:
+                self.sites.append(options)
+        self.progress("measure", len(wanted), len(wanted))
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """The original's outputs on samples that nothing was fitted to."""
+        return HeldOut(self.model, self._held)
+
+    @cached_property
+    def seconds(self) -> float:
+        """The median seconds of a run of the original."""
+        return self.time(self.model).models[0].median_s
+
+    @cached_property
+    def scores(self) -> Tensor | None:
+        """The metric of the original."""
+        return None if self.terms.evaluate is None else scores_of(self.model, self.terms.evaluate)
+
+    def _options(self, name: str) -> Options | Refusal:
+        if name not in self._data.moments:
+            return Refusal("no calibration input reaches it")
+        return options_of(
+            self._spots[name].site,
+            self._data.moments[name],
+            self.terms.prices,
+            factorization=self.terms.factorization,
+            multiple=self.terms.multiple,
+            centred=name in self._data.centred,
+        )
+
+    def sketch(self, chosen: Sequence[Option]) -> Any:
+        """Return a copy of the model with chains of the right shapes, which take as long as those that are fitted."""
+        graph = open_graph(self.model, *self.inputs)
+        spots = {spot.site.name: spot for spot in graph.find().spots}
+        for option in chosen:
+            if option.factorization is not None and option.ranks is not None:
+                graph.splice(spots[option.site], _random_chain(spots[option.site].site.operator, option))
+        return graph.finish()
+
+    def build(self, chosen: Sequence[Option]) -> Any:
+        """Return a copy of the model with these options, their factors fitted to the data, batch norms re-estimated."""
+        work = tuple(option for option in chosen if option.factorization is not None)
+        if not work:
+            return self.model
+        if work not in self._built:
+            graph = open_graph(self.model, *self.inputs)
+            spots = {spot.site.name: spot for spot in graph.find().spots}
+            for done, option in enumerate(work):
+                self.progress("fit", done, len(work))
+                chain = self.chain(option)
+                if chain is not None:
+                    graph.splice(spots[option.site], chain)
+            self.progress("fit", len(work), len(work))
+            model = graph.finish()
+            reestimate_batch_norm(model, self._fit, reference=self._norms)
+            self._built = {work: model}  # the last one only: models are large
+        return self._built[work]
+
+    def chain(self, option: Option) -> Chain | None:
+        """Return the fitted chain of an option; None where the method finds no good factors."""
+        assert option.factorization is not None
+        assert option.ranks is not None
+        key = (option.site, option.factorization, option.ranks)
+        if key not in self._chains:
+            site = self._spots[option.site].site
+            found = self._data.fit(site, option.factorization, option.ranks, self.terms.solver)
+            if isinstance(found, Refusal):
+                self.reasons[option.site] = found.reason
+            self._chains[key] = None if isinstance(found, Refusal) else found
+        return self._chains[key]
+
+    def time(self, *models: Any) -> Timing:
+        """Time models at the inputs at which the result is to be fast."""
+        given = self.inputs if any(self.inputs) else None
+        return bench(
+            models,
+            given,
+            threads=self.terms.threads,
+            seconds=self.terms.seconds,
+            progress=lambda share: self.progress("time", round(100 * share), 100),
+        )
+
+    def weight_errors(self, chosen: Sequence[Option]) -> dict[str, float]:
+        """Return the relative error of the weight of each site that has a chain."""
+        chains = ((o.site, self.chain(o)) for o in chosen if o.factorization is not None)
+        return {name: weight_error(self._spots[name].site, chain) for name, chain in chains if chain is not None}
+
+    def plan(self, chosen: dict[str, Option]) -> Plan:
+        """Return the decisions for all sites, dense where no option is chosen, with the reasons."""
+        by_name = {options.site.name: options for options in self.sites}
+        decisions = []
+        for name, spot in self._spots.items():
+            site = spot.site
+            measured = self.terms.prices.measured
+            dense = by_name[name].dense.cost if measured and name in by_name else None
+            decision = Decision(name, dense_parameters=site.parameters, dense_macs=site.macs, dense_latency=dense)
+            option = chosen.get(name)
+            if option is None or option.factorization is None or option.ranks is None:
+                reason = self.reasons.get(name, "every chain would cost more of the promise than it gains")
+                decisions.append(replace(decision, reason=reason))
+                continue
+            chain = self.chain(option)
+            if chain is None:
+                raise CheckError(f"{name} has no chain")
+            decisions.append(
+                replace(
+                    decision,
+                    factorization=option.factorization,
+                    rank=option.ranks,
+                    error=option.damage**0.5,
+                    parameters=chain.parameters,
+                    macs=sum(chain.macs(shape) for shape in site.input_shapes),
+                    latency=option.cost if measured else None,
+                )
+            )
+        return Plan(tuple(decisions), ranks="auto")
+
+
+def _random_chain(operator: Operator, option: Option) -> Chain:
+    """Return the chain of an option with random numbers, scaled so that activations keep about their size."""
+    assert option.factorization is not None
+    assert option.ranks is not None
+    method, like = named(option.factorization), operator.weight
+    generator = torch.Generator().manual_seed(0)
+    shapes = method.shapes(tuple(operator.kernel.shape), option.ranks)
+    factors = [torch.randn(shape, generator=generator).to(like) * math.prod(shape[2:]) ** -0.5 for shape in shapes]
+    return method.assemble(operator, factors, option.ranks)
