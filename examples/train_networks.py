@@ -10,7 +10,7 @@ from torch.nn import functional
 
 __all__ = ["NETWORKS", "convolutional", "transformer"]
 
-_PATCH, _DEPTH, _HEADS = 4, 4, 4
+_ROWS, _DEPTH, _HEADS = 4, 4, 4  # rows of patches in an image, blocks, heads
 
 
 def convolutional(channels: int, side: int, width: int) -> nn.Sequential:
@@ -46,12 +46,12 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Patches of 4x4 pixels with learned places, four blocks, and a head on the mean of the tokens."""
+    """4x4 patches with learned places, four blocks, and a head on the mean of the tokens."""
 
     def __init__(self, channels: int, side: int, width: int) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(channels, width, _PATCH, stride=_PATCH)
-        self.places = nn.Parameter(0.02 * torch.randn((side // _PATCH) ** 2, width))
+        self.patches = nn.Conv2d(channels, width, side // _ROWS, stride=side // _ROWS)
+        self.places = nn.Parameter(0.02 * torch.randn(_ROWS**2, width))
         self.blocks = nn.Sequential(*(Block(width) for _ in range(_DEPTH)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 

@@ -16,7 +16,6 @@ from surgery.calibration.collect import collect
 from surgery.calibration.inputs import read_calibration
 from surgery.calibration.moments import layout_bytes
 from surgery.calibration.sensitivity import with_sensitivity
-from surgery.calibration.sequence import fit_in_sequence
 from surgery.chain import relative_error
 from surgery.comparison import run_model
 from surgery.errors import InputError
@@ -141,21 +140,19 @@ def test_factors_for_the_data_give_nearer_outputs(kind: str) -> None:
     original = run_model(model, ((test,), {}))
     plain = run_model(decompose(model, x[:16], plan=chosen).model, ((test,), {}))
     for stages in (1, 3):
-        fitted = fit_in_sequence(model, chosen, batches, stages=stages)
-        assert set(fitted.errors) == {"stem", "conv", "head"}
-        assert not fitted.refusals
+        fitted = decompose(model, x[:16], plan=chosen, calibration=batches, stages=stages)
+        assert [change.site for change in fitted.changes] == ["stem", "conv", "head"]
+        assert fitted.plan == chosen
         assert type(fitted.model) is type(model) or not isinstance(model, ExportedProgram)
         output = run_model(fitted.model, ((test,), {}))
         assert relative_error(output, original) < relative_error(plain, original)
     assert torch.equal(run_model(model, ((test,), {})), original)
 
 
-def test_an_unknown_site_is_said() -> None:
-    model = net()
-    chosen = plan(model, images(2), ranks={"head": 2})
-    other = nn.Sequential(nn.Conv2d(3, 2, 1)).double()
-    with pytest.raises(InputError, match="head"):
-        fit_in_sequence(other, chosen, read_calibration(images(4), other))
+def test_stages_need_data_and_ranks() -> None:
+    for settings in ({"ranks": 2}, {"calibration": images(4)}, {"ranks": 2, "calibration": images(4), "stages": 0}):
+        with pytest.raises(InputError, match="stages="):
+            decompose(net(), images(2), **{"stages": 2, **settings})
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,12 +7,10 @@ Images of the shipped sample are split: some calibrate, without their labels, an
 same ranks for all columns; `error` is the relative error of the logits against the original network's. Seconds are for
 the whole of calibration and factoring.
 
-    plain            the factors nearest to the weights
-    plain + BN       the same, batch-norm statistics re-estimated
-    data             the factors nearest in output (moments of the inputs)
-    data + BN        the same, means left to batch norms that are re-estimated
-    + sensitivity    the same, weighed by the gradients of the output
-    + sequence       the same, in four stages
+    plain        the factors nearest to the weights
+    plain + BN   the same, batch-norm statistics re-estimated
+    data         the factors nearest in output, weighed by its gradients; means left to batch norms
+    data x 4     the same, in four stages, each on what those before it give
 """
 
 from __future__ import annotations
@@ -38,7 +36,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import surgery
 from surgery.calibration.batch_norm import reestimate_batch_norm
 from surgery.calibration.inputs import Calibration, read_calibration
-from surgery.calibration.sequence import fit_in_sequence
 from surgery.errors import RankError
 from surgery.passes.decompose import decompose, plan
 from surgery.plans import Plan
@@ -106,18 +103,10 @@ def ways(setting: Setting, chosen: Plan) -> dict[str, Callable[[], ExportedProgr
         reestimate_batch_norm(model, setting.calibration)
         return model
 
-    def data(stages: int, *, sensitivity: bool, batch_norm: bool) -> Callable[[], ExportedProgram]:
-        settings = {"stages": stages, "sensitivity": sensitivity, "batch_norm": batch_norm}
-        return lambda: fit_in_sequence(setting.program, chosen, setting.calibration, **settings).model
+    def data(stages: int) -> ExportedProgram:
+        return decompose(setting.program, plan=chosen, calibration=setting.calibration, stages=stages).model
 
-    return {
-        "plain": plain,
-        "plain + BN": plain_bn,
-        "data": data(1, sensitivity=False, batch_norm=False),
-        "data + BN": data(1, sensitivity=False, batch_norm=True),
-        "data + BN + sensitivity": data(1, sensitivity=True, batch_norm=True),
-        "data + BN + sensitivity + sequence": data(4, sensitivity=True, batch_norm=True),
-    }
+    return {"plain": plain, "plain + BN": plain_bn, "data": lambda: data(1), "data x 4": lambda: data(4)}
 
 
 def measure(setting: Setting, method: str, share: float) -> list[Row]:

@@ -8,17 +8,14 @@ from surgery.calibration.factor import correct_bias, fit, output_error
 from surgery.calibration.inputs import Calibration, read_calibration
 from surgery.calibration.moments import Moments
 from surgery.calibration.sensitivity import with_sensitivity
-from surgery.calibration.sequence import Fitted, fit_in_sequence
 
 __all__ = [
     "Calibration",
-    "Fitted",
     "Moments",
     "collect",
     "correct_bias",
     "feeds_batch_norm",
     "fit",
-    "fit_in_sequence",
     "output_error",
     "read_calibration",
     "reestimate_batch_norm",

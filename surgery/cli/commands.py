@@ -74,6 +74,7 @@ def inspect(model: Path, json_: bool, **options: Any) -> None:
     help="auto; als, pp or gd for cp; tensorly for TensorLy's own.",
 )
 @click.option("--calibration", type=_MODEL, help="Inputs by name, as .npz or .pt: fit the factors to them.")
+@click.option("--stages", type=int, default=1, show_default=True, help="With --calibration and ranks: runs to fit in.")
 @click.option("--max-error", type=float, help="With --calibration: largest relative output error.  [default: 0.05]")
 @click.option("--target-speedup", type=float, help="With --calibration: least speed-up of the whole model.")
 @click.option("--eval", "metric", metavar="MODULE:FUNCTION", help="A metric of a module; higher is better.")
@@ -96,6 +97,7 @@ def decompose(
     dry_run: bool,
     solver: str,
     calibration: Path | None,
+    stages: int,
     max_error: float | None,
     target_speedup: float | None,
     metric: str | None,
@@ -135,7 +137,12 @@ def decompose(
             result = passes.preview(program, inputs, plan=given, progress=progress, **rules)
         else:
             promise: dict[str, Any] = {"max_error": max_error, "target_speedup": target_speedup, "max_drop": max_drop}
-            promise |= {"calibration": calibration, "cost": cost, "eval_fn": metric and load_function(metric)}
+            promise |= {
+                "calibration": calibration,
+                "stages": stages,
+                "cost": cost,
+                "eval_fn": metric and load_function(metric),
+            }
             result = passes.decompose(program, inputs, plan=given, solver=solver, progress=progress, **rules, **promise)
         measured: Timing | str | None = None if result.search is None else result.search.timing
         if measured is None and timing and not dry_run:

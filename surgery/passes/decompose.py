@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 from torch.export import ExportedProgram
@@ -100,6 +101,7 @@ def decompose(
     joint: Joint = (),
     inplace: bool = False,
     calibration: Any = None,
+    stages: int = 1,
     max_error: float | None = None,
     target_speedup: float | None = None,
     eval_fn: Evaluate | None = None,
@@ -124,11 +126,13 @@ def decompose(
         inplace: change the given model itself (not possible for an exported program).
         calibration: inputs to fit the factors to: a tensor of samples, a sequence of inputs, a DataLoader, or a path. A
             few hundred samples do. Biases and batch-norm statistics are corrected for them, and with ``ranks="auto"``
-            the result is the fastest model that keeps one promise on samples held out of them:
-        max_error: an output error of at most this (relative; the default promise, at 0.05);
-        target_speedup: a whole model at least so many times as fast, with the least error;
-        eval_fn, max_drop: a metric, ``eval_fn(module)``, higher is better, that falls by at most ``max_drop``. A number
-            is taken as it is; of a tensor with the score of each sample the mean falls by no more with 95 % confidence.
+            the result is the fastest model that keeps one promise on samples held out of them (see below).
+        stages: with calibration data and given ranks: fit the sites in so many runs, in graph order, each to the inputs
+            that the model gives it when all runs before it are decomposed. Each costs one more pass over the data.
+        max_error: the promise of an output error of at most this (relative; the default promise, at 0.05);
+        target_speedup: that of a whole model at least so many times as fast, with the least error;
+        eval_fn, max_drop: that of a metric, ``eval_fn(module)``, higher is better, that falls by at most ``max_drop``. A
+            number is taken as it is; of a tensor with the score of each sample the mean falls so with 95 % confidence.
         cost: what is to be low: "latency", measured on this CPU, or "macs" or "params".
         latencies: measures each site's operator and chain, for the plan's latencies. ``ranks="auto"`` needs it, and
             takes ``Latencies()``, with its cache on disk, if none is given.
@@ -147,6 +151,9 @@ def decompose(
     automatic = ranks == "auto" and plan is None
     if wanted and (calibration is None or not automatic):
         raise InputError(f"{wanted[0]} needs calibration data and ranks='auto'", next_step="give calibration=")
+    if stages < 1 or (stages > 1 and (calibration is None or automatic)):
+        allowed = "1, or more with calibration= and with ranks or a plan given"
+        raise InputError(f"stages={stages}", allowed=allowed, next_step="carry out a plan that auto has made")
     samples = None if calibration is None else read_calibration(calibration, model, example_inputs)
     rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, report, joint)
     if samples is not None and automatic:
@@ -156,12 +163,25 @@ def decompose(
             )
         goal = Goal.of(max_error, target_speedup, max_drop, metric=eval_fn is not None)
         return _promise(model, example_inputs, samples, (goal, eval_fn, cost, solver), rules)
-    data = None if samples is None else gather(model, _inputs(model, example_inputs, samples), samples, None, report)
-    norms = None if samples is None else batch_norm_moments(model, samples)
     graph, found, plan = _prepare(model, example_inputs, plan, rules, copies=not inplace, inplace=inplace)
+    work = join([spot.site for spot in found.spots if not plan[spot.site.name].dense], joint_groups(plan))
+    if stages > 1:
+        return _in_stages(
+            model,
+            example_inputs,
+            found,
+            plan,
+            _cut(work, stages),
+            solver=solver,
+            inplace=inplace,
+            calibration=samples,
+            progress=progress,
+        )
+    names = {site.name for unit in work for site in unit.members}
+    data = None if samples is None else gather(model, _inputs(model, example_inputs, samples), samples, names, report)
+    norms = None if samples is None else batch_norm_moments(model, samples)
     spots = {spot.site.name: spot for spot in found.spots}
     made: dict[str, Made] = {}
-    work = join([spot.site for spot in found.spots if not plan[spot.site.name].dense], joint_groups(plan))
     for done, unit in enumerate(work):
         rules.progress("factor", done, len(work))
         found_chains, plan = factor_site(unit, plan, solver, data)
@@ -174,6 +194,28 @@ def decompose(
     changed = graph.finish()
     if samples is not None and made:
         reestimate_batch_norm(changed, samples, reference=norms)
+    return _result(changed, plan, changes, found)
+
+
+def _cut(work: Sequence[Site], stages: int) -> list[Sequence[Site]]:
+    """Return the work in so many runs of about equal length, none of them empty."""
+    cuts = [len(work) * i // stages for i in range(stages + 1)]
+    return [work[start:stop] for start, stop in pairwise(cuts) if stop > start]
+
+
+def _in_stages(
+    model: Model, example_inputs: Any, found: Found, plan: Plan, stages: Sequence[Sequence[Site]], **settings: Any
+) -> DecomposeResult:
+    """Decompose one run of sites after another, each for the data as the model then is."""
+    changes: list[Change] = []
+    changed = model
+    for stage in stages:
+        names = {site.name for unit in stage for site in unit.members}
+        others = {decision.site: "another stage" for decision in plan if decision.site not in names}
+        result = decompose(changed, example_inputs, plan=_narrow(plan, others), **settings)
+        changed, changes = result.model, [*changes, *result.changes]
+        for name in names:
+            plan = plan.replaced(result.plan[name])
     return _result(changed, plan, changes, found)
 
 
