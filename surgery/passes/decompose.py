@@ -131,7 +131,7 @@ def decompose(
             that the model gives it when all runs before it are decomposed. Each costs one more pass over the data.
         max_error: the promise of an output error of at most this (relative; the default promise, at 0.05);
         target_speedup: that of a whole model at least so many times as fast, with the least error;
-        eval_fn, max_drop: that of a metric, ``eval_fn(module)``, higher is better, that falls by at most ``max_drop``. A
+        eval_fn, max_drop: that of a metric, ``eval_fn(module)``, higher is better, that falls by no more than this. A
             number is taken as it is; of a tensor with the score of each sample the mean falls so with 95 % confidence.
         cost: what is to be low: "latency", measured on this CPU, or "macs" or "params".
         latencies: measures each site's operator and chain, for the plan's latencies. ``ranks="auto"`` needs it, and
