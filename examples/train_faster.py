@@ -41,7 +41,7 @@ from surgery.passes.decompose import find_sites
 from surgery.training import LowRankTraining
 from surgery.training.propose import try_formats
 
-BATCH = 128
+BATCH = 64
 EVAL_BATCH = 500
 
 

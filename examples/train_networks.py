@@ -14,10 +14,10 @@ _ROWS, _DEPTH, _HEADS = 4, 4, 4  # rows of patches in an image, blocks, heads
 
 
 def convolutional(channels: int, side: int, width: int) -> nn.Sequential:
-    """Return a network of a stem of stride 2, then three 3x3 convolutions each of 2 and 4 times its width."""
+    """Return a network of a stem of stride 2, then two 3x3 convolutions each of 2 and 4 times its width."""
     layers: list[nn.Module] = []
     before = channels
-    for rows, count, stride in ((width, 1, 2), (2 * width, 3, 1), (4 * width, 3, 1)):
+    for rows, count, stride in ((width, 1, 2), (2 * width, 2, 1), (4 * width, 2, 1)):
         for _ in range(count):
             convolution = nn.Conv2d(before, rows, 3, stride=stride, padding=1, bias=False)
             layers += [convolution, nn.BatchNorm2d(rows), nn.ReLU()]

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import surgery
-from surgery.chain import relative_error
+from surgery.chain import Chain, relative_error
+from surgery.cost.latency import Comparison, Latencies
 from surgery.errors import InputError, RankError, Refusal
 from surgery.export import export_onnx
 from surgery.factorizations import FACTORIZATIONS, named
@@ -117,6 +118,34 @@ def test_a_joint_program_is_saved_loaded_exported_and_fused(tmp_path: Path) -> N
     assert unique_parameters(loaded) == result.after.parameters
     assert export_onnx(loaded, tmp_path / "joint.onnx").relative_error < 1e-5
     assert shapes(recompose(loaded).model) == shapes(program)
+
+
+class Fixed(Latencies):
+    """Latencies that are known: 2 s for dense, 1 s for any chain, a quarter for what is timed alone."""
+
+    def compare(self, dense: Operator, chain: Chain, shape: tuple[int, ...]) -> Comparison:
+        return Comparison(2.0, 1.0, 2.0, 2.0, 2.0, "faster")
+
+    def measure(self, operator: Operator | Chain, shape: tuple[int, ...]) -> float:
+        assert isinstance(operator, Chain)
+        assert len(operator.operators) == 1
+        assert operator.out_shape(shape)[-1] == 64
+        return 0.25
+
+
+def test_what_is_shared_is_timed_once() -> None:
+    joint = [("q", "k", "v")]
+    found = plan(Heads(), torch.randn(4, 96), ranks=8, joint=joint, latencies=Fixed(keep=False))
+    assert [(decision.dense_latency, decision.latency) for decision in found] == [(2.0, 1.0), (2.0, 0.25), (2.0, 0.25)]
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(96, 64) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
 
 
 def test_the_plan_keeps_the_groups_through_a_file_and_through_edits() -> None:

@@ -19,6 +19,7 @@ from surgery.factorizations import named
 from surgery.graphs import ChainSpot, Found, GraphKind, Model, open_graph
 from surgery.inputs import Inputs, normalise_inputs
 from surgery.joint import form
+from surgery.operators import Operator
 from surgery.passes.factoring import Made, factor_site, gather, split_chain
 from surgery.passes.goals import Evaluate, Goal
 from surgery.passes.promise import Terms, negotiate
@@ -318,14 +319,21 @@ def _groups(found: Found, joint: Joint) -> Sequence[Sequence[str]]:
 
 
 def _measure(plan: Plan, sites: Sequence[Site], latencies: Latencies, progress: Progress) -> Plan:
-    """Fill in the latencies of the factored sites that have none yet."""
+    """Fill in the latencies of the factored sites that have none yet.
+
+    What joint sites share runs once: its time is that of the first of them.
+    """
     todo = {d.site for d in plan if not d.dense and d.latency is None}
     units = [unit for unit in join(sites, joint_groups(plan)) if unit.name in todo]
     for done, unit in enumerate(units):
         progress("measure", done, len(units))
-        for site, chain in zip(unit.members, _skeletons(unit, plan[unit.name]), strict=True):
+        for number, (site, chain) in enumerate(zip(unit.members, _skeletons(unit, plan[unit.name]), strict=True)):
             times = [latencies.compare(site.operator, chain, shape) for shape in site.input_shapes]
             dense, after = sum(t.dense_s for t in times), sum(t.chain_s for t in times)
+            if number:
+                last = max(i for i, step in enumerate(chain.steps) if isinstance(step, Operator))
+                shared, own = (replace(chain, steps=part) for part in (chain.steps[:last], chain.steps[last:]))
+                after = sum(latencies.measure(own, shared.out_shape(shape)) for shape in site.input_shapes)
             plan = plan.replaced(replace(plan[site.name], dense_latency=dense, latency=after))
     return plan
 
