@@ -16,7 +16,9 @@ the plain chain, which is taken where it is as good; at full ranks it is the pla
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from surgery.calibration.moments import Moments
@@ -61,8 +63,11 @@ def fit(
     if operator.bias is not None:
         chains = [correct_bias(chain, operator, moments) for chain in chains]
 
+    wide = operator.weight.dtype == torch.float64
+    judge = moments if wide else replace(moments, metric=moments.metric.narrow())
+
     def error(chain: Chain) -> float:
-        return output_error(chain, operator, moments, weighed=True, centred=bool(centred))
+        return output_error(chain, operator, judge, weighed=True, centred=bool(centred))
 
     return min(chains, key=error, default=plain)
 

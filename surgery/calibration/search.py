@@ -3,7 +3,8 @@
 ``svd`` has a closed form (``surgery.solvers.weighted``). Every other method starts twice: from its plain factors, and
 from those of the kernel whose channels are whitened, S W A^(1/2) with A the moment of the input channels and S S the
 sensitivity of the output channels; the factor that reads the input takes A^(-1/2) back, and the one that writes the
-output S^-1. From the better start Gauss-Newton steps go on under the whole metric, in these coordinates.
+output S^-1. From the better start Gauss-Newton steps go on under the whole metric (of many columns: channels (x) taps), in these
+coordinates.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from surgery.solvers.weighted import Metric, equal_norms, low_rank, refine, root
 from surgery.steps import Branches
 
 __all__ = ["Problem", "composed", "search"]
+
+_JOINT = 2304  # columns; above, each step under the whole moment takes seconds
 
 
 def composed(chain: Chain) -> Tensor:
@@ -135,6 +138,8 @@ def search(problem: Problem, plain: Chain | Refusal) -> Chain | None:
         return problem.chain(coordinates.move(problem, _svd(problem, target, metric), 1))
     if problem.operator.weight.dtype != torch.float64:
         metric = metric.narrow()
+    if metric.factors[0].shape[-1] > _JOINT:
+        metric = metric.separated()
     starts = []
     if isinstance(plain, Chain):
         starts.append(coordinates.move(problem, [operator.kernel.double() for operator in plain.operators], 0))

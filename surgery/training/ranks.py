@@ -1,9 +1,9 @@
 """Ranks for training: how much of each unfolding to keep by its spectrum relative to that at the start, then by time.
 
 EVBMF sees nothing in weights that are hardly trained, and the energy of a spectrum that is still nearly flat asks for
-almost all of it. What tells layers apart early is how far the stable rank has fallen: its share of that of the fresh
-weight is the share of the full rank to keep (Cuttlefish's scaled stable rank), within ``LEAST`` and ``MOST``: below,
-too little can be learned afterwards (Pufferfish takes a quarter everywhere), above, nothing gets faster.
+almost all of it. A layer of which nothing is known yet gets ``MOST`` of its full rank, the quarter that Pufferfish (Wang
+et al. 2021) takes everywhere. What tells layers apart is how far the stable rank has fallen: its share of that of the
+fresh weight (Cuttlefish's scaled stable rank) is the share of that quarter to keep, not below ``LEAST``.
 
 Ranks are rounded up to what the kernels like; of the factorizations that fit, the one is taken whose forward and
 backward pass measures shortest; where none is faster than dense, the site stays dense.
@@ -27,7 +27,7 @@ from surgery.training.spectra import SpectrumLog
 
 __all__ = ["LEAST", "MOST", "TrainingRanks"]
 
-LEAST, MOST = 0.25, 0.5  # ours: shares of the full rank
+LEAST, MOST = 0.125, 0.25  # ours: shares of the full rank
 _CLOSE = 2.0  # ours: times the fewest MACs; what costs more is not worth the time to measure it
 
 
@@ -64,7 +64,7 @@ class TrainingRanks(SiteRule):
 
     def ranks(self, candidate: Candidate) -> Ranks:
         """Return the ranks by the spectrum, rounded up to what the kernels like."""
-        share = min(MOST, max(LEAST, self.log.relative(candidate.site.name)))
+        share = min(MOST, max(LEAST, MOST * self.log.relative(candidate.site.name)))
         groups = candidate.site.operator.kernel.shape[0]
         counts = tuple(math.ceil(share * s) for s in candidate.factorization.counts(candidate.max_ranks))
         rows = zip(candidate.settled(counts), candidate.max_ranks, strict=True)
