@@ -3,8 +3,8 @@
 ``svd`` has a closed form (``surgery.solvers.weighted``). Every other method starts twice: from its plain factors, and
 from those of the kernel whose channels are whitened, S W A^(1/2) with A the moment of the input channels and S S the
 sensitivity of the output channels; the factor that reads the input takes A^(-1/2) back, and the one that writes the
-output S^-1. From the better start Gauss-Newton steps go on under the whole metric (of many columns: channels (x) taps), in these
-coordinates.
+output S^-1. From the better start Gauss-Newton steps go on in these coordinates, under the whole metric; under that of
+channels (x) taps where there are many columns.
 """
 
 from __future__ import annotations
