@@ -41,7 +41,7 @@ from surgery.passes.decompose import find_sites
 from surgery.training import LowRankTraining
 from surgery.training.propose import try_formats
 
-BATCH = 64
+BATCH = 32
 EVAL_BATCH = 500
 
 
