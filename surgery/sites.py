@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from surgery.chain import Chain
 from surgery.errors import CheckError, InputError
+from surgery.neighbours import Neighbour
 from surgery.operators import Conv, Linear, Operator, Shape
 
 __all__ = ["FactoredSite", "Site", "Skip", "Totals", "describe", "select"]
@@ -18,13 +19,15 @@ class Site:
     """One place in one graph where an operator stands.
 
     ``name`` is the dotted path of its weight without ``.weight``; ``aliases`` are the other names of a tied weight.
-    ``input_shapes`` has the shape of the activations of each call, the batch included.
+    ``input_shapes`` has the shape of the activations of each call, the batch included. ``behind`` is what stands behind
+    each call, as far as a runtime makes one with it.
     """
 
     name: str
     operator: Operator
     input_shapes: tuple[Shape, ...]
     aliases: tuple[str, ...] = ()
+    behind: tuple[Neighbour, ...] = ()
 
     @property
     def input_shape(self) -> Shape:
@@ -40,6 +43,11 @@ class Site:
     def members(self) -> tuple[Site, ...]:
         """The sites that are decided on together: itself alone, unless it is a joint one."""
         return (self,)
+
+    def placed(self, step: Operator | Chain) -> Operator | Chain:
+        """Return the operator or its chain with what stands behind it, for timing."""
+        steps = step.steps if isinstance(step, Chain) else (step,)
+        return Chain((*steps, *self.behind)) if self.behind else step
 
     @property
     def description(self) -> str:

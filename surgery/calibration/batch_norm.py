@@ -14,10 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
@@ -25,25 +23,15 @@ from torch.fx import Node
 from surgery.calibration.inputs import Calibration
 from surgery.calibration.observe import Observed, ObservedGraph, ObservedModule, observe
 from surgery.graphs import GraphKind, Model, Spot
+from surgery.graphs.behind import BATCH_NORMS, is_tracked_norm
 from surgery.graphs.view import View
 
 __all__ = ["Reference", "batch_norm_moments", "feeds_batch_norm", "reestimate_batch_norm"]
-
-aten = torch.ops.aten
 
 Pair = tuple[Tensor, Tensor]
 Reference = Mapping[str, Pair]
 
 _BUFFERS = ("running_mean", "running_var")
-
-# target -> places of the running mean and of the running variance among its arguments
-_FUNCTIONS: dict[Any, tuple[int, int]] = {
-    F.batch_norm: (1, 2),
-    torch.batch_norm: (3, 4),
-    aten.batch_norm.default: (3, 4),
-    aten.native_batch_norm.default: (3, 4),
-    aten._native_batch_norm_legit_no_training.default: (3, 4),
-}
 
 
 def batch_norm_moments(model: Model, batches: Calibration) -> Reference:
@@ -102,7 +90,7 @@ def feeds_batch_norm(kind: GraphKind, spot: Spot) -> bool:
 
 def _is_norm(view: View, node: Node) -> bool:
     if node.op == "call_module" and view.module is not None:
-        return _is_tracked(view.module(str(node.target)))
+        return is_tracked_norm(view.module(str(node.target)))
     return _function_buffers(node) is not None
 
 
@@ -170,17 +158,13 @@ class _Norm:
 def _norms(observed: Observed, model: Model) -> list[_Norm]:
     """Return the batch norms of a model, each watched already."""
     if isinstance(observed, ObservedModule):
-        found = {id(m): path for path, m in observed.root.named_modules() if _is_tracked(m)}
+        found = {id(m): path for path, m in observed.root.named_modules() if is_tracked_norm(m)}
         norms = [_module_norm(path, observed.root) for path in found.values()]
         for norm in norms:
             observed.watch_module(norm.name, norm.see)
         return norms
     assert isinstance(observed, ObservedGraph)  # there are these two
     return _graph_norms(observed, model)
-
-
-def _is_tracked(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
 
 
 def _module_norm(path: str, root: nn.Module) -> _Norm:
@@ -193,7 +177,7 @@ def _graph_norms(observed: ObservedGraph, model: Model) -> list[_Norm]:
     view = observed.kind.view
     norms: dict[str, _Norm] = {}
     for node in view.graph.nodes:
-        if node.op == "call_module" and view.module is not None and _is_tracked(view.module(str(node.target))):
+        if node.op == "call_module" and view.module is not None and is_tracked_norm(view.module(str(node.target))):
             root = view.graph.owning_module
             assert root is not None  # each kind keeps the module of its graph
             norm = _module_norm(str(node.target), root)
@@ -211,7 +195,7 @@ def _graph_norms(observed: ObservedGraph, model: Model) -> list[_Norm]:
 
 def _function_buffers(node: Node) -> tuple[Node, Node] | None:
     """Return the nodes of running mean and variance of a batch norm's call; None for any other node."""
-    places = _FUNCTIONS.get(node.target) if node.op == "call_function" else None
+    places = BATCH_NORMS.get(node.target) if node.op == "call_function" else None
     if places is None:
         return None
     found = [

@@ -98,7 +98,7 @@ class Latencies:
         self._store = _Store((path or cache_path()) if keep else None)
         self._known: dict[str, dict[str, Any]] = {}
 
-    def compare(self, dense: Operator, chain: Chain, shape: Shape) -> Comparison:
+    def compare(self, dense: Operator | Chain, chain: Operator | Chain, shape: Shape) -> Comparison:
         """Return both latencies at an input shape, and how much faster the chain is.
 
         Raises:
@@ -123,7 +123,7 @@ class Latencies:
             self._keep(key, asdict(found))
         return found.seconds
 
-    def _time_pair(self, first: Operator, second: Chain, shape: Shape) -> tuple[Samples, Samples]:
+    def _time_pair(self, first: Operator | Chain, second: Operator | Chain, shape: Shape) -> tuple[Samples, Samples]:
         session = open_session(build_choice(first, second, shape), threads=self.threads, spin=True)
         x = self._input(first, shape)
         runs = [bind(session, {"input": x, "second": np.array(choice)}) for choice in (False, True)]

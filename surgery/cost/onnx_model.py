@@ -24,6 +24,7 @@ from torch import Tensor
 
 from surgery.chain import Chain
 from surgery.errors import InputError
+from surgery.neighbours import Activation, BatchNorm
 from surgery.operators import Conv, Embedding, Geometry, Linear, Operator, Shape
 from surgery.steps import Branches, Flatten, Shift, Step, Transpose, Unflatten
 
@@ -225,6 +226,16 @@ def _transposed_attributes(geometry: Geometry) -> dict[str, Any]:
     return {"output_padding": geometry.output_padding} if geometry.transposed else {}
 
 
+def _emit_batch_norm(graph: _Graph, step: Any, shape: Shape) -> None:
+    one = np.ones(shape[1], np.float32)
+    graph.apply("BatchNormalization", [one, 0 * one, 0 * one, one])
+
+
+def _emit_activation(graph: _Graph, step: Any, shape: Shape) -> None:
+    limits = [np.array(value, np.float32) for value in (0, 6)] if step.kind == "Clip" else []
+    graph.apply(step.kind, limits)
+
+
 _EMITTERS: dict[type, Callable[[_Graph, Any, Shape], None]] = {
     Linear: _emit_linear,
     Conv: _emit_conv,
@@ -234,4 +245,6 @@ _EMITTERS: dict[type, Callable[[_Graph, Any, Shape], None]] = {
     Transpose: _emit_transpose,
     Shift: _emit_shift,
     Branches: _emit_branches,
+    BatchNorm: _emit_batch_norm,
+    Activation: _emit_activation,
 }

@@ -9,13 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch.fx import Node
 
 from surgery.chain import Chain
 from surgery.errors import Refusal
+from surgery.graphs.behind import behind
 from surgery.graphs.chains import ChainSpot, Origin, find_chains
 from surgery.graphs.items import Item, all_calls
 from surgery.graphs.runs import Part, Run, find_parts, sites_of
@@ -62,9 +63,13 @@ class GraphKind(ABC):
         if chains:
             others = [spot for spot in spots if not {call.node for call in spot.calls} & inside]
             spots = sorted([*chains, *others], key=lambda spot: spot.first)
+        spots = [spot if isinstance(spot, ChainSpot) else self._placed(spot) for spot in spots]
         unique = {identity(p): p.numel() for p in self.view.parameters.values()}
         macs = sum(spot.site.macs for spot in spots) + sum(skip.macs for skip in skips)
         return Found(tuple(spots), tuple(skips), Totals(sum(unique.values()), macs))
+
+    def _placed(self, spot: Spot) -> Spot:
+        return replace(spot, site=replace(spot.site, behind=behind(self.view, spot)))
 
     @property
     def origins(self) -> Mapping[str, Origin]:

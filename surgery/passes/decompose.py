@@ -328,12 +328,13 @@ def _measure(plan: Plan, sites: Sequence[Site], latencies: Latencies, progress: 
     for done, unit in enumerate(units):
         progress("measure", done, len(units))
         for number, (site, chain) in enumerate(zip(unit.members, _skeletons(unit, plan[unit.name]), strict=True)):
-            times = [latencies.compare(site.operator, chain, shape) for shape in site.input_shapes]
+            dense_step, chain_step = site.placed(site.operator), site.placed(chain)
+            times = [latencies.compare(dense_step, chain_step, shape) for shape in site.input_shapes]
             dense, after = sum(t.dense_s for t in times), sum(t.chain_s for t in times)
             if number:
                 last = max(i for i, step in enumerate(chain.steps) if isinstance(step, Operator))
                 shared, own = (replace(chain, steps=part) for part in (chain.steps[:last], chain.steps[last:]))
-                after = sum(latencies.measure(own, shared.out_shape(shape)) for shape in site.input_shapes)
+                after = sum(latencies.measure(site.placed(own), shared.out_shape(shape)) for shape in site.input_shapes)
             plan = plan.replaced(replace(plan[site.name], dense_latency=dense, latency=after))
     return plan
 

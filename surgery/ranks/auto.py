@@ -39,7 +39,7 @@ class Comparison(Protocol):
 class Latencies(Protocol):
     """Whatever can time an operator against a chain; ``surgery.cost`` has one."""
 
-    def compare(self, dense: Operator, chain: Chain, shape: Shape, /) -> Comparison:
+    def compare(self, dense: Operator | Chain, chain: Operator | Chain, shape: Shape, /) -> Comparison:
         """Time both at an input shape; the chain's weights are on the meta device. InputError: they cannot be run."""
 
 

@@ -88,13 +88,13 @@ class Candidate:
         rows = zip(chains, calls, own_parameters(chains), strict=True)
         return [Cost(own, sum(n * chain.macs(shape) for shape, n in times.items())) for chain, times, own in rows]
 
-    def pairs(self, ranks: Ranks) -> list[tuple[Operator, Chain, Shape, int]]:
-        """Return what to time: operator, its chain, an input shape, and how many calls have it."""
+    def pairs(self, ranks: Ranks) -> list[tuple[Operator | Chain, Operator | Chain, Shape, int]]:
+        """Return what to time: operator and chain in their place, an input shape, and how many calls have it."""
         chains = self.chains(ranks)
         if isinstance(chains, Refusal):
             return []
         return [
-            (member.operator, chain, shape, count)
+            (member.placed(member.operator), member.placed(chain), shape, count)
             for member, chain in zip(self.site.members, chains, strict=True)
             for shape, count in Counter(member.input_shapes).items()
         ]
