@@ -17,7 +17,7 @@ ROOT = Path(surgery.__file__).parent
 # Lower layers first; a module may import modules of its own layer and of those below.
 LAYERS = [
     {"errors", "text"},
-    {"operators", "steps", "composition", "chain", "inputs"},
+    {"operators", "steps", "neighbours", "composition", "chain", "inputs"},
     {"solvers", "factorizations", "sites", "joint", "plans"},
     {"graphs"},
     {"ranks", "cost", "calibration"},

@@ -10,6 +10,9 @@ promise of the grid is asked for; what is returned is measured again:
     max_drop         accuracy lost on the unseen images; the metric's scores are given for each image
     target_speedup   a timing of its own, both models interleaved
 
+Two networks that cannot get faster come last, one of depthwise convolutions and a tiny one: `auto` is to return them as
+they are, and to say why.
+
 A promise that `auto` itself says it cannot keep (exit status 3 on the command line) counts as refused. Where it returns
 the original, what it promises of quality is kept, and the speed-up is 1.
 """
@@ -29,6 +32,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
@@ -112,6 +116,36 @@ def rows(name: str, network: Network, samples: int, seconds: float) -> Iterator[
             yield Row(name, kind, limit, promise.kept, promise.measured, found, original, speedup, taken)
 
 
+def unpaying() -> dict[str, nn.Module]:
+    """Return networks that factoring cannot make faster: most work is depthwise, or there is hardly any."""
+    torch.manual_seed(0)
+    blocks: list[nn.Module] = []
+    for _ in range(6):
+        blocks += [nn.Conv2d(24, 24, 7, padding=3, groups=24), nn.Conv2d(24, 24, 1), nn.ReLU()]
+    stem, head = nn.Conv2d(1, 24, 3, padding=1), (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    small = (nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+    return {
+        "depthwise": nn.Sequential(stem, nn.ReLU(), *blocks, *head, nn.Linear(24, 10)).eval(),
+        "tiny": nn.Sequential(*small, *head, nn.Linear(8, 10)).eval(),
+    }
+
+
+def show_unpaying(console: Console) -> None:
+    """Print what `auto` makes of the networks that cannot get faster, asked for an error and for a speed-up."""
+    images = torch.randn(256, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    table = Table("network", "asked for", "returned", "why")
+    for name, model in unpaying().items():
+        for asked in ({"max_error": 0.05}, {"target_speedup": 1.5}):
+            result = surgery.decompose(model, images[:1], calibration=images, **asked)
+            assert result.promise is not None
+            timing = None if result.search is None else result.search.timing
+            returned = "the original" if result.model is model else "a changed model"
+            if timing is not None:
+                returned += f", {timing.comparisons[0].speedup:.2f}x"
+            table.add_row(name, " ".join(f"{k}={v}" for k, v in asked.items()), returned, result.promise.note)
+    console.print(table)
+
+
 def show(console: Console, found: list[Row]) -> None:
     """Print each promise, and the share of those kept."""
     table = Table("network", "promise", "limit", "auto says", "on unseen", "", "at", "seconds")
@@ -147,6 +181,7 @@ def main() -> None:
             found.append(row)
             console.print(f"{row.network} {row.kind} {row.limit:g}: {row.seconds:.0f} s")
     show(console, found)
+    show_unpaying(console)
     where = environment(Latencies().threads)
     console.print(f"{where.cpu}, {where.threads} threads, onnxruntime {where.onnxruntime}, torch {where.torch}")
     if options.json:

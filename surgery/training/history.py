@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -47,7 +48,8 @@ class EpochRow:
     """One epoch: its seconds and optimizer steps, the mean stable rank after it relative to the start, and its event.
 
     ``phase`` is what was trained: "dense", "factored" or "recomposed". The seconds are from the end of the last
-    ``end_epoch`` to the start of this one, so with all that the loop does; an event's own come on top of them.
+    ``end_epoch`` to the start of this one, so with all that the loop does; an event's own come on top of them. ``step``
+    is the median from one step of the optimizer to the next, which evaluation between epochs does not touch.
     """
 
     epoch: int
@@ -57,11 +59,12 @@ class EpochRow:
     accuracy: float | None = None
     stable_rank: float | None = None
     event: Event | None = None
+    step: float | None = None
 
     @property
     def step_seconds(self) -> float | None:
-        """Seconds for each step, all of the epoch counted; None without steps."""
-        return self.seconds / self.steps if self.steps else None
+        """Seconds of a step; where that is not known, of the whole epoch for each; None without steps."""
+        return self.step or (self.seconds / self.steps if self.steps else None)
 
 
 @dataclass(frozen=True, repr=False)
@@ -111,7 +114,7 @@ class History:
         factored = [row for row in self.rows if row.phase == "factored" and row.steps]
         if forecast is None or not factored:
             return ""
-        step = sum(row.seconds for row in factored) / sum(row.steps for row in factored)
+        step = statistics.median(row.step_seconds or 0.0 for row in factored)
         return f"forecast: a step of {seconds(forecast.factored_step)}; outcome: {seconds(step)}"
 
     def add(self, row: EpochRow) -> History:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import statistics
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -95,7 +97,7 @@ class LowRankTraining:
             self._try_formats()
         self._spectra = SpectrumLog((self._stable_ranks(),) if self._measured else ())
         self.history = History(setup=time.perf_counter() - start)
-        self._steps = 0
+        self._ends: list[float] = []
         self._handle = optimizer.register_step_post_hook(self._count)
         self._mark = time.perf_counter()
 
@@ -120,13 +122,14 @@ class LowRankTraining:
         Returns the event, if there was one: its text says what was done and why; it is logged, too. ``accuracy`` is for
         the history. The optimizer's gradients should be used up: parameters that are exchanged have none.
         """
-        seconds, steps, phase = time.perf_counter() - self._mark, self._steps, self.phase
+        seconds, steps, phase = time.perf_counter() - self._mark, len(self._ends), self.phase
+        step = statistics.median(b - a for a, b in pairwise(self._ends)) if steps > 1 else None
         if self.phase == "dense" and not self._decided and self._measured:
             self._spectra = self._spectra.add(self._stable_ranks())
-        event = self._act(epoch + 1, (seconds, steps))
+        event = self._act(epoch + 1, (steps * step if step else seconds, steps))
         rank = self._spectra.mean if phase == "dense" else None
-        self.history = self.history.add(EpochRow(epoch, phase, seconds, steps, accuracy, rank, event))
-        self._steps, self._mark = 0, time.perf_counter()
+        self.history = self.history.add(EpochRow(epoch, phase, seconds, steps, accuracy, rank, event, step))
+        self._ends, self._mark = [], time.perf_counter()
         return event
 
     def finish(self) -> Event | None:
@@ -186,10 +189,10 @@ class LowRankTraining:
         self.phase, self._decided = state["phase"], state["decided"]
         self._spectra = SpectrumLog(tuple(dict(row) for row in state["spectra"]))
         self.history = History.from_values(state["history"])
-        self._steps, self._mark = 0, time.perf_counter()
+        self._ends, self._mark = [], time.perf_counter()
 
     def _count(self, *_: Any) -> None:
-        self._steps += 1
+        self._ends.append(time.perf_counter())
 
     def _try_formats(self) -> None:
         trainee = self._trainee
