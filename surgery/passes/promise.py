@@ -28,7 +28,7 @@ from surgery.ranks.planning import Progress
 
 __all__ = ["Negotiated", "Terms", "negotiate"]
 
-_SKETCHES, _BUILDS = 6, 3  # trials for a speed-up: timed alone, then fitted too
+_SKETCHES, _BUILDS = 6, 4  # trials for a speed-up: timed alone, then fitted too
 _LEAST_STEP = 0.02  # of the whole latency, from one trial to the next
 _NEAR = 1.03  # a speed-up that is above its target by less leaves nothing to gain
 
@@ -107,7 +107,8 @@ def _for_speed(work: Workshop) -> tuple[list[Trial], list[Option], Timing | None
             best = found.speedup, chosen, timing
         if done[-1].kept or chosen == _fastest(work):
             break
-        limit -= _LEAST_STEP * work.seconds
+        missing = work.seconds / found.low - work.seconds / work.terms.goal.limit
+        limit -= max(missing, _LEAST_STEP * work.seconds)
     assert best is not None  # there is at least one trial
     return done, best[1], best[2]
 
