@@ -136,7 +136,7 @@ def mnist(folder: Path | None) -> Network:
     )
     classifier = nn.Sequential(nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10))
     model = nn.Sequential(OrderedDict(features=features, flatten=nn.Flatten(), classifier=classifier))
-    model.load_state_dict(torch.load(folder / "mnist.pth", weights_only=True))
+    model.load_state_dict(torch.load(folder / "mnist.pth", map_location="cpu", weights_only=True))
     pixels = np.fromfile(folder / "t10k-images-idx3-ubyte", dtype=np.uint8, offset=16).reshape(-1, 1, 28, 28)
     labels = torch.from_numpy(np.fromfile(folder / "t10k-labels-idx1-ubyte", dtype=np.uint8, offset=8)).long()
     images = (torch.from_numpy(pixels).float().div(255) - 0.1307) / 0.3081
