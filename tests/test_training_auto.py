@@ -139,7 +139,19 @@ def run_epoch(run: LowRankTraining, epoch: int, *, seconds: float = 100.0) -> An
     """An epoch that is said to have taken so long."""
     train(run)
     run._mark -= seconds
+    run._ends = [end + i * seconds / len(run._ends) for i, end in enumerate(run._ends)]
     return run.end_epoch(epoch)
+
+
+def test_what_is_between_epochs_is_no_part_of_a_step() -> None:
+    run = auto_run(decompose_at=5)
+    train(run)
+    run._mark -= 1000.0  # an evaluation, say
+    run.end_epoch(0)
+    row = run.history[0]
+    assert row.seconds > 1000
+    assert row.step_seconds is not None
+    assert row.step_seconds < 1000 / row.steps
 
 
 def test_auto_switches_where_it_pays_and_tells_the_forecast(made_up: Callable[..., None]) -> None:
