@@ -149,6 +149,16 @@ def test_factors_for_the_data_give_nearer_outputs(kind: str) -> None:
     assert torch.equal(run_model(model, ((test,), {})), original)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_without_changes_leaves_the_model_as_it_is(kind: str) -> None:
+    x = images(24)
+    model = as_kind(net(), kind, x[:8])
+    for stages in (1, 2):
+        result = decompose(model, x[:8], ranks={"*": None}, calibration=x, stages=stages)
+        assert not result.changes
+        assert torch.equal(run_model(result.model, ((x[:8],), {})), run_model(model, ((x[:8],), {})))
+
+
 def test_stages_need_data_and_ranks() -> None:
     for settings in ({"ranks": 2}, {"calibration": images(4)}, {"ranks": 2, "calibration": images(4), "stages": 0}):
         with pytest.raises(InputError, match="stages="):

@@ -18,7 +18,6 @@ over the one measured.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -40,7 +39,7 @@ from surgery.benchmark import bench, environment
 from surgery.cost.latency import Latencies
 from surgery.factorizations import fitting
 from surgery.passes.decompose import find_sites, plan
-from tools.trained import NETWORKS, Network, split
+from tools.trained import NETWORKS, Network, read_options, split
 
 TARGETS = (1.25, 1.5, 2.0, 3.0)
 SWEEPS: dict[str, tuple[float, ...]] = {
@@ -136,13 +135,7 @@ def show(console: Console, name: str, original: float, points: list[Point]) -> N
 def main() -> None:
     """Measure, print and write."""
     warnings.simplefilter("ignore")  # of torch about itself
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", choices=NETWORKS, action="append", help="may be repeated  [default: fashion]")
-    parser.add_argument("--data", type=Path, help="folder of the data of networks that are not shipped")
-    parser.add_argument("--samples", type=int, default=256, help="calibration images")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time to measure each model")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
-    options = parser.parse_args()
+    options = read_options(__doc__.splitlines()[0])
     console, report = Console(), {}
     for name in options.network or ["fashion"]:
         network = NETWORKS[name](options.data)

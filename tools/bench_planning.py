@@ -77,18 +77,17 @@ def main() -> None:
     asked = {k: v for k in ("target_speedup", "max_error") if (v := getattr(options, k)) is not None}
     asked = asked or {"target_speedup": 1.3}
     samples = images(options.samples, NETWORKS[options.network].image)
-    runs = {}
+    console, runs = Console(), {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SURGERY_CACHE"] = folder
         for name in ("cold", "warm"):
             runs[name] = plan(options.network, samples, asked, told=options.progress)
-    console, table = Console(), Table("step", *runs)
+            console.print(f"{name}: {runs[name][1]:.1f} s; {runs[name][0].promise}")
+    table = Table("step", *runs)
     for step in dict.fromkeys(step for _, _, clock in runs.values() for step in clock.seconds):
         table.add_row(step, *(f"{clock.seconds[step]:.1f} s" for _, _, clock in runs.values()))
     table.add_row("all", *(f"{seconds:.1f} s" for _, seconds, _ in runs.values()))
     console.print(table)
-    for name, (result, _, _) in runs.items():
-        console.print(f"{name}: {result.promise}")
     where = environment(Latencies().threads)
     console.print(f"{where.cpu}, {where.threads} threads, onnxruntime {where.onnxruntime}, torch {where.torch}")
 

@@ -19,7 +19,6 @@ the original, what it promises of quality is kept, and the speed-up is 1.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -39,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import surgery
 from surgery.benchmark import bench, environment
 from surgery.cost.latency import Latencies
-from tools.trained import NETWORKS, Network, split
+from tools.trained import NETWORKS, Network, read_options, split
 
 GRID: dict[str, tuple[float, ...]] = {
     "max_error": (0.02, 0.05, 0.1, 0.2),
@@ -168,13 +167,7 @@ def show(console: Console, found: list[Row]) -> None:
 def main() -> None:
     """Ask, measure, print and write."""
     warnings.simplefilter("ignore")  # of torch about itself
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", choices=NETWORKS, action="append", help="may be repeated  [default: fashion]")
-    parser.add_argument("--data", type=Path, help="folder of the data of networks that are not shipped")
-    parser.add_argument("--samples", type=int, default=256, help="calibration images")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time to measure each model again")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
-    options = parser.parse_args()
+    options = read_options(__doc__.splitlines()[0])
     console, found = Console(), []
     for name in options.network or ["fashion"]:
         for row in rows(name, NETWORKS[name](options.data), options.samples, options.seconds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import itertools
 import sys
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import surgery
 from examples.train_networks import transformer
 
-__all__ = ["NETWORKS", "Network", "ResNet20", "split"]
+__all__ = ["NETWORKS", "Network", "ResNet20", "read_options", "split"]
 
 DATA = Path(__file__).resolve().parent.parent / "examples" / "data"
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -55,6 +56,17 @@ def split(network: Network, count: int, seed: int) -> tuple[Network, Network]:
         Network(network.name, network.program, network.images[part], network.labels[part]) for part in parts
     )
     return first, second
+
+
+def read_options(description: str) -> argparse.Namespace:
+    """Return the options that the benchmarks on these networks have in common."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--network", choices=NETWORKS, action="append", help="may be repeated  [default: fashion]")
+    parser.add_argument("--data", type=Path, help="folder of the data of networks that are not shipped")
+    parser.add_argument("--samples", type=int, default=256, help="calibration images")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time to measure each model")
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    return parser.parse_args()
 
 
 def fashion(folder: Path | None) -> Network:

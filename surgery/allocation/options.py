@@ -27,7 +27,7 @@ from surgery.operators import Conv, Embedding, Linear, Operator
 from surgery.ranks.auto import snap
 from surgery.ranks.candidates import Candidate, candidates_of
 from surgery.sites import FactoredSite, Site
-from surgery.solvers.weighted import roots, times_channels, triangles
+from surgery.solvers.weighted import roots, times_channels, triangle
 
 __all__ = ["Option", "Options", "options_of"]
 
@@ -137,7 +137,7 @@ def _whitened(site: Site, moments: Moments, *, centred: bool) -> tuple[Site, flo
     if metric.factors[0].shape[-1] > _JOINT and metric.factors[0].dim() == 3:
         metric = metric.separated()
     mixed = metric.taps > 1 and len(metric.factors) == 1  # a root over channels and taps at once must be symmetric
-    first, *rest = ((roots if mixed else triangles)(factor, _RIDGE)[0] for factor in metric.factors)
+    first, *rest = (roots(f, _RIDGE)[0] if mixed else triangle(f, _RIDGE) for f in metric.factors)
     rows = times_channels(kernel.flatten(2), first, metric.taps if rest else 1)
     if rest:
         split = rows.unflatten(-1, (-1, metric.taps))
@@ -146,7 +146,7 @@ def _whitened(site: Site, moments: Moments, *, centred: bool) -> tuple[Site, flo
     if moments.sensitivity is None:
         scale = float(rows.square().sum()) / total if total > 0 else 0.0
     else:
-        rows = triangles(moments.sensitivity, _RIDGE)[0].mT @ rows
+        rows = triangle(moments.sensitivity, _RIDGE).mT @ rows
         scale = float(rows.square().sum()) * _positions(site)
     return replace(site, operator=_with_kernel(operator, rows.view_as(kernel))), scale
 

@@ -23,8 +23,7 @@ from torch.fx import Node
 from surgery.calibration.inputs import Calibration
 from surgery.calibration.observe import Observed, ObservedGraph, ObservedModule, observe
 from surgery.graphs import GraphKind, Model, Spot
-from surgery.graphs.behind import BATCH_NORMS, is_tracked_norm
-from surgery.graphs.view import View
+from surgery.graphs.behind import is_norm, is_tracked_norm, norm_buffers
 
 __all__ = ["Reference", "batch_norm_moments", "feeds_batch_norm", "reestimate_batch_norm"]
 
@@ -85,13 +84,7 @@ def _corrected(before: Pair, reference: Pair, now: Pair) -> Pair:
 def feeds_batch_norm(kind: GraphKind, spot: Spot) -> bool:
     """Whether batch norms, and nothing else, read what a site puts out, so that they take up its mean."""
     users = [user for call in spot.calls for user in call.node.users]
-    return bool(users) and all(_is_norm(kind.view, user) for user in users)
-
-
-def _is_norm(view: View, node: Node) -> bool:
-    if node.op == "call_module" and view.module is not None:
-        return is_tracked_norm(view.module(str(node.target)))
-    return _function_buffers(node) is not None
+    return bool(users) and all(is_norm(kind.view, user) for user in users)
 
 
 def _give_back(model: nn.Module, norms: Sequence[_Norm]) -> None:
@@ -182,7 +175,7 @@ def _graph_norms(observed: ObservedGraph, model: Model) -> list[_Norm]:
             assert root is not None  # each kind keeps the module of its graph
             norm = _module_norm(str(node.target), root)
         else:
-            buffers = _function_buffers(node)
+            buffers = norm_buffers(node)
             if buffers is None:
                 continue
             names = [_buffer_name(buffer, model) for buffer in buffers]
@@ -191,19 +184,6 @@ def _graph_norms(observed: ObservedGraph, model: Model) -> list[_Norm]:
         norm = norms.setdefault(norm.name, norm)
         observed.watch_node(node, node.all_input_nodes[0], norm.see)
     return list(norms.values())
-
-
-def _function_buffers(node: Node) -> tuple[Node, Node] | None:
-    """Return the nodes of running mean and variance of a batch norm's call; None for any other node."""
-    places = BATCH_NORMS.get(node.target) if node.op == "call_function" else None
-    if places is None:
-        return None
-    found = [
-        node.args[place] if place < len(node.args) else node.kwargs.get(leaf)
-        for place, leaf in zip(places, _BUFFERS, strict=True)
-    ]
-    mean, variance = found
-    return (mean, variance) if isinstance(mean, Node) and isinstance(variance, Node) else None
 
 
 def _buffer_name(node: Node, model: Model) -> str:

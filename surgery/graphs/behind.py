@@ -13,12 +13,12 @@ from torch.fx import Node
 from surgery.graphs.view import Spot, View
 from surgery.neighbours import Activation, BatchNorm, Neighbour
 
-__all__ = ["BATCH_NORMS", "behind", "is_tracked_norm"]
+__all__ = ["behind", "is_norm", "is_tracked_norm", "norm_buffers"]
 
 aten = torch.ops.aten
 
 # target -> places of the running mean and of the running variance among its arguments
-BATCH_NORMS: dict[Any, tuple[int, int]] = {
+_BATCH_NORMS: dict[Any, tuple[int, int]] = {
     F.batch_norm: (1, 2),
     torch.batch_norm: (3, 4),
     aten.batch_norm.default: (3, 4),
@@ -50,7 +50,7 @@ def behind(view: View, spot: Spot) -> tuple[Neighbour, ...]:
 
 def _behind(view: View, node: Node) -> Iterable[Neighbour]:
     user = _only_user(node)
-    if user is not None and _is_norm(view, user):
+    if user is not None and is_norm(view, user):
         yield BatchNorm()
         user = _only_user(user)
     if user is not None and (kind := _activation(view, user)) is not None:
@@ -62,10 +62,23 @@ def _only_user(node: Node) -> Node | None:
     return users[0] if len(users) == 1 else None
 
 
-def _is_norm(view: View, node: Node) -> bool:
+def is_norm(view: View, node: Node) -> bool:
+    """Whether a node is a batch norm with running statistics, as a module or as a function."""
     if node.op == "call_module" and view.module is not None:
         return is_tracked_norm(view.module(str(node.target)))
-    return node.op == "call_function" and node.target in BATCH_NORMS
+    return norm_buffers(node) is not None
+
+
+def norm_buffers(node: Node) -> tuple[Node, Node] | None:
+    """Return the nodes of running mean and variance of a batch norm's call; None for any other node."""
+    places = _BATCH_NORMS.get(node.target) if node.op == "call_function" else None
+    if places is None:
+        return None
+    mean, variance = (
+        node.args[place] if place < len(node.args) else node.kwargs.get(leaf)
+        for place, leaf in zip(places, ("running_mean", "running_var"), strict=True)
+    )
+    return (mean, variance) if isinstance(mean, Node) and isinstance(variance, Node) else None
 
 
 def _activation(view: View, node: Node) -> str | None:

@@ -178,6 +178,7 @@ def decompose(
             calibration=samples,
             progress=progress,
         )
+    samples = samples if work else None  # nothing to fit
     names = {site.name for unit in work for site in unit.members}
     data = None if samples is None else gather(model, _inputs(model, example_inputs, samples), samples, names, report)
     norms = None if samples is None else batch_norm_moments(model, samples)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from surgery.solvers.eigen import leading_subspace
 
-__all__ = ["Metric", "equal_norms", "low_rank", "refine", "roots", "times_channels", "triangles"]
+__all__ = ["Metric", "equal_norms", "low_rank", "refine", "roots", "times_channels", "triangle"]
 
 _HALVINGS = 6
 _GAIN = 3e-3  # relative, of the squared error: a step that gains less is the last one
@@ -42,7 +42,7 @@ class Metric:
     taps: int = 1
 
     def narrow(self) -> Metric:
-        """Return the metric in float32: its products cost half, and are enough to compare and improve errors by."""
+        """Return the metric in float32, enough to compare and improve errors by."""
         return replace(self, factors=tuple(factor.float() for factor in self.factors))
 
     def separated(self) -> Metric:
@@ -131,18 +131,16 @@ def roots(moment: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     return (vectors * values) @ vectors.mT, (vectors / values) @ vectors.mT
 
 
-def triangles(moment: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return L with ``L L^T = moment + ridge * mean(diagonal)``, and its inverse; roots where that is not definite.
+def triangle(moment: Tensor, ridge: float) -> Tensor:
+    """Return L with ``L L^T = moment + ridge * mean(diagonal)``: the symmetric root where that is not definite.
 
-    A tenth of the time of the symmetric roots, which differ by an orthogonal matrix: singular values are the same.
+    By Cholesky, which needs no eigenvalues; L and the root differ by an orthogonal matrix, so that the singular values
+    of what is multiplied by them are the same.
     """
     if moment.dim() == 2:
-        return roots(moment, ridge)
+        return roots(moment, ridge)[0]
     lower, info = torch.linalg.cholesky_ex(_add_ridge(moment, ridge))
-    if bool(info.any()):
-        return roots(moment, ridge)
-    eye = torch.eye(moment.shape[-1], dtype=moment.dtype).expand_as(moment)
-    return lower, torch.linalg.solve_triangular(lower, eye, upper=False)
+    return roots(moment, ridge)[0] if bool(info.any()) else lower
 
 
 def low_rank(matrix: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
