@@ -1,12 +1,13 @@
 """What may be around a model that trains: torch.compile's wrapper and DistributedDataParallel, taken off and put on.
 
 A compiled model stays the same object: its code is compiled again when it next runs. DistributedDataParallel has hooks
-on the parameters that it was given, so that after a switch there is a new one with the same settings. Its constructor
-sends all parameters from rank 0 to the others. The old one can no longer run: it would not synchronise anything.
+on the parameters that it was given, so that after a switch there is a new one with the same settings, which sends
+nothing at its start: what is new is made alike before. The old one can no longer run: it would not synchronise anything.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,11 +21,12 @@ from surgery.errors import InputError
 
 __all__ = ["agree", "broadcast", "group_of", "rewrap", "unwrap"]
 
+_BUFFERS = "forward_sync_buffers"  # the name since torch 2.13, which warns of the one before
 _KEPT = (
     "device_ids",
     "output_device",
     "dim",
-    "broadcast_buffers",
+    _BUFFERS if _BUFFERS in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers",
     "process_group",
     "find_unused_parameters",
     "gradient_as_bucket_view",
@@ -72,7 +74,7 @@ def _distributed(old: DistributedDataParallel, inner: nn.Module) -> DistributedD
     kept: dict[str, Any] = {name: getattr(old, name) for name in _KEPT if hasattr(old, name)}
     del old.reducer
     megabytes = old.bucket_bytes_cap / 1024**2
-    return DistributedDataParallel(inner, bucket_cap_mb=megabytes, **kept)
+    return DistributedDataParallel(inner, bucket_cap_mb=megabytes, init_sync=False, **kept)
 
 
 def group_of(model: nn.Module) -> Any:
