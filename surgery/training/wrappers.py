@@ -1,8 +1,8 @@
 """What may be around a model that trains: torch.compile's wrapper and DistributedDataParallel, taken off and put on.
 
 A compiled model stays the same object: its code is compiled again when it next runs. DistributedDataParallel has hooks
-on the parameters that it was given, so that after a switch there is a new one with the same settings, which sends
-nothing at its start: what is new is made alike before. The old one can no longer run: it would not synchronise anything.
+on the parameters that it was given, so that after a switch there is a new one with the same settings. It sends nothing
+at its start, since what is new was made alike before. The old one can no longer run: it would not synchronise anything.
 """
 
 from __future__ import annotations
