@@ -23,7 +23,17 @@ from surgery.errors import InputError
 from surgery.export import capture, export_onnx
 from surgery.inputs import Inputs, default_inputs, feed, normalise_inputs
 
-__all__ = ["Environment", "ModelComparison", "ModelTiming", "Timing", "bench", "environment"]
+__all__ = [
+    "Environment",
+    "ModelComparison",
+    "ModelTiming",
+    "Ready",
+    "Timing",
+    "bench",
+    "environment",
+    "make_ready",
+    "time_ready",
+]
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,14 @@ class Timing:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A model that onnxruntime has taken, with its inputs in place: each call of ``run`` is one run."""
+
+    path: str
+    run: Callable[[], None]
+
+
 def bench(
     models: Sequence[nn.Module | ExportedProgram | str | os.PathLike[str]],
     example_inputs: Any = None,
@@ -127,22 +145,49 @@ def bench(
     """
     if isinstance(models, str | os.PathLike | nn.Module | ExportedProgram) or not models:
         raise InputError("bench needs a list of models", allowed="one or more")
-    where = environment(threads)
     if names is not None and len(names) != len(models):
         raise InputError(f"{len(names)} names for {len(models)} models", allowed="one name for each model")
-    paths = list(names or map(_name, models))
-    opened = [open_model(model, threads=where.threads) for model in models]
+    ready = make_ready(models, example_inputs, names=names, threads=threads, seed=seed)
+    return time_ready(ready, threads=threads, seconds=seconds, seed=seed, progress=progress)
+
+
+def make_ready(
+    models: Sequence[nn.Module | ExportedProgram | str | os.PathLike[str]],
+    example_inputs: Any = None,
+    *,
+    names: Sequence[str] | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+) -> list[Ready]:
+    """Return models to be timed, perhaps more than once; arguments and exceptions are those of ``bench``."""
+    threads = threads or physical_cores()
+    opened = [open_model(model, threads=threads) for model in models]
     inputs = _shared_inputs(opened, example_inputs, seed)
-    runs = []
-    for path, model in zip(paths, opened, strict=True):
+    ready = []
+    for path, model in zip(names or map(_name, models), opened, strict=True):
         try:
-            runs.append(_prepare(model, inputs, where.threads))
+            ready.append(Ready(path, _prepare(model, inputs, threads)))
         except InputError as error:
             raise InputError(f"{path}: {error.what}", allowed=error.allowed, next_step=error.next_step) from error
+    return ready
+
+
+def time_ready(
+    ready: Sequence[Ready],
+    *,
+    threads: int | None = None,
+    seconds: float = 5.0,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> Timing:
+    """Time models that are ready, interleaved, for about ``seconds`` in all, with the threads they were made for."""
+    where = environment(threads)
+    runs = [model.run for model in ready]
     samples = interleave(runs, Budget(seconds, max_rounds=10_000), seed=seed, progress=progress)
+    rows = [(model.path, sample) for model, sample in zip(ready, samples, strict=True)]
     return Timing(
-        tuple(ModelTiming(path, sample) for path, sample in zip(paths, samples, strict=True)),
-        tuple(_compare(path, samples[0], later, seed) for path, later in zip(paths[1:], samples[1:], strict=True)),
+        tuple(ModelTiming(path, sample) for path, sample in rows),
+        tuple(_compare(path, samples[0], later, seed) for path, later in rows[1:]),
         where,
     )
 

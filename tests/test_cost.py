@@ -29,7 +29,7 @@ from surgery.cost.timing import (
 )
 from surgery.errors import InputError
 from surgery.factorizations import named
-from surgery.operators import Conv, Geometry, Linear, Operator
+from surgery.operators import Conv, Geometry, Linear, Operator, Shape
 
 QUICK = Budget(seconds=0.0, min_rounds=2, warmup_rounds=0)
 
@@ -258,27 +258,31 @@ def test_a_skeleton_is_looked_up_like_the_real_chain(tmp_path: Path, opened: lis
     assert len(opened) == 1
 
 
+def key_of(base: Latencies, shape: Shape, *operators: Operator | Chain) -> str:
+    return base._key(latency._described(shape, *operators))
+
+
 def test_the_key_holds_all_that_matters_and_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = (1, 6, 9, 8)
     base = latencies(tmp_path / "l")
-    key = base._key(shape, conv())
+    key = key_of(base, shape, conv())
     scaled = replace(conv(), weight=3 * conv().weight)
-    assert base._key(shape, scaled) == base._key(shape, conv().to(dtype=torch.float64)) == key
+    assert key_of(base, shape, scaled) == key_of(base, shape, conv().to(dtype=torch.float64)) == key
     others = [
-        base._key((2, *shape[1:]), conv()),
-        base._key(shape, conv(groups=2)),
-        base._key(shape, conv(stride=(2, 1))),
-        base._key(shape, conv(padding_mode="reflect")),
-        base._key(shape, conv(channels=(6, 5))),
-        base._key(shape, conv().with_bias(None)),
-        base._key(shape, Chain((conv(),))),
-        base._key(shape, conv(), conv()),
-        latencies(tmp_path / "l", threads=2)._key(shape, conv()),
+        key_of(base, (2, *shape[1:]), conv()),
+        key_of(base, shape, conv(groups=2)),
+        key_of(base, shape, conv(stride=(2, 1))),
+        key_of(base, shape, conv(padding_mode="reflect")),
+        key_of(base, shape, conv(channels=(6, 5))),
+        key_of(base, shape, conv().with_bias(None)),
+        key_of(base, shape, Chain((conv(),))),
+        key_of(base, shape, conv(), conv()),
+        key_of(latencies(tmp_path / "l", threads=2), shape, conv()),
     ]
     for name in ("_PROTOCOL", "cpu_name"):
         with monkeypatch.context() as patch:
             patch.setattr(latency, name, 99 if name == "_PROTOCOL" else lambda: "another")
-            others.append(base._key(shape, conv()))
+            others.append(key_of(base, shape, conv()))
     assert len({key, *others}) == len(others) + 1
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.calibration import read_calibration, reestimate_batch_norm
-from surgery.calibration.batch_norm import batch_norm_moments
+from surgery.calibration.batch_norm import NormWatch, Reference
+from surgery.calibration.collect import collect
 from surgery.cli.commands import decompose as command
 from surgery.errors import InputError
 from surgery.passes.goals import Goal, HeldOut
@@ -158,9 +159,15 @@ def test_batch_norms_of_a_deep_network_are_corrected_together() -> None:
     model.eval()
     factored = surgery.decompose(model, x[:4], ranks="energy=0.7").model
     samples = read_calibration(x[:64], model)
-    reference = batch_norm_moments(model, samples)
+
+    def reach(network: nn.Module) -> Reference:
+        watch = NormWatch(network)
+        collect(network, samples, sites=(), beside=watch)
+        return watch.reference
+
+    reference = reach(model)
     reestimate_batch_norm(factored, samples, reference=reference)
-    for name, (_, variance) in batch_norm_moments(factored, samples).items():
+    for name, (_, variance) in reach(factored).items():
         old, new = (network.get_buffer(f"{name}.running_var") for network in (model, factored))
         assert torch.allclose(variance / new, reference[name][1] / old, rtol=0.05)
 

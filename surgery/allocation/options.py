@@ -32,7 +32,7 @@ from surgery.solvers.weighted import roots, times_channels, triangle
 __all__ = ["Option", "Options", "options_of"]
 
 _JOINT = 1152  # columns; above, the root over channels and taps at once costs more than it tells
-_RIDGE = 1e-12
+_RIDGE = 1e-6  # of a moment of few samples, so that it has a Cholesky factor
 _LEVELS = 12  # thresholds on singular values, from the largest to a thousandth of it
 
 

@@ -2,8 +2,8 @@
 
 Each running mean and variance is set from the activations that reach it, in passes over all calibration batches. In the
 first pass every normalisation uses the statistics of the batch at hand, as in training, so that all of them see inputs
-normalised already; with a single batch this gives exactly what one step in training mode at momentum 1 gives. Later
-passes normalise with what the one before has found, as inference does.
+normalised already; with a single batch this gives exactly what one step in training mode at momentum 1 gives. Where
+batches have few values of a channel, a second pass normalises with what the first has found, as inference does.
 
 With a reference, the moments of what reached the normalisations of the original network on the same inputs, only the
 difference to it is corrected: mean' = mean + (m - m_ref), variance' = variance * v / v_ref. What calibration data and
@@ -12,7 +12,8 @@ training data differ in, and the chance of few samples, is the same in both and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,34 +26,46 @@ from surgery.calibration.observe import Observed, ObservedGraph, ObservedModule,
 from surgery.graphs import GraphKind, Model, Spot
 from surgery.graphs.behind import is_norm, is_tracked_norm, norm_buffers
 
-__all__ = ["Reference", "batch_norm_moments", "feeds_batch_norm", "reestimate_batch_norm"]
+__all__ = ["NormWatch", "Reference", "feeds_batch_norm", "reestimate_batch_norm"]
 
 Pair = tuple[Tensor, Tensor]
 Reference = Mapping[str, Pair]
+Progress = Callable[[str, int, int], None]
 
+_PLENTY = 1024  # of values of a channel in a batch, which know its deviation to 2 %
 _BUFFERS = ("running_mean", "running_var")
 
 
-def batch_norm_moments(model: Model, batches: Calibration) -> Reference:
-    """Return mean and variance of what reaches each batch norm of a model, by name, in evaluation mode.
+class NormWatch:
+    """Mean and variance of what reaches each batch norm of a model, from the runs of whatever else observes it."""
 
-    Raises:
-        InputError: as ``collect``.
-    """
-    observed = observe(model, next(iter(batches)))
-    norms = _norms(observed, model)
-    for batch in batches if norms else ():
-        observed.run(batch)
-    return {norm.name: (norm.seen.mean, norm.seen.variance) for norm in norms}
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._norms: list[_Norm] = []
+
+    def __call__(self, observed: Observed) -> None:
+        """Watch the batch norms of the model when it is run."""
+        self._norms = _norms(observed, self._model)
+
+    @property
+    def reference(self) -> Reference:
+        """The moments of all that was seen, by the name of the batch norm."""
+        return {norm.name: (norm.seen.mean, norm.seen.variance) for norm in self._norms}
 
 
 def reestimate_batch_norm(
-    model: Model, batches: Calibration, *, reference: Reference | None = None, passes: int = 2
+    model: Model,
+    batches: Calibration,
+    *,
+    reference: Reference | None = None,
+    passes: int = 2,
+    progress: Progress | None = None,
 ) -> tuple[str, ...]:
     """Set the running statistics of all batch norms of a model, in place, and return the names of those.
 
-    ``reference`` are the ``batch_norm_moments`` of the original on the same inputs. Of a program the tensors of its
-    state dict are set; nothing else changes in any graph kind.
+    ``reference`` is that of the original on the same inputs, as ``NormWatch`` has it. Of a program the tensors of its
+    state dict are set; nothing else changes in any graph kind. ``passes`` is their number at most. ``progress`` gets
+    ("correct", batches done, of all), in each pass.
 
     Raises:
         InputError: as ``collect``.
@@ -63,9 +76,13 @@ def reestimate_batch_norm(
         for norm in norms:
             norm.reference = (norm.mean.clone(), norm.variance.clone()), reference[norm.name]
     for number in range(passes if norms else 0):
+        if number and all(norm.seen.least >= _PLENTY for norm in norms):
+            break
         for norm in norms:
             norm.own_batch, norm.seen = number == 0, _Statistics()
-        for batch in batches:
+        for done, batch in enumerate(batches):
+            if progress is not None:
+                progress("correct", done, len(batches))
             observed.run(batch)
         for norm in norms:
             norm.set(norm.seen.mean, norm.seen.variance)
@@ -101,14 +118,14 @@ class _Statistics:
 
     def __init__(self) -> None:
         self._count, self._sum, self._squares = 0, torch.zeros(()), torch.zeros(())
+        self.least = math.inf  # values of a channel in one batch
 
     def add(self, x: Tensor) -> Pair:
         """Add a batch, and return its own mean and variance."""
         wide = x.detach() if x.dtype == torch.float64 else x.detach().float()
-        axes = [axis for axis in range(x.dim()) if axis != 1]
-        variance, mean = (part.double() for part in torch.var_mean(wide, axes, correction=0))
+        mean, variance = (part.double() for part in torch.batch_norm_update_stats(wide, None, None, 0.0))
         count = x.numel() // x.shape[1]
-        self._count += count
+        self._count, self.least = self._count + count, min(self.least, count)
         self._sum = self._sum + count * mean
         self._squares = self._squares + count * (variance + mean.square())
         return mean, variance

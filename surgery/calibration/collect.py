@@ -17,7 +17,7 @@ from surgery.operators import Conv, Operator
 __all__ = ["Progress", "collect"]
 
 Progress = Callable[[str, int, int], None]
-_LIMITS = (4608, 2304, 1152, 576, 288, 144, 72, 36, 18)  # columns; 4608 is a 3x3 convolution of 512 channels
+_LIMITS = (2304, 1152, 576, 288, 144, 72, 36, 18)  # columns; 2304 is a 3x3 convolution of 256 channels
 _ROWS, _LEAST_ROWS = 2, 4096
 
 
@@ -29,12 +29,14 @@ def collect(
     budget_bytes: int = 2**31,
     seed: int = 0,
     progress: Progress | None = None,
+    beside: Callable[[Observed], None] | None = None,
 ) -> Mapping[str, Moments]:
     """Return the moments of what each site reads, by site name, from one run over all batches in evaluation mode.
 
     Sites on the same value share theirs. ``sites`` narrows it down. ``budget_bytes`` bounds what all moments take
     together: the largest are approximated as ``Moments`` says until they fit. For n columns about 2 n rows are used,
-    and at least 4096 if there are so many, at random positions that ``seed`` decides.
+    and at least 4096 if there are so many, at random positions that ``seed`` decides. ``beside`` may watch more of the
+    model in the same run.
 
     Raises:
         InputError: inputs that the model does not take, or activations that are not finite.
@@ -48,6 +50,8 @@ def collect(
     for group, accumulator in zip(shared, accumulators, strict=True):
         for call in group[0].calls:
             observed.watch(call, accumulator.add)
+    if beside is not None:
+        beside(observed)
     _run(observed, batches, progress)
     return {
         spot.site.name: moments

@@ -63,38 +63,45 @@ def fit(
     if operator.bias is not None:
         chains = [correct_bias(chain, operator, moments) for chain in chains]
 
-    wide = operator.weight.dtype == torch.float64
-    judge = moments if wide else replace(moments, metric=moments.metric.narrow())
-
-    def error(chain: Chain) -> float:
-        return output_error(chain, operator, judge, weighed=True, centred=bool(centred))
-
-    return min(chains, key=error, default=plain)
+    if len(chains) < 2:
+        return chains[0] if chains else plain
+    narrow = moments if operator.weight.dtype == torch.float64 else moments.narrow()
+    return min(chains, key=lambda chain: _squared_error(chain, operator, narrow, centred=bool(centred)))
 
 
-def output_error(
-    chain: Chain, operator: Operator, moments: Moments, *, weighed: bool = False, centred: bool = False
-) -> float:
+def _squared_error(chain: Chain, operator: Operator, moments: Moments, *, centred: bool) -> float:
+    """Return ``tr(G D Cov D^T) + e^T G e`` for e = D m + b - b', without the second term if ``centred``."""
+    difference = _difference(chain, operator).to(moments.mean.dtype)
+    energy = float(moments.centred_energy(difference, moments.sensitivity))
+    if centred:
+        return energy
+    shift = _mean_error(difference, chain, operator, moments)
+    other = shift if moments.sensitivity is None else moments.sensitivity @ shift
+    return energy + float((shift * other).sum())
+
+
+def output_error(chain: Chain, operator: Operator, moments: Moments, *, weighed: bool = False) -> float:
     """Return the relative error of a chain's output, over that of the operator without its bias.
 
     ``sqrt((tr(D Cov D^T) + |D m + b - b'|^2) / tr(W C W^T))`` for D = W - W'; 0 where the operator has no output. If
-    ``weighed``, with the sensitivity on the left of D and W, where the moments have one. If ``centred``, without the
-    second term, which a normalisation takes up.
+    ``weighed``, with the sensitivity on the left of D and W, where the moments have one.
     """
-    kernel, difference = operator.kernel.detach().double().flatten(2), _difference(chain, operator)
-    shift = _mean_shift(difference, moments)
-    for sign, bias in ((1, operator.bias), (-1, chain.bias)):
-        shift = shift if bias is None else shift + sign * bias.detach().double().view_as(shift)
-    sensitivity = moments.sensitivity if weighed else None
-    scale = moments.metric.energy(kernel, sensitivity)
+    moments = moments if weighed else replace(moments, sensitivity=None)
+    scale = float(moments.metric.energy(operator.kernel.detach().double().flatten(2), moments.sensitivity))
     if not scale > 0:
         return 0.0
-    if operator.bias is None and chain.bias is None and not centred:
-        return math.sqrt(float(moments.metric.energy(difference, sensitivity) / scale))
-    mean = 0.0
-    if not centred:
-        mean = float((shift * (shift if sensitivity is None else sensitivity @ shift)).sum())
-    return math.sqrt((float(moments.centred_energy(difference, sensitivity)) + mean) / float(scale))
+    difference = _difference(chain, operator)
+    if operator.bias is None and chain.bias is None:
+        return math.sqrt(float(moments.metric.energy(difference, moments.sensitivity)) / scale)
+    return math.sqrt(_squared_error(chain, operator, moments, centred=False) / scale)
+
+
+def _mean_error(difference: Tensor, chain: Chain, operator: Operator, moments: Moments) -> Tensor:
+    """Return D m + b - b' as (groups, O, 1)."""
+    shift = _mean_shift(difference, moments)
+    for sign, bias in ((1, operator.bias), (-1, chain.bias)):
+        shift = shift if bias is None else shift + sign * bias.detach().to(shift.dtype).view_as(shift)
+    return shift
 
 
 def correct_bias(chain: Chain, operator: Operator, moments: Moments) -> Chain:

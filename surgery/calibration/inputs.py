@@ -25,10 +25,12 @@ from torch.utils import _pytree as pytree
 from surgery.calibration.signature import fixed_batch, read_signature
 from surgery.errors import FileError, InputError
 from surgery.graphs import Model
-from surgery.inputs import Inputs, normalise_inputs
+from surgery.inputs import Inputs, normalise_inputs, program_inputs
 
-__all__ = ["Calibration", "read_calibration"]
+__all__ = ["Calibration", "read_calibration", "samples_in"]
 
+_LEAST = 64  # samples
+_WORK = 2.0**38  # multiply-accumulates of one pass: 66 samples of a ResNet-50 at 224x224
 _ALLOWED = "a tensor, a sequence of inputs, a DataLoader, or the path of an .npz or .pt file"
 
 
@@ -69,6 +71,14 @@ class Calibration:
         """Return the samples of these numbers, in this order."""
         rows = zip(self.leaves, self.sampled, strict=True)
         return replace(self, leaves=tuple(leaf[index] if many else leaf for leaf, many in rows))
+
+    def affordable(self, macs: float) -> Calibration:
+        """Return the first samples, so many that a pass takes ``_WORK`` at ``macs`` each, and no fewer than ``_LEAST``.
+
+        In whole batches: what is read of a large network is bounded by its work, a few hundred samples or not.
+        """
+        wanted = max(_LEAST, _WORK / max(macs, 1.0)) // self.batch_size * self.batch_size
+        return self if wanted >= self.count else self.take(torch.arange(max(self.batch_size, int(wanted))))
 
     def split(self, held_out: float = 0.25, *, seed: int = 0) -> tuple[Calibration, Calibration]:
         """Return (fit, held out): a random share of the samples, or of whole batches where they must be, is set aside.
@@ -175,6 +185,12 @@ def _length(inputs: Inputs) -> int:
         if isinstance(leaf, Tensor) and leaf.dim():
             return len(leaf)
     raise InputError("a calibration input has no tensor with samples along its first axis", allowed=_ALLOWED)
+
+
+def samples_in(model: Model, inputs: Inputs) -> int:
+    """Return the number of samples in example inputs, or in those that a program brings; 1 where there are none."""
+    given = program_inputs(model) if isinstance(model, ExportedProgram) else inputs
+    return next((len(leaf) for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 
 def _join(items: Sequence[Inputs], batch_size: int) -> Calibration:

@@ -41,6 +41,11 @@ class Moments:
     metric: Metric
     sensitivity: Tensor | None = None
 
+    def narrow(self) -> Moments:
+        """Return the moments in float32, enough to compare errors by."""
+        seen = None if self.sensitivity is None else self.sensitivity.float()
+        return Moments(self.count, self.mean.float(), self.metric.narrow(), seen)
+
     @property
     def dense(self) -> bool:
         """Whether C is stored as one matrix (groups, n, n), neither approximated nor, as of embeddings, diagonal."""

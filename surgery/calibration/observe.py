@@ -11,7 +11,8 @@ import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,14 +52,19 @@ class Observed(ABC):
     def execute(self, inputs: Inputs) -> Any:
         """Run the model once; whatever it raises comes through."""
 
+    @property
+    @abstractmethod
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """The parameters that it runs on."""
+
     def run(self, inputs: Inputs, *, gradients: bool = False) -> Any:
-        """Run the model once, and return its outputs.
+        """Run the model once, and return its outputs; ``gradients`` are those of what is tapped, not of parameters.
 
         Raises:
             InputError: the model does not take these inputs.
         """
         try:
-            with torch.set_grad_enabled(gradients), warnings.catch_warnings():
+            with torch.set_grad_enabled(gradients), _frozen(self.parameters), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch about itself
                 return self.execute(inputs)
         except InputError:
@@ -67,6 +73,19 @@ class Observed(ABC):
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
             what = f"the model does not run on the calibration inputs: {line}"
             raise InputError(what, next_step="check their number, shapes and dtypes") from error
+
+
+@contextmanager
+def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let no parameter ask for a gradient."""
+    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_()
 
 
 def observe(model: Model, inputs: Inputs) -> Observed:
@@ -106,6 +125,11 @@ class ObservedModule(Observed):
     def tap(self, call: Call, change: Change) -> None:
         """Change the output of a module."""
         self._taps[str(call.path)] = change
+
+    @property
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """The module's own."""
+        return self.root.parameters()
 
     def execute(self, inputs: Inputs) -> Any:
         """Run with hooks, which are gone afterwards."""
@@ -158,14 +182,23 @@ class ObservedGraph(Observed):
         """Change the output of a call."""
         self._taps[call.node] = change
 
+    @property
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Those of the graph's module; a program's come as tensors without gradients."""
+        return self.module.parameters()
+
+    @property
+    def module(self) -> GraphModule:
+        """The module of the graph."""
+        module = self.kind.view.graph.owning_module
+        assert module is not None  # each kind keeps the module of its graph
+        return module
+
     def execute(self, inputs: Inputs) -> Any:
         """Interpret the graph."""
-        graph = self.kind.view.graph
-        module = graph.owning_module
-        assert module is not None  # each kind keeps the module of its graph
-        with evaluation(module):
-            values = dict(self._bind(self.kind, inputs))
-            return _Interpreter(module, self._watchers, self._taps).run(initial_env=values, enable_io_processing=False)
+        with evaluation(self.module):
+            interpreter = _Interpreter(self.module, self._watchers, self._taps)
+            return interpreter.run(initial_env=dict(self._bind(self.kind, inputs)), enable_io_processing=False)
 
 
 class _Interpreter(Interpreter):
@@ -190,12 +223,13 @@ def _bind_program(program: ExportedProgram, kind: GraphKind, inputs: Inputs) -> 
     for node in kind.view.graph.find_nodes(op="placeholder"):
         spec = specs.get(node.name)
         if node in kind.view.providers:
-            values[node] = kind.view.parameters[kind.view.providers[node]]
+            values[node] = kind.view.parameters[kind.view.providers[node]].detach()
         elif spec is None or spec.kind is InputKind.USER_INPUT:
             values[node] = next(given)
         else:
             state = program.state_dict if spec.target in program.state_dict else program.constants
-            values[node] = state[str(spec.target)]
+            value = state[str(spec.target)]
+            values[node] = value.detach() if isinstance(value, nn.Parameter) else value
     return values
 
 

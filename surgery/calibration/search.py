@@ -1,10 +1,10 @@
 """The search for the factors of one operator that are best under a metric, for any factorization.
 
 ``svd`` has a closed form (``surgery.solvers.weighted``). Every other method starts twice: from its plain factors, and
-from those of the kernel whose channels are whitened, S W A^(1/2) with A the moment of the input channels and S S the
-sensitivity of the output channels; the factor that reads the input takes A^(-1/2) back, and the one that writes the
-output S^-1. From the better start Gauss-Newton steps go on in these coordinates, under the whole metric; under that of
-channels (x) taps where there are many columns.
+from those of the kernel whose channels are whitened, ``S^T W R`` with R the Cholesky factor of the moment of the input
+channels and S that of the sensitivity of the output channels; the factor that reads the input takes R^-1 back, and the
+one that writes the output S^-T. From the better start Gauss-Newton steps go on in these coordinates, under the whole
+metric; under that of channels (x) taps where there are many columns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from surgery.chain import Chain
 from surgery.errors import CheckError, Refusal
 from surgery.factorizations import Factorization, Ranks
 from surgery.operators import Operator
-from surgery.solvers.weighted import Metric, equal_norms, low_rank, refine, roots, times_channels
+from surgery.solvers.weighted import Metric, equal_norms, low_rank, refine, times_channels, triangles
 from surgery.steps import Branches
 
 __all__ = ["Problem", "composed", "search"]
@@ -105,7 +105,7 @@ class _Coordinates:
     channels: tuple[Tensor, Tensor]
 
     def enter(self, kernel: Tensor) -> Tensor:
-        """Return ``S W R``."""
+        """Return ``S^T W R``."""
         return _on_out(_on_channels(kernel, self.channels[0]), self.out[0])
 
     def move(self, problem: Problem, factors: Sequence[Tensor], way: int) -> list[Tensor]:
@@ -122,9 +122,10 @@ def _coordinates(problem: Problem, metric: Metric) -> _Coordinates:
     ones = [torch.ones(groups, size, dtype=torch.float64) for size in (out, channels)]
     left, right = (ones[0], ones[0]), (ones[1], ones[1])
     if problem.writes and problem.sensitivity is not None:
-        left = roots(problem.sensitivity, problem.ridge)
+        lower, inverse = triangles(problem.sensitivity, problem.ridge)
+        left = (lower, inverse) if lower.dim() == 2 else (lower.mT, inverse.mT)
     if problem.readers and problem.method.name != "svd":  # its closed form needs none
-        right = roots(metric.channels, problem.ridge)
+        right = triangles(metric.channels, problem.ridge)
     return _Coordinates(left, right)
 
 

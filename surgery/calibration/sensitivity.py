@@ -11,7 +11,7 @@ Outputs of a model that are several tensors count by their relative error. One b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -27,15 +27,23 @@ from surgery.operators import Conv, Operator
 
 __all__ = ["with_sensitivity"]
 
+Progress = Callable[[str, int, int], None]
 _SAMPLES, _BATCH = 128, 8
 
 
 def with_sensitivity(
-    model: Model, batches: Calibration, moments: Mapping[str, Moments], *, samples: int = _SAMPLES, seed: int = 0
+    model: Model,
+    batches: Calibration,
+    moments: Mapping[str, Moments],
+    *,
+    samples: int = _SAMPLES,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Mapping[str, Moments]:
     """Return the moments with the sensitivity of each site, from at most so many samples in small batches.
 
-    A site that no gradient reaches keeps its moments without one.
+    Half of the samples do where there are fewer than twice as many. A site that no gradient reaches keeps its moments
+    without one. ``progress`` gets ("differentiate", batches done, of all).
 
     Raises:
         InputError: the model has no output to differentiate, or cannot be differentiated.
@@ -49,7 +57,10 @@ def with_sensitivity(
             for call in spot.calls:
                 observed.tap(call, gram.tap)
     generator = torch.Generator().manual_seed(seed)
-    for batch in _small(batches, samples):
+    few = _small(batches, min(samples, -(-batches.count // 2)))
+    for done, batch in enumerate(few):
+        if progress is not None:
+            progress("differentiate", done, len(few))
         _backward(observed.run(batch, gradients=True), generator)
     return {
         name: replace(m, sensitivity=found[name].mean if name in found and found[name].count else None)

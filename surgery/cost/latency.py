@@ -46,7 +46,7 @@ from surgery.cost.timing import (
 from surgery.operators import Conv, Geometry, Operator, Shape
 from surgery.steps import Branches, Shift, Step
 
-__all__ = ["Comparison", "Latencies", "cache_path", "channel_multiple", "cpu_name"]
+__all__ = ["Comparison", "Latencies", "Seconds", "cache_path", "channel_multiple", "cpu_name"]
 
 _PROTOCOL = 2  # raise it whenever the way of measuring changes: stored latencies are then measured anew
 _CPU_FIELDS = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")
@@ -104,24 +104,31 @@ class Latencies:
         Raises:
             InputError: onnxruntime cannot run one of the two.
         """
-        key = self._key(shape, dense, chain)
-        found = self._look_up(key, Comparison)
-        if found is None:
+
+        def measure() -> Comparison:
             first, second = self._time_pair(dense, chain, shape)
-            speedup = compare_samples(first, second, seed=self.seed)
-            verdict = speedup.verdict
-            found = Comparison(first.median, second.median, speedup.value, speedup.low, speedup.high, verdict)
-            self._keep(key, asdict(found))
-        return found
+            found = compare_samples(first, second, seed=self.seed)
+            return Comparison(first.median, second.median, found.value, found.low, found.high, found.verdict)
+
+        return self.recall(Comparison, _described(shape, dense, chain), measure)
 
     def measure(self, operator: Operator | Chain, shape: Shape) -> float:
         """Return the median seconds of one run at an input shape; raises InputError as ``compare``."""
-        key = self._key(shape, operator)
-        found = self._look_up(key, _Single)
+        what = _described(shape, operator)
+        return self.recall(Seconds, what, lambda: Seconds(self._time_single(operator, shape).median)).seconds
+
+    def recall(self, kind: type[_Value], what: dict[str, Any], measure: Callable[[], _Value]) -> _Value:
+        """Return what was measured before of what is described in JSON values, in all that its latency depends on.
+
+        If it never was, on this machine with these versions and threads, it is measured now, and kept. ``kind`` is a
+        dataclass of numbers and verdicts.
+        """
+        key = self._key(what)
+        found = self._look_up(key, kind)
         if found is None:
-            found = _Single(self._time_single(operator, shape).median)
-            self._keep(key, asdict(found))
-        return found.seconds
+            found = measure()
+            self._keep(key, asdict(found))  # type: ignore[call-overload]  # any dataclass
+        return found
 
     def _time_pair(self, first: Operator | Chain, second: Operator | Chain, shape: Shape) -> tuple[Samples, Samples]:
         session = open_session(build_choice(first, second, shape), threads=self.threads, spin=True)
@@ -143,10 +150,8 @@ class Latencies:
             return generator.integers(limit, size=shape, dtype=np.int64)
         return generator.standard_normal(shape, dtype=np.float32)
 
-    def _key(self, shape: Shape, *operators: Operator | Chain) -> str:
-        key = {
-            "operators": [_structure(operator) for operator in operators],
-            "shape": list(shape),
+    def _key(self, what: dict[str, Any]) -> str:
+        key = what | {
             "threads": self.threads,
             "onnxruntime": ort.__version__,
             "cpu": cpu_name(),
@@ -174,7 +179,9 @@ class Latencies:
 
 
 @dataclass(frozen=True)
-class _Single:
+class Seconds:
+    """Median seconds of one run."""
+
     seconds: float
 
 
@@ -182,6 +189,10 @@ def _is_sensible(name: str, value: Any) -> bool:
     if name == "verdict":
         return value in VERDICTS
     return isinstance(value, float) and math.isfinite(value) and value > 0
+
+
+def _described(shape: Shape, *operators: Operator | Chain) -> dict[str, Any]:
+    return {"operators": [_structure(operator) for operator in operators], "shape": list(shape)}
 
 
 def _structure(operator: Step | Chain) -> Any:

@@ -193,7 +193,6 @@ def _time_round(runs: Sequence[Callable[[], object]], generator: np.random.Gener
 def _no_collection() -> Iterator[None]:
     """Keep Python's garbage collector out of the timed runs."""
     was_enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

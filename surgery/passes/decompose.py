@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 from torch.export import ExportedProgram
 
 from surgery.allocation.prices import Counted, Measured, Prices
-from surgery.calibration.batch_norm import batch_norm_moments, reestimate_batch_norm
 from surgery.calibration.inputs import Calibration, read_calibration
 from surgery.chain import Chain
 from surgery.cost.latency import Latencies, channel_multiple
@@ -181,7 +180,6 @@ def decompose(
     samples = samples if work else None  # nothing to fit
     names = {site.name for unit in work for site in unit.members}
     data = None if samples is None else gather(model, _inputs(model, example_inputs, samples), samples, names, report)
-    norms = None if samples is None else batch_norm_moments(model, samples)
     spots = {spot.site.name: spot for spot in found.spots}
     made: dict[str, Made] = {}
     for done, unit in enumerate(work):
@@ -194,8 +192,8 @@ def decompose(
     rules.progress("factor", len(work), len(work))
     changes = [_change(made[name].site, plan[name], made[name].error) for name in spots if name in made]
     changed = graph.finish()
-    if samples is not None and made:
-        reestimate_batch_norm(changed, samples, reference=norms)
+    if data is not None and made:
+        data.correct(changed, report)
     return _result(changed, plan, changes, found)
 
 
@@ -238,13 +236,13 @@ def _promise(
     terms = Terms(
         goal,
         prices,
+        latencies,
         evaluate,
         rules.factorization,
         rules.include,
         rules.exclude,
         solver=solver,
         multiple=channel_multiple(),
-        threads=latencies.threads,
     )
     done = negotiate(model, inputs, samples, terms, rules.progress)
     sites = {spot.site.name: spot.site for spot in done.found.spots}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from surgery.calibration.batch_norm import feeds_batch_norm
+from surgery.calibration.batch_norm import NormWatch, Reference, feeds_batch_norm, reestimate_batch_norm
 from surgery.calibration.collect import Progress, collect
 from surgery.calibration.factor import fit
-from surgery.calibration.inputs import Calibration
+from surgery.calibration.inputs import Calibration, samples_in
 from surgery.calibration.moments import Moments
 from surgery.calibration.sensitivity import with_sensitivity
 from surgery.chain import Chain, relative_error
@@ -28,16 +28,25 @@ __all__ = ["Made", "SiteData", "factor_site", "gather", "split_chain", "weight_e
 
 @dataclass(frozen=True, eq=False)
 class SiteData:
-    """What calibration data say of the sites: moments by name, and which have their mean taken up behind them."""
+    """What calibration data say of the sites: moments by name, and which have their mean taken up behind them.
 
+    ``norms`` is what reaches the batch norms of the original on the same ``samples``.
+    """
+
+    samples: Calibration
     moments: Mapping[str, Moments]
     centred: frozenset[str]
+    norms: Reference
 
     def fit(self, site: Site, name: str, ranks: Ranks, solver: str = "auto") -> Chain | Refusal:
         """Return the chain of a site by the factorization of this name, fitted to the data."""
         method, operator = named(name), site.operator
         centred = site.name in self.centred
         return fit(method, operator, ranks, self.moments[site.name], solver=_known(solver, method), centred=centred)
+
+    def correct(self, changed: Model, progress: Progress) -> None:
+        """Re-estimate the batch norms of a changed model, in place."""
+        reestimate_batch_norm(changed, self.samples, reference=self.norms, progress=progress)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +61,19 @@ class Made:
 def gather(
     model: Model, inputs: Inputs, samples: Calibration, sites: Collection[str] | None, progress: Progress
 ) -> SiteData:
-    """Return what the samples say of some sites of a model, or of all, with the sensitivity of its output."""
-    moments = with_sensitivity(model, samples, collect(model, samples, sites=sites, progress=progress))
+    """Return what the samples say of some sites of a model, or of all, with the sensitivity of its output.
+
+    Of a large model only the samples that ``Calibration.affordable`` says are read.
+    """
     graph = open_graph(model, *inputs, copies=False)
-    spots = [spot for spot in graph.find().spots if spot.site.name in moments]
+    found = graph.find()
+    samples = samples.affordable(found.totals.macs / samples_in(model, inputs))
+    norms = NormWatch(model)
+    moments = collect(model, samples, sites=sites, progress=progress, beside=norms)
+    moments = with_sensitivity(model, samples, moments, progress=progress)
+    spots = [spot for spot in found.spots if spot.site.name in moments]
     taken = (s for s in spots if s.site.operator.bias is not None or feeds_batch_norm(graph, s))
-    return SiteData(moments, frozenset(spot.site.name for spot in taken))
+    return SiteData(samples, moments, frozenset(spot.site.name for spot in taken), norms.reference)
 
 
 def factor_site(unit: Site, plan: Plan, solver: str, data: SiteData | None = None) -> tuple[list[Made], Plan]:

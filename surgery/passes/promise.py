@@ -77,7 +77,7 @@ def _for_quality(work: Workshop) -> tuple[list[Trial], list[Option], Timing | No
     kept = [trial.budget for trial in done if trial.kept]
     chosen = choose_least_cost(work.sites, max(kept, default=0.0))
     timed = work.terms.prices.measured and any(option.factorization is not None for option in chosen)
-    return done, chosen, work.time(work.model, work.build(chosen)) if timed else None
+    return done, chosen, work.time(work.build(chosen)) if timed else None
 
 
 def _quality(work: Workshop) -> tuple[Callable[[Any], float], float, float, float]:
@@ -94,15 +94,14 @@ def _quality(work: Workshop) -> tuple[Callable[[Any], float], float, float, floa
 def _for_speed(work: Workshop) -> tuple[list[Trial], list[Option], Timing | None]:
     """Return the trials, the choice of least damage that is as fast as is asked for (or the fastest), and its timing.
 
-    How fast a choice is does not depend on the values of its factors, so only what passes is fitted; that is timed once
-    more, since of many timings the luckiest passes; and by a margin, since timings of another hour differ.
+    Only what passes without values is fitted, and timed as it is; by a margin, since timings of another hour differ.
     """
     goal = work.terms.goal.limit * (1 + MARGIN)
     done, limit = _sketched(work, goal)
     best: tuple[float, list[Option], Timing] | None = None
     for _ in range(_BUILDS):
         chosen = choose_damage(work.sites, limit) or _fastest(work)
-        timing = work.time(work.model, work.build(chosen))
+        timing = work.time(work.build(chosen))
         found = timing.comparisons[0]
         done.append(Trial(limit, found.speedup, found.low >= goal))
         if best is None or done[-1].kept or found.speedup > best[0]:
@@ -125,7 +124,7 @@ def _sketched(work: Workshop, goal: float) -> tuple[list[Trial], float]:
     for _ in range(_SKETCHES):
         limit = min(high, max(low, limit))
         chosen = choose_damage(work.sites, limit) or _fastest(work)
-        found = work.time(work.model, work.sketch(chosen)).comparisons[0]
+        found = work.compare(chosen, goal)
         done.append(Trial(limit, found.speedup, found.low >= goal))
         low, high = (limit, high) if done[-1].kept else (low, limit)
         if high - low < _LEAST_STEP * total or goal <= found.low < _NEAR * goal:

@@ -5,6 +5,8 @@ moments -> options of each site (damage, cost);    chosen options -> data-aware 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,14 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from surgery.allocation.options import Option, Options, options_of
 from surgery.allocation.prices import Prices
-from surgery.benchmark import Timing, bench
-from surgery.calibration.batch_norm import batch_norm_moments, reestimate_batch_norm
+from surgery.benchmark import Ready, Timing, make_ready, time_ready
 from surgery.calibration.inputs import Calibration
 from surgery.chain import Chain
+from surgery.cost.latency import Comparison, Latencies, Seconds
 from surgery.errors import CheckError, Refusal
+from surgery.export import capture
 from surgery.factorizations import Ranks, named
 from surgery.graphs import Found, Model, open_graph
 from surgery.inputs import Inputs
@@ -42,13 +47,13 @@ class Terms:
 
     goal: Goal
     prices: Prices
+    latencies: Latencies
     evaluate: Evaluate | None = None
     factorization: str = "auto"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     solver: str = "auto"
     multiple: int | None = None
-    threads: int | None = None
     seconds: float = _SECONDS
 
 
@@ -67,14 +72,13 @@ class Workshop:
     _built: dict[tuple[Option, ...], Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._fit, self._held = self.samples.split()
+        fit, self._held = self.samples.split()
         self.found: Found = open_graph(self.model, *self.inputs, copies=False).find()
         self._spots = {spot.site.name: spot for spot in self.found.spots}
         left_out = select(list(self._spots), self.terms.include, self.terms.exclude)
         self.reasons = {name: reason for name, reason in left_out.items() if reason is not None}
         wanted = [name for name in self._spots if name not in self.reasons]
-        self._data = gather(self.model, self.inputs, self._fit, wanted, self.progress)
-        self._norms = batch_norm_moments(self.model, self._fit)
+        self._data = gather(self.model, self.inputs, fit, wanted, self.progress)
         self.sites = []
         for done, name in enumerate(wanted):
             self.progress("measure", done, len(wanted))
@@ -92,8 +96,29 @@ class Workshop:
 
     @cached_property
     def seconds(self) -> float:
-        """The median seconds of a run of the original."""
-        return self.time(self.model).models[0].median_s
+        """The median seconds of a run of the original; known from another time, perhaps."""
+
+        def measure() -> Seconds:
+            return Seconds(self._time([self._original]).models[0].median_s)
+
+        return self.terms.latencies.recall(Seconds, self._structure, measure).seconds
+
+    @cached_property
+    def _program(self) -> tuple[ExportedProgram, Inputs]:
+        return capture(self.model, self.inputs if any(self.inputs) else None)
+
+    @cached_property
+    def _original(self) -> Ready:
+        return self._ready(self._program[0])
+
+    @cached_property
+    def _structure(self) -> dict[str, Any]:
+        """All that the latency of the original depends on: its graph, and the shapes of its tensors and inputs."""
+        program, inputs = self._program
+        tensors = [*program.state_dict.items(), *enumerate(pytree.tree_leaves(inputs))]
+        shapes = [(n, list(t.shape), str(t.dtype)) if isinstance(t, Tensor) else (n, repr(t)) for n, t in tensors]
+        text = json.dumps([program.graph_module.code, shapes])
+        return {"model": hashlib.sha256(text.encode()).hexdigest()}
 
     @cached_property
     def scores(self) -> Tensor | None:
@@ -112,7 +137,24 @@ class Workshop:
             centred=name in self._data.centred,
         )
 
-    def sketch(self, chosen: Sequence[Option]) -> Any:
+    def compare(self, chosen: Sequence[Option], goal: float) -> Comparison:
+        """Return how fast a choice makes the whole model; known from another time, perhaps.
+
+        How fast it is does not depend on the values of its factors, so that nothing is fitted. A choice that seems to
+        reach the goal, a speed-up, is timed twice, and the worse of the two counts: of many, the luckiest pass.
+        """
+
+        def measure() -> Comparison:
+            ready = [self._original, self._ready(self._sketch(chosen))]
+            found = [_comparison(self._time(ready))]
+            if found[0].low >= goal:
+                found.append(_comparison(self._time(ready)))
+            return min(found, key=lambda comparison: comparison.low)
+
+        changes = [[o.site, o.factorization, list(o.ranks or ())] for o in chosen if o.factorization is not None]
+        return self.terms.latencies.recall(Comparison, self._structure | {"changes": changes}, measure)
+
+    def _sketch(self, chosen: Sequence[Option]) -> Any:
         """Return a copy of the model with chains of the right shapes, which take as long as those that are fitted."""
         graph = open_graph(self.model, *self.inputs)
         spots = {spot.site.name: spot for spot in graph.find().spots}
@@ -136,7 +178,7 @@ class Workshop:
                     graph.splice(spots[option.site], chain)
             self.progress("fit", len(work), len(work))
             model = graph.finish()
-            reestimate_batch_norm(model, self._fit, reference=self._norms)
+            self._data.correct(model, self.progress)
             self._built = {work: model}  # the last one only: models are large
         return self._built[work]
 
@@ -153,13 +195,18 @@ class Workshop:
             self._chains[key] = None if isinstance(found, Refusal) else found
         return self._chains[key]
 
-    def time(self, *models: Any) -> Timing:
-        """Time models at the inputs at which the result is to be fast."""
+    def time(self, changed: Any) -> Timing:
+        """Time a changed model against the original, at the inputs at which the result is to be fast."""
+        return self._time([self._original, self._ready(changed)])
+
+    def _ready(self, model: Any) -> Ready:
         given = self.inputs if any(self.inputs) else None
-        return bench(
-            models,
-            given,
-            threads=self.terms.threads,
+        return make_ready([model], given, threads=self.terms.latencies.threads)[0]
+
+    def _time(self, ready: Sequence[Ready]) -> Timing:
+        return time_ready(
+            ready,
+            threads=self.terms.latencies.threads,
             seconds=self.terms.seconds,
             progress=lambda share: self.progress("time", round(100 * share), 100),
         )
@@ -198,6 +245,12 @@ class Workshop:
                 )
             )
         return Plan(tuple(decisions), ranks="auto")
+
+
+def _comparison(timing: Timing) -> Comparison:
+    first, second = (model.median_s for model in timing.models)
+    found = timing.comparisons[0]
+    return Comparison(first, second, found.speedup, found.low, found.high, found.verdict)
 
 
 def _random_chain(operator: Operator, option: Option) -> Chain:

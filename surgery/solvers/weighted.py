@@ -24,7 +24,7 @@ from torch import Tensor
 
 from surgery.solvers.eigen import leading_subspace
 
-__all__ = ["Metric", "equal_norms", "low_rank", "refine", "roots", "times_channels", "triangle"]
+__all__ = ["Metric", "equal_norms", "low_rank", "refine", "roots", "times_channels", "triangle", "triangles"]
 
 _HALVINGS = 6
 _GAIN = 3e-3  # relative, of the squared error: a step that gains less is the last one
@@ -88,13 +88,14 @@ class Metric:
         return summed / mean.clamp(min=torch.finfo(summed.dtype).tiny)
 
     def whitened(self, inverse: Tensor) -> Metric:
-        """Return the metric of ``W (R (x) I)`` for the symmetric inverse ``R^-1`` of (I, I) or (I,) in each group."""
+        """Return the metric of ``W (R (x) I)`` for the inverse ``R^-1``, (I, I) or (I,) in each group."""
         first, *rest = self.factors
         if first.dim() == 2:
             return replace(self, factors=(first * inverse**2, *rest))
         taps = 1 if rest else self.taps
-        half = times_channels(first, inverse, taps)
-        return replace(self, factors=(times_channels(half.mT, inverse, taps), *rest))
+        turned = inverse if inverse.dim() == 2 else inverse.mT
+        half = times_channels(first, turned, taps)
+        return replace(self, factors=(times_channels(half.mT, turned, taps), *rest))
 
 
 def times_channels(matrix: Tensor, factor: Tensor, taps: int) -> Tensor:
@@ -141,6 +142,17 @@ def triangle(moment: Tensor, ridge: float) -> Tensor:
         return roots(moment, ridge)[0]
     lower, info = torch.linalg.cholesky_ex(_add_ridge(moment, ridge))
     return roots(moment, ridge)[0] if bool(info.any()) else lower
+
+
+def triangles(moment: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return ``triangle`` of a moment and its inverse."""
+    if moment.dim() == 2:
+        return roots(moment, ridge)
+    lower, info = torch.linalg.cholesky_ex(_add_ridge(moment, ridge))
+    if bool(info.any()):
+        return roots(moment, ridge)
+    one = torch.eye(lower.shape[-1], dtype=lower.dtype)
+    return lower, torch.linalg.solve_triangular(lower, one.expand_as(lower), upper=False)
 
 
 def low_rank(matrix: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
