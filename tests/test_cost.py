@@ -367,4 +367,4 @@ def test_the_path_follows_the_environment(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_machine_is_known() -> None:
     assert channel_multiple() in (4, 8, 16)
     assert cpu_name()
-    assert json.loads(Latencies(keep=False)._key((1,), LINEAR))["cpu"] == cpu_name()
+    assert json.loads(key_of(Latencies(keep=False), (1,), LINEAR))["cpu"] == cpu_name()

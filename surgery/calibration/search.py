@@ -29,9 +29,9 @@ __all__ = ["Problem", "composed", "search"]
 _JOINT = 2304  # columns; above, each step under the whole moment takes seconds
 
 
-def composed(chain: Chain) -> Tensor:
-    """Return the kernel of a chain, in float64."""
-    composed = chain.with_bias(None).to(dtype=torch.float64).compose()
+def composed(chain: Chain, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return the kernel of a chain, composed in this dtype."""
+    composed = chain.with_bias(None).to(dtype=dtype).compose()
     if isinstance(composed, Refusal):
         raise CheckError(f"a factorization made a chain that is not one operator: {composed.reason}")
     return composed.kernel
@@ -42,7 +42,7 @@ class Problem:
     """What is to be fitted, under which metric of inputs and sensitivity of outputs (groups, O, O), and how.
 
     ``solver`` is that of the starts, ``steps`` the number of Gauss-Newton steps at most, ``ridge`` what the diagonals
-    of metric and sensitivity get, relative to their means. Factors and kernels are in float64.
+    of metric and sensitivity get, relative to their means. Coordinates are found in float64, factors in ``dtype``.
     """
 
     method: Factorization
@@ -55,8 +55,13 @@ class Problem:
     ridge: float
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What factors are searched in: float64 for weights of it, else float32, enough to improve errors by."""
+        return torch.float64 if self.operator.weight.dtype == torch.float64 else torch.float32
+
+    @property
     def kernel(self) -> Tensor:
-        """The operator's kernel."""
+        """The operator's kernel, in float64."""
         return self.operator.kernel.detach().double()
 
     def chain(self, factors: Sequence[Tensor]) -> Chain:
@@ -67,8 +72,9 @@ class Problem:
 
     def build(self, factors: Sequence[Tensor]) -> Tensor:
         """Return the kernel that the factors make."""
-        bare = self.operator.with_bias(None).to(dtype=torch.float64)
-        return composed(self.method.assemble(bare, factors, self.ranks))
+        dtype = factors[0].dtype
+        bare = self.operator.with_bias(None).to(dtype=dtype)
+        return composed(self.method.assemble(bare, factors, self.ranks), dtype)
 
     @cached_property
     def _rows(self) -> list[int]:
@@ -137,7 +143,8 @@ def search(problem: Problem, plain: Chain | Refusal) -> Chain | None:
     metric = metric.whitened(coordinates.channels[1])
     if problem.method.name == "svd":
         return problem.chain(coordinates.move(problem, _svd(problem, target, metric), 1))
-    if problem.operator.weight.dtype != torch.float64:
+    target = target.to(problem.dtype)
+    if problem.dtype != torch.float64:
         metric = metric.narrow()
     if metric.factors[0].shape[-1] > _JOINT:
         metric = metric.separated()
@@ -145,14 +152,15 @@ def search(problem: Problem, plain: Chain | Refusal) -> Chain | None:
     if isinstance(plain, Chain):
         starts.append(coordinates.move(problem, [operator.kernel.double() for operator in plain.operators], 0))
     if problem.readers:
-        narrow = target if problem.operator.weight.dtype == torch.float64 else target.float()
-        found = problem.method.solve(narrow, problem.ranks, problem.solver)
-        starts += [] if isinstance(found, Refusal) else [[factor.double() for factor in found]]
+        found = problem.method.solve(target, problem.ranks, problem.solver)
+        starts += [] if isinstance(found, Refusal) else [list(found)]
     if not starts:
         return None
+    starts = [[factor.to(problem.dtype) for factor in factors] for factors in starts]
     start = min(starts, key=lambda factors: float(metric.energy((problem.build(factors) - target).flatten(2))))
     factors = refine(problem.build, problem.balanced(start), target, metric, steps=problem.steps)
-    return problem.chain(problem.balanced(coordinates.move(problem, factors, 1)))
+    wide = [factor.double() for factor in factors]
+    return problem.chain(problem.balanced(coordinates.move(problem, wide, 1)))
 
 
 def _svd(problem: Problem, target: Tensor, metric: Metric) -> list[Tensor]:
