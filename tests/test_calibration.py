@@ -82,7 +82,7 @@ def test_moments_say_what_the_operator_puts_out(case: Case) -> None:
 @pytest.mark.parametrize(("case", "method"), FITS, ids=[f"{case.id}-{method.name}" for case, method in FITS])
 def test_factors_are_never_worse_on_the_data_than_plain_ones(case: Case, method: Factorization) -> None:
     operator, moments, ranks = case.operator, moments_of(case), halved(method.max_ranks(case.operator))
-    plain, fitted = method.factor(operator, ranks), fit(method, operator, ranks, moments, steps=1)
+    plain, fitted = method.factor(operator, ranks), fit(method, operator, ranks, moments)
     if isinstance(fitted, Refusal):
         assert isinstance(plain, Refusal)
         return
@@ -167,7 +167,7 @@ def test_low_rank_inputs_are_no_trap(rank: int, seed: int, name: str) -> None:
     accumulator.add(x)
     method, moments = FACTORIZATIONS[name], accumulator.moments()
     ranks = halved(method.max_ranks(case.operator))
-    plain, fitted = method.factor(case.operator, ranks), fit(method, case.operator, ranks, moments, steps=1)
+    plain, fitted = method.factor(case.operator, ranks), fit(method, case.operator, ranks, moments)
     assert isinstance(plain, Chain)
     assert isinstance(fitted, Chain)
     assert all(bool(torch.isfinite(o.weight).all()) for o in fitted.operators)

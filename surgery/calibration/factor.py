@@ -40,15 +40,14 @@ def fit(
     moments: Moments,
     *,
     solver: str = "auto",
-    steps: int = 2,
     ridge: float = RIDGE,
     centred: bool | None = None,
 ) -> Chain | Refusal:
     """Return the chain at these ranks for the data of the moments, its bias corrected if the operator has one.
 
     ``centred`` leaves the mean of the error out of account; by default where the operator has a bias to take it up.
-    ``solver`` is that of the starts, ``steps`` the number of Gauss-Newton steps at most, and ``ridge`` what is added to
-    the diagonals of C and G, relative to their means. Refuses as ``method.factor``.
+    ``solver`` is that of the starts, and ``ridge`` what is added to the diagonals of C and G, relative to their means.
+    Refuses as ``method.factor``.
 
     Raises:
         InputError, RankError: as ``method.factor``.
@@ -58,7 +57,7 @@ def fit(
         return plain
     centred = operator.bias is not None if centred is None else centred
     metric = moments.centred if centred else moments.metric
-    fitted = search(Problem(method, operator, ranks, metric, moments.sensitivity, solver, steps, ridge), plain)
+    fitted = search(Problem(method, operator, ranks, metric, moments.sensitivity, solver, ridge), plain)
     chains = [chain for chain in (plain, fitted) if isinstance(chain, Chain)]
     if operator.bias is not None:
         chains = [correct_bias(chain, operator, moments) for chain in chains]

@@ -27,6 +27,8 @@ from surgery.steps import Branches
 __all__ = ["Problem", "composed", "search"]
 
 _JOINT = 2304  # columns; above, each step under the whole moment takes seconds
+_EFFORT = ((576, 8, 16), (1152, 4, 16), (_JOINT, 2, 8))  # columns up to which so many steps of so many iterations pay
+_LEAST_EFFORT = (1, 4)
 
 
 def composed(chain: Chain, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -41,8 +43,8 @@ def composed(chain: Chain, dtype: torch.dtype = torch.float64) -> Tensor:
 class Problem:
     """What is to be fitted, under which metric of inputs and sensitivity of outputs (groups, O, O), and how.
 
-    ``solver`` is that of the starts, ``steps`` the number of Gauss-Newton steps at most, ``ridge`` what the diagonals
-    of metric and sensitivity get, relative to their means. Coordinates are found in float64, factors in ``dtype``.
+    ``solver`` is that of the starts, ``ridge`` what is added to the diagonals of metric and sensitivity, relative to
+    their means. Coordinates are found in float64, factors in ``dtype``.
     """
 
     method: Factorization
@@ -51,7 +53,6 @@ class Problem:
     metric: Metric
     sensitivity: Tensor | None
     solver: str
-    steps: int
     ridge: float
 
     @property
@@ -158,7 +159,9 @@ def search(problem: Problem, plain: Chain | Refusal) -> Chain | None:
         return None
     starts = [[factor.to(problem.dtype) for factor in factors] for factors in starts]
     start = min(starts, key=lambda factors: float(metric.energy((problem.build(factors) - target).flatten(2))))
-    factors = refine(problem.build, problem.balanced(start), target, metric, steps=problem.steps)
+    columns = problem.kernel[0, 0].numel()
+    steps, iterations = next(((s, i) for most, s, i in _EFFORT if columns <= most), _LEAST_EFFORT)
+    factors = refine(problem.build, problem.balanced(start), target, metric, steps=steps, iterations=iterations)
     wide = [factor.double() for factor in factors]
     return problem.chain(problem.balanced(coordinates.move(problem, wide, 1)))
 

@@ -94,10 +94,11 @@ def _quality(work: Workshop) -> tuple[Callable[[Any], float], float, float, floa
 def _for_speed(work: Workshop) -> tuple[list[Trial], list[Option], Timing | None]:
     """Return the trials, the choice of least damage that is as fast as is asked for (or the fastest), and its timing.
 
-    Only what passes without values is fitted, and timed as it is; by a margin, since timings of another hour differ.
+    Only what passes without values is fitted, and timed as it is. It passes by a margin, since timings of another hour
+    differ.
     """
-    goal = work.terms.goal.limit * (1 + MARGIN)
-    done, limit = _sketched(work, goal)
+    goal = work.terms.goal.limit
+    done, limit = _sketched(work, goal * (1 + MARGIN))
     best: tuple[float, list[Option], Timing] | None = None
     for _ in range(_BUILDS):
         chosen = choose_damage(work.sites, limit) or _fastest(work)

@@ -196,8 +196,8 @@ def refine(
 ) -> list[Tensor]:
     """Return factors whose kernel is nearer to a target under a metric; starts of equal norms go faster.
 
-    ``build`` makes the kernel (g, O, I, *size) of the factors and is linear in each; all of one dtype. At most ``steps``
-    Gauss-Newton steps of at most ``iterations`` conjugate gradients each; the error never grows.
+    ``build`` makes the kernel (g, O, I, *size) of the factors and is linear in each; all are of one dtype. There are at
+    most ``steps`` Gauss-Newton steps of at most ``iterations`` conjugate gradients each; the error never grows.
     """
     factors = list(factors)
     error = float(metric.energy((build(factors) - target).flatten(2)))
