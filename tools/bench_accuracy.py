@@ -12,8 +12,8 @@ the line through its points (best accuracy at that speed-up or more); `auto` is 
     uniform     all ranks the same share of full
     auto        --calibration --target-speedup
 
-`predicted` is the latency of the whole model that `auto` expected (that of the original less what its options save),
-over the one measured.
+`predicted` is the latency of the whole model that `auto` expected before it was fitted (what its options save of the
+original's, as far as a model with random factors has shown that they save it), over the one measured in the end.
 """
 
 from __future__ import annotations
@@ -100,10 +100,9 @@ def automatic(network: Network, calibration: Network, test: Network) -> Iterator
         if timing is None:
             yield Point("auto", target, 1.0, test.accuracy(network.program.module()))
             continue
-        saved = sum((c.dense_latency or 0) - (c.latency or 0) for c in result.changes)
-        before, after = (model.median_s for model in timing.models)
         accuracy = test.accuracy(result.model.module())
-        yield Point("auto", target, timing.comparisons[0].speedup, accuracy, (before - saved) / after)
+        speedup, predicted = timing.comparisons[0].speedup, result.search.predicted
+        yield Point("auto", target, speedup, accuracy, None if predicted is None else speedup / predicted)
 
 
 def at_least(points: list[Point], rule: str, target: float) -> float | None:

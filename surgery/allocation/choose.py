@@ -71,7 +71,7 @@ def _solve(
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(weights[None], -np.inf, 1.0 if limit else 0.0)],
         integrality=np.ones(len(options)),
         bounds=Bounds(0, 1),
-        options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+        options={"mip_rel_gap": _GAP, "time_limit": _SECONDS, "presolve": False},  # which may print, and gains nothing
     )
     if result.x is None:
         return None

@@ -29,7 +29,7 @@ from surgery.ranks.candidates import Candidate, candidates_of
 from surgery.sites import FactoredSite, Site
 from surgery.solvers.weighted import roots, times_channels, triangle
 
-__all__ = ["Option", "Options", "options_of"]
+__all__ = ["Option", "Options", "options_of", "positions"]
 
 _JOINT = 1152  # columns; above, the root over channels and taps at once costs more than it tells
 _RIDGE = 1e-6  # of a moment of few samples, so that it has a Cholesky factor
@@ -61,6 +61,11 @@ class Options:
     def dense(self) -> Option:
         """The site as it is."""
         return self.options[0]
+
+    def corrected(self, factorization: str, ratio: float) -> Options:
+        """Return the options with the damages of one factorization multiplied, as one of them was found to need."""
+        rows = (replace(o, damage=o.damage * ratio) if o.factorization == factorization else o for o in self.options)
+        return replace(self, options=tuple(rows))
 
 
 def options_of(
@@ -147,11 +152,11 @@ def _whitened(site: Site, moments: Moments, *, centred: bool) -> tuple[Site, flo
         scale = float(rows.square().sum()) / total if total > 0 else 0.0
     else:
         rows = triangle(moments.sensitivity, _RIDGE).mT @ rows
-        scale = float(rows.square().sum()) * _positions(site)
+        scale = float(rows.square().sum()) * positions(site)
     return replace(site, operator=_with_kernel(operator, rows.view_as(kernel))), scale
 
 
-def _positions(site: Site) -> int:
+def positions(site: Site) -> int:
     """Return how many outputs of all channels the site has in one run."""
     shapes = (site.operator.out_shape(shape) for shape in site.input_shapes)
     return sum(math.prod(shape) for shape in shapes) // site.operator.out_channels

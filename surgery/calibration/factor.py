@@ -28,7 +28,7 @@ from surgery.errors import Refusal
 from surgery.factorizations import Factorization, Ranks
 from surgery.operators import Operator
 
-__all__ = ["RIDGE", "correct_bias", "fit", "output_error"]
+__all__ = ["RIDGE", "correct_bias", "fit", "output_error", "squared_error"]
 
 RIDGE = 1e-3
 
@@ -65,10 +65,10 @@ def fit(
     if len(chains) < 2:
         return chains[0] if chains else plain
     narrow = moments if operator.weight.dtype == torch.float64 else moments.narrow()
-    return min(chains, key=lambda chain: _squared_error(chain, operator, narrow, centred=bool(centred)))
+    return min(chains, key=lambda chain: squared_error(chain, operator, narrow, centred=bool(centred)))
 
 
-def _squared_error(chain: Chain, operator: Operator, moments: Moments, *, centred: bool) -> float:
+def squared_error(chain: Chain, operator: Operator, moments: Moments, *, centred: bool) -> float:
     """Return ``tr(G D Cov D^T) + e^T G e`` for e = D m + b - b', without the second term if ``centred``."""
     difference = _difference(chain, operator).to(moments.mean.dtype)
     energy = float(moments.centred_energy(difference, moments.sensitivity))
@@ -92,7 +92,7 @@ def output_error(chain: Chain, operator: Operator, moments: Moments, *, weighed:
     difference = _difference(chain, operator)
     if operator.bias is None and chain.bias is None:
         return math.sqrt(float(moments.metric.energy(difference, moments.sensitivity)) / scale)
-    return math.sqrt(_squared_error(chain, operator, moments, centred=False) / scale)
+    return math.sqrt(squared_error(chain, operator, moments, centred=False) / scale)
 
 
 def _mean_error(difference: Tensor, chain: Chain, operator: Operator, moments: Moments) -> Tensor:

@@ -180,7 +180,9 @@ def _verdict(output: Path | None, result: DecomposeResult, timing: Timing | str 
         yield f"latency was not measured: {timing}"
     elif timing is not None:
         c = timing.comparisons[0]
-        yield f"{c.verdict}: {c.speedup:.2f}x, 95 % interval {c.low:.2f} to {c.high:.2f} ({_where(timing)})"
+        predicted = None if result.search is None else result.search.predicted
+        expected = "" if predicted is None else f", {predicted:.2f}x expected"
+        yield f"{c.verdict}: {c.speedup:.2f}x, 95 % interval {c.low:.2f} to {c.high:.2f}{expected} ({_where(timing)})"
     if result.search is not None and result.search.metrics is not None:
         before, after = result.search.metrics
         yield f"metric: {before:.6g} -> {after:.6g}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
+from surgery.allocation.options import positions
 from surgery.calibration.batch_norm import NormWatch, Reference, feeds_batch_norm, reestimate_batch_norm
 from surgery.calibration.collect import Progress, collect
-from surgery.calibration.factor import fit
+from surgery.calibration.factor import fit, squared_error
 from surgery.calibration.inputs import Calibration, samples_in
 from surgery.calibration.moments import Moments
 from surgery.calibration.sensitivity import with_sensitivity
@@ -43,6 +44,11 @@ class SiteData:
         method, operator = named(name), site.operator
         centred = site.name in self.centred
         return fit(method, operator, ranks, self.moments[site.name], solver=_known(solver, method), centred=centred)
+
+    def damage(self, site: Site, chain: Chain) -> float:
+        """Return what the chain of a site does to the output, as ``surgery.allocation.options`` defines it."""
+        error = squared_error(chain, site.operator, self.moments[site.name], centred=site.name in self.centred)
+        return positions(site) * error
 
     def correct(self, changed: Model, progress: Progress) -> None:
         """Re-estimate the batch norms of a changed model, in place."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from surgery.allocation.budget import Trial, largest_budget
@@ -66,6 +67,7 @@ def negotiate(model: Model, inputs: Inputs, samples: Calibration, terms: Terms, 
 def _for_quality(work: Workshop) -> tuple[list[Trial], list[Option], Timing | None]:
     """Return the trials, the choice of the largest budget of damage that keeps the limit, and its timing."""
     value, limit, power, start = _quality(work)
+    work.settle(lambda: choose_least_cost(work.sites, start))
     most = sum(max(option.damage for option in site.options) for site in work.sites)
     done = largest_budget(
         lambda budget: value(work.build(choose_least_cost(work.sites, budget))),
@@ -101,7 +103,7 @@ def _for_speed(work: Workshop) -> tuple[list[Trial], list[Option], Timing | None
     done, limit = _sketched(work, goal * (1 + MARGIN))
     best: tuple[float, list[Option], Timing] | None = None
     for _ in range(_BUILDS):
-        chosen = choose_damage(work.sites, limit) or _fastest(work)
+        chosen = _choose(work, limit)
         timing = work.time(work.build(chosen))
         found = timing.comparisons[0]
         done.append(Trial(limit, found.speedup, found.low >= goal))
@@ -124,15 +126,21 @@ def _sketched(work: Workshop, goal: float) -> tuple[list[Trial], float]:
     done: list[Trial] = []
     for _ in range(_SKETCHES):
         limit = min(high, max(low, limit))
-        chosen = choose_damage(work.sites, limit) or _fastest(work)
+        work.settle(partial(_choose, work, limit))
+        chosen = _choose(work, limit)
         found = work.compare(chosen, goal)
         done.append(Trial(limit, found.speedup, found.low >= goal))
         low, high = (limit, high) if done[-1].kept else (low, limit)
         if high - low < _LEAST_STEP * total or goal <= found.low < _NEAR * goal:
             break
         spare = total / goal - total / found.low
+        spare = spare if done[-1].kept else min(spare, -_LEAST_STEP / 2 * total)
         limit += spare if low < limit + spare < high else (low + high) / 2 - limit
     return done, max((trial.budget for trial in done if trial.kept), default=low)
+
+
+def _choose(work: Workshop, cost: float) -> list[Option]:
+    return choose_damage(work.sites, cost) or _fastest(work)
 
 
 def _fastest(work: Workshop) -> list[Option]:
@@ -150,7 +158,8 @@ def _finish(work: Workshop, chosen: Sequence[Option], trials: Sequence[Trial], t
     plan = work.plan({option.site: option for option in chosen if option.site in errors})
     promise, metrics = _judge(work, model, timing)
     at = (sum(o.damage for o in chosen) ** 0.5, sum(o.cost for o in chosen))
-    search = replace(_search(work, trials), chosen=at, metrics=metrics, timing=timing)
+    predicted = None if timing is None else work.expected(chosen, timing.models[0].median_s)
+    search = replace(_search(work, trials), chosen=at, metrics=metrics, timing=timing, predicted=predicted)
     return Negotiated(model, work.found, plan, errors, promise, search)
 
 

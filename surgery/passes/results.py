@@ -46,8 +46,8 @@ class Search:
 
     ``frontier`` has (expected output error, cost) of the best choices from dense to the cheapest, for all sites that
     have options; ``cost`` says what costs are: "latency" (seconds), "macs" or "params". ``chosen`` is the point of the
-    result. ``trials`` are what was measured on the way, ``metrics`` the user's metric before and after, and ``timing``
-    the final one of both models.
+    result. ``trials`` are what was measured on the way, ``metrics`` the user's metric before and after, ``timing`` the
+    final one of both models, and ``predicted`` the speed-up that was expected of it.
     """
 
     frontier: tuple[tuple[float, float], ...] = ()
@@ -55,6 +55,7 @@ class Search:
     trials: tuple[Trial, ...] = ()
     metrics: tuple[float, float] | None = None
     timing: Timing | None = None
+    predicted: float | None = None
     cost: str = ""
 
 

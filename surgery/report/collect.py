@@ -59,6 +59,7 @@ def _search(search: Search) -> dict[str, Any]:
     return {
         "frontier": [list(point) for point in search.frontier],
         "chosen": None if search.chosen is None else list(search.chosen),
+        "predicted_speedup": search.predicted,
         "cost": search.cost,
         "trials": [asdict(trial) for trial in search.trials],
         "metrics": None if search.metrics is None else list(search.metrics),
