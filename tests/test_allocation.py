@@ -13,6 +13,7 @@ from surgery.allocation.budget import largest_budget
 from surgery.allocation.choose import choose_damage, choose_least_cost, frontier
 from surgery.allocation.options import Option, Options, options_of
 from surgery.allocation.prices import Counted
+from surgery.calibration.factor import RIDGE
 from surgery.calibration.moments import Moments
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import named
@@ -101,11 +102,13 @@ def test_damages_of_svd_are_those_of_the_best_chain_for_the_data() -> None:
     data = moments(16)
     found = options_of(site, data, Counted("macs"))
     assert isinstance(found, Options)
-    root = torch.linalg.cholesky(data.second[0] + 1e-12 * torch.eye(16, dtype=torch.float64))
+    second = data.second[0]
+    root = torch.linalg.cholesky(second + RIDGE * second.diagonal().mean() * torch.eye(16, dtype=torch.float64))
     values = torch.linalg.svdvals(weight @ root).square()
+    total = float((weight @ second * weight).sum())
     for option in found.options[1:]:
         assert option.ranks is not None
-        assert option.damage == pytest.approx(float(values[option.ranks[0] :].sum() / values.sum()), rel=1e-4)
+        assert option.damage == pytest.approx(float(values[option.ranks[0] :].sum()) / total, rel=1e-9)
         assert option.cost == named("svd").skeleton(site.operator, option.ranks).macs((4, 16))
     costs = [option.cost for option in found.options]
     damages = [option.damage for option in found.options]

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from surgery.allocation.prices import Prices
+from surgery.calibration.factor import RIDGE
 from surgery.calibration.moments import Moments
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import Ranks
@@ -31,8 +32,7 @@ from surgery.solvers.weighted import roots, times_channels, triangle
 
 __all__ = ["Option", "Options", "options_of", "positions"]
 
-_JOINT = 1152  # columns; above, the root over channels and taps at once costs more than it tells
-_RIDGE = 1e-6  # of a moment of few samples, so that it has a Cholesky factor
+_JOINT = 576  # columns; above, the root over channels and taps at once costs more than it tells
 _LEVELS = 12  # thresholds on singular values, from the largest to a thousandth of it
 
 
@@ -142,7 +142,7 @@ def _whitened(site: Site, moments: Moments, *, centred: bool) -> tuple[Site, flo
     if metric.factors[0].shape[-1] > _JOINT and metric.factors[0].dim() == 3:
         metric = metric.separated()
     mixed = metric.taps > 1 and len(metric.factors) == 1  # a root over channels and taps at once must be symmetric
-    first, *rest = (roots(f, _RIDGE)[0] if mixed else triangle(f, _RIDGE) for f in metric.factors)
+    first, *rest = (roots(f, RIDGE)[0] if mixed else triangle(f, RIDGE) for f in metric.factors)
     rows = times_channels(kernel.flatten(2), first, metric.taps if rest else 1)
     if rest:
         split = rows.unflatten(-1, (-1, metric.taps))
@@ -151,7 +151,7 @@ def _whitened(site: Site, moments: Moments, *, centred: bool) -> tuple[Site, flo
     if moments.sensitivity is None:
         scale = float(rows.square().sum()) / total if total > 0 else 0.0
     else:
-        rows = triangle(moments.sensitivity, _RIDGE).mT @ rows
+        rows = triangle(moments.sensitivity, RIDGE).mT @ rows
         scale = float(rows.square().sum()) * positions(site)
     return replace(site, operator=_with_kernel(operator, rows.view_as(kernel))), scale
 

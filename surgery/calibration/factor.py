@@ -70,7 +70,7 @@ def fit(
 
 def squared_error(chain: Chain, operator: Operator, moments: Moments, *, centred: bool) -> float:
     """Return ``tr(G D Cov D^T) + e^T G e`` for e = D m + b - b', without the second term if ``centred``."""
-    difference = _difference(chain, operator).to(moments.mean.dtype)
+    difference = _difference(chain, operator, moments.mean.dtype)
     energy = float(moments.centred_energy(difference, moments.sensitivity))
     if centred:
         return energy
@@ -115,6 +115,6 @@ def _mean_shift(difference: Tensor, moments: Moments) -> Tensor:
     return difference @ moments.mean.unsqueeze(-1)
 
 
-def _difference(chain: Chain, operator: Operator) -> Tensor:
-    """Return W - W' as (groups, O, n) in float64."""
-    return (operator.kernel.detach().double() - composed(chain)).flatten(2)
+def _difference(chain: Chain, operator: Operator, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return W - W' as (groups, O, n)."""
+    return (operator.kernel.detach().to(dtype) - composed(chain, dtype)).flatten(2)

@@ -27,7 +27,7 @@ from surgery.steps import Branches
 __all__ = ["Problem", "composed", "search"]
 
 _JOINT = 2304  # columns; above, each step under the whole moment takes seconds
-_EFFORT = ((576, 8, 16), (1152, 4, 16), (_JOINT, 2, 8))  # columns up to which so many steps of so many iterations pay
+_EFFORT = ((576, 8, 16), (1152, 4, 16), (_JOINT, 1, 8))  # columns up to which so many steps of so many iterations pay
 _LEAST_EFFORT = (1, 4)
 
 

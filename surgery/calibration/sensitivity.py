@@ -42,8 +42,8 @@ def with_sensitivity(
 ) -> Mapping[str, Moments]:
     """Return the moments with the sensitivity of each site, from at most so many samples in small batches.
 
-    Half of the samples do where there are fewer than twice as many. A site that no gradient reaches keeps its moments
-    without one. ``progress`` gets ("differentiate", batches done, of all).
+    A third of the samples do where there are few. A site that no gradient reaches keeps its moments without one.
+    ``progress`` gets ("differentiate", batches done, of all).
 
     Raises:
         InputError: the model has no output to differentiate, or cannot be differentiated.
@@ -57,7 +57,7 @@ def with_sensitivity(
             for call in spot.calls:
                 observed.tap(call, gram.tap)
     generator = torch.Generator().manual_seed(seed)
-    few = _small(batches, min(samples, -(-batches.count // 2)))
+    few = _small(batches, min(samples, -(-batches.count // 3)))
     for done, batch in enumerate(few):
         if progress is not None:
             progress("differentiate", done, len(few))

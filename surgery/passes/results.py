@@ -55,8 +55,8 @@ class Search:
     trials: tuple[Trial, ...] = ()
     metrics: tuple[float, float] | None = None
     timing: Timing | None = None
-    predicted: float | None = None
     cost: str = ""
+    predicted: float | None = None
 
 
 @dataclass(frozen=True, repr=False)

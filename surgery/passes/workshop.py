@@ -40,7 +40,7 @@ __all__ = ["Terms", "Workshop"]
 
 _SECONDS = 3.0
 _DISTURBED = 1.05  # times the usual seconds of the original
-_ROUNDS, _SMALL = 4, 576  # of corrections; columns
+_ROUNDS, _SMALL = 4, 160_000  # of corrections; weights, as a 3x3 convolution of 128 channels has
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Workshop:
         """
         seen: set[tuple[str, str]] = set()
         for _ in range(_ROUNDS):
-            small = (o for o in choose() if o.factorization is not None and self._columns(o) <= _SMALL)
+            small = (o for o in choose() if o.factorization is not None and self._weights(o) <= _SMALL)
             new = [option for option in small if (option.site, str(option.factorization)) not in seen]
             if not new:
                 break
@@ -155,8 +155,8 @@ class Workshop:
             for options in self.sites
         ]
 
-    def _columns(self, option: Option) -> int:
-        return self._spots[option.site].site.operator.kernel[0, 0].numel()
+    def _weights(self, option: Option) -> int:
+        return self._spots[option.site].site.operator.kernel.numel()
 
     def _options(self, name: str) -> Options | Refusal:
         if name not in self._data.moments:
