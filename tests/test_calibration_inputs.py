@@ -117,3 +117,12 @@ def test_what_is_no_sample_goes_with_each_batch() -> None:
 
     batches = read_calibration([(torch.randn(6, 4), torch.ones(4))], Scaled(), batch_size=4)
     assert [(len(args[0]), len(args[1])) for args, _ in batches] == [(4, 4), (2, 4)]
+
+
+def test_of_a_large_model_as_many_samples_are_read_as_its_work_allows() -> None:
+    samples = read_calibration(torch.randn(256, 3), nn.Linear(3, 2))
+    assert samples.affordable(6.0) is samples
+    assert samples.affordable(2.0**38 / 100).count == 96  # whole batches of 32
+    few = samples.affordable(1e15)
+    assert few.count == 64
+    assert torch.equal(few.leaves[0], samples.leaves[0][:64])

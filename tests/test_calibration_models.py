@@ -127,6 +127,18 @@ def test_sensitivity_predicts_how_far_the_output_moves() -> None:
     assert float(torch.linalg.eigvalsh(stem[0])[0]) > -1e-12 * float(stem[0].trace())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_parameter_gets_a_gradient(kind: str) -> None:
+    x = images(16)
+    model = as_kind(net(), kind, x)
+    batches = read_calibration(x, model)
+    with_sensitivity(model, batches, collect(model, batches))
+    state = model.state_dict if isinstance(model, ExportedProgram) else dict(model.named_parameters())
+    parameters = [value for value in state.values() if isinstance(value, nn.Parameter)]
+    assert parameters
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in parameters)
+
+
 # --- whole networks --------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,119 @@
+"""What ``auto`` with calibration data measures: damages of fitted chains, whole models once, disturbed ones twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+import surgery
+from surgery.allocation.choose import choose_least_cost
+from surgery.allocation.prices import Counted
+from surgery.benchmark import ModelComparison, ModelTiming, Ready, Timing, environment
+from surgery.calibration import read_calibration
+from surgery.chain import Chain
+from surgery.cost.latency import Comparison, Latencies
+from surgery.cost.timing import Samples
+from surgery.inputs import normalise_inputs
+from surgery.operators import Operator, Shape
+from surgery.passes import workshop
+from surgery.passes.goals import Goal
+from surgery.passes.workshop import Terms, Workshop
+from tests.cases import decaying
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 48, 3)
+    )
+    for parameter in model.parameters():
+        parameter.data = decaying(parameter.data.double(), 0.6).float()
+    return model.eval()
+
+
+def samples(count: int = 64) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+class ByMacs(Latencies):
+    """Sites take a nanosecond for each multiply-accumulate."""
+
+    def compare(self, dense: Operator | Chain, chain: Operator | Chain, shape: Shape) -> Comparison:
+        first, second = (1e-9 * (o if isinstance(o, Chain) else Chain((o,))).macs(shape) for o in (dense, chain))
+        ratio = first / second
+        return Comparison(first, second, ratio, ratio, ratio, "faster" if ratio > 1 else "slower")
+
+
+class Clock:
+    """Whole models take a microsecond for each parameter, and longer in the calls that are said to be disturbed."""
+
+    def __init__(self, disturbed: Sequence[int] = ()) -> None:
+        self.calls = 0
+        self.disturbed = disturbed
+
+    def make_ready(self, models: Sequence[Any], *_: Any, **__: Any) -> list[Ready]:
+        states = (m.state_dict if isinstance(m, ExportedProgram) else m.state_dict() for m in models)
+        return [Ready(str(sum(tensor.numel() for tensor in state.values())), lambda: None) for state in states]
+
+    def time_ready(self, ready: Sequence[Ready], **_: Any) -> Timing:
+        slow = 2.0 if self.calls in self.disturbed else 1.0
+        self.calls += 1
+        seconds = [1e-6 * float(model.path) for model in ready]
+        seconds = [slow * seconds[0], *(slow**2 * s for s in seconds[1:])]
+        models = tuple(ModelTiming(m.path, Samples((s,) * 11)) for m, s in zip(ready, seconds, strict=True))
+        ratios = [seconds[0] / s for s in seconds[1:]]
+        return Timing(models, tuple(ModelComparison("", r, r, r, "faster") for r in ratios), environment(1))
+
+
+def decompose(path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> surgery.DecomposeResult:
+    monkeypatch.setattr(workshop, "make_ready", clock.make_ready)
+    monkeypatch.setattr(workshop, "time_ready", clock.time_ready)
+    latencies = ByMacs(threads=1, path=path)
+    return surgery.decompose(network(), samples(2), calibration=samples(), target_speedup=1.5, latencies=latencies)
+
+
+def test_whole_models_are_timed_once_and_the_finished_one_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = Clock(), Clock()
+    found = [decompose(tmp_path / "l", clock, monkeypatch) for clock in (first, second)]
+    assert first.calls > 3
+    assert second.calls == 1
+    for result in found:
+        assert result.promise is not None
+        assert result.promise.kept
+        assert result.search is not None
+        assert result.search.predicted == pytest.approx(result.promise.measured)
+    assert found[0].plan == found[1].plan
+
+
+def test_a_disturbed_timing_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet = decompose(tmp_path / "a", Clock(), monkeypatch)
+    disturbed = decompose(tmp_path / "b", Clock(disturbed=(1,)), monkeypatch)  # 0 times the original alone
+    assert quiet.search is not None
+    assert disturbed.search is not None
+    assert disturbed.search.trials == quiet.search.trials
+
+
+def test_damages_are_corrected_by_fitted_chains() -> None:
+    model, x = network(), samples()
+    terms = Terms(Goal.of(0.2, None, None, metric=False), Counted("macs"), Latencies(threads=1, keep=False))
+    work = Workshop(model, normalise_inputs(x[:2]), read_calibration(x, model), terms, lambda *_: None)
+    budget = 0.1 * sum(max(option.damage for option in site.options) for site in work.sites)
+    before = choose_least_cost(work.sites, budget)
+    work.settle(lambda: choose_least_cost(work.sites, budget))
+    after = [option for option in choose_least_cost(work.sites, budget) if option.factorization is not None]
+    sites = {options.site.name: options.site for options in work.sites}
+    assert after
+    assert sum(option.cost for option in after) < sum(option.cost for option in before)  # bounds are too high
+    for option in after:
+        chain = work.chain(option)
+        assert chain is not None
+        found = work._data.damage(sites[option.site], chain)
+        assert found <= option.damage * 1.5  # of another rank, perhaps, than the one that was fitted
