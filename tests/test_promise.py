@@ -128,6 +128,17 @@ def test_a_promise_that_nothing_keeps_gives_the_original() -> None:
     assert {skip.name: skip.reason for skip in result.skips}["3"].startswith("no change keeps the promise")
 
 
+@pytest.mark.parametrize("kind", ["module", "graph"])
+def test_a_model_can_be_changed_itself(kind: str) -> None:
+    x, copied = samples(), surgery.decompose(opened(kind), samples(4), calibration=samples(), cost="macs")
+    model = opened(kind)
+    result = surgery.decompose(model, samples(4), calibration=x, cost="macs", inplace=True)
+    assert result.model is model
+    assert result.plan == copied.plan
+    assert result.changes
+    assert torch.equal(run(model, x), run(copied.model, x))
+
+
 def test_given_ranks_are_fitted_to_the_data() -> None:
     model, x = network(), samples()
     plain = surgery.decompose(model, x[:4], ranks="keep_macs=0.4")

@@ -125,7 +125,8 @@ def decompose(
             for all alike sites that read the same value.
         inplace: change the given model itself (not possible for an exported program).
         calibration: inputs to fit the factors to: a tensor of samples, a sequence of inputs, a DataLoader, or a path. A
-            few hundred samples do. Biases and batch-norm statistics are corrected for them, and with ``ranks="auto"``
+            few hundred samples do; of a large network no more are read than take 2^38 multiply-accumulates in one pass,
+            64 at least. Biases and batch-norm statistics are corrected for them, and with ``ranks="auto"``
             the result is the fastest model that keeps one promise on samples held out of them (see below).
         stages: with calibration data and given ranks: fit the sites in so many runs, in graph order, each to the inputs
             that the model gives it when all runs before it are decomposed. Each costs one more pass over the data.
@@ -157,12 +158,11 @@ def decompose(
     samples = None if calibration is None else read_calibration(calibration, model, example_inputs)
     rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, report, joint)
     if samples is not None and automatic:
-        if inplace or joint:
-            raise InputError(
-                f"{'inplace' if inplace else 'joint'} with calibration and ranks='auto'", allowed="neither"
-            )
+        if joint:
+            next_step = "carry out a plan with joint sites"
+            raise InputError("joint with calibration and ranks='auto'", allowed="one of them", next_step=next_step)
         goal = Goal.of(max_error, target_speedup, max_drop, metric=eval_fn is not None)
-        return _promise(model, example_inputs, samples, (goal, eval_fn, cost, solver), rules)
+        return _promise(model, example_inputs, samples, (goal, eval_fn, cost, solver), rules, inplace=inplace)
     graph, found, plan = _prepare(model, example_inputs, plan, rules, copies=not inplace, inplace=inplace)
     work = join([spot.site for spot in found.spots if not plan[spot.site.name].dense], joint_groups(plan))
     if stages > 1:
@@ -225,6 +225,8 @@ def _promise(
     samples: Calibration,
     asked: tuple[Goal, Evaluate | None, str, str],
     rules: _Rules,
+    *,
+    inplace: bool,
 ) -> DecomposeResult:
     """Carry out ``auto`` with calibration data, for a goal, its metric, a cost and a solver."""
     goal, evaluate, cost, solver = asked
@@ -243,6 +245,7 @@ def _promise(
         rules.exclude,
         solver=solver,
         multiple=channel_multiple(),
+        inplace=inplace,
     )
     done = negotiate(model, inputs, samples, terms, rules.progress)
     sites = {spot.site.name: spot.site for spot in done.found.spots}

@@ -61,7 +61,8 @@ def negotiate(model: Model, inputs: Inputs, samples: Calibration, terms: Terms, 
     trials, chosen, timing = _for_speed(work) if terms.goal.kind == "target_speedup" else _for_quality(work)
     if all(option.factorization is None for option in chosen):
         return _original(work, "no change keeps the promise", trials)
-    return _finish(work, chosen, trials, timing)
+    done = _finish(work, chosen, trials, timing)
+    return replace(done, model=work.change(chosen)) if terms.inplace and done.errors else done
 
 
 def _for_quality(work: Workshop) -> tuple[list[Trial], list[Option], Timing | None]:

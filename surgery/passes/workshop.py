@@ -56,6 +56,7 @@ class Terms:
     exclude: tuple[str, ...] = ()
     solver: str = "auto"
     multiple: int | None = None
+    inplace: bool = False
     seconds: float = _SECONDS
 
 
@@ -220,18 +221,28 @@ class Workshop:
         if not work:
             return self.model
         if work not in self._built:
-            graph = open_graph(self.model, *self.inputs)
-            spots = {spot.site.name: spot for spot in graph.find().spots}
-            for done, option in enumerate(work):
-                self.progress("fit", done, len(work))
-                chain = self.chain(option)
-                if chain is not None:
-                    graph.splice(spots[option.site], chain)
-            self.progress("fit", len(work), len(work))
-            model = graph.finish()
+            model = self._spliced(work)
             self._data.correct(model, self.progress)
             self._built = {work: model}  # the last one only: models are large
         return self._built[work]
+
+    def change(self, chosen: Sequence[Option]) -> Any:
+        """Make the model itself what ``build`` returns, and return it; nothing can be measured of the original then."""
+        built = self.build(chosen)
+        changed = self._spliced([option for option in chosen if option.factorization is not None], inplace=True)
+        changed.load_state_dict(built.state_dict())
+        return changed
+
+    def _spliced(self, work: Sequence[Option], *, inplace: bool = False) -> Any:
+        graph = open_graph(self.model, *self.inputs, copies=not inplace, inplace=inplace)
+        spots = {spot.site.name: spot for spot in graph.find().spots}
+        for done, option in enumerate(work):
+            self.progress("fit", done, len(work))
+            chain = self.chain(option)
+            if chain is not None:
+                graph.splice(spots[option.site], chain)
+        self.progress("fit", len(work), len(work))
+        return graph.finish()
 
     def chain(self, option: Option) -> Chain | None:
         """Return the fitted chain of an option; None where the method finds no good factors."""
