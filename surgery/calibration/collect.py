@@ -17,7 +17,7 @@ from surgery.operators import Conv, Operator
 __all__ = ["Progress", "collect"]
 
 Progress = Callable[[str, int, int], None]
-_LIMITS = (2304, 1152, 576, 288, 144, 72, 36, 18)  # columns; 2304 is a 3x3 convolution of 256 channels
+_LIMITS = (4608, 2304, 1152, 576, 288, 144, 72, 36, 18)  # columns
 _ROWS, _LEAST_ROWS = 2, 4096
 
 

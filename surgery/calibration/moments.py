@@ -8,8 +8,9 @@ squared output of a kernel W is tr(W C W^T), and that of its error tr(D C D^T) w
                 the operator pads, so that borders count as they are
     Embedding   columns are one-hot, so C is diagonal: the share of each entry
 
-Where n is above a limit C is not stored as such. A convolution's is approximated by channels (x) taps, each averaged
-over the other (Grosse and Martens 2016, arXiv 1602.01407, do so for gradients), and a linear layer's by its diagonal.
+Where n is above a limit (lower for patches) C is not stored as such. A convolution's is approximated by channels (x)
+taps, each averaged over the other (Grosse and Martens 2016, arXiv 1602.01407, do so for gradients), and a linear
+layer's by its diagonal.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from surgery.operators import Embedding, Operator
 from surgery.solvers.weighted import Metric, roots
 
 __all__ = ["Accumulator", "Moments", "layout_bytes"]
+
+_PATCHES = 2304  # columns: a 3x3 convolution of 256 channels
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +110,11 @@ def _trace(factor: Tensor) -> Tensor:
     return factor.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
 
 
+def _whole(columns: int, taps: int, limit: int) -> bool:
+    """Whether C is stored as one matrix; for patches of more columns it takes more than it adds."""
+    return columns <= (min(limit, _PATCHES) if taps > 1 else limit)
+
+
 def layout_bytes(operator: Operator, limit: int) -> int:
     """Return the bytes of an operator's C with at most ``limit`` columns stored in full."""
     groups, _, channels, *size = operator.kernel.shape
@@ -114,7 +122,7 @@ def layout_bytes(operator: Operator, limit: int) -> int:
     n = channels * taps
     if isinstance(operator, Embedding):
         return 8 * n
-    if n <= limit:
+    if _whole(n, taps, limit):
         return 8 * groups * n * n
     return 8 * groups * ((channels**2 if channels <= limit else channels) + (taps**2 if taps > 1 else 0))
 
@@ -131,7 +139,7 @@ class Accumulator:
         self._operator, self._rows = operator.to(device="meta"), rows
         self._taps, self.count = math.prod(size), 0
         n = channels * self._taps
-        self._whole = n <= limit
+        self._whole = _whole(n, self._taps, limit)
         self._generator = torch.Generator().manual_seed(seed)
         self._mean = torch.zeros(groups, n, dtype=torch.float64)
         wide = channels if isinstance(operator, Embedding) or channels > limit else 0
