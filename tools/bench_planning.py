@@ -1,6 +1,7 @@
 """Time to plan a ResNet-50 at 224x224 with calibration data: with no latencies known, and with all of them on disk.
 
     python tools/bench_planning.py [--network resnet50] [--samples 256] [--target-speedup 1.3 | --max-error 0.3]
+                                   [--json planning.json]
 
 Weights and images are random (weights of a quarter of the rank with noise, as in `networks.py`; images smooth), so the
 figures are for time alone. The seconds of each step are those between its reports of progress.
@@ -9,12 +10,14 @@ figures are for time alone. The seconds of each step are those between its repor
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
 import time
 import warnings
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -73,6 +76,7 @@ def main() -> None:
     goal.add_argument("--target-speedup", type=float)
     goal.add_argument("--max-error", type=float)
     parser.add_argument("--progress", action="store_true", help="say each step on standard error")
+    parser.add_argument("--json", type=Path, help="also write the seconds here")
     options = parser.parse_args()
     asked = {k: v for k in ("target_speedup", "max_error") if (v := getattr(options, k)) is not None}
     asked = asked or {"target_speedup": 1.3}
@@ -90,6 +94,13 @@ def main() -> None:
     console.print(table)
     where = environment(Latencies().threads)
     console.print(f"{where.cpu}, {where.threads} threads, onnxruntime {where.onnxruntime}, torch {where.torch}")
+    if options.json:
+        times = {
+            name: {"all": seconds, **clock.seconds, "promise": str(result.promise)}
+            for name, (result, seconds, clock) in runs.items()
+        }
+        values = {"network": options.network, "samples": options.samples, "asked": asked, "seconds": times}
+        options.json.write_text(json.dumps(values | {"environment": asdict(where)}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
