@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from surgery.allocation import choose
 from surgery.allocation.budget import largest_budget
 from surgery.allocation.choose import choose_damage, choose_least_cost, frontier
 from surgery.allocation.options import Option, Options, options_of
@@ -126,3 +128,13 @@ def test_a_site_that_cannot_gain_says_so() -> None:
 def test_costs_have_known_names() -> None:
     with pytest.raises(InputError, match="cost='joules'"):
         Counted("joules")
+
+
+def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    libc = ctypes.CDLL(None)
+    libc.puts(b"before")
+    with choose._silence():
+        libc.puts(b"a line of the solver")
+    libc.puts(b"after")
+    libc.fflush(None)
+    assert capfd.readouterr().out == "before\nafter\n"

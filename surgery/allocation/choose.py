@@ -6,7 +6,11 @@ measuring can tell: minimise sum c_ij x_ij with sum_j x_ij = 1 for each site i a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import scipy.sparse
@@ -66,14 +70,36 @@ def _solve(
     owner = np.repeat(np.arange(len(sites)), [len(site.options) for site in sites])
     one_each = scipy.sparse.csr_array((np.ones(len(options)), (owner, np.arange(len(options)))))
     goals, weights = np.array(goal) / (max(goal) or 1.0), np.array(weight) / (limit or 1.0)
-    result = milp(
-        goals,
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(weights[None], -np.inf, 1.0 if limit else 0.0)],
-        integrality=np.ones(len(options)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": _GAP, "time_limit": _SECONDS, "presolve": False},  # which may print, and gains nothing
-    )
+    budget = LinearConstraint(weights[None], -np.inf, 1.0 if limit else 0.0)
+    with _silence():
+        result = milp(
+            goals,
+            constraints=[LinearConstraint(one_each, 1, 1), budget],
+            integrality=np.ones(len(options)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+        )
     if result.x is None:
         return None
     picked = np.flatnonzero(result.x > 0.5)
     return [options[index] for index in picked]
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Drop what C code prints: HiGHS may leave a line of its own on the output, whatever its options."""
+    if os.name != "posix":
+        yield
+        return
+    flush = ctypes.CDLL(None).fflush
+    sys.stdout.flush()
+    flush(None)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        flush(None)  # while there is nowhere to print to
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
