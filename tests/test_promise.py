@@ -178,9 +178,22 @@ def test_batch_norms_of_a_deep_network_are_corrected_together() -> None:
 
     reference = reach(model)
     reestimate_batch_norm(factored, samples, reference=reference)
-    for name, (_, variance) in reach(factored).items():
+    for name, seen in reach(factored).items():
         old, new = (network.get_buffer(f"{name}.running_var") for network in (model, factored))
-        assert torch.allclose(variance / new, reference[name][1] / old, rtol=0.05)
+        assert torch.allclose(seen.variance / new, reference[name].variance / old, rtol=0.05)
+
+
+def test_batch_norms_of_what_was_not_changed_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in "1234"))
+    x = torch.randn(48, 8, 5, 5)
+    model.train()(x)
+    samples = read_calibration(x + 1, model.eval(), batch_size=16)
+    watch = NormWatch(model)
+    collect(model, samples, sites=(), beside=watch)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    reestimate_batch_norm(model, samples, reference=watch.reference)
+    assert all(torch.allclose(value, before[name], rtol=1e-6) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,17 @@
 
 Each running mean and variance is set from the activations that reach it, in passes over all calibration batches. In the
 first pass every normalisation uses the statistics of the batch at hand, as in training, so that all of them see inputs
-normalised already; with a single batch this gives exactly what one step in training mode at momentum 1 gives. Where
-batches have few values of a channel, a second pass normalises with what the first has found, as inference does.
+normalised already; with a single batch this gives exactly what one step in training mode at momentum 1 gives. Later
+passes normalise with what the one before has found, as inference does.
 
-With a reference, the moments of what reached the normalisations of the original network on the same inputs, only the
+With a reference, the moments of what reached the normalisations of the original network in the same batches, only the
 difference to it is corrected: mean' = mean + (m - m_ref), variance' = variance * v / v_ref. What calibration data and
-training data differ in, and the chance of few samples, is the same in both and cancels.
+training data differ in, and the chance of few samples, is the same in both and cancels; a network that was not changed
+stays exactly as it is. Each normalisation is corrected by the batch at hand before that goes on, so that one pass does.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -29,10 +29,9 @@ from surgery.graphs.behind import is_norm, is_tracked_norm, norm_buffers
 __all__ = ["NormWatch", "Reference", "feeds_batch_norm", "reestimate_batch_norm"]
 
 Pair = tuple[Tensor, Tensor]
-Reference = Mapping[str, Pair]
+Reference = Mapping[str, "_Statistics"]
 Progress = Callable[[str, int, int], None]
 
-_PLENTY = 1024  # of values of a channel in a batch, which know its deviation to 2 %
 _BUFFERS = ("running_mean", "running_var")
 
 
@@ -50,7 +49,7 @@ class NormWatch:
     @property
     def reference(self) -> Reference:
         """The moments of all that was seen, by the name of the batch norm."""
-        return {norm.name: (norm.seen.mean, norm.seen.variance) for norm in self._norms}
+        return {norm.name: norm.seen for norm in self._norms}
 
 
 def reestimate_batch_norm(
@@ -58,14 +57,14 @@ def reestimate_batch_norm(
     batches: Calibration,
     *,
     reference: Reference | None = None,
-    passes: int = 2,
+    passes: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[str, ...]:
     """Set the running statistics of all batch norms of a model, in place, and return the names of those.
 
     ``reference`` is that of the original on the same inputs, as ``NormWatch`` has it. Of a program the tensors of its
-    state dict are set; nothing else changes in any graph kind. ``passes`` is their number at most. ``progress`` gets
-    ("correct", batches done, of all), in each pass.
+    state dict are set; nothing else changes in any graph kind. There is one of the ``passes`` with a reference, and two
+    without, if no number is given. ``progress`` gets ("correct", batches done, of all), in each pass.
 
     Raises:
         InputError: as ``collect``.
@@ -74,10 +73,9 @@ def reestimate_batch_norm(
     norms = _norms(observed, model)
     if reference is not None:
         for norm in norms:
-            norm.reference = (norm.mean.clone(), norm.variance.clone()), reference[norm.name]
+            norm.before, norm.reference = (norm.mean.clone(), norm.variance.clone()), reference[norm.name]
+    passes = passes or (2 if reference is None else 1)
     for number in range(passes if norms else 0):
-        if number and all(norm.seen.least >= _PLENTY for norm in norms):
-            break
         for norm in norms:
             norm.own_batch, norm.seen = number == 0, _Statistics()
         for done, batch in enumerate(batches):
@@ -85,7 +83,7 @@ def reestimate_batch_norm(
                 progress("correct", done, len(batches))
             observed.run(batch)
         for norm in norms:
-            norm.set(norm.seen.mean, norm.seen.variance)
+            norm.set((norm.seen.mean, norm.seen.variance))
     if not isinstance(model, ExportedProgram):
         _give_back(model, norms)
     return tuple(norm.name for norm in norms)
@@ -114,20 +112,21 @@ def _give_back(model: nn.Module, norms: Sequence[_Norm]) -> None:
 
 
 class _Statistics:
-    """Mean and variance of each channel, summed in float64."""
+    """Mean and variance of each channel, summed in float64; ``parts`` are those of each call."""
 
     def __init__(self) -> None:
         self._count, self._sum, self._squares = 0, torch.zeros(()), torch.zeros(())
-        self.least = math.inf  # values of a channel in one batch
+        self.parts: list[Pair] = []
 
     def add(self, x: Tensor) -> Pair:
         """Add a batch, and return its own mean and variance."""
         wide = x.detach() if x.dtype == torch.float64 else x.detach().float()
         mean, variance = (part.double() for part in torch.batch_norm_update_stats(wide, None, None, 0.0))
         count = x.numel() // x.shape[1]
-        self._count, self.least = self._count + count, min(self.least, count)
+        self._count += count
         self._sum = self._sum + count * mean
         self._squares = self._squares + count * (variance + mean.square())
+        self.parts.append((mean, variance))
         return mean, variance
 
     @property
@@ -148,21 +147,23 @@ class _Norm:
     mean: Tensor
     variance: Tensor
     own_batch: bool = False
-    reference: tuple[Pair, Pair] | None = None
+    before: Pair | None = None
+    reference: _Statistics | None = None
     seen: _Statistics = field(default_factory=_Statistics)
 
     def see(self, x: Tensor) -> None:
         """Add an input, and in a first pass normalise it by itself."""
         alone = self.seen.add(x)
         if self.own_batch:
-            self.set(*alone)
+            self.set(alone, len(self.seen.parts) - 1)
 
-    def set(self, mean: Tensor, variance: Tensor) -> None:
-        """Take these as running statistics; with a reference only what has changed since."""
-        if self.reference is not None:
-            mean, variance = _corrected(*self.reference, (mean, variance))
-        self.mean.copy_(mean)
-        self.variance.copy_(variance)
+    def set(self, found: Pair, part: int | None = None) -> None:
+        """Take these as running statistics; with a reference what has changed since, in all or in one of its parts."""
+        if self.reference is not None and self.before is not None:
+            known = self.reference
+            found = _corrected(self.before, (known.mean, known.variance) if part is None else known.parts[part], found)
+        for buffer, value in zip((self.mean, self.variance), found, strict=True):
+            buffer.copy_(value)
 
 
 def _norms(observed: Observed, model: Model) -> list[_Norm]:

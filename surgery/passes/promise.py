@@ -22,7 +22,7 @@ from surgery.calibration.inputs import Calibration
 from surgery.cost.timing import MARGIN
 from surgery.graphs import Found, Model
 from surgery.inputs import Inputs
-from surgery.passes.goals import Promise, drop_of, scores_of
+from surgery.passes.goals import TRIALS, Promise, drop_of, scores_of
 from surgery.passes.results import Search
 from surgery.passes.workshop import Terms, Workshop
 from surgery.plans import Plan
@@ -76,6 +76,7 @@ def _for_quality(work: Workshop) -> tuple[list[Trial], list[Option], Timing | No
         start=start,
         most=most,
         power=power,
+        trials=TRIALS,
     )
     kept = [trial.budget for trial in done if trial.kept]
     chosen = choose_least_cost(work.sites, max(kept, default=0.0))
