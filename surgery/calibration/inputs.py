@@ -72,12 +72,12 @@ class Calibration:
         rows = zip(self.leaves, self.sampled, strict=True)
         return replace(self, leaves=tuple(leaf[index] if many else leaf for leaf, many in rows))
 
-    def affordable(self, macs: float) -> Calibration:
-        """Return the first samples, so many that a pass takes ``_WORK`` at ``macs`` each, and no fewer than ``_LEAST``.
+    def affordable(self, macs: float, *, least: int = _LEAST) -> Calibration:
+        """Return the first samples, so many that a pass takes ``_WORK`` at ``macs`` each, and no fewer than ``least``.
 
         In whole batches: what is read of a large network is bounded by its work, a few hundred samples or not.
         """
-        wanted = max(_LEAST, _WORK / max(macs, 1.0)) // self.batch_size * self.batch_size
+        wanted = max(least, _WORK / max(macs, 1.0)) // self.batch_size * self.batch_size
         return self if wanted >= self.count else self.take(torch.arange(max(self.batch_size, int(wanted))))
 
     def split(self, held_out: float = 0.25, *, seed: int = 0) -> tuple[Calibration, Calibration]:

@@ -6,6 +6,9 @@ of itself at other positions (as K-FAC does: Martens and Grosse 2015, arXiv 1503
 
     G = E[g g^T]    (groups, O, O), the mean over positions and samples
 
+Of N gradients of O channels the share O / (O + N) of G is given to the identity of the same trace: what few gradients
+have not shown is not taken for harmless (Ledoit and Wolf 2004 shrink so).
+
 Outputs of a model that are several tensors count by their relative error. One backward pass for each batch.
 """
 
@@ -42,7 +45,7 @@ def with_sensitivity(
 ) -> Mapping[str, Moments]:
     """Return the moments with the sensitivity of each site, from at most so many samples in small batches.
 
-    A third of the samples do where there are few. A site that no gradient reaches keeps its moments without one.
+    A site that no gradient reaches keeps its moments without one.
     ``progress`` gets ("differentiate", batches done, of all).
 
     Raises:
@@ -57,7 +60,7 @@ def with_sensitivity(
             for call in spot.calls:
                 observed.tap(call, gram.tap)
     generator = torch.Generator().manual_seed(seed)
-    few = _small(batches, min(samples, -(-batches.count // 3)))
+    few = _small(batches, samples)
     for done, batch in enumerate(few):
         if progress is not None:
             progress("differentiate", done, len(few))
@@ -103,8 +106,10 @@ class _Gram:
 
     @property
     def mean(self) -> Tensor:
-        """G."""
-        return self._sum / self.count
+        """G, shrunk."""
+        mean, share = self._sum / self.count, self._out / (self._out + self.count)
+        level = mean.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        return (1 - share) * mean + share * level * torch.eye(self._out, dtype=mean.dtype)
 
     def tap(self, y: Tensor) -> Tensor:
         """Return the output as a value of its own, whose gradient is added when it is known."""

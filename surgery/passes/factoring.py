@@ -27,6 +27,9 @@ from surgery.text import rank_text
 __all__ = ["Made", "SiteData", "factor_site", "gather", "split_chain", "weight_error"]
 
 
+_BACKWARD = 3  # times the work of a forward pass
+
+
 @dataclass(frozen=True, eq=False)
 class SiteData:
     """What calibration data say of the sites: moments by name, and which have their mean taken up behind them.
@@ -73,10 +76,11 @@ def gather(
     """
     graph = open_graph(model, *inputs, copies=False)
     found = graph.find()
-    samples = samples.affordable(found.totals.macs / samples_in(model, inputs))
+    macs = found.totals.macs / samples_in(model, inputs)
+    samples = samples.affordable(macs)
     norms = NormWatch(model)
     moments = collect(model, samples, sites=sites, progress=progress, beside=norms)
-    moments = with_sensitivity(model, samples, moments, progress=progress)
+    moments = with_sensitivity(model, samples.affordable(_BACKWARD * macs, least=1), moments, progress=progress)
     spots = [spot for spot in found.spots if spot.site.name in moments]
     taken = (s for s in spots if s.site.operator.bias is not None or feeds_batch_norm(graph, s))
     return SiteData(samples, moments, frozenset(spot.site.name for spot in taken), norms.reference)
