@@ -127,6 +127,15 @@ def test_sensitivity_predicts_how_far_the_output_moves() -> None:
     assert float(torch.linalg.eigvalsh(stem[0])[0]) > -1e-12 * float(stem[0].trace())
 
 
+def test_what_few_gradients_have_not_shown_is_not_harmless() -> None:
+    x, model = torch.randn(4, 8, dtype=torch.float64), nn.Sequential(nn.Linear(8, 12)).double()
+    batches = read_calibration(x, model)
+    found = with_sensitivity(model, batches, collect(model, batches))["0"].sensitivity
+    assert found is not None
+    values = torch.linalg.eigvalsh(found[0])
+    assert float(values[0]) == pytest.approx(12 / 16 * float(values.mean()), rel=1e-6)  # 4 of 12 directions were seen
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_parameter_gets_a_gradient(kind: str) -> None:
     x = images(16)
