@@ -125,4 +125,5 @@ def test_of_a_large_model_as_many_samples_are_read_as_its_work_allows() -> None:
     assert samples.affordable(2.0**38 / 100).count == 96  # whole batches of 32
     few = samples.affordable(1e15)
     assert few.count == 64
+    assert samples.affordable(2.0**38 / 22, least=1).count == 22
     assert torch.equal(few.leaves[0], samples.leaves[0][:64])

@@ -75,10 +75,12 @@ class Calibration:
     def affordable(self, macs: float, *, least: int = _LEAST) -> Calibration:
         """Return the first samples, so many that a pass takes ``_WORK`` at ``macs`` each, and no fewer than ``least``.
 
-        In whole batches: what is read of a large network is bounded by its work, a few hundred samples or not.
+        In whole batches, or less than one: what is read of a large network is bounded by its work, a few hundred samples
+        or not.
         """
-        wanted = max(least, _WORK / max(macs, 1.0)) // self.batch_size * self.batch_size
-        return self if wanted >= self.count else self.take(torch.arange(max(self.batch_size, int(wanted))))
+        wanted = int(max(least, _WORK / max(macs, 1.0)))
+        whole = wanted // self.batch_size * self.batch_size or (self.batch_size if self.exact else wanted)
+        return self if whole >= self.count else self.take(torch.arange(whole))
 
     def split(self, held_out: float = 0.25, *, seed: int = 0) -> tuple[Calibration, Calibration]:
         """Return (fit, held out): a random share of the samples, or of whole batches where they must be, is set aside.
