@@ -73,7 +73,7 @@ class Calibration:
         return replace(self, leaves=tuple(leaf[index] if many else leaf for leaf, many in rows))
 
     def affordable(self, macs: float, *, least: int = _LEAST) -> Calibration:
-        """Return the first samples, so many that a pass takes ``_WORK`` at ``macs`` each, and no fewer than ``least``.
+        """Return the first samples: so many that a pass takes ``_WORK`` at ``macs`` each, at least ``least``.
 
         In whole batches, or less than one: what is read of a large network is bounded by its work, a few hundred samples
         or not.
