@@ -75,8 +75,7 @@ class Calibration:
     def affordable(self, macs: float, *, least: int = _LEAST) -> Calibration:
         """Return the first samples: so many that a pass takes ``_WORK`` at ``macs`` each, at least ``least``.
 
-        In whole batches, or less than one: what is read of a large network is bounded by its work, a few hundred samples
-        or not.
+        In whole batches, or less than one: however many there are, what is read of a large network is bounded.
         """
         wanted = int(max(least, _WORK / max(macs, 1.0)))
         whole = wanted // self.batch_size * self.batch_size or (self.batch_size if self.exact else wanted)
