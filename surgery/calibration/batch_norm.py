@@ -13,7 +13,7 @@ stays exactly as it is. Each normalisation is corrected by the batch at hand bef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from surgery.calibration.collect import Progress
 from surgery.calibration.inputs import Calibration
 from surgery.calibration.observe import Observed, ObservedGraph, ObservedModule, observe
 from surgery.graphs import GraphKind, Model, Spot
@@ -30,7 +31,6 @@ __all__ = ["NormWatch", "Reference", "feeds_batch_norm", "reestimate_batch_norm"
 
 Pair = tuple[Tensor, Tensor]
 Reference = Mapping[str, "_Statistics"]
-Progress = Callable[[str, int, int], None]
 
 _BUFFERS = ("running_mean", "running_var")
 
@@ -73,7 +73,7 @@ def reestimate_batch_norm(
     norms = _norms(observed, model)
     if reference is not None:
         for norm in norms:
-            norm.before, norm.reference = (norm.mean.clone(), norm.variance.clone()), reference[norm.name]
+            norm.reference = (norm.mean.clone(), norm.variance.clone()), reference[norm.name]
     passes = passes or (2 if reference is None else 1)
     for number in range(passes if norms else 0):
         for norm in norms:
@@ -141,14 +141,13 @@ class _Statistics:
 
 @dataclass(eq=False)
 class _Norm:
-    """One batch norm: its buffers, and what has reached it."""
+    """One batch norm: its buffers, what has reached it, and what was in them and reached it in the original."""
 
     name: str
     mean: Tensor
     variance: Tensor
     own_batch: bool = False
-    before: Pair | None = None
-    reference: _Statistics | None = None
+    reference: tuple[Pair, _Statistics] | None = None
     seen: _Statistics = field(default_factory=_Statistics)
 
     def see(self, x: Tensor) -> None:
@@ -159,9 +158,9 @@ class _Norm:
 
     def set(self, found: Pair, part: int | None = None) -> None:
         """Take these as running statistics; with a reference what has changed since, in all or in one of its parts."""
-        if self.reference is not None and self.before is not None:
-            known = self.reference
-            found = _corrected(self.before, (known.mean, known.variance) if part is None else known.parts[part], found)
+        if self.reference is not None:
+            before, known = self.reference
+            found = _corrected(before, (known.mean, known.variance) if part is None else known.parts[part], found)
         for buffer, value in zip((self.mean, self.variance), found, strict=True):
             buffer.copy_(value)
 

@@ -30,7 +30,7 @@ from surgery.inputs import Inputs, normalise_inputs, program_inputs
 __all__ = ["Calibration", "read_calibration", "samples_in"]
 
 _LEAST = 64  # samples
-_WORK = 2.0**38  # multiply-accumulates of one pass: 66 samples of a ResNet-50 at 224x224
+_WORK = 2.0**38  # multiply-accumulates of one pass: about 67 samples of a ResNet-50 at 224x224
 _ALLOWED = "a tensor, a sequence of inputs, a DataLoader, or the path of an .npz or .pt file"
 
 

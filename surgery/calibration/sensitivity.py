@@ -14,13 +14,14 @@ Outputs of a model that are several tensors count by their relative error. One b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from surgery.calibration.collect import Progress
 from surgery.calibration.inputs import Calibration
 from surgery.calibration.moments import Moments
 from surgery.calibration.observe import observe
@@ -30,7 +31,6 @@ from surgery.operators import Conv, Operator
 
 __all__ = ["with_sensitivity"]
 
-Progress = Callable[[str, int, int], None]
 _SAMPLES, _BATCH = 128, 8
 
 

@@ -208,12 +208,7 @@ class Workshop:
 
     def _sketch(self, chosen: Sequence[Option]) -> Any:
         """Return a copy of the model with chains of the right shapes, which take as long as those that are fitted."""
-        graph = open_graph(self.model, *self.inputs)
-        spots = {spot.site.name: spot for spot in graph.find().spots}
-        for option in chosen:
-            if option.factorization is not None and option.ranks is not None:
-                graph.splice(spots[option.site], _random_chain(spots[option.site].site.operator, option))
-        return graph.finish()
+        return self._spliced(chosen, lambda option: _random_chain(self._spots[option.site].site.operator, option))
 
     def build(self, chosen: Sequence[Option]) -> Any:
         """Return a copy of the model with these options, their factors fitted to the data, batch norms re-estimated."""
@@ -221,7 +216,8 @@ class Workshop:
         if not work:
             return self.model
         if work not in self._built:
-            model = self._spliced(work)
+            self._fit(work)
+            model = self._spliced(work, self.chain)
             self._data.correct(model, self.progress)
             self._built = {work: model}  # the last one only: models are large
         return self._built[work]
@@ -229,20 +225,26 @@ class Workshop:
     def change(self, chosen: Sequence[Option]) -> Any:
         """Make the model itself what ``build`` returns, and return it; nothing can be measured of the original then."""
         built = self.build(chosen)
-        changed = self._spliced([option for option in chosen if option.factorization is not None], inplace=True)
+        changed = self._spliced(chosen, self.chain, inplace=True)
         changed.load_state_dict(built.state_dict())
         return changed
 
-    def _spliced(self, work: Sequence[Option], *, inplace: bool = False) -> Any:
+    def _spliced(
+        self, chosen: Sequence[Option], chain_of: Callable[[Option], Chain | None], *, inplace: bool = False
+    ) -> Any:
         graph = open_graph(self.model, *self.inputs, copies=not inplace, inplace=inplace)
         spots = {spot.site.name: spot for spot in graph.find().spots}
-        for done, option in enumerate(work):
-            self.progress("fit", done, len(work))
-            chain = self.chain(option)
+        for option in chosen:
+            chain = None if option.factorization is None else chain_of(option)
             if chain is not None:
                 graph.splice(spots[option.site], chain)
-        self.progress("fit", len(work), len(work))
         return graph.finish()
+
+    def _fit(self, work: Sequence[Option]) -> None:
+        for done, option in enumerate(work):
+            self.progress("fit", done, len(work))
+            self.chain(option)
+        self.progress("fit", len(work), len(work))
 
     def chain(self, option: Option) -> Chain | None:
         """Return the fitted chain of an option; None where the method finds no good factors."""
