@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from surgery.solvers.cp import cp
 from surgery.solvers.cp_model import CpModel
 from surgery.solvers.pairwise import Perturbed, drift
 from surgery.solvers.tucker import TuckerResult, tucker
-from tests.test_cp import LETTERS, planted, random
+from tests.test_cp import LETTERS, as_tensor, planted, random
 
 EXACT = 1e-11
 METHODS = ("als", "pp")
@@ -33,21 +34,22 @@ def compose_tucker(result: TuckerResult) -> Tensor:
 
 def model_at(tensor: Tensor, rank: int, seed: int) -> CpModel:
     factors = [random(len(tensor), rank, size, seed=seed + i) for i, size in enumerate(tensor.shape[1:])]
-    return CpModel(tensor, factors)
+    return CpModel(tensor.numpy(), [factor.numpy() for factor in factors])
 
 
 def errors_of_mttkrps(tensor: Tensor, rank: int, step: float, seed: int) -> list[float]:
     """Relative errors of the perturbed MTTKRPs a step away from where the pair operators were built."""
     model = model_at(tensor, rank, seed)
     perturbed = Perturbed(model)
-    moves = [random(*factor.shape, seed=seed + 50 + i) for i, factor in enumerate(model.factors)]
+    moves = [random(*factor.shape, seed=seed + 50 + i).numpy() for i, factor in enumerate(model.factors)]
     model.factors = [factor + step * move for factor, move in zip(model.factors, moves, strict=True)]
     exact: dict[int, Tensor] = {}
     for mode in model.modes:
         operands = [f"gr{LETTERS[other]}" for other in model.modes if other != mode]
         subscripts = ",".join([f"g{LETTERS[: len(model.modes)]}", *operands]) + f"->gr{LETTERS[mode]}"
-        exact[mode] = torch.einsum(subscripts, tensor, *(f for i, f in enumerate(model.factors) if i != mode))
-    return [relative_error(perturbed.mttkrp(mode), exact[mode]) for mode in model.modes]
+        others = (as_tensor(f) for i, f in enumerate(model.factors) if i != mode)
+        exact[mode] = torch.einsum(subscripts, tensor, *others)
+    return [relative_error(as_tensor(perturbed.mttkrp(mode)), exact[mode]) for mode in model.modes]
 
 
 @settings(max_examples=30, deadline=None)
@@ -58,14 +60,15 @@ def test_mttkrps_are_exact_where_they_should_be(groups: int, sizes: tuple[int, .
     assert max(errors_of_mttkrps(tensor, rank, 0.0, seed)) <= EXACT
     same = planted(groups, sizes, rank, seed=seed)
     factors = [random(groups, size, rank, seed=seed + i) for i, size in enumerate(sizes)]
-    model = CpModel(same, [factor.mT for factor in factors])
+    model = CpModel(same.numpy(), [factor.mT.numpy() for factor in factors])
     perturbed = Perturbed(model)
-    model.factors = [factor + random(*factor.shape, seed=seed + 50 + i) for i, factor in enumerate(model.factors)]
+    moves = [random(*factor.shape, seed=seed + 50 + i).numpy() for i, factor in enumerate(model.factors)]
+    model.factors = [factor + move for factor, move in zip(model.factors, moves, strict=True)]
     for mode in model.modes:
-        others = [gram for i, gram in enumerate(model.factors) if i != mode]
+        others = [as_tensor(factor) for i, factor in enumerate(model.factors) if i != mode]
         start = [factor for i, factor in enumerate(factors) if i != mode]
         mixed = math.prod(new @ old for new, old in zip(others, start, strict=True))
-        assert relative_error(perturbed.mttkrp(mode), mixed @ factors[mode].mT) <= EXACT * 100
+        assert relative_error(as_tensor(perturbed.mttkrp(mode)), mixed @ factors[mode].mT) <= EXACT * 100
     if len(sizes) == 2:
         assert max(errors_of_mttkrps(tensor, rank, 1.0, seed)) <= EXACT
 
@@ -79,8 +82,8 @@ def test_mttkrps_are_off_by_the_second_order(order: int) -> None:
 
 
 def test_drift_is_the_largest_relative_change() -> None:
-    before = [torch.ones(2, 3, 4), torch.ones(2, 3, 5)]
-    after = [before[0], before[1].clone()]
+    before = [np.ones((2, 3, 4)), np.ones((2, 3, 5))]
+    after = [before[0], before[1].copy()]
     after[1][1] = 2.0
     assert drift(before, before) == 0
     assert drift(before, after) == pytest.approx(0.5)

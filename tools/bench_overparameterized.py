@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from surgery.cost.latency import cpu_name
@@ -182,6 +183,7 @@ def main() -> None:
     options = parser.parse_args()
     console = Console(width=120)
     torch.set_num_threads(1)  # on tensors so small a second thread costs more than it saves
+    threadpool_limits(1)
     environment = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "python": platform.python_version()}
     environment |= {"torch": torch.__version__}
     console.print(", ".join(f"{k} {v}" for k, v in environment.items()))

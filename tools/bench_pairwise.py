@@ -23,9 +23,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
@@ -33,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from surgery.cost.latency import cpu_name
 from surgery.solvers.cp import als_sweeps, start
 from surgery.solvers.cp_model import CpModel
+from surgery.solvers.dimension_tree import Array
 from surgery.solvers.pairwise import pairwise_sweeps
 from surgery.solvers.tucker import tucker
 from tools.pairwise_cases import Problem, problems, tuckers
@@ -52,15 +55,15 @@ Trace = list[tuple[float, float]]  # seconds and error after each exact sweep
 class Traced(CpModel):
     """A model that notes when each exact sweep was done, and its error."""
 
-    def __init__(self, tensor: Tensor, factors: list[Tensor], *, extrapolated: bool) -> None:
+    def __init__(self, tensor: Array, factors: list[Array], *, extrapolated: bool) -> None:
         super().__init__(tensor, factors, extrapolated=extrapolated)
         self.begin, self.trace = time.process_time(), Trace()
 
-    def step(self, sweep: Callable[[], None]) -> Tensor:
+    def step(self, sweep: Callable[[], None]) -> Array:
         """Note the error after a step by an exact sweep."""
         fell = super().step(sweep)
         if sweep == self.sweep:
-            self.trace.append((time.process_time() - self.begin, float(self.residual.mean().sqrt())))
+            self.trace.append((time.process_time() - self.begin, float(np.sqrt(self.residual.mean()))))
         return fell
 
 
@@ -70,7 +73,7 @@ def measure(problem: Problem) -> dict[str, Any]:
     assert isinstance(problem.rank, int)
     first, traces = start(tensor, problem.rank), {}
     for side, (run, extrapolated) in SIDES.items():
-        model = Traced(tensor, first.factors, extrapolated=extrapolated)
+        model = Traced(first.tensor, first.factors, extrapolated=extrapolated)
         run(model, sweeps=problem.sweeps, tolerance=TOLERANCE)
         traces[side] = model.trace
     errors = {side: min(error for _, error in trace) for side, trace in traces.items()}
@@ -173,6 +176,7 @@ def main() -> None:
     options = parser.parse_args()
     console = Console(width=150)
     torch.set_num_threads(1)
+    threadpool_limits(1)
     environment = {"cpu": cpu_name(), "python": platform.python_version(), "torch": torch.__version__, "threads": 1}
     console.print(", ".join(f"{k} {v}" for k, v in environment.items()))
     measure(Problem("warm up", lambda: torch.ones(1, 8, 8, 8), 2))

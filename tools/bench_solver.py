@@ -30,6 +30,7 @@ import tensorly
 import torch
 from rich.console import Console
 from rich.table import Table
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
@@ -224,13 +225,14 @@ def main() -> None:
     parser.add_argument("--kernels", choices=("normal", "decaying"), default="decaying", help="with --all")
     parser.add_argument("--methods", nargs="+", choices=TITLES, default=TITLES, help="with --all: some of its tables")
     parser.add_argument("--cpu-time", action="store_true", help="of one thread, where other work shares the machine")
-    parser.add_argument("--threads", type=int, help="of torch; by default its own choice")
+    parser.add_argument("--threads", type=int, help="by default the libraries' own choice")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
     if options.cpu_time:
         CLOCK.append(time.process_time)
     if options.threads or options.cpu_time:
         torch.set_num_threads(options.threads or 1)
+        threadpool_limits(options.threads or 1)  # of NumPy's BLAS
     console = Console(width=140)
     environment = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "python": platform.python_version()}
     environment |= {"torch": torch.__version__, "tensorly": tensorly.__version__}

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from surgery.errors import InputError
 from surgery.solvers.cp_model import CpModel
+from surgery.solvers.dimension_tree import Array
 from surgery.solvers.eigen import leading_subspace
 from surgery.solvers.gram import row_gram
 from surgery.solvers.pairwise import pairwise_sweeps
@@ -30,6 +32,7 @@ __all__ = ["CpResult", "als_sweeps", "cp", "start"]
 _METHODS = ("als", "pp", "gd")
 _TRIAL_SWEEPS = 5
 _PENALTY = 0.1  # share of the residual from which on the ridge limits the fit
+_TINY = float(np.finfo(np.float64).tiny)
 _FLOAT32_RESIDUAL = 1e-3  # share of the energy below which float32 products say too little about it
 
 
@@ -66,36 +69,29 @@ def cp(
     not finite.
     """
     _check(tensor, rank, method)
-    with torch.inference_mode():  # an eighth of the time of small tensors is what autograd would note
-        found = _solve(tensor, rank, method, sweeps=sweeps, tolerance=tolerance, restarts=restarts, seed=seed)
-    return replace(found, factors=[factor.clone() for factor in found.factors])
-
-
-def _solve(
-    tensor: Tensor, rank: int, method: str, *, sweeps: int, tolerance: float, restarts: int, seed: int
-) -> CpResult:
-    scaled, scale = normalised(tensor, groups=1)
-    scale = scale.flatten()
+    scaled, peak = normalised(tensor.detach().cpu(), groups=1)
+    scale = peak.flatten().double().numpy()
     if method == "gd":
         from surgery.solvers.overparameterized import gradient_cp
 
-        model, done = CpModel(scaled, [factor.mT for factor in gradient_cp(scaled, rank, seed=seed)]), 0
+        model, done = CpModel(scaled.numpy(), [f.mT.numpy() for f in gradient_cp(scaled, rank, seed=seed)]), 0
     else:
         model = start(scaled, rank, restarts=restarts, seed=seed)
         model, done = _run(model, method, sweeps=sweeps, tolerance=tolerance)
     if not done:
         model.measure()
     reason = _reason(model)
-    return CpResult(_balanced(model.factors, scale, tensor.dtype), _error(model, scale), done, bool(reason), reason)
+    factors = [torch.from_numpy(factor).to(tensor) for factor in _balanced(model.factors, scale)]
+    return CpResult(factors, _error(model, scale), done, bool(reason), reason)
 
 
 def _run(model: CpModel, method: str, *, sweeps: int, tolerance: float) -> tuple[CpModel, int]:
     """Sweep until the error settles; where float32 cannot tell, go on in float64. Return the number of sweeps too."""
     run = pairwise_sweeps if method == "pp" else als_sweeps
     done = run(model, sweeps=sweeps, tolerance=tolerance)
-    if model.tensor.dtype == torch.float32 and float(model.residual.min()) < _FLOAT32_RESIDUAL:
+    if model.tensor.dtype == np.float32 and model.residual.min() < _FLOAT32_RESIDUAL:
         ridge = model.ridge
-        model = CpModel(model.tensor.double(), [factor.double() for factor in model.factors])
+        model = CpModel(model.tensor.astype(np.float64), [factor.astype(np.float64) for factor in model.factors])
         model.ridge = ridge
         model.measure()
         done += run(model, sweeps=sweeps - done, tolerance=tolerance)
@@ -128,20 +124,22 @@ def start(tensor: Tensor, rank: int, *, restarts: int = 0, seed: int = 0) -> CpM
 
     Of a tensor (g, n_1, ..., n_N) whose squares are within the range of its dtype.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, array = torch.Generator().manual_seed(seed), tensor.numpy()
     modes = range(1, tensor.dim())
-    models = [CpModel(tensor, [_leading(tensor.movedim(mode, 1).flatten(2), rank, generator) for mode in modes])]
+    leading = [_leading(tensor.movedim(mode, 1).flatten(2), rank, generator) for mode in modes]
+    models = [CpModel(array, [factor.numpy() for factor in leading])]
     if not restarts:
         return models[0]
     for _ in range(restarts):
-        models.append(CpModel(tensor, [_random(tensor, rank, tensor.shape[mode], generator) for mode in modes]))
+        drawn = [_random(tensor, rank, tensor.shape[mode], generator) for mode in modes]
+        models.append(CpModel(array, [factor.numpy() for factor in drawn]))
     for model in models:
         for _ in range(_TRIAL_SWEEPS):
             model.step(model.sweep)
-    best = torch.stack([model.objective for model in models]).argmin(0)
-    groups = torch.arange(len(tensor))
+    best = np.stack([model.objective for model in models]).argmin(0)
+    groups = np.arange(len(tensor))
     factors = zip(*(model.factors for model in models), strict=True)
-    return CpModel(tensor, [torch.stack(same_mode)[best, groups] for same_mode in factors])
+    return CpModel(array, [np.stack(same_mode)[best, groups] for same_mode in factors])
 
 
 def _leading(unfolding: Tensor, rank: int, generator: torch.Generator) -> Tensor:
@@ -161,26 +159,26 @@ def _random(like: Tensor, rank: int, size: int, generator: torch.Generator) -> T
     return torch.nn.functional.normalize(vectors, dim=2)
 
 
-def _balanced(factors: Sequence[Tensor], scale: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def _balanced(factors: Sequence[Array], scale: Array) -> list[Array]:
     """Return (g, n_i, r) with the norm of each component, and the tensor's scale, spread evenly over the modes."""
-    norms = [torch.linalg.vector_norm(factor, dim=2, keepdim=True, dtype=torch.float64) for factor in factors]
+    wide = [factor.astype(np.float64, copy=False) for factor in factors]
+    norms = [np.linalg.norm(factor, axis=2, keepdims=True) for factor in wide]
     root = 1 / len(factors)
-    even = math.prod(norm**root for norm in norms) * scale.double().view(-1, 1, 1) ** root
-    tiny = torch.finfo(torch.float64).tiny
-    scaled = (factor * (even / norm.clamp(min=tiny)) for factor, norm in zip(factors, norms, strict=True))
-    return [factor.to(dtype).mT.contiguous() for factor in scaled]
+    even = math.prod(norm**root for norm in norms) * scale[:, None, None] ** root
+    scaled = (factor * (even / np.maximum(norm, _TINY)) for factor, norm in zip(wide, norms, strict=True))
+    return [np.ascontiguousarray(factor.swapaxes(1, 2)) for factor in scaled]
 
 
-def _error(model: CpModel, scale: Tensor) -> float:
+def _error(model: CpModel, scale: Array) -> float:
     """Return the relative error over the batch."""
-    energy = model.energy * (scale.double() / scale.max()).square()
-    return math.sqrt(float((model.residual * energy).sum() / energy.sum().clamp(min=torch.finfo(torch.float64).tiny)))
+    energy = model.energy * np.square(scale / scale.max())
+    return math.sqrt(float((model.residual * energy).sum() / max(energy.sum(), _TINY)))
 
 
 def _reason(model: CpModel) -> str:
     """Return why a model is degenerate; "" where it is not."""
     bad = model.ridge * model.blowup > _PENALTY * model.residual
-    if not bool(bad.any()):
+    if not bad.any():
         return ""
     return (
         f"components of rank {model.factors[0].shape[1]} grow and cancel: under a ridge that limits the fit their "

@@ -20,19 +20,25 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import combinations
+from typing import Any, TypeVar
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["Contract", "Modes", "Pairs", "contract", "khatri_rao", "pair_nodes", "visit"]
+__all__ = ["Array", "Modes", "contract", "khatri_rao", "pair_nodes", "visit"]
 
+Array = NDArray[Any]
 Modes = tuple[int, ...]
-Pairs = dict[tuple[int, int], Tensor]
-Contract = Callable[[Tensor, Modes, Modes], Tensor]
-"""From a node, its modes, and a run of them, to the node with the run contracted."""
+Node = TypeVar("Node")
+"""An array or a tensor. To contract is to get from a node, its modes and a run of them to the node without the run."""
 
 
 def visit(
-    node: Tensor, modes: Modes, sizes: Sequence[int], contract: Contract, update: Callable[[int, Tensor], None]
+    node: Node,
+    modes: Modes,
+    sizes: Sequence[int],
+    contract: Callable[[Node, Modes, Modes], Node],
+    update: Callable[[int, Node], None],
 ) -> None:
     """Call ``update(mode, leaf)`` for each mode of a node in order; it may change what ``contract`` contracts with.
 
@@ -48,13 +54,17 @@ def visit(
 
 
 def pair_nodes(
-    node: Tensor, modes: Modes, sizes: Sequence[int], contract: Contract, wanted: set[tuple[int, int]] | None = None
-) -> Pairs:
+    node: Node,
+    modes: Modes,
+    sizes: Sequence[int],
+    contract: Callable[[Node, Modes, Modes], Node],
+    wanted: set[tuple[int, int]] | None = None,
+) -> dict[tuple[int, int], Node]:
     """Return the node with all modes contracted but i and j, for each pair i < j (of those wanted, if given)."""
     if len(modes) == 2:
         return {(modes[0], modes[1]): node}
     wanted = set(combinations(modes, 2)) if wanted is None else set(wanted)
-    found: Pairs = {}
+    found: dict[tuple[int, int], Node] = {}
     for run in _three_runs(modes, sizes):
         rest = tuple(mode for mode in modes if mode not in run)
         missing = wanted.intersection(combinations(rest, 2)) - found.keys()
@@ -87,20 +97,20 @@ def _three_runs(modes: Modes, sizes: Sequence[int]) -> list[Modes]:
     return sorted(min(choices, key=lambda runs: sum(map(left_by, runs))), key=left_by)
 
 
-def khatri_rao(factors: Sequence[Tensor]) -> Tensor:
+def khatri_rao(factors: Sequence[Array]) -> Array:
     """Return the row-wise Kronecker products (g, r, n_1 n_2 ...) of factors (g, r, n_i); the last mode runs fastest."""
-    product = factors[0]
-    for factor in factors[1:]:
-        product = (product[..., None] * factor[..., None, :]).flatten(2)
+    *others, product = factors
+    for factor in reversed(others):  # the products of small last modes first, which are what inner loops run over
+        product = np.einsum("gri,grj->grij", factor, product).reshape(*product.shape[:2], -1)
     return product
 
 
-def contract(node: Tensor, modes: Modes, run: Modes, factors: Sequence[Tensor]) -> Tensor:
+def contract(node: Array, modes: Modes, run: Modes, factors: Sequence[Array]) -> Array:
     """Return a CP node (g, r, sizes of its modes) without a run of them, contracted with factors (g, r, n_i).
 
     ``node`` is (g, sizes), the tensor itself, or (g, r, sizes). ``run`` is a run of ``modes`` without gaps.
     """
-    axes = node.dim() - len(modes)
+    axes = node.ndim - len(modes)
     start = axes + modes.index(run[0])
     before, after = node.shape[axes:start], node.shape[start + len(run) :]
     cube = node.reshape(*node.shape[:axes], math.prod(before), -1, math.prod(after))
@@ -109,22 +119,19 @@ def contract(node: Tensor, modes: Modes, run: Modes, factors: Sequence[Tensor]) 
     return found.reshape(*weights.shape[:2], *before, *after)
 
 
-def _contract_tensor(cube: Tensor, weights: Tensor) -> Tensor:
+def _contract_tensor(cube: Array, weights: Array) -> Array:
     """Return (g, r, a, b) from (g, a, c, b) and (g, r, c)."""
     if cube.shape[1] == 1:
         return weights @ cube[:, 0]
     if cube.shape[3] == 1:
-        return weights @ cube[..., 0].mT
-    return (weights[:, None] @ cube).transpose(1, 2)
+        return weights @ cube[..., 0].swapaxes(1, 2)
+    return (weights[:, None] @ cube).swapaxes(1, 2)
 
 
-def _contract_node(cube: Tensor, weights: Tensor) -> Tensor:
+def _contract_node(cube: Array, weights: Array) -> Array:
     """Return (g, r, a, b) from (g, r, a, c, b) and (g, r, c)."""
-    groups, rank, before, _, after = cube.shape
-    if before == 1:
-        found = weights.flatten(0, 1).unsqueeze(1) @ cube[:, :, 0].flatten(0, 1)
-    elif after == 1:
-        found = weights.flatten(0, 1).unsqueeze(1) @ cube[..., 0].flatten(0, 1).mT
-    else:
-        found = weights[:, :, None, None] @ cube
-    return found.reshape(groups, rank, before, after)
+    if cube.shape[2] == 1:
+        return weights[:, :, None] @ cube[:, :, 0]
+    if cube.shape[4] == 1:
+        return cube[..., 0] @ weights[..., None]
+    return weights[:, :, None, None] @ cube

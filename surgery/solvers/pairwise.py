@@ -20,11 +20,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from surgery.solvers.cp_model import CpModel
-from surgery.solvers.dimension_tree import Pairs, contract, pair_nodes
+from surgery.solvers.dimension_tree import Array, contract, pair_nodes
 
 __all__ = ["Perturbed", "drift", "pairwise_sweeps"]
 
@@ -46,11 +45,11 @@ def pairwise_sweeps(model: CpModel, *, sweeps: int, tolerance: float) -> int:
         done += 1
         if phase:
             model.restore(anchor, ~fell)
-            limit = min(2 * limit, _MOST) if bool(fell.all()) else limit / 4
+            limit = min(2 * limit, _MOST) if fell.all() else limit / 4
         if model.settled(before, fell, tolerance * (phase + 1)):
             break
         phase = 0
-        if bool(fell.all()) and drift(kept.factors, model.factors) < _ENTER * limit and done + 1 < sweeps:
+        if fell.all() and drift(kept.factors, model.factors) < _ENTER * limit and done + 1 < sweeps:
             anchor = model.snapshot()
             phase = _phase(model, min(_PHASE, sweeps - done - 1), limit, tolerance)
             done += phase
@@ -58,14 +57,11 @@ def pairwise_sweeps(model: CpModel, *, sweeps: int, tolerance: float) -> int:
     return done
 
 
-def drift(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+def drift(before: Sequence[Array], after: Sequence[Array]) -> float:
     """Return the largest relative change of a factor (g, r, n), over modes and groups."""
-    changes = [torch.linalg.vector_norm(new - old, dim=(1, 2)) for old, new in zip(before, after, strict=True)]
-    norms = [torch.linalg.vector_norm(new, dim=(1, 2)) for new in after]
-    shares = [
-        change / norm.clamp(min=torch.finfo(norm.dtype).tiny) for change, norm in zip(changes, norms, strict=True)
-    ]
-    return float(torch.stack(shares).max())
+    changes = np.stack([np.linalg.norm(new - old, axis=(1, 2)) for old, new in zip(before, after, strict=True)])
+    norms = np.stack([np.linalg.norm(new, axis=(1, 2)) for new in after])
+    return float((changes / np.maximum(norms, np.finfo(norms.dtype).tiny)).max())
 
 
 def _phase(model: CpModel, most: int, limit: float, tolerance: float) -> int:
@@ -86,7 +82,7 @@ class Perturbed:
         self.model = model
         self.factors = list(model.factors)
         self.grams = list(model.grams)
-        self.pairs: Pairs = pair_nodes(model.tensor, model.modes, model.sizes, model.contract)
+        self.pairs = pair_nodes(model.tensor, model.modes, model.sizes, model.contract)
         self.mttkrps = [self._with(mode, (mode + 1) % len(self.factors), self.factors) for mode in model.modes]
 
     def sweep(self) -> None:
@@ -94,17 +90,19 @@ class Perturbed:
         for mode in self.model.modes:
             self.model.update(mode, self.mttkrp(mode))
 
-    def _with(self, mode: int, other: int, factors: Sequence[Tensor]) -> Tensor:
+    def _with(self, mode: int, other: int, factors: Sequence[Array]) -> Array:
         pair = (min(mode, other), max(mode, other))
         return contract(self.pairs[pair], pair, (other,), factors)
 
-    def mttkrp(self, mode: int) -> Tensor:
+    def mttkrp(self, mode: int) -> Array:
         """Return the MTTKRP (g, r, n) of a mode for the present factors of the model, up to second order."""
         moves = [now - then for now, then in zip(self.model.factors, self.factors, strict=True)]
         others = [other for other in self.model.modes if other != mode]
         mttkrp = sum((self._with(mode, other, moves) for other in others), self.mttkrps[mode])
-        value, slope, whole = torch.ones(1), torch.zeros(1), torch.ones(1)
+        value, slope, whole = np.ones(1), np.zeros(1), np.ones(1)
         for other in others:
-            gram, change = self.grams[other], moves[other].double() @ self.factors[other].double().mT
+            then = self.factors[other].astype(np.float64, copy=False)
+            gram, change = self.grams[other], moves[other].astype(np.float64, copy=False) @ then.swapaxes(1, 2)
             slope, value, whole = slope * gram + value * change, value * gram, whole * (gram + change)
-        return mttkrp + ((whole - value - slope) @ self.factors[mode].double()).to(mttkrp.dtype)
+        second = (whole - value - slope) @ self.factors[mode].astype(np.float64, copy=False)
+        return mttkrp + second.astype(mttkrp.dtype, copy=False)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from surgery.errors import InputError, RankError
-from surgery.solvers.dimension_tree import Modes, pair_nodes, visit
+from surgery.solvers.dimension_tree import Array, Modes, pair_nodes, visit
 from surgery.solvers.eigen import leading_subspace
 from surgery.solvers.pairwise import drift
 
@@ -168,7 +168,7 @@ def _pairwise(model: _Model, sweeps: int, tolerance: float) -> int:
         if _settled(before, model.residual, tolerance * (phase + 1)):
             break
         phase, anchor, before = 0, list(model.factors), model.residual
-        if drift(kept, model.factors) < limit / 4 and done + 1 < sweeps:
+        if drift(_arrays(kept), _arrays(model.factors)) < limit / 4 and done + 1 < sweeps:
             phase = _phase(model, min(_PHASE, sweeps - done - 1), limit, tolerance)
             done += phase
     return done
@@ -180,9 +180,13 @@ def _phase(model: _Model, most: int, limit: float, tolerance: float) -> int:
     for done in range(1, most + 1):
         before = model.residual
         sweep()
-        if drift(anchor, model.factors) > limit or _settled(before, model.residual, tolerance):
+        if drift(_arrays(anchor), _arrays(model.factors)) > limit or _settled(before, model.residual, tolerance):
             return done
     return most
+
+
+def _arrays(factors: Sequence[Tensor]) -> list[Array]:
+    return [factor.numpy(force=True) for factor in factors]
 
 
 def _settled(before: Tensor, after: Tensor, tolerance: float) -> bool:
