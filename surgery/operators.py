@@ -111,6 +111,10 @@ class Operator:
         """Return the same operator with another bias."""
         return replace(self, bias=bias)
 
+    def with_kernel(self, kernel: Tensor) -> Operator:
+        """Return the same operator with another kernel, of its own kernel's shape."""
+        raise TypeError(f"{type(self).__name__} has no kernel")
+
     def to(self, **kwargs: Any) -> Operator:
         """Return the same operator with its tensors moved or cast as by ``Tensor.to``."""
         return replace(
@@ -139,6 +143,10 @@ class Linear(Operator):
         """The weight as (1, out_features, in_features)."""
         return self.weight.unsqueeze(0)
 
+    def with_kernel(self, kernel: Tensor) -> Linear:
+        """Return the layer with the weight of a kernel (1, out_features, in_features)."""
+        return replace(self, weight=kernel[0])
+
     def __call__(self, x: Tensor) -> Tensor:
         """Apply to (..., in_features)."""
         return F.linear(x, self.weight, self.bias)
@@ -166,6 +174,10 @@ class Embedding(Operator):
     def kernel(self) -> Tensor:
         """The weight as (1, features, entries)."""
         return self.weight.t().unsqueeze(0)
+
+    def with_kernel(self, kernel: Tensor) -> Embedding:
+        """Return the table of a kernel (1, features, entries)."""
+        return replace(self, weight=kernel[0].t())
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply to whole numbers (...) below the number of entries."""
@@ -204,6 +216,10 @@ class Conv(Operator):
         """The weight as (groups, out / groups, in / groups, *kernel_size)."""
         grouped = self.weight.unflatten(0, (self.groups, -1))
         return grouped.transpose(1, 2) if self.geometry.transposed else grouped
+
+    def with_kernel(self, kernel: Tensor) -> Conv:
+        """Return the convolution with the weight of a kernel (groups, out / groups, in / groups, *kernel_size)."""
+        return Conv.from_kernel(kernel, self.geometry, self.bias)
 
     @property
     def kernel_size(self) -> Shape:

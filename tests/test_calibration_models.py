@@ -160,13 +160,16 @@ def test_factors_for_the_data_give_nearer_outputs(kind: str) -> None:
     test = images(16, seed=9)
     original = run_model(model, ((test,), {}))
     plain = run_model(decompose(model, x[:16], plan=chosen).model, ((test,), {}))
-    for stages in (1, 3):
+    errors = []
+    for stages in (1, 3, None):
         fitted = decompose(model, x[:16], plan=chosen, calibration=batches, stages=stages)
         assert [change.site for change in fitted.changes] == ["stem", "conv", "head"]
         assert fitted.plan == chosen
         assert type(fitted.model) is type(model) or not isinstance(model, ExportedProgram)
         output = run_model(fitted.model, ((test,), {}))
-        assert relative_error(output, original) < relative_error(plain, original)
+        errors.append(relative_error(output, original))
+    assert errors[1] == errors[2]
+    assert errors[1] < errors[0] < relative_error(plain, original)
     assert torch.equal(run_model(model, ((test,), {})), original)
 
 
@@ -180,8 +183,8 @@ def test_a_plan_without_changes_leaves_the_model_as_it_is(kind: str) -> None:
         assert torch.equal(run_model(result.model, ((x[:8],), {})), run_model(model, ((x[:8],), {})))
 
 
-def test_stages_need_data_and_ranks() -> None:
-    for settings in ({"ranks": 2}, {"calibration": images(4)}, {"ranks": 2, "calibration": images(4), "stages": 0}):
+def test_stages_need_data() -> None:
+    for settings in ({"ranks": 2}, {"calibration": images(4), "stages": 0}):
         with pytest.raises(InputError, match="stages="):
             decompose(net(), images(2), **{"stages": 2, **settings})
 

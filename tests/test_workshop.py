@@ -113,7 +113,5 @@ def test_damages_are_corrected_by_fitted_chains() -> None:
     assert after
     assert sum(option.cost for option in after) < sum(option.cost for option in before)  # bounds are too high
     for option in after:
-        chain = work.chain(option)
-        assert chain is not None
-        found = work._data.damage(sites[option.site], chain)
+        found = work._data.damage(sites[option.site], work.chains([option])[option.site])
         assert found <= option.damage * 1.5  # of another rank, perhaps, than the one that was fitted

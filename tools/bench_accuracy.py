@@ -4,8 +4,9 @@
     python tools/bench_accuracy.py --network cifar --data FOLDER
 
 Each rule is swept over its own parameter; every model is timed against the original, interleaved, and its accuracy is
-that of test images which neither training nor calibration has seen. At each target the accuracy of a rule is read off
-the line through its points (best accuracy at that speed-up or more); `auto` is asked for the target itself.
+that of test images which neither training nor calibration has seen. `auto` is asked for each target; the accuracy of
+a rule is read off the line through its points (best accuracy at that speed-up or more), in the table at the target, and
+for what is lost against the best of them at the speed-up that was measured for `auto`.
 
     energy      SVD of every layer at one energy threshold
     vbmf        Tucker at the ranks of EVBMF, weakened or strengthened by a factor
@@ -122,7 +123,8 @@ def show(console: Console, name: str, original: float, points: list[Point]) -> N
     for target in TARGETS:
         others = [at_least(points, rule, target) for rule in SWEEPS]
         auto = next(p for p in points if p.rule == "auto" and p.parameter == target)
-        best = max((a for a in others if a is not None), default=None)
+        equal = (at_least(points, rule, auto.speedup) for rule in SWEEPS)
+        best = max((a for a in equal if a is not None), default=None)
         lost = "-" if best is None else f"{100 * (original - auto.accuracy):.2f} / {100 * (original - best):.2f}"
         cells = ["-" if a is None else f"{100 * a:.2f}" for a in others]
         predicted = "-" if auto.predicted is None else f"{auto.predicted:.2f}"

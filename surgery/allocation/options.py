@@ -24,7 +24,6 @@ from surgery.calibration.moments import Moments
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import Ranks
 from surgery.joint import JointSite
-from surgery.operators import Conv, Embedding, Linear, Operator
 from surgery.ranks.auto import snap
 from surgery.ranks.candidates import Candidate, candidates_of
 from surgery.sites import FactoredSite, Site
@@ -153,18 +152,10 @@ def _whitened(site: Site, moments: Moments, *, centred: bool) -> tuple[Site, flo
     else:
         rows = triangle(moments.sensitivity, RIDGE).mT @ rows
         scale = float(rows.square().sum()) * positions(site)
-    return replace(site, operator=_with_kernel(operator, rows.view_as(kernel))), scale
+    return replace(site, operator=operator.with_bias(None).with_kernel(rows.view_as(kernel))), scale
 
 
 def positions(site: Site) -> int:
     """Return how many outputs of all channels the site has in one run."""
     shapes = (site.operator.out_shape(shape) for shape in site.input_shapes)
     return sum(math.prod(shape) for shape in shapes) // site.operator.out_channels
-
-
-def _with_kernel(operator: Operator, kernel: torch.Tensor) -> Operator:
-    if isinstance(operator, Conv):
-        return Conv.from_kernel(kernel, operator.geometry)
-    if isinstance(operator, Embedding):
-        return Embedding(kernel[0].t())
-    return Linear(kernel[0])

@@ -13,7 +13,7 @@ stays exactly as it is. Each normalisation is corrected by the batch at hand bef
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -59,12 +59,14 @@ def reestimate_batch_norm(
     reference: Reference | None = None,
     passes: int | None = None,
     progress: Progress | None = None,
+    beside: Callable[[Observed], None] | None = None,
 ) -> tuple[str, ...]:
     """Set the running statistics of all batch norms of a model, in place, and return the names of those.
 
     ``reference`` is that of the original on the same inputs, as ``NormWatch`` has it. Of a program the tensors of its
     state dict are set; nothing else changes in any graph kind. There is one of the ``passes`` with a reference, and two
-    without, if no number is given. ``progress`` gets ("correct", batches done, of all), in each pass.
+    without, if no number is given. ``progress`` gets ("correct", batches done, of all), in each pass. ``beside`` may
+    watch more of the model, which is then run whether it has batch norms or not.
 
     Raises:
         InputError: as ``collect``.
@@ -75,7 +77,9 @@ def reestimate_batch_norm(
         for norm in norms:
             norm.reference = (norm.mean.clone(), norm.variance.clone()), reference[norm.name]
     passes = passes or (2 if reference is None else 1)
-    for number in range(passes if norms else 0):
+    if beside is not None:
+        beside(observed)
+    for number in range(passes if norms or beside is not None else 0):
         for norm in norms:
             norm.own_batch, norm.seen = number == 0, _Statistics()
         for done, batch in enumerate(batches):

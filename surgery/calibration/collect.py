@@ -14,7 +14,7 @@ from surgery.errors import InputError
 from surgery.graphs import Model, Spot
 from surgery.operators import Conv, Operator
 
-__all__ = ["Progress", "collect"]
+__all__ = ["Progress", "collect", "rows_of"]
 
 Progress = Callable[[str, int, int], None]
 _LIMITS = (4608, 2304, 1152, 576, 288, 144, 72, 36, 18)  # columns
@@ -96,13 +96,15 @@ def _accumulators(spots: Sequence[Spot], batches: int, budget_bytes: int, seed: 
     limit = next((n for n in _LIMITS if _total(spots, n) <= budget_bytes), _LIMITS[-1])
     made = []
     for spot in spots:
-        columns = spot.site.operator.kernel[0, 0].numel()
-        wanted = max(_LEAST_ROWS, _ROWS * columns)
-        rows = -(-wanted // (batches * spot.site.calls))
-        made.append(
-            Accumulator(spot.site.operator, limit=limit, rows=rows, seed=seed + zlib.crc32(spot.site.name.encode()))
-        )
+        own = seed + zlib.crc32(spot.site.name.encode())
+        made.append(Accumulator(spot.site.operator, limit=limit, rows=rows_of(spot, batches), seed=own))
     return made
+
+
+def rows_of(spot: Spot, batches: int) -> int:
+    """Return how many columns of each input are used: enough for moments, of all batches and calls together."""
+    wanted = max(_LEAST_ROWS, _ROWS * spot.site.operator.kernel[0, 0].numel())
+    return -(-wanted // (batches * spot.site.calls))
 
 
 def _total(spots: Sequence[Spot], limit: int) -> int:

@@ -81,6 +81,10 @@ class Calibration:
         whole = wanted // self.batch_size * self.batch_size or (self.batch_size if self.exact else wanted)
         return self if whole >= self.count else self.take(torch.arange(whole))
 
+    def passes(self, macs: float) -> int:
+        """Return in how many passes over all samples, at ``macs`` each, ``_WORK`` is done; 1 at least."""
+        return max(1, int(_WORK / max(macs * self.count, 1.0)))
+
     def split(self, held_out: float = 0.25, *, seed: int = 0) -> tuple[Calibration, Calibration]:
         """Return (fit, held out): a random share of the samples, or of whole batches where they must be, is set aside.
 

@@ -74,7 +74,7 @@ def inspect(model: Path, json_: bool, **options: Any) -> None:
     help="auto; als, pp or gd for cp; tensorly for TensorLy's own.",
 )
 @click.option("--calibration", type=_MODEL, help="Inputs by name, as .npz or .pt: fit the factors to them.")
-@click.option("--stages", type=int, default=1, show_default=True, help="With --calibration and ranks: runs to fit in.")
+@click.option("--stages", type=int, help="With --calibration: runs to fit the sites in.  [default: what costs little]")
 @click.option("--max-error", type=float, help="With --calibration: largest relative output error.  [default: 0.05]")
 @click.option("--target-speedup", type=float, help="With --calibration: least speed-up of the whole model.")
 @click.option("--eval", "metric", metavar="MODULE:FUNCTION", help="A metric of a module; higher is better.")
@@ -97,7 +97,7 @@ def decompose(
     dry_run: bool,
     solver: str,
     calibration: Path | None,
-    stages: int,
+    stages: int | None,
     max_error: float | None,
     target_speedup: float | None,
     metric: str | None,

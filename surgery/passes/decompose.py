@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, TypeAlias
 
 from torch.export import ExportedProgram
@@ -101,7 +100,7 @@ def decompose(
     joint: Joint = (),
     inplace: bool = False,
     calibration: Any = None,
-    stages: int = 1,
+    stages: int | None = None,
     max_error: float | None = None,
     target_speedup: float | None = None,
     eval_fn: Evaluate | None = None,
@@ -128,8 +127,9 @@ def decompose(
             few hundred samples do; of a large network no more are read than take 2^38 multiply-accumulates in one pass,
             64 at least. Biases and batch-norm statistics are corrected for them, and with ``ranks="auto"``
             the result is the fastest model that keeps one promise on samples held out of them (see below).
-        stages: with calibration data and given ranks: fit the sites in so many runs, in graph order, each to the inputs
-            that the model gives it when all runs before it are decomposed. Each costs one more pass over the data.
+        stages: with calibration data: fit the sites in so many runs, in graph order, each to give what the original
+            gives from the inputs that it gets when all runs before it are decomposed. By default one for each site, or
+            as many as passes over the data take 2^38 multiply-accumulates together.
         max_error: the promise of an output error of at most this (relative; the default promise, at 0.05);
         target_speedup: that of a whole model at least so many times as fast, with the least error;
         eval_fn, max_drop: that of a metric, ``eval_fn(module)``, higher is better, that falls by no more than this. A
@@ -152,9 +152,8 @@ def decompose(
     automatic = ranks == "auto" and plan is None
     if wanted and (calibration is None or not automatic):
         raise InputError(f"{wanted[0]} needs calibration data and ranks='auto'", next_step="give calibration=")
-    if stages < 1 or (stages > 1 and (calibration is None or automatic)):
-        allowed = "1, or more with calibration= and with ranks or a plan given"
-        raise InputError(f"stages={stages}", allowed=allowed, next_step="carry out a plan that auto has made")
+    if stages is not None and (stages < 1 or calibration is None):
+        raise InputError(f"stages={stages}", allowed="1 or more, with calibration=")
     samples = None if calibration is None else read_calibration(calibration, model, example_inputs)
     rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, report, joint)
     if samples is not None and automatic:
@@ -162,61 +161,41 @@ def decompose(
             next_step = "carry out a plan with joint sites"
             raise InputError("joint with calibration and ranks='auto'", allowed="one of them", next_step=next_step)
         goal = Goal.of(max_error, target_speedup, max_drop, metric=eval_fn is not None)
-        return _promise(model, example_inputs, samples, (goal, eval_fn, cost, solver), rules, inplace=inplace)
+        return _promise(model, example_inputs, samples, (goal, eval_fn, cost, solver), rules, stages, inplace=inplace)
     graph, found, plan = _prepare(model, example_inputs, plan, rules, copies=not inplace, inplace=inplace)
     work = join([spot.site for spot in found.spots if not plan[spot.site.name].dense], joint_groups(plan))
-    if stages > 1:
-        return _in_stages(
-            model,
-            example_inputs,
-            found,
-            plan,
-            _cut(work, stages),
-            solver=solver,
-            inplace=inplace,
-            calibration=samples,
-            progress=progress,
-        )
-    samples = samples if work else None  # nothing to fit
-    names = {site.name for unit in work for site in unit.members}
-    data = None if samples is None else gather(model, _inputs(model, example_inputs, samples), samples, names, report)
-    spots = {spot.site.name: spot for spot in found.spots}
+    inputs = normalise_inputs(example_inputs) if samples is None else _inputs(model, example_inputs, samples)
+    data = None if samples is None or not work else gather(model, inputs, samples, _names(work), report)
     made: dict[str, Made] = {}
-    for done, unit in enumerate(work):
-        rules.progress("factor", done, len(work))
-        found_chains, plan = factor_site(unit, plan, solver, data)
-        made |= {m.site.name: m for m in found_chains}
-    spots |= graph.reopen([spot for spot in found.spots if isinstance(spot, ChainSpot) and spot.site.name in made])
-    for name, m in made.items():
-        graph.splice(spots[name], m.chain)
-    rules.progress("factor", len(work), len(work))
-    changes = [_change(made[name].site, plan[name], made[name].error) for name in spots if name in made]
-    changed = graph.finish()
+    for stage in [range(len(work))] if data is None else data.stages(len(work), stages):
+        units, seen = work[stage.start : stage.stop], data
+        if data is not None and made:
+            so_far = open_graph(model, *inputs)
+            seen = data.behind(_spliced(so_far, so_far.find(), made), _names(units))
+        for done, unit in enumerate(units, start=stage.start):
+            report("factor", done, len(work))
+            chains, plan = factor_site(unit, plan, solver, seen)
+            made |= chains
+    changed = _spliced(graph, found, made)
+    report("factor", len(work), len(work))
     if data is not None and made:
         data.correct(changed, report)
+    names = [spot.site.name for spot in found.spots if spot.site.name in made]
+    changes = [_change(made[name].site, plan[name], made[name].error) for name in names]
     return _result(changed, plan, changes, found)
 
 
-def _cut(work: Sequence[Site], stages: int) -> list[Sequence[Site]]:
-    """Return the work in so many runs of about equal length, none of them empty."""
-    cuts = [len(work) * i // stages for i in range(stages + 1)]
-    return [work[start:stop] for start, stop in pairwise(cuts) if stop > start]
+def _names(work: Sequence[Site]) -> set[str]:
+    return {site.name for unit in work for site in unit.members}
 
 
-def _in_stages(
-    model: Model, example_inputs: Any, found: Found, plan: Plan, stages: Sequence[Sequence[Site]], **settings: Any
-) -> DecomposeResult:
-    """Decompose one run of sites after another, each for the data as the model then is."""
-    changes: list[Change] = []
-    changed = model
-    for stage in stages:
-        names = {site.name for unit in stage for site in unit.members}
-        others = {decision.site: "another stage" for decision in plan if decision.site not in names}
-        result = decompose(changed, example_inputs, plan=_narrow(plan, others), **settings)
-        changed, changes = result.model, [*changes, *result.changes]
-        for name in names:
-            plan = plan.replaced(result.plan[name])
-    return _result(changed, plan, changes, found)
+def _spliced(graph: GraphKind, found: Found, made: Mapping[str, Made]) -> Model:
+    """Put chains in the places of their sites, and return the model."""
+    spots = {spot.site.name: spot for spot in found.spots}
+    spots |= graph.reopen([spot for spot in found.spots if isinstance(spot, ChainSpot) and spot.site.name in made])
+    for name, one in made.items():
+        graph.splice(spots[name], one.chain)
+    return graph.finish()
 
 
 def _promise(
@@ -225,6 +204,7 @@ def _promise(
     samples: Calibration,
     asked: tuple[Goal, Evaluate | None, str, str],
     rules: _Rules,
+    stages: int | None,
     *,
     inplace: bool,
 ) -> DecomposeResult:
@@ -246,6 +226,7 @@ def _promise(
         solver=solver,
         multiple=channel_multiple(),
         inplace=inplace,
+        stages=stages,
     )
     done = negotiate(model, inputs, samples, terms, rules.progress)
     sites = {spot.site.name: spot.site for spot in done.found.spots}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
 
 from surgery.allocation.options import positions
 from surgery.calibration.batch_norm import NormWatch, Reference, feeds_batch_norm, reestimate_batch_norm
@@ -12,6 +14,7 @@ from surgery.calibration.factor import RIDGE, fit, squared_error
 from surgery.calibration.inputs import Calibration, samples_in
 from surgery.calibration.moments import Moments
 from surgery.calibration.sensitivity import with_sensitivity
+from surgery.calibration.sequence import Originals, Target
 from surgery.chain import Chain, relative_error
 from surgery.errors import CheckError, Refusal
 from surgery.factorizations import SOLVERS, Factorization, Ranks, named
@@ -34,19 +37,40 @@ _BACKWARD = 3  # times the work of a forward pass
 class SiteData:
     """What calibration data say of the sites: moments by name, and which have their mean taken up behind them.
 
-    ``norms`` is what reaches the batch norms of the original on the same ``samples``.
+    ``norms`` is what reaches the batch norms of the original on the same ``samples``, of ``macs`` each. ``targets``
+    stand for sites whose inputs have changed.
     """
 
+    model: Model
     samples: Calibration
+    macs: float
     moments: Mapping[str, Moments]
     centred: frozenset[str]
     norms: Reference
+    targets: Mapping[str, Target] = field(default_factory=dict)
 
     def fit(self, site: Site, name: str, ranks: Ranks, solver: str = "auto") -> Chain | Refusal:
         """Return the chain of a site by the factorization of this name, fitted to the data."""
-        method, operator = named(name), site.operator
-        centred = site.name in self.centred
-        return fit(method, operator, ranks, self.moments[site.name], solver=_known(solver, method), centred=centred)
+        method, own = named(name), Target(site.operator, self.moments[site.name])
+        target, centred = self.targets.get(site.name, own), site.name in self.centred
+        return fit(method, target.operator, ranks, target.moments, solver=_known(solver, method), centred=centred)
+
+    def stages(self, count: int, wanted: int | None) -> list[range]:
+        """Return the places of so many sites, in order, in as many runs as are wanted, or as passes do not cost much.
+
+        None of them is empty.
+        """
+        stages = min(count, self.samples.passes(self.macs) if wanted is None else wanted)
+        cuts = [count * i // stages for i in range(stages + 1)] if stages else []
+        return [range(start, stop) for start, stop in pairwise(cuts)]
+
+    def behind(self, changed: Model, sites: Collection[str]) -> SiteData:
+        """Return the data for some sites as they are in a changed model, whose batch norms are corrected in place."""
+        return replace(self, targets=self._originals.targets(changed, sites, self.norms, self.centred))
+
+    @cached_property
+    def _originals(self) -> Originals:
+        return Originals(self.model, self.samples, {name: m for name, m in self.moments.items() if m.dense})
 
     def damage(self, site: Site, chain: Chain) -> float:
         """Return what the chain of a site does to the output, as ``surgery.allocation.options`` defines it."""
@@ -83,11 +107,12 @@ def gather(
     moments = with_sensitivity(model, samples.affordable(_BACKWARD * macs, least=1), moments, progress=progress)
     spots = [spot for spot in found.spots if spot.site.name in moments]
     taken = (s for s in spots if s.site.operator.bias is not None or feeds_batch_norm(graph, s))
-    return SiteData(samples, moments, frozenset(spot.site.name for spot in taken), norms.reference)
+    centred = frozenset(spot.site.name for spot in taken)
+    return SiteData(model, samples, macs, moments, centred, norms.reference)
 
 
-def factor_site(unit: Site, plan: Plan, solver: str, data: SiteData | None = None) -> tuple[list[Made], Plan]:
-    """Return the chain of each member of a site, fitted to data if there is any, and the plan as it was carried out.
+def factor_site(unit: Site, plan: Plan, solver: str, data: SiteData | None = None) -> tuple[dict[str, Made], Plan]:
+    """Return the chain of each member of a site by name, fitted to data if there is any, and the plan as carried out.
 
     Joint sites are not fitted to data: what they share would have to serve the sensitivities of all.
     """
@@ -104,16 +129,17 @@ def factor_site(unit: Site, plan: Plan, solver: str, data: SiteData | None = Non
     if isinstance(chain, Refusal):
         return factor_site(unit, _fallback(unit, plan, chain), "auto", data)
     chains = split_chain(chain, unit)
-    return [Made(s, c, weight_error(s, c)) for s, c in zip(unit.members, chains, strict=True)], plan
+    pairs = zip(unit.members, chains, strict=True)
+    return {site.name: Made(site, chain, weight_error(site, chain)) for site, chain in pairs}, plan
 
 
-def _recut(site: FactoredSite, plan: Plan, ranks: Ranks) -> tuple[list[Made], Plan]:
+def _recut(site: FactoredSite, plan: Plan, ranks: Ranks) -> tuple[dict[str, Made], Plan]:
     """Return the chain of a factored site cut to lower ranks; it stays as it is where no good factors were found."""
     cut = recut(named(site.made_by[0]), site.operator, site.chain, ranks)
     if isinstance(cut, Refusal):
         kept = replace(plan[site.name], factorization=None, rank=None, reason=cut.reason, error=None)
-        return [], plan.replaced(replace(kept, parameters=None, macs=None))
-    return [Made(site, cut.chain, cut.error)], plan
+        return {}, plan.replaced(replace(kept, parameters=None, macs=None))
+    return {site.name: Made(site, cut.chain, cut.error)}, plan
 
 
 def weight_error(site: Site, chain: Chain) -> float:

@@ -30,8 +30,8 @@ from surgery.ranks.planning import Progress
 
 __all__ = ["Negotiated", "Terms", "negotiate"]
 
-_SKETCHES, _BUILDS = 6, 4  # trials for a speed-up: timed alone, then fitted too
-_LEAST_STEP = 0.02  # of the whole latency, from one trial to the next
+_SKETCHES, _BUILDS = 8, 4  # trials for a speed-up: timed alone, then fitted too
+_LEAST_STEP = 0.01  # of the whole latency, from one trial to the next
 _NEAR = 1.03  # a speed-up that is above its target by less leaves nothing to gain
 
 
@@ -157,7 +157,7 @@ def _finish(work: Workshop, chosen: Sequence[Option], trials: Sequence[Trial], t
         span = f"{speedup.speedup:.2f}x, 95 % interval {speedup.low:.2f} to {speedup.high:.2f}"
         return _original(work, f"the whole model did not measure faster ({span})", trials)
     errors = work.weight_errors(chosen)
-    plan = work.plan({option.site: option for option in chosen if option.site in errors})
+    plan = work.plan(chosen)
     promise, metrics = _judge(work, model, timing)
     at = (sum(o.damage for o in chosen) ** 0.5, sum(o.cost for o in chosen))
     predicted = None if timing is None else work.expected(chosen, timing.models[0].median_s)
@@ -191,7 +191,7 @@ def _original(work: Workshop, reason: str, trials: Sequence[Trial] = ()) -> Nego
     goal = work.terms.goal
     fast = goal.kind == "target_speedup"
     promise = Promise(goal.kind, goal.limit, float(fast), not fast or goal.limit == 1, f"the original: {reason}")
-    return Negotiated(work.model, work.found, work.plan({}), {}, promise, _search(work, trials))
+    return Negotiated(work.model, work.found, work.plan(()), {}, promise, _search(work, trials))
 
 
 def _search(work: Workshop, trials: Sequence[Trial]) -> Search:

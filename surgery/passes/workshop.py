@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -24,19 +24,21 @@ from surgery.benchmark import Ready, Timing, make_ready, time_ready
 from surgery.calibration.inputs import Calibration
 from surgery.chain import Chain
 from surgery.cost.latency import Comparison, Latencies, Seconds
-from surgery.errors import CheckError, Refusal
+from surgery.errors import Refusal
 from surgery.export import capture
 from surgery.factorizations import Ranks, named
 from surgery.graphs import Found, Model, open_graph
 from surgery.inputs import Inputs
 from surgery.operators import Operator
-from surgery.passes.factoring import gather, weight_error
+from surgery.passes.factoring import SiteData, gather, weight_error
 from surgery.passes.goals import Evaluate, Goal, HeldOut, scores_of
 from surgery.plans import Decision, Plan
 from surgery.ranks.planning import Progress
 from surgery.sites import select
 
 __all__ = ["Terms", "Workshop"]
+
+_Key = tuple[str, str, Ranks]  # site, factorization, ranks
 
 _SECONDS = 3.0
 _DISTURBED = 1.05  # times the usual seconds of the original
@@ -57,6 +59,7 @@ class Terms:
     solver: str = "auto"
     multiple: int | None = None
     inplace: bool = False
+    stages: int | None = None
     seconds: float = _SECONDS
 
 
@@ -71,8 +74,8 @@ class Workshop:
     progress: Progress
     sites: list[Options] = field(init=False)
     reasons: dict[str, str] = field(init=False)
-    _chains: dict[tuple[str, str, Ranks], Chain | None] = field(init=False, default_factory=dict)
-    _realised: float = field(init=False, default=1.0)
+    _fitted: dict[tuple[_Key, ...], Chain | None] = field(init=False, default_factory=dict)
+    _realised: float | None = field(init=False, default=None)
     _built: dict[tuple[Option, ...], Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -147,7 +150,7 @@ class Workshop:
                 self._correct(option)
 
     def _correct(self, option: Option) -> None:
-        chain, site = self.chain(option), self._spots[option.site].site
+        chain, site = self._fit(option, self._data, ()), self._spots[option.site].site
         if chain is None or not option.damage > 0 or self._data.moments[option.site].sensitivity is None:
             return
         ratio = self._data.damage(site, chain) / option.damage
@@ -175,32 +178,32 @@ class Workshop:
         """Return how fast a choice makes the whole model; known from another time, perhaps.
 
         How fast it is does not depend on the values of its factors, so that nothing is fitted. A choice that seems to
-        reach the goal, a speed-up, is timed twice, and the worse of the two counts: of many, the luckiest pass. So is
-        one beside which the original ran slower than it does: the machine was disturbed, and the second timing counts.
+        reach the goal, a speed-up, is timed twice, in a new session of the runtime since these differ by some per cent,
+        and the worse of the two counts: of many, the luckiest pass. So is one beside which the original ran slower than
+        it does: the machine was disturbed, and the second timing counts.
         """
 
         def measure() -> Comparison:
-            ready = [self._original, self._ready(self._sketch(chosen))]
-            first = _comparison(self._time(ready))
+            sketch = self._sketch(chosen)
+            first = _comparison(self.time(sketch))
             disturbed = first.dense_s > _DISTURBED * self.seconds
             if first.low < goal and not disturbed:
                 return first
-            second = _comparison(self._time(ready))
+            second = _comparison(self.time(sketch))
             return second if disturbed or second.low < first.low else first
 
         changes = [[o.site, o.factorization, list(o.ranks or ())] for o in chosen if o.factorization is not None]
         found = self.terms.latencies.recall(Comparison, self._structure | {"changes": changes}, measure)
         saved = self._saved(chosen)
-        self._realised = (found.dense_s - found.chain_s) / saved if saved > 0 else 1.0
+        self._realised = (1 - found.chain_s / found.dense_s) / saved if saved > 0 else None
         return found
 
     def expected(self, chosen: Sequence[Option], seconds: float) -> float:
         """Return the speed-up to expect of a choice, where the original takes so many seconds.
 
-        Sites save in the whole model what the last comparison of whole models has shown them to; else what they do
-        alone.
+        Sites save the share of the whole that the last comparison of whole models has shown; else what they save alone.
         """
-        return seconds / (seconds - self._realised * self._saved(chosen))
+        return 1 / (1 - self._saved(chosen) * (1 / seconds if self._realised is None else self._realised))
 
     def _saved(self, chosen: Sequence[Option]) -> float:
         dense = {site.site.name: site.dense.cost for site in self.sites}
@@ -208,7 +211,8 @@ class Workshop:
 
     def _sketch(self, chosen: Sequence[Option]) -> Any:
         """Return a copy of the model with chains of the right shapes, which take as long as those that are fitted."""
-        return self._spliced(chosen, lambda option: _random_chain(self._spots[option.site].site.operator, option))
+        work = (option for option in chosen if option.factorization is not None)
+        return self._spliced({o.site: _random_chain(self._spots[o.site].site.operator, o) for o in work})
 
     def build(self, chosen: Sequence[Option]) -> Any:
         """Return a copy of the model with these options, their factors fitted to the data, batch norms re-estimated."""
@@ -216,8 +220,7 @@ class Workshop:
         if not work:
             return self.model
         if work not in self._built:
-            self._fit(work)
-            model = self._spliced(work, self.chain)
+            model = self._spliced(self.chains(work))
             self._data.correct(model, self.progress)
             self._built = {work: model}  # the last one only: models are large
         return self._built[work]
@@ -225,39 +228,42 @@ class Workshop:
     def change(self, chosen: Sequence[Option]) -> Any:
         """Make the model itself what ``build`` returns, and return it; nothing can be measured of the original then."""
         built = self.build(chosen)
-        changed = self._spliced(chosen, self.chain, inplace=True)
+        changed = self._spliced(self.chains(chosen), inplace=True)
         changed.load_state_dict(built.state_dict())
         return changed
 
-    def _spliced(
-        self, chosen: Sequence[Option], chain_of: Callable[[Option], Chain | None], *, inplace: bool = False
-    ) -> Any:
+    def _spliced(self, chains: Mapping[str, Chain], *, inplace: bool = False) -> Any:
         graph = open_graph(self.model, *self.inputs, copies=not inplace, inplace=inplace)
         spots = {spot.site.name: spot for spot in graph.find().spots}
-        for option in chosen:
-            chain = None if option.factorization is None else chain_of(option)
-            if chain is not None:
-                graph.splice(spots[option.site], chain)
+        for name, chain in chains.items():
+            graph.splice(spots[name], chain)
         return graph.finish()
 
-    def _fit(self, work: Sequence[Option]) -> None:
-        for done, option in enumerate(work):
-            self.progress("fit", done, len(work))
-            self.chain(option)
+    def chains(self, chosen: Sequence[Option]) -> dict[str, Chain]:
+        """Return the chain of each site that gets one, fitted behind those of the stages before it."""
+        work = [option for option in chosen if option.factorization is not None]
+        chains: dict[str, Chain] = {}
+        for stage in self._data.stages(len(work), self.terms.stages):
+            before, options = work[: stage.start], work[stage.start : stage.stop]
+            self.progress("fit", stage.start, len(work))
+            known = tuple(_key(option) for option in before)
+            data = self._data
+            if chains and any((*known, _key(option)) not in self._fitted for option in options):
+                data = self._data.behind(self._spliced(chains), {option.site for option in options})
+            fitted = {option.site: self._fit(option, data, known) for option in options}
+            chains |= {name: chain for name, chain in fitted.items() if chain is not None}
         self.progress("fit", len(work), len(work))
+        return chains
 
-    def chain(self, option: Option) -> Chain | None:
-        """Return the fitted chain of an option; None where the method finds no good factors."""
-        assert option.factorization is not None
-        assert option.ranks is not None
-        key = (option.site, option.factorization, option.ranks)
-        if key not in self._chains:
-            site = self._spots[option.site].site
-            found = self._data.fit(site, option.factorization, option.ranks, self.terms.solver)
+    def _fit(self, option: Option, data: SiteData, before: tuple[_Key, ...]) -> Chain | None:
+        """Return the chain of an option behind others; None where the method finds no good factors."""
+        key = (*before, _key(option))
+        if key not in self._fitted:
+            found = data.fit(self._spots[option.site].site, *_key(option)[1:], self.terms.solver)
             if isinstance(found, Refusal):
                 self.reasons[option.site] = found.reason
-            self._chains[key] = None if isinstance(found, Refusal) else found
-        return self._chains[key]
+            self._fitted[key] = None if isinstance(found, Refusal) else found
+        return self._fitted[key]
 
     def time(self, changed: Any) -> Timing:
         """Time a changed model against the original, at the inputs at which the result is to be fast."""
@@ -277,26 +283,23 @@ class Workshop:
 
     def weight_errors(self, chosen: Sequence[Option]) -> dict[str, float]:
         """Return the relative error of the weight of each site that has a chain."""
-        chains = ((o.site, self.chain(o)) for o in chosen if o.factorization is not None)
-        return {name: weight_error(self._spots[name].site, chain) for name, chain in chains if chain is not None}
+        return {name: weight_error(self._spots[name].site, chain) for name, chain in self.chains(chosen).items()}
 
-    def plan(self, chosen: dict[str, Option]) -> Plan:
-        """Return the decisions for all sites, dense where no option is chosen, with the reasons."""
+    def plan(self, chosen: Sequence[Option]) -> Plan:
+        """Return the decisions for all sites, dense where no chain is chosen, with the reasons."""
         by_name = {options.site.name: options for options in self.sites}
+        choice, chains = {option.site: option for option in chosen}, self.chains(chosen)
         decisions = []
         for name, spot in self._spots.items():
             site = spot.site
             measured = self.terms.prices.measured
             dense = by_name[name].dense.cost if measured and name in by_name else None
             decision = Decision(name, dense_parameters=site.parameters, dense_macs=site.macs, dense_latency=dense)
-            option = chosen.get(name)
-            if option is None or option.factorization is None or option.ranks is None:
+            option, chain = choice.get(name), chains.get(name)
+            if option is None or chain is None:
                 reason = self.reasons.get(name, "every chain would cost more of the promise than it gains")
                 decisions.append(replace(decision, reason=reason))
                 continue
-            chain = self.chain(option)
-            if chain is None:
-                raise CheckError(f"{name} has no chain")
             decisions.append(
                 replace(
                     decision,
@@ -309,6 +312,12 @@ class Workshop:
                 )
             )
         return Plan(tuple(decisions), ranks="auto")
+
+
+def _key(option: Option) -> _Key:
+    assert option.factorization is not None
+    assert option.ranks is not None
+    return option.site, option.factorization, option.ranks
 
 
 def _comparison(timing: Timing) -> Comparison:

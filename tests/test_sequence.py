@@ -1,0 +1,100 @@
+"""Sites fitted behind others: targets are regressions on what the changed network feeds them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from surgery.calibration.batch_norm import NormWatch
+from surgery.calibration.collect import collect
+from surgery.calibration.inputs import read_calibration
+from surgery.calibration.sequence import Originals, Target
+from surgery.chain import relative_error
+from surgery.comparison import run_model
+from surgery.graphs import open_graph
+from surgery.inputs import normalise_inputs
+from surgery.passes.decompose import decompose, find_sites
+from surgery.passes.factoring import gather
+from tests.test_calibration_models import KINDS, as_kind, images, net
+
+EXACT = 1e-10
+
+
+def targets(model: nn.Module, changed: nn.Module, x: Tensor, *sites: str, centred: bool = True) -> dict[str, Target]:
+    batches, norms = read_calibration(x, model, x[:16], batch_size=16), NormWatch(model)
+    moments = collect(model, batches, beside=norms)
+    found = Originals(model, batches, moments)
+    return found.targets(changed, sites, norms.reference, sites if centred else ())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_behind_what_was_not_changed_a_site_is_its_own_target(kind: str) -> None:
+    x = images(48)
+    model = as_kind(net(), kind, x[:16])
+    own = {site.name: site.operator for site in find_sites(model, x[:16])[0]}
+    found = targets(model, open_graph(model, (x[:16],), {}).finish(), x, *own)
+    assert set(found) == set(own)
+    for name, operator in own.items():
+        assert relative_error(found[name].operator.weight, operator.weight) <= EXACT
+        if operator.bias is not None:
+            assert relative_error(found[name].operator.bias, operator.bias) <= EXACT
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_can_be_told_from_the_inputs_is_taken_back(bias: bool) -> None:
+    """A layer in front is turned and stretched: the next one undoes it, up to its ridge and few samples."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5, bias=bias)).double()
+    changed = copy.deepcopy(model)
+    turn = torch.eye(8, dtype=torch.float64) + 0.3 * torch.randn(8, 8, dtype=torch.float64)
+    changed[0].weight.data = turn @ model[0].weight
+    changed[0].bias.data = model[0].bias + 1.0
+    x = torch.randn(4096, 6, dtype=torch.float64)
+    found = targets(model, changed, x[:512], "1", centred=bias)["1"].operator
+    wanted, now = model(x), changed[0](x)
+    assert relative_error(found(now), wanted) < relative_error(changed(x), wanted) / 10
+    seen = x[:512]
+    if bias:  # the mean is exact
+        assert relative_error(found(changed[0](seen)).mean(0), model(seen).mean(0)) <= EXACT
+
+
+def test_few_samples_move_it_little() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 5)).double()
+    changed = copy.deepcopy(model)
+    changed[0].weight.data += 0.2 * torch.randn(40, 40, dtype=torch.float64) / 40**0.5
+    x = torch.randn(2000, 40, dtype=torch.float64)
+    few, many = (targets(model, changed, x[:count], "1")["1"].operator for count in (20, 2000))
+    moved = [relative_error(operator.weight, model[1].weight) for operator in (few, many)]
+    errors = [relative_error(operator(changed[0](x)), model(x)) for operator in (few, model[1], many)]
+    assert moved[0] > 0
+    assert errors[2] < errors[1]
+    assert errors[0] < 1.1 * errors[1]
+
+
+def test_a_stage_for_each_site_as_long_as_it_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, model = images(40), net()
+    data = gather(model, normalise_inputs(x[:2]), read_calibration(x, model), None, lambda *_: None)
+    assert [list(stage) for stage in data.stages(3, None)] == [[0], [1], [2]]
+    assert [list(stage) for stage in data.stages(5, 2)] == [[0, 1], [2, 3, 4]]
+    assert data.stages(0, None) == data.stages(0, 3) == []
+    monkeypatch.setattr("surgery.calibration.inputs._WORK", 2.5 * data.macs * data.samples.count)
+    assert len(data.stages(3, None)) == 2
+    monkeypatch.setattr("surgery.calibration.inputs._WORK", 1.0)
+    assert len(data.stages(3, None)) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stages_pay_on_a_deep_network(kind: str) -> None:
+    torch.manual_seed(1)
+    layers = [layer for _ in range(5) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
+    model = as_kind(nn.Sequential(nn.Conv2d(3, 8, 1), *layers).eval(), kind, images(16).float())
+    x, test = images(64).float(), images(16, seed=9).float()
+    errors = []
+    for stages in (1, None):
+        found = decompose(model, x[:16], ranks=(4, 4), factorization="tucker", calibration=x, stages=stages).model
+        errors.append(relative_error(run_model(found, ((test,), {})), run_model(model, ((test,), {}))))
+    assert errors[1] < 0.9 * errors[0]
