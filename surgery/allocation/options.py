@@ -32,6 +32,7 @@ from surgery.solvers.weighted import roots, times_channels, triangle
 __all__ = ["Option", "Options", "options_of", "positions"]
 
 _JOINT = 576  # columns; above, the root over channels and taps at once costs more than it tells
+_SURE = 0.05  # of measured costs
 _LEVELS = 12  # thresholds on singular values, from the largest to a thousandth of it
 
 
@@ -105,20 +106,21 @@ def options_of(
             found.append(Option(site.name, name, ranks, scale * guide.error(ranks) ** 2, cost))
     if dense is None:
         return Refusal("; ".join(reasons))
-    best = _undominated(Option(site.name, None, None, 0.0, dense), found)
+    best = _undominated(Option(site.name, None, None, 0.0, dense), found, _SURE if prices.measured else 0.0)
     if len(best) == 1:
         return Refusal("no chain measured faster than dense" if prices.measured else "no chain costs less than dense")
     return Options(site, tuple(best))
 
 
-def _undominated(dense: Option, options: Sequence[Option]) -> list[Option]:
-    """Return dense, and the options of lower cost that no other beats in damage and cost, the dearest first."""
+def _undominated(dense: Option, options: Sequence[Option], sure: float) -> list[Option]:
+    """Return dense, and the options that no other of less damage is as cheap as, the dearest first.
+
+    ``sure`` is the share by which costs must differ: what is gained by less may be chance, and the damage is not.
+    """
     kept = [dense]
-    least = math.inf
-    for option in sorted(options, key=lambda option: (option.cost, option.damage)):
-        if option.cost < dense.cost and option.damage < least:
-            least = option.damage
-            kept.insert(1, option)
+    for option in sorted(options, key=lambda option: (option.damage, option.cost)):
+        if option.cost < (1 - sure) * kept[-1].cost:
+            kept.append(option)
     return kept
 
 

@@ -32,6 +32,7 @@ __all__ = ["Negotiated", "Terms", "negotiate"]
 
 _SKETCHES, _BUILDS = 8, 4  # trials for a speed-up: timed alone, then fitted too
 _LEAST_STEP = 0.01  # of the whole latency, from one trial to the next
+_AGREE = 0.9  # of the expected speed-up
 _NEAR = 1.03  # a speed-up that is above its target by less leaves nothing to gain
 
 
@@ -106,7 +107,10 @@ def _for_speed(work: Workshop) -> tuple[list[Trial], list[Option], Timing | None
     best: tuple[float, list[Option], Timing] | None = None
     for _ in range(_BUILDS):
         chosen = _choose(work, limit)
-        timing = work.time(work.build(chosen))
+        model = work.build(chosen)
+        timing = work.time(model)
+        if timing.comparisons[0].speedup < _AGREE * work.expected(chosen, timing.models[0].median_s):
+            timing = work.time(model)  # as fast as the model without values, unless it was disturbed
         found = timing.comparisons[0]
         done.append(Trial(limit, found.speedup, found.low >= goal))
         if best is None or done[-1].kept or found.speedup > best[0]:
