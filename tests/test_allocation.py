@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -18,8 +20,9 @@ from surgery.allocation.prices import Counted
 from surgery.calibration.factor import RIDGE
 from surgery.calibration.moments import Moments
 from surgery.errors import InputError, Refusal
-from surgery.factorizations import named
+from surgery.factorizations import Ranks, named
 from surgery.operators import Linear
+from surgery.ranks.candidates import Candidate
 from surgery.sites import Site
 from surgery.solvers.weighted import Metric
 
@@ -116,6 +119,32 @@ def test_damages_of_svd_are_those_of_the_best_chain_for_the_data() -> None:
     damages = [option.damage for option in found.options]
     assert costs == sorted(costs, reverse=True)
     assert damages == sorted(damages)
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Measured seconds that grow by a share with each rank."""
+
+    share: float
+    what: str = "latency"
+    measured: bool = True
+
+    def price(self, candidate: Candidate, choices: Sequence[Ranks], /) -> tuple[float, list[float]]:
+        return 100.0, [10 * (1 + self.share * ranks[0]) for ranks in choices]
+
+
+def test_what_is_cheaper_by_chance_is_no_option() -> None:
+    """Of ranks that cost the same but for noise the one of least damage is left; of others all are."""
+    weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    site = Site("fc", Linear(weight), ((4, 16),))
+    flat, steep = (options_of(site, moments(16), Slope(share)) for share in (1e-4, 1.0))
+    assert isinstance(flat, Options)
+    assert isinstance(steep, Options)
+    assert len(flat.options) == 2
+    assert len(steep.options) > 2
+    assert flat.options[1].damage == min(option.damage for option in steep.options[1:])
+    costs = [option.cost for option in steep.options]
+    assert all(low <= 0.95 * high for high, low in itertools.pairwise(costs))
 
 
 def test_a_site_that_cannot_gain_says_so() -> None:

@@ -13,8 +13,8 @@ for what is lost against the best of them at the speed-up that was measured for 
     uniform     all ranks the same share of full
     auto        --calibration --target-speedup
 
-`predicted` is the latency of the whole model that `auto` expected before it was fitted (what its options save of the
-original's, as far as a model with random factors has shown that they save it), over the one measured in the end.
+`predicted` is the latency of the whole model that `auto` expected before it was fitted, from a model with random
+factors (or from what each site saves alone), over the one measured in the end.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Workshop:
     sites: list[Options] = field(init=False)
     reasons: dict[str, str] = field(init=False)
     _fitted: dict[tuple[_Key, ...], Chain | None] = field(init=False, default_factory=dict)
-    _realised: float | None = field(init=False, default=None)
+    _compared: dict[tuple[_Key, ...], float] = field(init=False, default_factory=dict)
     _built: dict[tuple[Option, ...], Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -194,16 +194,15 @@ class Workshop:
 
         changes = [[o.site, o.factorization, list(o.ranks or ())] for o in chosen if o.factorization is not None]
         found = self.terms.latencies.recall(Comparison, self._structure | {"changes": changes}, measure)
-        saved = self._saved(chosen)
-        self._realised = (1 - found.chain_s / found.dense_s) / saved if saved > 0 else None
+        self._compared[_keys(chosen)] = found.speedup
         return found
 
     def expected(self, chosen: Sequence[Option], seconds: float) -> float:
         """Return the speed-up to expect of a choice, where the original takes so many seconds.
 
-        Sites save the share of the whole that the last comparison of whole models has shown; else what they save alone.
+        It is what a model with random factors has shown, or the sum of what the sites save alone.
         """
-        return 1 / (1 - self._saved(chosen) * (1 / seconds if self._realised is None else self._realised))
+        return self._compared.get(_keys(chosen)) or seconds / (seconds - self._saved(chosen))
 
     def _saved(self, chosen: Sequence[Option]) -> float:
         dense = {site.site.name: site.dense.cost for site in self.sites}
@@ -246,7 +245,7 @@ class Workshop:
         for stage in self._data.stages(len(work), self.terms.stages):
             before, options = work[: stage.start], work[stage.start : stage.stop]
             self.progress("fit", stage.start, len(work))
-            known = tuple(_key(option) for option in before)
+            known = _keys(before)
             data = self._data
             if chains and any((*known, _key(option)) not in self._fitted for option in options):
                 data = self._data.behind(self._spliced(chains), {option.site for option in options})
@@ -318,6 +317,10 @@ def _key(option: Option) -> _Key:
     assert option.factorization is not None
     assert option.ranks is not None
     return option.site, option.factorization, option.ranks
+
+
+def _keys(chosen: Sequence[Option]) -> tuple[_Key, ...]:
+    return tuple(_key(option) for option in chosen if option.factorization is not None)
 
 
 def _comparison(timing: Timing) -> Comparison:
