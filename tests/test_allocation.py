@@ -130,7 +130,7 @@ class Slope:
     measured: bool = True
 
     def price(self, candidate: Candidate, choices: Sequence[Ranks], /) -> tuple[float, list[float]]:
-        return 100.0, [10 * (1 + self.share * ranks[0]) for ranks in choices]
+        return 1000.0, [10 * (1 + self.share * ranks[0]) for ranks in choices]
 
 
 def test_what_is_cheaper_by_chance_is_no_option() -> None:
