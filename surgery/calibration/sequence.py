@@ -45,7 +45,7 @@ class Target:
 
 
 class Originals:
-    """The columns that some sites of a model read, in a run over all samples."""
+    """The columns that some sites of a model read, in a run over all samples: as many as moments take, in memory."""
 
     def __init__(self, model: Model, samples: Calibration, sites: Mapping[str, Moments]) -> None:
         self._samples, self._moments = samples, sites

@@ -103,10 +103,9 @@ def _for_speed(work: Workshop) -> tuple[list[Trial], list[Option], Timing | None
     differ.
     """
     goal = work.terms.goal.limit
-    done, limit = _sketched(work, goal * (1 + MARGIN))
+    done, limit, chosen = _sketched(work, goal * (1 + MARGIN))
     best: tuple[float, list[Option], Timing] | None = None
     for _ in range(_BUILDS):
-        chosen = _choose(work, limit)
         model = work.build(chosen)
         timing = work.time(model)
         if timing.comparisons[0].speedup < _AGREE * work.expected(chosen, timing.models[0].median_s):
@@ -119,17 +118,22 @@ def _for_speed(work: Workshop) -> tuple[list[Trial], list[Option], Timing | None
             break
         missing = work.seconds / found.low - work.seconds / goal
         limit -= max(missing, _LEAST_STEP * work.seconds)
+        chosen = _choose(work, limit)
     assert best is not None  # there is at least one trial
     return done, best[1], best[2]
 
 
-def _sketched(work: Workshop, goal: float) -> tuple[list[Trial], float]:
-    """Return trials of costs, and the largest cost of all sites at which the whole model was as fast as asked for."""
+def _sketched(work: Workshop, goal: float) -> tuple[list[Trial], float, list[Option]]:
+    """Return trials of costs, the largest cost of all sites at which the whole model was as fast as asked for, and how.
+
+    The fastest choice where it never was.
+    """
     total = work.seconds
     dense = sum(site.dense.cost for site in work.sites)
     limit = dense - (total - total / goal)
     low, high = sum(option.cost for option in _fastest(work)), dense
     done: list[Trial] = []
+    passed: tuple[float, list[Option]] | None = None
     for _ in range(_SKETCHES):
         limit = min(high, max(low, limit))
         work.settle(partial(_choose, work, limit))
@@ -137,12 +141,13 @@ def _sketched(work: Workshop, goal: float) -> tuple[list[Trial], float]:
         found = work.compare(chosen, goal)
         done.append(Trial(limit, found.speedup, found.low >= goal))
         low, high = (limit, high) if done[-1].kept else (low, limit)
+        passed = (limit, chosen) if done[-1].kept else passed  # at a larger cost than the last that did
         if high - low < _LEAST_STEP * total or goal <= found.low < _NEAR * goal:
             break
         spare = total / goal - total / found.low
         spare = spare if done[-1].kept else min(spare, -_LEAST_STEP / 2 * total)
         limit += spare if low < limit + spare < high else (low + high) / 2 - limit
-    return done, max((trial.budget for trial in done if trial.kept), default=low)
+    return done, *(passed or (low, _fastest(work)))
 
 
 def _choose(work: Workshop, cost: float) -> list[Option]:

@@ -75,6 +75,7 @@ class Workshop:
     sites: list[Options] = field(init=False)
     reasons: dict[str, str] = field(init=False)
     _fitted: dict[tuple[_Key, ...], Chain | None] = field(init=False, default_factory=dict)
+    _realised: float = field(init=False, default=1.0)
     _compared: dict[tuple[_Key, ...], float] = field(init=False, default_factory=dict)
     _built: dict[tuple[Option, ...], Any] = field(init=False, default_factory=dict)
 
@@ -195,14 +196,17 @@ class Workshop:
         changes = [[o.site, o.factorization, list(o.ranks or ())] for o in chosen if o.factorization is not None]
         found = self.terms.latencies.recall(Comparison, self._structure | {"changes": changes}, measure)
         self._compared[_keys(chosen)] = found.speedup
+        if (saved := self._saved(chosen)) > 0:
+            self._realised = (found.dense_s - found.chain_s) / saved
         return found
 
     def expected(self, chosen: Sequence[Option], seconds: float) -> float:
         """Return the speed-up to expect of a choice, where the original takes so many seconds.
 
-        It is what a model with random factors has shown, or the sum of what the sites save alone.
+        It is what a model with random factors has shown, of this choice, or of how much of what sites save alone they
+        save together.
         """
-        return self._compared.get(_keys(chosen)) or seconds / (seconds - self._saved(chosen))
+        return self._compared.get(_keys(chosen)) or seconds / (seconds - self._realised * self._saved(chosen))
 
     def _saved(self, chosen: Sequence[Option]) -> float:
         dense = {site.site.name: site.dense.cost for site in self.sites}
@@ -243,14 +247,15 @@ class Workshop:
         work = [option for option in chosen if option.factorization is not None]
         chains: dict[str, Chain] = {}
         for stage in self._data.stages(len(work), self.terms.stages):
-            before, options = work[: stage.start], work[stage.start : stage.stop]
-            self.progress("fit", stage.start, len(work))
-            known = _keys(before)
+            before, options = _keys(work[: stage.start]), work[stage.start : stage.stop]
             data = self._data
-            if chains and any((*known, _key(option)) not in self._fitted for option in options):
+            if chains and any((*before, _key(option)) not in self._fitted for option in options):
                 data = self._data.behind(self._spliced(chains), {option.site for option in options})
-            fitted = {option.site: self._fit(option, data, known) for option in options}
-            chains |= {name: chain for name, chain in fitted.items() if chain is not None}
+            for done, option in enumerate(options, start=stage.start):
+                self.progress("fit", done, len(work))
+                chain = self._fit(option, data, before)
+                if chain is not None:
+                    chains[option.site] = chain
         self.progress("fit", len(work), len(work))
         return chains
 
