@@ -180,8 +180,8 @@ class Workshop:
 
         How fast it is does not depend on the values of its factors, so that nothing is fitted. A choice that seems to
         reach the goal, a speed-up, is timed twice, in a new session of the runtime since these differ by some per cent,
-        and the worse of the two counts: of many, the luckiest pass. So is one beside which the original ran slower than
-        it does: the machine was disturbed, and the second timing counts.
+        and the lower limit is that of the worse of the two: of many, the luckiest pass. So is one beside which the
+        original ran slower than it does: the machine was disturbed, and the second timing counts.
         """
 
         def measure() -> Comparison:
@@ -191,7 +191,10 @@ class Workshop:
             if first.low < goal and not disturbed:
                 return first
             second = _comparison(self.time(sketch))
-            return second if disturbed or second.low < first.low else first
+            if disturbed:
+                return second
+            worse = min(first, second, key=lambda comparison: comparison.low)
+            return replace(worse, speedup=math.sqrt(first.speedup * second.speedup))
 
         changes = [[o.site, o.factorization, list(o.ranks or ())] for o in chosen if o.factorization is not None]
         found = self.terms.latencies.recall(Comparison, self._structure | {"changes": changes}, measure)
