@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "Modes", "contract", "khatri_rao", "pair_nodes", "visit"]
+__all__ = ["Array", "Modes", "Node", "contract", "khatri_rao", "pair_nodes", "visit"]
 
 Array = NDArray[Any]
 Modes = tuple[int, ...]
