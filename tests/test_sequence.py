@@ -18,9 +18,11 @@ from surgery.graphs import open_graph
 from surgery.inputs import normalise_inputs
 from surgery.passes.decompose import decompose, find_sites
 from surgery.passes.factoring import gather
-from tests.test_calibration_models import KINDS, as_kind, images, net
+from tests.test_calibration_models import KINDS, NETWORKS, as_kind, images, net
+from tests.zoo import graph
 
 EXACT = 1e-10
+FLOAT32 = 1e-5
 
 
 def targets(model: nn.Module, changed: nn.Module, x: Tensor, *sites: str, centred: bool = True) -> dict[str, Target]:
@@ -85,6 +87,18 @@ def test_a_stage_for_each_site_as_long_as_it_costs_little(monkeypatch: pytest.Mo
     assert len(data.stages(3, None)) == 2
     monkeypatch.setattr("surgery.calibration.inputs._WORK", 1.0)
     assert len(data.stages(3, None)) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_site_of_the_zoo_gets_a_stage(name: str, kind: str) -> None:
+    """Also where a module is called twice, and where packed projections are taken apart; full ranks change nothing."""
+    model, inputs = graph(name, kind)
+    sites = find_sites(model, inputs)[0]
+    found = decompose(model, inputs, ranks="full", factorization="svd", calibration=[inputs] * 4, stages=len(sites))
+    assert len(found.changes) > 1
+    outputs = (run_model(one, normalise_inputs(inputs)) for one in (found.model, model))
+    assert relative_error(*outputs) <= FLOAT32
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -50,10 +50,11 @@ class Originals:
     def __init__(self, model: Model, samples: Calibration, sites: Mapping[str, Moments]) -> None:
         self._samples, self._moments = samples, sites
         observed = observe(model, next(iter(samples)))
-        self._columns = {spot.site.name: _Columns(spot, len(samples)) for spot in _spots(observed, sites)}
+        self._columns: dict[str, _Columns] = {}
         for spot in _spots(observed, sites):
+            self._columns[spot.site.name] = columns = _Columns(spot, len(samples))
             for call in spot.calls:
-                observed.watch(call, self._columns[spot.site.name].keep)
+                observed.watch(call, columns.keep)
         for batch in samples:
             observed.run(batch)
 
@@ -116,10 +117,10 @@ class _Pairs:
         self._crossed, self._second = torch.zeros(2, groups, n, n, dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
-        for now in self._columns.read(x, self._generator):
-            then = next(self._left)
+        for block in self._columns.read(x, self._generator):
+            then, now = next(self._left).double(), block.double()  # a mean may be far above the deviation from it
             self._count += now.shape[1]
-            self._means += torch.stack([block.sum(1, dtype=torch.float64) for block in (then, now)])
+            self._means += torch.stack([then.sum(1), now.sum(1)])
             self._crossed += then.mT @ now
             self._second += now.mT @ now
 

@@ -165,13 +165,15 @@ def decompose(
     graph, found, plan = _prepare(model, example_inputs, plan, rules, copies=not inplace, inplace=inplace)
     work = join([spot.site for spot in found.spots if not plan[spot.site.name].dense], joint_groups(plan))
     inputs = normalise_inputs(example_inputs) if samples is None else _inputs(model, example_inputs, samples)
-    data = None if samples is None or not work else gather(model, inputs, samples, _names(work), report)
+    names = {site.name for unit in work for site in unit.members}
+    data = None if samples is None or not work else gather(model, inputs, samples, names, report)
     made: dict[str, Made] = {}
     for stage in [range(len(work))] if data is None else data.stages(len(work), stages):
         units, seen = work[stage.start : stage.stop], data
-        if data is not None and made:
+        fitted = {unit.name for unit in units if data is not None and data.fits(unit)}
+        if data is not None and made and fitted:
             so_far = open_graph(model, *inputs)
-            seen = data.behind(_spliced(so_far, so_far.find(), made), _names(units))
+            seen = data.behind(_spliced(so_far, so_far.find(), made), fitted)
         for done, unit in enumerate(units, start=stage.start):
             report("factor", done, len(work))
             chains, plan = factor_site(unit, plan, solver, seen)
@@ -180,13 +182,9 @@ def decompose(
     report("factor", len(work), len(work))
     if data is not None and made:
         data.correct(changed, report)
-    names = [spot.site.name for spot in found.spots if spot.site.name in made]
-    changes = [_change(made[name].site, plan[name], made[name].error) for name in names]
+    order = [spot.site.name for spot in found.spots if spot.site.name in made]
+    changes = [_change(made[name].site, plan[name], made[name].error) for name in order]
     return _result(changed, plan, changes, found)
-
-
-def _names(work: Sequence[Site]) -> set[str]:
-    return {site.name for unit in work for site in unit.members}
 
 
 def _spliced(graph: GraphKind, found: Found, made: Mapping[str, Made]) -> Model:

@@ -49,6 +49,10 @@ class SiteData:
     norms: Reference
     targets: Mapping[str, Target] = field(default_factory=dict)
 
+    def fits(self, unit: Site) -> bool:
+        """Whether a site is fitted to data: not joint ones, for what they share would have to serve all of them."""
+        return unit.name in self.moments and not isinstance(unit, JointSite | FactoredSite)
+
     def fit(self, site: Site, name: str, ranks: Ranks, solver: str = "auto") -> Chain | Refusal:
         """Return the chain of a site by the factorization of this name, fitted to the data."""
         method, own = named(name), Target(site.operator, self.moments[site.name])
@@ -112,17 +116,14 @@ def gather(
 
 
 def factor_site(unit: Site, plan: Plan, solver: str, data: SiteData | None = None) -> tuple[dict[str, Made], Plan]:
-    """Return the chain of each member of a site by name, fitted to data if there is any, and the plan as carried out.
-
-    Joint sites are not fitted to data: what they share would have to serve the sensitivities of all.
-    """
+    """Return the chain of each member of a site by name, fitted to data if there are any, and the plan as it went."""
     decision = plan[unit.name]
     if decision.factorization is None or decision.rank is None:
         raise CheckError(f"the plan has no factorization for {unit.name}")
     method = named(decision.factorization)
     if isinstance(unit, FactoredSite):
         return _recut(unit, plan, decision.rank)
-    if data is not None and unit.name in data.moments and not isinstance(unit, JointSite):
+    if data is not None and data.fits(unit):
         chain = data.fit(unit, method.name, decision.rank, solver)
     else:
         chain = method.factor(unit.operator, decision.rank, solver=_known(solver, method))

@@ -15,8 +15,7 @@ cancel. So where components are large and opposite, a ridge ``mu sum_r lambda_r^
 r; it adds ``mu diag(G)`` to G, however norms are spread over the factors) holds them. Where there are fits as good with
 smaller components it costs next to nothing; where there are none it limits the fit, and the result is degenerate.
 
-In NumPy: of small tensors a sweep is some hundred small operations, each of which takes a third of the time in it that
-it takes in torch.
+In NumPy, not torch: of small tensors a sweep is some hundred small operations, and what counts is the cost of a call.
 """
 
 from __future__ import annotations
