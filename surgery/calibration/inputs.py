@@ -29,8 +29,8 @@ from surgery.inputs import Inputs, normalise_inputs, program_inputs
 
 __all__ = ["Calibration", "read_calibration", "samples_in"]
 
-_LEAST = 64  # samples
-_WORK = 2.0**38  # multiply-accumulates of one pass: about 67 samples of a ResNet-50 at 224x224
+_LEAST = 48  # samples
+_WORK = 2.0e11  # multiply-accumulates of one pass: 49 samples of a ResNet-50 at 224x224
 _ALLOWED = "a tensor, a sequence of inputs, a DataLoader, or the path of an .npz or .pt file"
 
 
@@ -75,11 +75,12 @@ class Calibration:
     def affordable(self, macs: float, *, least: int = _LEAST) -> Calibration:
         """Return the first samples: so many that a pass takes ``_WORK`` at ``macs`` each, at least ``least``.
 
-        In whole batches, or less than one: however many there are, what is read of a large network is bounded.
+        In whole batches where they must be: however many there are, what is read of a large network is bounded.
         """
         wanted = int(max(least, _WORK / max(macs, 1.0)))
-        whole = wanted // self.batch_size * self.batch_size or (self.batch_size if self.exact else wanted)
-        return self if whole >= self.count else self.take(torch.arange(whole))
+        if self.exact:
+            wanted = max(wanted // self.batch_size, 1) * self.batch_size
+        return self if wanted >= self.count else self.take(torch.arange(wanted))
 
     def passes(self, macs: float) -> int:
         """Return in how many passes over all samples, at ``macs`` each, ``_WORK`` is done; 1 at least."""

@@ -124,12 +124,12 @@ def decompose(
             for all alike sites that read the same value.
         inplace: change the given model itself (not possible for an exported program).
         calibration: inputs to fit the factors to: a tensor of samples, a sequence of inputs, a DataLoader, or a path. A
-            few hundred samples do; of a large network no more are read than take 2^38 multiply-accumulates in one pass,
-            64 at least. Biases and batch-norm statistics are corrected for them, and with ``ranks="auto"``
+            few hundred samples do; of a large network no more are read than take 2e11 multiply-accumulates in one pass,
+            48 at least. Biases and batch-norm statistics are corrected for them, and with ``ranks="auto"``
             the result is the fastest model that keeps one promise on samples held out of them (see below).
         stages: with calibration data: fit the sites in so many runs, in graph order, each to give what the original
             gives from the inputs that it gets when all runs before it are decomposed. By default one for each site, or
-            as many as passes over the data take 2^38 multiply-accumulates together.
+            as many as passes over the data take 2e11 multiply-accumulates together.
         max_error: the promise of an output error of at most this (relative; the default promise, at 0.05);
         target_speedup: that of a whole model at least so many times as fast, with the least error;
         eval_fn, max_drop: that of a metric, ``eval_fn(module)``, higher is better, that falls by no more than this. A
