@@ -55,6 +55,7 @@ class Clock:
 
     def __init__(self, disturbed: Sequence[int] = ()) -> None:
         self.calls = 0
+        self.waits: list[float] = []
         self.disturbed = disturbed
 
     def make_ready(self, models: Sequence[Any], *_: Any, **__: Any) -> list[Ready]:
@@ -74,6 +75,7 @@ class Clock:
 def decompose(path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> surgery.DecomposeResult:
     monkeypatch.setattr(workshop, "make_ready", clock.make_ready)
     monkeypatch.setattr(workshop, "time_ready", clock.time_ready)
+    monkeypatch.setattr(workshop, "sleep", clock.waits.append)
     latencies = ByMacs(threads=1, path=path)
     return surgery.decompose(network(), samples(2), calibration=samples(), target_speedup=1.5, latencies=latencies)
 
@@ -95,10 +97,20 @@ def test_whole_models_are_timed_once_and_the_finished_one_each_time(
 
 def test_a_disturbed_timing_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = decompose(tmp_path / "a", Clock(), monkeypatch)
-    disturbed = decompose(tmp_path / "b", Clock(disturbed=(1,)), monkeypatch)  # 0 times the original alone
+    clock = Clock(disturbed=(1, 2))  # 0 times the original alone
+    disturbed = decompose(tmp_path / "b", clock, monkeypatch)
     assert quiet.search is not None
     assert disturbed.search is not None
     assert disturbed.search.trials == quiet.search.trials
+    assert len(clock.waits) == 2
+
+
+def test_a_machine_that_stays_slow_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(disturbed=range(1, 1000))
+    result = decompose(tmp_path / "l", clock, monkeypatch)
+    assert len(clock.waits) == 3
+    assert result.search is not None
+    assert len(result.search.trials) > 1
 
 
 def test_damages_are_corrected_by_fitted_chains() -> None:
