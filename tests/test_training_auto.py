@@ -182,6 +182,20 @@ def test_auto_does_not_switch_where_it_would_not_pay(
     assert [id(parameter) for parameter in run.model.parameters()] == before
 
 
+def test_a_site_that_saves_next_to_nothing_stays_dense(made_up: Callable[..., None]) -> None:
+    made_up(0.25)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 512), nn.Linear(512, 512))  # 256 of 270,592 MACs
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = LowRankTraining(model, optimizer, torch.randn(4, 16), epochs=10, memory_format=None)
+    optimizer.step()
+    run._mark -= 100.0  # a long epoch
+    event = run.end_epoch(0)
+    assert event is not None
+    assert [change.site for change in event.changes] == ["1", "2"]
+    assert "less than 1%" in (run.plan["0"].reason or "")
+    assert run.plan["0"].dense_macs
+
+
 def test_auto_stays_where_no_site_trains_faster(made_up: Callable[..., None]) -> None:
     made_up(0.1, SlowTimer)
     run = auto_run(epochs=10)

@@ -33,7 +33,7 @@ __all__ = ["Negotiated", "Terms", "negotiate"]
 _SKETCHES, _BUILDS = 8, 4  # trials for a speed-up: timed alone, then fitted too
 _LEAST_STEP = 0.01  # of the whole latency, from one trial to the next
 _AGREE = 0.9  # of the expected speed-up
-_NEAR = 1.03  # a speed-up that is above its target by less leaves nothing to gain
+_NEAR = 1.01  # a speed-up that is above its target by less leaves nothing to gain
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +155,9 @@ def _choose(work: Workshop, cost: float) -> list[Option]:
 
 
 def _fastest(work: Workshop) -> list[Option]:
-    return [min(site.options, key=lambda option: option.cost) for site in work.sites]
+    """Return the fastest choice or, of those that no timing tells from it, that of least damage."""
+    fastest = [min(site.options, key=lambda option: option.cost) for site in work.sites]
+    return choose_damage(work.sites, (1 + MARGIN) * sum(option.cost for option in fastest)) or fastest
 
 
 def _finish(work: Workshop, chosen: Sequence[Option], trials: Sequence[Trial], timing: Timing | None) -> Negotiated:

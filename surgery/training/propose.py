@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from surgery.passes.decompose import RankSpec, decompose, find_sites
 from surgery.plans import Decision, Plan
 from surgery.ranks import RankRule, make_plan
 from surgery.sites import Site, Totals
+from surgery.text import seconds
 from surgery.training.forecast import Forecast, make_forecast
 from surgery.training.measure import PassTimer, has_formats, time_models
 from surgery.training.ranks import TrainingRanks
@@ -25,6 +26,7 @@ from surgery.training.spectra import SpectrumLog
 __all__ = ["Proposal", "Sought", "plan_for", "propose", "refused", "shrunk", "sites_of", "try_formats"]
 
 _PACKED = ("in_proj_q", "in_proj_k", "in_proj_v")
+_LEAST_SAVED = 0.01  # ours: of the dense time of all sites that can be factored
 _FORMATS = {False: "contiguous", True: "channels_last"}
 
 
@@ -94,7 +96,8 @@ def propose(
     plans: dict[bool, Plan] = {}
     for channels_last in formats:
         rule = TrainingRanks(log, PassTimer(channels_last), channel_multiple()) if sought.automatic else None
-        plans[channels_last] = plan_for(sites, sought, rule)
+        plan = plan_for(sites, sought, rule)
+        plans[channels_last] = _worthwhile(plan) if sought.automatic else plan
     factored = {form: plan for form, plan in plans.items() if not all(decision.dense for decision in plan)}
     if not factored:
         return Proposal(plans[formats[0]], formats[0])
@@ -106,9 +109,9 @@ def propose(
     inputs = normalise_inputs(example_inputs)
     dense, *samples = time_models([_formatted(copy.deepcopy(root), formats[0]), *models], inputs)
     best, form = min((s.median, form) for s, form in zip(samples, factored, strict=True))
-    seconds, steps = epoch
+    in_epoch, steps = epoch
     forecast = make_forecast(
-        dense_step=seconds / steps if steps else dense.median,
+        dense_step=in_epoch / steps if steps else dense.median,
         measured_dense=dense.median,
         measured_factored=best,
         steps=max(1, steps),
@@ -116,6 +119,19 @@ def propose(
         cost=time.perf_counter() - start + spent,
     )
     return Proposal(plans[form], form, forecast)
+
+
+def _worthwhile(plan: Plan) -> Plan:
+    """Return the plan with those sites dense that save next to nothing of the time of all: accuracy is not free."""
+    least = _LEAST_SAVED * sum(decision.dense_latency or 0.0 for decision in plan)
+    for decision in plan:
+        if not decision.dense and decision.dense_latency is not None and decision.latency is not None:
+            saved = decision.dense_latency - decision.latency
+            if saved < least:
+                reason = f"it would save {seconds(saved)}, less than {_LEAST_SAVED:.0%} of what all sites take"
+                dense = replace(decision, factorization=None, rank=None, reason=reason, error=None)
+                plan = plan.replaced(replace(dense, parameters=None, macs=None, latency=None))
+    return plan
 
 
 def try_formats(root: nn.Module, example_inputs: Any) -> list[bool]:
