@@ -15,9 +15,11 @@ from torch import Tensor
 
 from surgery.chain import relative_error
 from surgery.errors import InputError
+from surgery.solvers import cp_model
 from surgery.solvers import dimension_tree as tree
 from surgery.solvers.cp import CpResult, cp
 from surgery.solvers.cp_model import CpModel
+from tests.tolerances import tolerance
 
 as_tensor = torch.from_numpy
 LETTERS = "abcdef"
@@ -240,3 +242,13 @@ def test_the_gradient_method_is_measured() -> None:
 def test_what_is_refused(tensor: Tensor, rank: int, method: str) -> None:
     with pytest.raises(InputError, match="allowed"):
         cp(tensor, rank, method=method)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_equal_components_get_the_least_solution(groups: int) -> None:
+    """Normal equations of two equal components are singular: the group beside them is solved all the same."""
+    normal = np.stack([np.full((2, 2), 4.0), np.diag([2.0, 5.0])])[:groups]
+    target = np.stack([np.full((2, 3), 8.0), np.full((2, 3), 10.0)])[:groups]
+    found = cp_model._solve(normal.copy(), target.copy(), np.ones(groups))
+    expected = np.stack([np.full((2, 3), 1.0), np.array([[5.0] * 3, [2.0] * 3])])[:groups]
+    assert np.abs(found - expected).max() <= tolerance(torch.float64, length=2, steps=4) * 5
