@@ -43,7 +43,7 @@ _Key = tuple[str, str, Ranks]  # site, factorization, ranks
 
 _SECONDS = 3.0
 _DISTURBED = 1.05  # times the usual seconds of the original
-_AGAIN, _PAUSE = 3, 5.0  # times that a disturbed timing is repeated, each after so many seconds
+_PAUSES = 5.0, 15.0, 45.0  # seconds before each repetition of a disturbed timing
 _ROUNDS, _SMALL = 4, 160_000  # of corrections; weights, as a 3x3 convolution of 128 channels has
 
 
@@ -279,10 +279,10 @@ class Workshop:
         """
         ready, usual = [self._original, self._ready(changed)], self._usual or self.seconds
         timing = self._time(ready)
-        for _ in range(_AGAIN):
+        for pause in _PAUSES:
             if timing.models[0].median_s <= _DISTURBED * usual:
                 return timing
-            sleep(_PAUSE)
+            sleep(pause)
             timing = min(timing, self._time(ready), key=lambda timing: timing.models[0].median_s)
         self._usual = max(usual, timing.models[0].median_s)
         return timing
