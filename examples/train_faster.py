@@ -9,7 +9,6 @@ of `--network vit --images 4000 --epochs 15 --seeds 1 --rate 0.001`.
 
     dense        the original network to the end
     surgery      surgery.LowRankTraining with its defaults, recomposed at the end
-    wide         the same with more of the ranks, in more time (convolutions only)
     compressed   dense with fewer epochs: as long as `surgery` took, its schedule compressed
     paper        EVBMF ranks (Tucker) after a twentieth of the epochs, a fresh optimizer (Elhoushi et al. 2019)
     pufferfish   a quarter of the ranks (channel SVD) after a sixth of the epochs, first layer dense, a fresh optimizer
@@ -89,13 +88,11 @@ class Way:
 
 
 class Surgery(Way):
-    """``surgery.LowRankTraining``, with its defaults unless there are settings."""
+    """``surgery.LowRankTraining``, with its defaults."""
 
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, epochs: int, **settings: Any
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, epochs: int) -> None:
         super().__init__(model, optimizer, inputs, epochs)
-        self.run = LowRankTraining(model, optimizer, inputs, epochs=epochs, **settings)
+        self.run = LowRankTraining(model, optimizer, inputs, epochs=epochs)
 
     def end_epoch(self, epoch: int) -> None:
         """Let it decide."""
@@ -143,19 +140,9 @@ def pufferfish(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tenso
     return Fixed(model, optimizer, inputs, max(1, round(epochs / 6)), {"ranks": ranks, "factorization": "svd"})
 
 
-def wide(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, epochs: int) -> Way:
-    """Return the way of more accuracy and less speed: three eighths of the ranks of all convolutions but the first."""
-    sites, _ = find_sites(model, inputs)
-    ranks = {
-        site.name: (site.operator.out_channels * 3 // 8, site.operator.in_channels * 3 // 8) for site in sites[1:-1]
-    }
-    return Surgery(model, optimizer, inputs, epochs, ranks=ranks, factorization="tucker", decompose_at=1)
-
-
 WAYS: dict[str, Callable[[nn.Module, torch.optim.Optimizer, Tensor, int], Way]] = {
     "dense": Way,
     "surgery": Surgery,
-    "wide": wide,
     "compressed": Way,
     "paper": paper,
     "pufferfish": pufferfish,
@@ -186,7 +173,7 @@ def train(
         spent += time.perf_counter() - start
         seconds.append(spent)
         if epoch == epochs - 1:
-            found.append(accuracy(_original(model, task, data) if config in ("surgery", "wide") else model, data))
+            found.append(accuracy(_original(model, task, data) if config == "surgery" else model, data))
         else:
             found.append(accuracy(model, data, GLANCE))
         print(f"{config} seed {seed} epoch {epoch + 1}/{epochs}: {spent:.1f} s, {100 * found[-1]:.2f} %", flush=True)
@@ -236,7 +223,7 @@ def main() -> None:
     parser.add_argument("--network", choices=sorted(NETWORKS), default="cnn")
     parser.add_argument("--data", choices=("fashion", "cifar"), default="fashion")
     parser.add_argument("--path", type=Path, help="folder of the IDX files, or the .npz file of CIFAR-10")
-    parser.add_argument("--configs", help="comma-separated, of " + ", ".join(ORDER) + "  [default: all that fit]")
+    parser.add_argument("--configs", help="comma-separated, of " + ", ".join(ORDER) + "  [default: all]")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--images", type=int, help="train on the first so many images only")
@@ -247,10 +234,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("train_faster.png"))
     options = parser.parse_args()
     try:
-        fitting = [way for way in ORDER if way != "wide" or options.network == "cnn"]
-        configs = options.configs.split(",") if options.configs else fitting
-        if unknown := set(configs) - set(fitting):
-            raise InputError(f"way {sorted(unknown)[0]!r} of {options.network}", allowed=", ".join(fitting))
+        configs = options.configs.split(",") if options.configs else list(ORDER)
+        if unknown := set(configs) - set(ORDER):
+            raise InputError(f"way {sorted(unknown)[0]!r}", allowed=", ".join(ORDER))
         data = read_data(options.data, options.path, options.images)
         task = Task(options.network, options.data, len(data.labels), options.epochs, options.width, options.rate)
         results = read_results(options.json)

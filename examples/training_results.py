@@ -14,7 +14,7 @@ from surgery.text import table
 
 __all__ = ["ORDER", "Result", "Task", "plot", "read_results", "summary", "write_results"]
 
-ORDER = ("dense", "surgery", "wide", "compressed", "paper", "pufferfish")
+ORDER = ("dense", "surgery", "compressed", "paper", "pufferfish")
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def candidates(rows: int = 64, columns: int = 96) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize(("relative", "rank"), [(1.0, 16), (0.9, 16), (0.6, 16), (0.3, 8), (0.01, 8)])
+@pytest.mark.parametrize(("relative", "rank"), [(1.0, 24), (0.9, 24), (0.6, 16), (0.3, 8), (0.01, 8)])
 def test_ranks_follow_the_spectrum_within_bounds(relative: float, rank: int) -> None:
     log = SpectrumLog(({"layer": 50.0}, {"layer": 50.0 * relative}))
     choice = TrainingRanks(log, MacTimer(), 8).choose(candidates())

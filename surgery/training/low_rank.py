@@ -50,7 +50,7 @@ class LowRankTraining:
         optimizer: any; the state of SGD, Adam, AdamW, NAdam and RAdam crosses the switch, that of others starts anew.
         example_inputs: one batch as in training: a tensor, a tuple of arguments, or a dict of keyword arguments.
         decompose_at: epochs to train before the switch, or "auto": when the spectra of the weights have settled, and at
-            the latest after a tenth of the epochs.
+            the latest after a twentieth of the epochs.
         ranks: "auto" (by spectrum and measured time), or any of ``surgery.decompose``'s.
         factorization: "auto", or the name of one of ``surgery.FACTORIZATIONS``.
         redecompose_at: epochs done after which ranks are chosen anew, by the same rule, and lowered where they fell.

@@ -1,9 +1,9 @@
 """Ranks for training: how much of each unfolding to keep by its spectrum relative to that at the start, then by time.
 
 EVBMF sees nothing in weights that are hardly trained, and the energy of a spectrum that is still nearly flat asks for
-almost all of it. A layer of which nothing is known yet gets ``MOST`` of its full rank, the quarter that Pufferfish
-(Wang et al. 2021) takes everywhere. What tells layers apart is how far the stable rank has fallen: its share of that of
-the fresh weight (Cuttlefish's scaled stable rank) is the share of that quarter to keep, not below ``LEAST``.
+almost all of it. A layer of which nothing is known yet gets ``MOST`` of its full rank, a third (Pufferfish, Wang et al.
+2021, takes a quarter everywhere). What tells layers apart is how far the stable rank has fallen: its share of that of
+the fresh weight (Cuttlefish's scaled stable rank) is the share of that third to keep, not below ``LEAST``.
 
 Ranks are rounded up to what the kernels like; of the factorizations that fit, the one is taken whose forward and
 backward pass measures shortest; where none is faster than dense, the site stays dense.
@@ -27,7 +27,7 @@ from surgery.training.spectra import SpectrumLog
 
 __all__ = ["LEAST", "MOST", "TrainingRanks"]
 
-LEAST, MOST = 0.125, 0.25  # ours: shares of the full rank
+LEAST, MOST = 1 / 8, 1 / 3  # ours: shares of the full rank
 _CLOSE = 2.0  # ours: times the fewest MACs; what costs more is not worth the time to measure it
 
 

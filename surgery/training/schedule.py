@@ -9,7 +9,7 @@ from surgery.training.spectra import SpectrumLog
 
 __all__ = ["SHARE", "Schedule"]
 
-SHARE = 0.1  # ours: of the epochs, after which waiting is no longer worth it; the paper switches after 5 % of 200
+SHARE = 0.05  # of the epochs, after which waiting is no longer worth it, as in the paper: 10 of 200
 _PATIENCE = 5  # ours: epochs, where their total is not known
 
 
