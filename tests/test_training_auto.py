@@ -67,7 +67,7 @@ def test_a_forecast_pays_only_if_it_saves(
 def test_schedules_say_when_and_why() -> None:
     flat = SpectrumLog(({"a": 10.0}, {"a": 5.0}, {"a": 4.9}, {"a": 4.85}))
     steep = SpectrumLog(({"a": 10.0}, {"a": 8.0}, {"a": 6.0}, {"a": 4.0}))
-    auto = Schedule("auto", "end", 40)
+    auto = Schedule("auto", "end", 80)
     assert flat.settled
     assert not steep.settled
     assert "settled" in (auto.decompose_reason(3, flat) or "")
@@ -76,8 +76,8 @@ def test_schedules_say_when_and_why() -> None:
     assert Schedule("auto", None, None).decompose_reason(4, steep) is None
     assert Schedule(2, "end", None).decompose_reason(1, flat) is None
     assert Schedule(2, "end", None).decompose_reason(2, steep) == "decompose_at=2"
-    assert auto.recompose_reason(39) is None
-    assert auto.recompose_reason(40) == "the training ends"
+    assert auto.recompose_reason(79) is None
+    assert auto.recompose_reason(80) == "the training ends"
     assert Schedule(2, "end", None).recompose_reason(99) is None
     with pytest.raises(InputError):
         Schedule(5, 5, None)
@@ -99,7 +99,7 @@ def candidates(rows: int = 64, columns: int = 96) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize(("relative", "rank"), [(1.0, 24), (0.9, 24), (0.6, 16), (0.3, 8), (0.01, 8)])
+@pytest.mark.parametrize(("relative", "rank"), [(1.0, 16), (0.9, 16), (0.6, 16), (0.3, 8), (0.01, 8)])
 def test_ranks_follow_the_spectrum_within_bounds(relative: float, rank: int) -> None:
     log = SpectrumLog(({"layer": 50.0}, {"layer": 50.0 * relative}))
     choice = TrainingRanks(log, MacTimer(), 8).choose(candidates())

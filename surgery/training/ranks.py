@@ -1,9 +1,10 @@
 """Ranks for training: how much of each unfolding to keep by its spectrum relative to that at the start, then by time.
 
 EVBMF sees nothing in weights that are hardly trained, and the energy of a spectrum that is still nearly flat asks for
-almost all of it. A layer of which nothing is known yet gets ``MOST`` of its full rank, a third (Pufferfish, Wang et al.
-2021, takes a quarter everywhere). What tells layers apart is how far the stable rank has fallen: its share of that of
-the fresh weight (Cuttlefish's scaled stable rank) is the share of that third to keep, not below ``LEAST``.
+almost all of it. A layer of which nothing is known yet gets ``MOST`` of its full rank, the quarter that Pufferfish
+(Wang et al. 2021) takes everywhere, or ``MOST_OF_EACH`` of several ranks, whose savings multiply. What tells layers
+apart is how far the stable rank has fallen: its share of that of the fresh weight (Cuttlefish's scaled stable rank) is
+the share of that to keep, not below ``LEAST``.
 
 Ranks are rounded up to what the kernels like; of the factorizations that fit, the one is taken whose forward and
 backward pass measures shortest; where none is faster than dense, the site stays dense.
@@ -25,9 +26,9 @@ from surgery.ranks.quality import SiteRule
 from surgery.training.measure import PassTimer
 from surgery.training.spectra import SpectrumLog
 
-__all__ = ["LEAST", "MOST", "TrainingRanks"]
+__all__ = ["LEAST", "MOST", "MOST_OF_EACH", "TrainingRanks"]
 
-LEAST, MOST = 1 / 8, 1 / 3  # ours: shares of the full rank
+LEAST, MOST, MOST_OF_EACH = 1 / 8, 1 / 4, 1 / 3  # ours: shares of the full rank
 _CLOSE = 2.0  # ours: times the fewest MACs; what costs more is not worth the time to measure it
 
 
@@ -64,7 +65,8 @@ class TrainingRanks(SiteRule):
 
     def ranks(self, candidate: Candidate) -> Ranks:
         """Return the ranks by the spectrum, rounded up to what the kernels like."""
-        share = min(MOST, max(LEAST, MOST * self.log.relative(candidate.site.name)))
+        most = MOST if len(candidate.max_ranks) == 1 else MOST_OF_EACH
+        share = min(most, max(LEAST, most * self.log.relative(candidate.site.name)))
         groups = candidate.site.operator.kernel.shape[0]
         counts = tuple(math.ceil(share * s) for s in candidate.factorization.counts(candidate.max_ranks))
         rows = zip(candidate.settled(counts), candidate.max_ranks, strict=True)
