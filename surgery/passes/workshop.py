@@ -43,7 +43,7 @@ _Key = tuple[str, str, Ranks]  # site, factorization, ranks
 
 _SECONDS = 3.0
 _DISTURBED = 1.05  # times the usual seconds of the original
-_PAUSES = 5.0, 15.0, 45.0  # seconds before each repetition of a disturbed timing
+_PAUSES = 2.0, 5.0, 5.0, 15.0, 15.0, 45.0  # seconds before repetitions of disturbed timings, of all in one run
 _ROUNDS, _SMALL = 4, 160_000  # of corrections; weights, as a 3x3 convolution of 128 channels has
 
 
@@ -78,11 +78,12 @@ class Workshop:
     reasons: dict[str, str] = field(init=False)
     _fitted: dict[tuple[_Key, ...], Chain | None] = field(init=False, default_factory=dict)
     _realised: float = field(init=False, default=1.0)
-    _usual: float = field(init=False, default=0.0)
+    _pauses: list[float] = field(init=False)
     _compared: dict[tuple[_Key, ...], float] = field(init=False, default_factory=dict)
     _built: dict[tuple[Option, ...], Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._pauses = list(_PAUSES)
         fit, self._held = self.samples.split()
         self.found: Found = open_graph(self.model, *self.inputs, copies=False).find()
         self._spots = {spot.site.name: spot for spot in self.found.spots}
@@ -275,16 +276,13 @@ class Workshop:
         """Time a changed model against the original, at the inputs at which the result is to be fast.
 
         Where the original runs slower beside it than it does, the machine was disturbed: it is done again after a
-        pause, some times, and the fastest counts. If all are slow, that is how the machine is from now on.
+        pause, and the fastest counts; only so often, since the machine may stay as it is.
         """
-        ready, usual = [self._original, self._ready(changed)], self._usual or self.seconds
+        ready = [self._original, self._ready(changed)]
         timing = self._time(ready)
-        for pause in _PAUSES:
-            if timing.models[0].median_s <= _DISTURBED * usual:
-                return timing
-            sleep(pause)
+        while self._pauses and timing.models[0].median_s > _DISTURBED * self.seconds:
+            sleep(self._pauses.pop(0))
             timing = min(timing, self._time(ready), key=lambda timing: timing.models[0].median_s)
-        self._usual = max(usual, timing.models[0].median_s)
         return timing
 
     def _ready(self, model: Any) -> Ready:
