@@ -192,7 +192,7 @@ def test_a_site_that_saves_next_to_nothing_stays_dense(made_up: Callable[..., No
     event = run.end_epoch(0)
     assert event is not None
     assert [change.site for change in event.changes] == ["1", "2"]
-    assert "less than 1%" in (run.plan["0"].reason or "")
+    assert "less than 1 %" in (run.plan["0"].reason or "")
     assert run.plan["0"].dense_macs
 
 

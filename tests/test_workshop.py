@@ -21,7 +21,7 @@ from surgery.cost.latency import Comparison, Latencies
 from surgery.cost.timing import Samples
 from surgery.inputs import normalise_inputs
 from surgery.operators import Operator, Shape
-from surgery.passes import workshop
+from surgery.passes import promise, workshop
 from surgery.passes.goals import Goal
 from surgery.passes.workshop import Terms, Workshop
 from tests.cases import decaying
@@ -75,13 +75,15 @@ class Clock:
         return Timing(models, tuple(ModelComparison("", r, r, r, "faster") for r in ratios), environment(1))
 
 
-def decompose(path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> surgery.DecomposeResult:
+def decompose(
+    path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, target: float = 1.5
+) -> surgery.DecomposeResult:
     monkeypatch.setattr(workshop, "make_ready", clock.make_ready)
     monkeypatch.setattr(workshop, "time_ready", clock.time_ready)
     monkeypatch.setattr(workshop, "sleep", clock.waits.append)
     monkeypatch.setattr(workshop, "_PAUSES", PAUSES)
     latencies = ByMacs(threads=1, path=path)
-    return surgery.decompose(network(), samples(2), calibration=samples(), target_speedup=1.5, latencies=latencies)
+    return surgery.decompose(network(), samples(2), calibration=samples(), target_speedup=target, latencies=latencies)
 
 
 def test_whole_models_are_timed_once_and_the_finished_one_each_time(
@@ -116,6 +118,30 @@ def test_a_machine_that_stays_slow_is_waited_for_once(tmp_path: Path, monkeypatc
     assert len(clock.waits) == len(PAUSES)
     assert result.search is not None
     assert len(result.search.trials) > 1
+
+
+def test_what_was_disturbed_to_the_end_is_not_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decompose(tmp_path / "l", Clock(disturbed=range(1, 1000)), monkeypatch)
+    again = Clock()
+    result = decompose(tmp_path / "l", again, monkeypatch)
+    assert again.calls > 1
+    assert result.search is not None
+    assert result.search.predicted == pytest.approx(result.search.trials[-1].value)
+
+
+def test_out_of_reach_the_least_damaged_of_the_equally_fast_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(promise, "MARGIN", 0.5)  # wide enough for a choice among so few options
+    result = decompose(tmp_path / "l", Clock(), monkeypatch, target=1000.0)
+    assert result.promise is not None
+    assert not result.promise.kept
+    assert result.search is not None
+    assert result.search.chosen is not None
+    damage, cost = result.search.chosen
+    most, least = result.search.frontier[-1]
+    assert least < cost <= 1.5 * least
+    assert damage < 0.9 * most
 
 
 def test_damages_are_corrected_by_fitted_chains() -> None:

@@ -117,17 +117,25 @@ class Latencies:
         what = _described(shape, operator)
         return self.recall(Seconds, what, lambda: Seconds(self._time_single(operator, shape).median)).seconds
 
-    def recall(self, kind: type[_Value], what: dict[str, Any], measure: Callable[[], _Value]) -> _Value:
+    def recall(
+        self,
+        kind: type[_Value],
+        what: dict[str, Any],
+        measure: Callable[[], _Value],
+        *,
+        keep: Callable[[_Value], bool] = lambda _: True,
+    ) -> _Value:
         """Return what was measured before of what is described in JSON values, in all that its latency depends on.
 
-        If it never was, on this machine with these versions and threads, it is measured now, and kept. ``kind`` is a
-        dataclass of numbers and verdicts.
+        If it never was, on this machine with these versions and threads, it is measured now, and kept if ``keep`` says
+        so. ``kind`` is a dataclass of numbers and verdicts.
         """
         key = self._key(what)
         found = self._look_up(key, kind)
         if found is None:
             found = measure()
-            self._keep(key, asdict(found))  # type: ignore[call-overload]  # any dataclass
+            if keep(found):
+                self._keep(key, asdict(found))  # type: ignore[call-overload]  # any dataclass
         return found
 
     def _time_pair(self, first: Operator | Chain, second: Operator | Chain, shape: Shape) -> tuple[Samples, Samples]:

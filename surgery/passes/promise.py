@@ -99,11 +99,12 @@ def _quality(work: Workshop) -> tuple[Callable[[Any], float], float, float, floa
 def _for_speed(work: Workshop) -> tuple[list[Trial], list[Option], Timing | None]:
     """Return the trials, the choice of least damage that is as fast as is asked for (or the fastest), and its timing.
 
-    Only what passes without values is fitted, and timed as it is. It passes by a margin, since timings of another hour
-    differ.
+    Of models that no timing tells apart that of less damage stays, unless the other is fast enough. Only what passes
+    without values is fitted, and timed as it is. It passes by a margin, since timings of another hour differ.
     """
     goal = work.terms.goal.limit
     done, limit, chosen = _sketched(work, goal * (1 + MARGIN))
+    least = sum(option.cost for option in _fastest(work))
     best: tuple[float, list[Option], Timing] | None = None
     for _ in range(_BUILDS):
         model = work.build(chosen)
@@ -112,9 +113,9 @@ def _for_speed(work: Workshop) -> tuple[list[Trial], list[Option], Timing | None
             timing = work.time(model)  # as fast as the model without values, unless it was disturbed
         found = timing.comparisons[0]
         done.append(Trial(limit, found.speedup, found.low >= goal))
-        if best is None or done[-1].kept or found.speedup > best[0]:
+        if best is None or done[-1].kept or found.speedup > (1 + MARGIN) * best[0]:
             best = found.speedup, chosen, timing
-        if done[-1].kept or chosen == _fastest(work):
+        if done[-1].kept or limit <= least:
             break
         missing = work.seconds / found.low - work.seconds / goal
         limit -= max(missing, _LEAST_STEP * work.seconds)
@@ -126,7 +127,7 @@ def _for_speed(work: Workshop) -> tuple[list[Trial], list[Option], Timing | None
 def _sketched(work: Workshop, goal: float) -> tuple[list[Trial], float, list[Option]]:
     """Return trials of costs, the largest cost of all sites at which the whole model was as fast as asked for, and how.
 
-    The fastest choice where it never was.
+    Where it never was, that of least damage of those that no timing tells from the fastest.
     """
     total = work.seconds
     dense = sum(site.dense.cost for site in work.sites)
@@ -147,7 +148,8 @@ def _sketched(work: Workshop, goal: float) -> tuple[list[Trial], float, list[Opt
         spare = total / goal - total / found.low
         spare = spare if done[-1].kept else min(spare, -_LEAST_STEP / 2 * total)
         limit += spare if low < limit + spare < high else (low + high) / 2 - limit
-    return done, *(passed or (low, _fastest(work)))
+    limit = (1 + MARGIN) * low
+    return done, *(passed or (limit, _choose(work, limit)))
 
 
 def _choose(work: Workshop, cost: float) -> list[Option]:
@@ -155,9 +157,7 @@ def _choose(work: Workshop, cost: float) -> list[Option]:
 
 
 def _fastest(work: Workshop) -> list[Option]:
-    """Return the fastest choice or, of those that no timing tells from it, that of least damage."""
-    fastest = [min(site.options, key=lambda option: option.cost) for site in work.sites]
-    return choose_damage(work.sites, (1 + MARGIN) * sum(option.cost for option in fastest)) or fastest
+    return [min(site.options, key=lambda option: option.cost) for site in work.sites]
 
 
 def _finish(work: Workshop, chosen: Sequence[Option], trials: Sequence[Trial], timing: Timing | None) -> Negotiated:

@@ -197,7 +197,12 @@ class Workshop:
             return replace(worse, speedup=math.sqrt(first.speedup * second.speedup))
 
         changes = [[o.site, o.factorization, list(o.ranks or ())] for o in chosen if o.factorization is not None]
-        found = self.terms.latencies.recall(Comparison, self._structure | {"changes": changes}, measure)
+        found = self.terms.latencies.recall(
+            Comparison,
+            self._structure | {"changes": changes},
+            measure,
+            keep=lambda comparison: not self._disturbed(comparison.dense_s),
+        )
         self._compared[_keys(chosen)] = found.speedup
         if (saved := self._saved(chosen)) > 0:
             self._realised = (found.dense_s - found.chain_s) / saved
@@ -280,10 +285,13 @@ class Workshop:
         """
         ready = [self._original, self._ready(changed)]
         timing = self._time(ready)
-        while self._pauses and timing.models[0].median_s > _DISTURBED * self.seconds:
+        while self._pauses and self._disturbed(timing.models[0].median_s):
             sleep(self._pauses.pop(0))
             timing = min(timing, self._time(ready), key=lambda timing: timing.models[0].median_s)
         return timing
+
+    def _disturbed(self, dense_s: float) -> bool:
+        return dense_s > _DISTURBED * self.seconds
 
     def _ready(self, model: Any) -> Ready:
         given = self.inputs if any(self.inputs) else None

@@ -128,7 +128,7 @@ def _worthwhile(plan: Plan) -> Plan:
         if not decision.dense and decision.dense_latency is not None and decision.latency is not None:
             saved = decision.dense_latency - decision.latency
             if saved < least:
-                reason = f"it would save {seconds(saved)}, less than {_LEAST_SAVED:.0%} of what all sites take"
+                reason = f"it would save {seconds(saved)}, less than {100 * _LEAST_SAVED:g} % of what all sites take"
                 dense = replace(decision, factorization=None, rank=None, reason=reason, error=None)
                 plan = plan.replaced(replace(dense, parameters=None, macs=None, latency=None))
     return plan
