@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,10 @@ class Data:
     def normalised(self, images: Tensor) -> Tensor:
         """Return uint8 images as the network takes them."""
         return (images.float() / 255 - self.mean) / self.std
+
+    def to(self, device: str) -> Data:
+        """Return it on another device."""
+        return Data(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def read_data(name: str, path: Path | None, count: int | None) -> Data:
@@ -77,20 +81,24 @@ def _read_cifar(path: Path | None) -> tuple[Tensor, ...]:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return each image shifted by up to `MAX_SHIFT` pixels each way, and mirrored in half the cases."""
+    """Return each image shifted by up to `MAX_SHIFT` pixels each way, and mirrored in half the cases.
+
+    What is drawn depends on the generator, of the CPU, alone, not on the device of the images.
+    """
     count, channels, height, width = images.shape
     padded = functional.pad(images, (MAX_SHIFT,) * 4)
-    down, right = torch.randint(2 * MAX_SHIFT + 1, (2, count, 1), generator=generator)
-    mirrored = torch.rand(count, 1, generator=generator) < 0.5
-    steps = torch.arange(width)
-    rows = (down + torch.arange(height))[:, None, :, None]
+    down, right = torch.randint(2 * MAX_SHIFT + 1, (2, count, 1), generator=generator).to(images.device)
+    mirrored = (torch.rand(count, 1, generator=generator) < 0.5).to(images.device)
+    steps = torch.arange(width, device=images.device)
+    rows = (down + torch.arange(height, device=images.device))[:, None, :, None]
     columns = (right + torch.where(mirrored, steps.flip(0), steps))[:, None, None, :]
-    which, channel = torch.arange(count)[:, None, None, None], torch.arange(channels)[None, :, None, None]
+    which = torch.arange(count, device=images.device)[:, None, None, None]
+    channel = torch.arange(channels, device=images.device)[None, :, None, None]
     return padded[which, channel, rows, columns]
 
 
 def batches(data: Data, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield one shuffled, augmented epoch; the incomplete last batch is left out."""
-    order = torch.randperm(len(data.labels), generator=generator)
+    order = torch.randperm(len(data.labels), generator=generator).to(data.labels.device)
     for index in order[: len(order) // size * size].view(-1, size):
         yield data.normalised(augment(data.images[index], generator)), data.labels[index]

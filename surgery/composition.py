@@ -316,7 +316,7 @@ def _regroup(kernel: Tensor, groups: int) -> Tensor:
         return kernel
     _, rows, columns, *size = kernel.shape
     dense = kernel.new_zeros(groups, blocks, rows, blocks, columns, *size)
-    index = torch.arange(blocks)
+    index = torch.arange(blocks, device=kernel.device)
     dense[:, index, :, index] = kernel.unflatten(0, (groups, blocks)).transpose(0, 1)
     return dense.flatten(3, 4).flatten(1, 2)
 
@@ -328,7 +328,7 @@ def _stuff(kernel: Tensor, steps: Sequence[int]) -> Tensor:
             size = list(kernel.shape)
             size[dim] = (size[dim] - 1) * step + 1
             wide = kernel.new_zeros(size)
-            wide.index_copy_(dim, torch.arange(0, size[dim], step), kernel)
+            wide.index_copy_(dim, torch.arange(0, size[dim], step, device=kernel.device), kernel)
             kernel = wide
     return kernel
 

@@ -255,6 +255,17 @@ def test_every_solver_is_the_identity_at_full_rank(case: Case, method: Factoriza
         assert_close(chain(x), case.operator(x), 3 * slack(case, chain))  # TensorLy's is a full SVD, less accurate
 
 
+@each(FITS)
+def test_all_is_computed_on_the_device_of_the_weight(case: Case, method: Factorization) -> None:
+    """What was made on the default device instead could not meet the weight, as on a GPU."""
+    with torch.device("meta"):
+        for solver in set(method.solvers) - {"tensorly", "gd"}:
+            for ranks in (method.max_ranks(case.operator), halved(method.max_ranks(case.operator))):
+                chain = factor(method, case.operator, ranks, solver=solver)
+                assert composed(chain).weight.device == case.operator.weight.device
+        method.spectra(case.operator)
+
+
 @each(EXACT)
 def test_a_rank_out_of_bounds_names_the_bounds(case: Case, method: Factorization) -> None:
     full = method.max_ranks(case.operator)

@@ -36,6 +36,11 @@ FORMS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+def test_samples_come_to_the_device_of_the_model() -> None:
+    calibration = read_calibration(images(4), net().to("meta"), batch_size=4)
+    assert stacked(calibration).is_meta
+
+
 @pytest.mark.parametrize("kind", ["module", "program-dynamic", "graph"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_samples(form: str, kind: str) -> None:

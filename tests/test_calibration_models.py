@@ -174,6 +174,16 @@ def test_factors_for_the_data_give_nearer_outputs(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_all_is_computed_on_the_device_of_the_model(kind: str) -> None:
+    """What was made on the default device instead could not meet the activations, as on a GPU."""
+    data = images(40)
+    model = as_kind(net(), kind, data[:2])
+    with torch.device("meta"):
+        result = decompose(model, data[:2], ranks="keep_macs=0.5", calibration=data, stages=2)
+    assert result.changes
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_plan_without_changes_leaves_the_model_as_it_is(kind: str) -> None:
     x = images(24)
     model = as_kind(net(), kind, x[:8])

@@ -17,11 +17,13 @@ Rows that the JSON file has already are not run again.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 from rich.console import Console
@@ -56,16 +58,16 @@ class Task:
     admm_epochs: int
     rate: float
     rho: float
-    seed: int
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way at one size."""
+    """One way at one size, with one seed."""
 
     method: str
     keep_params: float
     way: str
+    seed: int
     task: Task
     parameters: int
     cut: float
@@ -74,14 +76,19 @@ class Row:
     residual: float
     seconds: float
 
+    @property
+    def what(self) -> tuple[str, float, str]:
+        """What was done, whatever the seed."""
+        return self.method, self.keep_params, self.way
 
-def load_network(path: Path) -> ResNet20:
+
+def load_network(path: Path, device: str) -> ResNet20:
     """Return the trained network."""
     if not path.is_file():
         raise FileError(f"{path} does not exist", next_step="give a state dict of a CIFAR ResNet-20 as --weights FILE")
     model = ResNet20()
     model.load_state_dict(torch.load(path, weights_only=True))
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def load_images(path: Path, task: Task) -> Data:
@@ -155,10 +162,10 @@ def mean_error(result: DecomposeResult) -> float:
     return sum(change.error * change.dense_parameters for change in result.changes) / total
 
 
-def measure(weights: Path, data: Data, task: Task, method: str, share: float, way: str) -> Row:
-    """Run one way."""
-    start, generator = time.perf_counter(), torch.Generator().manual_seed(task.seed)
-    model: nn.Module = load_network(weights)
+def measure(weights: Path, data: Data, task: Task, seed: int, method: str, share: float, way: str) -> Row:
+    """Run one way with one seed."""
+    start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
+    model: nn.Module = load_network(weights, data.images.device.type)
     inputs, ranks = data.normalised(data.test_images[:1]), f"keep_params={share:.4f}"
     left, error, residual = task.epochs, 0.0, 0.0
     if way == "admm":
@@ -172,21 +179,25 @@ def measure(weights: Path, data: Data, task: Task, method: str, share: float, wa
     cut = accuracy(model, data)
     train(model, data, task, left, generator)
     count = sum(parameter.numel() for parameter in model.parameters())
-    return Row(
-        method, share, way, task, count, cut, accuracy(model, data), error, residual, time.perf_counter() - start
-    )
+    found = accuracy(model, data)
+    return Row(method, share, way, seed, task, count, cut, found, error, residual, time.perf_counter() - start)
 
 
 def show(rows: list[Row]) -> Table:
-    """Return the table."""
-    epochs = {f"{row.task.epochs} epochs, {row.task.admm_epochs} of them ADMM" for row in rows}
-    table = Table(title=f"ResNet-20 on CIFAR-10; in total {'; '.join(sorted(epochs))}")
-    for column in ("method", "kept", "way", "parameters", "error", "residual", "cut %", "accuracy %", "seconds"):
+    """Return the table: means over the seeds, and the extremes of the accuracy at the end."""
+    task, seeds = rows[0].task, len({row.seed for row in rows})
+    about = f"{task.epochs} epochs in all, {task.admm_epochs} of them ADMM, {task.images} images, {seeds} seeds"
+    table = Table(title=f"ResNet-20 on CIFAR-10; {about}")
+    for column in ("method", "kept", "way", "parameters", "error", "residual", "cut %", "accuracy %", "from", "to"):
         table.add_column(column, justify="left" if column in ("method", "way") else "right")
-    for row in rows:
-        numbers = f"{row.error:.3f}", f"{row.residual:.3f}", f"{100 * row.cut:.2f}", f"{100 * row.accuracy:.2f}"
-        kept = f"{row.keep_params:.2f}"
-        table.add_row(row.method, kept, row.way, f"{row.parameters:,}", *numbers, f"{row.seconds:.0f}")
+    for what in dict.fromkeys(row.what for row in rows):
+        same = [row for row in rows if row.what == what]
+        cuts, ends = [100 * row.cut for row in same], [100 * row.accuracy for row in same]
+        errors, residuals = [row.error for row in same], [row.residual for row in same]
+        means = f"{mean(errors):.3f}", f"{mean(residuals):.3f}", f"{mean(cuts):.2f}", f"{mean(ends):.2f}"
+        method, kept, way = what
+        spread = f"{min(ends):.2f}", f"{max(ends):.2f}"
+        table.add_row(method, f"{kept:.2f}", way, f"{same[0].parameters:,}", *means, *spread)
     return table
 
 
@@ -197,10 +208,15 @@ def read_rows(path: Path | None) -> list[Row]:
     return [Row(**{**row, "task": Task(**row["task"])}) for row in json.loads(path.read_text())["rows"]]
 
 
-def write_rows(path: Path | None, rows: list[Row]) -> None:
+def device_name(device: str) -> str:
+    """Return what the rows were trained on."""
+    return torch.cuda.get_device_name() if device == "cuda" else device
+
+
+def write_rows(path: Path | None, rows: list[Row], device: str) -> None:
     """Write all rows."""
     if path is not None:
-        versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        versions = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device_name(device)}
         path.write_text(json.dumps({**versions, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
@@ -214,22 +230,23 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--rate", type=float, default=0.02)
     parser.add_argument("--rho", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     parser.add_argument("--quick", action="store_true", help="one method at 2x, 2,000 images, 2 epochs")
     parser.add_argument("--json", type=Path, help="keep the rows here; those it has are not run again")
     args = parser.parse_args()
     epochs, images, test = (2, 2_000, 1_000) if args.quick else (args.epochs, args.images, 10_000)
-    task = Task(images, test, epochs, args.admm_epochs or epochs // 2, args.rate, args.rho, args.seed)
+    task = Task(images, test, epochs, args.admm_epochs or epochs // 2, args.rate, args.rho)
     methods, shares = (METHODS[:1], SHARES[:1]) if args.quick else (METHODS, SHARES)
-    todo = [("-", 1.0, "dense"), *((m, s, way) for m in methods for s in shares for way in ("decompose", "admm"))]
+    ways = [("-", 1.0, "dense"), *((m, s, way) for m in methods for s in shares for way in ("decompose", "admm"))]
     try:
-        data, rows = load_images(args.data, task), read_rows(args.json)
-        for key in todo:
-            if not any((row.method, row.keep_params, row.way) == key and row.task == task for row in rows):
-                rows.append(measure(args.weights, data, task, *key))
-                write_rows(args.json, rows)
-                row = rows[-1]
-                print(f"{row.method} {row.keep_params:.2f} {row.way}: {100 * row.accuracy:.2f} %", file=sys.stderr)
+        data, rows = load_images(args.data, task).to(args.device), read_rows(args.json)
+        for seed, way in itertools.product(range(args.seeds), ways):
+            if not any(row.task == task and row.seed == seed and row.what == way for row in rows):
+                rows.append(row := measure(args.weights, data, task, seed, *way))
+                write_rows(args.json, rows, args.device)
+                said = f"seed {seed}: {row.method} {row.keep_params:.2f} {row.way}: {100 * row.accuracy:.2f} %"
+                print(said, file=sys.stderr)
     except SurgeryError as error:
         sys.exit(f"error: {error}")
     Console(width=120).print(show([row for row in rows if row.task == task]))

@@ -119,7 +119,7 @@ class _Statistics:
     """Mean and variance of each channel, summed in float64; ``parts`` are those of each call."""
 
     def __init__(self) -> None:
-        self._count, self._sum, self._squares = 0, torch.zeros(()), torch.zeros(())
+        self._count, self._sum, self._squares = 0, torch.tensor(0.0, device="cpu"), torch.tensor(0.0, device="cpu")
         self.parts: list[Pair] = []
 
     def add(self, x: Tensor) -> Pair:

@@ -44,8 +44,10 @@ def read_columns(operator: Operator, x: Tensor, *, rows: int, generator: torch.G
 
 
 def _choose(total: int, rows: int, generator: torch.Generator, *, width: int) -> Iterator[Tensor]:
-    order = torch.randperm(total, generator=generator)[:rows] if total > rows else torch.arange(total)
-    yield from order.split(max(1, _BLOCK // width))
+    order = (
+        torch.randperm(total, generator=generator, device="cpu") if total > rows else torch.arange(total, device="cpu")
+    )
+    yield from order[:rows].split(max(1, _BLOCK // width))
 
 
 def _patches(conv: Conv, x: Tensor, rows: int, generator: torch.Generator) -> Iterator[Columns]:

@@ -67,7 +67,7 @@ class Calibration:
         args, kwargs = pytree.tree_unflatten([leaf[part] if many else leaf for leaf, many in rows], self.structure)
         return tuple(args), dict(kwargs)
 
-    def take(self, index: Tensor) -> Calibration:
+    def take(self, index: Tensor | slice) -> Calibration:
         """Return the samples of these numbers, in this order."""
         rows = zip(self.leaves, self.sampled, strict=True)
         return replace(self, leaves=tuple(leaf[index] if many else leaf for leaf, many in rows))
@@ -80,7 +80,7 @@ class Calibration:
         wanted = int(max(least, _WORK / max(macs, 1.0)))
         if self.exact:
             wanted = max(wanted // self.batch_size, 1) * self.batch_size
-        return self if wanted >= self.count else self.take(torch.arange(wanted))
+        return self if wanted >= self.count else self.take(slice(wanted))
 
     def passes(self, macs: float) -> int:
         """Return in how many passes over all samples, at ``macs`` each, ``_WORK`` is done; 1 at least."""
@@ -97,7 +97,7 @@ class Calibration:
         if aside >= self.count:
             what = f"{self.count} calibration samples cannot be split into two parts"
             raise InputError(what, allowed=f"at least {2 * unit}", next_step="give more samples")
-        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed), device="cpu")
         return self.take(order[aside:]), self.take(order[:aside])
 
 
@@ -126,11 +126,19 @@ def read_calibration(
     if not items:
         raise InputError("there is no calibration input", allowed=_ALLOWED)
     samples = _join(items, batch_size)
-    samples = samples.take(torch.arange(min(limit, samples.count)))
+    samples = _beside(model, samples.take(slice(min(limit, samples.count))))
     fixed = fixed_batch(model)
     if fixed is None and isinstance(model, ExportedProgram):
         fixed = _guarded_batch(model, samples)
     return samples if fixed is None else _fill(samples, fixed)
+
+
+def _beside(model: Model, samples: Calibration) -> Calibration:
+    """Return the samples on the device of the model."""
+    weights = model.state_dict if isinstance(model, ExportedProgram) else model.state_dict()
+    device = next((weight.device for weight in weights.values()), torch.device("cpu"))
+    leaves = (leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in samples.leaves)
+    return replace(samples, leaves=tuple(leaves))
 
 
 def _guarded_batch(program: ExportedProgram, samples: Calibration) -> int | None:
@@ -160,7 +168,7 @@ def _fill(samples: Calibration, size: int) -> Calibration:
     if not whole:
         what = f"{samples.count} calibration samples for a program that was exported for batches of {size}"
         raise InputError(what, allowed=f"at least {size}", next_step="give more, or export with a dynamic batch size")
-    return replace(samples.take(torch.arange(whole)), batch_size=size, exact=True)
+    return replace(samples.take(slice(whole)), batch_size=size, exact=True)
 
 
 def _items(calibration: Any) -> Iterable[Any]:

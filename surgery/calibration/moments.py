@@ -64,7 +64,7 @@ class Moments:
     def second(self) -> Tensor:
         """C as one tensor (groups, n, n), however it is stored."""
         groups, n = self.mean.shape
-        return self.metric.times(torch.eye(n, dtype=self.mean.dtype).expand(groups, n, n))
+        return self.metric.times(torch.eye(n, dtype=self.mean.dtype, device=self.mean.device).expand(groups, n, n))
 
     @property
     def centred(self) -> Metric:
@@ -147,7 +147,7 @@ class Accumulator:
         n = channels * self._taps
         self._whole = _whole(n, self._taps, limit)
         self._generator = torch.Generator().manual_seed(seed)
-        self._mean = torch.zeros(groups, n, dtype=torch.float64)
+        self._mean = torch.zeros(groups, n, dtype=torch.float64, device=operator.weight.device)
         wide = channels if isinstance(operator, Embedding) or channels > limit else 0
         side = n if self._whole else channels
         self._first = self._mean.new_zeros((groups, side) if wide else (groups, side, side))

@@ -126,7 +126,7 @@ class _Coordinates:
 def _coordinates(problem: Problem, metric: Metric) -> _Coordinates:
     """Return coordinates in which the channels are as white as the method lets them be."""
     groups, out, channels = problem.kernel.shape[:3]
-    ones = [torch.ones(groups, size, dtype=torch.float64) for size in (out, channels)]
+    ones = [problem.kernel.new_ones(groups, size, dtype=torch.float64) for size in (out, channels)]
     left, right = (ones[0], ones[0]), (ones[1], ones[1])
     if problem.writes and problem.sensitivity is not None:
         lower, inverse = triangles(problem.sensitivity, problem.ridge)

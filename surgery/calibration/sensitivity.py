@@ -74,8 +74,8 @@ def with_sensitivity(
 def _small(batches: Calibration, samples: int) -> Calibration:
     if batches.exact:
         whole = max(1, samples // batches.batch_size) * batches.batch_size
-        return batches.take(torch.arange(min(whole, batches.count)))
-    few = batches.take(torch.arange(min(samples, batches.count)))
+        return batches.take(slice(min(whole, batches.count)))
+    few = batches.take(slice(min(samples, batches.count)))
     return replace(few, batch_size=min(_BATCH, few.batch_size))
 
 
@@ -83,7 +83,7 @@ def _backward(output: object, generator: torch.Generator) -> None:
     total: Tensor | None = None
     for leaf in pytree.tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point():
-            direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float32).to(leaf)
+            direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float32, device="cpu").to(leaf)
             scale = torch.linalg.vector_norm(leaf.detach().float()).clamp(min=1e-12)
             part = (leaf * direction).sum() / scale.to(leaf.dtype)
             total = part if total is None else total + part
@@ -102,14 +102,14 @@ class _Gram:
         self.count = 0
         self._groups, self._out = operator.kernel.shape[:2]
         self._axis = -1 - operator.geometry.dims if isinstance(operator, Conv) else -1
-        self._sum = torch.zeros(self._groups, self._out, self._out, dtype=torch.float64)
+        self._sum = operator.weight.new_zeros(self._groups, self._out, self._out, dtype=torch.float64)
 
     @property
     def mean(self) -> Tensor:
         """G, shrunk."""
         mean, share = self._sum / self.count, self._out / (self._out + self.count)
         level = mean.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        return (1 - share) * mean + share * level * torch.eye(self._out, dtype=mean.dtype)
+        return (1 - share) * mean + share * level * torch.eye(self._out, dtype=mean.dtype, device=mean.device)
 
     def tap(self, y: Tensor) -> Tensor:
         """Return the output as a value of its own, whose gradient is added when it is known."""

@@ -113,8 +113,8 @@ class _Pairs:
         groups, _, *rest = columns.operator.kernel.shape
         n = torch.Size(rest).numel()
         self._count, self._taps = 0, torch.Size(rest[1:]).numel()
-        self._means = torch.zeros(2, groups, n, dtype=torch.float64)
-        self._crossed, self._second = torch.zeros(2, groups, n, n, dtype=torch.float64)
+        self._means = columns.operator.weight.new_zeros(2, groups, n, dtype=torch.float64)
+        self._crossed, self._second = self._means.new_zeros(2, groups, n, n)
 
     def add(self, x: Tensor) -> None:
         for block in self._columns.read(x, self._generator):
@@ -133,7 +133,7 @@ class _Pairs:
         if centred:
             second, crossed = second - now @ now.mT, crossed - before @ now.mT
         level = second.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(torch.float64).tiny)
-        ridge = RIDGE * level[:, None, None] * torch.eye(columns, dtype=torch.float64)
+        ridge = RIDGE * level[:, None, None] * torch.eye(columns, dtype=torch.float64, device=level.device)
         kernel = operator.kernel.detach().double().flatten(2)
         found = torch.linalg.solve(second + ridge, (crossed + ridge).mT @ kernel.mT).mT
         found = kernel + (found - kernel) * self._count / (self._count + columns)

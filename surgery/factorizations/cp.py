@@ -122,8 +122,11 @@ def _unit_factors(tensor: Tensor) -> list[Tensor]:
     largest = shape.index(max(shape))
     others = [mode for mode in range(len(shape)) if mode != largest]
     fibres = tensor.movedim(largest + 1, 1).flatten(2)
-    places = torch.unravel_index(torch.arange(fibres.shape[2]), [shape[mode] for mode in others])
-    eyes = [torch.eye(shape[mode], dtype=tensor.dtype)[:, place] for mode, place in zip(others, places, strict=True)]
+    places = torch.unravel_index(torch.arange(fibres.shape[2], device=tensor.device), [shape[mode] for mode in others])
+    eyes = [
+        torch.eye(shape[mode], dtype=tensor.dtype, device=tensor.device)[:, place]
+        for mode, place in zip(others, places, strict=True)
+    ]
     factors = [eye.expand(groups, -1, -1) for eye in eyes]
     factors.insert(largest, fibres)
     return factors

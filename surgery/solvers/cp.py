@@ -155,7 +155,7 @@ def _leading(unfolding: Tensor, rank: int, generator: torch.Generator) -> Tensor
 
 def _random(like: Tensor, rank: int, size: int, generator: torch.Generator) -> Tensor:
     """Return unit vectors (g, rank, size)."""
-    vectors = torch.randn(len(like), rank, size, generator=generator, dtype=like.dtype)
+    vectors = torch.randn(len(like), rank, size, generator=generator, dtype=like.dtype, device="cpu")
     return torch.nn.functional.normalize(vectors, dim=2)
 
 

@@ -158,7 +158,7 @@ def _filtered(gram_matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return nearly the largest eigenvalues and their eigenvectors, as ``leading_eigen`` does, by Chebyshev filters."""
     size = gram_matrix.shape[-1]
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(size, rank + max(8, rank // 4), generator=generator).to(gram_matrix)
+    start = torch.randn(size, rank + max(8, rank // 4), generator=generator, device="cpu").to(gram_matrix)
     basis = torch.linalg.qr(gram_matrix @ start).Q
     total = gram_matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
     kept, gain = torch.zeros_like(total), torch.zeros_like(total)

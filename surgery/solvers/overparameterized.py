@@ -144,7 +144,7 @@ def _draw(tensor: Tensor, recipe: _Recipe, generator: torch.Generator) -> _Compo
     radius = _PLAIN_START if plain else _START
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(len(tensor), *shape, recipe.count, generator=generator, dtype=torch.float64)
+        return torch.randn(len(tensor), *shape, recipe.count, generator=generator, dtype=torch.float64, device="cpu")
 
     sizes = tensor.shape[1:2] if recipe.symmetric else tensor.shape[1:]
     factors = [(radius * normalised_vectors(normal(size))).to(tensor) for size in sizes]

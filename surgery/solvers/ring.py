@@ -120,7 +120,7 @@ def _ring_svd(tensor: Tensor, ranks: Sequence[int]) -> tuple[list[Tensor], float
         rows, lost = rank, lost + more
     cores.append(F.pad(rest.reshape(groups, rows, tensor.shape[-1], first), (0, ranks[0] - first)))
     generator = torch.Generator().manual_seed(0)
-    extra = torch.randn(groups, ranks[0] - first, *cores[0].shape[2:], generator=generator)
+    extra = torch.randn(groups, ranks[0] - first, *cores[0].shape[2:], generator=generator, device="cpu")
     cores[0] = torch.cat([cores[0], extra.to(tensor) / math.sqrt(tensor.shape[1])], 1)
     return [core.double() for core in cores], lost
 
@@ -206,7 +206,7 @@ def _least_squares(target: Tensor, gram: Tensor, core: Tensor, ridge: float) -> 
     """Return the core that solves ``gram core = target``, near to the present one where that leaves it open."""
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     weight = (ridge * mean).clamp(min=torch.finfo(gram.dtype).tiny)[:, None, None]
-    ridged = gram + weight * torch.eye(gram.shape[1], dtype=gram.dtype)
+    ridged = gram + weight * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     solved = torch.cholesky_solve(_rows(target) + weight * _rows(core), torch.linalg.cholesky(ridged))
     return solved.unflatten(1, (core.shape[1], core.shape[3])).transpose(2, 3)
 

@@ -74,7 +74,7 @@ def cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     rows, columns = matrix.shape[1:]
     kept = min(rank, rows, columns)
     if kept == rows:
-        left, rest = torch.eye(rows, dtype=matrix.dtype).expand(len(matrix), -1, -1), matrix
+        left, rest = torch.eye(rows, dtype=matrix.dtype, device=matrix.device).expand(len(matrix), -1, -1), matrix
     elif kept == columns:
         left, rest = torch.linalg.qr(matrix)
     elif rows <= columns:

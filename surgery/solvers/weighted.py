@@ -151,7 +151,7 @@ def triangles(moment: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     lower, info = torch.linalg.cholesky_ex(_add_ridge(moment, ridge))
     if bool(info.any()):
         return roots(moment, ridge)
-    one = torch.eye(lower.shape[-1], dtype=lower.dtype)
+    one = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     return lower, torch.linalg.solve_triangular(lower, one.expand_as(lower), upper=False)
 
 
