@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from surgery.chain import relative_error
+from surgery.chain import Chain, relative_error
 from surgery.errors import InputError
+from surgery.operators import Linear
 from surgery.training import LowRankTraining
 from surgery.training.frobenius import product_gradients
 from tests.tolerances import tolerance
@@ -69,7 +70,7 @@ def test_frobenius_decay_decays_the_product(optimizer: str, closure: bool) -> No
     run.optimizer.state.clear()
     factors = [hidden[0].weight, hidden[1].weight]
     before = [factor.detach().clone() for factor in factors]
-    decays = product_gradients(before, lambda pair: pair[1] @ pair[0])
+    decays = product_gradients(before, lambda pair: Chain((Linear(pair[0]), Linear(pair[1]))))
 
     def gradients() -> float:
         for parameter in run.model.parameters():

@@ -6,7 +6,7 @@ empty, for a checkpoint to fill, and ``read_sites`` the record of it. Both only 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,17 +47,26 @@ class FactoredSite:
 
         Weights are as their modules store them, factors and dense weight alike; the composition is differentiable.
         """
-        modules: list[Any] = [root.get_submodule(f"{self.names[0]}.{place}") for place in self.places]
-        layouts = [stored_as(module) for module in modules]
+        parameters, fill = self.bind_chain(root)
 
         def compose(weights: Sequence[Tensor]) -> Tensor:
-            turned = (w.mT if layout == "in_out" else w for w, layout in zip(weights, layouts, strict=True))
-            operator = with_weights(self.chain, turned).compose()
+            operator = fill(weights).compose()
             if isinstance(operator, Refusal):
                 raise CheckError(f"the factors of {self.names[0]} are not one operator: {operator.reason}")
             return operator.weight.mT if self.stored == "in_out" else operator.weight
 
-        return [module.weight for module in modules], compose
+        return parameters, compose
+
+    def bind_chain(self, root: nn.Module) -> tuple[list[nn.Parameter], Callable[[Sequence[Tensor]], Chain]]:
+        """Return the weights of the factors in a module, and what makes the chain of such weights, without a bias."""
+        modules: list[Any] = [root.get_submodule(f"{self.names[0]}.{place}") for place in self.places]
+        layouts = [stored_as(module) for module in modules]
+
+        def fill(weights: Sequence[Tensor]) -> Chain:
+            turned = (w.mT if layout == "in_out" else w for w, layout in zip(weights, layouts, strict=True))
+            return with_weights(self.chain, turned)
+
+        return [module.weight for module in modules], fill
 
 
 def with_weights(chain: Chain, weights: Iterable[Tensor]) -> Chain:

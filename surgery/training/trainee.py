@@ -115,5 +115,5 @@ class Trainee:
         broadcast(new, self.optimizer, group)
         self.model, self.record = rewrap(self.model), record
         if self._decay is not None:
-            self._decay.watch([site.bind(root) for site in record])
+            self._decay.watch([site.bind_chain(root) for site in record])
         return notes
