@@ -8,15 +8,13 @@ gradient (SGD, Adam) it adds ``wd (J^T W - F)`` to the gradient. Where it is dec
 ``F <- (1 - lr wd) F``) it replaces F by ``(F - lr wd J^T W) / (1 - lr wd)``, which the step turns into
 ``F - lr wd J^T W``. A group with a weight decay of 0 is left alone.
 
-``||W||^2`` takes no W where the chain has neither branches nor groups of its own, and kernels that share no axis. With
-G the Gram matrix of the channels between two factors, over all that is before,
+No W is formed where the chain has neither branches nor groups of its own, and kernels that share no axis. With G and H
+the Gram matrices of the channels between two factors, over all that is before and behind them (t: taps of a kernel),
 
-    G_0 = 1,    G_k = sum_t K_k[t] G_{k-1} K_k[t]^T,    ||W||^2 = tr G_N          (t: the taps of the kernel)
+    G_0 = 1,  G_k = sum_t K_k[t] G_{k-1} K_k[t]^T        H_N = 1,  H_{k-1} = sum_t K_k[t]^T H_k K_k[t]
 
-which for channels of a layer n, ranks r and t taps in the widest factor costs O(n r^2 + t r^3), and not the O(t r n^2)
-of W. Other chains are composed.
-
-Gradients must be those of the loss when the hook sees them; a fused optimizer that takes scaled ones is refused.
+the gradient by K_k is ``H_k K_k G_{k-1}``. For a layer of n channels, rank r and t taps this costs O(n r^2 + t r^3), in
+the place of O(t r n^2). Other chains are composed.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from surgery.errors import CheckError, InputError, Refusal
 from surgery.operators import Operator
 from surgery.training.closures import after_gradients
 
-__all__ = ["FrobeniusDecay", "product_gradients", "squared_norm"]
+__all__ = ["FrobeniusDecay", "product_gradients"]
 
 Fill = Callable[[Sequence[Tensor]], Chain]
 Bound = tuple[list[nn.Parameter], Fill]
@@ -73,32 +71,49 @@ class FrobeniusDecay:
 
 def product_gradients(factors: Sequence[Tensor], fill: Fill) -> list[Tensor]:
     """Return the gradients of ``||W(F)||^2 / 2`` by the factors, ``J_k^T W``."""
-    with torch.enable_grad():
-        leaves = [factor.detach().requires_grad_() for factor in factors]
-        return list(torch.autograd.grad(squared_norm(fill(leaves)) / 2, leaves))
+    leaves = [factor.detach() for factor in factors]
+    chain = fill(leaves)
+    kernels = _plain_kernels(chain)
+    if kernels is None:
+        with torch.enable_grad():
+            return list(torch.autograd.grad(_energy(fill([leaf.requires_grad_() for leaf in leaves])), leaves))
+    gradients = [torch.empty_like(leaf) for leaf in leaves]
+    places = [operator.kernel for operator in fill(gradients).operators]  # views of them, in the layout of kernels
+    for place, kernel in zip(places, _kernel_gradients(kernels), strict=True):
+        place.copy_(kernel.transpose(2, 3).reshape(place.shape))
+    return gradients
 
 
-def squared_norm(chain: Chain) -> Tensor:
-    """Return ``||W||^2`` of the weight that a chain composes to, differentiable."""
-    operators = [step for step in chain.steps if isinstance(step, Operator)]
-    kernels = [operator.kernel for operator in operators]
-    plain = len(operators) == len(chain.steps) and len({kernel.shape[0] for kernel in kernels}) == 1
-    if not plain or any(sum(n > 1 for n in axis) > 1 for axis in zip(*(k.shape[3:] for k in kernels), strict=True)):
-        operator = chain.compose()
-        if isinstance(operator, Refusal):
-            raise CheckError(f"the factors are not one operator: {operator.reason}")
-        return operator.weight.square().sum()
-    rows = [kernel.reshape(*kernel.shape[:3], -1).transpose(2, 3) for kernel in kernels]  # (groups, out, taps, in)
-    *before, last = rows
-    gram: Tensor | None = None
-    for row in before:
-        moved = _times(row, gram)
-        gram = moved.flatten(2) @ row.flatten(2).mT
-    return (_times(last, gram) * last).sum()
+def _plain_kernels(chain: Chain) -> list[Tensor] | None:
+    """Return the kernels as (groups, out, taps, in), if their product has an entry for each choice of taps."""
+    kernels = [step.kernel for step in chain.steps if isinstance(step, Operator)]
+    whole = len(kernels) == len(chain.steps) and len({len(kernel) for kernel in kernels}) == 1
+    if not whole or any(sum(n > 1 for n in axis) > 1 for axis in zip(*(k.shape[3:] for k in kernels), strict=True)):
+        return None
+    return [kernel.reshape(*kernel.shape[:3], -1).transpose(2, 3) for kernel in kernels]
 
 
-def _times(row: Tensor, gram: Tensor | None) -> Tensor:
-    return row if gram is None else (row.flatten(1, 2) @ gram).view(row.shape)
+def _kernel_gradients(kernels: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``H_k K_k G_{k-1}`` for each kernel (groups, out, taps, in)."""
+    before: list[Tensor | None] = [None]
+    for kernel in kernels[:-1]:
+        before.append(_times(kernel, before[-1]).flatten(2) @ kernel.flatten(2).mT)
+    moved = [kernels[-1]]  # H_k K_k, from the last to the first
+    for k in range(len(kernels) - 2, -1, -1):
+        behind = moved[-1].flatten(1, 2).mT @ kernels[k + 1].flatten(1, 2)
+        moved.append((behind @ kernels[k].flatten(2)).view(kernels[k].shape))
+    return [_times(kernel, gram) for kernel, gram in zip(reversed(moved), before, strict=True)]
+
+
+def _times(kernel: Tensor, gram: Tensor | None) -> Tensor:
+    return kernel if gram is None else (kernel.flatten(1, 2) @ gram).view(kernel.shape)
+
+
+def _energy(chain: Chain) -> Tensor:
+    operator = chain.compose()
+    if isinstance(operator, Refusal):
+        raise CheckError(f"the factors are not one operator: {operator.reason}")
+    return operator.weight.square().sum() / 2
 
 
 @torch.no_grad()
