@@ -27,6 +27,7 @@ from surgery.passes.results import DecomposeResult
 from surgery.plans import Plan
 from surgery.training.closures import after_gradients
 from surgery.training.constraints import PROJECTING, constrain
+from surgery.training.frobenius import is_fused
 from surgery.training.propose import sites_of
 from surgery.training.wrappers import agree, group_of, unwrap
 
@@ -198,7 +199,7 @@ class ADMM:
 
 
 def _check(optimizer: Optimizer, factorization: str, rho: float, epochs: int | None, every: int | None) -> None:
-    if any(group.get("fused") for group in optimizer.param_groups):
+    if is_fused(optimizer):
         raise InputError("ADMM with a fused optimizer", next_step="make the optimizer with fused=False")
     if factorization not in PROJECTING:
         raise InputError(f"factorization={factorization!r} is no projection", allowed=", ".join(PROJECTING))

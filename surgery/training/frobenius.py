@@ -14,7 +14,8 @@ the Gram matrices of the channels between two factors, over all that is before a
     G_0 = 1,  G_k = sum_t K_k[t] G_{k-1} K_k[t]^T        H_N = 1,  H_{k-1} = sum_t K_k[t]^T H_k K_k[t]
 
 the gradient by K_k is ``H_k K_k G_{k-1}``. For a layer of n channels, rank r and t taps this costs O(n r^2 + t r^3), in
-the place of O(t r n^2). Other chains are composed.
+the place of O(t r n^2). Other chains are composed. ``J^T W`` changes slowly: it is found every ``_EVERY`` steps and
+used again in between. Each epoch starts anew, so that a run that is resumed there goes on alike.
 """
 
 from __future__ import annotations
@@ -31,24 +32,32 @@ from surgery.errors import CheckError, InputError, Refusal
 from surgery.operators import Operator
 from surgery.training.closures import after_gradients
 
-__all__ = ["FrobeniusDecay", "product_gradients"]
+__all__ = ["FrobeniusDecay", "is_fused", "product_gradients"]
 
 Fill = Callable[[Sequence[Tensor]], Chain]
 Bound = tuple[list[nn.Parameter], Fill]
+_EVERY = 4  # ours: steps
 
 
 class FrobeniusDecay:
     """The hook on an optimizer, for the factors that it is given; none until then."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        if any(group.get("fused") for group in optimizer.param_groups):
+        if is_fused(optimizer):
             raise InputError("Frobenius decay with a fused optimizer", next_step="make the optimizer with fused=False")
         self._sites: tuple[Bound, ...] = ()
+        self._steps = 0
+        self._decays: list[list[Tensor]] = []
         self._handle = optimizer.register_step_pre_hook(self._correct)
 
     def watch(self, sites: Sequence[Bound]) -> None:
         """Take these factors, each row with what makes its chain, instead of those so far."""
         self._sites = tuple(sites)
+        self.renew()
+
+    def renew(self) -> None:
+        """Find the gradients anew at the next step."""
+        self._steps, self._decays = 0, []
 
     def remove(self) -> None:
         """Take the hook off the optimizer."""
@@ -59,14 +68,19 @@ class FrobeniusDecay:
 
     def _decay(self, optimizer: Optimizer) -> None:
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        for factors, fill in self._sites:
-            group = groups.get(id(factors[0]))
-            if group is None or not group.get("weight_decay"):
-                continue
-            decays = product_gradients(factors, fill)
+        sites = [(factors, fill) for factors, fill in self._sites if groups.get(id(factors[0]), {}).get("weight_decay")]
+        if self._steps % _EVERY == 0:
+            self._decays = [product_gradients(factors, fill) for factors, fill in sites]
+        self._steps += 1
+        for (factors, _), decays in zip(sites, self._decays, strict=True):
             for factor, decay in zip(factors, decays, strict=True):
                 if factor.grad is not None:
-                    _apply(factor, decay, group)
+                    _apply(factor, decay, groups[id(factors[0])])
+
+
+def is_fused(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer may take scaled gradients."""
+    return any(group.get("fused") for group in optimizer.param_groups)
 
 
 def product_gradients(factors: Sequence[Tensor], fill: Fill) -> list[Tensor]:

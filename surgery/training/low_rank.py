@@ -58,7 +58,8 @@ class LowRankTraining:
         epochs: how many there will be. The forecast of what is saved needs it.
         include, exclude: glob patterns of site names.
         memory_format: "auto" (measured; may set channels_last on the model), or None for the model's own.
-        frobenius_decay: decay what the factors compose to in the place of the factors.
+        frobenius_decay: decay what the factors compose to, as the weight was before, in the place of the factors; None
+            is yes, but for a fused optimizer.
 
     With ``"auto"`` for the epoch or the ranks, a forecast is made first, and no switch where it would not pay.
 
@@ -82,7 +83,7 @@ class LowRankTraining:
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         memory_format: str | None = "auto",
-        frobenius_decay: bool = False,
+        frobenius_decay: bool | None = None,
     ) -> None:
         start = time.perf_counter()
         if memory_format not in ("auto", None):
@@ -126,6 +127,7 @@ class LowRankTraining:
         step = statistics.median(b - a for a, b in pairwise(self._ends)) if steps > 1 else None
         if self.phase == "dense" and not self._decided and self._measured:
             self._spectra = self._spectra.add(self._stable_ranks())
+        self._trainee.end_epoch()
         event = self._act(epoch + 1, (steps * step if step else seconds, steps))
         rank = self._spectra.mean if phase == "dense" else None
         self.history = self.history.add(EpochRow(epoch, phase, seconds, steps, accuracy, rank, event, step))

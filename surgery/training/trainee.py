@@ -13,7 +13,7 @@ from surgery.passes.recompose import recompose
 from surgery.passes.results import Change
 from surgery.plans import Plan
 from surgery.sites import Site
-from surgery.training.frobenius import FrobeniusDecay
+from surgery.training.frobenius import FrobeniusDecay, is_fused
 from surgery.training.optimizer import Exchange, exchange_parameters
 from surgery.training.propose import sites_of
 from surgery.training.structure import FactoredSite, build
@@ -30,13 +30,15 @@ class Trainee:
     none while it is dense; ``plan`` is the last one carried out. ``channels_last`` is the format of 4-d weights.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, inputs: Any, *, frobenius_decay: bool) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, inputs: Any, *, frobenius_decay: bool | None) -> None:
         self.model, self.optimizer, self.inputs = model, optimizer, inputs
         self.record: tuple[FactoredSite, ...] = ()
         self.plan = Plan(())
         weights = [parameter for parameter in unwrap(model).parameters() if parameter.dim() == 4]
         self.channels_last = any(not weight.is_contiguous() for weight in weights)
         self._mirrors: list[nn.Module] = []
+        if frobenius_decay is None:
+            frobenius_decay = not is_fused(optimizer)
         self._decay = FrobeniusDecay(optimizer) if frobenius_decay else None
 
     @property
@@ -97,6 +99,11 @@ class Trainee:
             for copy in self._mirrors:
                 build(copy, self.inputs, plan)
         self.use_format(self.channels_last)
+
+    def end_epoch(self) -> None:
+        """Forget what a run that is resumed here would not know."""
+        if self._decay is not None:
+            self._decay.renew()
 
     def release(self) -> None:
         """Take the hooks off the optimizer."""
