@@ -3,10 +3,10 @@
     weight decay         wd/2 sum_k ||F_k||^2     gradient wd F_k
     Frobenius decay      wd/2 ||W(F)||^2          gradient wd J_k^T W     (Khodak et al. 2021)
 
-The optimizer goes on to decay each factor, so a hook before its step makes up for it. Where the decay is part of the
-gradient (SGD, Adam) it adds ``wd (J^T W - F)`` to the gradient. Where it is decoupled (AdamW, whose step starts with
-``F <- (1 - lr wd) F``) it replaces F by ``(F - lr wd J^T W) / (1 - lr wd)``, which the step turns into
-``F - lr wd J^T W``. A group with a weight decay of 0 is left alone.
+The optimizer goes on to decay each factor, so a hook before its step adds the change C = J^T W - F. Where the decay is
+part of the gradient (SGD, Adam) it adds ``wd C`` to that. Where it is decoupled (AdamW, whose step starts with
+``F <- (1 - lr wd) F``) it takes ``lr wd / (1 - lr wd) C`` off F, which the step turns into ``F - lr wd J^T W``. A group
+with a weight decay of 0 is left alone.
 
 No W is formed where the chain has neither branches nor groups of its own, and kernels that share no axis. With G and H
 the Gram matrices of the channels between two factors, over all that is before and behind them (t: taps of a kernel),
@@ -14,8 +14,8 @@ the Gram matrices of the channels between two factors, over all that is before a
     G_0 = 1,  G_k = sum_t K_k[t] G_{k-1} K_k[t]^T        H_N = 1,  H_{k-1} = sum_t K_k[t]^T H_k K_k[t]
 
 the gradient by K_k is ``H_k K_k G_{k-1}``. For a layer of n channels, rank r and t taps this costs O(n r^2 + t r^3), in
-the place of O(t r n^2). Other chains are composed. ``J^T W`` changes slowly: it is found every ``_EVERY`` steps and
-used again in between. Each epoch starts anew, so that a run that is resumed there goes on alike.
+the place of O(t r n^2). Other chains are composed. C changes slowly: it is found every ``_EVERY`` steps, and used again
+in between. Each epoch starts anew, so that a run that is resumed there goes on alike.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["FrobeniusDecay", "is_fused", "product_gradients"]
 
 Fill = Callable[[Sequence[Tensor]], Chain]
 Bound = tuple[list[nn.Parameter], Fill]
-_EVERY = 4  # ours: steps
+_EVERY = 8  # ours: steps
 
 
 class FrobeniusDecay:
@@ -47,7 +47,7 @@ class FrobeniusDecay:
             raise InputError("Frobenius decay with a fused optimizer", next_step="make the optimizer with fused=False")
         self._sites: tuple[Bound, ...] = ()
         self._steps = 0
-        self._decays: list[list[Tensor]] = []
+        self._changes: list[tuple[nn.Parameter, Tensor]] = []
         self._handle = optimizer.register_step_pre_hook(self._correct)
 
     def watch(self, sites: Sequence[Bound]) -> None:
@@ -57,7 +57,7 @@ class FrobeniusDecay:
 
     def renew(self) -> None:
         """Find the gradients anew at the next step."""
-        self._steps, self._decays = 0, []
+        self._steps, self._changes = 0, []
 
     def remove(self) -> None:
         """Take the hook off the optimizer."""
@@ -68,14 +68,14 @@ class FrobeniusDecay:
 
     def _decay(self, optimizer: Optimizer) -> None:
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        sites = [(factors, fill) for factors, fill in self._sites if groups.get(id(factors[0]), {}).get("weight_decay")]
         if self._steps % _EVERY == 0:
-            self._decays = [product_gradients(factors, fill) for factors, fill in sites]
+            sites = [site for site in self._sites if groups.get(id(site[0][0]), {}).get("weight_decay")]
+            rows = (zip(factors, product_gradients(factors, fill), strict=True) for factors, fill in sites)
+            self._changes = [(factor, decay.sub_(factor.detach())) for row in rows for factor, decay in row]
         self._steps += 1
-        for (factors, _), decays in zip(sites, self._decays, strict=True):
-            for factor, decay in zip(factors, decays, strict=True):
-                if factor.grad is not None:
-                    _apply(factor, decay, groups[id(factors[0])])
+        for factor, change in self._changes:
+            if factor.grad is not None:
+                _apply(factor, change, groups[id(factor)])
 
 
 def is_fused(optimizer: Optimizer) -> bool:
@@ -131,11 +131,10 @@ def _energy(chain: Chain) -> Tensor:
 
 
 @torch.no_grad()
-def _apply(factor: nn.Parameter, decay: Tensor, group: dict[str, Any]) -> None:
+def _apply(factor: nn.Parameter, change: Tensor, group: dict[str, Any]) -> None:
     strength = float(group["weight_decay"])
     if group.get("decoupled_weight_decay"):
         share = float(group["lr"]) * strength
-        factor.sub_(decay, alpha=share).div_(1 - share)
+        factor.sub_(change, alpha=share / (1 - share))
     elif factor.grad is not None:
-        sign = -1 if group.get("maximize") else 1
-        factor.grad.add_(decay - factor, alpha=sign * strength)
+        factor.grad.add_(change, alpha=-strength if group.get("maximize") else strength)

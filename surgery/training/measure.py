@@ -24,7 +24,7 @@ from surgery.operators import Conv, Embedding, Operator, Shape
 __all__ = ["PassTimer", "has_formats", "time_models"]
 
 _SITE = Budget(seconds=0.15, min_rounds=3, max_rounds=50, warmup_rounds=1)
-_MODEL = Budget(seconds=1.0, min_rounds=1, max_rounds=20, warmup_rounds=1)  # of long passes one says enough, and costs
+_MODEL = Budget(seconds=0.6, min_rounds=1, max_rounds=20, warmup_rounds=1)  # of long passes one says enough, and costs
 
 
 def has_formats(operators: Sequence[Operator]) -> bool:
