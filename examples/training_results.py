@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from surgery.cost.latency import cpu_name
 from surgery.text import table
 
 __all__ = ["ORDER", "Result", "Task", "plot", "read_results", "summary", "write_results"]
@@ -52,9 +53,12 @@ def read_results(path: Path) -> list[Result]:
 
 def write_results(path: Path, results: list[Result]) -> None:
     """Write all runs, with the versions and the machine that made them."""
-    versions = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    machine = {"cpu": cpu_name(), "threads": torch.get_num_threads()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**versions, "runs": [asdict(result) for result in results]}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({**versions, **machine, "runs": [asdict(result) for result in results]}, indent=1) + "\n"
+    )
 
 
 def summary(results: list[Result]) -> str:

@@ -229,14 +229,15 @@ def main() -> None:
     parser.add_argument("--admm-epochs", type=int, help="half of them by default")
     parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--rate", type=float, default=0.02)
-    parser.add_argument("--rho", type=float, default=1e-3)
+    parser.add_argument("--rho", type=float, help="by default 1 / (rate x steps of an epoch)")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     parser.add_argument("--quick", action="store_true", help="one method at 2x, 2,000 images, 2 epochs")
     parser.add_argument("--json", type=Path, help="keep the rows here; those it has are not run again")
     args = parser.parse_args()
     epochs, images, test = (2, 2_000, 1_000) if args.quick else (args.epochs, args.images, 10_000)
-    task = Task(images, test, epochs, args.admm_epochs or epochs // 2, args.rate, args.rho)
+    rho = args.rho or 1 / (args.rate * max(1, images // BATCH))
+    task = Task(images, test, epochs, args.admm_epochs or epochs // 2, args.rate, rho)
     methods, shares = (METHODS[:1], SHARES[:1]) if args.quick else (METHODS, SHARES)
     ways = [("-", 1.0, "dense"), *((m, s, way) for m in methods for s in shares for way in ("decompose", "admm"))]
     try:

@@ -56,7 +56,8 @@ class ADMM:
         ranks: any of ``surgery.decompose``'s.
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
         factorization: "auto", "tt", "tr", "tucker", "svd" or "spatial": those that project.
-        rho: weight of the penalty, above 0.
+        rho: weight of the penalty, above 0. Between two updates SGD takes a weight about ``rho`` x learning rate
+            x steps of its way to Z: where that is far below 1, as with 1e-3 over few epochs, little happens.
         epochs: how many there will be: rho grows when 85 % of them are done, and never if they are not known.
         every: steps between two updates; None is one at each ``end_epoch``, as is usual.
         include, exclude: glob patterns of site names.

@@ -57,7 +57,7 @@ class LowRankTraining:
         recompose_at: "end" (after ``epochs``, or at ``finish()`` where they are not known), epochs done, or None.
         epochs: how many there will be. The forecast of what is saved needs it.
         include, exclude: glob patterns of site names.
-        memory_format: "auto" (measured; may set channels_last on the model), or None for the model's own.
+        memory_format: "auto" (measured; may set channels_last on a model that is not), or None for the model's own.
         frobenius_decay: decay what the factors compose to, as the weight was before, in the place of the factors; None
             is yes, but for a fused optimizer.
 
@@ -94,7 +94,7 @@ class LowRankTraining:
         self._measured = self._sought.automatic or decompose_at == "auto"
         self._decided, self.phase = False, "dense"
         self._formats = [self._trainee.channels_last]
-        if memory_format == "auto" and self._measured:
+        if memory_format == "auto" and self._measured and not self._trainee.channels_last:
             self._try_formats()
         self._spectra = SpectrumLog((self._stable_ranks(),) if self._measured else ())
         self.history = History(setup=time.perf_counter() - start)
