@@ -215,6 +215,18 @@ def test_ranks_that_are_given_need_no_measurement(monkeypatch: pytest.MonkeyPatc
     assert run_epoch(run, 0).kind == "decompose"
 
 
+def test_the_format_of_a_channels_last_model_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would never go back to the other one."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(propose, "time_models", fail)
+    model = Net(32).to(memory_format=torch.channels_last)
+    run = LowRankTraining(model, OPTIMIZERS["sgd"](model.parameters()), batch()[0], epochs=10)
+    assert run._formats == [True]
+
+
 def test_measuring_leaves_the_model_and_the_random_state_alone() -> None:
     run = auto_run(epochs=10, memory_format="auto")
     train(run)

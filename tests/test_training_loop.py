@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,11 @@ from surgery.training import LowRankTraining
 from surgery.training.frobenius import product_gradients
 from tests.tolerances import tolerance
 from tests.training_cases import FULL, OPTIMIZERS, RANKS, Net, batch, loss_of, make_run, train
+
+
+def hidden_chain(pair: Sequence[Tensor]) -> Chain:
+    """The chain of the two factors of the layer ``hidden``."""
+    return Chain((Linear(pair[0]), Linear(pair[1])))
 
 
 def test_a_gradient_scaler_and_clipping_work_across_the_switch() -> None:
@@ -70,7 +77,7 @@ def test_frobenius_decay_decays_the_product(optimizer: str, closure: bool) -> No
     run.optimizer.state.clear()
     factors = [hidden[0].weight, hidden[1].weight]
     before = [factor.detach().clone() for factor in factors]
-    decays = product_gradients(before, lambda pair: Chain((Linear(pair[0]), Linear(pair[1]))))
+    decays = product_gradients(before, hidden_chain)
 
     def gradients() -> float:
         for parameter in run.model.parameters():
@@ -88,6 +95,47 @@ def test_frobenius_decay_decays_the_product(optimizer: str, closure: bool) -> No
         assert relative_error(factor, expected) <= tolerance(torch.float64, length=64, steps=8)
     run.finish()
     assert not run.optimizer._optimizer_step_pre_hooks
+
+
+def test_frobenius_decay_is_found_anew_now_and_then() -> None:
+    """In between, what it changes in a gradient stays as it was; after an epoch it is found anew."""
+    run = make_run(dtype=torch.float64, ranks={"hidden": 3})
+    train(run)
+    run.end_epoch(0)
+    group, factors = run.optimizer.param_groups[0], [run.model.hidden[0].weight, run.model.hidden[1].weight]
+    group["momentum"] = 0.0
+
+    def change() -> list[Tensor]:
+        decays = product_gradients(factors, hidden_chain)
+        return [decay - factor.detach() for factor, decay in zip(factors, decays, strict=True)]
+
+    first = change()
+    for wanted in (first, first, None):
+        if wanted is None:
+            run.end_epoch(1)
+            wanted = change()
+        before = [factor.detach().clone() for factor in factors]
+        for parameter in run.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        run.optimizer.step()
+        for factor, start, part in zip(factors, before, wanted, strict=True):
+            expected = start - group["lr"] * group["weight_decay"] * (start + part)
+            assert relative_error(factor, expected) <= tolerance(torch.float64, length=64, steps=8)
+
+
+def test_a_fused_optimizer_decays_the_factors() -> None:
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3, fused=True)
+    settings = {"decompose_at": 1, "ranks": RANKS, "recompose_at": None}
+    with pytest.raises(InputError, match="fused"):
+        LowRankTraining(model, optimizer, batch()[0], frobenius_decay=True, **settings)
+    run = LowRankTraining(model, optimizer, batch()[0], **settings)
+    train(run)
+    run.end_epoch(0)
+    train(run)
+    assert run.phase == "factored"
+    assert not optimizer._optimizer_step_pre_hooks
 
 
 def test_history_shows_what_happened(tmp_path: object) -> None:
