@@ -123,12 +123,17 @@ def test_frobenius_decay_is_found_anew_now_and_then() -> None:
             assert relative_error(factor, expected) <= tolerance(torch.float64, length=64, steps=8)
 
 
-def test_a_fused_optimizer_decays_the_factors() -> None:
+class OwnSGD(torch.optim.SGD):
+    """An optimizer that is none of torch's."""
+
+
+@pytest.mark.parametrize(("kind", "fused"), [(torch.optim.SGD, True), (OwnSGD, False)])
+def test_where_the_decay_is_not_known_it_is_that_of_the_factors(kind: type[torch.optim.SGD], fused: bool) -> None:
     torch.manual_seed(0)
     model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3, fused=True)
+    optimizer = kind(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3, fused=fused)
     settings = {"decompose_at": 1, "ranks": RANKS, "recompose_at": None}
-    with pytest.raises(InputError, match="fused"):
+    with pytest.raises(InputError, match="fused" if fused else "OwnSGD"):
         LowRankTraining(model, optimizer, batch()[0], frobenius_decay=True, **settings)
     run = LowRankTraining(model, optimizer, batch()[0], **settings)
     train(run)

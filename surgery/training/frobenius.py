@@ -25,17 +25,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
 
 from surgery.chain import Chain
 from surgery.errors import CheckError, InputError, Refusal
 from surgery.operators import Operator
 from surgery.training.closures import after_gradients
 
-__all__ = ["FrobeniusDecay", "is_fused", "product_gradients"]
+__all__ = ["FrobeniusDecay", "can_decay", "is_fused", "product_gradients"]
 
 Fill = Callable[[Sequence[Tensor]], Chain]
 Bound = tuple[list[nn.Parameter], Fill]
+_KNOWN = (SGD, Adam, AdamW, NAdam, RAdam)  # others may decay in other ways without saying so
 _EVERY = 8  # ours: steps
 
 
@@ -45,6 +46,9 @@ class FrobeniusDecay:
     def __init__(self, optimizer: Optimizer) -> None:
         if is_fused(optimizer):
             raise InputError("Frobenius decay with a fused optimizer", next_step="make the optimizer with fused=False")
+        if not can_decay(optimizer):
+            known = ", ".join(kind.__name__ for kind in _KNOWN)
+            raise InputError(f"Frobenius decay with {type(optimizer).__name__}", allowed=known)
         self._sites: tuple[Bound, ...] = ()
         self._steps = 0
         self._changes: list[tuple[nn.Parameter, Tensor]] = []
@@ -76,6 +80,11 @@ class FrobeniusDecay:
         for factor, change in self._changes:
             if factor.grad is not None:
                 _apply(factor, change, groups[id(factor)])
+
+
+def can_decay(optimizer: Optimizer) -> bool:
+    """Return whether it is known how an optimizer decays its parameters, and its gradients are those of the loss."""
+    return type(optimizer) in _KNOWN and not is_fused(optimizer)
 
 
 def is_fused(optimizer: Optimizer) -> bool:

@@ -58,8 +58,8 @@ class LowRankTraining:
         epochs: how many there will be. The forecast of what is saved needs it.
         include, exclude: glob patterns of site names.
         memory_format: "auto" (measured; may set channels_last on a model that is not), or None for the model's own.
-        frobenius_decay: decay what the factors compose to, as the weight was before, in the place of the factors; None
-            is yes, but for a fused optimizer.
+        frobenius_decay: decay what the factors compose to, as the weight was before, in the place of the factors. None
+            is yes for SGD, Adam, AdamW, NAdam and RAdam that are not fused, whose decay is known.
 
     With ``"auto"`` for the epoch or the ranks, a forecast is made first, and no switch where it would not pay.
 

@@ -13,7 +13,7 @@ from surgery.passes.recompose import recompose
 from surgery.passes.results import Change
 from surgery.plans import Plan
 from surgery.sites import Site
-from surgery.training.frobenius import FrobeniusDecay, is_fused
+from surgery.training.frobenius import FrobeniusDecay, can_decay
 from surgery.training.optimizer import Exchange, exchange_parameters
 from surgery.training.propose import sites_of
 from surgery.training.structure import FactoredSite, build
@@ -38,7 +38,7 @@ class Trainee:
         self.channels_last = any(not weight.is_contiguous() for weight in weights)
         self._mirrors: list[nn.Module] = []
         if frobenius_decay is None:
-            frobenius_decay = not is_fused(optimizer)
+            frobenius_decay = can_decay(optimizer)
         self._decay = FrobeniusDecay(optimizer) if frobenius_decay else None
 
     @property
