@@ -113,7 +113,8 @@ class Fixed(Way):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, at: int, settings: dict[str, Any]
     ) -> None:
         super().__init__(model, optimizer, inputs, at)
-        self.run = LowRankTraining(model, optimizer, inputs, decompose_at=at, recompose_at=None, **settings)
+        fixed = {"decompose_at": at, "recompose_at": None, "frobenius_decay": False, **settings}
+        self.run = LowRankTraining(model, optimizer, inputs, **fixed)
 
     def end_epoch(self, epoch: int) -> None:
         """Switch where it is time, and drop the optimizer's state."""
