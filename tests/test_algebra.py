@@ -259,7 +259,7 @@ def test_every_solver_is_the_identity_at_full_rank(case: Case, method: Factoriza
 def test_all_is_computed_on_the_device_of_the_weight(case: Case, method: Factorization) -> None:
     """What was made on the default device instead could not meet the weight, as on a GPU."""
     with torch.device("meta"):
-        for solver in set(method.solvers) - {"tensorly", "gd"}:
+        for solver in set(method.solvers) - {"tensorly", "gd"}:  # not ours; not of every order
             for ranks in (method.max_ranks(case.operator), halved(method.max_ranks(case.operator))):
                 chain = factor(method, case.operator, ranks, solver=solver)
                 assert composed(chain).weight.device == case.operator.weight.device

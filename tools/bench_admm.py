@@ -36,6 +36,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
 from examples.image_data import Data, batches, read_data
+from surgery.cost.latency import cpu_name
 from surgery.errors import FileError, SurgeryError
 from surgery.passes.decompose import decompose, plan
 from surgery.passes.results import DecomposeResult
@@ -210,7 +211,7 @@ def read_rows(path: Path | None) -> list[Row]:
 
 def device_name(device: str) -> str:
     """Return what the rows were trained on."""
-    return torch.cuda.get_device_name() if device == "cuda" else device
+    return torch.cuda.get_device_name() if device == "cuda" else cpu_name()
 
 
 def write_rows(path: Path | None, rows: list[Row], device: str) -> None:
@@ -236,7 +237,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="keep the rows here; those it has are not run again")
     args = parser.parse_args()
     epochs, images, test = (2, 2_000, 1_000) if args.quick else (args.epochs, args.images, 10_000)
-    rho = args.rho or 1 / (args.rate * max(1, images // BATCH))
+    rho = 1 / (args.rate * max(1, images // BATCH)) if args.rho is None else args.rho
     task = Task(images, test, epochs, args.admm_epochs or epochs // 2, args.rate, rho)
     methods, shares = (METHODS[:1], SHARES[:1]) if args.quick else (METHODS, SHARES)
     ways = [("-", 1.0, "dense"), *((m, s, way) for m in methods for s in shares for way in ("decompose", "admm"))]

@@ -25,9 +25,8 @@ from surgery.passes.decompose import RankSpec, decompose
 from surgery.passes.decompose import plan as make_plan
 from surgery.passes.results import DecomposeResult
 from surgery.plans import Plan
-from surgery.training.closures import after_gradients
+from surgery.training.closures import after_gradients, is_fused
 from surgery.training.constraints import PROJECTING, constrain
-from surgery.training.frobenius import is_fused
 from surgery.training.propose import sites_of
 from surgery.training.wrappers import agree, group_of, unwrap
 

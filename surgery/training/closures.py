@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["after_gradients"]
+from torch.optim import Optimizer
+
+__all__ = ["after_gradients", "is_fused"]
+
+
+def is_fused(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer may be given scaled gradients: a pre-hook would add to them what is not scaled."""
+    return any(group.get("fused") for group in optimizer.param_groups)
 
 
 def after_gradients(act: Callable[[], None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -30,9 +30,9 @@ from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
 from surgery.chain import Chain
 from surgery.errors import CheckError, InputError, Refusal
 from surgery.operators import Operator
-from surgery.training.closures import after_gradients
+from surgery.training.closures import after_gradients, is_fused
 
-__all__ = ["FrobeniusDecay", "can_decay", "is_fused", "product_gradients"]
+__all__ = ["FrobeniusDecay", "can_decay", "product_gradients"]
 
 Fill = Callable[[Sequence[Tensor]], Chain]
 Bound = tuple[list[nn.Parameter], Fill]
@@ -85,11 +85,6 @@ class FrobeniusDecay:
 def can_decay(optimizer: Optimizer) -> bool:
     """Return whether it is known how an optimizer decays its parameters, and its gradients are those of the loss."""
     return type(optimizer) in _KNOWN and not is_fused(optimizer)
-
-
-def is_fused(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer may take scaled gradients."""
-    return any(group.get("fused") for group in optimizer.param_groups)
 
 
 def product_gradients(factors: Sequence[Tensor], fill: Fill) -> list[Tensor]:
