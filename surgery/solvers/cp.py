@@ -4,9 +4,10 @@
 
 by sweeps over the factors (``cp_model``), exact or by pairwise perturbation (``pairwise``), or by gradient descent on
 more components (``overparameterized``). Start: the leading eigenvectors of the unfoldings' Gram matrices (HOSVD), and
-random factors; the best after a few sweeps goes on. Gram matrices of factors are r x r, and nothing is larger than the
-tensor but for its contraction with one factor. No end is sure to be the global optimum, and a best approximation need
-not exist; a result whose components grow and cancel says so.
+random factors; the best after a few sweeps goes on. The largest mode is updated first, and so needs no start. Gram
+matrices of factors are r x r, and nothing is larger than the tensor but for its contraction with one factor. No end is
+sure to be the global optimum, and a best approximation need not exist; a result whose components grow and cancel says
+so.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from surgery.solvers.eigen import leading_subspace
 from surgery.solvers.gram import row_gram
 from surgery.solvers.pairwise import pairwise_sweeps
 from surgery.solvers.scaling import normalised
+from surgery.solvers.threads import one_pool
 
 __all__ = ["CpResult", "als_sweeps", "cp", "start"]
 
 _METHODS = ("als", "pp", "gd")
 _TRIAL_SWEEPS = 5
 _PENALTY = 0.1  # share of the residual from which on the ridge limits the fit
+_SMALL = 2**24  # multiplications of a GEMM below which a second thread costs more than it does
 _TINY = float(np.finfo(np.float64).tiny)
 _FLOAT32_RESIDUAL = 1e-3  # share of the energy below which float32 products say too little about it
 
@@ -68,8 +71,16 @@ def cp(
     are tried beside the HOSVD. Raises ``InputError`` for a method, order or rank that there is not, or a tensor that is
     not finite.
     """
-    _check(tensor, rank, method)
-    scaled, peak = normalised(tensor.detach().cpu(), groups=1)
+    with one_pool(one_thread=tensor.numel() * rank < _SMALL):
+        _check(tensor, rank, method)
+        return _cp(tensor, rank, method, sweeps=sweeps, tolerance=tolerance, restarts=restarts, seed=seed)
+
+
+def _cp(tensor: Tensor, rank: int, method: str, *, sweeps: int, tolerance: float, restarts: int, seed: int) -> CpResult:
+    order = _order(tensor.shape[1:])
+    scaled, peak = normalised(tensor.detach().cpu().permute(0, *(mode + 1 for mode in order)).contiguous(), groups=1)
+    if not bool(peak.isfinite().all()):
+        raise InputError("a tensor with NaN or infinite entries", allowed="finite entries")
     scale = peak.flatten().double().numpy()
     if method == "gd":
         from surgery.solvers.overparameterized import gradient_cp
@@ -82,6 +93,7 @@ def cp(
         model.measure()
     reason = _reason(model)
     factors = [torch.from_numpy(factor).to(tensor) for factor in _balanced(model.factors, scale)]
+    factors = [factors[order.index(mode)] for mode in range(len(order))]
     return CpResult(factors, _error(model, scale), done, bool(reason), reason)
 
 
@@ -98,6 +110,12 @@ def _run(model: CpModel, method: str, *, sweeps: int, tolerance: float) -> tuple
     return model, done
 
 
+def _order(sizes: Sequence[int]) -> list[int]:
+    """Return the modes as they are updated: the largest, then by size, so that loops over the last are long."""
+    ascending = sorted(range(len(sizes)), key=lambda mode: sizes[mode])
+    return [ascending[-1], *ascending[:-1]]
+
+
 def _check(tensor: Tensor, rank: int, method: str) -> None:
     if method not in _METHODS:
         raise InputError(f"unknown method {method!r} of cp", allowed=", ".join(_METHODS))
@@ -105,8 +123,6 @@ def _check(tensor: Tensor, rank: int, method: str) -> None:
         raise InputError(f"a tensor of shape {tuple(tensor.shape)}", allowed="a batch axis and 2 to 6 modes")
     if rank < 1:
         raise InputError(f"rank {rank}", allowed="at least 1")
-    if not bool(torch.isfinite(tensor).all()):
-        raise InputError("a tensor with NaN or infinite entries", allowed="finite entries")
 
 
 def als_sweeps(model: CpModel, *, sweeps: int, tolerance: float) -> int:
@@ -126,8 +142,9 @@ def start(tensor: Tensor, rank: int, *, restarts: int = 0, seed: int = 0) -> CpM
     """
     generator, array = torch.Generator().manual_seed(seed), tensor.numpy()
     modes = range(1, tensor.dim())
-    leading = [_leading(tensor.movedim(mode, 1).flatten(2), rank, generator) for mode in modes]
-    models = [CpModel(array, [factor.numpy() for factor in leading])]
+    first = _random(tensor, rank, tensor.shape[1], generator)
+    leading = [_leading(tensor, mode, rank, generator) for mode in modes[1:]]
+    models = [CpModel(array, [factor.numpy() for factor in (first, *leading)])]
     if not restarts:
         return models[0]
     for _ in range(restarts):
@@ -142,27 +159,34 @@ def start(tensor: Tensor, rank: int, *, restarts: int = 0, seed: int = 0) -> CpM
     return CpModel(array, [np.stack(same_mode)[best, groups] for same_mode in factors])
 
 
-def _leading(unfolding: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-    """Return (g, rank, n): leading left singular vectors of (g, n, rest), then random ones where there are no more."""
-    rows, columns = unfolding.shape[1:]
-    count = min(rank, rows, columns)
-    if rows <= columns:
-        basis = leading_subspace(row_gram(unfolding), count)
-    else:
-        basis = torch.linalg.qr(unfolding @ leading_subspace(row_gram(unfolding.mT), count)).Q
-    return torch.cat([basis.mT, _random(unfolding, rank - count, rows, generator)], 1)
+def _leading(tensor: Tensor, mode: int, rank: int, generator: torch.Generator) -> Tensor:
+    """Return (g, rank, n): leading left singular vectors of an unfolding, then random ones where there are no more.
+
+    All are random where the rank is that of the mode or more: there any basis is as good.
+    """
+    vectors = _random(tensor, rank, tensor.shape[mode], generator)
+    if rank < tensor.shape[mode]:
+        unfolding = tensor.movedim(mode, 1).flatten(2)
+        rows, columns = unfolding.shape[1:]
+        count = min(rank, columns)
+        if rows <= columns:
+            basis = leading_subspace(row_gram(unfolding), count)
+        else:
+            basis = torch.linalg.qr(unfolding @ leading_subspace(row_gram(unfolding.mT), count)).Q
+        vectors[:, :count] = basis.mT
+    return vectors
 
 
 def _random(like: Tensor, rank: int, size: int, generator: torch.Generator) -> Tensor:
     """Return unit vectors (g, rank, size)."""
     vectors = torch.randn(len(like), rank, size, generator=generator, dtype=like.dtype, device="cpu")
-    return torch.nn.functional.normalize(vectors, dim=2)
+    return vectors / torch.linalg.vector_norm(vectors, dim=2, keepdim=True)
 
 
 def _balanced(factors: Sequence[Array], scale: Array) -> list[Array]:
     """Return (g, n_i, r) with the norm of each component, and the tensor's scale, spread evenly over the modes."""
     wide = [factor.astype(np.float64, copy=False) for factor in factors]
-    norms = [np.linalg.norm(factor, axis=2, keepdims=True) for factor in wide]
+    norms = [np.sqrt(np.einsum("gri,gri->gr", factor, factor))[:, :, None] for factor in wide]
     root = 1 / len(factors)
     even = math.prod(norm**root for norm in norms) * scale[:, None, None] ** root
     scaled = (factor * (even / np.maximum(norm, _TINY)) for factor, norm in zip(wide, norms, strict=True))

@@ -15,7 +15,7 @@ cancel. So where components are large and opposite, a ridge ``mu sum_r lambda_r^
 r; it adds ``mu diag(G)`` to G, however norms are spread over the factors) holds them. Where there are fits as good with
 smaller components it costs next to nothing; where there are none it limits the fit, and the result is degenerate.
 
-In NumPy, not torch: of small tensors a sweep is some hundred small operations, and what counts is the cost of a call.
+In NumPy but for large products: of small tensors a sweep is some hundred operations, and the cost of a call counts.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
-from scipy.linalg import lapack
+from scipy.linalg import blas, lapack
 
-from surgery.solvers.dimension_tree import Array, Modes, contract, visit
+from surgery.solvers.dimension_tree import Array, Modes, contract, matmul, visit
 
 __all__ = ["CpModel", "Snapshot", "gram_of", "product"]
 
@@ -36,14 +37,15 @@ _RIDGE = 1e-5
 _LARGE, _OPPOSITE = 10.0, -0.9  # blowup and congruence (cosine) of two components that cancel
 _HUGE = 100.0  # blowup where more than two do
 _TINY = float(np.finfo(np.float64).tiny)
+_EPS = float(np.finfo(np.float64).eps)
+_FEW = 2**15  # multiplications of a triangle's solution below which a call of SciPy's is quicker than one of torch's
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """Factors (g, r, n_i), their Gram matrices, and what was known of their fit."""
+    """Factors (g, r, n_i), and what was known of their fit."""
 
     factors: list[Array]
-    grams: list[Array]
     residual: Array
     blowup: Array
 
@@ -64,8 +66,11 @@ class CpModel:
         self.residual = np.full_like(self.energy, math.inf)
         self.blowup = np.zeros_like(self.energy)
         self.ridge = np.zeros_like(self.energy)
+        self.jitter = max(float(np.finfo(self.tensor.dtype).eps), self.factors[0].shape[1] * _EPS)
         self.momentum = np.zeros_like(self.energy)
         self.before = self.factors
+        self.passed = self.grams[0]  # the product of the Gram matrices of the modes that a sweep has updated
+        self.coming = self.grams[1:]  # those of the modes after each
         self.modes: Modes = tuple(range(len(factors)))
         self.sizes: Modes = tuple(tensor.shape[1:])
 
@@ -83,18 +88,23 @@ class CpModel:
         visit(self.tensor, self.modes, self.sizes, self.contract, self.update)
 
     def update(self, mode: int, mttkrp: Array) -> None:
-        """Solve for one factor from its MTTKRP (g, r, n); after the last one the residual is known."""
-        normal = product([gram for other, gram in enumerate(self.grams) if other != mode])
-        jitter = max(float(np.finfo(mttkrp.dtype).eps), normal.shape[1] * float(np.finfo(np.float64).eps))
-        self._set(mode, _solve(normal, mttkrp, 1 + jitter + self.ridge))
-        if mode == self.modes[-1]:
-            self._judge(mttkrp)
+        """Solve for one factor from its MTTKRP (g, r, n), one mode after the other; the last tells the residual."""
+        last = self.modes[-1]
+        if mode == 0:
+            self.coming = list(accumulate(self.grams[:0:-1], np.multiply))
+            normal = self.coming.pop()
+        else:
+            normal = self.passed if mode == last else self.passed * self.coming.pop()
+        self._set(mode, _solve(normal, mttkrp, 1 + self.jitter + self.ridge))
+        self.passed = self.grams[mode] if mode == 0 else self.passed * self.grams[mode]
+        if mode == last:
+            self._judge(mttkrp, self.passed)
 
     def measure(self) -> None:
         """Find the residual of the factors as they are."""
         leaves: dict[int, Array] = {}  # by the tree, since a Khatri-Rao product of all modes but one is large
         visit(self.tensor, self.modes, self.sizes, self.contract, leaves.__setitem__)
-        self._judge(leaves[self.modes[-1]])
+        self._judge(leaves[self.modes[-1]], product(self.grams))
 
     def step(self, sweep: Callable[[], None]) -> Array:
         """Extrapolate, sweep, and take back the groups whose objective rose; return where it did not (g,)."""
@@ -132,15 +142,15 @@ class CpModel:
 
     def snapshot(self) -> Snapshot:
         """Return the present factors."""
-        return Snapshot(list(self.factors), list(self.grams), self.residual, self.blowup)
+        return Snapshot(list(self.factors), self.residual, self.blowup)
 
     def restore(self, kept: Snapshot, groups: Array) -> None:
         """Go back to a snapshot in some groups, given by a mask (g,)."""
         if not groups.any():
             return
         mask = groups[:, None, None]
-        self.factors = [np.where(mask, old, new) for old, new in zip(kept.factors, self.factors, strict=True)]
-        self.grams = [np.where(mask, old, new) for old, new in zip(kept.grams, self.grams, strict=True)]
+        for mode, (old, new) in enumerate(zip(kept.factors, self.factors, strict=True)):
+            self._set(mode, np.where(mask, old, new))
         self.residual = np.where(groups, kept.residual, self.residual)
         self.blowup = np.where(groups, kept.blowup, self.blowup)
 
@@ -148,12 +158,11 @@ class CpModel:
         self.factors[mode] = factor
         self.grams[mode] = gram_of(factor)
 
-    def _judge(self, mttkrp: Array) -> None:
-        model = product(self.grams)
+    def _judge(self, mttkrp: Array, model: Array) -> None:
         inner = np.multiply(mttkrp, self.factors[-1], dtype=np.float64).sum((1, 2))
         floor = np.maximum(self.energy, _TINY)
         self.residual = np.maximum((self.energy - 2 * inner + model.sum((1, 2))) / floor, 0)
-        self.blowup = np.trace(model, axis1=1, axis2=2) / floor
+        self.blowup = _diagonal(model).sum(1) / floor
 
     def congruence(self) -> Array:
         """Return the smallest cosine between two components (g,)."""
@@ -174,7 +183,12 @@ def product(grams: Sequence[Array]) -> Array:
 def gram_of(factor: Array) -> Array:
     """Return the Gram matrix in float64 of a factor as the solver keeps it, with the rank first."""
     factor = factor.astype(np.float64, copy=False)
-    return factor @ factor.swapaxes(1, 2)
+    return matmul(factor, factor.swapaxes(1, 2))
+
+
+def _diagonal(matrix: Array) -> Array:
+    """Return a view (g, r) of the diagonals of (g, r, r), which is contiguous."""
+    return matrix.reshape(len(matrix), -1)[:, :: matrix.shape[1] + 1]
 
 
 def _squares(tensor: Array) -> Array:
@@ -183,21 +197,39 @@ def _squares(tensor: Array) -> Array:
 
 
 def _solve(normal: Array, mttkrp: Array, growth: Array) -> Array:
-    """Return X (g, r, n) with ``normal X = mttkrp``, for normal (g, r, r) positive semidefinite in float64, spoiled.
+    """Return X (g, r, n) with ``normal X = mttkrp``, for normal (g, r, r) positive semidefinite in float64.
 
     ``growth`` (g,) is what its diagonal is multiplied by; a component of norm 0 stays 0.
     """
-    diagonal = np.einsum("gii->gi", normal)
+    diagonal = _diagonal(normal)
+    kept = diagonal.copy()
     diagonal *= growth[:, None]
     diagonal += _TINY
     if len(normal) == 1:
-        wide = np.array(mttkrp[0], dtype=np.float64, order="F")
-        _, solution, failed = lapack.dposv(normal[0].T, wide, overwrite_b=True)
-        found = solution[None]
+        found, failed = _solve_one(normal[0].T, mttkrp[0])
     else:  # no batch in LAPACK itself
         triangle, info = torch.linalg.cholesky_ex(torch.from_numpy(normal))
         found = torch.cholesky_solve(torch.from_numpy(mttkrp).double(), triangle).numpy()
         failed = bool(info.any())
     if failed:
         found = np.linalg.pinv(normal, hermitian=True) @ mttkrp.astype(np.float64, copy=False)
+    diagonal[:] = kept
     return np.ascontiguousarray(found, dtype=mttkrp.dtype)
+
+
+def _solve_one(normal: Array, target: Array) -> tuple[Array, bool]:
+    """Return X (1, r, n) with ``normal X = target``, and whether Cholesky failed, by whose calls are the quickest.
+
+    OpenBLAS factors small matrices in half the time of MKL, into lower triangles the sooner; MKL solves with them in a
+    third of OpenBLAS's, but for the cost of a call. From the right, so that nothing is transposed.
+    """
+    triangle, failed = lapack.dpotrf(normal, lower=True, clean=False)
+    rows = target.astype(np.float64).T
+    if rows.size * len(normal) < _FEW:
+        half = blas.dtrsm(1.0, triangle, rows, side=True, lower=True, trans_a=True, overwrite_b=True)
+        found = blas.dtrsm(1.0, triangle, half, side=True, lower=True, overwrite_b=True)
+    else:
+        lower = torch.from_numpy(triangle)
+        upper_solved = torch.linalg.solve_triangular(lower.mT, torch.from_numpy(rows), upper=True, left=False)
+        found = torch.linalg.solve_triangular(lower, upper_solved, upper=False, left=False).numpy()
+    return found.T[None], bool(failed)

@@ -7,8 +7,8 @@ factor that an update changes used from then on, is one sweep of alternating lea
     tensor (g, left * right)  x  product of the right factors (g, r, right)  ->  (g, r, left)        one GEMM
 
 costs g r * size for each of its two children, wherever it is split, and no copy; a node below it (g, r, ...) has the
-rank as a batch axis and costs what reading it does. So the split is the one whose nodes are smallest: a convolution
-kernel (O, I, 3, 3) contracts O to get all of (I, 3, 3), and the rest to get O: two GEMMs a sweep, not four.
+rank as a batch axis and costs what reading it does. So the split is the one whose nodes cost least: a convolution
+kernel (O, 3, 3, I) contracts O to get all of (3, 3, I), and the rest to get O: two GEMMs a sweep, not four.
 
 Pair operators (all modes but two contracted) come from three runs: any two modes are outside of one of them, so that
 three contractions of the root give all pairs, and the same rule holds for the nodes below.
@@ -23,12 +23,15 @@ from itertools import combinations
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-__all__ = ["Array", "Modes", "Node", "contract", "khatri_rao", "pair_nodes", "visit"]
+__all__ = ["Array", "Modes", "Node", "contract", "khatri_rao", "matmul", "pair_nodes", "visit"]
 
 Array = NDArray[Any]
 Modes = tuple[int, ...]
+_LOOP = 8  # elements in whose time an inner loop starts
+_FEW = 2**20  # multiplications of matrices below which a call of NumPy's is quicker than one of torch's
 Node = TypeVar("Node")
 """An array or a tensor. To contract is to get from a node, its modes and a run of them to the node without the run."""
 
@@ -36,7 +39,7 @@ Node = TypeVar("Node")
 def visit(
     node: Node,
     modes: Modes,
-    sizes: Sequence[int],
+    sizes: Modes,
     contract: Callable[[Node, Modes, Modes], Node],
     update: Callable[[int, Node], None],
 ) -> None:
@@ -47,7 +50,7 @@ def visit(
     if len(modes) == 1:
         update(modes[0], node)
         return
-    place = _split(tuple(sizes[mode] for mode in modes))[0]
+    place = _place(modes, sizes)
     left, right = modes[:place], modes[place:]
     visit(contract(node, modes, right), left, sizes, contract, update)
     visit(contract(node, modes, left), right, sizes, contract, update)
@@ -74,16 +77,30 @@ def pair_nodes(
 
 
 @lru_cache(maxsize=4096)
+def _place(modes: Modes, sizes: Modes) -> int:
+    return _split(tuple(sizes[mode] for mode in modes))[0]
+
+
+@lru_cache(maxsize=4096)
 def _split(sizes: Modes) -> tuple[int, int]:
-    """Return where to split, and the size of all nodes below."""
+    """Return where to split, and what all nodes below cost."""
     if len(sizes) == 1:
         return 0, 0
     costs = []
     for place in range(1, len(sizes)):
         children = sizes[:place], sizes[place:]
-        costs.append((sum(math.prod(child) + _split(child)[1] for child in children), place))
+        costs.append((sum(_work(child) + _split(child)[1] for child in children), place))
     cost, place = min(costs)
     return place, cost
+
+
+def _work(sizes: Modes) -> int:
+    """Return what a node costs: both of its contractions read it, and once its factors are multiplied for its sibling.
+
+    In elements, and for each inner loop, over a last mode, as much as for some elements.
+    """
+    passes = [sizes] * 2 * (len(sizes) > 1) + [sizes[first:] for first in range(len(sizes) - 1)]
+    return sum(math.prod(part) + _LOOP * math.prod(part[:-1]) for part in passes)
 
 
 def _three_runs(modes: Modes, sizes: Sequence[int]) -> list[Modes]:
@@ -95,6 +112,13 @@ def _three_runs(modes: Modes, sizes: Sequence[int]) -> list[Modes]:
     cuts = combinations(range(1, len(modes)), 2)
     choices = [(modes[:first], modes[first:second], modes[second:]) for first, second in cuts]
     return sorted(min(choices, key=lambda runs: sum(map(left_by, runs))), key=left_by)
+
+
+def matmul(left: Array, right: Array) -> Array:
+    """Return the product of two batches of matrices, by torch where they are large: it has all threads."""
+    if left.size * right.shape[-1] < _FEW:
+        return left @ np.ascontiguousarray(right)  # OpenBLAS takes five times as long for a small transpose
+    return (torch.from_numpy(left) @ torch.from_numpy(right)).numpy()
 
 
 def khatri_rao(factors: Sequence[Array]) -> Array:
@@ -112,26 +136,28 @@ def contract(node: Array, modes: Modes, run: Modes, factors: Sequence[Array]) ->
     """
     axes = node.ndim - len(modes)
     start = axes + modes.index(run[0])
-    before, after = node.shape[axes:start], node.shape[start + len(run) :]
-    cube = node.reshape(*node.shape[:axes], math.prod(before), -1, math.prod(after))
+    shape, before, after = node.shape[:axes], node.shape[axes:start], node.shape[start + len(run) :]
     weights = khatri_rao([factors[mode] for mode in run])
-    found = _contract_tensor(cube, weights) if axes == 1 else _contract_node(cube, weights)
+    count = weights.shape[2]
+    if not before:
+        found = _from_left(node.reshape(*shape, count, -1), weights)
+    elif not after:
+        found = _from_right(node.reshape(*shape, -1, count), weights)
+    else:
+        found = _from_within(node.reshape(*shape, math.prod(before), count, -1), weights)
     return found.reshape(*weights.shape[:2], *before, *after)
 
 
-def _contract_tensor(cube: Array, weights: Array) -> Array:
-    """Return (g, r, a, b) from (g, a, c, b) and (g, r, c)."""
-    if cube.shape[1] == 1:
-        return weights @ cube[:, 0]
-    if cube.shape[3] == 1:
-        return weights @ cube[..., 0].swapaxes(1, 2)
-    return (weights[:, None] @ cube).swapaxes(1, 2)
+def _from_left(matrix: Array, weights: Array) -> Array:
+    """Return (g, r, b) of (g, c, b), or for one of the rank each, of (g, r, c, b), and (g, r, c)."""
+    return matmul(weights, matrix) if matrix.ndim == 3 else weights[:, :, None] @ matrix
 
 
-def _contract_node(cube: Array, weights: Array) -> Array:
-    """Return (g, r, a, b) from (g, r, a, c, b) and (g, r, c)."""
-    if cube.shape[2] == 1:
-        return weights[:, :, None] @ cube[:, :, 0]
-    if cube.shape[4] == 1:
-        return cube[..., 0] @ weights[..., None]
-    return weights[:, :, None, None] @ cube
+def _from_right(matrix: Array, weights: Array) -> Array:
+    """Return (g, r, a) of (g, a, c), or (g, r, a, c), and (g, r, c)."""
+    return matmul(weights, matrix.swapaxes(1, 2)) if matrix.ndim == 3 else matrix @ weights[..., None]
+
+
+def _from_within(cube: Array, weights: Array) -> Array:
+    """Return (g, r, a, b) of (g, a, c, b), or (g, r, a, c, b), and (g, r, c)."""
+    return (weights[:, None] @ cube).swapaxes(1, 2) if cube.ndim == 4 else weights[:, :, None, None] @ cube

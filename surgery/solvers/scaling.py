@@ -18,7 +18,7 @@ def normalised(tensor: Tensor, *, groups: int = 0) -> tuple[Tensor, Tensor]:
     axes = tuple(range(groups, tensor.dim()))
     low, high = tensor.amin(axes, keepdim=True), tensor.amax(axes, keepdim=True)
     peak = torch.maximum(-low, high)
-    if bool(((peak == 0) | ((peak > _SAFE[0]) & (peak < _SAFE[1]))).all()):
+    if all(value == 0 or _SAFE[0] < value < _SAFE[1] for value in peak.flatten().tolist()):
         return tensor, torch.ones_like(peak)
     peak.clamp_(min=torch.finfo(tensor.dtype).tiny)
     return tensor / peak, peak
