@@ -31,13 +31,15 @@ from scipy.linalg import blas, lapack
 
 from surgery.solvers.dimension_tree import Array, Modes, contract, matmul, visit
 
-__all__ = ["CpModel", "Snapshot", "gram_of", "product"]
+__all__ = ["CpModel", "Snapshot", "product"]
 
 _RIDGE = 1e-5
 _LARGE, _OPPOSITE = 10.0, -0.9  # blowup and congruence (cosine) of two components that cancel
 _HUGE = 100.0  # blowup where more than two do
 _TINY = float(np.finfo(np.float64).tiny)
 _EPS = float(np.finfo(np.float64).eps)
+_RESOLVED = 1e-3  # share of a component's square from which on float32 solves normal equations well
+_LAPACK = {"f": (lapack.spotrf, blas.strsm), "d": (lapack.dpotrf, blas.dtrsm)}
 _FEW = 2**15  # multiplications of a triangle's solution below which a call of SciPy's is quicker than one of torch's
 
 
@@ -62,7 +64,8 @@ class CpModel:
         self.extrapolated = extrapolated
         self.energy = _squares(self.tensor)
         self.factors = [np.ascontiguousarray(factor) for factor in factors]
-        self.grams = [gram_of(factor) for factor in self.factors]
+        self.wide = len(self.tensor) > 1 or self.tensor.dtype == np.float64  # normal equations in float64
+        self.grams = [self._gram(factor) for factor in self.factors]
         self.residual = np.full_like(self.energy, math.inf)
         self.blowup = np.zeros_like(self.energy)
         self.ridge = np.zeros_like(self.energy)
@@ -70,7 +73,7 @@ class CpModel:
         self.momentum = np.zeros_like(self.energy)
         self.before = self.factors
         self.passed = self.grams[0]  # the product of the Gram matrices of the modes that a sweep has updated
-        self.coming = self.grams[1:]  # those of the modes after each
+        self.coming = self.grams[1:]  # those of the modes that are left after each
         self.modes: Modes = tuple(range(len(factors)))
         self.sizes: Modes = tuple(tensor.shape[1:])
 
@@ -89,16 +92,36 @@ class CpModel:
 
     def update(self, mode: int, mttkrp: Array) -> None:
         """Solve for one factor from its MTTKRP (g, r, n), one mode after the other; the last tells the residual."""
-        last = self.modes[-1]
         if mode == 0:
-            self.coming = list(accumulate(self.grams[:0:-1], np.multiply))
-            normal = self.coming.pop()
-        else:
-            normal = self.passed if mode == last else self.passed * self.coming.pop()
-        self._set(mode, _solve(normal, mttkrp, 1 + self.jitter + self.ridge))
-        self.passed = self.grams[mode] if mode == 0 else self.passed * self.grams[mode]
-        if mode == last:
+            self._multiply(mode)
+        found = None if self.wide else _solve_one(self._normal(mode), mttkrp, _RESOLVED)
+        if found is None:
+            self._widen(mode)
+            found = _solve(self._normal(mode), mttkrp, 1 + self.jitter + self.ridge)
+        self._set(mode, found)
+        self.passed = self.passed * self.grams[mode] if mode else self.grams[0]
+        if mode == self.modes[-1]:
             self._judge(mttkrp, self.passed)
+        else:
+            self.coming.pop()
+
+    def _multiply(self, mode: int) -> None:
+        """Multiply the Gram matrices of the modes before one, and of those after it and after each of these."""
+        self.passed = product(self.grams[: max(1, mode)])
+        self.coming = list(accumulate(self.grams[:mode:-1], np.multiply))
+
+    def _normal(self, mode: int) -> Array:
+        """Return the product of the Gram matrices of all other modes."""
+        if mode == 0:
+            return self.coming[-1]
+        return self.passed * self.coming[-1] if self.coming else self.passed
+
+    def _widen(self, mode: int) -> None:
+        """Go over to normal equations in float64, in the middle of a sweep."""
+        if not self.wide:
+            self.wide = True
+            self.grams = [self._gram(factor) for factor in self.factors]
+            self._multiply(mode)
 
     def measure(self) -> None:
         """Find the residual of the factors as they are."""
@@ -131,6 +154,8 @@ class CpModel:
         if (self.blowup > _LARGE).any():
             cancel = (self.blowup > _HUGE) | ((self.blowup > _LARGE) & (self.congruence() < _OPPOSITE))
             self.ridge = np.where(cancel, _RIDGE, self.ridge)
+            if cancel.any():
+                self._widen(0)
 
     def settled(self, before: Array, fell: Array, tolerance: float) -> bool:
         """Whether in all groups the error, the root of the objective, fell by less than ``tolerance`` of itself.
@@ -156,13 +181,18 @@ class CpModel:
 
     def _set(self, mode: int, factor: Array) -> None:
         self.factors[mode] = factor
-        self.grams[mode] = gram_of(factor)
+        self.grams[mode] = self._gram(factor)
+
+    def _gram(self, factor: Array) -> Array:
+        factor = factor.astype(np.float64, copy=False) if self.wide else factor
+        return matmul(factor, factor.swapaxes(1, 2))
 
     def _judge(self, mttkrp: Array, model: Array) -> None:
         inner = np.multiply(mttkrp, self.factors[-1], dtype=np.float64).sum((1, 2))
         floor = np.maximum(self.energy, _TINY)
-        self.residual = np.maximum((self.energy - 2 * inner + model.sum((1, 2))) / floor, 0)
-        self.blowup = _diagonal(model).sum(1) / floor
+        total = model.sum((1, 2), dtype=np.float64)
+        self.residual = np.maximum((self.energy - 2 * inner + total) / floor, 0)
+        self.blowup = _diagonal(model).sum(1, dtype=np.float64) / floor
 
     def congruence(self) -> Array:
         """Return the smallest cosine between two components (g,)."""
@@ -178,12 +208,6 @@ def product(grams: Sequence[Array]) -> Array:
     for gram in others[1:]:
         product *= gram
     return product
-
-
-def gram_of(factor: Array) -> Array:
-    """Return the Gram matrix in float64 of a factor as the solver keeps it, with the rank first."""
-    factor = factor.astype(np.float64, copy=False)
-    return matmul(factor, factor.swapaxes(1, 2))
 
 
 def _diagonal(matrix: Array) -> Array:
@@ -205,31 +229,35 @@ def _solve(normal: Array, mttkrp: Array, growth: Array) -> Array:
     kept = diagonal.copy()
     diagonal *= growth[:, None]
     diagonal += _TINY
+    right = mttkrp.astype(np.float64)
     if len(normal) == 1:
-        found, failed = _solve_one(normal[0].T, mttkrp[0])
+        found = _solve_one(normal, right)
     else:  # no batch in LAPACK itself
         triangle, info = torch.linalg.cholesky_ex(torch.from_numpy(normal))
-        found = torch.cholesky_solve(torch.from_numpy(mttkrp).double(), triangle).numpy()
-        failed = bool(info.any())
-    if failed:
-        found = np.linalg.pinv(normal, hermitian=True) @ mttkrp.astype(np.float64, copy=False)
+        found = None if info.any() else torch.cholesky_solve(torch.from_numpy(right), triangle).numpy()
+    if found is None:
+        found = np.linalg.pinv(normal, hermitian=True) @ right
     diagonal[:] = kept
     return np.ascontiguousarray(found, dtype=mttkrp.dtype)
 
 
-def _solve_one(normal: Array, target: Array) -> tuple[Array, bool]:
-    """Return X (1, r, n) with ``normal X = target``, and whether Cholesky failed, by whose calls are the quickest.
+def _solve_one(normal: Array, right: Array, least: float = 0) -> Array | None:
+    """Return X (1, r, n) with ``normal X = right``, in their dtype; None where Cholesky fails.
 
-    OpenBLAS factors small matrices in half the time of MKL, into lower triangles the sooner; MKL solves with them in a
-    third of OpenBLAS's, but for the cost of a call. From the right, so that nothing is transposed.
+    And where a component has less than the share ``least`` of its square orthogonal to those before it. OpenBLAS
+    factors small matrices in half the time of MKL, into lower triangles the sooner; MKL solves with them in a third of
+    OpenBLAS's, but for the cost of a call. From the right, so that nothing is transposed.
     """
-    triangle, failed = lapack.dpotrf(normal, lower=True, clean=False)
-    rows = target.astype(np.float64).T
-    if rows.size * len(normal) < _FEW:
-        half = blas.dtrsm(1.0, triangle, rows, side=True, lower=True, trans_a=True, overwrite_b=True)
-        found = blas.dtrsm(1.0, triangle, half, side=True, lower=True, overwrite_b=True)
+    factor, solve = _LAPACK[normal.dtype.char]
+    triangle, failed = factor(normal[0].T, lower=True, clean=False)
+    if failed or (least and (np.square(triangle.diagonal()) < least * normal[0].diagonal()).any()):
+        return None
+    rows = right[0].T
+    if rows.size * len(triangle) < _FEW:
+        half = solve(1.0, triangle, rows, side=True, lower=True, trans_a=True)
+        found = solve(1.0, triangle, half, side=True, lower=True, overwrite_b=True)
     else:
         lower = torch.from_numpy(triangle)
-        upper_solved = torch.linalg.solve_triangular(lower.mT, torch.from_numpy(rows), upper=True, left=False)
-        found = torch.linalg.solve_triangular(lower, upper_solved, upper=False, left=False).numpy()
-    return found.T[None], bool(failed)
+        half = torch.linalg.solve_triangular(lower.mT, torch.from_numpy(rows), upper=True, left=False)
+        found = torch.linalg.solve_triangular(lower, half, upper=False, left=False).numpy()
+    return found.T[None]
