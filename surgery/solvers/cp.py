@@ -3,11 +3,11 @@
     T (g, n_1, ..., n_N)  ~  sum_r  a_1r o ... o a_Nr        factors (g, n_i, r)
 
 by sweeps over the factors (``cp_model``), exact or by pairwise perturbation (``pairwise``), or by gradient descent on
-more components (``overparameterized``). Start: the leading eigenvectors of the unfoldings' Gram matrices (HOSVD), and
-random factors; the best after a few sweeps goes on. The largest mode is updated first, and so needs no start. Gram
-matrices of factors are r x r, and nothing is larger than the tensor but for its contraction with one factor. No end is
-sure to be the global optimum, and a best approximation need not exist; a result whose components grow and cancel says
-so.
+more components (``overparameterized``). Start: the leading left singular vectors of the unfoldings (HOSVD, by two steps
+of orthogonal iteration), and random factors; the best after a few sweeps goes on. The largest mode is updated first,
+and so needs no start. Gram matrices of factors are r x r, and nothing is larger than the tensor but for its contraction
+with one factor. No end is sure to be the global optimum, and a best approximation need not exist; a result whose
+components grow and cancel says so.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from torch import Tensor
 from surgery.errors import InputError
 from surgery.solvers.cp_model import CpModel
 from surgery.solvers.dimension_tree import Array
-from surgery.solvers.eigen import leading_subspace
-from surgery.solvers.gram import row_gram
 from surgery.solvers.pairwise import pairwise_sweeps
 from surgery.solvers.scaling import normalised
 from surgery.solvers.threads import one_pool
@@ -33,6 +31,7 @@ __all__ = ["CpResult", "als_sweeps", "cp", "start"]
 
 _METHODS = ("als", "pp", "gd")
 _TRIAL_SWEEPS = 5
+_ITERATIONS = 2  # of a start; after these sweeps end as low as from the exact vectors
 _PENALTY = 0.1  # share of the residual from which on the ridge limits the fit
 _SMALL = 2**24  # multiplications of a GEMM below which a second thread costs more than it does
 _TINY = float(np.finfo(np.float64).tiny)
@@ -160,20 +159,15 @@ def start(tensor: Tensor, rank: int, *, restarts: int = 0, seed: int = 0) -> CpM
 
 
 def _leading(tensor: Tensor, mode: int, rank: int, generator: torch.Generator) -> Tensor:
-    """Return (g, rank, n): leading left singular vectors of an unfolding, then random ones where there are no more.
+    """Return (g, rank, n): nearly the leading left singular vectors of an unfolding, by orthogonal iteration.
 
-    All are random where the rank is that of the mode or more: there any basis is as good.
+    They are random where the rank is that of the mode or more: there any basis is as good.
     """
     vectors = _random(tensor, rank, tensor.shape[mode], generator)
     if rank < tensor.shape[mode]:
         unfolding = tensor.movedim(mode, 1).flatten(2)
-        rows, columns = unfolding.shape[1:]
-        count = min(rank, columns)
-        if rows <= columns:
-            basis = leading_subspace(row_gram(unfolding), count)
-        else:
-            basis = torch.linalg.qr(unfolding @ leading_subspace(row_gram(unfolding.mT), count)).Q
-        vectors[:, :count] = basis.mT
+        for _ in range(_ITERATIONS):
+            vectors = torch.linalg.qr(unfolding @ (unfolding.mT @ vectors.mT)).Q.mT
     return vectors
 
 

@@ -40,7 +40,7 @@ _TINY = float(np.finfo(np.float64).tiny)
 _EPS = float(np.finfo(np.float64).eps)
 _RESOLVED = 1e-3  # share of a component's square from which on float32 solves normal equations well
 _LAPACK = {"f": (lapack.spotrf, blas.strsm), "d": (lapack.dpotrf, blas.dtrsm)}
-_FEW = 2**15  # multiplications of a triangle's solution below which a call of SciPy's is quicker than one of torch's
+_FEW = 2**19  # multiplications of a triangle's solution below which a call of SciPy's is quicker than one of torch's
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +63,7 @@ class CpModel:
         self.tensor = np.ascontiguousarray(tensor)
         self.extrapolated = extrapolated
         self.energy = _squares(self.tensor)
+        self.floor = np.maximum(self.energy, _TINY)
         self.factors = [np.ascontiguousarray(factor) for factor in factors]
         self.wide = len(self.tensor) > 1 or self.tensor.dtype == np.float64  # normal equations in float64
         self.grams = [self._gram(factor) for factor in self.factors]
@@ -185,14 +186,13 @@ class CpModel:
 
     def _gram(self, factor: Array) -> Array:
         factor = factor.astype(np.float64, copy=False) if self.wide else factor
-        return matmul(factor, factor.swapaxes(1, 2))
+        return matmul(factor, np.ascontiguousarray(factor.swapaxes(1, 2)))  # OpenBLAS is slow on a small transpose
 
     def _judge(self, mttkrp: Array, model: Array) -> None:
         inner = np.multiply(mttkrp, self.factors[-1], dtype=np.float64).sum((1, 2))
-        floor = np.maximum(self.energy, _TINY)
         total = model.sum((1, 2), dtype=np.float64)
-        self.residual = np.maximum((self.energy - 2 * inner + total) / floor, 0)
-        self.blowup = _diagonal(model).sum(1, dtype=np.float64) / floor
+        self.residual = np.maximum((self.energy - 2 * inner + total) / self.floor, 0)
+        self.blowup = _diagonal(model).sum(1, dtype=np.float64) / self.floor
 
     def congruence(self) -> Array:
         """Return the smallest cosine between two components (g,)."""

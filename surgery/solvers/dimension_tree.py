@@ -31,7 +31,7 @@ __all__ = ["Array", "Modes", "Node", "contract", "khatri_rao", "matmul", "pair_n
 Array = NDArray[Any]
 Modes = tuple[int, ...]
 _LOOP = 8  # elements in whose time an inner loop starts
-_FEW = 2**20  # multiplications of matrices below which a call of NumPy's is quicker than one of torch's
+_FEW = 2**22  # multiplications of matrices below which a call of NumPy's is quicker than one of torch's
 Node = TypeVar("Node")
 """An array or a tensor. To contract is to get from a node, its modes and a run of them to the node without the run."""
 
@@ -117,7 +117,7 @@ def _three_runs(modes: Modes, sizes: Sequence[int]) -> list[Modes]:
 def matmul(left: Array, right: Array) -> Array:
     """Return the product of two batches of matrices, by torch where they are large: it has all threads."""
     if left.size * right.shape[-1] < _FEW:
-        return left @ np.ascontiguousarray(right)  # OpenBLAS takes five times as long for a small transpose
+        return left @ right
     return (torch.from_numpy(left) @ torch.from_numpy(right)).numpy()
 
 
@@ -137,15 +137,15 @@ def contract(node: Array, modes: Modes, run: Modes, factors: Sequence[Array]) ->
     axes = node.ndim - len(modes)
     start = axes + modes.index(run[0])
     shape, before, after = node.shape[:axes], node.shape[axes:start], node.shape[start + len(run) :]
-    weights = khatri_rao([factors[mode] for mode in run])
-    count = weights.shape[2]
+    weights = khatri_rao([factors[mode] for mode in run]) if len(run) > 1 else factors[run[0]]
+    groups, rank, count = weights.shape
     if not before:
         found = _from_left(node.reshape(*shape, count, -1), weights)
     elif not after:
         found = _from_right(node.reshape(*shape, -1, count), weights)
     else:
         found = _from_within(node.reshape(*shape, math.prod(before), count, -1), weights)
-    return found.reshape(*weights.shape[:2], *before, *after)
+    return found.reshape(groups, rank, *before, *after)
 
 
 def _from_left(matrix: Array, weights: Array) -> Array:
