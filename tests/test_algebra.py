@@ -25,7 +25,7 @@ EXACT = [(case, method) for case, method in FITS if case.dtype == torch.float64]
 # How much of the energy (squared norm) a larger rank may lose: nothing but rounding for a closed form; for an iterative
 # solver the tolerance at which its sweeps stop.
 ROUNDING = 1e-12
-ENERGY_SLACK = {"tucker": 1e-4}
+ENERGY_SLACK = {"tucker": 1e-4, "cp": 1e-5}
 
 # How far, in relative error, a solver may be from another one that ends in another optimum: CP has several, and where
 # its components would grow and cancel, a ridge holds ours back.
@@ -53,6 +53,17 @@ def slack(case: Case, chain: Chain) -> float:
     """Allowed between a chain and its operator: each operator rounds once; the solver's sums run over outputs too."""
     length = max(case.operator.out_channels, *(reduction(operator) for operator in (case.operator, *chain.operators)))
     return tolerance(case.dtype, length=length, steps=len(chain.operators) + 1)
+
+
+def cancelling(method: Factorization, chain: Chain, operator: Operator) -> float:
+    """How much larger the components of a CP, each of which is rounded, are than their sum; 1 for other methods."""
+    if method.name != "cp" or len(chain.operators) < 3:
+        return 1.0
+    first, *extents, last = (step.kernel.double().flatten(3) for step in chain.operators)
+    norms = first.norm(dim=(2, 3)).flatten() * last.norm(dim=(1, 3)).flatten()
+    for extent in extents:
+        norms = norms * extent.flatten(1).norm(dim=1)
+    return max(1.0, float(norms.norm() / operator.kernel.double().norm()))
 
 
 def factor(method: Factorization, operator: Operator, ranks: Ranks, *, solver: str = "auto") -> Chain:
@@ -148,7 +159,8 @@ def test_factors_can_be_saved_and_trained(case: Case, method: Factorization) -> 
 def test_composition_is_the_chain(case: Case, method: Factorization) -> None:
     x = case.inputs()
     for _, chain in chains(method, case.operator, rank_choices(method, case.operator)):
-        assert_close(composed(chain)(x), chain(x), slack(case, chain))
+        operator = composed(chain)
+        assert_close(operator(x), chain(x), slack(case, chain) * cancelling(method, chain, operator))
 
 
 @each(FITS)

@@ -252,3 +252,21 @@ def test_equal_components_get_the_least_solution(groups: int) -> None:
     found = cp_model._solve(normal.copy(), target.copy(), np.ones(groups))
     expected = np.stack([np.full((2, 3), 1.0), np.array([[5.0] * 3, [2.0] * 3])])[:groups]
     assert np.abs(found - expected).max() <= tolerance(torch.float64, length=2, steps=4) * 5
+
+
+@pytest.mark.parametrize("collinear", [False, True])
+def test_normal_equations_are_in_float64_where_float32_is_too_little(collinear: bool) -> None:
+    """Components that are nearly one cannot be told apart by float32 Gram matrices; others can, to the same fit."""
+    tensor = planted(1, (12, 10, 8), 4, noise=0.2)
+    factors = [random(1, 4, size, seed=i) for i, size in enumerate((12, 10, 8))]
+    if collinear:
+        factors = [factor[:, :1] + 1e-3 * factor for factor in factors]
+    narrow, wide = (CpModel(t.numpy(), [f.to(t).numpy() for f in factors]) for t in (tensor.float(), tensor))
+    for model in (narrow, wide):
+        model.step(model.sweep)
+    assert narrow.wide == collinear
+    assert wide.wide
+    assert {gram.dtype for gram in narrow.grams} == {np.dtype(np.float64 if collinear else np.float32)}
+    assert narrow.residual == pytest.approx(wide.residual, rel=1e-3 if collinear else 1e-5)
+    for mode in narrow.modes:  # whatever the switch came in the middle of
+        assert narrow.grams[mode] == pytest.approx(narrow._gram(narrow.factors[mode]))

@@ -103,7 +103,7 @@ def test_a_saved_program_is_cut_after_loading(factorization: str, tmp_path: Path
     surgery.save(once.model, tmp_path / "once.pt2")
     loaded = surgery.load(tmp_path / "once.pt2")
     site = next(s for s in find_sites(loaded)[0] if isinstance(s, FactoredSite) and min(s.made_by[1]) > 1)
-    twice = decompose(loaded, ranks={site.name: tuple(max(1, r - 1) for r in site.made_by[1])})
+    twice = decompose(loaded, ranks={site.name: halved(site.made_by[1])})
     assert [c.site for c in twice.changes] == [site.name]
     surgery.save(twice.model, tmp_path / "twice.pt2")
     again = surgery.load(tmp_path / "twice.pt2")

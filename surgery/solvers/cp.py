@@ -57,9 +57,9 @@ def cp(
     rank: int,
     *,
     method: str = "als",
-    sweeps: int = 100,
+    sweeps: int = 200,
     tolerance: float = 1e-5,
-    restarts: int = 1,
+    restarts: int = 2,
     seed: int = 0,
 ) -> CpResult:
     """Return a CP approximation of a batch of tensors (g, n_1, ..., n_N), N from 2 to 6, in float32 or float64.
