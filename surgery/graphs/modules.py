@@ -38,8 +38,9 @@ _CONVS: dict[type[nn.Module], tuple[bool, int]] = {
     nn.ConvTranspose3d: (True, 3),
 }
 RECURRENT = (
-    "recurrent layers are not factored: their kernels take dense weights, and a factored recurrent weight needs a loop "
-    "over the time steps (tools/bench_recurrent.py times it)"
+    "recurrent layers are not factored: a factored recurrent weight needs a loop over the time steps in place of the "
+    "kernel, which costs about what half ranks gain, and the input weight alone gains little (tools/bench_recurrent.py "
+    "times both)"
 )
 _REASONS: dict[str, str] = {
     "EmbeddingBag": "bags of embeddings are not handled",
