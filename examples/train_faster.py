@@ -5,7 +5,7 @@
     python examples/train_faster.py --network vit --rate 0.001 [--save FOLDER]
 
 The results in the repository are those of `--images 4000 --epochs 20 --width 96 --rate 0.03`, and for the transformer
-of `--network vit --images 4000 --epochs 15 --seeds 1 --rate 0.001` before Frobenius decay was the default.
+of `--network vit --images 4000 --epochs 15 --seeds 1 --rate 0.001`.
 
     dense        the original network to the end
     surgery      surgery.LowRankTraining with its defaults, recomposed at the end

@@ -92,8 +92,8 @@ def plot(results: list[Result], path: Path) -> None:
             name = config if index == 0 else None
             axes.plot(run.seconds, run.accuracy, color=f"C{at}", alpha=0.7, label=name)
             axes.plot(run.seconds[-1], run.accuracy[-1], "o", color=f"C{at}")
-    ends = [r.accuracy[-1] for r in results]
-    axes.set_ylim(max(0.0, min(ends) - 0.1), min(1.0, max(ends) + 0.02))
+    ends, highest = [r.accuracy[-1] for r in results], max(max(r.accuracy) for r in results)
+    axes.set_ylim(max(0.0, min(ends) - 0.1), min(1.0, highest + 0.02))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

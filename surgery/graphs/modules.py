@@ -39,8 +39,8 @@ _CONVS: dict[type[nn.Module], tuple[bool, int]] = {
 }
 RECURRENT = (
     "recurrent layers are not factored: a factored recurrent weight needs a loop over the time steps in place of the "
-    "kernel, which costs about what half ranks gain, and the input weight alone gains little (tools/bench_recurrent.py "
-    "times both)"
+    "kernel, which costs about what half ranks gain, and which export unrolls; the input weight alone gains little "
+    "(tools/bench_recurrent.py times both)"
 )
 _REASONS: dict[str, str] = {
     "EmbeddingBag": "bags of embeddings are not handled",

@@ -4,8 +4,9 @@
 
 Each factor in turn is the solution of its linear least squares problem ``A_n G = M``: M is the tensor contracted with
 all other factors (MTTKRP, from the dimension tree: two GEMMs a sweep, 4 g r size flops), and G the elementwise product
-of the other factors' Gram matrices (r x r, in float64; solved by Cholesky). The residual follows from the last M of a
-sweep, ``||T||^2 - 2 <M, A_N> + sum(G_1 * ... * G_N)``, so that the model is never built.
+of the other factors' Gram matrices (r x r, solved by Cholesky). G is in float64 but for a float32 tensor as long as its
+pivots say that no component is nearly a sum of others: then float32 is as good. The residual follows from the last M of
+a sweep, ``||T||^2 - 2 <M, A_N> + sum(G_1 * ... * G_N)``, so that the model is never built.
 
 Steps start from an extrapolation of the last two sweeps by Nesterov's weights (Mitchell, Ye and De Sterck 2020); where
 the error rises, it is taken back and the weights start anew. The extra cost is that of r x r Gram matrices.

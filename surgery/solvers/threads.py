@@ -26,12 +26,13 @@ def one_pool(*, one_thread: bool) -> Iterator[None]:
     """
     threads = torch.get_num_threads()
     with _openblas().limit(limits=1):
-        if one_thread:
-            torch.set_num_threads(1)
         try:
+            if one_thread:
+                torch.set_num_threads(1)
             yield
         finally:
-            torch.set_num_threads(threads)
+            if one_thread:
+                torch.set_num_threads(threads)
 
 
 @cache
