@@ -38,8 +38,8 @@ _CONVS: dict[type[nn.Module], tuple[bool, int]] = {
     nn.ConvTranspose3d: (True, 3),
 }
 RECURRENT = (
-    "recurrent layers are not handled yet: a factored recurrent weight needs a loop over the time steps in place of the "
-    "kernel, and an export of it as one Scan; the input weight alone gains less (tools/bench_recurrent.py times both)"
+    "recurrent layers are not handled yet: a factored recurrent weight needs a loop over the time steps in place of "
+    "the kernel, and its export as one Scan; the input weight alone gains less (tools/bench_recurrent.py times both)"
 )
 _REASONS: dict[str, str] = {
     "EmbeddingBag": "bags of embeddings are not handled",
