@@ -42,5 +42,5 @@ def test_cp_is_the_same_with_any_threads_and_leaves_them(small: int, monkeypatch
     monkeypatch.setattr(solver, "_SMALL", small)
     found = cp(tensor, 4)
     assert threads() == outside
-    assert found.error == pytest.approx(expected.error, rel=1e-3)  # of sums in another order, over a hundred sweeps
+    assert found.error == pytest.approx(expected.error, rel=1e-3)  # of sums in another order, over many sweeps
     assert [factor.shape for factor in found.factors] == [(1, size, 4) for size in tensor.shape[1:]]

@@ -31,7 +31,7 @@ __all__ = ["CpResult", "als_sweeps", "cp", "start"]
 
 _METHODS = ("als", "pp", "gd")
 _TRIAL_SWEEPS = 5
-_ITERATIONS = 2  # of a start; after these sweeps end as low as from the exact vectors
+_ITERATIONS = 2  # of a start; sweeps on kernels end as low after these as from the exact vectors
 _PENALTY = 0.1  # share of the residual from which on the ridge limits the fit
 _SMALL = 2**24  # multiplications of a GEMM below which a second thread costs more than it does
 _TINY = float(np.finfo(np.float64).tiny)
@@ -161,7 +161,8 @@ def start(tensor: Tensor, rank: int, *, restarts: int = 0, seed: int = 0) -> CpM
 def _leading(tensor: Tensor, mode: int, rank: int, generator: torch.Generator) -> Tensor:
     """Return (g, rank, n): nearly the leading left singular vectors of an unfolding, by orthogonal iteration.
 
-    They are random where the rank is that of the mode or more: there any basis is as good.
+    They are random where the rank is that of the mode or more: sweeps on kernels end as low as from a basis. Not so on
+    planted orthogonal tensors, which they recover less often (``tools/bench_overparameterized.py``).
     """
     vectors = _random(tensor, rank, tensor.shape[mode], generator)
     if rank < tensor.shape[mode]:

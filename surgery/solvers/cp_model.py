@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -64,7 +63,6 @@ class CpModel:
         self.tensor = np.ascontiguousarray(tensor)
         self.extrapolated = extrapolated
         self.energy = _squares(self.tensor)
-        self.floor = np.maximum(self.energy, _TINY)
         self.factors = [np.ascontiguousarray(factor) for factor in factors]
         self.wide = len(self.tensor) > 1 or self.tensor.dtype == np.float64  # normal equations in float64
         self.grams = [self._gram(factor) for factor in self.factors]
@@ -74,8 +72,6 @@ class CpModel:
         self.jitter = max(float(np.finfo(self.tensor.dtype).eps), self.factors[0].shape[1] * _EPS)
         self.momentum = np.zeros_like(self.energy)
         self.before = self.factors
-        self.passed = self.grams[0]  # the product of the Gram matrices of the modes that a sweep has updated
-        self.coming = self.grams[1:]  # those of the modes that are left after each
         self.modes: Modes = tuple(range(len(factors)))
         self.sizes: Modes = tuple(tensor.shape[1:])
 
@@ -93,43 +89,29 @@ class CpModel:
         visit(self.tensor, self.modes, self.sizes, self.contract, self.update)
 
     def update(self, mode: int, mttkrp: Array) -> None:
-        """Solve for one factor from its MTTKRP (g, r, n), one mode after the other; the last tells the residual."""
-        if mode == 0:
-            self._multiply(mode)
+        """Solve for one factor from its MTTKRP (g, r, n); after the last one the residual is known."""
         found = None if self.wide else _solve_one(self._normal(mode), mttkrp, _RESOLVED)
         if found is None:
-            self._widen(mode)
+            self._widen()
             found = _solve(self._normal(mode), mttkrp, 1 + self.jitter + self.ridge)
         self._set(mode, found)
-        self.passed = self.passed * self.grams[mode] if mode else self.grams[0]
         if mode == self.modes[-1]:
-            self._judge(mttkrp, self.passed)
-        else:
-            self.coming.pop()
-
-    def _multiply(self, mode: int) -> None:
-        """Multiply the Gram matrices of the modes before one, and of those after it and after each of these."""
-        self.passed = product(self.grams[: max(1, mode)])
-        self.coming = list(accumulate(self.grams[:mode:-1], np.multiply))
+            self._judge(mttkrp)
 
     def _normal(self, mode: int) -> Array:
-        """Return the product of the Gram matrices of all other modes."""
-        if mode == 0:
-            return self.coming[-1]
-        return self.passed * self.coming[-1] if self.coming else self.passed
+        return product([gram for other, gram in enumerate(self.grams) if other != mode])
 
-    def _widen(self, mode: int) -> None:
-        """Go over to normal equations in float64, in the middle of a sweep."""
+    def _widen(self) -> None:
+        """Go over to normal equations in float64; they stay."""
         if not self.wide:
             self.wide = True
             self.grams = [self._gram(factor) for factor in self.factors]
-            self._multiply(mode)
 
     def measure(self) -> None:
         """Find the residual of the factors as they are."""
         leaves: dict[int, Array] = {}  # by the tree, since a Khatri-Rao product of all modes but one is large
         visit(self.tensor, self.modes, self.sizes, self.contract, leaves.__setitem__)
-        self._judge(leaves[self.modes[-1]], product(self.grams))
+        self._judge(leaves[self.modes[-1]])
 
     def step(self, sweep: Callable[[], None]) -> Array:
         """Extrapolate, sweep, and take back the groups whose objective rose; return where it did not (g,)."""
@@ -157,7 +139,7 @@ class CpModel:
             cancel = (self.blowup > _HUGE) | ((self.blowup > _LARGE) & (self.congruence() < _OPPOSITE))
             self.ridge = np.where(cancel, _RIDGE, self.ridge)
             if cancel.any():
-                self._widen(0)
+                self._widen()
 
     def settled(self, before: Array, fell: Array, tolerance: float) -> bool:
         """Whether in all groups the error, the root of the objective, fell by less than ``tolerance`` of itself.
@@ -189,11 +171,12 @@ class CpModel:
         factor = factor.astype(np.float64, copy=False) if self.wide else factor
         return matmul(factor, np.ascontiguousarray(factor.swapaxes(1, 2)))  # OpenBLAS is slow on a small transpose
 
-    def _judge(self, mttkrp: Array, model: Array) -> None:
+    def _judge(self, mttkrp: Array) -> None:
+        model, floor = product(self.grams), np.maximum(self.energy, _TINY)
         inner = np.multiply(mttkrp, self.factors[-1], dtype=np.float64).sum((1, 2))
         total = model.sum((1, 2), dtype=np.float64)
-        self.residual = np.maximum((self.energy - 2 * inner + total) / self.floor, 0)
-        self.blowup = _diagonal(model).sum(1, dtype=np.float64) / self.floor
+        self.residual = np.maximum((self.energy - 2 * inner + total) / floor, 0)
+        self.blowup = np.trace(model, axis1=1, axis2=2, dtype=np.float64) / floor
 
     def congruence(self) -> Array:
         """Return the smallest cosine between two components (g,)."""
@@ -211,23 +194,17 @@ def product(grams: Sequence[Array]) -> Array:
     return product
 
 
-def _diagonal(matrix: Array) -> Array:
-    """Return a view (g, r) of the diagonals of (g, r, r), which is contiguous."""
-    return matrix.reshape(len(matrix), -1)[:, :: matrix.shape[1] + 1]
-
-
 def _squares(tensor: Array) -> Array:
     """Return the sums of squares (g,), in float64 without a copy in it."""
     return torch.linalg.vector_norm(torch.from_numpy(tensor).flatten(1), dim=1, dtype=torch.float64).square().numpy()
 
 
 def _solve(normal: Array, mttkrp: Array, growth: Array) -> Array:
-    """Return X (g, r, n) with ``normal X = mttkrp``, for normal (g, r, r) positive semidefinite in float64.
+    """Return X (g, r, n) with ``normal X = mttkrp``, for normal (g, r, r) positive semidefinite in float64, spoiled.
 
     ``growth`` (g,) is what its diagonal is multiplied by; a component of norm 0 stays 0.
     """
-    diagonal = _diagonal(normal)
-    kept = diagonal.copy()
+    diagonal = np.einsum("gii->gi", normal)
     diagonal *= growth[:, None]
     diagonal += _TINY
     right = mttkrp.astype(np.float64)
@@ -238,7 +215,6 @@ def _solve(normal: Array, mttkrp: Array, growth: Array) -> Array:
         found = None if info.any() else torch.cholesky_solve(torch.from_numpy(right), triangle).numpy()
     if found is None:
         found = np.linalg.pinv(normal, hermitian=True) @ right
-    diagonal[:] = kept
     return np.ascontiguousarray(found, dtype=mttkrp.dtype)
 
 

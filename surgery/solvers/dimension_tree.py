@@ -97,9 +97,12 @@ def _split(sizes: Modes) -> tuple[int, int]:
 def _work(sizes: Modes) -> int:
     """Return what a node costs: both of its contractions read it, and once its factors are multiplied for its sibling.
 
-    In elements, and for each inner loop, over a last mode, as much as for some elements.
+    In elements, and for each inner loop, over a last mode, as much as for some elements. A leaf costs nothing.
     """
-    passes = [sizes] * 2 * (len(sizes) > 1) + [sizes[first:] for first in range(len(sizes) - 1)]
+    if len(sizes) == 1:
+        return 0
+    products = [sizes[first:] for first in range(len(sizes) - 1)]
+    passes = [sizes, sizes, *products]
     return sum(math.prod(part) + _LOOP * math.prod(part[:-1]) for part in passes)
 
 
@@ -137,7 +140,7 @@ def contract(node: Array, modes: Modes, run: Modes, factors: Sequence[Array]) ->
     axes = node.ndim - len(modes)
     start = axes + modes.index(run[0])
     shape, before, after = node.shape[:axes], node.shape[axes:start], node.shape[start + len(run) :]
-    weights = khatri_rao([factors[mode] for mode in run]) if len(run) > 1 else factors[run[0]]
+    weights = khatri_rao([factors[mode] for mode in run])
     groups, rank, count = weights.shape
     if not before:
         found = _from_left(node.reshape(*shape, count, -1), weights)

@@ -2,7 +2,7 @@
 
 The wheels of NumPy and SciPy have an OpenBLAS of their own each, with a pool of threads of its own, as torch has. They
 wait by spinning for a while, so that where calls of all three alternate the pools take each other's cores: on two cores
-many small products then take up to forty times as long.
+CP of small kernels then took up to 45 times as long.
 """
 
 from __future__ import annotations
