@@ -96,8 +96,10 @@ def test_down_is_the_chain_rule_and_back_inverts_it(case: Case, method: Factoriz
     assert relative_error(flat(pulled), flat(expected)) <= tolerance(torch.float64, length=length, steps=8)
 
     back = jacobian.pull_back(pulled)
-    assert relative_error(flat(jacobian.pull(back)), flat(pulled)) <= UNSOLVED.get(method.name, SOLVED)
-    assert torch.linalg.vector_norm(back) <= torch.linalg.vector_norm(of_weight) * (1 + SOLVED)
+    missing = relative_error(flat(jacobian.pull(back)), flat(pulled))
+    assert missing <= UNSOLVED.get(method.name, SOLVED)
+    # The least: no longer than the one it was pulled from, as far as it is solved.
+    assert torch.linalg.vector_norm(back) <= torch.linalg.vector_norm(of_weight) * (1 + max(SOLVED, missing))
 
 
 @SOME
