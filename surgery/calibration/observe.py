@@ -24,8 +24,8 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import InputError
 from surgery.graphs import Call, GraphKind, Model, open_graph
-from surgery.graphs.attention import unpack_all
 from surgery.graphs.shapes import evaluation
+from surgery.graphs.unpacking import has_packed, unpack_all
 from surgery.inputs import Inputs
 
 __all__ = ["Change", "Observed", "ObservedGraph", "ObservedModule", "See", "observe"]
@@ -106,9 +106,9 @@ class ObservedModule(Observed):
 
     def __init__(self, model: nn.Module, kind: GraphKind) -> None:
         super().__init__(kind)
-        attends = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
-        self.root = copy.deepcopy(model) if attends else model
-        if attends:
+        packed = has_packed(model)
+        self.root = copy.deepcopy(model) if packed else model
+        if packed:
             unpack_all(self.root)
         self._watchers: dict[str, list[See]] = defaultdict(list)
         self._taps: dict[str, Change] = {}

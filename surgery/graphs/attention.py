@@ -12,7 +12,6 @@ first and (L, ..., E) of the length first both become (..., H, L, D), batched or
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from surgery.errors import InputError, Refusal
-from surgery.graphs.modules import carry_hooks, replace_module
+from surgery.graphs.modules import carry_hooks
 
-__all__ = ["UnpackedAttention", "pack_all", "repack", "unpack", "unpack_all"]
+__all__ = ["UnpackedAttention", "repack", "unpack"]
 
 _PROJECTIONS = ("in_proj_q", "in_proj_k", "in_proj_v")
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -193,57 +192,6 @@ def repack(attention: UnpackedAttention) -> nn.MultiheadAttention:
     children = {name: module for name, module in attention._modules.items() if name not in _PROJECTIONS}
     new._modules = children | {"out_proj": out_proj}
     return new
-
-
-def unpack_all(root: nn.Module) -> dict[int, nn.MultiheadAttention]:
-    """Unpack all attention below a module, in place; return the originals by the id of what took their place.
-
-    Attention whose packed weight is tied to that of another is left alone: its parts would come apart.
-    """
-    originals: dict[int, nn.MultiheadAttention] = {}
-    packed = [m._parameters.get("in_proj_weight") for m in root.modules() if isinstance(m, nn.MultiheadAttention)]
-    users = Counter(id(weight) for weight in packed if weight is not None)
-    made: dict[int, UnpackedAttention | Refusal] = {}
-    for path, module in list(root.named_modules(remove_duplicate=False)):
-        if not path or not isinstance(module, nn.MultiheadAttention) or isinstance(module, UnpackedAttention):
-            continue
-        if users[id(module._parameters.get("in_proj_weight"))] < 2:
-            if id(module) not in made:
-                made[id(module)] = unpack(module)
-            new = made[id(module)]
-            if isinstance(new, UnpackedAttention):
-                originals[id(new)] = module
-                replace_module(root, path, new)
-    return originals
-
-
-def pack_all(root: nn.Module, originals: dict[int, nn.MultiheadAttention]) -> None:
-    """Pack all attention below a module whose projections are whole again, in place; the originals come back unchanged.
-
-    ``originals`` are those that ``unpack_all`` gave for the same module.
-    """
-    packed: dict[int, nn.MultiheadAttention] = {}
-    for path, module in list(root.named_modules(remove_duplicate=False)):
-        if not isinstance(module, UnpackedAttention):
-            continue
-        if id(module) not in packed:
-            found = _packed(module, originals.get(id(module)))
-            if found is None:
-                continue
-            packed[id(module)] = found
-        replace_module(root, path, packed[id(module)])
-
-
-def _packed(module: UnpackedAttention, original: nn.MultiheadAttention | None) -> nn.MultiheadAttention | None:
-    try:
-        new = repack(module)
-    except InputError:  # a projection is factored
-        return None
-    if original is None:
-        return new
-    old = original.state_dict()
-    same = all(torch.equal(old[name], tensor) for name, tensor in new.state_dict().items())
-    return original if same and module.out_proj is original.out_proj else new
 
 
 def _carry(new: nn.MultiheadAttention, old: nn.MultiheadAttention) -> None:

@@ -57,8 +57,8 @@ class GraphKind(ABC):
 
     def find(self) -> Found:
         """Return all sites and skips, and the totals of the model; chains whose making is known are sites too."""
-        spots, skips = self.view.spots(self.shape)
-        chains = find_chains(self.view, self.origins, self.shape)
+        spots, skips = self.view.spots(self.input_shapes)
+        chains = find_chains(self.view, self.origins, self.input_shapes)
         inside = {call.node for chain in chains for row in chain.run.calls for call in row}
         if chains:
             others = [spot for spot in spots if not {call.node for call in spot.calls} & inside]
@@ -70,6 +70,10 @@ class GraphKind(ABC):
 
     def _placed(self, spot: Spot) -> Spot:
         return replace(spot, site=replace(spot.site, behind=behind(self.view, spot)))
+
+    def input_shapes(self, item: Item) -> tuple[Shape, ...]:
+        """Return the shape of an item's input for each time that it runs."""
+        return (self.shape(item.source),)
 
     @property
     def origins(self) -> Mapping[str, Origin]:

@@ -18,11 +18,10 @@ from torch.fx import Node
 
 from surgery.chain import Chain
 from surgery.errors import InputError, Refusal
-from surgery.graphs.attention import pack_all, unpack_all
 from surgery.graphs.chains import ChainSpot, Origin
 from surgery.graphs.exported import program_shapes, program_view
-from surgery.graphs.items import Item
 from surgery.graphs.kind import GraphKind
+from surgery.graphs.items import Item
 from surgery.graphs.links import is_link_module
 from surgery.graphs.module_edit import (
     FACTORED,
@@ -34,11 +33,13 @@ from surgery.graphs.module_edit import (
     splice_modules,
 )
 from surgery.graphs.modules import is_operator_module, read_module
+from surgery.graphs.recurrent import step_shapes
 from surgery.graphs.runs import Run
 from surgery.graphs.shapes import lazy_shapes
 from surgery.graphs.trace import export_program, trace_module
+from surgery.graphs.unpacking import has_packed, pack_all, unpack_all
 from surgery.graphs.view import Call, Spot, View, site_name
-from surgery.operators import Conv
+from surgery.operators import Conv, Shape
 from surgery.sites import Skip, describe
 
 __all__ = ["ModuleKind"]
@@ -52,8 +53,7 @@ class ModuleKind(GraphKind):
     def __init__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool, inplace: bool
     ) -> None:
-        attends = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
-        self._root = copy.deepcopy(model) if copies or (attends and not inplace) else model
+        self._root = copy.deepcopy(model) if copies or (has_packed(model) and not inplace) else model
         self._packed = unpack_all(self._root)
         self._shared: Shared = {}
         traced = trace_module(self._root, args, kwargs)
@@ -114,6 +114,10 @@ class ModuleKind(GraphKind):
         """Whether a call uses the weight of this module."""
         return owner._parameters.get("weight") is self.view.parameters[call.weight]
 
+    def input_shapes(self, item: Item) -> tuple[Shape, ...]:
+        """Return the shapes of an item's input: one for each step where it is in the loop of a recurrent layer."""
+        return step_shapes(self._root, item.path, self.shape(item.source))
+
     def splice(self, spot: Spot, chain: Chain) -> None:
         """Put a chain where an operator stands, at all its calls."""
         splice_modules(self._root, spot, chain, self._shared)
@@ -152,7 +156,7 @@ class ModuleKind(GraphKind):
         return {spot.site.name: Spot(spot.site, ()) for spot in spots}
 
     def finish(self) -> nn.Module:
-        """Return the changed model, with the packed attention of what has not changed."""
+        """Return the changed model, with packed weights where nothing has changed."""
         pack_all(self._root, self._packed)
         return self._root
 

@@ -18,7 +18,6 @@ from surgery.operators import Conv, Embedding, Linear, Operator
 from surgery.steps import Branches, Shift, Step
 
 __all__ = [
-    "RECURRENT",
     "build_module",
     "build_sequential",
     "carry_hooks",
@@ -37,16 +36,9 @@ _CONVS: dict[type[nn.Module], tuple[bool, int]] = {
     nn.ConvTranspose2d: (True, 2),
     nn.ConvTranspose3d: (True, 3),
 }
-RECURRENT = (
-    "recurrent layers are not handled yet: a factored recurrent weight needs a loop over the time steps in place of "
-    "the kernel, and its export as one Scan; the input weight alone gains less (tools/bench_recurrent.py times both)"
-)
 _REASONS: dict[str, str] = {
     "EmbeddingBag": "bags of embeddings are not handled",
     "MultiheadAttention": "its projections are packed in one weight; factor the module or an exported program instead",
-    "LSTM": RECURRENT,
-    "GRU": RECURRENT,
-    "RNN": RECURRENT,
 }
 
 

@@ -1,4 +1,7 @@
-"""Capture of an nn.Module's graph: torch.fx's symbolic tracing first, torch.export where that fails."""
+"""Capture of an nn.Module's graph: torch.fx's symbolic tracing first, torch.export where that fails.
+
+These graphs serve to find calls, not to be run: unpacked recurrent layers give their outline.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from torch.fx import GraphModule, Tracer
 from surgery.errors import CaptureError, InputError
 from surgery.graphs.links import is_link_module
 from surgery.graphs.modules import is_operator_module
+from surgery.graphs.recurrent import outlining
 from surgery.graphs.shapes import evaluation
 
 __all__ = ["export_program", "trace_module"]
@@ -48,7 +52,7 @@ def trace_module(
         return None
     given, defaults = bound
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), outlining():
             warnings.simplefilter("ignore")
             graph = _Tracer().trace(model, concrete_args=defaults or None)
     except Exception:  # user code on proxies may raise anything; torch.export is tried next
@@ -91,7 +95,7 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         CaptureError: torch.export cannot capture the model either.
     """
     try:
-        with warnings.catch_warnings(), evaluation(model), torch.no_grad():
+        with warnings.catch_warnings(), evaluation(model), torch.no_grad(), outlining():
             warnings.simplefilter("ignore")
             return torch.export.export(model, args, kwargs)
     except Exception as error:  # user code may raise anything

@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 
 from surgery.errors import Refusal
 from surgery.graphs.functional import Parts, read_call, transposed_source
-from surgery.graphs.modules import RECURRENT, is_operator_module, read_module, refuse_module, stored_as
+from surgery.graphs.modules import is_operator_module, read_module, refuse_module, stored_as
 from surgery.operators import Conv, Operator, Shape
 from surgery.sites import Site, Skip, describe
 
@@ -26,13 +26,16 @@ __all__ = ["Call", "Spot", "View", "identity", "site_name"]
 
 aten = torch.ops.aten
 
+_KERNEL = "a kernel reads all weights of the recurrent layer; factor the module, and export what comes of it"
+_SCAN = "a loop over the steps of a recurrent layer uses it; change the module that the program was exported from"
+
 # functions with weight matrices that are no site, and why
 _OTHER_FUNCTIONS: dict[Any, str] = {
     aten.embedding_bag.padding_idx: "bags of embeddings are not handled",
-    aten.lstm.input: RECURRENT,
-    aten.gru.input: RECURRENT,
-    aten.rnn_tanh.input: RECURRENT,
-    aten.rnn_relu.input: RECURRENT,
+    aten.lstm.input: _KERNEL,
+    aten.gru.input: _KERNEL,
+    aten.rnn_tanh.input: _KERNEL,
+    aten.rnn_relu.input: _KERNEL,
     aten.bilinear.default: "bilinear maps are not handled yet",
     aten.einsum.default: "einsum on a weight is not handled yet",
     aten.bmm.default: "a batch of weight matrices is not handled yet",
@@ -240,19 +243,22 @@ class View:
                     uses[identity(parameter)].add(node)
         return uses
 
-    def spots(self, shape: Callable[[Node], Shape]) -> tuple[list[Spot], list[Skip]]:
-        """Return all sites with their calls, and what was considered and left alone."""
+    def spots(self, input_shapes: Callable[[Call], tuple[Shape, ...]]) -> tuple[list[Spot], list[Skip]]:
+        """Return all sites with their calls, and what was considered and left alone.
+
+        ``input_shapes`` has the shape of a call's input for each time that it runs.
+        """
         groups: dict[tuple[Any, ...], list[Call]] = defaultdict(list)
         for call in self.calls:
             groups[identity(self.parameters[call.weight])].append(call)
         skips, spots = list(self._skips.values()), []
         for key, calls in groups.items():
             names = [site_name(name) for name in self.names[key]]
-            shapes = tuple(shape(call.source) for call in calls)
+            shapes = tuple(shape for call in calls for shape in input_shapes(call))
             refusal = self._refuse_group(key, calls, shapes)
             operator = calls[0].operator
             if refusal is not None:
-                macs = sum(c.operator.macs(s) for c, s in zip(calls, shapes, strict=True))
+                macs = sum(operator.macs(shape) for shape in shapes)
                 name = site_name(calls[0].weight)
                 skips.append(Skip(name, describe(operator), refusal.reason, operator.parameters, macs))
             else:

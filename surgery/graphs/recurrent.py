@@ -1,0 +1,384 @@
+"""nn.LSTM, nn.GRU and nn.RNN with their weights as modules of their own, so that each can be factored.
+
+    LSTM    i, f, g, o = W x + R h        c <- s(f) c + s(i) tanh(g)    h <- s(o) tanh(c), then P h where there is a P
+    GRU     r, z = s(W x + R h)           n = tanh(W x + r R h)         h <- n + z (h - n)
+    RNN     h <- tanh(W x + R h), or with relu
+
+(biases left out, s is the sigmoid). torch keeps W, R and P of layer k as weight_ih_lk, weight_hh_lk and weight_hr_lk,
+which only a kernel reads; UnpackedRecurrent calls them as ih_lk, hh_lk and hr_lk. W is one product for all steps. As
+long as R and P of a layer are dense, torch's kernel does the rest, with the last factor of W as its input weight; else
+there is a loop over the steps, which torch.export captures as one ``scan`` and ONNX has as one Scan.
+
+Outside of the kernel no call of R can be seen in a graph. So graphs that serve to find calls are made of an outline
+(``outlining``): the same modules on values of the same shapes, all steps at once, without the loop; never to be run for
+its numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from surgery.errors import InputError, Refusal
+from surgery.graphs.modules import carry_hooks
+from surgery.operators import Shape
+
+__all__ = ["UnpackedRecurrent", "outlining", "repack", "step_shapes", "unpack"]
+
+_KINDS: dict[str, type[nn.RNNBase]] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
+_KERNELS: dict[str, Callable[..., Any]] = {
+    "LSTM": torch.lstm,
+    "GRU": torch.gru,
+    "RNN_TANH": torch.rnn_tanh,
+    "RNN_RELU": torch.rnn_relu,
+}
+_PARTS = ("ih", "hh", "hr")
+_IN_LOOP = ("hh_", "hr_")
+_OUTLINE: ContextVar[bool] = ContextVar("outline", default=False)
+
+State = tuple[Tensor, ...]
+
+
+@contextmanager
+def outlining() -> Iterator[None]:
+    """Let unpacked recurrent modules give their outline, for a graph to be looked at and not to be run."""
+    token = _OUTLINE.set(True)
+    try:
+        yield
+    finally:
+        _OUTLINE.reset(token)
+
+
+class UnpackedRecurrent(nn.Module):
+    """A recurrent module that calls ``ih_l0``, ``hh_l0``, ... (``hr_l0`` with projections), on (..., features).
+
+    Made by ``unpack``. These have no bias: ``bias_ih_l0``, ``bias_hh_l0``, ... (G H,) stay parameters here. All other
+    attributes, the training flag and the hooks are those of the module it is made of; biases and weights are the same
+    objects. Each of the parts may be replaced by what maps the same widths, such as low-rank factors.
+    """
+
+    mode: str
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    proj_size: int
+    bias: bool
+    batch_first: bool
+    bidirectional: bool
+    dropout: float
+
+    def __init__(self, module: nn.RNNBase) -> None:
+        super().__init__()
+        _carry(self, module)
+        for name, parameter in module._parameters.items():
+            if not name.startswith("weight_"):
+                self.register_parameter(name, parameter)
+        for name, parameter in module._parameters.items():
+            if name.startswith("weight_"):
+                self.add_module(name.removeprefix("weight_"), _linear(parameter).train(module.training))
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: there is no one block of memory for all weights, as cuDNN wants it."""
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+        """Return the hidden states of the last layer and the last states of all, as nn.LSTM and its like do.
+
+        Shapes: input (T, N, I), or (N, T, I) where ``batch_first``, or (T, I), or a PackedSequence; hx (layers *
+        directions, N, H), or the pair of hidden and cell states of an LSTM, without N for (T, I).
+
+        Raises:
+            InputError: the input or the states have other shapes.
+        """
+        if _OUTLINE.get():
+            return self._outline(input)
+        sizes = None
+        if isinstance(input, PackedSequence):
+            x, sizes, single = input.data, input.batch_sizes.tolist(), False
+            order = input.sorted_indices
+        else:
+            single, order = input.dim() == 2, None
+            x = input.unsqueeze(1) if single else input.transpose(0, 1) if self.batch_first else input
+        if x.dim() != (3 if sizes is None else 2) or x.shape[-1] != self.input_size:
+            what = f"the input of {self.mode} has shape {tuple(x.shape if sizes else input.shape)}"
+            raise InputError(what, allowed=f"2 or 3 axes, the last of {self.input_size}")
+        states = self._initial(hx, x, x.shape[1] if sizes is None else sizes[0], single=single, order=order)
+        x, ends = self._layers(x, states, sizes)
+        return self._finished(input, x, ends, single=single)
+
+    def _initial(self, hx: Any, x: Tensor, batch: int, *, single: bool, order: Tensor | None) -> State:
+        """Return the states before the first step, (layers * directions, N, width) each, in the order of the rows."""
+        count = self.num_layers * self._directions
+        shapes = [(count, batch, width) for width in self._widths]
+        if hx is None:
+            return tuple(x.new_zeros(shape) for shape in shapes)
+        given = tuple(hx) if self.mode == "LSTM" else (hx,)
+        given = tuple(state.unsqueeze(1) for state in given) if single else given
+        found = [tuple(state.shape) for state in given]
+        if found != shapes:
+            raise InputError(f"the states of {self.mode} have shapes {found}", allowed=f"{shapes} for this input")
+        return given if order is None else tuple(state.index_select(1, order) for state in given)
+
+    def _layers(self, x: Tensor, states: State, sizes: list[int] | None) -> tuple[Tensor, list[State]]:
+        ends: list[State] = []
+        for layer in range(self.num_layers):
+            rows = []
+            for suffix in self._suffixes(layer):
+                state = tuple(part[len(ends)] for part in states)
+                out, end = self._run(suffix, x, state, sizes)
+                rows.append(out)
+                ends.append(end)
+            x = rows[0] if len(rows) == 1 else torch.cat(rows, -1)
+            if self.dropout and self.training and layer + 1 < self.num_layers:
+                x = F.dropout(x, self.dropout)
+        return x, ends
+
+    def _finished(self, given: Any, x: Tensor, ends: Sequence[State], *, single: bool) -> tuple[Any, Any]:
+        last = tuple(torch.stack(part) for part in zip(*ends, strict=True))
+        out: Tensor | PackedSequence
+        if isinstance(given, PackedSequence):
+            out = PackedSequence(x, given.batch_sizes, given.sorted_indices, given.unsorted_indices)
+            if given.unsorted_indices is not None:
+                last = tuple(part.index_select(1, given.unsorted_indices) for part in last)
+        elif single:
+            out, last = x.squeeze(1), tuple(part.squeeze(1) for part in last)
+        else:
+            out = x.transpose(0, 1) if self.batch_first else x
+        return out, last if self.mode == "LSTM" else last[0]
+
+    @property
+    def _directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        """The widths of the states: of the hidden ones, and of an LSTM's cell states."""
+        hidden = self.proj_size or self.hidden_size
+        return (hidden, self.hidden_size) if self.mode == "LSTM" else (hidden,)
+
+    def _suffixes(self, layer: int) -> list[str]:
+        return [f"l{layer}", f"l{layer}_reverse"][: self._directions]
+
+    def _part(self, part: str, suffix: str) -> nn.Module | None:
+        return self._modules.get(f"{part}_{suffix}")
+
+    def _run(self, suffix: str, x: Tensor, state: State, sizes: list[int] | None) -> tuple[Tensor, State]:
+        """Run one layer in one direction; the states of the last step come with those of all."""
+        backwards = suffix.endswith("_reverse")
+        kernel = self._kernel_weights(suffix) if sizes is None else None
+        if kernel is None:
+            return self._loop(suffix, x, state, sizes, backwards=backwards)
+        first, weights = kernel
+        x = first(x.flip(0) if backwards else x)
+        begin = tuple(part.unsqueeze(0).contiguous() for part in state)
+        hx = begin if self.mode == "LSTM" else begin[0]
+        # has_biases, num_layers, dropout, train, bidirectional, batch_first
+        out, *ends = _KERNELS[self.mode](x, hx, weights, self.bias, 1, 0.0, self.training, False, False)
+        return out.flip(0) if backwards else out, tuple(part.squeeze(0) for part in ends)
+
+    def _kernel_weights(self, suffix: str) -> tuple[nn.Module, list[Tensor]] | None:
+        """Return what torch's kernel takes as weights and what stands before it; None where it cannot be used."""
+        first, last = _split(self.get_submodule(f"ih_{suffix}"))
+        parts = [last, self._part("hh", suffix), self._part("hr", suffix)]
+        if not all(part is None or _is_plain(part) for part in parts) or last is None:
+            return None
+        weights = [part.weight for part in parts if part is not None]
+        biases = self._biases(suffix)
+        return first, [*weights[:2], *biases, *weights[2:]]
+
+    def _biases(self, suffix: str) -> list[Tensor]:
+        return [getattr(self, f"bias_{part}_{suffix}") for part in _PARTS[:2]] if self.bias else []
+
+    def _loop(
+        self, suffix: str, x: Tensor, state: State, sizes: list[int] | None, *, backwards: bool
+    ) -> tuple[Tensor, State]:
+        """Run one layer step by step. With ``sizes`` rows come and go: step t has so many, the first ones."""
+        parts = self.get_submodule(f"ih_{suffix}")(x)
+        for bias in self._biases(suffix)[: 1 if self.mode == "GRU" else 2]:
+            parts = parts + bias
+        if sizes is None and torch.compiler.is_exporting():
+            return self._scan(suffix, parts, state, backwards=backwards)
+        steps = list(parts.unbind(0) if sizes is None else parts.split(sizes))
+        out, ended, begin = [], [], state
+        if backwards:
+            steps.reverse()
+            state = tuple(part[: steps[0].shape[0]] for part in state)
+        for step in steps:
+            rows, before = step.shape[0], state[0].shape[0]
+            if rows > before:
+                state = tuple(torch.cat([s, b[before:rows]]) for s, b in zip(state, begin, strict=True))
+            elif rows < before:
+                ended.append(tuple(part[rows:] for part in state))
+                state = tuple(part[:rows] for part in state)
+            state = self._step(suffix, step, state)
+            out.append(state[0])
+        if backwards:
+            out.reverse()
+        whole = [state, *reversed(ended)]
+        ends = state if len(whole) == 1 else tuple(torch.cat(part) for part in zip(*whole, strict=True))
+        return torch.stack(out) if sizes is None else torch.cat(out), ends
+
+    def _scan(self, suffix: str, parts: Tensor, state: State, *, backwards: bool) -> tuple[Tensor, State]:
+        from torch._higher_order_ops.scan import scan  # torch has no public name for it yet
+
+        def step(carry: State, part: Tensor) -> tuple[State, Tensor]:
+            after = self._step(suffix, part, carry)
+            return after, after[0].clone()  # outputs may not be one value twice
+
+        begin = tuple(part.clone() for part in state)
+        ends, out = scan(step, begin, parts.flip(0) if backwards else parts)
+        return out.flip(0) if backwards else out, tuple(ends)
+
+    def _step(self, suffix: str, part: Tensor, state: State) -> State:
+        """Return the states after a step, from what W gives it (N, G H) and from the states before."""
+        h = state[0]
+        recurrent = self.get_submodule(f"hh_{suffix}")(h)
+        if self.mode == "LSTM":
+            i, f, g, o = (part + recurrent).chunk(4, -1)
+            c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            project = self._part("hr", suffix)
+            return (h if project is None else project(h), c)
+        if self.mode == "GRU":
+            if self.bias:
+                recurrent = recurrent + self._biases(suffix)[1]
+            both = slice(2 * self.hidden_size)
+            r, z = (part[..., both] + recurrent[..., both]).sigmoid().chunk(2, -1)
+            n = (part[..., both.stop :] + r * recurrent[..., both.stop :]).tanh()
+            return (n + z * (h - n),)
+        return ((part + recurrent).tanh() if self.mode == "RNN_TANH" else (part + recurrent).relu(),)
+
+    def _outline(self, x: Any) -> tuple[Any, Any]:
+        """Call all parts on values of the right shapes, with an axis for all steps, whichever it is."""
+        ends: tuple[list[Tensor], ...] = tuple([] for _ in self._widths)
+        for layer in range(self.num_layers):
+            rows = []
+            for suffix in self._suffixes(layer):
+                before = F.pad(x, (0, self._widths[0] - (self.input_size if layer == 0 else self._width)))
+                gates = self.get_submodule(f"ih_{suffix}")(x) + self.get_submodule(f"hh_{suffix}")(before)
+                cell = torch.sigmoid(gates)[..., : self.hidden_size]
+                project = self._part("hr", suffix)
+                hidden = cell if project is None else project(cell)
+                rows.append(hidden)
+                for end, states in zip(ends, (hidden, cell), strict=False):
+                    end.append(states.select(-2 if self.batch_first else 0, -1))
+            x = rows[0] if len(rows) == 1 else torch.cat(rows, -1)
+        last = tuple(torch.stack(part) for part in ends)
+        return x, last if self.mode == "LSTM" else last[0]
+
+    @property
+    def _width(self) -> int:
+        """The width of a layer's output."""
+        return self._directions * self._widths[0]
+
+    def extra_repr(self) -> str:
+        """Return what the class would say of itself."""
+        return f"{self.mode}, {self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"
+
+
+def unpack(module: nn.RNNBase) -> UnpackedRecurrent | Refusal:
+    """Return a recurrent module with its weights as modules, or why it must stay as it is; the argument is not changed.
+
+    Example:
+        >>> [name for name, _ in unpack(nn.LSTM(3, 4, num_layers=2)).named_children()]
+        ['ih_l0', 'hh_l0', 'ih_l1', 'hh_l1']
+    """
+    if type(module) not in _KINDS.values() or "forward" in vars(module):
+        kind = type(module).__name__
+        if torch.nn.utils.parametrize.is_parametrized(module):
+            return Refusal("its weights are computed from other parameters (weight norm or another parametrization)")
+        return Refusal(f"{kind} may compute otherwise than torch's own: it is a subclass or has its own forward")
+    if any(module._parameters.get(name) is None for name in module._flat_weights_names):
+        return Refusal("its weights are computed from other parameters (weight norm or another parametrization)")
+    return UnpackedRecurrent(module)
+
+
+def repack(module: UnpackedRecurrent) -> nn.RNNBase:
+    """Return torch's own module with the same weights and biases: the inverse of ``unpack``. The argument stays.
+
+    Raises:
+        InputError: a part is not a plain nn.Linear of the original shape without a bias.
+    """
+    kind, extra = _KINDS[module.mode], {}
+    if kind is nn.RNN:
+        extra["nonlinearity"] = module.mode.removeprefix("RNN_").lower()
+    if module.proj_size:
+        extra["proj_size"] = module.proj_size
+    new: Any = kind(
+        module.input_size,
+        module.hidden_size,
+        module.num_layers,
+        bias=module.bias,
+        batch_first=module.batch_first,
+        bidirectional=module.bidirectional,
+        device="meta",
+        **extra,
+    )
+    for name, parameter in list(new._parameters.items()):
+        part = name.removeprefix("weight_")
+        value = module._parameters[name] if part == name else _weight(module, part, tuple(parameter.shape))
+        setattr(new, name, value)
+    _carry(new, module)
+    return new
+
+
+def step_shapes(root: nn.Module, path: str | None, shape: Shape) -> tuple[Shape, ...]:
+    """Return the shapes of the calls that one call in an outline stands for: one for each step, if it is in the loop.
+
+    ``path`` is that of the module that is called, and ``shape`` that of its input in the outline.
+    """
+    words = (path or "").split(".")
+    for at, word in enumerate(words):
+        parent = root.get_submodule(".".join(words[:at]))
+        if isinstance(parent, UnpackedRecurrent) and word.startswith(_IN_LOOP):
+            if len(shape) == 2:
+                return ((1, shape[-1]),) * shape[0]
+            batch, steps = shape[:2] if parent.batch_first else shape[1::-1]
+            return ((batch, shape[-1]),) * steps
+    return (shape,)
+
+
+def _carry(new: nn.Module, old: nn.Module) -> None:
+    """Give a module the attributes, the training flag, the buffers and the hooks of another."""
+    vars(new).update({k: v for k, v in vars(old).items() if not k.startswith("_")})
+    new._buffers = dict(old._buffers)
+    carry_hooks(new, old)
+
+
+def _linear(weight: Any) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = weight
+    return linear
+
+
+def _is_plain(module: Any) -> bool:
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return type(module) is nn.Linear and module.bias is None and not hooked
+
+
+def _split(module: nn.Module) -> tuple[nn.Module, Any]:
+    """Return a chain but for its last linear layer, and that; without one, None stands for it."""
+    if _is_plain(module):
+        return nn.Identity(), module
+    watched = any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    if type(module) is nn.Sequential and not watched and _is_plain(module[-1]):
+        return module[:-1], module[-1]
+    return module, None
+
+
+def _weight(module: UnpackedRecurrent, name: str, shape: Shape) -> nn.Parameter:
+    part: Any = module._modules[name]
+    if type(part) is not nn.Linear or part.bias is not None or tuple(part.weight.shape) != shape:
+        raise InputError(
+            f"{_KINDS[module.mode].__name__} cannot hold {name}, {type(part).__name__}({part.extra_repr()})",
+            allowed=f"a plain nn.Linear with a weight {shape} and no bias",
+            next_step="recompose it first",
+        )
+    weight: nn.Parameter = part.weight
+    return weight

@@ -1,0 +1,95 @@
+"""Take apart all modules below a root whose weights only a kernel reads, and put together what stayed whole."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.errors import InputError, Refusal
+from surgery.graphs import attention, recurrent
+from surgery.graphs.attention import UnpackedAttention
+from surgery.graphs.modules import replace_module
+from surgery.graphs.recurrent import UnpackedRecurrent
+
+__all__ = ["Originals", "has_packed", "pack_all", "unpack_all"]
+
+_Packed = nn.MultiheadAttention | nn.RNNBase
+_Unpacked = UnpackedAttention | UnpackedRecurrent
+Originals = dict[int, _Packed]
+
+
+def has_packed(root: nn.Module) -> bool:
+    """Whether there is anything to unpack or to pack."""
+    return any(isinstance(module, _Packed | _Unpacked) for module in root.modules())
+
+
+def unpack_all(root: nn.Module) -> Originals:
+    """Unpack all below a module, in place; return the originals by the id of what took their place.
+
+    Attention whose packed weight is tied to that of another is left alone: its parts would come apart.
+    """
+    originals: Originals = {}
+    users = Counter(id(m._parameters.get("in_proj_weight")) for m in root.modules() if _is_packed(m))
+    made: dict[int, _Unpacked | Refusal] = {}
+    for path, module in list(root.named_modules(remove_duplicate=False)):
+        if not path or not _is_packed(module):
+            continue
+        weight = module._parameters.get("in_proj_weight")
+        if weight is None or users[id(weight)] < 2:
+            if id(module) not in made:
+                made[id(module)] = _unpack(module)
+            new = made[id(module)]
+            if not isinstance(new, Refusal):
+                originals[id(new)] = module  # type: ignore[assignment]  # it is packed
+                replace_module(root, path, new)
+    return originals
+
+
+def pack_all(root: nn.Module, originals: Originals) -> None:
+    """Pack all below a module whose parts are whole again, in place; what has not changed comes back as it was.
+
+    ``originals`` are those that ``unpack_all`` gave for the same module.
+    """
+    packed: dict[int, _Packed] = {}
+    for path, module in list(root.named_modules(remove_duplicate=False)):
+        if not path or not isinstance(module, _Unpacked):
+            continue
+        if id(module) not in packed:
+            found = _packed(module, originals.get(id(module)))
+            if found is None:
+                continue
+            packed[id(module)] = found
+        replace_module(root, path, packed[id(module)])
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return isinstance(module, _Packed) and not isinstance(module, UnpackedAttention)
+
+
+def _unpack(module: Any) -> _Unpacked | Refusal:
+    return attention.unpack(module) if isinstance(module, nn.MultiheadAttention) else recurrent.unpack(module)
+
+
+def _packed(module: _Unpacked, original: _Packed | None) -> _Packed | None:
+    new: _Packed
+    try:
+        if isinstance(module, UnpackedAttention):
+            new = attention.repack(module)
+        else:
+            new = recurrent.repack(module)
+    except InputError:  # a part is factored
+        return None
+    return original if original is not None and _same(module, original, new) else new
+
+
+def _same(module: _Unpacked, original: _Packed, new: _Packed) -> bool:
+    """Whether what was packed again is the original: in what it holds, and in the parameters that were shared."""
+    if isinstance(module, UnpackedAttention):
+        if module.out_proj is not original.out_proj:
+            return False
+        old = original.state_dict()
+        return all(torch.equal(old[name], tensor) for name, tensor in new.state_dict().items())
+    return all(new._parameters[name] is parameter for name, parameter in original._parameters.items())
