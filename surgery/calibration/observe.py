@@ -1,8 +1,8 @@
 """Run a model of any graph kind on calibration inputs, and show the values that something is called on.
 
 An nn.Module runs as it is, and hooks see what its submodules get. Graphs are interpreted node by node, on the
-parameters that the graph kind holds, with packed attention taken apart as the kind has it. Always in evaluation mode
-and without gradients. The model itself is not changed.
+parameters that the graph kind holds, with packed attention taken apart as the kind has it, and hooks for what an
+outline stands for. Always in evaluation mode and without gradients. The model itself is not changed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import InputError
 from surgery.graphs import Call, GraphKind, Model, open_graph
+from surgery.graphs.outline import in_outline
 from surgery.graphs.shapes import evaluation
 from surgery.graphs.unpacking import has_packed, unpack_all
 from surgery.inputs import Inputs
@@ -110,21 +111,19 @@ class ObservedModule(Observed):
         self.root = copy.deepcopy(model) if packed else model
         if packed:
             unpack_all(self.root)
-        self._watchers: dict[str, list[See]] = defaultdict(list)
-        self._taps: dict[str, Change] = {}
+        self._hooks = _Hooks()
 
     def watch(self, call: Call, see: See) -> None:
         """Show the input of a module; one hook sees all its calls, so it is added once however many there are."""
-        self.watch_module(str(call.path), see)
+        self._hooks.watch(str(call.path), see)
 
     def watch_module(self, path: str, see: See) -> None:
         """Show ``see`` the first input of a submodule."""
-        if see not in self._watchers[path]:
-            self._watchers[path].append(see)
+        self._hooks.watch(path, see)
 
     def tap(self, call: Call, change: Change) -> None:
         """Change the output of a module."""
-        self._taps[str(call.path)] = change
+        self._hooks.taps[str(call.path)] = change
 
     @property
     def parameters(self) -> Iterable[nn.Parameter]:
@@ -134,15 +133,32 @@ class ObservedModule(Observed):
     def execute(self, inputs: Inputs) -> Any:
         """Run with hooks, which are gone afterwards."""
         args, kwargs = inputs
+        with self._hooks.on(self.root), evaluation(self.root):
+            return self.root(*args, **kwargs)
+
+
+class _Hooks:
+    """What is to be shown of submodules and changed in them, by path."""
+
+    def __init__(self) -> None:
+        self.watchers: dict[str, list[See]] = defaultdict(list)
+        self.taps: dict[str, Change] = {}
+
+    def watch(self, path: str, see: See) -> None:
+        if see not in self.watchers[path]:
+            self.watchers[path].append(see)
+
+    @contextmanager
+    def on(self, root: nn.Module) -> Iterator[None]:
+        """Have the hooks on a module for a while."""
         handles = [
-            self.root.get_submodule(path).register_forward_pre_hook(_hook(sees), with_kwargs=True)
-            for path, sees in self._watchers.items()
+            root.get_submodule(path).register_forward_pre_hook(_hook(sees), with_kwargs=True)
+            for path, sees in self.watchers.items()
         ]
-        for path, change in self._taps.items():
-            handles.append(self.root.get_submodule(path).register_forward_hook(_output_hook(change)))
+        for path, change in self.taps.items():
+            handles.append(root.get_submodule(path).register_forward_hook(_output_hook(change)))
         try:
-            with evaluation(self.root):
-                return self.root(*args, **kwargs)
+            yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -169,10 +185,14 @@ class ObservedGraph(Observed):
         self._bind = bind
         self._watchers: dict[Node, list[tuple[Node, See]]] = defaultdict(list)
         self._taps: dict[Node, Change] = {}
+        self._hooks = _Hooks()
 
     def watch(self, call: Call, see: See) -> None:
         """Show the input of a call."""
-        self.watch_node(call.nodes[0], call.source, see)
+        if in_outline(call.node):
+            self._hooks.watch(str(call.path), see)
+        else:
+            self.watch_node(call.nodes[0], call.source, see)
 
     def watch_node(self, node: Node, source: Node, see: See) -> None:
         """Show ``see`` the value of one of a node's inputs, just before the node runs."""
@@ -180,7 +200,10 @@ class ObservedGraph(Observed):
 
     def tap(self, call: Call, change: Change) -> None:
         """Change the output of a call."""
-        self._taps[call.node] = change
+        if in_outline(call.node):
+            self._hooks.taps[str(call.path)] = change
+        else:
+            self._taps[call.node] = change
 
     @property
     def parameters(self) -> Iterable[nn.Parameter]:
@@ -196,7 +219,7 @@ class ObservedGraph(Observed):
 
     def execute(self, inputs: Inputs) -> Any:
         """Interpret the graph."""
-        with evaluation(self.module):
+        with self._hooks.on(self.module), evaluation(self.module):
             interpreter = _Interpreter(self.module, self._watchers, self._taps)
             return interpreter.run(initial_env=dict(self._bind(self.kind, inputs)), enable_io_processing=False)
 
@@ -209,6 +232,8 @@ class _Interpreter(Interpreter):
         self._watchers, self._taps = watchers, taps
 
     def run_node(self, n: Node) -> Any:
+        if in_outline(n):
+            return None
         for source, see in self._watchers.get(n, ()):
             see(self.env[source])
         value = super().run_node(n)

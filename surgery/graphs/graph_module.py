@@ -23,10 +23,14 @@ from surgery.graphs.functional_edit import (
 )
 from surgery.graphs.items import Item
 from surgery.graphs.module_edit import fuse_modules, is_whole_sequential, refuse_outside, splice_modules
+from surgery.graphs.outline import drop_outline, outline
 from surgery.graphs.packed import pack, unpack
+from surgery.graphs.recurrent import step_shapes
 from surgery.graphs.runs import Run
 from surgery.graphs.shapes import lazy_shapes
+from surgery.graphs.unpacking import has_packed, pack_all, unpack_all
 from surgery.graphs.view import Spot, View
+from surgery.operators import Shape
 from surgery.steps import Branches, Step
 
 __all__ = ["GraphModuleKind"]
@@ -40,8 +44,11 @@ class GraphModuleKind(FunctionalKind):
     def __init__(
         self, model: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool, inplace: bool
     ) -> None:
-        self._root = _copy(model) if copies or (_attends(model) and not inplace) else model
+        packed = has_packed(model) or _attends(model)
+        self._root = _copy(model) if copies or (packed and not inplace) else model
+        self._packed = unpack_all(self._root)
         self.graph = self._root.graph
+        outline(self._root)
         self.record = read_record(self._root)
         self.shape = lazy_shapes(self._root, lambda: _placeholder_values(self._root, args, kwargs))
         self.shared = {}
@@ -61,6 +68,10 @@ class GraphModuleKind(FunctionalKind):
             frozenset(node for node, name in reads.items() if name not in parameters),
             self._root.get_submodule,
         )
+
+    def input_shapes(self, item: Item) -> tuple[Shape, ...]:
+        """Return the shapes of an item's input: one for each step where it is in the loop of a recurrent layer."""
+        return step_shapes(self._root, item.path, self.shape(item.source))
 
     def splice(self, spot: Spot, chain: Chain) -> None:
         """Put a chain where an operator stands, at all its calls."""
@@ -150,6 +161,8 @@ class GraphModuleKind(FunctionalKind):
 
     def finish(self) -> GraphModule:
         """Lint and recompile."""
+        drop_outline(self.graph)
+        pack_all(self._root, self._packed)
         pack(self)
         write_record(self._root, self.record)
         self.graph.lint()

@@ -22,6 +22,7 @@ __all__ = [
     "build_sequential",
     "carry_hooks",
     "is_operator_module",
+    "is_outlined",
     "read_module",
     "refuse_module",
     "replace_module",
@@ -68,6 +69,11 @@ def is_operator_module(module: nn.Module) -> bool:
     )
 
 
+def is_outlined(module: nn.Module) -> bool:
+    """Whether the calls of the module's parts stand beside its own in a graph, as an outline that is not to be run."""
+    return getattr(module, "outlined", False)
+
+
 def stored_as(module: nn.Module) -> str:
     """Return how the module stores its weight, "out_in" or "in_out"."""
     return "in_out" if _is_conv1d(type(module)) else "out_in"
@@ -106,7 +112,7 @@ def _read_embedding(module: nn.Embedding, weight: Tensor) -> Operator | Refusal:
 def refuse_module(module: nn.Module) -> str | None:
     """Return why a leaf module with matrix weights is no site, or None if it has no such weights."""
     name = type(module).__name__
-    if is_link_module(module):
+    if is_link_module(module) or is_outlined(module):
         return None
     if name in _REASONS:
         return _REASONS[name]

@@ -64,6 +64,7 @@ class UnpackedRecurrent(nn.Module):
     objects. Each of the parts may be replaced by what maps the same widths, such as low-rank factors.
     """
 
+    outlined = True
     mode: str
     input_size: int
     hidden_size: int

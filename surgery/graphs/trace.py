@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Tracer
+from torch.fx import Graph, GraphModule, Tracer
 
 from surgery.errors import CaptureError, InputError
 from surgery.graphs.links import is_link_module
@@ -20,7 +20,7 @@ from surgery.graphs.modules import is_operator_module
 from surgery.graphs.recurrent import outlining
 from surgery.graphs.shapes import evaluation
 
-__all__ = ["export_program", "trace_module"]
+__all__ = ["export_program", "trace_module", "trace_outline"]
 
 
 _TRANSFORMERS = (
@@ -64,6 +64,12 @@ def trace_module(
             # the tracer renames arguments that it fixes
             values.append(given[name] if name in given else defaults[name.removesuffix("_1")])
     return GraphModule(model, graph), tuple(values)
+
+
+def trace_outline(module: nn.Module) -> Graph:
+    """Return the graph of the outline of an unpacked recurrent module."""
+    with outlining():
+        return _Tracer().trace(module)
 
 
 def _bind(

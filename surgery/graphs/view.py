@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 
 from surgery.errors import Refusal
 from surgery.graphs.functional import Parts, read_call, transposed_source
-from surgery.graphs.modules import is_operator_module, read_module, refuse_module, stored_as
+from surgery.graphs.modules import is_operator_module, is_outlined, read_module, refuse_module, stored_as
 from surgery.operators import Conv, Operator, Shape
 from surgery.sites import Site, Skip, describe
 
@@ -239,7 +239,8 @@ class View:
                 uses[identity(self.parameters[name])].update(seen)
         for node in self.graph.nodes:
             if node.op == "call_module" and self.module is not None:
-                for parameter in self.module(str(node.target)).parameters():
+                module = self.module(str(node.target))
+                for parameter in () if is_outlined(module) else module.parameters():
                     uses[identity(parameter)].add(node)
         return uses
 
