@@ -11,7 +11,7 @@ import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from surgery.errors import InputError
 from surgery.graphs import Call, GraphKind, Model, open_graph
 from surgery.graphs.outline import in_outline
+from surgery.graphs.recurrence import Recurrence
 from surgery.graphs.shapes import evaluation
 from surgery.graphs.unpacking import has_packed, unpack_all
 from surgery.inputs import Inputs
@@ -220,24 +221,40 @@ class ObservedGraph(Observed):
     def execute(self, inputs: Inputs) -> Any:
         """Interpret the graph."""
         with self._hooks.on(self.module), evaluation(self.module):
-            interpreter = _Interpreter(self.module, self._watchers, self._taps)
+            interpreter = _Interpreter(self.module, self._watchers, self._taps, self.kind.recurrences)
             return interpreter.run(initial_env=dict(self._bind(self.kind, inputs)), enable_io_processing=False)
 
 
 class _Interpreter(Interpreter):
     def __init__(
-        self, module: GraphModule, watchers: Mapping[Node, list[tuple[Node, See]]], taps: Mapping[Node, Change]
+        self,
+        module: GraphModule,
+        watchers: Mapping[Node, list[tuple[Node, See]]],
+        taps: Mapping[Node, Change],
+        layers: Sequence[Recurrence],
     ) -> None:
-        super().__init__(module)
+        super().__init__(module, garbage_collect_values=not layers)
         self._watchers, self._taps = watchers, taps
+        self._layers = {node: layer for layer in layers for node in layer.inside}
+        self._found: dict[str, tuple[Tensor, ...]] = {}
 
     def run_node(self, n: Node) -> Any:
         if in_outline(n):
             return None
+        if n in self._layers:
+            return self._of_layer(self._layers[n], n)
         for source, see in self._watchers.get(n, ()):
             see(self.env[source])
         value = super().run_node(n)
         return self._taps[n](value) if n in self._taps else value
+
+    def _of_layer(self, layer: Recurrence, node: Node) -> Tensor | None:
+        """Return what a node has of a recurrent layer's results, by its module, which may be watched."""
+        if node not in layer.outputs:
+            return None
+        if layer.path not in self._found:
+            self._found[layer.path] = layer.run(self.env[layer.source], [self.env[state] for state in layer.states])
+        return self._found[layer.path][layer.outputs.index(node)]
 
 
 def _bind_program(program: ExportedProgram, kind: GraphKind, inputs: Inputs) -> dict[Node, Any]:

@@ -7,6 +7,8 @@ values by running them on the fake values of their inputs, so that dynamic shape
 from __future__ import annotations
 
 import copy
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,14 +20,24 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram, ModuleCallEntry
 from torch.export.graph_signature import ConstantArgument, ExportGraphSignature, InputKind, InputSpec, TensorArgument
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from surgery.chain import Chain
 from surgery.errors import CheckError, InputError
-from surgery.graphs.functional_edit import FunctionalKind, read_record, write_record
+from surgery.graphs.functional_edit import read_record, write_record
+from surgery.graphs.module_calls import ModuleCallsKind
+from surgery.graphs.outline import add_outline, drop_outline, in_outline
 from surgery.graphs.packed import pack, unpack
-from surgery.graphs.runs import Run
-from surgery.graphs.view import Spot, View, identity
+from surgery.graphs.recurrence import (
+    Recurrence,
+    export_layer,
+    is_kernel,
+    kernel_values,
+    read_factored,
+    read_kernels,
+    write_kernel,
+)
+from surgery.graphs.recurrent import settings
+from surgery.graphs.view import View, identity
 from surgery.operators import Shape
 
 __all__ = ["ProgramKind", "program_shapes", "program_view"]
@@ -102,15 +114,15 @@ def _match(dim: Any, size: int, values: dict[Any, int]) -> bool:
     return not expression.subs(values).is_number or int(expression.subs(values)) == size
 
 
-class ProgramKind(FunctionalKind):
+class ProgramKind(ModuleCallsKind):
     """Adapter of an ExportedProgram; it works on a copy of the graph, and shares tensors until ``finish``."""
 
     kind = "program"
 
     def __init__(self, program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._program = program
-        self._module = GraphModule(program.graph_module, _copy_graph(program.graph))
-        self.graph = self._module.graph
+        self.root = GraphModule(program.graph_module, _copy_graph(program.graph))
+        self.graph = self.root.graph
         self.record = read_record(program.graph_module)
         self._state = dict(program.state_dict)
         self._specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
@@ -121,23 +133,108 @@ class ProgramKind(FunctionalKind):
         self._renamed: list[tuple[str, str]] = []
         given = (args, kwargs) if args or kwargs else None
         self.shape = program_shapes(program, given)
-        self.view = self._first
+        self.recurrences = self._find_recurrences()
+        self.view = self.look()
         if unpack(self):
             self.view = self.look()
 
     def look(self) -> View:
-        """Return a view of the graph as it is now."""
+        """Return a view of the graph as it is now; recurrent layers have the weights of their modules."""
+        hidden = {name for layer in self.recurrences for name in layer.names}
+        providers = {node: name for name, node in self._nodes.items() if name not in hidden}
+        parameters = {name: self._state[name] for name in self._nodes if name not in hidden}
+        for layer in self.recurrences:
+            parameters |= layer.parameters
+        inside = frozenset(node for layer in self.recurrences for node in layer.inside)
+        buffers, module = self._first.buffers, self.root.get_submodule
+        return View(self.graph, parameters, providers, buffers, module, outlined=inside)
+
+    def _find_recurrences(self) -> list[Recurrence]:
+        """Read the recurrent layers, attach their modules and add their outlines."""
         parameters = {name: self._state[name] for name in self._nodes}
-        providers = {node: name for name, node in self._nodes.items()}
-        return View(self.graph, parameters, providers, self._first.buffers)
+        found = [
+            *read_kernels(self.graph, self._first.providers, parameters),
+            *read_factored(self.graph, self.root, self._nodes, parameters, self.record),
+        ]
+        for layer in found:
+            self.root.add_submodule(layer.path, layer.module)
+            for node in add_outline(self.root, layer.path, layer.source, layer.inside[0]):
+                node.meta["val"] = self._value_of(node)
+        return found
 
-    def splice(self, spot: Spot, chain: Chain) -> None:
-        """Put a chain where an operator stands, at all its calls."""
-        self.splice_functions(spot, chain)
+    def _write(self, layer: Recurrence) -> None:
+        """Write a layer that has changed: the call of a kernel, or what torch exports of its module."""
+        for name in layer.names - layer.parameters.keys():
+            self.drop_parameter(name)
+        like = next(node for node in layer.inside if node in layer.outputs)
+        self.record.pop(layer.path, None)
+        made: Sequence[Node | None]
+        if (kernel := write_kernel(self.graph, layer, self._layer_parameter(layer), like)) is not None:
+            self.stamp(kernel, like)
+            made = [self._insert_item(kernel, at, like) for at in range(len(layer.outputs))]
+        else:
+            made = self._write_export(layer, like)
+            self.record[layer.path] = {"recurrent": settings(layer.module)}
+        for old, new in zip(layer.outputs, made, strict=True):
+            if old is not None and new is not None:
+                self.replace(old, new)
+        for node in reversed([node for node in layer.inside if node not in layer.outputs]):
+            self.graph.erase_node(node)
 
-    def put_back(self, run: Run) -> None:
-        """Put one operator where a run stands, at all its calls."""
-        self.put_back_functions(run)
+    def _insert_item(self, node: Node, at: int, like: Node) -> Node:
+        with self.graph.inserting_before(like):
+            item = self.graph.call_function(operator.getitem, (node, at))
+        self.stamp(item, like)
+        return item
+
+    def _layer_parameter(self, layer: Recurrence) -> Callable[[str], Node]:
+        """Return a function from the names of a layer's parameters to their nodes, which adds those that are new."""
+        own = layer.parameters
+
+        def node(name: str) -> Node:
+            if name not in self._nodes:
+                path, _, leaf = name.rpartition(".")
+                part = f"{path}.{leaf.removeprefix('weight_')}.weight" if leaf.startswith("weight_") else name
+                self.add_parameter([name], own[part])
+            return self._nodes[name]
+
+        return node
+
+    def _write_export(self, layer: Recurrence, like: Node) -> list[Node]:
+        program = export_layer(layer.module, layer.source.meta["val"], [state.meta["val"] for state in layer.states])
+        parameter, given = self._layer_parameter(layer), iter([layer.source, *layer.states])
+        made: dict[Node, Node] = {}
+        specs = iter(program.graph_signature.input_specs)
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                spec = next(specs)
+                inner = spec.kind is InputKind.PARAMETER
+                made[node] = parameter(f"{layer.path}.{spec.target}") if inner else next(given)
+            elif node.op == "output":
+                return [made[output] for output in node.args[0]]
+            else:
+                with self.graph.inserting_before(like):
+                    made[node] = new = self.graph.node_copy(node, made.__getitem__)
+                if node.op == "get_attr":
+                    new.target = self._add_body(getattr(program.graph_module, str(node.target)))
+                self.stamp(new, like)
+                if isinstance(body := new.args and new.args[0], Node) and body.op == "get_attr":
+                    self._stamp_body(new, body)
+        raise CheckError("an exported graph has no output")
+
+    def _stamp_body(self, scan: Node, body: Node) -> None:
+        """Give the nodes of a loop's body fake values of this program."""
+        _, states, parts, others = torch.fx.map_arg(scan.args, lambda n: n.meta["val"])
+        module = self.root.get_submodule(str(body.target))
+        assert isinstance(module, GraphModule)  # as torch exports it
+        with self._mode, torch.no_grad():
+            _Stamping(module).run(*states, *(part[0] for part in parts), *others)
+
+    def _add_body(self, body: GraphModule) -> str:
+        """Attach the body of a loop under a name that is free."""
+        name = next(name for n in itertools.count() if not hasattr(self.root, name := f"scan_combine_graph_{n}"))
+        setattr(self.root, name, body)
+        return name
 
     @cached_property
     def _mode(self) -> FakeTensorMode:
@@ -176,14 +273,33 @@ class ProgramKind(FunctionalKind):
     def stamp(self, node: Node, like: Node) -> None:
         """Copy the metadata, and run the node on fake values."""
         super().stamp(node, like)
-        values = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        node.meta["val"] = self._value_of(node)
+
+    def _value_of(self, node: Node) -> Any:
+        """Run a node on fake values."""
+        if node.op == "get_attr":
+            return self.root.get_submodule(str(node.target))
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         shape_env = self._mode.shape_env
         kept = nullcontext() if shape_env is None else shape_env.suppress_guards()
         with self._mode, torch.no_grad(), kept:  # a guard on which kernel runs would narrow the sizes that are dynamic
-            node.meta["val"] = node.target(*values[0], **values[1])  # type: ignore[operator] # it is a call_function
+            if is_kernel(node):
+                return kernel_values(args)
+            if callable(node.target):
+                return node.target(*args, **kwargs)
+            if node.op == "call_method":
+                return getattr(args[0], node.target)(*args[1:], **kwargs)
+            module = self.root.get_submodule(str(node.target))
+            fakes = {name: self._mode.from_tensor(p, static_shapes=True) for name, p in module.named_parameters()}
+            return torch.func.functional_call(module, fakes, args, kwargs)
 
     def replace(self, old: Node, new: Node) -> None:
         """Check that both values have the same shape and dtype, replace, and remember the name."""
+        for layer in self.recurrences:
+            layer.moved(old, new)
+        if in_outline(old):
+            super().replace(old, new)
+            return
         was, now = old.meta["val"], new.meta["val"]
         if tuple(map(str, was.shape)) != tuple(map(str, now.shape)) or was.dtype != now.dtype:
             raise CheckError(f"{old.name} was {was.dtype} {tuple(was.shape)} and became {now.dtype} {tuple(now.shape)}")
@@ -192,6 +308,12 @@ class ProgramKind(FunctionalKind):
 
     def finish(self) -> ExportedProgram:
         """Build and validate a new program: signature, state and call graph that belong to the rewritten nodes."""
+        drop_outline(self.graph)
+        for layer in self.recurrences:
+            if layer.changed:
+                self._write(layer)
+            self.root.delete_submodule(layer.path)
+        self.sweep()
         pack(self)
         old = self._program
         self.graph.lint()
@@ -200,10 +322,10 @@ class ProgramKind(FunctionalKind):
         for before, after in self._renamed:
             signature.replace_all_uses(before, after)
         calls = [_rename_entry(entry, _final_names(self._renamed)) for entry in old.module_call_graph]
-        self._module.meta.update(old.graph_module.meta)
-        write_record(self._module, self.record)
+        self.root.meta.update(old.graph_module.meta)
+        write_record(self.root, self.record)
         return ExportedProgram(
-            root=self._module,
+            root=self.root,
             graph=self.graph,
             graph_signature=signature,
             state_dict=_own_state(self._state, old.state_dict),
@@ -213,6 +335,13 @@ class ProgramKind(FunctionalKind):
             constants=old.constants,
             verifiers=old.verifiers,
         )
+
+
+class _Stamping(Interpreter):
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        n.meta = {k: v for k, v in n.meta.items() if k != "tensor_meta"} | ({} if n.op == "output" else {"val": value})
+        return value
 
 
 def _copy_graph(graph: Graph) -> Graph:

@@ -19,6 +19,7 @@ from surgery.errors import Refusal
 from surgery.graphs.behind import behind
 from surgery.graphs.chains import ChainSpot, Origin, find_chains
 from surgery.graphs.items import Item, all_calls
+from surgery.graphs.recurrence import Recurrence
 from surgery.graphs.runs import Part, Run, find_parts, sites_of
 from surgery.graphs.view import Spot, View, identity
 from surgery.operators import Conv, Operator, Shape
@@ -37,11 +38,15 @@ class Found:
 
 
 class GraphKind(ABC):
-    """The verbs that passes use; one subclass for each kind of model."""
+    """The verbs that passes use; one subclass for each kind of model.
+
+    ``recurrences`` are layers whose module runs in the place of the nodes that compute them, where these are observed.
+    """
 
     kind: ClassVar[str]
     view: View
     shape: Callable[[Node], Shape]
+    recurrences: Sequence[Recurrence] = ()
 
     @abstractmethod
     def splice(self, spot: Spot, chain: Chain) -> None:

@@ -1,4 +1,4 @@
-"""The outline of recurrent layers in graphs of modules: their parts' calls, beside the call of the layer itself.
+"""The outline of recurrent layers in graphs: their parts' calls, beside what computes the layer itself.
 
     lstm = call_module lstm(x)        ih_l0 = call_module lstm.ih_l0(x)    hh_l0 = call_module lstm.hh_l0(...)    ...
 
@@ -8,37 +8,33 @@ graph is open. What takes the place of a call in it has the mark too, as metadat
 
 from __future__ import annotations
 
-from torch import nn
-from torch.fx import Graph, GraphModule, Node
+from typing import Any
 
-from surgery.graphs.modules import is_outlined
+from torch import nn
+from torch.fx import Graph, Node
+
 from surgery.graphs.trace import trace_outline
 
-__all__ = ["drop_outline", "in_outline", "outline"]
+__all__ = ["add_outline", "drop_outline", "in_outline"]
 
 _MARK = "surgery_outline"
 
 
-def outline(root: GraphModule) -> None:
-    """Add the outline of each call of an unpacked recurrent layer, just before it."""
-    for node in root.graph.find_nodes(op="call_module"):
-        layer = root.get_submodule(str(node.target))
-        if is_outlined(layer):
-            _add(root.graph, node, layer)
-
-
-def _add(graph: Graph, call: Node, layer: nn.Module) -> None:
-    given = iter([call.args[0] if call.args else call.kwargs["input"], None])
-    made: dict[Node, object] = {}
-    with graph.inserting_before(call):
-        for node in trace_outline(layer).nodes:
+def add_outline(root: nn.Module, path: str, source: Any, before: Node) -> list[Node]:
+    """Add the outline of the unpacked recurrent layer at a path, on the node of its input, and return its nodes."""
+    given = iter([source, None])
+    made: dict[Node, Any] = {}
+    added = []
+    with before.graph.inserting_before(before):
+        for node in trace_outline(root.get_submodule(path)).nodes:
             if node.op == "placeholder":
                 made[node] = next(given)
             elif node.op != "output":
-                made[node] = new = graph.node_copy(node, lambda old: made[old])  # type: ignore[return-value,arg-type]
+                made[node] = new = before.graph.node_copy(node, made.__getitem__)
                 new.meta[_MARK] = True
-                if node.op == "call_module":
-                    new.target = f"{call.target}.{node.target}"
+                new.target = f"{path}.{node.target}" if node.op == "call_module" else node.target
+                added.append(new)
+    return added
 
 
 def in_outline(node: Node) -> bool:

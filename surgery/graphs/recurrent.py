@@ -16,6 +16,7 @@ its numbers.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,7 +31,7 @@ from surgery.errors import InputError, Refusal
 from surgery.graphs.modules import carry_hooks
 from surgery.operators import Shape
 
-__all__ = ["UnpackedRecurrent", "outlining", "repack", "step_shapes", "unpack"]
+__all__ = ["UnpackedRecurrent", "empty", "outlining", "repack", "settings", "step_shapes", "unpack"]
 
 _KINDS: dict[str, type[nn.RNNBase]] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
 _KERNELS: dict[str, Callable[..., Any]] = {
@@ -42,6 +43,20 @@ _KERNELS: dict[str, Callable[..., Any]] = {
 _PARTS = ("ih", "hh", "hr")
 _IN_LOOP = ("hh_", "hr_")
 _OUTLINE: ContextVar[bool] = ContextVar("outline", default=False)
+
+_SETTINGS = (
+    "mode",
+    "input_size",
+    "hidden_size",
+    "num_layers",
+    "bias",
+    "batch_first",
+    "dropout",
+    "bidirectional",
+    "proj_size",
+    "training",
+)
+_MOST_LAYERS = 1000
 
 State = tuple[Tensor, ...]
 
@@ -112,6 +127,11 @@ class UnpackedRecurrent(nn.Module):
         states = self._initial(hx, x, x.shape[1] if sizes is None else sizes[0], single=single, order=order)
         x, ends = self._layers(x, states, sizes)
         return self._finished(input, x, ends, single=single)
+
+    def states_like(self, x: Tensor) -> State:
+        """Return states of zeros for an input (T, N, I), or (N, T, I) where ``batch_first``."""
+        count, batch = self.num_layers * self._directions, x.shape[0 if self.batch_first else 1]
+        return tuple(x.new_zeros(count, batch, width) for width in self._widths)
 
     def _initial(self, hx: Any, x: Tensor, batch: int, *, single: bool, order: Tensor | None) -> State:
         """Return the states before the first step, (layers * directions, N, width) each, in the order of the rows."""
@@ -261,7 +281,7 @@ class UnpackedRecurrent(nn.Module):
         for layer in range(self.num_layers):
             rows = []
             for suffix in self._suffixes(layer):
-                before = F.pad(x, (0, self._widths[0] - (self.input_size if layer == 0 else self._width)))
+                before = x[..., :1].repeat_interleave(self._widths[0], -1)
                 gates = self.get_submodule(f"ih_{suffix}")(x) + self.get_submodule(f"hh_{suffix}")(before)
                 cell = torch.sigmoid(gates)[..., : self.hidden_size]
                 project = self._part("hr", suffix)
@@ -272,11 +292,6 @@ class UnpackedRecurrent(nn.Module):
             x = rows[0] if len(rows) == 1 else torch.cat(rows, -1)
         last = tuple(torch.stack(part) for part in ends)
         return x, last if self.mode == "LSTM" else last[0]
-
-    @property
-    def _width(self) -> int:
-        """The width of a layer's output."""
-        return self._directions * self._widths[0]
 
     def extra_repr(self) -> str:
         """Return what the class would say of itself."""
@@ -306,27 +321,41 @@ def repack(module: UnpackedRecurrent) -> nn.RNNBase:
     Raises:
         InputError: a part is not a plain nn.Linear of the original shape without a bias.
     """
-    kind, extra = _KINDS[module.mode], {}
-    if kind is nn.RNN:
-        extra["nonlinearity"] = module.mode.removeprefix("RNN_").lower()
-    if module.proj_size:
-        extra["proj_size"] = module.proj_size
-    new: Any = kind(
-        module.input_size,
-        module.hidden_size,
-        module.num_layers,
-        bias=module.bias,
-        batch_first=module.batch_first,
-        bidirectional=module.bidirectional,
-        device="meta",
-        **extra,
-    )
+    new: Any = empty(settings(module))
     for name, parameter in list(new._parameters.items()):
         part = name.removeprefix("weight_")
         value = module._parameters[name] if part == name else _weight(module, part, tuple(parameter.shape))
         setattr(new, name, value)
     _carry(new, module)
     return new
+
+
+def settings(module: UnpackedRecurrent) -> dict[str, Any]:
+    """Return all that makes the module but its parameters, as JSON values."""
+    return {name: getattr(module, name) for name in _SETTINGS}
+
+
+def empty(wanted: Any) -> nn.RNNBase | None:
+    """Return torch's own module of these settings, on the meta device; None if there is none."""
+    given = dict(wanted) if isinstance(wanted, dict) else {}
+    if set(given) != set(_SETTINGS) or given["mode"] not in _KINDS:
+        return None
+    mode, training = given.pop("mode"), given.pop("training")
+    if (
+        not all(isinstance(value, int | float) for value in given.values())
+        or not 0 < given["num_layers"] < _MOST_LAYERS
+    ):
+        return None
+    if mode != "LSTM":
+        del given["proj_size"]
+    if mode.startswith("RNN"):
+        given["nonlinearity"] = mode.removeprefix("RNN_").lower()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # dropout that nothing comes of
+            return _KINDS[mode](**given, device="meta").train(bool(training))
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def step_shapes(root: nn.Module, path: str | None, shape: Shape) -> tuple[Shape, ...]:

@@ -118,6 +118,7 @@ class View:
     ``parameters`` has every name, aliases of tied weights included; ``providers`` maps nodes to parameter names;
     ``buffers`` are nodes that provide buffers or constants; ``module`` resolves call_module nodes; ``adapt`` may
     turn a call into another or refuse it; ``owner`` has the path of the module that a link's function call stands for.
+    What the nodes in ``outlined`` compute has an outline, and is not looked at itself.
     """
 
     graph: Graph
@@ -127,6 +128,7 @@ class View:
     module: Callable[[str], nn.Module] | None = None
     adapt: Callable[[Call], Call | Skip] = lambda call: call
     owner: Callable[[Node], str | None] = lambda node: None
+    outlined: frozenset[Node] = frozenset()
     _skips: dict[str, Skip] = field(default_factory=dict)
 
     @cached_property
@@ -142,7 +144,7 @@ class View:
         """All operator calls in graph order, before weights are looked at for other uses."""
         calls = []
         for node in self.graph.nodes:
-            found = self._read(node)
+            found = None if node in self.outlined else self._read(node)
             if isinstance(found, Call):
                 found = self.adapt(found)
             if isinstance(found, Call):
