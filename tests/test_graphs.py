@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import Interpreter
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,6 +20,7 @@ from surgery.errors import Refusal
 from surgery.export import export_onnx
 from surgery.factorizations import FACTORIZATIONS, fitting
 from surgery.graphs.attention import UnpackedAttention
+from surgery.graphs.recurrent import UnpackedRecurrent
 from surgery.loading import load
 from surgery.passes.decompose import decompose, find_sites
 from surgery.passes.recompose import recompose
@@ -117,11 +120,23 @@ def test_costs_are_real(name: str, kind: str) -> None:
         assert (change.parameters, change.macs) == (decision.parameters, decision.macs)
 
 
+def recurrent_flops(
+    x: Sequence[int], input_weight: Sequence[int], recurrent_weight: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return 2 * x[0] * x[1] * (math.prod(input_weight) + math.prod(recurrent_weight))
+
+
+def looped(model: Any) -> Any:
+    loops = isinstance(model, ExportedProgram) and "scan" in str(model.graph)
+    return Loops(model.module()).run if loops else model
+
+
 def counted_macs(model: Any, inputs: Inputs) -> int:
     torch.backends.mha.set_fastpath_enabled(False)  # of which the counter sees nothing
+    unknown = {torch.ops.aten.mkldnn_rnn_layer: recurrent_flops}
     try:
-        with FlopCounterMode(display=False) as counter:
-            call(model, inputs)
+        with FlopCounterMode(display=False, custom_mapping=unknown) as counter:
+            call(looped(model), inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
     return counter.get_total_flops() // 2
@@ -142,11 +157,15 @@ def test_only_sites_change(name: str, kind: str) -> None:
     calls = sum(site.calls for site in sites if site.name in names)
     kept = [row for row in old if row in new]
     assert len(old) - len(kept) <= 4 * calls  # call, weight, bias, transpose
-    others = [row for row in old if not any(word in row[1] for word in ("conv", "linear", "mm", "matmul"))]
+    words = ("conv", "linear", "mm", "matmul", "lstm.", "gru.", "getitem")
+    others = [row for row in old if not any(word in row[1] for word in words)]
     functions = [row for row in others if row[0] in ("call_function", "call_method", "output")]
     rest = iter(new)
     moved = [row for row in functions if "t.default" not in row[1] and "permute" not in row[1]]
     assert all(row in rest for row in moved), "the nodes outside of the sites stand in their old order"
+
+
+UNPACKED = {nn.MultiheadAttention: UnpackedAttention, nn.LSTM: UnpackedRecurrent, nn.GRU: UnpackedRecurrent}
 
 
 def untouched_modules(model: nn.Module, inputs: Inputs) -> None:
@@ -156,12 +175,24 @@ def untouched_modules(model: nn.Module, inputs: Inputs) -> None:
     new = dict(result.model.named_modules(remove_duplicate=False))
     for path, module in model.named_modules(remove_duplicate=False):
         if path not in paths and not any(path.startswith(f"{p}.") for p in paths):
-            unpacked = isinstance(module, nn.MultiheadAttention) and any(
-                p.startswith(f"{path}.in_proj_") for p in paths
-            )
-            assert type(new[path]) is (UnpackedAttention if unpacked else type(module))
+            packed = any(p.startswith(f"{path}.{part}_") for p in paths for part in ("in_proj", "ih", "hh"))
+            assert type(new[path]) is (UNPACKED[type(module)] if packed else type(module))
             for key, tensor in new[path].named_parameters(recurse=False):
                 assert torch.equal(tensor, getattr(module, key))
+
+
+class Loops(Interpreter):
+    """Runs a loop over steps in Python, where the counter sees it."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is not torch.ops.higher_order.scan:
+            return super().call_function(target, args, kwargs)
+        body, state, parts, others = args
+        rows = []
+        for step in zip(*parts, strict=True):
+            *state, row = body(*state, *step, *others)
+            rows.append(row)
+        return [*state, torch.stack(rows)]
 
 
 @pytest.mark.parametrize("factorization", FACTORIZATIONS)
@@ -183,7 +214,7 @@ def test_each_factorization(name: str, kind: str, factorization: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter to itself
 @pytest.mark.parametrize("factorization", FACTORIZATIONS)
-@pytest.mark.parametrize("name", ["resnet-basic", "cnn-1d", "attention"])
+@pytest.mark.parametrize("name", ["resnet-basic", "cnn-1d", "attention", "recurrent"])
 def test_a_factored_program_is_saved_loaded_exported_and_fused(name: str, factorization: str, tmp_path: Path) -> None:
     program, inputs = graph(name, "program-dynamic")
     sites, _ = find_sites(program, inputs)

@@ -182,13 +182,17 @@ class Attention(nn.Module):
 
 
 class Recurrent(nn.Module):
+    """An LSTM of two layers behind an embedding, then a GRU in both directions that starts from its last states."""
+
     def __init__(self, width: int = 12) -> None:
         super().__init__()
         self.embedding, self.lstm = nn.Embedding(30, width), nn.LSTM(width, 16, num_layers=2, batch_first=True)
-        self.head = nn.Linear(16, 5)
+        self.gru = nn.GRU(16, 16, bidirectional=True)
+        self.head = nn.Linear(32, 5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.lstm(self.embedding(tokens))[0][:, -1])
+        states, (last, _) = self.lstm(self.embedding(tokens))
+        return self.head(self.gru(states.transpose(0, 1), last)[0].mean(0))
 
 
 class ControlFlow(nn.Module):

@@ -211,7 +211,8 @@ class ProgramKind(ModuleCallsKind):
                 inner = spec.kind is InputKind.PARAMETER
                 made[node] = parameter(f"{layer.path}.{spec.target}") if inner else next(given)
             elif node.op == "output":
-                return [made[output] for output in node.args[0]]
+                outputs: Any = node.args[0]
+                return [made[output] for output in outputs]
             else:
                 with self.graph.inserting_before(like):
                     made[node] = new = self.graph.node_copy(node, made.__getitem__)
@@ -224,7 +225,8 @@ class ProgramKind(ModuleCallsKind):
 
     def _stamp_body(self, scan: Node, body: Node) -> None:
         """Give the nodes of a loop's body fake values of this program."""
-        _, states, parts, others = torch.fx.map_arg(scan.args, lambda n: n.meta["val"])
+        given: Any = torch.fx.map_arg(scan.args, lambda n: n.meta["val"])
+        _, states, parts, others = given
         module = self.root.get_submodule(str(body.target))
         assert isinstance(module, GraphModule)  # as torch exports it
         with self._mode, torch.no_grad():
@@ -290,7 +292,9 @@ class ProgramKind(ModuleCallsKind):
             if node.op == "call_method":
                 return getattr(args[0], node.target)(*args[1:], **kwargs)
             module = self.root.get_submodule(str(node.target))
-            fakes = {name: self._mode.from_tensor(p, static_shapes=True) for name, p in module.named_parameters()}
+            fakes: dict[str, Tensor] = {
+                name: self._mode.from_tensor(p, static_shapes=True) for name, p in module.named_parameters()
+            }
             return torch.func.functional_call(module, fakes, args, kwargs)
 
     def replace(self, old: Node, new: Node) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from surgery.graphs.module_calls import ModuleCallsKind
 from surgery.graphs.modules import is_outlined
 from surgery.graphs.outline import add_outline, drop_outline
 from surgery.graphs.packed import pack, unpack
+from surgery.graphs.recurrence import Recurrence, is_kernel, read_kernels
 from surgery.graphs.shapes import lazy_shapes
 from surgery.graphs.unpacking import has_packed, pack_all, unpack_all
 from surgery.graphs.view import View
@@ -32,7 +34,7 @@ class GraphModuleKind(ModuleCallsKind):
     def __init__(
         self, model: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool, inplace: bool
     ) -> None:
-        packed = has_packed(model) or _attends(model)
+        packed = has_packed(model) or _is_packed(model)
         self.root = _copy(model) if copies or (packed and not inplace) else model
         self._packed = unpack_all(self.root)
         self.graph = self.root.graph
@@ -40,6 +42,8 @@ class GraphModuleKind(ModuleCallsKind):
             if is_outlined(self.root.get_submodule(str(node.target))):
                 source = node.args[0] if node.args else node.kwargs["input"]
                 add_outline(self.root, str(node.target), source, node)
+        self._holders: dict[str, nn.Module] = {}
+        self.recurrences = self._find_recurrences()
         self.record = read_record(self.root)
         self.shape = lazy_shapes(self.root, lambda: _placeholder_values(self.root, args, kwargs))
         self.shared = {}
@@ -52,13 +56,56 @@ class GraphModuleKind(ModuleCallsKind):
         """Return a view of the graph as it is now."""
         parameters = dict(self.root.named_parameters(remove_duplicate=False))
         reads = {node: str(node.target) for node in self.graph.find_nodes(op="get_attr")}
+        inside = frozenset(node for layer in self.recurrences for node in layer.inside)
         return View(
             self.graph,
             parameters,
             {node: name for node, name in reads.items() if name in parameters},
             frozenset(node for node, name in reads.items() if name not in parameters),
             self.root.get_submodule,
+            outlined=inside,
         )
+
+    def _find_recurrences(self) -> list[Recurrence]:
+        """Read the calls of kernels, put a module in the place of what holds their weights, and add the outlines."""
+        parameters = dict(self.root.named_parameters(remove_duplicate=False))
+        reads = {node: str(node.target) for node in self.graph.find_nodes(op="get_attr")}
+        found = []
+        for layer in read_kernels(self.graph, {n: name for n, name in reads.items() if name in parameters}, parameters):
+            holder = self.root.get_submodule(layer.path)
+            if layer.names == {f"{layer.path}.{name}" for name in [*holder._parameters, *holder._modules]}:
+                self._holders[layer.path] = holder
+                vars(layer.module).update(holder._parameters)  # the kernel goes on reading them, until it is replaced
+                self.root.add_submodule(layer.path, layer.module)
+                add_outline(self.root, layer.path, layer.source, layer.inside[0])
+                found.append(layer)
+        return found
+
+    def _write(self, layer: Recurrence) -> None:
+        """Call the module of a layer in the place of the kernel."""
+        for name in self._holders[layer.path]._parameters:
+            vars(layer.module).pop(name)
+        like = next(node for node in layer.inside if node in layer.outputs)
+        pair = layer.module.mode == "LSTM"
+        with self.graph.inserting_before(like):
+            node = self.graph.call_module(layer.path, (layer.source, layer.states if pair else layer.states[0]))
+            out, last = (self.graph.call_function(operator.getitem, (node, at)) for at in range(2))
+            ends = [self.graph.call_function(operator.getitem, (last, at)) for at in range(2)] if pair else [last]
+        for old, new in zip(layer.outputs, [out, *ends], strict=True):
+            self.stamp(new, like)
+            if old is not None:
+                self.replace(old, new)
+        kernel = layer.inside[0]
+        reads = [read for read in kernel.all_input_nodes if read.op == "get_attr"]
+        for old in [kernel, *reads]:
+            if not old.users:
+                self.graph.erase_node(old)
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Let a new node take the place of an old one, for what is read from recurrent layers too."""
+        for layer in self.recurrences:
+            layer.moved(old, new)
+        super().replace(old, new)
 
     def add_parameter(self, names: Sequence[str], parameter: nn.Parameter) -> None:
         """Add one parameter under all its names, making empty modules on the way."""
@@ -95,6 +142,11 @@ class GraphModuleKind(ModuleCallsKind):
     def finish(self) -> GraphModule:
         """Lint and recompile."""
         drop_outline(self.graph)
+        for layer in self.recurrences:
+            if layer.changed:
+                self._write(layer)
+            else:
+                self.root.add_submodule(layer.path, self._holders[layer.path])
         pack_all(self.root, self._packed)
         pack(self)
         write_record(self.root, self.record)
@@ -109,8 +161,9 @@ def _copy(model: GraphModule) -> GraphModule:
         return copy.deepcopy(model)
 
 
-def _attends(model: GraphModule) -> bool:
-    return any(name.endswith("in_proj_weight") for name, _ in model.named_parameters())
+def _is_packed(model: GraphModule) -> bool:
+    attends = any(name.endswith("in_proj_weight") for name, _ in model.named_parameters())
+    return attends or any(is_kernel(node) for node in model.graph.nodes)
 
 
 def _is_empty(module: nn.Module) -> bool:

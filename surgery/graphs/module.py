@@ -20,8 +20,8 @@ from surgery.chain import Chain
 from surgery.errors import InputError, Refusal
 from surgery.graphs.chains import ChainSpot, Origin
 from surgery.graphs.exported import program_shapes, program_view
-from surgery.graphs.kind import GraphKind
 from surgery.graphs.items import Item
+from surgery.graphs.kind import GraphKind
 from surgery.graphs.links import is_link_module
 from surgery.graphs.module_edit import (
     FACTORED,

@@ -98,19 +98,20 @@ class Recurrence:
 def read_kernels(graph: Graph, providers: Mapping[Node, str], parameters: _Names) -> Iterator[Recurrence]:
     """Yield the recurrent layers that are the call of a kernel, if nothing else reads their weights."""
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in _MODES and len(node.args) == 9:
+        if node.op == "call_function" and is_kernel(node) and len(node.args) == 9:
             found = _read_kernel(node, providers, parameters)
             if found is not None:
                 yield found
 
 
 def _read_kernel(node: Node, providers: Mapping[Node, str], parameters: _Names) -> Recurrence | None:
-    x, states, given, bias, layers, dropout, training, both, batch_first = node.args
-    rows: Any = given
+    args: Any = node.args
+    x, states, rows, bias, layers, dropout, training, both, batch_first = args
     names = [providers.get(row, "") for row in rows]
     path = names[0].rpartition(".")[0]
     states = tuple(states) if isinstance(states, list | tuple) else (states,)
-    mode = _MODES[node.target]
+    target: Any = node.target
+    mode = _MODES[target]
     size, columns = parameters[names[0]].shape if names[0] else (0, 0)
     out = parameters[names[1]].shape[1] if names[1] else 0
     hidden = size // _GATES[mode]
@@ -125,11 +126,11 @@ def _read_kernel(node: Node, providers: Mapping[Node, str], parameters: _Names) 
     for name in layer._flat_weights_names:
         layer.register_parameter(name, parameters[f"{path}.{name}"])  # type: ignore[arg-type]
     module = unpack(layer.train(bool(training)))
-    gets = {int(user.args[1]): user for user in node.users if user.target is getitem}  # type: ignore[call-overload]
+    gets: dict[Any, Node] = {user.args[1]: user for user in node.users if user.target is getitem}
     if isinstance(module, Refusal) or len(gets) != len(node.users):
         return None
     outputs = tuple(gets.get(i) for i in range(1 + len(states)))
-    return Recurrence(path, module, x, states, outputs, (node, *gets.values()), frozenset(names))  # type: ignore[arg-type]
+    return Recurrence(path, module, x, states, outputs, (node, *gets.values()), frozenset(names))
 
 
 def read_factored(
@@ -184,17 +185,13 @@ def _chain(part: Any, entry: Mapping[str, Any]) -> nn.Sequential | None:
 
 def export_layer(module: UnpackedRecurrent, x: Tensor, states: Sequence[Tensor]) -> ExportedProgram:
     """Export a layer for inputs like these, which may be fake ones of another program: what is dynamic stays so."""
-    dims: dict[str, Any] = {}
+    symbols: dict[str, int] = {}
 
     def sizes(fake: Tensor) -> dict[int, Any]:
-        return {
-            axis: dims.setdefault(str(size), Dim(f"size_{len(dims)}"))
-            for axis, size in enumerate(fake.shape)
-            if not isinstance(size, int)
-        }
+        return {axis: Dim.DYNAMIC for axis, size in enumerate(fake.shape) if not isinstance(size, int)}
 
     def like(fake: Tensor) -> Tensor:
-        shape = [n if isinstance(n, int) else 3 + sorted(dims).index(str(n)) for n in fake.shape]
+        shape = [n if isinstance(n, int) else symbols.setdefault(str(n), 3 + len(symbols)) for n in fake.shape]
         return torch.zeros(shape, dtype=fake.dtype, device=fake.device)
 
     pair = module.mode == "LSTM"

@@ -114,26 +114,26 @@ class UnpackedRecurrent(nn.Module):
         """
         if _OUTLINE.get():
             return self._outline(input)
-        sizes = None
+        given = input.data if isinstance(input, PackedSequence) else input
+        axes = (2,) if isinstance(input, PackedSequence) else (2, 3)
+        if given.dim() not in axes or given.shape[-1] != self.input_size:
+            what = f"the input of {self.mode} has shape {tuple(given.shape)}"
+            raise InputError(what, allowed=f"{' or '.join(map(str, axes))} axes, the last of {self.input_size}")
         if isinstance(input, PackedSequence):
-            x, sizes, single = input.data, input.batch_sizes.tolist(), False
-            order = input.sorted_indices
-        else:
-            single, order = input.dim() == 2, None
-            x = input.unsqueeze(1) if single else input.transpose(0, 1) if self.batch_first else input
-        if x.dim() != (3 if sizes is None else 2) or x.shape[-1] != self.input_size:
-            what = f"the input of {self.mode} has shape {tuple(x.shape if sizes else input.shape)}"
-            raise InputError(what, allowed=f"2 or 3 axes, the last of {self.input_size}")
-        states = self._initial(hx, x, x.shape[1] if sizes is None else sizes[0], single=single, order=order)
-        x, ends = self._layers(x, states, sizes)
-        return self._finished(input, x, ends, single=single)
+            sizes: list[int] = input.batch_sizes.tolist()
+            states = self._initial(hx, given, sizes[0], order=input.sorted_indices)
+            return self._finished(input, *self._layers(given, states, sizes))
+        single = given.dim() == 2
+        x = given.unsqueeze(1) if single else given.transpose(0, 1) if self.batch_first else given
+        states = self._initial(hx, x, x.shape[1], single=single)
+        return self._finished(input, *self._layers(x, states, None), single=single)
 
     def states_like(self, x: Tensor) -> State:
         """Return states of zeros for an input (T, N, I), or (N, T, I) where ``batch_first``."""
         count, batch = self.num_layers * self._directions, x.shape[0 if self.batch_first else 1]
         return tuple(x.new_zeros(count, batch, width) for width in self._widths)
 
-    def _initial(self, hx: Any, x: Tensor, batch: int, *, single: bool, order: Tensor | None) -> State:
+    def _initial(self, hx: Any, x: Tensor, batch: int, *, single: bool = False, order: Tensor | None = None) -> State:
         """Return the states before the first step, (layers * directions, N, width) each, in the order of the rows."""
         count = self.num_layers * self._directions
         shapes = [(count, batch, width) for width in self._widths]
@@ -160,7 +160,7 @@ class UnpackedRecurrent(nn.Module):
                 x = F.dropout(x, self.dropout)
         return x, ends
 
-    def _finished(self, given: Any, x: Tensor, ends: Sequence[State], *, single: bool) -> tuple[Any, Any]:
+    def _finished(self, given: Any, x: Tensor, ends: Sequence[State], *, single: bool = False) -> tuple[Any, Any]:
         last = tuple(torch.stack(part) for part in zip(*ends, strict=True))
         out: Tensor | PackedSequence
         if isinstance(given, PackedSequence):

@@ -43,7 +43,7 @@ def unpack_all(root: nn.Module) -> Originals:
                 made[id(module)] = _unpack(module)
             new = made[id(module)]
             if not isinstance(new, Refusal):
-                originals[id(new)] = module  # type: ignore[assignment]  # it is packed
+                originals[id(new)] = module
                 replace_module(root, path, new)
     return originals
 
@@ -76,10 +76,7 @@ def _unpack(module: Any) -> _Unpacked | Refusal:
 def _packed(module: _Unpacked, original: _Packed | None) -> _Packed | None:
     new: _Packed
     try:
-        if isinstance(module, UnpackedAttention):
-            new = attention.repack(module)
-        else:
-            new = recurrent.repack(module)
+        new = attention.repack(module) if isinstance(module, UnpackedAttention) else recurrent.repack(module)
     except InputError:  # a part is factored
         return None
     return original if original is not None and _same(module, original, new) else new
