@@ -145,7 +145,8 @@ def _capturing(done: str, run: Callable[[], _Result]) -> _Result:
 
 def _to_onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
     def run() -> torch.onnx.ONNXProgram:
-        exported = torch.onnx.export(program, dynamo=True, verbose=False)
+        with torch.no_grad():  # torch differentiates loops while it looks at them, and stumbles over dynamic sizes
+            exported = torch.onnx.export(program, dynamo=True, verbose=False)
         if exported is None:
             raise InputError("torch.onnx.export returned nothing")
         return exported
