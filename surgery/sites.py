@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from surgery.chain import Chain
 from surgery.errors import CheckError, InputError
-from surgery.neighbours import Neighbour
+from surgery.neighbours import Loop, Neighbour
 from surgery.operators import Conv, Linear, Operator, Shape
 
 __all__ = ["FactoredSite", "Site", "Skip", "Totals", "describe", "select"]
@@ -20,7 +20,7 @@ class Site:
 
     ``name`` is the dotted path of its weight without ``.weight``; ``aliases`` are the other names of a tied weight.
     ``input_shapes`` has the shape of the activations of each call, the batch included. ``behind`` is what stands behind
-    each call, as far as a runtime makes one with it.
+    each call, as far as a runtime makes one with it, or the loop of a recurrent layer around it.
     """
 
     name: str
@@ -38,6 +38,12 @@ class Site:
     def calls(self) -> int:
         """How often the operator is called in one run."""
         return len(self.input_shapes)
+
+    @property
+    def runs(self) -> int:
+        """How often it runs in one run of the model: for all steps of a loop, of which a call has all at once."""
+        loops = [step for step in self.behind if isinstance(step, Loop)]
+        return sum(loops[0].steps(shape) for shape in self.input_shapes) if loops else self.calls
 
     @property
     def members(self) -> tuple[Site, ...]:

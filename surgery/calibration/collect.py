@@ -102,9 +102,9 @@ def _accumulators(spots: Sequence[Spot], batches: int, budget_bytes: int, seed: 
 
 
 def rows_of(spot: Spot, batches: int) -> int:
-    """Return how many columns of each input are used: enough for moments, of all batches and calls together."""
+    """Return how many columns of each input are used: enough for moments, of all batches and runs together."""
     wanted = max(_LEAST_ROWS, _ROWS * spot.site.operator.kernel[0, 0].numel())
-    return -(-wanted // (batches * spot.site.calls))
+    return -(-wanted // (batches * spot.site.runs))
 
 
 def _total(spots: Sequence[Spot], limit: int) -> int:

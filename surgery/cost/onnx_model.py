@@ -2,8 +2,9 @@
 
 Reshapes are Reshape, shifts and sums Add. A convolution is Conv or ConvTranspose, after a Pad where torch pads in
 another mode than with zeros, and between Unsqueeze and Squeeze where the input has no batch. A linear layer is Gemm on
-(rows, features), and MatMul, then Add on any other number of dimensions. An embedding is Gather. ``torch.onnx.export``
-makes the same nodes a thousand times more slowly.
+(rows, features), and MatMul, then Add on any other number of dimensions. An embedding is Gather. What stands in the
+loop of a recurrent layer comes with that loop (``onnx_loop``). ``torch.onnx.export`` makes the same nodes a thousand
+times more slowly.
 
 Tensors are float32 whatever the operator's dtype: onnxruntime's CPU convolutions have no other kernel (half precisions
 are cast around them, float64 is refused).
@@ -11,20 +12,18 @@ are cast around them, float64 is refused).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
-import torch
-from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor
+from onnx import TensorProto, helper
 
 from surgery.chain import Chain
+from surgery.cost.onnx_graph import OnnxGraph, numbers
+from surgery.cost.onnx_loop import emit_loop
 from surgery.errors import InputError
-from surgery.neighbours import Activation, BatchNorm
+from surgery.neighbours import Activation, BatchNorm, Loop
 from surgery.operators import Conv, Embedding, Geometry, Linear, Operator, Shape
 from surgery.steps import Branches, Flatten, Shift, Step, Transpose, Unflatten
 
@@ -34,33 +33,6 @@ OPSET = 20  # what torch.onnx writes; 19 is the first with Pad's wrap mode
 _IR_VERSION = 10
 _MAX_BYTES = 2**31 - 2**20  # protobuf's limit for one message, less room for the nodes
 _PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
-
-
-@dataclass
-class _Graph:
-    """Nodes and constants so far, and the value that the next node reads."""
-
-    value: str = "input"
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    constants: list[onnx.TensorProto] = field(default_factory=list)
-
-    def constant(self, array: np.ndarray) -> str:
-        name = f"constant_{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
-        return name
-
-    def apply(
-        self,
-        op_type: str,
-        constants: Iterable[np.ndarray | None] = (),
-        others: Sequence[str] = (),
-        **attributes: Any,
-    ) -> None:
-        """Append a node on the current value, other values and the constants that there are; its output is current."""
-        names = [*others, *(self.constant(array) for array in constants if array is not None)]
-        output = f"value_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op_type, [self.value, *names], [output], **attributes))
-        self.value = output
 
 
 def build_model(operator: Operator | Chain, shape: Shape) -> bytes:
@@ -120,19 +92,23 @@ def _serialise(
         raise InputError(f"the operators make no ONNX model: {error}", allowed="at most 2 GiB in all") from error
 
 
-def _build_branch(branch: Operator | Chain, shape: Shape, *, output: str) -> _Graph:
+def _build_branch(branch: Operator | Chain, shape: Shape, *, output: str) -> OnnxGraph:
     size = 4 * branch.parameters
     if size > _MAX_BYTES:
         raise InputError(f"the weights take {size / 2**30:.1f} GiB", allowed="an ONNX model of at most 2 GiB")
-    graph = _Graph()
-    for step in branch.steps if isinstance(branch, Chain) else (branch,):
+    graph = OnnxGraph()
+    steps = branch.steps if isinstance(branch, Chain) else (branch,)
+    if isinstance(loop := steps[-1], Loop):
+        emit_loop(graph, loop, steps[:-1], shape, _emit)
+        steps = ()
+    for step in steps:
         _emit(graph, step, shape)
         shape = step.out_shape(shape)
     graph.nodes[-1].output[0] = output
     return graph
 
 
-def _emit(graph: _Graph, step: Step, shape: Shape) -> None:
+def _emit(graph: OnnxGraph, step: Step, shape: Shape) -> None:
     emit = _EMITTERS.get(type(step))
     if emit is None:
         allowed = ", ".join(kind.__name__ for kind in _EMITTERS)
@@ -140,21 +116,21 @@ def _emit(graph: _Graph, step: Step, shape: Shape) -> None:
     emit(graph, step, shape)
 
 
-def _emit_reshape(graph: _Graph, step: Any, shape: Shape) -> None:
+def _emit_reshape(graph: OnnxGraph, step: Any, shape: Shape) -> None:
     graph.apply("Reshape", [np.array(step.out_shape(shape), dtype=np.int64)])
 
 
-def _emit_transpose(graph: _Graph, step: Any, shape: Shape) -> None:
+def _emit_transpose(graph: OnnxGraph, step: Any, shape: Shape) -> None:
     order = list(range(len(shape)))
     order[step.first], order[step.second] = order[step.second], order[step.first]
     graph.apply("Transpose", perm=order)
 
 
-def _emit_shift(graph: _Graph, step: Any, shape: Shape) -> None:
-    graph.apply("Add", [_array(step.bias)])
+def _emit_shift(graph: OnnxGraph, step: Any, shape: Shape) -> None:
+    graph.apply("Add", [numbers(step.bias)])
 
 
-def _emit_branches(graph: _Graph, step: Any, shape: Shape) -> None:
+def _emit_branches(graph: OnnxGraph, step: Any, shape: Shape) -> None:
     source, values = graph.value, []
     for row in step.rows:
         graph.value, at = source, shape
@@ -166,18 +142,8 @@ def _emit_branches(graph: _Graph, step: Any, shape: Shape) -> None:
         graph.apply("Add", others=[value])
 
 
-def _array(tensor: Tensor | None) -> np.ndarray | None:
-    """Return float32 numbers; random ones, scaled so that activations keep their size, for the meta device."""
-    if tensor is None:
-        return None
-    if not tensor.is_meta:
-        return tensor.detach().to("cpu", torch.float32).numpy()
-    scale = math.prod(tensor.shape[1:]) ** -0.5
-    return np.random.default_rng(0).standard_normal(tuple(tensor.shape), dtype=np.float32) * np.float32(scale)
-
-
-def _emit_linear(graph: _Graph, operator: Any, shape: Shape) -> None:
-    weight, bias = _array(operator.weight), _array(operator.bias)
+def _emit_linear(graph: OnnxGraph, operator: Any, shape: Shape) -> None:
+    weight, bias = numbers(operator.weight), numbers(operator.bias)
     if len(shape) == 2:
         graph.apply("Gemm", [weight, bias], transB=1)
         return
@@ -186,14 +152,14 @@ def _emit_linear(graph: _Graph, operator: Any, shape: Shape) -> None:
         graph.apply("Add", [bias])
 
 
-def _emit_embedding(graph: _Graph, operator: Any, shape: Shape) -> None:
-    weight, indices = _array(operator.weight), graph.value
+def _emit_embedding(graph: OnnxGraph, operator: Any, shape: Shape) -> None:
+    weight, indices = numbers(operator.weight), graph.value
     assert weight is not None  # an embedding has one
     graph.value = graph.constant(weight)
     graph.apply("Gather", others=[indices])
 
 
-def _emit_conv(graph: _Graph, operator: Any, shape: Shape) -> None:
+def _emit_conv(graph: OnnxGraph, operator: Any, shape: Shape) -> None:
     geometry = operator.geometry
     unbatched = len(shape) == geometry.dims + 1
     first_axis = np.array([0], dtype=np.int64)
@@ -206,7 +172,7 @@ def _emit_conv(graph: _Graph, operator: Any, shape: Shape) -> None:
         padding = ((0, 0),) * geometry.dims
     graph.apply(
         "ConvTranspose" if geometry.transposed else "Conv",
-        [_array(operator.weight), _array(operator.bias)],
+        [numbers(operator.weight), numbers(operator.bias)],
         kernel_shape=operator.kernel_size,
         strides=geometry.stride,
         dilations=geometry.dilation,
@@ -226,17 +192,17 @@ def _transposed_attributes(geometry: Geometry) -> dict[str, Any]:
     return {"output_padding": geometry.output_padding} if geometry.transposed else {}
 
 
-def _emit_batch_norm(graph: _Graph, step: Any, shape: Shape) -> None:
+def _emit_batch_norm(graph: OnnxGraph, step: Any, shape: Shape) -> None:
     one = np.ones(shape[1], np.float32)
     graph.apply("BatchNormalization", [one, 0 * one, 0 * one, one])
 
 
-def _emit_activation(graph: _Graph, step: Any, shape: Shape) -> None:
+def _emit_activation(graph: OnnxGraph, step: Any, shape: Shape) -> None:
     limits = [np.array(value, np.float32) for value in (0, 6)] if step.kind == "Clip" else []
     graph.apply(step.kind, limits)
 
 
-_EMITTERS: dict[type, Callable[[_Graph, Any, Shape], None]] = {
+_EMITTERS: dict[type, Callable[[OnnxGraph, Any, Shape], None]] = {
     Linear: _emit_linear,
     Conv: _emit_conv,
     Embedding: _emit_embedding,

@@ -29,7 +29,6 @@ from surgery.steps import Shift, Step
 __all__ = ["ChainSpot", "Origin", "find_chains", "without_numbers"]
 
 Origin = tuple[str, Ranks]
-_InputShapes = Callable[[Item], tuple[Shape, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +43,7 @@ class ChainSpot(Spot):
         return self.run.calls[0][0].node
 
 
-def find_chains(view: View, origins: Mapping[str, Origin], shapes: _InputShapes) -> list[ChainSpot]:
+def find_chains(view: View, origins: Mapping[str, Origin], shape: Callable[[Node], Shape]) -> list[ChainSpot]:
     """Return the chains of known origin whose factors no other site shares."""
     if not origins:
         return []
@@ -52,7 +51,7 @@ def find_chains(view: View, origins: Mapping[str, Origin], shapes: _InputShapes)
     for segment in find_segments(view):
         key = tuple(identity(view.parameters[call.weight]) for call in all_calls(segment))
         groups[key].append(segment)
-    found = (_chain_spot(view, key, rows, origins, shapes) for key, rows in groups.items())
+    found = (_chain_spot(view, key, rows, origins, shape) for key, rows in groups.items())
     return [spot for spot in found if spot is not None]
 
 
@@ -61,7 +60,7 @@ def _chain_spot(
     key: tuple[Any, ...],
     rows: Sequence[list[Item]],
     origins: Mapping[str, Origin],
-    shapes: _InputShapes,
+    shape: Callable[[Node], Shape],
 ) -> ChainSpot | None:
     sites = sites_of(view, rows[0])
     origin = origins.get(sites[0])
@@ -73,8 +72,8 @@ def _chain_spot(
         chain = Chain(tuple(item.step for item in rows[0][:end]), origin)
         operators = [operator for row in rows if (operator := _operator(row[:end])) is not None]
         if len(operators) == len(rows) and _agrees(chain, operators[0]):
-            of_calls = tuple(shape for row in rows for shape in shapes(row[0]))
-            site = FactoredSite(sites[0], operators[0].to(device="meta"), of_calls, sites[1:], chain=chain)
+            shapes = tuple(shape(row[0].source) for row in rows)
+            site = FactoredSite(sites[0], operators[0].to(device="meta"), shapes, sites[1:], chain=chain)
             run = Run(sites, tuple(tuple(row[:end]) for row in rows), tuple(operators))
             return ChainSpot(site, (), run=run)
     return None

@@ -22,6 +22,7 @@ from surgery.graphs.items import Item, all_calls
 from surgery.graphs.recurrence import Recurrence
 from surgery.graphs.runs import Part, Run, find_parts, sites_of
 from surgery.graphs.view import Spot, View, identity
+from surgery.neighbours import Loop
 from surgery.operators import Conv, Operator, Shape
 from surgery.sites import Skip, Totals
 
@@ -62,23 +63,30 @@ class GraphKind(ABC):
 
     def find(self) -> Found:
         """Return all sites and skips, and the totals of the model; chains whose making is known are sites too."""
-        spots, skips = self.view.spots(self.input_shapes)
-        chains = find_chains(self.view, self.origins, self.input_shapes)
+        spots, skips = self.view.spots(self.shape)
+        chains = find_chains(self.view, self.origins, self.shape)
         inside = {call.node for chain in chains for row in chain.run.calls for call in row}
         if chains:
             others = [spot for spot in spots if not {call.node for call in spot.calls} & inside]
             spots = sorted([*chains, *others], key=lambda spot: spot.first)
-        spots = [spot if isinstance(spot, ChainSpot) else self._placed(spot) for spot in spots]
+        spots = [self._placed(spot) for spot in spots]
         unique = {identity(p): p.numel() for p in self.view.parameters.values()}
         macs = sum(spot.site.macs for spot in spots) + sum(skip.macs for skip in skips)
         return Found(tuple(spots), tuple(skips), Totals(sum(unique.values()), macs))
 
     def _placed(self, spot: Spot) -> Spot:
-        return replace(spot, site=replace(spot.site, behind=behind(self.view, spot)))
+        first = spot.run.rows[0][0] if isinstance(spot, ChainSpot) else spot.calls[0]
+        if (loop := self.loop(first)) is not None:
+            return replace(spot, site=replace(spot.site, behind=(loop,)))
+        return (
+            spot
+            if isinstance(spot, ChainSpot)
+            else replace(spot, site=replace(spot.site, behind=behind(self.view, spot)))
+        )
 
-    def input_shapes(self, item: Item) -> tuple[Shape, ...]:
-        """Return the shape of an item's input for each time that it runs."""
-        return (self.shape(item.source),)
+    def loop(self, item: Item) -> Loop | None:
+        """Return the loop of a recurrent layer in which an item runs, if any."""
+        return None
 
     @property
     def origins(self) -> Mapping[str, Origin]:

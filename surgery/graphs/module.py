@@ -33,13 +33,14 @@ from surgery.graphs.module_edit import (
     splice_modules,
 )
 from surgery.graphs.modules import is_operator_module, read_module
-from surgery.graphs.recurrent import step_shapes
+from surgery.graphs.recurrent import loop_of
 from surgery.graphs.runs import Run
 from surgery.graphs.shapes import lazy_shapes
 from surgery.graphs.trace import export_program, trace_module
 from surgery.graphs.unpacking import has_packed, pack_all, unpack_all
 from surgery.graphs.view import Call, Spot, View, site_name
-from surgery.operators import Conv, Shape
+from surgery.neighbours import Loop
+from surgery.operators import Conv
 from surgery.sites import Skip, describe
 
 __all__ = ["ModuleKind"]
@@ -114,9 +115,9 @@ class ModuleKind(GraphKind):
         """Whether a call uses the weight of this module."""
         return owner._parameters.get("weight") is self.view.parameters[call.weight]
 
-    def input_shapes(self, item: Item) -> tuple[Shape, ...]:
-        """Return the shapes of an item's input: one for each step where it is in the loop of a recurrent layer."""
-        return step_shapes(self._root, item.path, self.shape(item.source))
+    def loop(self, item: Item) -> Loop | None:
+        """Return the loop of a recurrent layer in which an item runs, if any."""
+        return loop_of(self._root, item.path)
 
     def splice(self, spot: Spot, chain: Chain) -> None:
         """Put a chain where an operator stands, at all its calls."""

@@ -12,10 +12,10 @@ from surgery.errors import Refusal
 from surgery.graphs.functional_edit import FunctionalKind, current_source, erase, first_source
 from surgery.graphs.items import Item
 from surgery.graphs.module_edit import fuse_modules, is_whole_sequential, refuse_outside, splice_modules
-from surgery.graphs.recurrent import step_shapes
+from surgery.graphs.recurrent import loop_of
 from surgery.graphs.runs import Run
 from surgery.graphs.view import Spot
-from surgery.operators import Shape
+from surgery.neighbours import Loop
 from surgery.steps import Branches, Step
 
 __all__ = ["ModuleCallsKind"]
@@ -26,9 +26,9 @@ class ModuleCallsKind(FunctionalKind):
 
     root: GraphModule
 
-    def input_shapes(self, item: Item) -> tuple[Shape, ...]:
-        """Return the shapes of an item's input: one for each step where it is in the loop of a recurrent layer."""
-        return step_shapes(self.root, item.path, self.shape(item.source))
+    def loop(self, item: Item) -> Loop | None:
+        """Return the loop of a recurrent layer in which an item runs, if any."""
+        return loop_of(self.root, item.path)
 
     def splice(self, spot: Spot, chain: Chain) -> None:
         """Put a chain where an operator stands, at all its calls."""

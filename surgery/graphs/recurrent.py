@@ -29,9 +29,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from surgery.errors import InputError, Refusal
 from surgery.graphs.modules import carry_hooks
+from surgery.neighbours import Loop
 from surgery.operators import Shape
 
-__all__ = ["UnpackedRecurrent", "empty", "outlining", "repack", "settings", "step_shapes", "unpack"]
+__all__ = ["UnpackedRecurrent", "empty", "loop_of", "outlining", "repack", "settings", "unpack"]
 
 _KINDS: dict[str, type[nn.RNNBase]] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
 _KERNELS: dict[str, Callable[..., Any]] = {
@@ -41,7 +42,6 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "RNN_RELU": torch.rnn_relu,
 }
 _PARTS = ("ih", "hh", "hr")
-_IN_LOOP = ("hh_", "hr_")
 _OUTLINE: ContextVar[bool] = ContextVar("outline", default=False)
 
 _SETTINGS = (
@@ -358,20 +358,14 @@ def empty(wanted: Any) -> nn.RNNBase | None:
         return None
 
 
-def step_shapes(root: nn.Module, path: str | None, shape: Shape) -> tuple[Shape, ...]:
-    """Return the shapes of the calls that one call in an outline stands for: one for each step, if it is in the loop.
-
-    ``path`` is that of the module that is called, and ``shape`` that of its input in the outline.
-    """
+def loop_of(root: nn.Module, path: str | None) -> Loop | None:
+    """Return the loop in which the recurrent weight at a path runs, or a factor of it; None for all other modules."""
     words = (path or "").split(".")
     for at, word in enumerate(words):
-        parent = root.get_submodule(".".join(words[:at]))
-        if isinstance(parent, UnpackedRecurrent) and word.startswith(_IN_LOOP):
-            if len(shape) == 2:
-                return ((1, shape[-1]),) * shape[0]
-            batch, steps = shape[:2] if parent.batch_first else shape[1::-1]
-            return ((batch, shape[-1]),) * steps
-    return (shape,)
+        layer = root.get_submodule(".".join(words[:at]))
+        if isinstance(layer, UnpackedRecurrent) and word.startswith("hh_"):
+            return Loop(layer.mode, layer.batch_first)
+    return None
 
 
 def _carry(new: nn.Module, old: nn.Module) -> None:

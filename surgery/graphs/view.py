@@ -246,22 +246,19 @@ class View:
                     uses[identity(parameter)].add(node)
         return uses
 
-    def spots(self, input_shapes: Callable[[Call], tuple[Shape, ...]]) -> tuple[list[Spot], list[Skip]]:
-        """Return all sites with their calls, and what was considered and left alone.
-
-        ``input_shapes`` has the shape of a call's input for each time that it runs.
-        """
+    def spots(self, shape: Callable[[Node], Shape]) -> tuple[list[Spot], list[Skip]]:
+        """Return all sites with their calls, and what was considered and left alone."""
         groups: dict[tuple[Any, ...], list[Call]] = defaultdict(list)
         for call in self.calls:
             groups[identity(self.parameters[call.weight])].append(call)
         skips, spots = list(self._skips.values()), []
         for key, calls in groups.items():
             names = [site_name(name) for name in self.names[key]]
-            shapes = tuple(shape for call in calls for shape in input_shapes(call))
+            shapes = tuple(shape(call.source) for call in calls)
             refusal = self._refuse_group(key, calls, shapes)
             operator = calls[0].operator
             if refusal is not None:
-                macs = sum(operator.macs(shape) for shape in shapes)
+                macs = sum(c.operator.macs(s) for c, s in zip(calls, shapes, strict=True))
                 name = site_name(calls[0].weight)
                 skips.append(Skip(name, describe(operator), refusal.reason, operator.parameters, macs))
             else:
