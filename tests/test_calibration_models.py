@@ -22,7 +22,7 @@ from surgery.errors import InputError
 from surgery.passes.decompose import decompose, find_sites, plan
 from tests.zoo import GRAPH_KINDS, ZOO, graph
 
-NETWORKS = ["resnet-basic", "called-twice", "attention"]
+NETWORKS = ["resnet-basic", "called-twice", "attention", "recurrent"]
 KINDS = list(GRAPH_KINDS)
 
 

@@ -22,9 +22,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from surgery.errors import InputError, Refusal
 from surgery.graphs.modules import carry_hooks
 
-__all__ = ["UnpackedAttention", "repack", "unpack"]
+__all__ = ["PROJECTIONS", "UnpackedAttention", "repack", "unpack"]
 
-_PROJECTIONS = ("in_proj_q", "in_proj_k", "in_proj_v")
+PROJECTIONS = ("in_proj_q", "in_proj_k", "in_proj_v")
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -181,7 +181,7 @@ def repack(attention: UnpackedAttention) -> nn.MultiheadAttention:
     """
     e = attention.embed_dim
     widths = (e, attention.kdim, attention.vdim)
-    weights = [_plain(attention, name, n).weight for name, n in zip(_PROJECTIONS, widths, strict=True)]
+    weights = [_plain(attention, name, n).weight for name, n in zip(PROJECTIONS, widths, strict=True)]
     out_proj = _as_out_proj(_plain(attention, "out_proj", e))
     new: nn.MultiheadAttention = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
     nn.Module.__init__(new)
@@ -189,7 +189,7 @@ def repack(attention: UnpackedAttention) -> nn.MultiheadAttention:
     same = attention._qkv_same_embed_dim
     packed: dict[str, Any] = {"in_proj_weight": _one(weights)} if same else dict(zip(_SEPARATE, weights, strict=True))
     new._parameters = {name: packed.get(name, tensor) for name, tensor in attention._parameters.items()}
-    children = {name: module for name, module in attention._modules.items() if name not in _PROJECTIONS}
+    children = {name: module for name, module in attention._modules.items() if name not in PROJECTIONS}
     new._modules = children | {"out_proj": out_proj}
     return new
 
@@ -209,7 +209,7 @@ def _projections(attention: nn.MultiheadAttention) -> dict[str, nn.Module | None
     sources: list[Tensor] = [getattr(attention, name) if packed is None else packed for name in _SEPARATE]
     parts = sources if packed is None else packed.detach().chunk(3)
     linears = [_linear(part, source).train(attention.training) for part, source in zip(parts, sources, strict=True)]
-    return dict(zip(_PROJECTIONS, linears, strict=True))
+    return dict(zip(PROJECTIONS, linears, strict=True))
 
 
 def _linear(weight: Tensor, source: Tensor) -> nn.Linear:
@@ -237,7 +237,7 @@ def _one(weights: list[Tensor]) -> nn.Parameter:
     kinds = {(weight.dtype, weight.device, weight.requires_grad) for weight in weights}
     if len(kinds) > 1:
         raise InputError(
-            f"{', '.join(_PROJECTIONS)} cannot be rows of one parameter",
+            f"{', '.join(PROJECTIONS)} cannot be rows of one parameter",
             allowed="one dtype, one device and one requires_grad for all three",
         )
     return nn.Parameter(torch.cat([weight.detach() for weight in weights]), requires_grad=weights[0].requires_grad)

@@ -164,22 +164,24 @@ class ProgramKind(ModuleCallsKind):
 
     def _write(self, layer: Recurrence) -> None:
         """Write a layer that has changed: the call of a kernel, or what torch exports of its module."""
-        for name in layer.names - layer.parameters.keys():
-            self.drop_parameter(name)
         like = next(node for node in layer.inside if node in layer.outputs)
         self.record.pop(layer.path, None)
         made: Sequence[Node | None]
-        if (kernel := write_kernel(self.graph, layer, self._layer_parameter(layer), like)) is not None:
+        used: set[str] = set()
+        parameter = self._layer_parameter(layer, used)
+        if (kernel := write_kernel(self.graph, layer, parameter, like)) is not None:
             self.stamp(kernel, like)
             made = [self._insert_item(kernel, at, like) for at in range(len(layer.outputs))]
         else:
-            made = self._write_export(layer, like)
+            made = self._write_export(layer, parameter, like)
             self.record[layer.path] = {"recurrent": settings(layer.module)}
         for old, new in zip(layer.outputs, made, strict=True):
             if old is not None and new is not None:
                 self.replace(old, new)
         for node in reversed([node for node in layer.inside if node not in layer.outputs]):
             self.graph.erase_node(node)
+        for name in layer.names - used:
+            self.drop_parameter(name)
 
     def _insert_item(self, node: Node, at: int, like: Node) -> Node:
         with self.graph.inserting_before(like):
@@ -187,11 +189,12 @@ class ProgramKind(ModuleCallsKind):
         self.stamp(item, like)
         return item
 
-    def _layer_parameter(self, layer: Recurrence) -> Callable[[str], Node]:
-        """Return a function from the names of a layer's parameters to their nodes, which adds those that are new."""
+    def _layer_parameter(self, layer: Recurrence, used: set[str]) -> Callable[[str], Node]:
+        """Return a function from names of a layer's parameters to their nodes; it adds new ones and notes the names."""
         own = layer.parameters
 
         def node(name: str) -> Node:
+            used.add(name)
             if name not in self._nodes:
                 path, _, leaf = name.rpartition(".")
                 part = f"{path}.{leaf.removeprefix('weight_')}.weight" if leaf.startswith("weight_") else name
@@ -200,9 +203,9 @@ class ProgramKind(ModuleCallsKind):
 
         return node
 
-    def _write_export(self, layer: Recurrence, like: Node) -> list[Node]:
+    def _write_export(self, layer: Recurrence, parameter: Callable[[str], Node], like: Node) -> list[Node]:
         program = export_layer(layer.module, layer.source.meta["val"], [state.meta["val"] for state in layer.states])
-        parameter, given = self._layer_parameter(layer), iter([layer.source, *layer.states])
+        given = iter([layer.source, *layer.states])
         made: dict[Node, Node] = {}
         specs = iter(program.graph_signature.input_specs)
         for node in program.graph.nodes:

@@ -24,7 +24,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 
-from surgery.errors import InputError, Refusal, SurgeryError
+from surgery.errors import InputError, Refusal
 from surgery.factorizations import FACTORIZATIONS, named
 from surgery.graphs.modules import build_sequential
 from surgery.graphs.recurrent import UnpackedRecurrent, empty, repack, unpack
@@ -173,14 +173,14 @@ def _rebuild(path: str, layer: nn.RNNBase, parameters: _Names, record: Mapping[s
 def _chain(part: Any, entry: Mapping[str, Any]) -> nn.Sequential | None:
     """Return the chain that a record says stands for a part, without numbers."""
     method, ranks = entry.get("factorization"), entry.get("rank")
-    if method not in FACTORIZATIONS or not isinstance(ranks, list) or not all(isinstance(r, int) for r in ranks):
-        return None
     operator = Linear(part.weight.detach().to(device="meta"))
-    try:
-        chain = named(method).skeleton(operator, tuple(ranks))
-    except (SurgeryError, ValueError, IndexError):  # ranks of another operator
+    if not isinstance(method, str) or method not in FACTORIZATIONS or named(method).refuse(operator) is not None:
         return None
-    return build_sequential(chain, part)
+    most = named(method).max_ranks(operator)
+    if not isinstance(ranks, list) or len(ranks) != len(most) or not all(isinstance(rank, int) for rank in ranks):
+        return None
+    fit = all(0 < rank <= full for rank, full in zip(ranks, most, strict=True))
+    return build_sequential(named(method).skeleton(operator, tuple(ranks)), part) if fit else None
 
 
 def export_layer(module: UnpackedRecurrent, x: Tensor, states: Sequence[Tensor]) -> ExportedProgram:

@@ -16,6 +16,7 @@ its numbers.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ from surgery.graphs.modules import carry_hooks
 from surgery.neighbours import Loop
 from surgery.operators import Shape
 
-__all__ = ["UnpackedRecurrent", "empty", "loop_of", "outlining", "repack", "settings", "unpack"]
+__all__ = ["UnpackedRecurrent", "empty", "is_part", "loop_of", "outlining", "repack", "settings", "unpack"]
 
 _KINDS: dict[str, type[nn.RNNBase]] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
 _KERNELS: dict[str, Callable[..., Any]] = {
@@ -69,6 +70,29 @@ def outlining() -> Iterator[None]:
         yield
     finally:
         _OUTLINE.reset(token)
+
+
+class _Step(nn.Module):
+    """One step: the states after it, from what W gives it (N, G H), and from the states before."""
+
+    def __init__(self, mode: str, hh: nn.Module, hr: nn.Module | None) -> None:
+        super().__init__()
+        self.mode, self.hh, self.hr = mode, hh, hr
+
+    def forward(self, part: Tensor, state: State, bias: Tensor | None) -> State:
+        h, recurrent = state[0], self.hh(state[0])
+        if self.mode == "LSTM":
+            i, f, g, o = (part + recurrent).chunk(4, -1)
+            c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            return (h if self.hr is None else self.hr(h), c)
+        if self.mode == "GRU":
+            recurrent = recurrent if bias is None else recurrent + bias
+            size = h.shape[-1]
+            r, z = (part[..., : 2 * size] + recurrent[..., : 2 * size]).sigmoid().chunk(2, -1)
+            n = (part[..., 2 * size :] + r * recurrent[..., 2 * size :]).tanh()
+            return (n + z * (h - n),)
+        return ((part + recurrent).tanh() if self.mode == "RNN_TANH" else (part + recurrent).relu(),)
 
 
 class UnpackedRecurrent(nn.Module):
@@ -226,6 +250,7 @@ class UnpackedRecurrent(nn.Module):
         if sizes is None and torch.compiler.is_exporting():
             return self._scan(suffix, parts, state, backwards=backwards)
         steps = list(parts.unbind(0) if sizes is None else parts.split(sizes))
+        run, recurrent_bias = self._step(suffix)
         out, ended, begin = [], [], state
         if backwards:
             steps.reverse()
@@ -237,7 +262,7 @@ class UnpackedRecurrent(nn.Module):
             elif rows < before:
                 ended.append(tuple(part[rows:] for part in state))
                 state = tuple(part[:rows] for part in state)
-            state = self._step(suffix, step, state)
+            state = run(step, state, recurrent_bias)
             out.append(state[0])
         if backwards:
             out.reverse()
@@ -246,34 +271,35 @@ class UnpackedRecurrent(nn.Module):
         return torch.stack(out) if sizes is None else torch.cat(out), ends
 
     def _scan(self, suffix: str, parts: Tensor, state: State, *, backwards: bool) -> tuple[Tensor, State]:
-        from torch._higher_order_ops.scan import scan  # torch has no public name for it yet
+        """Run the loop as one operator, whose body gets all parameters that it reads as inputs.
 
-        def step(carry: State, part: Tensor) -> tuple[State, Tensor]:
-            after = self._step(suffix, part, carry)
-            return after, after[0].clone()  # outputs may not be one value twice
+        The operator itself, without the wrapper that torch has for it: that compiles its call, and by what it has
+        compiled before takes some sizes for dynamic ones.
+        """
+        from torch._higher_order_ops.scan import scan_op  # torch has no public name for it yet
 
-        begin = tuple(part.clone() for part in state)
-        ends, out = scan(step, begin, parts.flip(0) if backwards else parts)
+        step, bias = self._step(suffix)
+        names, parameters = zip(*step.named_parameters(), strict=True)
+        count = len(state)
+
+        def body(*given: Tensor) -> list[Tensor]:
+            part, *others = given[count:]
+            after = torch.func.functional_call(
+                step,
+                dict(zip(names, others, strict=False)),
+                (part, given[:count], None if bias is None else others[-1]),
+            )
+            return [*after, after[0].clone()]  # outputs may not be one value twice
+
+        begin = [part.clone() for part in state]
+        biases = () if bias is None else (bias,)
+        *ends, out = scan_op(body, begin, [parts.flip(0) if backwards else parts], (*parameters, *biases))
         return out.flip(0) if backwards else out, tuple(ends)
 
-    def _step(self, suffix: str, part: Tensor, state: State) -> State:
-        """Return the states after a step, from what W gives it (N, G H) and from the states before."""
-        h = state[0]
-        recurrent = self.get_submodule(f"hh_{suffix}")(h)
-        if self.mode == "LSTM":
-            i, f, g, o = (part + recurrent).chunk(4, -1)
-            c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-            h = o.sigmoid() * c.tanh()
-            project = self._part("hr", suffix)
-            return (h if project is None else project(h), c)
-        if self.mode == "GRU":
-            if self.bias:
-                recurrent = recurrent + self._biases(suffix)[1]
-            both = slice(2 * self.hidden_size)
-            r, z = (part[..., both] + recurrent[..., both]).sigmoid().chunk(2, -1)
-            n = (part[..., both.stop :] + r * recurrent[..., both.stop :]).tanh()
-            return (n + z * (h - n),)
-        return ((part + recurrent).tanh() if self.mode == "RNN_TANH" else (part + recurrent).relu(),)
+    def _step(self, suffix: str) -> tuple[_Step, Tensor | None]:
+        """Return what makes a step, and the bias that it takes."""
+        step = _Step(self.mode, self.get_submodule(f"hh_{suffix}"), self._part("hr", suffix))
+        return step, self._biases(suffix)[1] if self.bias and self.mode == "GRU" else None
 
     def _outline(self, x: Any) -> tuple[Any, Any]:
         """Call all parts on values of the right shapes, with an axis for all steps, whichever it is."""
@@ -356,6 +382,11 @@ def empty(wanted: Any) -> nn.RNNBase | None:
             return _KINDS[mode](**given, device="meta").train(bool(training))
     except (TypeError, ValueError, RuntimeError):
         return None
+
+
+def is_part(name: str) -> bool:
+    """Whether an unpacked recurrent module may have a part of this name."""
+    return re.fullmatch(r"(ih|hh|hr)_l\d+(_reverse)?", name) is not None
 
 
 def loop_of(root: nn.Module, path: str | None) -> Loop | None:

@@ -14,7 +14,7 @@ from surgery.graphs.attention import UnpackedAttention
 from surgery.graphs.modules import replace_module
 from surgery.graphs.recurrent import UnpackedRecurrent
 
-__all__ = ["Originals", "has_packed", "pack_all", "unpack_all"]
+__all__ = ["Originals", "has_packed", "pack_all", "packed_parameter", "unpack_all"]
 
 _Packed = nn.MultiheadAttention | nn.RNNBase
 _Unpacked = UnpackedAttention | UnpackedRecurrent
@@ -24,6 +24,18 @@ Originals = dict[int, _Packed]
 def has_packed(root: nn.Module) -> bool:
     """Whether there is anything to unpack or to pack."""
     return any(isinstance(module, _Packed | _Unpacked) for module in root.modules())
+
+
+def packed_parameter(site: str) -> tuple[str, int, int] | None:
+    """Return the parameter that has the weight of a site as rows, which part of how many it is; None for other names.
+
+    >>> packed_parameter("block.attention.in_proj_k"), packed_parameter("lstm.hh_l0"), packed_parameter("head")
+    (('block.attention.in_proj_weight', 1, 3), ('lstm.weight_hh_l0', 0, 1), None)
+    """
+    prefix, dot, last = site.rpartition(".")
+    if last in attention.PROJECTIONS:
+        return f"{prefix}{dot}in_proj_weight", attention.PROJECTIONS.index(last), len(attention.PROJECTIONS)
+    return (f"{prefix}{dot}weight_{last}", 0, 1) if recurrent.is_part(last) else None
 
 
 def unpack_all(root: nn.Module) -> Originals:

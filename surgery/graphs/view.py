@@ -36,6 +36,7 @@ _OTHER_FUNCTIONS: dict[Any, str] = {
     aten.gru.input: _KERNEL,
     aten.rnn_tanh.input: _KERNEL,
     aten.rnn_relu.input: _KERNEL,
+    torch.ops.higher_order.scan: _SCAN,
     aten.bilinear.default: "bilinear maps are not handled yet",
     aten.einsum.default: "einsum on a weight is not handled yet",
     aten.bmm.default: "a batch of weight matrices is not handled yet",
@@ -214,7 +215,8 @@ class View:
         reason = _OTHER_FUNCTIONS.get(node.target) if node.op == "call_function" else None
         if reason is None:
             return None
-        weight = next((self.providers[n] for n in node.all_input_nodes if n in self.providers), None)
+        names = [self.providers[n] for n in node.all_input_nodes if n in self.providers]
+        weight = next((name for name in names if self.parameters[name].dim() > 1), None)
         if weight is None:
             return None
         return self._skip(site_name(weight), getattr(node.target, "__name__", str(node.target)), reason, weight)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from surgery.errors import InputError
+from surgery.graphs.unpacking import packed_parameter
 from surgery.passes.goals import Evaluate, metric_of
 from surgery.passes.recompose import recompose
 from surgery.sites import Skip
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["Bisection", "Blame", "bisect"]
 
 _LEAST = 0.1  # of the whole loss; what gains less is not worth a closer look
-_PACKED = ("in_proj_q", "in_proj_k", "in_proj_v")
 
 Progress = Callable[[str, int, int], None]
 
@@ -124,19 +124,16 @@ class _Slot:
 
 
 def _slots(site: str, first: nn.Module, second: nn.Module) -> list[_Slot]:
-    """Return the weight and bias of a site in both models; rows of the packed ones for a projection of attention."""
+    """Return the weight and bias of a site in both models; rows of what has them packed."""
     old, new = _tensors(first), _tensors(second)
-    prefix, _, last = site.rpartition(".")
-    if last in _PACKED and f"{site}.weight" not in new:
-        names = [f"{prefix}.{name}".lstrip(".") for name in ("in_proj_weight", "in_proj_bias")]
-        part: int | None = _PACKED.index(last)
-    else:
-        names, part = [site, f"{site}.weight", f"{site}.bias"], None
+    packed = None if f"{site}.weight" in new else packed_parameter(site)
+    weight, part, parts = packed or (f"{site}.weight", 0, 1)
+    names = [weight, f"{weight.removesuffix('weight')}bias"] if packed and parts > 1 else [site, weight, f"{site}.bias"]
     slots = []
     for name in names:
         if name in old and name in new and old[name].shape == new[name].shape:
             a, b = old[name].detach(), new[name].detach()
-            place, dense = (b, a) if part is None else (b.chunk(3)[part], a.chunk(3)[part])
+            place, dense = b.chunk(parts)[part], a.chunk(parts)[part]
             slots.append(_Slot(place, place.clone(), dense))
     return slots
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from surgery.cost.latency import channel_multiple
+from surgery.graphs.unpacking import packed_parameter
 from surgery.inputs import normalise_inputs
 from surgery.passes.decompose import RankSpec, decompose, find_sites
 from surgery.plans import Decision, Plan
@@ -25,7 +26,6 @@ from surgery.training.spectra import SpectrumLog
 
 __all__ = ["Proposal", "Sought", "plan_for", "propose", "refused", "shrunk", "sites_of", "try_formats"]
 
-_PACKED = ("in_proj_q", "in_proj_k", "in_proj_v")
 _LEAST_SAVED = 0.01  # ours: of the dense time of all sites that can be factored
 _FORMATS = {False: "contiguous", True: "channels_last"}
 
@@ -60,9 +60,9 @@ def sites_of(root: nn.Module, example_inputs: Any) -> tuple[Site, ...]:
 
 
 def plan_for(sites: Sequence[Site], sought: Sought, rule: RankRule | None = None) -> Plan:
-    """Return the plan of what was asked for; attention with packed projections stays dense: their state is one."""
-    attention = {site.name.rpartition(".")[0] for site in sites if site.name.endswith(_PACKED)}
-    packed = [site.name for site in sites if site.name.rpartition(".")[0] in attention]
+    """Return the plan of what was asked for; modules with packed weights stay dense: their state is one."""
+    modules = {site.name.rpartition(".")[0] for site in sites if packed_parameter(site.name) is not None}
+    packed = [site.name for site in sites if site.name.rpartition(".")[0] in modules]
     plan = make_plan(
         sites,
         ranks=sought.ranks if rule is None else rule,
@@ -72,7 +72,7 @@ def plan_for(sites: Sequence[Site], sought: Sought, rule: RankRule | None = None
         totals=Totals(sum(site.parameters for site in sites), sum(site.macs for site in sites)),
     )
     for name in packed:
-        plan = plan.edit(name, rank=None, reason="attention with packed projections is not factored in training yet")
+        plan = plan.edit(name, rank=None, reason="modules with packed weights are not factored in training yet")
     return plan
 
 
