@@ -428,6 +428,28 @@ def test_tied_layers_are_factored_together() -> None:
     assert relative_error(run(back, x), run(done.model, x)) <= tolerance(torch.float32, length=H, steps=4 * T)
 
 
+@pytest.mark.parametrize(
+    "make", [lambda: nn.LSTM(WIDE, H), lambda: nn.MultiheadAttention(H, 2)], ids=["lstm", "attention"]
+)
+def test_a_model_that_is_nothing_but_the_layer(make: Callable[[], Any]) -> None:
+    model = make().eval()
+    x = torch.randn(T, N, WIDE) if isinstance(model, nn.LSTM) else (torch.randn(T, N, H),) * 3
+    args = x if isinstance(x, tuple) else (x,)
+    before = model(*args)[0]
+    done = surgery.decompose(model, x, ranks=2, factorization="svd")
+    assert done.changes
+    assert type(done.model) is not type(model)
+    assert torch.equal(model(*args)[0], before)
+    back = surgery.recompose(done.model, x).model
+    assert type(back) is type(model)
+    allowed = tolerance(torch.float32, length=H, steps=4 * T)
+    assert relative_error(back(*args)[0], done.model(*args)[0]) <= allowed
+    fitted = surgery.decompose(model, x, ranks=2, factorization="svd", calibration=[x])
+    assert relative_error(fitted.model(*args)[0], before) <= relative_error(done.model(*args)[0], before)
+    kept = surgery.decompose(model, x, ranks=2, factorization="svd", inplace=True)
+    assert kept.model is model
+
+
 def test_packing_restores_the_very_layer() -> None:
     pair = nn.ModuleList([nn.LSTM(WIDE, H), nn.GRU(WIDE, H), Mine(WIDE, H)])
     layers = list(pair)

@@ -109,9 +109,10 @@ class ObservedModule(Observed):
     def __init__(self, model: nn.Module, kind: GraphKind) -> None:
         super().__init__(kind)
         packed = has_packed(model)
-        self.root = copy.deepcopy(model) if packed else model
+        holder = nn.ModuleList([copy.deepcopy(model) if packed else model])
         if packed:
-            unpack_all(self.root)
+            unpack_all(holder)
+        self.root = holder[0]
         self._hooks = _Hooks()
 
     def watch(self, call: Call, see: See) -> None:

@@ -54,8 +54,10 @@ class ModuleKind(GraphKind):
     def __init__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool, inplace: bool
     ) -> None:
-        self._root = copy.deepcopy(model) if copies or (has_packed(model) and not inplace) else model
-        self._packed = unpack_all(self._root)
+        root = copy.deepcopy(model) if copies or (has_packed(model) and not inplace) else model
+        self._holder = nn.ModuleList([root])  # in which the root can be replaced too, unless it is to stay the same
+        self._packed = unpack_all(root if inplace else self._holder)
+        self._root = self._holder[0]
         self._shared: Shared = {}
         traced = trace_module(self._root, args, kwargs)
         parameters = dict(self._root.named_parameters(remove_duplicate=False))
@@ -158,8 +160,8 @@ class ModuleKind(GraphKind):
 
     def finish(self) -> nn.Module:
         """Return the changed model, with packed weights where nothing has changed."""
-        pack_all(self._root, self._packed)
-        return self._root
+        pack_all(self._holder, self._packed)
+        return self._holder[0]
 
 
 def _without_views(call: Call) -> Call:
