@@ -2,87 +2,112 @@
 
     python tools/bench_recurrent.py [--threads N] [--seconds S] [--json FILE]
 
-A step of an LSTM or a GRU is ``gates = W x + R h + b`` with W (G H, I), R (G H, H), G = 4 or 3. At rank r:
+A step of an LSTM or a GRU is ``gates = W x + R h + b`` with W (G H, I), R (G H, H), G = 4 or 3. ``surgery.decompose``
+factors them at a half and at a quarter of the full ranks:
 
-    input    W = U V. V is one linear layer on all steps, before the runtime's own kernel with U as its input weight
-    both     R = Q P as well. The kernels take a dense R only, so there is a loop over the steps: W's part of all gates
-             at once, then two products and the gates for each step (a Python loop in torch, Scan in onnxruntime)
-    loop     the same loop with dense weights: what the loop alone costs
+    input    W alone: one linear layer on all steps, before the runtime's own kernel with the other factor as its W
+    both     R as well: a loop over the steps (in Python under torch, a Scan under onnxruntime), as no kernel takes it
 
-Ranks are a half and a quarter of I for W and of H for R. Weights are random: times do not depend on their values. Each
-row's output is checked against the kernel's with the composed weights. Speed-ups are over the dense kernel of the same
-runtime, with 95 % intervals: above 1, the row is faster.
+Weights are random: times do not depend on their values. Each row's output is checked against the recomposed layer, and
+what onnxruntime gives against what torch gives. Speed-ups are over the dense kernel of the same runtime, with 95 %
+intervals: above 1, the row is faster.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from recurrent_cases import Kernel, Layer, Loop, Weights, composed, onnx_kernel, onnx_loop, random_weights
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
+import surgery
 from surgery.benchmark import environment
 from surgery.chain import relative_error
 from surgery.cost.timing import Budget, bind, compare_samples, interleave, open_session
 
 TOLERANCE = 1e-4  # of float32 outputs over all steps
 FRACTIONS = (0.5, 0.25)
-LAYERS = [Layer(kind, *size) for kind in ("LSTM", "GRU") for size in ((256, 512), (512, 512), (512, 512, 64, 1))]
 
 
-def variants(layer: Layer) -> Iterator[tuple[str, Weights, bool]]:
-    """Yield each row's name, its weights, and whether it is a loop; the dense kernel comes first."""
-    dense = random_weights(layer, None, None)
-    yield "dense kernel", dense, False
-    yield "loop, dense", dense, True
+@dataclass(frozen=True)
+class Layer:
+    """A kind, its sizes, and the sizes of its input."""
+
+    kind: str
+    inputs: int
+    hidden: int
+    steps: int = 64
+    batch: int = 8
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.inputs} -> {self.hidden}, {self.steps} steps, batch {self.batch}"
+
+
+SIZES = ((128, 256), (256, 512), (512, 512), (512, 512, 64, 1), (1024, 1024))
+LAYERS = [Layer(kind, *size) for kind in ("LSTM", "GRU") for size in SIZES]
+
+
+class Network(nn.Module):
+    """A layer, of whose results the hidden states are used."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.rnn = getattr(nn, layer.kind)(layer.inputs, layer.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the hidden states (steps, batch, H) of inputs (steps, batch, I)."""
+        out: Tensor = self.rnn(x)[0]
+        return out
+
+
+def variants(layer: Layer, x: Tensor) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each row's name and its network; the dense kernel comes first."""
+    dense = Network(layer).eval()
+    yield "dense kernel", dense
     for fraction in FRACTIONS:
-        rank, recurrent = int(fraction * layer.inputs), int(fraction * layer.hidden)
-        yield f"input, rank {rank}", random_weights(layer, rank, None), False
-        yield f"both, ranks {rank} and {recurrent}", random_weights(layer, rank, recurrent), True
+        full = {"rnn.ih_l0": layer.inputs, "rnn.hh_l0": layer.hidden}
+        ranks = {name: int(fraction * rank) for name, rank in full.items()}
+        for words, names in (("input", ["rnn.ih_l0"]), ("both", list(ranks))):
+            done = surgery.decompose(dense, x, ranks=ranks, factorization="svd", include=names)
+            whole = surgery.recompose(done.model, x).model
+            check(f"{layer}, {words}", done.model(x), whole(x))
+            yield f"{words}, rank {' and '.join(str(ranks[name]) for name in names)}", done.model
 
 
-def torch_run(layer: Layer, weights: Weights, loop: bool, x: Tensor) -> tuple[Callable[[], object], Tensor]:
-    """Return what runs a variant under torch, and its output."""
-    module = (Loop if loop else Kernel)(layer, weights).eval()
-    return lambda: module(x), module(x)
-
-
-def onnx_run(layer: Layer, weights: Weights, loop: bool, x: Tensor) -> tuple[Callable[[], object], Tensor]:
-    """Return what runs a variant under onnxruntime, and its output."""
-    session = open_session((onnx_loop if loop else onnx_kernel)(layer, weights), threads=torch.get_num_threads())
-    [out] = session.run(None, {"x": x.numpy()})
-    return bind(session, {"x": x.numpy()}), torch.from_numpy(out)
-
-
-RUNTIMES = {"torch": torch_run, "onnxruntime": onnx_run}
+def check(what: str, actual: Tensor, expected: Tensor) -> None:
+    """Stop if two outputs are not the same."""
+    error = relative_error(actual, expected)
+    if error > TOLERANCE:
+        raise SystemExit(f"{what}: the output is off by {error:.1g}")
 
 
 def measure(layer: Layer, seconds: float) -> list[dict[str, Any]]:
     """Check all variants, then time those of one runtime at a time, interleaved."""
     x = torch.randn(layer.steps, layer.batch, layer.inputs, generator=torch.Generator().manual_seed(1))
-    rows, all_variants = [], list(variants(layer))
-    for runtime, build in RUNTIMES.items():
-        runs = []
-        for name, weights, loop in all_variants:
-            run, out = build(layer, weights, loop, x)
-            error = relative_error(out, Kernel(layer, composed(weights))(x))
-            if error > TOLERANCE:
-                raise SystemExit(f"{runtime}, {layer}, {name}: the output is off by {error:.1g}")
-            runs.append(run)
-        samples = interleave(runs, Budget(seconds))
-        for (name, *_), sample in zip(all_variants, samples, strict=True):
-            speedup = compare_samples(samples[0], sample)
-            row = {"layer": str(layer), **asdict(layer), "runtime": runtime, "variant": name, "seconds": sample.median}
-            interval = {"speedup": speedup.value, "low": speedup.low, "high": speedup.high}
-            rows.append(row | interval | {"verdict": speedup.verdict})
+    found = list(variants(layer, x))
+    runs: dict[str, list[Any]] = {"torch": [lambda model=model: model(x) for _, model in found], "onnxruntime": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (_, model) in enumerate(found):
+            file = Path(folder) / f"{number}.onnx"
+            surgery.export_onnx(model, file, x)
+            session = open_session(file, threads=torch.get_num_threads())
+            runs["onnxruntime"].append(bind(session, {session.get_inputs()[0].name: x.numpy()}))
+        rows = []
+        for runtime, calls in runs.items():
+            samples = interleave(calls, Budget(seconds))
+            for (name, _), sample in zip(found, samples, strict=True):
+                speedup = compare_samples(samples[0], sample)
+                row = {"layer": str(layer), **asdict(layer), "runtime": runtime, "variant": name}
+                row |= {"seconds": sample.median, "speedup": speedup.value, "low": speedup.low, "high": speedup.high}
+                rows.append(row | {"verdict": speedup.verdict})
     return rows
 
 
