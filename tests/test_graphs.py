@@ -20,7 +20,7 @@ from surgery.errors import Refusal
 from surgery.export import export_onnx
 from surgery.factorizations import FACTORIZATIONS, fitting
 from surgery.graphs.attention import UnpackedAttention
-from surgery.graphs.recurrent import UnpackedRecurrent
+from surgery.graphs.recurrent import UnpackedGRU, UnpackedLSTM
 from surgery.loading import load
 from surgery.passes.decompose import decompose, find_sites
 from surgery.passes.recompose import recompose
@@ -165,7 +165,7 @@ def test_only_sites_change(name: str, kind: str) -> None:
     assert all(row in rest for row in moved), "the nodes outside of the sites stand in their old order"
 
 
-UNPACKED = {nn.MultiheadAttention: UnpackedAttention, nn.LSTM: UnpackedRecurrent, nn.GRU: UnpackedRecurrent}
+UNPACKED = {nn.MultiheadAttention: UnpackedAttention, nn.LSTM: UnpackedLSTM, nn.GRU: UnpackedGRU}
 
 
 def untouched_modules(model: nn.Module, inputs: Inputs) -> None:

@@ -29,6 +29,7 @@ from surgery.graphs.outline import add_outline, drop_outline, in_outline
 from surgery.graphs.packed import pack, unpack
 from surgery.graphs.recurrence import (
     Recurrence,
+    describe,
     export_layer,
     is_kernel,
     kernel_values,
@@ -36,7 +37,6 @@ from surgery.graphs.recurrence import (
     read_kernels,
     write_kernel,
 )
-from surgery.graphs.recurrent import settings
 from surgery.graphs.view import View, identity
 from surgery.operators import Shape
 
@@ -174,7 +174,7 @@ class ProgramKind(ModuleCallsKind):
             made = [self._insert_item(kernel, at, like) for at in range(len(layer.outputs))]
         else:
             made = self._write_export(layer, parameter, like)
-            self.record[layer.path] = {"recurrent": settings(layer.module)}
+            self.record[layer.path] = describe(layer.module)
         for old, new in zip(layer.outputs, made, strict=True):
             if old is not None and new is not None:
                 self.replace(old, new)
@@ -195,9 +195,10 @@ class ProgramKind(ModuleCallsKind):
 
         def node(name: str) -> Node:
             used.add(name)
-            if name not in self._nodes:
-                path, _, leaf = name.rpartition(".")
-                part = f"{path}.{leaf.removeprefix('weight_')}.weight" if leaf.startswith("weight_") else name
+            path, _, leaf = name.rpartition(".")
+            part = f"{path}.{leaf.removeprefix('weight_')}.weight" if leaf.startswith("weight_") else name
+            if self._state.get(name) is not own[part]:
+                self.drop_parameter(name)
                 self.add_parameter([name], own[part])
             return self._nodes[name]
 

@@ -22,13 +22,12 @@ _MARK = "surgery_outline"
 
 def add_outline(root: nn.Module, path: str, source: Any, before: Node) -> list[Node]:
     """Add the outline of the unpacked recurrent layer at a path, on the node of its input, and return its nodes."""
-    given = iter([source, None])
     made: dict[Node, Any] = {}
     added = []
     with before.graph.inserting_before(before):
         for node in trace_outline(root.get_submodule(path)).nodes:
             if node.op == "placeholder":
-                made[node] = next(given)
+                made[node] = source
             elif node.op != "output":
                 made[node] = new = before.graph.node_copy(node, made.__getitem__)
                 new.meta[_MARK] = True

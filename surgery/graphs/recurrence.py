@@ -12,10 +12,10 @@ A record of the layer says where a factored one is. It counts only where the nod
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import getitem
 from typing import Any
 
 import torch
@@ -25,14 +25,14 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 
 from surgery.errors import InputError, Refusal
-from surgery.factorizations import FACTORIZATIONS, named
-from surgery.graphs.modules import build_sequential
-from surgery.graphs.recurrent import UnpackedRecurrent, empty, repack, unpack
+from surgery.graphs.links import build_link, read_link_module
+from surgery.graphs.recurrent import UnpackedRecurrent, empty, repack, settings, unpack
 from surgery.graphs.view import identity
-from surgery.operators import Linear
+from surgery.steps import Flatten, Transpose, Unflatten
 
 __all__ = [
     "Recurrence",
+    "describe",
     "export_layer",
     "is_kernel",
     "kernel_values",
@@ -126,7 +126,7 @@ def _read_kernel(node: Node, providers: Mapping[Node, str], parameters: _Names) 
     for name in layer._flat_weights_names:
         layer.register_parameter(name, parameters[f"{path}.{name}"])  # type: ignore[arg-type]
     module = unpack(layer.train(bool(training)))
-    gets: dict[Any, Node] = {user.args[1]: user for user in node.users if user.target is getitem}
+    gets: dict[Any, Node] = {user.args[1]: user for user in node.users if user.target is operator.getitem}
     if isinstance(module, Refusal) or len(gets) != len(node.users):
         return None
     outputs = tuple(gets.get(i) for i in range(1 + len(states)))
@@ -138,29 +138,50 @@ def read_factored(
 ) -> Iterator[Recurrence]:
     """Yield the layers of a record that are in the graph as they were written; ``nodes`` are those of parameters."""
     for path, entry in record.items():
-        layer = empty(entry.get("recurrent")) if isinstance(entry, dict) else None
-        module = None if layer is None else _rebuild(path, layer, parameters, record)
+        module = _rebuild(path, entry, parameters)
         if module is not None:
             found = _match(path, module, graph, root, nodes)
             if found is not None:
                 yield found
 
 
-def _rebuild(path: str, layer: nn.RNNBase, parameters: _Names, record: Mapping[str, Any]) -> UnpackedRecurrent | None:
-    """Return the layer with the factored parts that the record and the parameters' names tell of."""
-    for name in layer._flat_weights_names:
-        own = parameters.get(f"{path}.{name}" if name.startswith("bias") else f"{path}.{name[7:]}.weight")
-        if own is not None:
-            layer.register_parameter(name, own)  # type: ignore[arg-type]
+def describe(module: UnpackedRecurrent) -> dict[str, Any]:
+    """Return the record of a layer, as JSON values: its settings, and the steps of each part that is a chain."""
+    chains = {name: part for name, part in module.named_children() if isinstance(part, nn.Sequential)}
+    return {"recurrent": settings(module), "parts": {name: list(map(_row, part)) for name, part in chains.items()}}
+
+
+def _row(step: nn.Module) -> list[Any]:
+    if isinstance(step, nn.Linear):
+        return ["Linear", step.in_features, step.out_features]
+    link: Any = read_link_module(step)
+    if isinstance(link, Unflatten):
+        return ["Unflatten", link.dim, *link.sizes]
+    return ["Flatten", link.start, link.end] if isinstance(link, Flatten) else ["Transpose", link.first, link.second]
+
+
+_STEPS: dict[str, Callable[..., nn.Module]] = {
+    "Linear": lambda columns, rows: nn.Linear(columns, rows, bias=False, device="meta"),
+    "Unflatten": lambda dim, *sizes: build_link(Unflatten(dim, sizes)),
+    "Flatten": lambda start, end: build_link(Flatten(start, end)),
+    "Transpose": lambda first, second: build_link(Transpose(first, second)),
+}
+
+
+def _rebuild(path: str, entry: Any, parameters: _Names) -> UnpackedRecurrent | None:
+    """Return the layer that an entry of a record describes, with the parameters of these names."""
+    layer = empty(entry.get("recurrent")) if isinstance(entry, dict) else None
+    parts = entry.get("parts") if isinstance(entry, dict) else None
+    if layer is None or not isinstance(parts, dict):
+        return None
     module = unpack(layer)
     assert isinstance(module, UnpackedRecurrent)  # it is torch's own
     for name, part in list(module.named_children()):
-        entry = record.get(f"{path}.{name}")
-        if isinstance(entry, dict) and f"{path}.{name}.weight" not in parameters:
-            chain = _chain(part, entry)
+        if name in parts:
+            chain = _read_rows(parts[name])
             if chain is None:
                 return None
-            module.add_module(name, chain)
+            module.add_module(name, chain.train(part.training))
     for name, own in list(module.named_parameters()):
         known = parameters.get(f"{path}.{name}")
         if known is None or known.shape != own.shape:
@@ -170,17 +191,12 @@ def _rebuild(path: str, layer: nn.RNNBase, parameters: _Names, record: Mapping[s
     return module
 
 
-def _chain(part: Any, entry: Mapping[str, Any]) -> nn.Sequential | None:
-    """Return the chain that a record says stands for a part, without numbers."""
-    method, ranks = entry.get("factorization"), entry.get("rank")
-    operator = Linear(part.weight.detach().to(device="meta"))
-    if not isinstance(method, str) or method not in FACTORIZATIONS or named(method).refuse(operator) is not None:
+def _read_rows(rows: Any) -> nn.Sequential | None:
+    """Return the chain of a record's rows, without numbers; None for anything that is none."""
+    try:
+        return nn.Sequential(*(_STEPS[kind](*map(operator.index, sizes)) for kind, *sizes in rows))
+    except (TypeError, ValueError, KeyError, RuntimeError):
         return None
-    most = named(method).max_ranks(operator)
-    if not isinstance(ranks, list) or len(ranks) != len(most) or not all(isinstance(rank, int) for rank in ranks):
-        return None
-    fit = all(0 < rank <= full for rank, full in zip(ranks, most, strict=True))
-    return build_sequential(named(method).skeleton(operator, tuple(ranks)), part) if fit else None
 
 
 def export_layer(module: UnpackedRecurrent, x: Tensor, states: Sequence[Tensor]) -> ExportedProgram:
@@ -230,14 +246,17 @@ def kernel_values(args: Sequence[Any]) -> tuple[Tensor, ...]:
 def _match(
     path: str, module: UnpackedRecurrent, graph: Graph, root: nn.Module, nodes: Mapping[str, Node]
 ) -> Recurrence | None:
-    tried = set()
+    tried, dtype = set(), next(module.parameters()).dtype
     for node in graph.nodes:
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.dim() != 3 or value.shape[-1] != module.input_size:
             continue
-        if str(value.shape) not in tried:
+        if value.dtype == dtype and str(value.shape) not in tried:
             tried.add(str(value.shape))
-            program = export_layer(module, value, module.states_like(value))
+            try:
+                program = export_layer(module, value, module.states_like(value))
+            except Exception:  # torch may raise anything, and a record may say anything
+                continue
             found = _Match(program, graph, root, path, nodes).find(module)
             if found is not None:
                 return found
@@ -276,7 +295,7 @@ class _Match:
         if not any(outputs) or None in given:
             return None
         inner = {node for own, node in bound.items() if own.op != "placeholder"}
-        inner |= {user for node in inner for user in node.users if user.target is getitem and not user.users}
+        inner |= {user for node in inner for user in node.users if user.target is operator.getitem and not user.users}
         if any(set(node.users) - inner for node in inner if node not in outputs):
             return None
         source, *states = given
@@ -287,20 +306,30 @@ class _Match:
 
     def _same(self, own: Node, node: Node, bound: dict[Node, Node]) -> bool:
         """Whether a node computes what one of the export does; ``bound`` gets all that this takes."""
-        if own in bound or own.op == "placeholder":
-            fits = bound.setdefault(own, self._known.get(own) or node) is node
-            return fits and (own not in self._known or self._known[own] is node)
-        if own.op == "get_attr" == node.op:
+        pairs = [(own, node)]
+        while pairs:
+            own, node = pairs.pop()
+            if own in bound or own.op == "placeholder":
+                known = self._known.get(own, node)
+                if bound.setdefault(own, node) is not node or known is not node:
+                    return False
+                continue
             bound[own] = node
-            return _same_graph(getattr(self._own, str(own.target)), getattr(self._root, str(node.target), None))
-        if own.op != node.op or own.target != node.target:
-            return False
-        mine, theirs = _flat(own), _flat(node)
-        bound[own] = node
-        return len(mine) == len(theirs) and all(
-            self._same(a, b, bound) if isinstance(a, Node) and isinstance(b, Node) else type(a) is type(b) and a == b
-            for a, b in zip(mine, theirs, strict=True)
-        )
+            if own.op != node.op or (own.op != "get_attr" and own.target != node.target):
+                return False
+            if own.op == "get_attr":
+                bodies = (getattr(graph, str(n.target), None) for graph, n in ((self._own, own), (self._root, node)))
+                if not _same_graph(*bodies):
+                    return False
+            mine, theirs = _flat(own), _flat(node)
+            if len(mine) != len(theirs):
+                return False
+            for a, b in zip(mine, theirs, strict=True):
+                if isinstance(a, Node) and isinstance(b, Node):
+                    pairs.append((a, b))
+                elif type(a) is not type(b) or a != b:
+                    return False
+        return True
 
 
 def _same_graph(first: Any, second: Any) -> bool:

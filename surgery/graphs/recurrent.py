@@ -33,7 +33,19 @@ from surgery.graphs.modules import carry_hooks
 from surgery.neighbours import Loop
 from surgery.operators import Shape
 
-__all__ = ["UnpackedRecurrent", "empty", "is_part", "loop_of", "outlining", "repack", "settings", "unpack"]
+__all__ = [
+    "UnpackedGRU",
+    "UnpackedLSTM",
+    "UnpackedRNN",
+    "UnpackedRecurrent",
+    "empty",
+    "is_part",
+    "loop_of",
+    "outlining",
+    "repack",
+    "settings",
+    "unpack",
+]
 
 _KINDS: dict[str, type[nn.RNNBase]] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
 _KERNELS: dict[str, Callable[..., Any]] = {
@@ -95,12 +107,14 @@ class _Step(nn.Module):
         return ((part + recurrent).tanh() if self.mode == "RNN_TANH" else (part + recurrent).relu(),)
 
 
-class UnpackedRecurrent(nn.Module):
+class UnpackedRecurrent(nn.RNNBase):
     """A recurrent module that calls ``ih_l0``, ``hh_l0``, ... (``hr_l0`` with projections), on (..., features).
 
-    Made by ``unpack``. These have no bias: ``bias_ih_l0``, ``bias_hh_l0``, ... (G H,) stay parameters here. All other
-    attributes, the training flag and the hooks are those of the module it is made of; biases and weights are the same
-    objects. Each of the parts may be replaced by what maps the same widths, such as low-rank factors.
+    Made by ``unpack``, as an ``UnpackedLSTM``, ``UnpackedGRU`` or ``UnpackedRNN``, which are torch's classes, too. The
+    parts have no bias: ``bias_ih_l0``, ``bias_hh_l0``, ... (G H,) stay parameters here. All other attributes, the
+    training flag and the hooks are those of the module it is made of; biases and weights are the same objects, and
+    ``weight_ih_l0``, ... are there to be read as long as they are whole. Each of the parts may be replaced by what maps
+    the same widths, such as low-rank factors.
     """
 
     outlined = True
@@ -115,14 +129,29 @@ class UnpackedRecurrent(nn.Module):
     dropout: float
 
     def __init__(self, module: nn.RNNBase) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         _carry(self, module)
+        # what torch's class keeps for its kernel
+        self._flat_weights_names, self._flat_weights, self._flat_weight_refs = [], [], []
+        self._all_weights = module._all_weights
         for name, parameter in module._parameters.items():
             if not name.startswith("weight_"):
                 self.register_parameter(name, parameter)
         for name, parameter in module._parameters.items():
             if name.startswith("weight_"):
                 self.add_module(name.removeprefix("weight_"), _linear(parameter).train(module.training))
+
+    def __getattr__(self, name: str) -> Any:
+        parts = self.__dict__.get("_modules", {})
+        part = parts.get(name.removeprefix("weight_")) if name.startswith("weight_") else None
+        if part is None:
+            return super().__getattr__(name)
+        if not isinstance(part, nn.Linear):
+            raise AttributeError(f"{type(self).__name__} has no {name}: it is factored")
+        return part.weight
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
 
     def flatten_parameters(self) -> None:
         """Do nothing: there is no one block of memory for all weights, as cuDNN wants it."""
@@ -137,7 +166,7 @@ class UnpackedRecurrent(nn.Module):
             InputError: the input or the states have other shapes.
         """
         if _OUTLINE.get():
-            return self._outline(input)
+            return self._outline(input, hx)
         given = input.data if isinstance(input, PackedSequence) else input
         axes = (2,) if isinstance(input, PackedSequence) else (2, 3)
         if given.dim() not in axes or given.shape[-1] != self.input_size:
@@ -301,8 +330,13 @@ class UnpackedRecurrent(nn.Module):
         step = _Step(self.mode, self.get_submodule(f"hh_{suffix}"), self._part("hr", suffix))
         return step, self._biases(suffix)[1] if self.bias and self.mode == "GRU" else None
 
-    def _outline(self, x: Any) -> tuple[Any, Any]:
+    def outline(self, input: Tensor) -> tuple[Any, Any]:
+        """Return the outline from the input alone."""
+        return self._outline(input, None)
+
+    def _outline(self, x: Any, hx: Any) -> tuple[Any, Any]:
         """Call all parts on values of the right shapes, with an axis for all steps, whichever it is."""
+        begin = () if hx is None else (hx[0].sum(), hx[1].sum()) if self.mode == "LSTM" else (hx.sum(),)
         ends: tuple[list[Tensor], ...] = tuple([] for _ in self._widths)
         for layer in range(self.num_layers):
             rows = []
@@ -316,12 +350,31 @@ class UnpackedRecurrent(nn.Module):
                 for end, states in zip(ends, (hidden, cell), strict=False):
                     end.append(states.select(-2 if self.batch_first else 0, -1))
             x = rows[0] if len(rows) == 1 else torch.cat(rows, -1)
-        last = tuple(torch.stack(part) for part in ends)
-        return x, last if self.mode == "LSTM" else last[0]
+        x, *last = (sum(begin, value) for value in (x, *(torch.stack(part) for part in ends)))
+        return x, tuple(last) if self.mode == "LSTM" else last[0]
 
     def extra_repr(self) -> str:
         """Return what the class would say of itself."""
         return f"{self.mode}, {self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"
+
+
+class UnpackedLSTM(UnpackedRecurrent, nn.LSTM):
+    """An nn.LSTM whose weights are modules of their own."""
+
+
+class UnpackedGRU(UnpackedRecurrent, nn.GRU):
+    """An nn.GRU whose weights are modules of their own."""
+
+
+class UnpackedRNN(UnpackedRecurrent, nn.RNN):
+    """An nn.RNN whose weights are modules of their own."""
+
+
+_UNPACKED: dict[type[nn.RNNBase], type[UnpackedRecurrent]] = {
+    nn.LSTM: UnpackedLSTM,
+    nn.GRU: UnpackedGRU,
+    nn.RNN: UnpackedRNN,
+}
 
 
 def unpack(module: nn.RNNBase) -> UnpackedRecurrent | Refusal:
@@ -338,7 +391,7 @@ def unpack(module: nn.RNNBase) -> UnpackedRecurrent | Refusal:
         return Refusal(f"{kind} may compute otherwise than torch's own: it is a subclass or has its own forward")
     if any(module._parameters.get(name) is None for name in module._flat_weights_names):
         return Refusal("its weights are computed from other parameters (weight norm or another parametrization)")
-    return UnpackedRecurrent(module)
+    return _UNPACKED[type(module)](module)
 
 
 def repack(module: UnpackedRecurrent) -> nn.RNNBase:
@@ -364,7 +417,7 @@ def settings(module: UnpackedRecurrent) -> dict[str, Any]:
 def empty(wanted: Any) -> nn.RNNBase | None:
     """Return torch's own module of these settings, on the meta device; None if there is none."""
     given = dict(wanted) if isinstance(wanted, dict) else {}
-    if set(given) != set(_SETTINGS) or given["mode"] not in _KINDS:
+    if set(given) != set(_SETTINGS) or not isinstance(given["mode"], str) or given["mode"] not in _KINDS:
         return None
     mode, training = given.pop("mode"), given.pop("training")
     if (
@@ -390,11 +443,14 @@ def is_part(name: str) -> bool:
 
 
 def loop_of(root: nn.Module, path: str | None) -> Loop | None:
-    """Return the loop in which the recurrent weight at a path runs, or a factor of it; None for all other modules."""
+    """Return the loop in which the recurrent weight at a path runs, or a factor of it; None for all other modules.
+
+    And None where there are projections, which ONNX's kernel does not have.
+    """
     words = (path or "").split(".")
     for at, word in enumerate(words):
         layer = root.get_submodule(".".join(words[:at]))
-        if isinstance(layer, UnpackedRecurrent) and word.startswith("hh_"):
+        if isinstance(layer, UnpackedRecurrent) and word.startswith("hh_") and not layer.proj_size:
             return Loop(layer.mode, layer.batch_first)
     return None
 
@@ -413,15 +469,19 @@ def _linear(weight: Any) -> nn.Linear:
 
 
 def _is_plain(module: Any) -> bool:
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return type(module) is nn.Linear and module.bias is None and not hooked
+    return type(module) is nn.Linear and module.bias is None and not _is_watched(module)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 def _split(module: nn.Module) -> tuple[nn.Module, Any]:
     """Return a chain but for its last linear layer, and that; without one, None stands for it."""
     if _is_plain(module):
         return nn.Identity(), module
-    watched = any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    watched = any(map(_is_watched, module.modules()))
     if type(module) is nn.Sequential and not watched and _is_plain(module[-1]):
         return module[:-1], module[-1]
     return module, None

@@ -67,9 +67,10 @@ def trace_module(
 
 
 def trace_outline(module: nn.Module) -> Graph:
-    """Return the graph of the outline of an unpacked recurrent module."""
-    with outlining():
-        return _Tracer().trace(module)
+    """Return the graph of the outline of an unpacked recurrent module, from its input alone."""
+    tracer = _Tracer()
+    tracer.traced_func_name = "outline"
+    return tracer.trace(module)
 
 
 def _bind(

@@ -78,7 +78,7 @@ def pack_all(root: nn.Module, originals: Originals) -> None:
 
 
 def _is_packed(module: nn.Module) -> bool:
-    return isinstance(module, _Packed) and not isinstance(module, UnpackedAttention)
+    return isinstance(module, _Packed) and not isinstance(module, _Unpacked)
 
 
 def _unpack(module: Any) -> _Unpacked | Refusal:

@@ -26,7 +26,10 @@ __all__ = ["Call", "Spot", "View", "identity", "site_name"]
 
 aten = torch.ops.aten
 
-_KERNEL = "a kernel reads all weights of the recurrent layer; factor the module, and export what comes of it"
+_KERNEL = (
+    "a kernel reads all weights of the recurrent layer; they are not taken apart where others read them too, or where "
+    "the program is of that layer alone"
+)
 _SCAN = "a loop over the steps of a recurrent layer uses it; change the module that the program was exported from"
 
 # functions with weight matrices that are no site, and why
