@@ -23,7 +23,9 @@ from torch.utils import _pytree as pytree
 
 import surgery
 from surgery.chain import Chain, relative_error
+from surgery.cost.latency import Latencies
 from surgery.cost.onnx_model import build_model
+from surgery.cost.timing import Budget
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import named
 from surgery.graphs.recurrent import UnpackedRecurrent, empty, repack, unpack
@@ -210,7 +212,7 @@ def test_hooks_copies_and_pickles() -> None:
     assert isinstance(module, UnpackedRecurrent)
     assert isinstance(module, nn.LSTM)  # as code around it may ask
     module.flatten_parameters()  # as code around an LSTM calls it
-    again = pickle.loads(pickle.dumps(unpacked(nn.GRU(WIDE, H))))
+    again = copy.deepcopy(copy.deepcopy(pickle.loads(pickle.dumps(unpacked(nn.GRU(WIDE, H))))).double())
     assert [name for name, _ in again.named_children()] == ["ih_l0", "hh_l0"]
     assert "LSTM, 5, 6" in repr(module)
 
@@ -375,13 +377,40 @@ def test_a_program_that_was_changed_after_it_was_factored_is_left_alone() -> Non
     assert relative_error(run(back.model, x), run(done.model, x)) <= tolerance(torch.float32, length=H, steps=4 * T)
 
 
+BAD_ROWS: list[Any] = [
+    None,
+    3,
+    [],
+    [[]],
+    [["Linear"]],
+    [["Linear", -3, 4]],
+    [["Conv", 1]],
+    [["Linear", "2", []]],
+    [[[], 1]],
+]
+
+
 @pytest.mark.parametrize(
-    "entry", [None, {}, {"recurrent": {"mode": "GRU"}}, {"recurrent": 3}, {"recurrent": {"hidden_size": 10**12}}]
+    "change",
+    [
+        lambda entry: None,
+        lambda entry: {},
+        lambda entry: 3,
+        lambda entry: entry | {"recurrent": {"mode": "GRU"}},
+        lambda entry: entry | {"recurrent": 3},
+        lambda entry: entry | {"recurrent": entry["recurrent"] | {"mode": []}},
+        lambda entry: entry | {"recurrent": entry["recurrent"] | {"hidden_size": 10**12}},
+        lambda entry: entry | {"recurrent": entry["recurrent"] | {"batch_first": False}},
+        lambda entry: entry | {"parts": None},
+        lambda entry: entry | {"parts": {}},
+        *(lambda entry, rows=rows: entry | {"parts": entry["parts"] | {"hh_l0": rows}} for rows in BAD_ROWS),
+    ],
 )
-def test_records_may_say_anything(entry: Any) -> None:
+def test_records_may_say_anything(change: Callable[[Any], Any]) -> None:
     model, x = net("gru")
     done = surgery.decompose(KINDS["program"](model, x), ranks={"rnn.*": 2}, factorization="svd", include=["rnn.*"])
-    done.model.graph_module.meta["surgery"]["sites"]["rnn"] = entry
+    sites = done.model.graph_module.meta["surgery"]["sites"]
+    sites["rnn"] = change(sites["rnn"])
     back = surgery.recompose(done.model)
     assert relative_error(run(back.model, x), run(done.model, x)) <= tolerance(torch.float32, length=H, steps=4 * T)
 
@@ -448,8 +477,151 @@ def test_a_model_that_is_nothing_but_the_layer(make: Callable[[], Any]) -> None:
     assert relative_error(back(*args)[0], done.model(*args)[0]) <= allowed
     fitted = surgery.decompose(model, x, ranks=2, factorization="svd", calibration=[x])
     assert relative_error(fitted.model(*args)[0], before) <= relative_error(done.model(*args)[0], before)
-    kept = surgery.decompose(model, x, ranks=2, factorization="svd", inplace=True)
-    assert kept.model is model
+    with pytest.raises(InputError, match="nothing but"):
+        surgery.decompose(model, x, ranks=2, factorization="svd", inplace=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_cut_again_after_it_was_saved(kind: str, tmp_path: Path) -> None:
+    plain, x = net("gru", bidirectional=True)
+    once = surgery.decompose(KINDS[kind](plain, x), x, ranks={"rnn.*": 4}, factorization="svd", include=["rnn.*"])
+    loaded = once.model
+    if "graph" not in kind:  # torch cannot pickle those that it traced itself
+        surgery.save(once.model, tmp_path / "once.pt2")
+        loaded = surgery.load(tmp_path / "once.pt2", trust=True)
+    again = surgery.decompose(loaded, x, ranks={"rnn.hh*": 1, "rnn.ih*": None}, include=["rnn.*"])
+    assert {name: tuple(t.shape) for name, t in state(again.model).items() if ".hh_l0." in name} == {
+        "rnn.hh_l0.0.weight": (1, H), "rnn.hh_l0.1.weight": (3 * H, 1)
+    }  # fmt: skip
+    assert not torch.equal(run(again.model, x), run(once.model, x))
+    back = surgery.recompose(again.model, x)
+    assert len(back.changes) == 4
+    assert set(state(back.model)) == set(plain.state_dict())
+    plain.load_state_dict(state(back.model))
+    allowed = tolerance(torch.float32, length=H, steps=4 * T)
+    assert relative_error(run(again.model, x), run(plain, x)) <= allowed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_directions_share_a_factor(kind: str) -> None:
+    plain, x = net("lstm", bidirectional=True)
+    model = KINDS[kind](plain, x)
+    done = surgery.decompose(model, x, ranks={"rnn.ih*": 3, "rnn.hh*": 2}, include=["rnn.*"], joint="inputs")
+    assert [decision.joint for decision in done.plan if decision.site == "rnn.ih_l0"] != [None]
+    back = surgery.recompose(done.model, x)
+    assert len(back.changes) == 4
+    assert set(state(back.model)) == set(plain.state_dict())
+    allowed = tolerance(torch.float32, length=H, steps=4 * T)
+    assert relative_error(run(back.model, x), run(done.model, x)) <= allowed
+
+
+def test_a_value_of_whole_numbers_with_the_shape_of_the_input() -> None:
+    class Encoded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(WIDE, H, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rnn(nn.functional.one_hot(x, WIDE).float())[0]
+
+    program = torch.export.export(Encoded(), (torch.randint(WIDE, (N, T)),))
+    done = surgery.decompose(program, ranks={"rnn.hh*": 2}, factorization="svd")
+    assert {site.name for site in surgery.find_sites(done.model)[0]} == {"rnn.ih_l0", "rnn.hh_l0"}
+
+
+def test_code_around_it_may_ask_for_its_class_and_read_its_weights() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.rnn = nn.Linear(WIDE, WIDE), nn.LSTM(WIDE, H)
+            self.read = nn.GRU(WIDE, H)
+
+        def forward(self, x: Tensor) -> Tensor:
+            last = self.rnn(self.first(x))[1]
+            last = last[0] if isinstance(self.rnn, nn.LSTM) else last
+            return last[-1] + self.read(x)[1][-1] * self.read.weight_hh_l0.sum()
+
+    model, x = Asks().eval(), torch.randn(T, N, WIDE)
+    done = surgery.decompose(model, x, ranks=2, factorization="svd")
+    assert {"rnn.ih_l0", "rnn.hh_l0", "read.ih_l0"} <= {change.site for change in done.changes}
+    assert "its weight is also used" in {skip.name: skip.reason for skip in done.skips}["read.hh_l0"]
+    assert run(done.model, x).shape == run(model, x).shape == (N, H)
+    with pytest.raises(AttributeError, match="it is factored"):
+        _ = done.model.rnn.weight_hh_l0
+
+
+@pytest.mark.parametrize("kind", ["module", "export"])
+def test_first_states_are_used(kind: str) -> None:
+    class Starts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(H, H), nn.Linear(H, WIDE)
+            self.rnn = nn.GRU(WIDE, H)
+
+        def forward(self, z: Tensor) -> Tensor:
+            h = self.first(z if kind == "module" or z.shape[0] > 1 else -z)
+            return self.rnn(self.second(h), h[:1])[0]
+
+    model, z = Starts().eval(), torch.randn(T, N, H)
+    assert not surgery.recompose(model, z, everything=True).changes
+
+
+@pytest.mark.parametrize(
+    "bad", [{"ranks": {"nowhere": 3}}, {"ranks": 2, "factorization": "none"}, {"exclude": ["nothing"]}]
+)
+@pytest.mark.parametrize("kind", ["module", "graph", "aten-graph"])
+def test_a_failure_leaves_a_model_as_it_was(kind: str, bad: dict[str, Any]) -> None:
+    plain, x = net("lstm")
+    model = KINDS[kind](plain, x)
+    before, text, out = state(model), str(model), run(model, x)
+    with pytest.raises(surgery.SurgeryError):
+        surgery.decompose(model, x, inplace=True, **bad)
+    assert str(model) == text
+    assert list(state(model)) == list(before)
+    assert torch.equal(run(model, x), out)
+    done = surgery.decompose(model, x, inplace=True, ranks={"rnn.*": 2}, include=["rnn.*"], factorization="svd")
+    assert done.model is model
+    assert len(done.changes) == 2
+    assert surgery.recompose(model, x, inplace=True).model is model
+    assert set(state(model)) == set(before)
+
+
+def test_a_model_that_cannot_be_captured_is_left_as_it_was() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(WIDE, H)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rnn(x)[0] * float(x.sum().item() > torch.rand(()).item() and [][0])
+
+    model = Odd()
+    with pytest.raises(surgery.SurgeryError):
+        surgery.recompose(model, torch.ones(T, N, WIDE), inplace=True)
+    assert type(model.rnn) is nn.LSTM
+
+
+@pytest.mark.parametrize("mode", ["lstm", "gru", "tanh"])
+def test_autocast_gives_the_dtype_that_torch_does(mode: str) -> None:
+    layer, x = MODES[mode](WIDE, H), torch.randn(T, N, WIDE)
+    with torch.autocast("cpu", torch.bfloat16):
+        for module in (unpacked(layer), looped(unpacked(layer))):
+            assert [t.dtype for t in leaves(module(x))] == [t.dtype for t in leaves(layer(x))]
+
+
+def test_projections_are_planned_too() -> None:
+    model, x = net("projected")
+    found = surgery.plan(
+        model, x, ranks="auto", include=["rnn.*"], latencies=Latencies(keep=False, budget=Budget(0.01))
+    )
+    assert not any("cannot be measured" in (decision.reason or "") for decision in found)
+
+
+def test_a_deep_layer_is_read_again() -> None:
+    model = Net(nn.GRU(H, H, num_layers=90, batch_first=True)).eval()
+    program = torch.export.export(model, (torch.randn(1, 2, H),))
+    done = surgery.decompose(program, ranks={"rnn.*": 1}, factorization="svd", include=["rnn.*"])
+    assert len(surgery.recompose(done.model).changes) == 180
 
 
 def test_packing_restores_the_very_layer() -> None:

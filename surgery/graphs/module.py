@@ -59,6 +59,13 @@ class ModuleKind(GraphKind):
         self._packed = unpack_all(root if inplace else self._holder)
         self._root = self._holder[0]
         self._shared: Shared = {}
+        try:
+            self._open(args, kwargs)
+        except BaseException:
+            self.finish()  # the model may be the caller's own
+            raise
+
+    def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         traced = trace_module(self._root, args, kwargs)
         parameters = dict(self._root.named_parameters(remove_duplicate=False))
         if traced is None:

@@ -150,6 +150,9 @@ class UnpackedRecurrent(nn.RNNBase):
             raise AttributeError(f"{type(self).__name__} has no {name}: it is factored")
         return part.weight
 
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
 
@@ -274,8 +277,12 @@ class UnpackedRecurrent(nn.RNNBase):
     ) -> tuple[Tensor, State]:
         """Run one layer step by step. With ``sizes`` rows come and go: step t has so many, the first ones."""
         parts = self.get_submodule(f"ih_{suffix}")(x)
-        for bias in self._biases(suffix)[: 1 if self.mode == "GRU" else 2]:
-            parts = parts + bias
+        biases = self._biases(suffix)
+        if self.mode == "GRU":
+            parts = parts + biases[0] if biases else parts
+        else:  # under autocast these kernels are of the lower precision throughout, that of a GRU is not
+            parts = sum(_as(biases, parts.dtype), parts)
+            state = _as(state, parts.dtype)
         if sizes is None and torch.compiler.is_exporting():
             return self._scan(suffix, parts, state, backwards=backwards)
         steps = list(parts.unbind(0) if sizes is None else parts.split(sizes))
@@ -453,6 +460,11 @@ def loop_of(root: nn.Module, path: str | None) -> Loop | None:
         if isinstance(layer, UnpackedRecurrent) and word.startswith("hh_") and not layer.proj_size:
             return Loop(layer.mode, layer.batch_first)
     return None
+
+
+def _as(tensors: Sequence[Tensor], dtype: torch.dtype) -> State:
+    """Return tensors in a dtype, with no operation in the graph of those that have it."""
+    return tuple(tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors)
 
 
 def _carry(new: nn.Module, old: nn.Module) -> None:

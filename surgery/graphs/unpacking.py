@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from surgery.errors import InputError, Refusal
 from surgery.graphs import attention, recurrent
@@ -14,7 +15,7 @@ from surgery.graphs.attention import UnpackedAttention
 from surgery.graphs.modules import replace_module
 from surgery.graphs.recurrent import UnpackedRecurrent
 
-__all__ = ["Originals", "has_packed", "pack_all", "packed_parameter", "unpack_all"]
+__all__ = ["Originals", "check_inplace", "has_packed", "pack_all", "packed_parameter", "unpack_all"]
 
 _Packed = nn.MultiheadAttention | nn.RNNBase
 _Unpacked = UnpackedAttention | UnpackedRecurrent
@@ -24,6 +25,15 @@ Originals = dict[int, _Packed]
 def has_packed(root: nn.Module) -> bool:
     """Whether there is anything to unpack or to pack."""
     return any(isinstance(module, _Packed | _Unpacked) for module in root.modules())
+
+
+def check_inplace(model: object) -> None:
+    """Raise InputError for a model that can only be changed by another in its place."""
+    if isinstance(model, ExportedProgram):
+        raise InputError("an exported program cannot be changed in place", next_step="use the returned one")
+    if isinstance(model, _Packed | _Unpacked):
+        what = f"a model that is nothing but {type(model).__name__} cannot be changed in place"
+        raise InputError(what, next_step="use the returned one")
 
 
 def packed_parameter(site: str) -> tuple[str, int, int] | None:

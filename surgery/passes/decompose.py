@@ -15,6 +15,7 @@ from surgery.cost.latency import Latencies, channel_multiple
 from surgery.errors import CheckError, InputError
 from surgery.factorizations import named
 from surgery.graphs import ChainSpot, Found, GraphKind, Model, open_graph
+from surgery.graphs.unpacking import check_inplace
 from surgery.inputs import Inputs, normalise_inputs
 from surgery.joint import form
 from surgery.operators import Operator
@@ -144,8 +145,8 @@ def decompose(
         RankError: ranks out of bounds, or a budget that cannot be met.
         CaptureError: the graph of an nn.Module can be neither traced nor exported.
     """
-    if inplace and isinstance(model, ExportedProgram):
-        raise InputError("an exported program cannot be changed in place", next_step="use the returned one")
+    if inplace:
+        check_inplace(model)
     report = progress or _silent
     asked = {"max_error": max_error, "target_speedup": target_speedup, "eval_fn": eval_fn, "max_drop": max_drop}
     wanted = [name for name, value in asked.items() if value is not None] + ["cost"] * (cost != "latency")
@@ -162,7 +163,7 @@ def decompose(
             raise InputError("joint with calibration and ranks='auto'", allowed="one of them", next_step=next_step)
         goal = Goal.of(max_error, target_speedup, max_drop, metric=eval_fn is not None)
         return _promise(model, example_inputs, samples, (goal, eval_fn, cost, solver), rules, stages, inplace=inplace)
-    graph, found, plan = _prepare(model, example_inputs, plan, rules, copies=not inplace, inplace=inplace)
+    graph, found, plan = _prepare(model, example_inputs, plan, rules, copies=not inplace)
     work = join([spot.site for spot in found.spots if not plan[spot.site.name].dense], joint_groups(plan))
     inputs = normalise_inputs(example_inputs) if samples is None else _inputs(model, example_inputs, samples)
     names = {site.name for unit in work for site in unit.members}
@@ -178,7 +179,9 @@ def decompose(
             report("factor", done, len(work))
             chains, plan = factor_site(unit, plan, solver, seen)
             made |= chains
-    changed = _spliced(graph, found, made)
+    if inplace:  # nothing of the model has changed so far
+        graph = open_graph(model, *inputs, copies=False, inplace=True)
+    changed = _spliced(graph, graph.find() if inplace else found, made)
     report("factor", len(work), len(work))
     if data is not None and made:
         data.correct(changed, report)
@@ -255,10 +258,10 @@ def _silent(step: str, done: int, total: int) -> None:
 
 
 def _prepare(
-    model: Model, example_inputs: Any, plan: Plan | None, rules: _Rules, *, copies: bool, inplace: bool = False
+    model: Model, example_inputs: Any, plan: Plan | None, rules: _Rules, *, copies: bool
 ) -> tuple[GraphKind, Found, Plan]:
     """Open the model, find its sites, and make the plan or check the given one."""
-    graph = open_graph(model, *normalise_inputs(example_inputs), copies=copies, inplace=inplace)
+    graph = open_graph(model, *normalise_inputs(example_inputs), copies=copies)
     found = graph.find()
     sites = [spot.site for spot in found.spots]
     latencies = rules.latencies

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.export import ExportedProgram
-
-from surgery.errors import InputError
 from surgery.graphs import Model, Run, open_graph
+from surgery.graphs.unpacking import check_inplace
 from surgery.inputs import normalise_inputs
 from surgery.operators import Operator
 from surgery.sites import Skip, describe
@@ -69,8 +67,8 @@ def recompose(
         InputError: arguments that cannot be used.
         CaptureError: the graph of an nn.Module can be neither traced nor exported.
     """
-    if inplace and isinstance(model, ExportedProgram):
-        raise InputError("an exported program cannot be changed in place", next_step="use the returned one")
+    if inplace:
+        check_inplace(model)
     graph = open_graph(model, *normalise_inputs(example_inputs), copies=not inplace, inplace=inplace)
     runs, skips = graph.runs(everything=everything)
     for run in runs:
