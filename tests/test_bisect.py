@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,28 @@ def test_one_projection_of_attention(kind: str) -> None:
     )
     found = bisect(original, done.model, x, eval_fn=closeness(model, x))
     assert found.blames[0].sites == ("attention.in_proj_v",)
+    assert found.blames[0].gain == pytest.approx(found.loss, abs=100 * tolerance(torch.float32))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(16, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.rnn(x)[0]
+        return out
+
+
+@pytest.mark.parametrize("kind", ["module", "program"])
+def test_one_weight_of_a_recurrent_layer(kind: str) -> None:
+    x, model = torch.randn(2, 5, 16), Recurrent().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.export about itself
+        original: Any = model if kind == "module" else torch.export.export(model, (x,))
+    done = surgery.decompose(original, x, ranks={"rnn.ih_l0": 16, "rnn.hh_l0": 1}, factorization="svd")
+    found = bisect(original, done.model, x, eval_fn=closeness(model, x))
+    assert found.blames[0].sites == ("rnn.hh_l0",)
     assert found.blames[0].gain == pytest.approx(found.loss, abs=100 * tolerance(torch.float32))
 
 

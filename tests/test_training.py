@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -142,17 +143,20 @@ def test_state_that_nobody_knows_starts_anew_and_is_told() -> None:
     counted(run.optimizer, model)
 
 
-def test_attention_with_packed_projections_stays_dense_and_keeps_its_state() -> None:
-    class Attends(nn.Module):
+@pytest.mark.parametrize(
+    "packed", [lambda: nn.MultiheadAttention(8, 2, batch_first=True), lambda: nn.LSTM(8, 8)], ids=["attention", "lstm"]
+)
+def test_modules_with_packed_weights_stay_dense_and_keep_their_state(packed: Callable[[], nn.Module]) -> None:
+    class Packed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-            self.head = nn.Linear(8, 8)
+            self.packed, self.head = packed(), nn.Linear(8, 8)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.attention(x, x, x, need_weights=False)[0])
+            attends = isinstance(self.packed, nn.MultiheadAttention)
+            return self.head((self.packed(x, x, x, need_weights=False) if attends else self.packed(x))[0])
 
-    model, x = Attends(), torch.randn(2, 3, 8)
+    model, x = Packed(), torch.randn(2, 3, 8)
     optimizer = OPTIMIZERS["adam"](model.parameters())
     run = LowRankTraining(model, optimizer, x, decompose_at=1, ranks=3, recompose_at=2)
     for epoch in range(2):
@@ -162,6 +166,7 @@ def test_attention_with_packed_projections_stays_dense_and_keeps_its_state() -> 
         event = run.end_epoch(epoch)
         assert event is not None
         assert {change.site for change in event.changes} <= {"head"}
+        assert type(model.packed) is type(packed())
         counted(optimizer, model)
         assert len(optimizer.state) == len(list(model.parameters()))
 
