@@ -1,7 +1,8 @@
 """The graph kind of torch.export's programs: ATen nodes are rewritten, and a valid program is built anew.
 
 Parameters are placeholders: each edit keeps placeholders, input specs and state dict together. New nodes get their fake
-values by running them on the fake values of their inputs, so that dynamic shapes stay dynamic.
+values by running them on the fake values of their inputs, so that dynamic shapes stay dynamic. While a program is open
+its recurrent layers are modules beside the nodes that compute them (``recurrence``).
 """
 
 from __future__ import annotations
