@@ -209,6 +209,21 @@ def test_a_tensor_without_a_best_approximation_is_degenerate(
     assert rank_three.error < 0.02
 
 
+def test_flags_that_blas_raises_without_reason_are_no_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As OpenBLAS does for lanes of a vector that it does not use (numpy/numpy#24067)."""
+    plain = tree.matmul
+
+    def flagged(left: tree.Array, right: tree.Array) -> tree.Array:
+        np.sqrt(np.array([-1.0]))
+        return plain(left, right)
+
+    tensor = random(1, 4, 5, 6)
+    expected = cp(tensor, 3).error
+    monkeypatch.setattr(tree, "matmul", flagged)
+    assert cp(tensor, 3).error == expected
+    assert np.geterr()["invalid"] == "warn"
+
+
 def test_a_ridge_holds_components_that_cancel_without_need() -> None:
     """Noise makes a best approximation exist; the components stay bounded either way."""
     tensor = without_best_approximation()

@@ -70,7 +70,8 @@ def cp(
     are tried beside the HOSVD. Raises ``InputError`` for a method, order or rank that there is not, or a tensor that is
     not finite.
     """
-    with one_pool(one_thread=tensor.numel() * rank < _SMALL):
+    # OpenBLAS may raise the flag of an invalid operation for lanes of a vector that no result comes from
+    with one_pool(one_thread=tensor.numel() * rank < _SMALL), np.errstate(invalid="ignore"):
         _check(tensor, rank, method)
         return _cp(tensor, rank, method, sweeps=sweeps, tolerance=tolerance, restarts=restarts, seed=seed)
 
