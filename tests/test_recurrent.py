@@ -182,6 +182,7 @@ def test_repack_gives_back_the_layer(mode: str, form: str) -> None:
     layer = MODES[mode](WIDE, H, **FORMS[form]).eval()
     layer.requires_grad_(False)
     layer.note = "kept"  # type: ignore[assignment]
+    layer.register_buffer("steps", torch.zeros(3), persistent=False)
     module = unpacked(layer)
     again = repack(module)
     assert type(again) is type(layer)
@@ -190,6 +191,9 @@ def test_repack_gives_back_the_layer(mode: str, form: str) -> None:
         k: v for k, v in vars(layer).items() if not k.startswith("_")
     }
     assert list(again._parameters) == list(layer._parameters)
+    assert "steps" in again._buffers
+    assert list(again.state_dict()) == list(layer.state_dict())
+    assert "steps" not in module.state_dict()
     assert all(again._parameters[name] is p for name, p in layer._parameters.items())
     x = torch.randn((N, T, WIDE) if layer.batch_first else (T, N, WIDE))
     assert all(map(torch.equal, leaves(again(x)), leaves(layer(x))))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from surgery.errors import InputError, Refusal
-from surgery.graphs.modules import carry_hooks
+from surgery.graphs.modules import carry_attributes, carry_hooks
 
 __all__ = ["PROJECTIONS", "UnpackedAttention", "repack", "unpack"]
 
@@ -196,11 +196,8 @@ def repack(attention: UnpackedAttention) -> nn.MultiheadAttention:
 
 def _carry(new: nn.MultiheadAttention, old: nn.MultiheadAttention) -> None:
     """Give a new attention all attributes, buffers and hooks of another, but no parameters or modules."""
-    vars(new).update({k: v for k, v in vars(old).items() if not k.startswith("_")})
-    new._buffers = dict(old._buffers)
+    carry_attributes(new, old)
     new._qkv_same_embed_dim = old._qkv_same_embed_dim
-    new._non_persistent_buffers_set = set(old._non_persistent_buffers_set)
-    carry_hooks(new, old)
 
 
 def _projections(attention: nn.MultiheadAttention) -> dict[str, nn.Module | None]:

@@ -304,8 +304,6 @@ class ProgramKind(ModuleCallsKind):
 
     def replace(self, old: Node, new: Node) -> None:
         """Check that both values have the same shape and dtype, replace, and remember the name."""
-        for layer in self.recurrences:
-            layer.moved(old, new)
         if in_outline(old):
             super().replace(old, new)
             return

@@ -315,7 +315,9 @@ class FunctionalKind(GraphKind):
         return node
 
     def replace(self, old: Node, new: Node) -> None:
-        """Let a new node take the place of an old one."""
+        """Let a new node take the place of an old one, for what is read from recurrent layers too."""
+        for layer in self.recurrences:
+            layer.moved(old, new)
         old.replace_all_uses_with(new)
         self.graph.erase_node(old)
 

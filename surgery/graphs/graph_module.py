@@ -54,24 +54,29 @@ class GraphModuleKind(ModuleCallsKind):
 
     def look(self) -> View:
         """Return a view of the graph as it is now."""
-        parameters = dict(self.root.named_parameters(remove_duplicate=False))
-        reads = {node: str(node.target) for node in self.graph.find_nodes(op="get_attr")}
+        parameters, providers, others = self._reads()
         inside = frozenset(node for layer in self.recurrences for node in layer.inside)
         return View(
             self.graph,
             parameters,
-            {node: name for node, name in reads.items() if name in parameters},
-            frozenset(node for node, name in reads.items() if name not in parameters),
+            providers,
+            others,
             self.root.get_submodule,
             outlined=inside,
         )
 
-    def _find_recurrences(self) -> list[Recurrence]:
-        """Read the calls of kernels, put a module in the place of what holds their weights, and add the outlines."""
+    def _reads(self) -> tuple[dict[str, nn.Parameter], dict[Node, str], frozenset[Node]]:
+        """Return all parameters, the nodes that read them, and those that read something else."""
         parameters = dict(self.root.named_parameters(remove_duplicate=False))
         reads = {node: str(node.target) for node in self.graph.find_nodes(op="get_attr")}
+        providers = {node: name for node, name in reads.items() if name in parameters}
+        return parameters, providers, frozenset(reads.keys() - providers.keys())
+
+    def _find_recurrences(self) -> list[Recurrence]:
+        """Read the calls of kernels, put a module in the place of what holds their weights, and add the outlines."""
+        parameters, providers, _ = self._reads()
         found = []
-        for layer in read_kernels(self.graph, {n: name for n, name in reads.items() if name in parameters}, parameters):
+        for layer in read_kernels(self.graph, providers, parameters):
             holder = self.root.get_submodule(layer.path)
             if layer.names == {f"{layer.path}.{name}" for name in [*holder._parameters, *holder._modules]}:
                 self._holders[layer.path] = holder
@@ -100,12 +105,6 @@ class GraphModuleKind(ModuleCallsKind):
         for old in [kernel, *reads]:
             if not old.users:
                 self.graph.erase_node(old)
-
-    def replace(self, old: Node, new: Node) -> None:
-        """Let a new node take the place of an old one, for what is read from recurrent layers too."""
-        for layer in self.recurrences:
-            layer.moved(old, new)
-        super().replace(old, new)
 
     def add_parameter(self, names: Sequence[str], parameter: nn.Parameter) -> None:
         """Add one parameter under all its names, making empty modules on the way."""

@@ -20,6 +20,7 @@ from surgery.steps import Branches, Shift, Step
 __all__ = [
     "build_module",
     "build_sequential",
+    "carry_attributes",
     "carry_hooks",
     "is_operator_module",
     "is_outlined",
@@ -208,6 +209,14 @@ def carry_hooks(new: nn.Module, old: nn.Module) -> None:
     """Give a module the forward and backward hooks of the one that it replaces."""
     for attribute in _HOOKS:
         setattr(new, attribute, getattr(old, attribute))
+
+
+def carry_attributes(new: nn.Module, old: nn.Module) -> None:
+    """Give a module the attributes, the training flag, the buffers and the hooks of another, but not its parameters."""
+    vars(new).update({k: v for k, v in vars(old).items() if not k.startswith("_")})
+    new._buffers = dict(old._buffers)
+    new._non_persistent_buffers_set = set(old._non_persistent_buffers_set)
+    carry_hooks(new, old)
 
 
 def replace_module(root: nn.Module, path: str, new: nn.Module) -> None:

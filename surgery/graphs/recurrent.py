@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from surgery.errors import InputError, Refusal
-from surgery.graphs.modules import carry_hooks
+from surgery.graphs.modules import carry_attributes
 from surgery.neighbours import Loop
 from surgery.operators import Shape
 
@@ -118,19 +118,10 @@ class UnpackedRecurrent(nn.RNNBase):
     """
 
     outlined = True
-    mode: str
-    input_size: int
-    hidden_size: int
-    num_layers: int
-    proj_size: int
-    bias: bool
-    batch_first: bool
-    bidirectional: bool
-    dropout: float
 
     def __init__(self, module: nn.RNNBase) -> None:
         nn.Module.__init__(self)
-        _carry(self, module)
+        carry_attributes(self, module)
         # what torch's class keeps for its kernel
         self._flat_weights_names, self._flat_weights, self._flat_weight_refs = [], [], []
         self._all_weights = module._all_weights
@@ -391,14 +382,13 @@ def unpack(module: nn.RNNBase) -> UnpackedRecurrent | Refusal:
         >>> [name for name, _ in unpack(nn.LSTM(3, 4, num_layers=2)).named_children()]
         ['ih_l0', 'hh_l0', 'ih_l1', 'hh_l1']
     """
-    if type(module) not in _KINDS.values() or "forward" in vars(module):
-        kind = type(module).__name__
-        if torch.nn.utils.parametrize.is_parametrized(module):
-            return Refusal("its weights are computed from other parameters (weight norm or another parametrization)")
-        return Refusal(f"{kind} may compute otherwise than torch's own: it is a subclass or has its own forward")
-    if any(module._parameters.get(name) is None for name in module._flat_weights_names):
+    kind, parametrized = type(module), torch.nn.utils.parametrize.is_parametrized(module)
+    if not parametrized and (kind not in _UNPACKED or "forward" in vars(module)):
+        what = f"{kind.__name__} may compute otherwise than torch's own"
+        return Refusal(f"{what}: it is a subclass or has its own forward")
+    if parametrized or any(module._parameters.get(name) is None for name in module._flat_weights_names):
         return Refusal("its weights are computed from other parameters (weight norm or another parametrization)")
-    return _UNPACKED[type(module)](module)
+    return _UNPACKED[kind](module)
 
 
 def repack(module: UnpackedRecurrent) -> nn.RNNBase:
@@ -412,7 +402,7 @@ def repack(module: UnpackedRecurrent) -> nn.RNNBase:
         part = name.removeprefix("weight_")
         value = module._parameters[name] if part == name else _weight(module, part, tuple(parameter.shape))
         setattr(new, name, value)
-    _carry(new, module)
+    carry_attributes(new, module)
     return new
 
 
@@ -465,13 +455,6 @@ def loop_of(root: nn.Module, path: str | None) -> Loop | None:
 def _as(tensors: Sequence[Tensor], dtype: torch.dtype) -> State:
     """Return tensors in a dtype, with no operation in the graph of those that have it."""
     return tuple(tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors)
-
-
-def _carry(new: nn.Module, old: nn.Module) -> None:
-    """Give a module the attributes, the training flag, the buffers and the hooks of another."""
-    vars(new).update({k: v for k, v in vars(old).items() if not k.startswith("_")})
-    new._buffers = dict(old._buffers)
-    carry_hooks(new, old)
 
 
 def _linear(weight: Any) -> nn.Linear:
