@@ -28,8 +28,9 @@ from surgery.cost.onnx_model import build_model
 from surgery.cost.timing import Budget
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import named
-from surgery.graphs.recurrent import UnpackedRecurrent, empty, repack, unpack
-from surgery.graphs.recurrent import settings as settings_of
+from surgery.graphs.recurrent import UnpackedRecurrent
+from surgery.graphs.recurrent_forms import empty, repack, unpack
+from surgery.graphs.recurrent_forms import settings as settings_of
 from surgery.graphs.unpacking import pack_all, unpack_all
 from surgery.neighbours import Loop
 from surgery.operators import Linear

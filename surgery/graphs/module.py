@@ -33,7 +33,7 @@ from surgery.graphs.module_edit import (
     splice_modules,
 )
 from surgery.graphs.modules import is_operator_module, read_module
-from surgery.graphs.recurrent import loop_of
+from surgery.graphs.recurrent_forms import loop_of
 from surgery.graphs.runs import Run
 from surgery.graphs.shapes import lazy_shapes
 from surgery.graphs.trace import export_program, trace_module

@@ -12,7 +12,7 @@ from surgery.errors import Refusal
 from surgery.graphs.functional_edit import FunctionalKind, current_source, erase, first_source
 from surgery.graphs.items import Item
 from surgery.graphs.module_edit import fuse_modules, is_whole_sequential, refuse_outside, splice_modules
-from surgery.graphs.recurrent import loop_of
+from surgery.graphs.recurrent_forms import loop_of
 from surgery.graphs.runs import Run
 from surgery.graphs.view import Spot
 from surgery.neighbours import Loop

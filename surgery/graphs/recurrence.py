@@ -26,7 +26,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from surgery.errors import InputError, Refusal
 from surgery.graphs.links import build_link, read_link_module
-from surgery.graphs.recurrent import UnpackedRecurrent, empty, repack, settings, unpack
+from surgery.graphs.recurrent import UnpackedRecurrent
+from surgery.graphs.recurrent_forms import empty, repack, settings, unpack
 from surgery.graphs.view import identity
 from surgery.steps import Flatten, Transpose, Unflatten
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from surgery.errors import InputError, Refusal
-from surgery.graphs import attention, recurrent
+from surgery.graphs import attention, recurrent_forms
 from surgery.graphs.attention import UnpackedAttention
 from surgery.graphs.modules import replace_module
 from surgery.graphs.recurrent import UnpackedRecurrent
@@ -45,7 +45,7 @@ def packed_parameter(site: str) -> tuple[str, int, int] | None:
     prefix, dot, last = site.rpartition(".")
     if last in attention.PROJECTIONS:
         return f"{prefix}{dot}in_proj_weight", attention.PROJECTIONS.index(last), len(attention.PROJECTIONS)
-    return (f"{prefix}{dot}weight_{last}", 0, 1) if recurrent.is_part(last) else None
+    return (f"{prefix}{dot}weight_{last}", 0, 1) if recurrent_forms.is_part(last) else None
 
 
 def unpack_all(root: nn.Module) -> Originals:
@@ -92,13 +92,13 @@ def _is_packed(module: nn.Module) -> bool:
 
 
 def _unpack(module: Any) -> _Unpacked | Refusal:
-    return attention.unpack(module) if isinstance(module, nn.MultiheadAttention) else recurrent.unpack(module)
+    return attention.unpack(module) if isinstance(module, nn.MultiheadAttention) else recurrent_forms.unpack(module)
 
 
 def _packed(module: _Unpacked, original: _Packed | None) -> _Packed | None:
     new: _Packed
     try:
-        new = attention.repack(module) if isinstance(module, UnpackedAttention) else recurrent.repack(module)
+        new = attention.repack(module) if isinstance(module, UnpackedAttention) else recurrent_forms.repack(module)
     except InputError:  # a part is factored
         return None
     return original if original is not None and _same(module, original, new) else new
