@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from surgery.benchmark import bench as bench
     from surgery.chain import Chain as Chain
     from surgery.comparison import compare as compare
+    from surgery.errors import SurgeryError as SurgeryError
     from surgery.export import export_onnx as export_onnx
     from surgery.factorizations import FACTORIZATIONS as FACTORIZATIONS
     from surgery.loading import load as load

@@ -12,7 +12,7 @@ weights and constants with ``use_pickle``       refused; torch's ``torch.load(we
 ``data/aotinductor/*`` (``.so`` is loaded)      refused, like every entry that is not on a short list
 ``data/sample_inputs``: falls back to           loaded here with ``weights_only=True`` first, and must be plain
 ``weights_only=False`` when that fails          containers and tensors; ``weights_only`` is forced again while
-                                                torch loads (``load.py``), so that the fallback cannot happen
+                                                torch loads (``loading.py``), so that the fallback cannot happen
 ``models/model.json``                           held against its schema and allowlists (``archive_program.py``)
 sizes, strides and offsets past the payload     computed and compared with the entry's bytes
 compressed entries, bit flips, truncation       stored entries only, sizes and CRC-32 of each checked
@@ -42,6 +42,7 @@ from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
 
 from surgery.archive_program import check_key, check_schema
 from surgery.errors import FileError, SurgeryError, UnsafeFileError
+from surgery.text import first_line
 
 __all__ = ["RECORD", "Archive", "check_archive", "entry_names", "rewrite"]
 
@@ -241,7 +242,7 @@ def _check_samples(data: bytes) -> None:
     try:
         samples = torch.load(stream, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0][:80]
+        reason = first_line(error)[:80]
         raise UnsafeFileError(f"its sample inputs do not load with weights_only=True ({reason})") from None
     for count, leaf in enumerate(_leaves(samples)):
         if count > _MOST_LEAVES:

@@ -29,6 +29,7 @@ from surgery.cost.timing import open_session
 from surgery.errors import InputError
 from surgery.inputs import Inputs, default_inputs, feed, normalise_inputs
 from surgery.loading import load
+from surgery.text import first_line
 
 __all__ = [
     "Difference",
@@ -140,8 +141,7 @@ def _call(run: Callable[[], Any]) -> Any:
     try:
         return run()
     except Exception as error:  # whatever a model raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"the model does not run on these inputs: {reason}", next_step=_GIVE) from error
+        raise InputError(f"the model does not run on these inputs: {first_line(error)}", next_step=_GIVE) from error
 
 
 def _from_onnx(value: Any) -> Any:

@@ -22,6 +22,7 @@ from surgery.cost.timing import open_session
 from surgery.errors import CaptureError, CheckError, InputError
 from surgery.inputs import Inputs, default_inputs, feed, flatten_inputs, normalise_inputs
 from surgery.saving import write_atomically
+from surgery.text import first_line
 
 __all__ = ["TOLERANCES", "ExportReport", "capture", "export_onnx", "quiet"]
 
@@ -139,8 +140,8 @@ def _capturing(done: str, run: Callable[[], _Result]) -> _Result:
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
-        reason = (str(root).strip() or type(root).__name__).splitlines()[0]
-        raise CaptureError(f"the model cannot be {done}: {reason}", next_step="see torch.export's guide") from error
+        what = f"the model cannot be {done}: {first_line(root)}"
+        raise CaptureError(what, next_step="see torch.export's guide") from error
 
 
 def _to_onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
@@ -176,8 +177,7 @@ def _check(program: ExportedProgram, session: Any, inputs: Inputs) -> Difference
     try:
         found = tuple(torch.from_numpy(array) for array in session.run(None, feeds))
     except Exception as error:  # onnxruntime's exceptions have no common base but this
-        reason = str(error).strip().splitlines()[0]
-        raise CheckError(f"onnxruntime cannot run the exported model: {reason}") from error
+        raise CheckError(f"onnxruntime cannot run the exported model: {first_line(error)}") from error
     expected = run_model(program, inputs)
     try:
         difference = compare_outputs(expected, found)

@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 
 from surgery.archive import RECORD
 from surgery.errors import FileError, InputError
+from surgery.text import first_line
 
 __all__ = ["save", "save_state_dict", "write_atomically"]
 
@@ -119,8 +120,8 @@ def save(
         except (OSError, InputError):
             raise
         except Exception as error:
-            reason = (str(error).splitlines() or [""])[0][:160]
-            what = f"{os.fspath(path)}: torch cannot save this {type(model).__name__}: {type(error).__name__}: {reason}"
+            reason = f"{type(error).__name__}: {first_line(error)[:160]}"
+            what = f"{os.fspath(path)}: torch cannot save this {type(model).__name__}: {reason}"
             raise InputError(what, next_step=_SAVABLE) from error
 
     with warnings.catch_warnings():

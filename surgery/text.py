@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["change", "count", "rank_text", "seconds", "table"]
+__all__ = ["change", "count", "first_line", "rank_text", "seconds", "table"]
 
 
 def count(value: int | float | None) -> str:
@@ -37,6 +37,15 @@ def change(before: float | None, after: float | None) -> str:
 def rank_text(rank: Sequence[int] | None) -> str:
     """Return ranks as 16 or 16,32; a dash for None."""
     return "-" if rank is None else ",".join(map(str, rank))
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that says anything; the name of its type where none does.
+
+    >>> first_line(ValueError("  too long  \\nby far")), first_line(ValueError(""))
+    ('too long', 'ValueError')
+    """
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

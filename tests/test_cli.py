@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 import surgery
 from examples.fashion_resnet import build
+from surgery.cli import show
 
 MODEL = Path(__file__).parent.parent / "examples" / "data" / "fashion_resnet.pt2"
 
@@ -81,3 +83,15 @@ def test_bad_input_is_one_line_and_status_2(words: tuple[object, ...]) -> None:
     assert error.strip()
     if not error.startswith("Usage"):
         assert len(error.strip().splitlines()) == 1
+
+
+def _steps(path: Path) -> set[str]:
+    """The names of steps that a file reports: calls with a word and two numbers of what calls itself so."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    called = [c for c in calls if ast.unparse(c.func).split(".")[-1] in ("progress", "report") and len(c.args) == 3]
+    return {c.args[0].value for c in called if isinstance(c.args[0], ast.Constant)}
+
+
+def test_each_step_has_words() -> None:
+    used = set().union(*map(_steps, Path(surgery.__file__).parent.rglob("*.py")))
+    assert used == set(show.STEPS)

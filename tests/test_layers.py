@@ -28,6 +28,7 @@ LAYERS = [
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+TESTS = sorted(Path(__file__).parent.glob("*.py"))
 MODULES = [m.name for m in pkgutil.walk_packages([str(ROOT)], "surgery.") if not m.name.endswith("__main__")]
 
 
@@ -58,6 +59,28 @@ def test_all_is_complete(name: str) -> None:
     own = {n for n, v in vars(module).items() if getattr(v, "__module__", None) == name and not n.startswith("_")}
     assert own <= set(module.__all__), f"not in __all__: {sorted(own - set(module.__all__))}"
     assert all(hasattr(module, n) for n in module.__all__)
+
+
+def test_type_checkers_see_what_the_package_gives() -> None:
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    seen = {alias.asname: node.module for node in imports for alias in node.names if alias.name == alias.asname}
+    given = {name: surgery._HOMES[name] for name in surgery.__all__ if not name.startswith("_")}
+    assert seen == given
+
+
+def _annotations(tree: ast.Module) -> list[ast.expr]:
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    arguments = [a for f in functions for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)]
+    return [found for found in (*(a.annotation for a in arguments), *(f.returns for f in functions)) if found]
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
+def test_what_tests_are_annotated_with_exists(path: Path) -> None:
+    module = importlib.import_module(f"tests.{path.stem}")  # mypy does not look at tests
+    for annotation in _annotations(ast.parse(path.read_text())):
+        eval(ast.unparse(annotation), vars(module).copy())
 
 
 def test_help_imports_nothing_heavy() -> None:

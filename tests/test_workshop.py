@@ -22,6 +22,7 @@ from surgery.cost.timing import Samples
 from surgery.inputs import normalise_inputs
 from surgery.operators import Operator, Shape
 from surgery.passes import promise, workshop
+from surgery.passes.decompose import DecomposeResult
 from surgery.passes.goals import Goal
 from surgery.passes.workshop import Terms, Workshop
 from tests.cases import decaying
@@ -77,7 +78,7 @@ class Clock:
 
 def decompose(
     path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, target: float = 1.5
-) -> surgery.DecomposeResult:
+) -> DecomposeResult:
     monkeypatch.setattr(workshop, "make_ready", clock.make_ready)
     monkeypatch.setattr(workshop, "time_ready", clock.time_ready)
     monkeypatch.setattr(workshop, "sleep", clock.waits.append)

@@ -26,6 +26,7 @@ from surgery.calibration.signature import fixed_batch, read_signature
 from surgery.errors import FileError, InputError
 from surgery.graphs import Model
 from surgery.inputs import Inputs, normalise_inputs, program_inputs
+from surgery.text import first_line
 
 __all__ = ["Calibration", "read_calibration", "samples_in"]
 
@@ -189,8 +190,8 @@ def _read(path: Path) -> Any:
                 return {name: arrays[name] for name in arrays.files}
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileError(f"{path}: cannot be read: {line}", allowed=".npz or .pt files of tensors alone") from error
+        what = f"{path}: cannot be read: {first_line(error)}"
+        raise FileError(what, allowed=".npz or .pt files of tensors alone") from error
 
 
 def _length(inputs: Inputs) -> int:

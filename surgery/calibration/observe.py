@@ -7,7 +7,6 @@ outline stands for. Always in evaluation mode and without gradients. The model i
 
 from __future__ import annotations
 
-import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -24,11 +23,13 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import InputError
 from surgery.graphs import Call, GraphKind, Model, open_graph
+from surgery.graphs.copying import copy_module
 from surgery.graphs.outline import in_outline
 from surgery.graphs.recurrence import Recurrence
 from surgery.graphs.shapes import evaluation
 from surgery.graphs.unpacking import has_packed, unpack_all
 from surgery.inputs import Inputs
+from surgery.text import first_line
 
 __all__ = ["Change", "Observed", "ObservedGraph", "ObservedModule", "See", "observe"]
 
@@ -72,8 +73,7 @@ class Observed(ABC):
         except InputError:
             raise
         except Exception as error:  # a model may raise anything on inputs that do not fit
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            what = f"the model does not run on the calibration inputs: {line}"
+            what = f"the model does not run on the calibration inputs: {first_line(error)}"
             raise InputError(what, next_step="check their number, shapes and dtypes") from error
 
 
@@ -109,7 +109,7 @@ class ObservedModule(Observed):
     def __init__(self, model: nn.Module, kind: GraphKind) -> None:
         super().__init__(kind)
         packed = has_packed(model)
-        holder = nn.ModuleList([copy.deepcopy(model) if packed else model])
+        holder = nn.ModuleList([copy_module(model) if packed else model])
         if packed:
             unpack_all(holder)
         self.root = holder[0]

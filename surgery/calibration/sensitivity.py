@@ -28,6 +28,7 @@ from surgery.calibration.observe import observe
 from surgery.errors import InputError
 from surgery.graphs import Model
 from surgery.operators import Conv, Operator
+from surgery.text import first_line
 
 __all__ = ["with_sensitivity"]
 
@@ -92,7 +93,7 @@ def _backward(output: object, generator: torch.Generator) -> None:
     try:
         total.backward()
     except RuntimeError as error:
-        raise InputError(f"the model cannot be differentiated: {str(error).splitlines()[0]}") from error
+        raise InputError(f"the model cannot be differentiated: {first_line(error)}") from error
 
 
 class _Gram:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from surgery.passes.recompose import RecomposeResult
 
 __all__ = [
+    "STEPS",
     "decompose_tables",
     "difference_tables",
     "export_json",
@@ -39,11 +40,17 @@ __all__ = [
     "timing_tables",
 ]
 
-_STEPS = {
+# what progress is shown as, by the names of steps that passes report
+STEPS = {
     "load": "loading",
     "plan": "choosing ranks",
+    "calibrate": "running the calibration inputs",
+    "differentiate": "measuring sensitivity",
     "measure": "measuring sites",
     "factor": "factoring",
+    "fit": "fitting factors",
+    "correct": "correcting batch norms",
+    "evaluate": "evaluating",
     "time": "timing both models",
     "export": "exporting",
     "recompose": "fusing",
@@ -72,7 +79,7 @@ def progress(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]
             if step not in tasks:
                 for task in tasks.values():
                     bars.update(task, visible=False)
-                tasks[step] = bars.add_task(_STEPS.get(step, step))
+                tasks[step] = bars.add_task(STEPS.get(step, step))
             bars.update(tasks[step], completed=done, total=total)
 
         yield report

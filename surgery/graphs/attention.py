@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from surgery.errors import InputError, Refusal
-from surgery.graphs.modules import carry_attributes, carry_hooks
+from surgery.graphs.carried import carry, mark, refuse_carrying
 
 __all__ = ["PROJECTIONS", "UnpackedAttention", "repack", "unpack"]
 
@@ -55,7 +55,7 @@ class UnpackedAttention(nn.MultiheadAttention):
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         nn.Module.__init__(self)
-        _carry(self, attention)
+        carry(self, attention, own=[*attention._parameters, *attention._modules])
         packed = ("in_proj_weight", *_SEPARATE)  # kept as None, for the order in which repack fills them again
         self._parameters = {k: None if k in packed else v for k, v in attention._parameters.items()}
         self._modules = _projections(attention) | attention._modules
@@ -166,7 +166,8 @@ def unpack(attention: nn.MultiheadAttention) -> UnpackedAttention | Refusal:
     if getattr(type(attention.out_proj), "forward", None) is not nn.Linear.forward:
         reads = "of which nn.MultiheadAttention reads weight and bias without a call"
         return Refusal(f"its out_proj is a {type(attention.out_proj).__name__}, {reads}")
-    return UnpackedAttention(attention)
+    reason = refuse_carrying(attention)
+    return UnpackedAttention(attention) if reason is None else Refusal(reason)
 
 
 def repack(attention: UnpackedAttention) -> nn.MultiheadAttention:
@@ -185,19 +186,13 @@ def repack(attention: UnpackedAttention) -> nn.MultiheadAttention:
     out_proj = _as_out_proj(_plain(attention, "out_proj", e))
     new: nn.MultiheadAttention = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
     nn.Module.__init__(new)
-    _carry(new, attention)
+    carry(new, attention, own=[*attention._parameters, *attention._modules])
     same = attention._qkv_same_embed_dim
     packed: dict[str, Any] = {"in_proj_weight": _one(weights)} if same else dict(zip(_SEPARATE, weights, strict=True))
     new._parameters = {name: packed.get(name, tensor) for name, tensor in attention._parameters.items()}
     children = {name: module for name, module in attention._modules.items() if name not in PROJECTIONS}
     new._modules = children | {"out_proj": out_proj}
     return new
-
-
-def _carry(new: nn.MultiheadAttention, old: nn.MultiheadAttention) -> None:
-    """Give a new attention all attributes, buffers and hooks of another, but no parameters or modules."""
-    carry_attributes(new, old)
-    new._qkv_same_embed_dim = old._qkv_same_embed_dim
 
 
 def _projections(attention: nn.MultiheadAttention) -> dict[str, nn.Module | None]:
@@ -212,6 +207,7 @@ def _projections(attention: nn.MultiheadAttention) -> dict[str, nn.Module | None
 def _linear(weight: Tensor, source: Tensor) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=source.requires_grad)
+    mark(linear.weight, source)
     return linear
 
 
@@ -237,7 +233,9 @@ def _one(weights: list[Tensor]) -> nn.Parameter:
             f"{', '.join(PROJECTIONS)} cannot be rows of one parameter",
             allowed="one dtype, one device and one requires_grad for all three",
         )
-    return nn.Parameter(torch.cat([weight.detach() for weight in weights]), requires_grad=weights[0].requires_grad)
+    whole = nn.Parameter(torch.cat([weight.detach() for weight in weights]), requires_grad=weights[0].requires_grad)
+    mark(whole, weights[0])
+    return whole
 
 
 def _as_out_proj(linear: nn.Linear) -> NonDynamicallyQuantizableLinear:
@@ -246,5 +244,5 @@ def _as_out_proj(linear: nn.Linear) -> NonDynamicallyQuantizableLinear:
         return linear
     new = NonDynamicallyQuantizableLinear(linear.in_features, linear.out_features, bias=False, device="meta")
     new.weight, new.bias = linear.weight, linear.bias
-    carry_hooks(new, linear)
+    carry(new, linear)
     return new.train(linear.training)

@@ -7,7 +7,7 @@ factorization gives the operator that they compose to. That is settled by shapes
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,29 +26,33 @@ from surgery.operators import Operator, Shape
 from surgery.sites import FactoredSite
 from surgery.steps import Shift, Step
 
-__all__ = ["ChainSpot", "Origin", "find_chains", "without_numbers"]
+__all__ = ["ChainSpot", "Origin", "agrees", "find_chains", "without_numbers"]
 
 Origin = tuple[str, Ranks]
 
 
 @dataclass(frozen=True, eq=False)
 class ChainSpot(Spot):
-    """A factored site, and the run that stands for it."""
+    """A factored site, the run that stands for it, and its first item in the graph."""
 
-    run: Run = field(kw_only=True)
+    run: Any = field(kw_only=True)
+    item: Any = field(kw_only=True)
 
     @property
     def first(self) -> Node:
         """The first node with a weight."""
-        return self.run.calls[0][0].node
+        node: Node = self.run.calls[0][0].node if self.run.calls else self.item.node
+        return node
 
 
-def find_chains(view: View, origins: Mapping[str, Origin], shape: Callable[[Node], Shape]) -> list[ChainSpot]:
+def find_chains(
+    view: View, origins: Mapping[str, Origin], shape: Callable[[Node], Shape], recorded: Collection[str]
+) -> list[ChainSpot]:
     """Return the chains of known origin whose factors no other site shares."""
     if not origins:
         return []
     groups: dict[tuple[Any, ...], list[list[Item]]] = defaultdict(list)
-    for segment in find_segments(view):
+    for segment in find_segments(view, recorded):
         key = tuple(identity(view.parameters[call.weight]) for call in all_calls(segment))
         groups[key].append(segment)
     found = (_chain_spot(view, key, rows, origins, shape) for key, rows in groups.items())
@@ -71,11 +75,11 @@ def _chain_spot(
     for end in range(len(rows[0]), least - 1, -1):  # reshapes that follow may be the chain's or the model's own
         chain = Chain(tuple(item.step for item in rows[0][:end]), origin)
         operators = [operator for row in rows if (operator := _operator(row[:end])) is not None]
-        if len(operators) == len(rows) and _agrees(chain, operators[0]):
+        if len(operators) == len(rows) and agrees(chain, operators[0]):
             shapes = tuple(shape(row[0].source) for row in rows)
             site = FactoredSite(sites[0], operators[0].to(device="meta"), shapes, sites[1:], chain=chain)
             run = Run(sites, tuple(tuple(row[:end]) for row in rows), tuple(operators))
-            return ChainSpot(site, (), run=run)
+            return ChainSpot(site, (), run=run, item=rows[0][0])
     return None
 
 
@@ -95,7 +99,7 @@ def without_numbers(operator: Operator, like: Tensor) -> Operator:
     return replace(operator, weight=weight, bias=None)
 
 
-def _agrees(chain: Chain, operator: Operator) -> bool:
+def agrees(chain: Chain, operator: Operator) -> bool:
     """Whether the chain has the steps that its origin gives the operator."""
     name, ranks = chain.origin or ("", ())
     if name not in FACTORIZATIONS or named(name).refuse(operator) is not None:

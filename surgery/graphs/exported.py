@@ -155,7 +155,7 @@ class ProgramKind(ModuleCallsKind):
         parameters = {name: self._state[name] for name in self._nodes}
         found = [
             *read_kernels(self.graph, self._first.providers, parameters),
-            *read_factored(self.graph, self.root, self._nodes, parameters, self.record),
+            *read_factored(self.graph, self.root, self._nodes, parameters, self.record, self.origins),
         ]
         for layer in found:
             self.root.add_submodule(layer.path, layer.module)

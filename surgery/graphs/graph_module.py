@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import operator
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +11,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from surgery.errors import InputError
+from surgery.graphs.capture import hung_skip
+from surgery.graphs.copying import copy_module
 from surgery.graphs.functional_edit import read_record, write_record
 from surgery.graphs.module_calls import ModuleCallsKind
 from surgery.graphs.modules import is_outlined
@@ -35,7 +35,7 @@ class GraphModuleKind(ModuleCallsKind):
         self, model: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool, inplace: bool
     ) -> None:
         packed = has_packed(model) or _is_packed(model)
-        self.root = _copy(model) if copies or (packed and not inplace) else model
+        self.root = copy_module(model) if copies or (packed and not inplace) else model
         self._packed = unpack_all(self.root)
         self.graph = self.root.graph
         for node in self.graph.find_nodes(op="call_module"):
@@ -62,6 +62,7 @@ class GraphModuleKind(ModuleCallsKind):
             providers,
             others,
             self.root.get_submodule,
+            lambda call: call if call.path is None else hung_skip(self.root, call) or call,
             outlined=inside,
         )
 
@@ -152,12 +153,6 @@ class GraphModuleKind(ModuleCallsKind):
         self.graph.lint()
         self.root.recompile()
         return self.root
-
-
-def _copy(model: GraphModule) -> GraphModule:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch copies its own tree specs in a way that it deprecates
-        return copy.deepcopy(model)
 
 
 def _is_packed(model: GraphModule) -> bool:

@@ -6,7 +6,7 @@ A run is a row of items in which each value is used by the next item alone.
 from __future__ import annotations
 
 import operator as python_operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from surgery import layers
 from surgery.composition import add, compose_steps
 from surgery.errors import Refusal
 from surgery.graphs.links import read_link, read_link_module
-from surgery.graphs.view import Call, View
+from surgery.graphs.view import Call, View, identity
 from surgery.steps import Branches, Link, Shift, Step
 
 __all__ = ["Item", "LinkCall", "SumCall", "all_calls", "find_items", "find_runs"]
@@ -97,9 +97,9 @@ def all_calls(items: Sequence[Item]) -> list[Call]:
     return [call for item in items for call in item.calls]
 
 
-def find_runs(view: View) -> Iterator[list[Item]]:
-    """Yield each maximal run with two calls or more."""
-    items = find_items(view)
+def find_runs(view: View, recorded: Collection[str] = ()) -> Iterator[list[Item]]:
+    """Yield each maximal run with two calls or more; ``recorded`` are the sites that are known to be factored."""
+    items = find_items(view, recorded)
     follower: dict[Node, Item] = {}
     for item in items:
         if set(item.source.users) <= set(item.nodes):
@@ -113,14 +113,18 @@ def find_runs(view: View) -> Iterator[list[Item]]:
             yield run
 
 
-def find_items(view: View) -> list[Item]:
-    """Return all items in graph order; the calls in a sum are part of it."""
+def find_items(view: View, recorded: Collection[str] = ()) -> list[Item]:
+    """Return all items in graph order; the calls in a sum are part of it.
+
+    The branches of a sum are of one site, or of none that is known to be factored: what a model adds up itself, as two
+    heads, are not the branches of one chain.
+    """
     calls = {call.node: call for call in view.calls}
     items: dict[Node, Item] = dict(calls)
     taken = {node for call in view.calls for node in call.nodes}
     for node in view.graph.nodes:
         link = None if node in taken else _read_link(node, view)
-        found = link or _read_sum(node, calls)
+        found = link or _read_sum(node, calls, lambda call: _owners(view, call, recorded))
         if found is not None:
             items[node] = found
     within = {call.node for item in items.values() if isinstance(item, SumCall) for call in item.calls}
@@ -156,13 +160,26 @@ def _read_shift(node: Node, source: Node, view: View) -> LinkCall | None:
     return LinkCall(node, source, Shift(view.parameters[name].detach()), view.owner(node), name)
 
 
-def _read_sum(node: Node, calls: dict[Node, Call]) -> SumCall | None:
+def _owners(view: View, call: Call, recorded: Collection[str]) -> frozenset[str]:
+    """Return the factored sites of which a call may be a factor, by the names of its weight."""
+    names = view.names[identity(view.parameters[call.weight])]
+    return frozenset(site for site in recorded if any(name.startswith(f"{site}.") for name in names))
+
+
+def _one_owner(owners: list[frozenset[str]]) -> bool:
+    """Whether calls are all factors of one site, or none is a factor of any."""
+    return not any(owners) or bool(frozenset.intersection(*owners))
+
+
+def _read_sum(node: Node, calls: dict[Node, Call], owners: Callable[[Call], frozenset[str]]) -> SumCall | None:
     """Return the sum of branches that ends at a node and is one operator; None for any other node."""
     if not _adds(node):
         return None
     leaves, additions = _leaves(node)
     rows = [_row(leaf, calls) for leaf in leaves] if len(set(leaves)) == len(leaves) else [[]]
     if any(not row or row[0].source is not rows[0][0].source for row in rows):
+        return None
+    if not _one_owner([owners(call) for row in rows for call in row]):
         return None
     found = SumCall(tuple(map(tuple, rows)), tuple(additions))
     composed = add([compose_steps([call.operator for call in row]) for row in rows])

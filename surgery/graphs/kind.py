@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from torch.fx import Node
 
@@ -19,6 +19,7 @@ from surgery.errors import Refusal
 from surgery.graphs.behind import behind
 from surgery.graphs.chains import ChainSpot, Origin, find_chains
 from surgery.graphs.items import Item, all_calls
+from surgery.graphs.known import ModuleRun
 from surgery.graphs.recurrence import Recurrence
 from surgery.graphs.runs import Part, Run, find_parts, sites_of
 from surgery.graphs.view import Spot, View, identity
@@ -26,7 +27,9 @@ from surgery.neighbours import Loop
 from surgery.operators import Conv, Operator, Shape
 from surgery.sites import Skip, Totals
 
-__all__ = ["Found", "GraphKind"]
+__all__ = ["AnyRun", "Found", "GraphKind"]
+
+AnyRun: TypeAlias = Run | ModuleRun
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +57,7 @@ class GraphKind(ABC):
         """Put a chain where an operator stands, at all its calls."""
 
     @abstractmethod
-    def put_back(self, run: Run) -> None:
+    def put_back(self, run: AnyRun) -> None:
         """Put one operator where a run stands, at all its calls."""
 
     @abstractmethod
@@ -64,7 +67,9 @@ class GraphKind(ABC):
     def find(self) -> Found:
         """Return all sites and skips, and the totals of the model; chains whose making is known are sites too."""
         spots, skips = self.view.spots(self.shape)
-        chains = find_chains(self.view, self.origins, self.shape)
+        known, left = self.chain_spots()
+        skips = [*skips, *left]
+        chains = [*find_chains(self.view, self.origins, self.shape, self.recorded), *known]
         inside = {call.node for chain in chains for row in chain.run.calls for call in row}
         if chains:
             others = [spot for spot in spots if not {call.node for call in spot.calls} & inside]
@@ -75,7 +80,7 @@ class GraphKind(ABC):
         return Found(tuple(spots), tuple(skips), Totals(sum(unique.values()), macs))
 
     def _placed(self, spot: Spot) -> Spot:
-        first = spot.run.rows[0][0] if isinstance(spot, ChainSpot) else spot.calls[0]
+        first = spot.item if isinstance(spot, ChainSpot) else spot.calls[0]
         if (loop := self.loop(first)) is not None:
             return replace(spot, site=replace(spot.site, behind=(loop,)))
         return (
@@ -84,7 +89,19 @@ class GraphKind(ABC):
             else replace(spot, site=replace(spot.site, behind=behind(self.view, spot)))
         )
 
-    def loop(self, item: Item) -> Loop | None:
+    def chain_spots(self) -> tuple[list[ChainSpot], list[Skip]]:
+        """Return the chains that are modules as sites, and those that cannot be cut again."""
+        return [], []
+
+    def known_runs(self) -> tuple[list[ModuleRun], list[Skip]]:
+        """Return the chains that are modules, and those that were changed since."""
+        return [], []
+
+    def verify(self) -> dict[str, str]:
+        """See that all chains that were spliced in run; give those that do not up, and return why, by site."""
+        return {}
+
+    def loop(self, item: Any) -> Loop | None:
         """Return the loop of a recurrent layer in which an item runs, if any."""
         return None
 
@@ -102,17 +119,19 @@ class GraphKind(ABC):
         """The sites that decompose has factored in this model, where it has left a record."""
         return frozenset()
 
-    def runs(self, *, everything: bool = False) -> tuple[list[Run], list[Skip]]:
+    def runs(self, *, everything: bool = False) -> tuple[list[AnyRun], list[Skip]]:
         """Return the runs that are provably one operator, and why others that look like it are not.
 
         A model with a record comes back to what it was before: chains that it had of its own are left alone, unless
         ``everything`` is to be fused.
         """
-        parts, skips = find_parts(self.view, self.recorded, everything=everything)
+        known, skips = self.known_runs()
+        parts, refused = find_parts(self.view, self.recorded, everything=everything)
+        skips = [*skips, *refused]
         groups: dict[tuple[Any, ...], list[Part]] = defaultdict(list)
         for part in parts:
             groups[self._weights_key(part)].append(part)
-        runs = []
+        runs: list[AnyRun] = [*known]
         for same in groups.values():
             refusal = self.refuse_run([part.items for part in same])
             sites = sites_of(self.view, same[0].items)

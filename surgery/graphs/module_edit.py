@@ -2,73 +2,120 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MethodType
+from typing import Any
 
 from torch import Tensor, nn
 
 from surgery.chain import Chain
 from surgery.errors import Refusal
+from surgery.graphs.carried import CARRIED, carry, is_watched
+from surgery.graphs.factored import build_factored
 from surgery.graphs.items import Item, all_calls
-from surgery.graphs.modules import build_module, build_sequential, carry_hooks, is_operator_module, replace_module
+from surgery.graphs.modules import build_module, is_operator_module, replace_module
 from surgery.graphs.runs import Run
 from surgery.graphs.view import Call, Spot
 from surgery.operators import Operator
 
-__all__ = ["FACTORED", "ORIGIN", "Shared", "fuse_modules", "is_whole_sequential", "refuse_outside", "splice_modules"]
-
-
-ORIGIN = "surgery_origin"  # set beside it: the factorization and its ranks
-FACTORED = "surgery_factored"  # set on the nn.Sequential that stands for a factored module: the class of that module
+__all__ = [
+    "Replaced",
+    "Shared",
+    "fuse_modules",
+    "is_whole_sequential",
+    "refuse_hooks",
+    "refuse_outside",
+    "splice_modules",
+    "swap_references",
+]
 
 
 Shared = dict[int, tuple[Tensor, nn.Parameter]]  # by the id of a factor: itself, and the parameter that it became
+Replaced = dict[nn.Module, nn.Module]  # what took the place of what
 
 
-def splice_modules(root: nn.Module, spot: Spot, chain: Chain, shared: Shared) -> None:
-    """Replace the module at each name of a site by an nn.Sequential; tied modules share its weights, not its bias.
+def splice_modules(root: nn.Module, spot: Spot, chain: Chain, shared: Shared) -> Replaced:
+    """Replace the module at each name of a site by that of its chain; tied modules share its weights, not its bias.
 
     A factor that is the same tensor as one of an earlier chain in ``shared`` becomes the same parameter.
     """
-    made: dict[int, nn.Sequential] = {}
+    made: Replaced = {}
     for path in (spot.site.name, *spot.site.aliases):
         module = root.get_submodule(path)
         if not is_operator_module(module):
             continue
-        if id(module) not in made:
-            bias = module._parameters.get("bias")
-            new = build_sequential(chain.with_bias(bias), module)
-            setattr(new, FACTORED, type(module))
-            setattr(new, ORIGIN, chain.origin)
+        if module not in made:
+            new = build_factored(chain, module)
             if made:
                 _share_weights(next(iter(made.values())), new)
             else:
                 _share_factors(new, chain, shared)
-            made[id(module)] = new
-        replace_module(root, path, made[id(module)])
+            made[module] = new
+        replace_module(root, path, made[module])
+    return made
 
 
-def fuse_modules(root: nn.Module, run: Run) -> None:
+def swap_references(root: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
+    """Let attributes that hold replaced modules hold what took their place: plain lists, dicts, bound methods."""
+    for module in list(root.modules()) if replaced else ():
+        own = vars(module)
+        for name, value in list(own.items()):
+            if name not in CARRIED:
+                swapped = _swapped(value, replaced)
+                if swapped is not value:
+                    own[name] = swapped
+
+
+def _swapped(value: Any, replaced: Mapping[nn.Module, nn.Module]) -> Any:
+    if isinstance(value, nn.Module):
+        return replaced.get(value, value)
+    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module) and value.__self__ in replaced:
+        return getattr(replaced[value.__self__], value.__name__, value)
+    if isinstance(value, list):
+        value[:] = [_swapped(item, replaced) for item in value]
+    elif isinstance(value, dict):
+        value.update({key: _swapped(item, replaced) for key, item in value.items()})
+    elif type(value) in (tuple, set, frozenset):
+        items = [_swapped(item, replaced) for item in value]
+        changed = any(new is not old for new, old in zip(items, value, strict=True))
+        return type(value)(items) if changed else value
+    return value
+
+
+def fuse_modules(root: nn.Module, run: Run) -> Replaced:
     """Replace a run's modules by one: in the place of their nn.Sequential, or of the first of them."""
     made: dict[int, nn.Module] = {}
+    replaced: Replaced = {}
     paths = {tuple(str(item.path) for item in items): i for i, items in enumerate(run.rows)}
     for modules, index in paths.items():
         parent = modules[0].rpartition(".")[0]
-        whole = is_whole_sequential(root, modules)
-        kind = getattr(root.get_submodule(parent), FACTORED, None) if whole else None
-        new = build_module(run.operators[index], _last_module(root, run.rows[index]), kind=kind)
+        new = build_module(run.operators[index], _last_module(root, run.rows[index]))
+        _keep_flags(new, [root.get_submodule(path) for path in modules])
         if made:
             _share_weights(next(iter(made.values())), new)
-        if whole:
+        if is_whole_sequential(root, modules):
             old = root.get_submodule(parent)
-            carry_hooks(new, old)
+            carry(new, old, own=old._modules)
             for alias, module in list(root.named_modules(remove_duplicate=False)):
                 if module is old:
                     replace_module(root, alias, new)
+            replaced[old] = new
         else:
+            replaced[root.get_submodule(modules[0])] = new
             replace_module(root, modules[0], new)
             for path in modules[1:]:
-                replace_module(root, path, nn.Identity())
+                identity = nn.Identity()
+                replaced[root.get_submodule(path)] = identity
+                replace_module(root, path, identity)
         made[index] = new
+    return replaced
+
+
+def _keep_flags(new: nn.Module, old: Sequence[nn.Module]) -> None:
+    """Let a composed parameter train if any of those that it is made of does."""
+    for name, parameter in new.named_parameters(recurse=False):
+        parts = [p for module in old for own, p in module.named_parameters() if own.split(".")[-1] == name]
+        parameter.requires_grad_(any(part.requires_grad for part in parts))
 
 
 def _last_module(root: nn.Module, items: Sequence[Item]) -> nn.Module:
@@ -92,14 +139,22 @@ def refuse_outside(runs: Sequence[Sequence[Item]], calls: Sequence[Call]) -> Ref
     return Refusal(f"{', '.join(strangers)} is also called outside of the chain") if strangers else None
 
 
-def _share_factors(sequential: nn.Sequential, chain: Chain, shared: Shared) -> None:
+def refuse_hooks(root: nn.Module, runs: Sequence[Sequence[Item]]) -> Refusal | None:
+    """Refuse runs of modules on which something is hooked, which may change the value between them."""
+    paths = sorted({str(item.path) for run in runs for item in run if item.path is not None})
+    watched = [path for path in paths if any(map(is_watched, root.get_submodule(path).modules()))]
+    return Refusal(f"{watched[0]} has a hook, or a forward of its own") if watched else None
+
+
+def _share_factors(factored: nn.Module, chain: Chain, shared: Shared) -> None:
     for place, part in chain.places:
         if isinstance(part, Operator):
-            module = sequential.get_submodule(place)
-            module.weight = shared.setdefault(id(part.weight), (part.weight, module.get_parameter("weight")))[1]
+            module = factored.get_submodule(place)
+            own = module.get_parameter("weight")
+            module._parameters["weight"] = shared.setdefault(id(part.weight), (part.weight, own))[1]
 
 
 def _share_weights(source: nn.Module, target: nn.Module) -> None:
-    for shared, own in zip(source.modules(), target.modules(), strict=True):
-        if "weight" in shared._parameters:
-            own.weight = shared.weight
+    for shared, own in zip(source.modules(), target.modules(), strict=False):
+        if "weight" in shared._parameters and "weight" in own._parameters:
+            own._parameters["weight"] = shared._parameters["weight"]

@@ -8,20 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
-from surgery import layers
-from surgery.chain import Chain
 from surgery.errors import Refusal
 from surgery.graphs.functional import conv_geometry, stored_weight
-from surgery.graphs.links import build_link, is_link_module
+from surgery.graphs.links import is_link_module
 from surgery.operators import Conv, Embedding, Linear, Operator
-from surgery.steps import Branches, Shift, Step
 
 __all__ = [
     "build_module",
-    "build_sequential",
-    "carry_attributes",
-    "carry_hooks",
     "is_operator_module",
     "is_outlined",
     "read_module",
@@ -44,18 +40,6 @@ _REASONS: dict[str, str] = {
 }
 
 
-# torch has no public way to move hooks; these are the dictionaries that nn.Module.__init__ makes for them
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
-
 def _is_conv1d(kind: type[nn.Module]) -> bool:
     """Whether this is transformers' Conv1D: a linear layer that stores its weight as (in, out)."""
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
@@ -75,18 +59,19 @@ def is_outlined(module: nn.Module) -> bool:
     return getattr(module, "outlined", False)
 
 
-def stored_as(module: nn.Module) -> str:
-    """Return how the module stores its weight, "out_in" or "in_out"."""
-    return "in_out" if _is_conv1d(type(module)) else "out_in"
+def stored_as(kind: type[nn.Module]) -> str:
+    """Return how a class of modules stores its weight, "out_in" or "in_out"."""
+    return "in_out" if _is_conv1d(kind) else "out_in"
 
 
-def read_module(module: nn.Module) -> Operator | Refusal:
+def read_module(module: nn.Module, *, detached: bool = True) -> Operator | Refusal:
     """Return the operator of a module of a known class, or why it is none."""
     own_weight = module._parameters.get("weight")
     if own_weight is None:
         return Refusal("its weight is computed from other parameters (weight norm or another parametrization)")
     own_bias = module._parameters.get("bias")
-    weight, bias = own_weight.detach(), None if own_bias is None else own_bias.detach()
+    weight: Tensor = own_weight.detach() if detached else own_weight
+    bias = own_bias.detach() if detached and own_bias is not None else own_bias
     if type(module) is nn.Embedding:
         return _read_embedding(module, weight)
     if type(module) not in _CONVS:
@@ -113,14 +98,16 @@ def _read_embedding(module: nn.Embedding, weight: Tensor) -> Operator | Refusal:
 def refuse_module(module: nn.Module) -> str | None:
     """Return why a leaf module with matrix weights is no site, or None if it has no such weights."""
     name = type(module).__name__
-    if is_link_module(module) or is_outlined(module):
-        return None
+    if is_link_module(module) or is_outlined(module) or "surgery_steps" in vars(module):
+        return None  # a chain has its own reasons
     if name in _REASONS:
         return _REASONS[name]
-    if torch.nn.utils.parametrize.is_parametrized(module):
+    if any(map(is_lazy, module.parameters(recurse=False))):
+        return "its weight is not made yet; run the model once"
+    if is_parametrized(module):
         return "its weight is computed from other parameters (weight norm or another parametrization)"
     norms = nn.LayerNorm | nn.RMSNorm | nn.modules.batchnorm._BatchNorm | nn.GroupNorm
-    if isinstance(module, norms) or not any(p.dim() > 1 for p in module.parameters()):
+    if isinstance(module, norms) or not any(p.dim() > 1 for p in module.parameters() if not is_lazy(p)):
         return None
     return f"{name} is not handled yet"
 
@@ -128,27 +115,26 @@ def refuse_module(module: nn.Module) -> str | None:
 def build_module(
     operator: Operator, like: nn.Module, *, last: bool = True, kind: type[nn.Module] | None = None
 ) -> nn.Module:
-    """Return a module for an operator, of the class ``kind`` (that of ``like``) where it fits, with its training flag.
-
-    The new parameters take part in training as the weight of ``like`` does.
-    """
+    """Return a module for an operator, of the class ``kind`` (that of ``like``) where it fits, with its training flag."""
     kwargs: dict[str, Any] = {"bias": operator.bias is not None, "device": "meta", "dtype": operator.weight.dtype}
     module: nn.Module
+    kind = kind or type(like)
     stored = "out_in"
     if isinstance(operator, Conv):
         module = _build_conv(operator, kwargs)
     elif isinstance(operator, Embedding):
         del kwargs["bias"]
         module = nn.Embedding(operator.in_channels, operator.out_channels, operator.padding_index, **kwargs)
-    elif last and _is_conv1d(kind or type(like)) and operator.bias is not None:
-        made: Any = kind or type(like)
+    elif last and _is_conv1d(kind) and operator.bias is not None:
+        made: Any = kind
         module, stored = made(operator.out_channels, operator.in_channels), "in_out"
+    elif last and kind is NonDynamicallyQuantizableLinear:
+        module = kind(operator.in_channels, operator.out_channels, **kwargs)
     else:
         module = nn.Linear(operator.in_channels, operator.out_channels, **kwargs)
-    trains = next(like.parameters()).requires_grad
-    module.weight = nn.Parameter(_own(stored_weight(operator, stored)), requires_grad=trains)
+    module.weight = nn.Parameter(_own(stored_weight(operator, stored)))
     if operator.bias is not None:
-        module.bias = nn.Parameter(_own(operator.bias), requires_grad=trains)
+        module.bias = nn.Parameter(_own(operator.bias))
     return module.train(like.training)
 
 
@@ -173,50 +159,6 @@ def _build_conv(conv: Conv, kwargs: dict[str, Any]) -> nn.Module:
         padding_mode=g.padding_mode,
         **kwargs,
     )
-
-
-def build_sequential(chain: Chain, like: nn.Module) -> nn.Sequential:
-    """Return the chain as a plain nn.Sequential, which carries the hooks of the module that it replaces."""
-    modules = [_build_step(step, like, last=step is chain.steps[-1]) for step in chain.steps]
-    sequential = nn.Sequential(*modules).train(like.training)
-    carry_hooks(sequential, like)
-    place = chain.places[-1][0]
-    _carry_attributes(sequential, like, sequential.get_submodule(place))
-    return sequential
-
-
-def _build_step(step: Step, like: nn.Module, *, last: bool) -> nn.Module:
-    if isinstance(step, Operator):
-        return build_module(step, like, last=last)
-    if isinstance(step, Branches):
-        return layers.Sum(nn.Sequential(*(build_module(op, like, last=False) for op in row)) for row in step.rows)
-    if isinstance(step, Shift):
-        return layers.Shift(nn.Parameter(_own(step.bias), requires_grad=next(like.parameters()).requires_grad))
-    return build_link(step)
-
-
-def _carry_attributes(new: nn.Sequential, old: nn.Module, last: nn.Module) -> None:
-    """Give the chain what code around the old module may read of it: stride, in_features, weight.dtype, ...
-
-    Plain attributes, so that neither parameters nor state dict have them twice; weight and bias are the last factors'.
-    """
-    public = {k: v for k, v in vars(old).items() if not k.startswith("_") and k != "training"}
-    weight = next(module.weight for module in reversed(list(new.modules())) if "weight" in module._parameters)
-    vars(new).update(public, weight=weight, bias=getattr(last, "bias", None))
-
-
-def carry_hooks(new: nn.Module, old: nn.Module) -> None:
-    """Give a module the forward and backward hooks of the one that it replaces."""
-    for attribute in _HOOKS:
-        setattr(new, attribute, getattr(old, attribute))
-
-
-def carry_attributes(new: nn.Module, old: nn.Module) -> None:
-    """Give a module the attributes, the training flag, the buffers and the hooks of another, but not its parameters."""
-    vars(new).update({k: v for k, v in vars(old).items() if not k.startswith("_")})
-    new._buffers = dict(old._buffers)
-    new._non_persistent_buffers_set = set(old._non_persistent_buffers_set)
-    carry_hooks(new, old)
 
 
 def replace_module(root: nn.Module, path: str, new: nn.Module) -> None:

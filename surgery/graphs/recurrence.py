@@ -25,6 +25,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 
 from surgery.errors import InputError, Refusal
+from surgery.graphs.factored import Factored, Origin
 from surgery.graphs.links import build_link, read_link_module
 from surgery.graphs.recurrent import UnpackedRecurrent
 from surgery.graphs.recurrent_forms import empty, repack, settings, unpack
@@ -135,11 +136,16 @@ def _read_kernel(node: Node, providers: Mapping[Node, str], parameters: _Names) 
 
 
 def read_factored(
-    graph: Graph, root: nn.Module, nodes: Mapping[str, Node], parameters: _Names, record: Mapping[str, Any]
+    graph: Graph,
+    root: nn.Module,
+    nodes: Mapping[str, Node],
+    parameters: _Names,
+    record: Mapping[str, Any],
+    origins: Mapping[str, Origin],
 ) -> Iterator[Recurrence]:
     """Yield the layers of a record that are in the graph as they were written; ``nodes`` are those of parameters."""
     for path, entry in record.items():
-        module = _rebuild(path, entry, parameters)
+        module = _rebuild(path, entry, parameters, origins)
         if module is not None:
             found = _match(path, module, graph, root, nodes)
             if found is not None:
@@ -148,8 +154,8 @@ def read_factored(
 
 def describe(module: UnpackedRecurrent) -> dict[str, Any]:
     """Return the record of a layer, as JSON values: its settings, and the steps of each part that is a chain."""
-    chains = {name: part for name, part in module.named_children() if isinstance(part, nn.Sequential)}
-    return {"recurrent": settings(module), "parts": {name: list(map(_row, part)) for name, part in chains.items()}}
+    chains = {name: part.steps for name, part in module.named_children() if isinstance(part, Factored)}
+    return {"recurrent": settings(module), "parts": {name: list(map(_row, steps)) for name, steps in chains.items()}}
 
 
 def _row(step: nn.Module) -> list[Any]:
@@ -169,7 +175,7 @@ _STEPS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def _rebuild(path: str, entry: Any, parameters: _Names) -> UnpackedRecurrent | None:
+def _rebuild(path: str, entry: Any, parameters: _Names, origins: Mapping[str, Origin]) -> UnpackedRecurrent | None:
     """Return the layer that an entry of a record describes, with the parameters of these names."""
     layer = empty(entry.get("recurrent")) if isinstance(entry, dict) else None
     parts = entry.get("parts") if isinstance(entry, dict) else None
@@ -179,10 +185,11 @@ def _rebuild(path: str, entry: Any, parameters: _Names) -> UnpackedRecurrent | N
     assert isinstance(module, UnpackedRecurrent)  # it is torch's own
     for name, part in list(module.named_children()):
         if name in parts:
-            chain = _read_rows(parts[name])
-            if chain is None:
+            steps = _read_rows(parts[name])
+            if steps is None:
                 return None
-            module.add_module(name, chain.train(part.training))
+            factored = Factored(steps, kind=nn.Linear, origin=origins.get(f"{path}.{name}"))
+            module.add_module(name, factored.train(part.training))
     for name, own in list(module.named_parameters()):
         known = parameters.get(f"{path}.{name}")
         if known is None or known.shape != own.shape:
@@ -192,10 +199,10 @@ def _rebuild(path: str, entry: Any, parameters: _Names) -> UnpackedRecurrent | N
     return module
 
 
-def _read_rows(rows: Any) -> nn.Sequential | None:
-    """Return the chain of a record's rows, without numbers; None for anything that is none."""
+def _read_rows(rows: Any) -> list[nn.Module] | None:
+    """Return the modules of a record's rows, without numbers; None for anything that is none."""
     try:
-        return nn.Sequential(*(_STEPS[kind](*map(operator.index, sizes)) for kind, *sizes in rows))
+        return [_STEPS[kind](*map(operator.index, sizes)) for kind, *sizes in rows]
     except (TypeError, ValueError, KeyError, RuntimeError):
         return None
 

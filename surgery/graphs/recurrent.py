@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from surgery.errors import InputError
-from surgery.graphs.modules import carry_attributes
+from surgery.graphs.carried import carry, is_watched
+from surgery.graphs.factored import Factored
 
 __all__ = ["UnpackedGRU", "UnpackedLSTM", "UnpackedRNN", "UnpackedRecurrent", "outlining"]
 
@@ -90,15 +91,15 @@ class UnpackedRecurrent(nn.RNNBase):
 
     def __init__(self, module: nn.RNNBase) -> None:
         nn.Module.__init__(self)
-        carry_attributes(self, module)
+        carry(self, module, own=module._flat_weights_names)
         # what torch's class keeps for its kernel
         self._flat_weights_names, self._flat_weights, self._flat_weight_refs = [], [], []
         self._all_weights = module._all_weights
-        for name, parameter in module._parameters.items():
+        for name in module._flat_weights_names:
+            parameter = module._parameters[name]
             if not name.startswith("weight_"):
-                self.register_parameter(name, parameter)
-        for name, parameter in module._parameters.items():
-            if name.startswith("weight_"):
+                self._parameters[name] = parameter
+            else:
                 self.add_module(name.removeprefix("weight_"), _linear(parameter).train(module.training))
 
     def __getattr__(self, name: str) -> Any:
@@ -349,19 +350,14 @@ def _linear(weight: Any) -> nn.Linear:
 
 
 def _is_plain(module: Any) -> bool:
-    return type(module) is nn.Linear and module.bias is None and not _is_watched(module)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    return type(module) is nn.Linear and module.bias is None and not is_watched(module)
 
 
 def _split(module: nn.Module) -> tuple[nn.Module, Any]:
     """Return a chain but for its last linear layer, and that; without one, None stands for it."""
     if _is_plain(module):
         return nn.Identity(), module
-    watched = any(map(_is_watched, module.modules()))
-    if type(module) is nn.Sequential and not watched and _is_plain(module[-1]):
-        return module[:-1], module[-1]
+    watched = any(map(is_watched, module.modules()))
+    if isinstance(module, Factored) and not watched and _is_plain(module.steps[-1]):
+        return nn.Sequential(*module.steps[:-1]), module.steps[-1]
     return module, None

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from surgery.errors import InputError, Refusal
-from surgery.graphs.modules import carry_attributes
+from surgery.graphs.carried import carry, refuse_carrying
 from surgery.graphs.recurrent import UnpackedGRU, UnpackedLSTM, UnpackedRecurrent, UnpackedRNN
 from surgery.neighbours import Loop
 from surgery.operators import Shape
@@ -54,7 +54,8 @@ def unpack(module: nn.RNNBase) -> UnpackedRecurrent | Refusal:
         return Refusal(f"{what}: it is a subclass or has its own forward")
     if parametrized or any(module._parameters.get(name) is None for name in module._flat_weights_names):
         return Refusal("its weights are computed from other parameters (weight norm or another parametrization)")
-    return _UNPACKED[kind](module)
+    reason = refuse_carrying(module)
+    return _UNPACKED[kind](module) if reason is None else Refusal(reason)
 
 
 def repack(module: UnpackedRecurrent) -> nn.RNNBase:
@@ -68,7 +69,7 @@ def repack(module: UnpackedRecurrent) -> nn.RNNBase:
         part = name.removeprefix("weight_")
         value = module._parameters[name] if part == name else _weight(module, part, tuple(parameter.shape))
         setattr(new, name, value)
-    carry_attributes(new, module)
+    carry(new, module, own=[*new._parameters, *(name for name in module._modules if is_part(name))])
     return new
 
 

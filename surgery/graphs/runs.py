@@ -40,6 +40,16 @@ class Run:
         """The calls of each row."""
         return tuple(tuple(all_calls(items)) for items in self.rows)
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the weights."""
+        return tuple(call.weight for call in self.calls[0])
+
+    @property
+    def parameters_before(self) -> int:
+        """Number of parameters of the items."""
+        return sum(call.operator.parameters for call in self.calls[0])
+
 
 def find_parts(view: View, recorded: Collection[str], *, everything: bool) -> tuple[list[Part], list[Skip]]:
     """Return the parts of all runs that compose, and why others that look like it do not.
@@ -48,7 +58,7 @@ def find_parts(view: View, recorded: Collection[str], *, everything: bool) -> tu
     """
     parts: list[Part] = []
     skips: list[Skip] = []
-    for segment in find_segments(view):
+    for segment in find_segments(view, recorded):
         if recorded and not everything and not set(sites_of(view, segment)) & set(recorded):
             place = " -> ".join(site_name(call.weight) for call in all_calls(segment))
             skips.append(Skip(place, "chain", "the original model had it (--all fuses it as well)"))
@@ -59,9 +69,9 @@ def find_parts(view: View, recorded: Collection[str], *, everything: bool) -> tu
     return parts, skips
 
 
-def find_segments(view: View) -> list[list[Item]]:
+def find_segments(view: View, recorded: Collection[str]) -> list[list[Item]]:
     """Return all runs, cut at the borders of factored sites."""
-    return [segment for run in find_runs(view) for segment in _segments(view, run)]
+    return [segment for run in find_runs(view, recorded) for segment in _segments(view, run)]
 
 
 def sites_of(view: View, items: Sequence[Item]) -> tuple[str, ...]:

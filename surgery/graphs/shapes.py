@@ -10,9 +10,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.parameter import is_lazy
 
 from surgery.errors import InputError
 from surgery.operators import Shape
+from surgery.text import first_line
 
 __all__ = ["evaluation", "fake_shapes", "lazy_shapes"]
 
@@ -61,9 +64,12 @@ def fake_shapes(module: GraphModule, inputs: tuple[Any, ...]) -> Callable[[Node]
     """Run a graph on fake tensors and return the shape of each node's value.
 
     Raises:
-        InputError: the graph does not accept the example inputs.
+        InputError: the graph does not accept the example inputs, or has lazy layers that would get their weights here.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
+        raise InputError("the model has lazy layers without weights", next_step="run the model once")
+    # loops whose number of steps depends on data need an environment for symbols, though all sizes are numbers
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
 
     def fake(value: Any) -> Any:
         plain = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
@@ -74,8 +80,6 @@ def fake_shapes(module: GraphModule, inputs: tuple[Any, ...]) -> Callable[[Node]
         with mode, torch.no_grad(), evaluation(module):
             interpreter.run(*torch.utils._pytree.tree_map(fake, inputs))
     except Exception as error:  # the graph may raise anything on inputs that do not fit
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"the model does not accept the example inputs: {line}", next_step="check their number, shapes and dtypes"
-        ) from error
+        what = f"the model does not accept the example inputs: {first_line(error)}"
+        raise InputError(what, next_step="check their number, shapes and dtypes") from error
     return interpreter.shapes.__getitem__

@@ -5,20 +5,27 @@ These graphs serve to find calls, not to be run: unpacked recurrent layers give 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Tracer
 
 from surgery.errors import CaptureError, InputError
+from surgery.graphs.carried import is_watched
+from surgery.graphs.factored import is_chain
 from surgery.graphs.links import is_link_module
 from surgery.graphs.modules import is_operator_module
 from surgery.graphs.recurrent import outlining
 from surgery.graphs.shapes import evaluation
+from surgery.graphs.watch import tensors_in
+from surgery.text import first_line
 
 __all__ = ["export_program", "trace_module", "trace_outline"]
 
@@ -36,7 +43,12 @@ class _Tracer(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, _TRANSFORMERS):
             return False  # torch's own, but made of layers
-        return is_operator_module(m) or is_link_module(m) or super().is_leaf_module(m, module_qualified_name)
+        return (
+            is_operator_module(m)
+            or is_link_module(m)
+            or is_chain(m)
+            or super().is_leaf_module(m, module_qualified_name)
+        )
 
 
 def trace_module(
@@ -45,9 +57,10 @@ def trace_module(
     """Trace symbolically; return the graph with the values of its placeholders, or None where tracing fails.
 
     Arguments that the example inputs leave out are fixed to their defaults: a tracer's proxy is never None, and would
-    silently take the other branch of ``if mask is None``.
+    silently take the other branch of ``if mask is None``. A tracer does not see hooks on the model itself, nor a forward
+    of the instance.
     """
-    bound = _bind(model, args, kwargs)
+    bound = None if is_watched(model) else _bind(model, args, kwargs)
     if bound is None:
         return None
     given, defaults = bound
@@ -102,12 +115,29 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         CaptureError: torch.export cannot capture the model either.
     """
     try:
-        with warnings.catch_warnings(), evaluation(model), torch.no_grad(), outlining():
+        with warnings.catch_warnings(), evaluation(model), torch.no_grad(), outlining(), _plain_outputs(model):
             warnings.simplefilter("ignore")
             return torch.export.export(model, args, kwargs)
     except Exception as error:  # user code may raise anything
-        line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
         raise CaptureError(
-            f"the model can be neither traced nor exported: {line}",
+            f"the model can be neither traced nor exported: {first_line(error)}",
             next_step="run torch.export.export(model, example_inputs) to see torch's own explanation",
         ) from error
+
+
+@contextmanager
+def _plain_outputs(model: nn.Module) -> Iterator[None]:
+    """Let a model return the tensors in its output alone: torch.export does not know caches and other classes."""
+    own, forward = vars(model).get("forward"), model.forward
+
+    @functools.wraps(forward)
+    def plain(*args: Any, **kwargs: Any) -> list[Tensor]:
+        return tensors_in(forward(*args, **kwargs))
+
+    vars(model)["forward"] = plain
+    try:
+        yield
+    finally:
+        del vars(model)["forward"]
+        if own is not None:
+            vars(model)["forward"] = own

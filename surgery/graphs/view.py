@@ -7,50 +7,29 @@ weights are seen as one whatever their names.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
+from torch.nn.parameter import is_lazy
 
 from surgery.errors import Refusal
 from surgery.graphs.functional import Parts, read_call, transposed_source
 from surgery.graphs.modules import is_operator_module, is_outlined, read_module, refuse_module, stored_as
+from surgery.graphs.tensors import count, memory, refuse_tensor
+from surgery.graphs.unhandled import function_name, is_region, looked_through, refuse_use
 from surgery.operators import Conv, Operator, Shape
 from surgery.sites import Site, Skip, describe
 
 __all__ = ["Call", "Spot", "View", "identity", "site_name"]
 
-aten = torch.ops.aten
-
-_KERNEL = (
-    "a kernel reads all weights of the recurrent layer; they are not taken apart where others read them too, or where "
-    "the program is of that layer alone"
-)
-_SCAN = "a loop over the steps of a recurrent layer uses it; change the module that the program was exported from"
-
-# functions with weight matrices that are no site, and why
-_OTHER_FUNCTIONS: dict[Any, str] = {
-    aten.embedding_bag.padding_idx: "bags of embeddings are not handled",
-    aten.lstm.input: _KERNEL,
-    aten.gru.input: _KERNEL,
-    aten.rnn_tanh.input: _KERNEL,
-    aten.rnn_relu.input: _KERNEL,
-    torch.ops.higher_order.scan: _SCAN,
-    aten.bilinear.default: "bilinear maps are not handled yet",
-    aten.einsum.default: "einsum on a weight is not handled yet",
-    aten.bmm.default: "a batch of weight matrices is not handled yet",
-    torch.einsum: "einsum on a weight is not handled yet",
-    torch.bmm: "a batch of weight matrices is not handled yet",
-}
-
 
 def identity(tensor: Tensor) -> tuple[Any, ...]:
     """Return what two tensors have in common exactly if they are the same memory, seen the same way."""
-    pointer = 0 if tensor.device.type == "meta" else tensor.untyped_storage().data_ptr()
+    pointer = memory(tensor)
     if pointer == 0:
         return ("object", id(tensor))
     return (pointer, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
@@ -148,38 +127,57 @@ class View:
         """All operator calls in graph order, before weights are looked at for other uses."""
         calls = []
         for node in self.graph.nodes:
-            found = None if node in self.outlined else self._read(node)
+            found: Call | Skip | Iterable[Skip] = () if node in self.outlined else self._read(node)
             if isinstance(found, Call):
                 found = self.adapt(found)
             if isinstance(found, Call):
                 calls.append(found)
-            elif isinstance(found, Skip):
-                self._skips.setdefault(found.name, found)
+                continue
+            for skip in (found,) if isinstance(found, Skip) else found:
+                self._skips.setdefault(skip.name, skip)
         return calls
 
-    def _read(self, node: Node) -> Call | Skip | None:
+    def _read(self, node: Node) -> Call | Iterable[Skip]:
         if node.op == "call_module":
             return self._read_module(node)
         parts = read_call(node)
-        if parts is None:
-            return self._read_other(node)
+        if isinstance(parts, Parts):
+            return self._read_parts(node, parts)
         if isinstance(parts, Refusal):
-            return Skip(node.name, str(node.target), parts.reason)
-        weight, bias = self.providers.get(parts.weight), None
+            return self._skips_of(node, parts.reason) or (Skip(node.name, function_name(node), parts.reason),)
+        reason = refuse_use(node)
+        return () if reason is None else self._skips_of(node, reason)
+
+    def _read_parts(self, node: Node, parts: Parts) -> Call | Iterable[Skip]:
+        weight = self.providers.get(parts.weight)
         if weight is None:
             return self._refuse_weight(node, parts.weight)
+        operator: Operator | Refusal
         if weight.endswith("in_proj_weight"):
-            reason = "attention uses its packed weight (in_proj_weight) in another way than on one input"
-            return self._skip(site_name(weight), "Linear", reason, self.parameters[weight])
-        if parts.bias is not None:
-            bias = self.providers.get(parts.bias)
-            if bias is None:
-                return self._skip(site_name(weight), str(node.target), "its bias is no parameter", None)
-        tensor = None if bias is None else self.parameters[bias].detach()
-        operator = parts.build(self.parameters[weight].detach(), tensor)
+            operator = Refusal("attention uses its packed weight (in_proj_weight) in another way than on one input")
+        else:
+            operator = self._build(parts)
         if isinstance(operator, Refusal):
-            return self._skip(site_name(weight), str(node.target), operator.reason, self.parameters[weight])
-        return Call(node, parts.input, operator, weight, bias, parts.stored, None, parts.weight, parts.bias)
+            return (self._skip(weight, node, operator.reason),)
+        return self._call(node, parts, operator)
+
+    def _call(self, node: Node, parts: Parts, operator: Operator) -> Call:
+        bias = None if parts.bias is None else self.providers[parts.bias]
+        row = (self.providers[parts.weight], bias, parts.stored, None, parts.weight, parts.bias)
+        return Call(node, parts.input, operator, *row)
+
+    def _build(self, parts: Parts) -> Operator | Refusal:
+        """Return the operator of a call whose weight is a parameter."""
+        weight = self.parameters[self.providers[parts.weight]]
+        if (reason := refuse_tensor(weight)) is not None:
+            return Refusal(reason)
+        if parts.bias is None:
+            return parts.build(weight.detach(), None)
+        if parts.bias not in self.providers:
+            return Refusal("its bias is no parameter")
+        bias = self.parameters[self.providers[parts.bias]]
+        reason = refuse_tensor(bias, "bias")
+        return parts.build(weight.detach(), bias.detach()) if reason is None else Refusal(reason)
 
     @property
     def packed_calls(self) -> list[Call]:
@@ -187,54 +185,54 @@ class View:
         found = []
         for node in self.graph.nodes:
             parts = read_call(node)
-            weight = self.providers.get(parts.weight) if isinstance(parts, Parts) else None
-            if isinstance(parts, Parts) and weight is not None and weight.endswith("in_proj_weight"):
-                bias = None if parts.bias is None else self.providers.get(parts.bias)
-                operator = parts.build(self.parameters[weight].detach(), None)
-                if isinstance(operator, Operator) and (bias is None) == (parts.bias is None):
-                    row = (weight, bias, parts.stored, None, parts.weight, parts.bias)
-                    found.append(Call(node, parts.input, operator, *row))
+            if isinstance(parts, Parts) and self.providers.get(parts.weight, "").endswith("in_proj_weight"):
+                operator = self._build(parts)
+                if isinstance(operator, Operator):
+                    found.append(self._call(node, parts, operator))
         return found
 
-    def _read_module(self, node: Node) -> Call | Skip | None:
+    def _read_module(self, node: Node) -> Call | Iterable[Skip]:
         assert self.module is not None  # only graphs with modules have such nodes
         path = str(node.target)
         module = self.module(path)
-        if not is_operator_module(module):
-            reason = refuse_module(module)
-            count = sum(p.numel() for p in module.parameters())
-            return None if reason is None else Skip(path, type(module).__name__, reason, count)
-        operator = read_module(module)
+        operator = _operator_of(module)
         if isinstance(operator, Refusal):
-            count = sum(p.numel() for p in module.parameters())
-            return Skip(path, type(module).__name__, operator.reason, count)
+            return (Skip(path, type(module).__name__, operator.reason, count(module)),)
         source = node.args[0] if node.args else node.kwargs.get("input")
-        if not isinstance(source, Node):
-            return None
+        if operator is None or not isinstance(source, Node):
+            return ()
         bias = None if operator.bias is None else f"{path}.bias"
-        return Call(node, source, operator, f"{path}.weight", bias, stored_as(module), path)
+        return Call(node, source, operator, f"{path}.weight", bias, stored_as(type(module)), path)
 
-    def _read_other(self, node: Node) -> Skip | None:
-        reason = _OTHER_FUNCTIONS.get(node.target) if node.op == "call_function" else None
-        if reason is None:
-            return None
-        names = [self.providers[n] for n in node.all_input_nodes if n in self.providers]
-        weight = next((name for name in names if self.parameters[name].dim() > 1), None)
-        if weight is None:
-            return None
-        return self._skip(site_name(weight), getattr(node.target, "__name__", str(node.target)), reason, weight)
-
-    def _refuse_weight(self, node: Node, weight: Node) -> Skip | None:
-        name = getattr(node.target, "__name__", str(node.target))
+    def _refuse_weight(self, node: Node, weight: Node) -> Iterable[Skip]:
+        """Return the skips of an operator whose weight is no parameter; none of a product of activations."""
+        name = function_name(node)
         if weight in self.buffers:
-            return Skip(node.name, name, "its weight is a buffer or a constant, not a parameter")
+            return (Skip(node.name, name, "its weight is a buffer or a constant, not a parameter"),)
         if "conv" in name or "linear" in name:
-            return Skip(node.name, name, "its weight is computed by the graph (weight norm, quantization, an adapter)")
-        return None  # a product of activations
+            reason = "its weight is computed by the graph (weight norm, quantization, an adapter)"
+            return (Skip(node.name, name, reason),)
+        return self._skips_of(node, refuse_use(node) or "it is looked up in another way than by a layer")
 
-    def _skip(self, name: str, operator: str, reason: str, weight: str | Tensor | None) -> Skip:
-        tensor = self.parameters[weight] if isinstance(weight, str) else weight
-        return Skip(name, operator.removeprefix("aten."), reason, 0 if tensor is None else tensor.numel())
+    def _skips_of(self, node: Node, reason: str) -> Sequence[Skip]:
+        """Return a skip for each weight matrix that a node is given."""
+        return [self._skip(name, node, reason) for name in self._weights_of(node)]
+
+    def _weights_of(self, node: Node) -> list[str]:
+        """Name the parameters with two axes or more that reach a node, whole or in part, or that its own graph has."""
+        found = [self.providers[n] for n in map(looked_through, node.all_input_nodes) if n in self.providers]
+        names = [*found, *(self._own_weights(node) if is_region(node) else ())]
+        return [
+            name for name in dict.fromkeys(names) if is_lazy(self.parameters[name]) or self.parameters[name].dim() > 1
+        ]
+
+    def _own_weights(self, region: Node) -> list[str]:
+        """Name the parameters of the graphs that a region runs, where these hold some."""
+        graphs = [f"{node.target}." for node in region.all_input_nodes if node.op == "get_attr"]
+        return [name for name in self.parameters if name.startswith(tuple(graphs))]
+
+    def _skip(self, weight: str, node: Node, reason: str) -> Skip:
+        return Skip(site_name(weight), function_name(node), reason, count([self.parameters[weight]]))
 
     @cached_property
     def uses(self) -> Mapping[tuple[Any, ...], set[Node]]:
@@ -245,18 +243,26 @@ class View:
                 seen = user.users if transposed_source(user) is node else [user]
                 uses[identity(self.parameters[name])].update(seen)
         for node in self.graph.nodes:
-            if node.op == "call_module" and self.module is not None:
-                module = self.module(str(node.target))
-                for parameter in () if is_outlined(module) else module.parameters():
-                    uses[identity(parameter)].add(node)
+            for parameter in self._held_by(node):
+                uses[identity(parameter)].add(node)
         return uses
+
+    def _held_by(self, node: Node) -> Iterable[Tensor]:
+        """Return the parameters that a node uses without a node that provides them."""
+        if is_region(node):
+            return [self.parameters[name] for name in self._own_weights(node)]
+        if node.op != "call_module" or self.module is None:
+            return ()
+        module = self.module(str(node.target))
+        return () if is_outlined(module) else module.parameters()
 
     def spots(self, shape: Callable[[Node], Shape]) -> tuple[list[Spot], list[Skip]]:
         """Return all sites with their calls, and what was considered and left alone."""
         groups: dict[tuple[Any, ...], list[Call]] = defaultdict(list)
         for call in self.calls:
             groups[identity(self.parameters[call.weight])].append(call)
-        skips, spots = list(self._skips.values()), []
+        listed = {site_name(name) for key in groups for name in self.names[key]}
+        skips, spots = [skip for skip in self._skips.values() if skip.name not in listed], []
         for key, calls in groups.items():
             names = [site_name(name) for name in self.names[key]]
             shapes = tuple(shape(call.source) for call in calls)
@@ -278,11 +284,23 @@ class View:
             return Refusal(f"its weight is also used by {names}")
         if any(_form(call) != _form(first) for call in calls):
             return Refusal("its weight is shared by calls that differ in more than the bias")
-        if not first.operator.weight.dtype.is_floating_point:
-            return Refusal(f"its weight is {first.operator.weight.dtype}")
         if any(0 in s for s in shapes):
             return Refusal("it is called on an empty input")
         return None
+
+
+def _operator_of(module: nn.Module) -> Operator | Refusal | None:
+    """Return the operator that a module is, or why it is none; None for modules without weight matrices."""
+    lazy = next((parameter for parameter in module.parameters() if is_lazy(parameter)), None)
+    own = {"weight": module._parameters.get("weight"), "bias": module._parameters.get("bias")}
+    known = is_operator_module(module)
+    tensors = {what: tensor for what, tensor in own.items() if tensor is not None} if known else {}
+    reasons = (refuse_tensor(tensor, what) for what, tensor in tensors.items())
+    reason = refuse_tensor(lazy) if lazy is not None else next(filter(None, reasons), None)
+    if reason is None and known:
+        return read_module(module)
+    reason = reason or refuse_module(module)
+    return None if reason is None else Refusal(reason)
 
 
 def _form(call: Call) -> tuple[Any, ...]:

@@ -174,14 +174,17 @@ def decompose(
         fitted = {unit.name for unit in units if data is not None and data.fits(unit)}
         if data is not None and made and fitted:
             so_far = open_graph(model, *inputs)
-            seen = data.behind(_spliced(so_far, so_far.find(), made), fitted)
+            seen = data.behind(_spliced(so_far, so_far.find(), made).finish(), fitted)
         for done, unit in enumerate(units, start=stage.start):
             report("factor", done, len(work))
             chains, plan = factor_site(unit, plan, solver, seen)
             made |= chains
     if inplace:  # nothing of the model has changed so far
         graph = open_graph(model, *inputs, copies=False, inplace=True)
-    changed = _spliced(graph, graph.find() if inplace else found, made)
+    graph = _spliced(graph, graph.find() if inplace else found, made)
+    for name, reason in graph.verify().items():
+        plan, made = plan.edit(name, rank=None, reason=reason), {key: one for key, one in made.items() if key != name}
+    changed = graph.finish()
     report("factor", len(work), len(work))
     if data is not None and made:
         data.correct(changed, report)
@@ -190,13 +193,13 @@ def decompose(
     return _result(changed, plan, changes, found)
 
 
-def _spliced(graph: GraphKind, found: Found, made: Mapping[str, Made]) -> Model:
-    """Put chains in the places of their sites, and return the model."""
+def _spliced(graph: GraphKind, found: Found, made: Mapping[str, Made]) -> GraphKind:
+    """Put chains in the places of their sites, and return the graph."""
     spots = {spot.site.name: spot for spot in found.spots}
     spots |= graph.reopen([spot for spot in found.spots if isinstance(spot, ChainSpot) and spot.site.name in made])
     for name, one in made.items():
         graph.splice(spots[name], one.chain)
-    return graph.finish()
+    return graph
 
 
 def _promise(
@@ -267,7 +270,7 @@ def _prepare(
     latencies = rules.latencies
     if plan is not None:
         left_out = select([site.name for site in sites], rules.include, rules.exclude)
-        plan = complete_plan(_narrow(plan, left_out), sites, found.totals)
+        plan = complete_plan(_without_skips(_narrow(plan, left_out), found), sites, found.totals)
     else:
         if latencies is None and rules.ranks == "auto":
             latencies = Latencies()
@@ -282,6 +285,7 @@ def _prepare(
             multiple=channel_multiple(),
             progress=rules.progress,
             joint=_groups(found, rules.joint),
+            skipped=[skip.name for skip in found.skips],
         )
     return graph, found, plan if latencies is None else _measure(plan, sites, latencies, rules.progress)
 
@@ -328,6 +332,12 @@ def _skeletons(unit: Site, decision: Decision) -> tuple[Chain, ...]:
     if decision.factorization is None or decision.rank is None:
         raise CheckError(f"the plan has no factorization for {unit.name}")
     return split_chain(named(decision.factorization).skeleton(unit.operator, decision.rank), unit)
+
+
+def _without_skips(plan: Plan, found: Found) -> Plan:
+    """Return the plan without the places that were left alone, which the result lists with their reasons."""
+    names, left = {spot.site.name for spot in found.spots}, {skip.name for skip in found.skips}
+    return replace(plan, decisions=tuple(d for d in plan if d.site in names or d.site not in left))
 
 
 def _narrow(plan: Plan, left_out: Mapping[str, str | None]) -> Plan:

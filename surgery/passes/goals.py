@@ -25,6 +25,7 @@ from surgery.calibration.inputs import Calibration
 from surgery.comparison import evaluating, run_model
 from surgery.errors import InputError
 from surgery.graphs import Model
+from surgery.text import first_line
 
 __all__ = ["TRIALS", "Evaluate", "Goal", "HeldOut", "Promise", "drop_of", "metric_of", "scores_of"]
 
@@ -129,8 +130,7 @@ def scores_of(model: Model, evaluate: Evaluate) -> Tensor:
         with torch.no_grad(), evaluating(module):
             found = torch.as_tensor(evaluate(module)).detach().double().cpu()
     except Exception as error:  # the user's own code
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"eval_fn failed: {type(error).__name__}: {line}") from error
+        raise InputError(f"eval_fn failed: {type(error).__name__}: {first_line(error)}") from error
     if found.dim() > 1 or not found.numel() or not bool(torch.isfinite(found).all()):
         said = f"{float(found):g}" if found.numel() == 1 else f"a tensor of shape {tuple(found.shape)}"
         allowed = "a finite number, or a tensor (samples,) of the score of each; higher is better"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.graphs import Model, Run, open_graph
+from surgery.graphs import AnyRun, Model, open_graph
 from surgery.graphs.unpacking import check_inplace
 from surgery.inputs import normalise_inputs
-from surgery.operators import Operator
 from surgery.sites import Skip, describe
 from surgery.text import change, count, table
 
@@ -69,19 +67,20 @@ def recompose(
     """
     if inplace:
         check_inplace(model)
-    graph = open_graph(model, *normalise_inputs(example_inputs), copies=not inplace, inplace=inplace)
+    graph = open_graph(
+        model, *normalise_inputs(example_inputs), copies=not inplace, inplace=inplace, known=not everything
+    )
     runs, skips = graph.runs(everything=everything)
     for run in runs:
         graph.put_back(run)
     return RecomposeResult(graph.finish(), tuple(_fusion(run) for run in runs), tuple(skips))
 
 
-def _fusion(run: Run) -> Fusion:
-    operators: Sequence[Operator] = [call.operator for call in run.calls[0]]
+def _fusion(run: AnyRun) -> Fusion:
     return Fusion(
         site=run.sites[0],
         operator=describe(run.operators[0]),
-        parts=tuple(call.weight for call in run.calls[0]),
-        parameters_before=sum(operator.parameters for operator in operators),
+        parts=run.parts,
+        parameters_before=run.parameters_before,
         parameters=run.operators[0].parameters,
     )

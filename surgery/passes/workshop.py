@@ -33,6 +33,7 @@ from surgery.inputs import Inputs
 from surgery.operators import Operator
 from surgery.passes.factoring import SiteData, gather, weight_error
 from surgery.passes.goals import Evaluate, Goal, HeldOut, scores_of
+from surgery.passes.reach import unreached
 from surgery.plans import Decision, Plan
 from surgery.ranks.planning import Progress
 from surgery.sites import select
@@ -89,6 +90,7 @@ class Workshop:
         self._spots = {spot.site.name: spot for spot in self.found.spots}
         left_out = select(list(self._spots), self.terms.include, self.terms.exclude)
         self.reasons = {name: reason for name, reason in left_out.items() if reason is not None}
+        self.reasons |= unreached(self.model, self.inputs, [name for name in self._spots if name not in self.reasons])
         wanted = [name for name in self._spots if name not in self.reasons]
         self._data = gather(self.model, self.inputs, fit, wanted, self.progress)
         self.sites = []

@@ -38,8 +38,9 @@ def make_plan(
     solver: str = "auto",
     progress: Progress | None = None,
     joint: Sequence[Sequence[str]] = (),
+    skipped: Sequence[str] = (),
 ) -> Plan:
-    """Return a plan with one decision for each site, in order.
+    """Return a plan with one decision for each site, in order; ranks may name places that were ``skipped``, too.
 
     ``joint`` has groups of names of sites that are to share factors; those left out leave their group. ``include`` and
     ``exclude`` are glob patterns of site names. ``totals`` are the costs of the whole model, for budgets. ``latencies``
@@ -60,7 +61,7 @@ def make_plan(
         raise InputError(f"unknown solver {solver!r}", allowed=", ".join(SOLVERS), next_step="say one of these")
     left_out = select([site.name for site in sites], include, exclude)
     if isinstance(rule, PerSite):
-        rule.check(list(left_out))
+        rule.check([*left_out, *skipped])
     units = join([site for site in sites if left_out[site.name] is None], joint)
     outcomes = _choose(units, rule, factorization, totals, progress or _silent)
     made = {decision.site: decision for unit in units for decision in _decide(unit, outcomes[unit.name])}

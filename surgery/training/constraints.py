@@ -16,6 +16,7 @@ from surgery.graphs.modules import stored_as
 from surgery.operators import Operator
 from surgery.plans import Plan
 from surgery.sites import Site
+from surgery.training.trained import untrained
 
 __all__ = ["PROJECTING", "Constraint", "constrain"]
 
@@ -73,7 +74,7 @@ def constrain(
     Raises:
         InputError: no site is left.
     """
-    trained = {id(weight) for group in optimizer.param_groups for weight in group["params"] if weight.requires_grad}
+    reasons = untrained(root, optimizer, sites)
     modules = dict(root.named_modules(remove_duplicate=False))
     found = []
     for site, decision in zip(sites, plan, strict=True):
@@ -81,13 +82,14 @@ def constrain(
             continue
         module = modules.get(site.name)
         weight = None if module is None else module._parameters.get("weight")
-        if module is None or weight is None or id(weight) not in trained:
-            plan = plan.edit(site.name, rank=None, reason="this optimizer trains no parameter that is its weight alone")
+        if module is None or weight is None or site.name in reasons:
+            reason = reasons.get(site.name, "this optimizer trains no parameter that is its weight alone")
+            plan = plan.edit(site.name, rank=None, reason=reason)
             continue
         operator, start = site.operator.to(device="meta"), weight.detach()
-        ranked = (decision.factorization, decision.rank, stored_as(module))
+        ranked = (decision.factorization, decision.rank, stored_as(type(module)))
         found.append(Constraint(site.name, weight, operator, *ranked, start.clone(), torch.zeros_like(start)))
     if not found:
-        reasons = dict.fromkeys(f"{decision.site}: {decision.reason}" for decision in plan)
-        raise InputError(f"there is nothing to constrain: {'; '.join(reasons)}", next_step="give other ranks")
+        why = dict.fromkeys(f"{decision.site}: {decision.reason}" for decision in plan)
+        raise InputError(f"there is nothing to constrain: {'; '.join(why)}", next_step="give other ranks")
     return plan, tuple(found)

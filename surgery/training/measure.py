@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from surgery.chain import Chain
 from surgery.cost.timing import Budget, Samples, interleave
-from surgery.graphs.modules import build_module, build_sequential
+from surgery.graphs.factored import build_steps
+from surgery.graphs.modules import build_module
 from surgery.inputs import Inputs, random_tensor
 from surgery.operators import Conv, Embedding, Operator, Shape
 
@@ -52,7 +53,7 @@ class PassTimer:
         device, dtype = dense.weight.device, dense.weight.dtype
         like = nn.Linear(1, 1, device=device, dtype=dtype)
         step = step.to(device="meta")
-        module = build_sequential(step, like) if isinstance(step, Chain) else build_module(step, like)
+        module = nn.Sequential(*build_steps(step, like)) if isinstance(step, Chain) else build_module(step, like)
         _fill(module.to_empty(device=device))
         x = _input(dense, shape).to(device)
         if self.channels_last and x.dim() == 4:

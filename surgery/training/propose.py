@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ from surgery.training.forecast import Forecast, make_forecast
 from surgery.training.measure import PassTimer, has_formats, time_models
 from surgery.training.ranks import TrainingRanks
 from surgery.training.spectra import SpectrumLog
+from surgery.training.trained import as_pattern, keep_dense
 
 __all__ = ["Proposal", "Sought", "plan_for", "propose", "refused", "shrunk", "sites_of", "try_formats"]
 
 _LEAST_SAVED = 0.01  # ours: of the dense time of all sites that can be factored
+_NONE: Mapping[str, str] = MappingProxyType({})
 _FORMATS = {False: "contiguous", True: "channels_last"}
 
 
@@ -59,21 +62,26 @@ def sites_of(root: nn.Module, example_inputs: Any) -> tuple[Site, ...]:
     return find_sites(root, example_inputs)[0]
 
 
-def plan_for(sites: Sequence[Site], sought: Sought, rule: RankRule | None = None) -> Plan:
-    """Return the plan of what was asked for; modules with packed weights stay dense: their state is one."""
+def plan_for(
+    sites: Sequence[Site], sought: Sought, rule: RankRule | None = None, *, untrained: Mapping[str, str] = _NONE
+) -> Plan:
+    """Return the plan of what was asked for, in which the sites that do not train are dense, each with its reason.
+
+    Budgets are of what trains. Modules with packed weights stay dense: their state is one.
+    """
     modules = {site.name.rpartition(".")[0] for site in sites if packed_parameter(site.name) is not None}
     packed = [site.name for site in sites if site.name.rpartition(".")[0] in modules]
+    trained = [site for site in sites if site.name not in untrained]
     plan = make_plan(
         sites,
-        ranks=sought.ranks if rule is None else rule,
+        ranks=(sought.ranks if rule is None else rule) if trained else {},
         factorization=sought.factorization,
         include=sought.include,
-        exclude=sought.exclude,
-        totals=Totals(sum(site.parameters for site in sites), sum(site.macs for site in sites)),
+        exclude=(*sought.exclude, *map(as_pattern, untrained)),
+        totals=Totals(sum(site.parameters for site in trained), sum(site.macs for site in trained)),
     )
-    for name in packed:
-        plan = plan.edit(name, rank=None, reason="modules with packed weights are not factored in training yet")
-    return plan
+    why = "modules with packed weights are not factored in training yet"
+    return keep_dense(plan, dict.fromkeys(packed, why) | dict(untrained))
 
 
 def propose(
@@ -85,18 +93,20 @@ def propose(
     formats: Sequence[bool],
     epoch: tuple[float, int],
     epochs_left: int | None,
+    untrained: Mapping[str, str] = _NONE,
 ) -> Proposal:
     """Return the best plan over the memory formats, with its forecast.
 
     ``formats`` says which to try (True is channels_last), the present one first; ``epoch`` is the seconds of the last
-    epoch and its steps. The model is copied, and neither it nor the random state changes.
+    epoch and its steps. ``untrained`` has the sites that stay dense in any case, each with the reason. The model is
+    copied, and neither it nor the random state changes.
     """
     start = time.perf_counter()
     sites = sites_of(root, example_inputs)
     plans: dict[bool, Plan] = {}
     for channels_last in formats:
         rule = TrainingRanks(log, PassTimer(channels_last), channel_multiple()) if sought.automatic else None
-        plan = plan_for(sites, sought, rule)
+        plan = plan_for(sites, sought, rule, untrained=untrained)
         plans[channels_last] = _worthwhile(plan) if sought.automatic else plan
     factored = {form: plan for form, plan in plans.items() if not all(decision.dense for decision in plan)}
     if not factored:

@@ -60,7 +60,7 @@ class FactoredSite:
     def bind_chain(self, root: nn.Module) -> tuple[list[nn.Parameter], Callable[[Sequence[Tensor]], Chain]]:
         """Return the weights of the factors in a module, and what makes the chain of such weights, without a bias."""
         modules: list[Any] = [root.get_submodule(f"{self.names[0]}.{place}") for place in self.places]
-        layouts = [stored_as(module) for module in modules]
+        layouts = [stored_as(type(module)) for module in modules]
 
         def fill(weights: Sequence[Tensor]) -> Chain:
             turned = (w.mT if layout == "in_out" else w for w, layout in zip(weights, layouts, strict=True))
@@ -88,7 +88,7 @@ def _fill(steps: Sequence[Step], weights: Iterator[Tensor]) -> Iterator[Step]:
 def layouts(root: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
     """Return how the dense modules of the sites store their weights; without a module there is no entry."""
     modules = dict(root.named_modules(remove_duplicate=False))
-    return {site.name: stored_as(modules[site.name]) for site in sites if site.name in modules}
+    return {site.name: stored_as(type(modules[site.name])) for site in sites if site.name in modules}
 
 
 def read_sites(sites: Sequence[Site], plan: Plan, stored: Mapping[str, str]) -> tuple[FactoredSite, ...]:

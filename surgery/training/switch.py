@@ -19,6 +19,7 @@ from surgery.passes.recompose import recompose
 from surgery.passes.results import Change
 from surgery.plans import Plan
 from surgery.sites import Site
+from surgery.training.gauss_newton import fit_factors
 from surgery.training.optimizer import Exchange
 from surgery.training.structure import FactoredSite, balance, build, factored_parameters, layouts, read_sites
 from surgery.training.transport import Jacobian
@@ -80,7 +81,7 @@ def align_copy(
     """Give a dense copy of a model, as an average of its weights, factors near those of the model.
 
     Factors are only determined up to a change of basis, and averages of factors in different bases mean nothing. So the
-    copy starts from the model's factors, and moves them to its own weights by one Gauss-Newton step.
+    copy starts from the model's factors, and moves them towards its own weights as far as that comes nearer to them.
     """
     weights = {site.names[0]: copy.get_submodule(site.names[0]).weight for site in record}
     biases = _parameters(copy)
@@ -89,10 +90,9 @@ def align_copy(
     for site in record:
         factors, compose = site.bind(factored)
         own, _ = site.bind(copy)
-        jacobian = Jacobian(compose, factors)
-        steps = jacobian.push_back(weights[site.names[0]].detach().double() - jacobian.weight)  # type: ignore[operator]
-        for parameter, factor, step in zip(own, factors, steps, strict=True):
-            parameter.data.copy_(factor.detach() + step)
+        goal: Any = weights[site.names[0]]
+        for parameter, factor in zip(own, fit_factors(compose, factors, goal.to(factors[0].device)), strict=True):
+            parameter.data.copy_(factor)
     for old, names in factored_parameters(record).items():
         if old.endswith(".bias") and old in biases:
             after[names[0]].data.copy_(biases[old].detach())

@@ -9,15 +9,18 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from surgery.errors import InputError
 from surgery.passes.recompose import recompose
 from surgery.passes.results import Change
 from surgery.plans import Plan
 from surgery.sites import Site
+from surgery.training.copies import inputs_for, is_copy
 from surgery.training.frobenius import FrobeniusDecay, can_decay
 from surgery.training.optimizer import Exchange, exchange_parameters
 from surgery.training.propose import sites_of
 from surgery.training.structure import FactoredSite, build
 from surgery.training.switch import align_copy, fill_structure, set_format, switch_down, switch_up
+from surgery.training.trained import untrained
 from surgery.training.wrappers import agree, broadcast, group_of, rewrap, unwrap
 
 __all__ = ["Trainee"]
@@ -28,6 +31,7 @@ class Trainee:
 
     ``model`` is in the wrappers that the user gave, ``root`` is the module inside. ``record`` has the factored sites,
     none while it is dense; ``plan`` is the last one carried out. ``channels_last`` is the format of 4-d weights.
+    ``mirrors`` are the copies that switch with it.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, inputs: Any, *, frobenius_decay: bool | None) -> None:
@@ -36,7 +40,7 @@ class Trainee:
         self.plan = Plan(())
         weights = [parameter for parameter in unwrap(model).parameters() if parameter.dim() == 4]
         self.channels_last = any(not weight.is_contiguous() for weight in weights)
-        self._mirrors: list[nn.Module] = []
+        self.mirrors: list[nn.Module] = []
         if frobenius_decay is None:
             frobenius_decay = can_decay(optimizer)
         self._decay = FrobeniusDecay(optimizer) if frobenius_decay else None
@@ -61,14 +65,27 @@ class Trainee:
         """Return the value of the process that leads."""
         return agree(value, group_of(self.model))
 
+    @property
+    def untrained(self) -> dict[str, str]:
+        """The sites that cannot be trained in factors, each with the reason."""
+        return untrained(self.root, self.optimizer, self.sites)
+
     def mirror(self, copy: nn.Module) -> None:
-        """Take a dense copy along."""
-        self._mirrors.append(unwrap(copy.module if isinstance(copy, AveragedModel) else copy))
+        """Take a dense copy along; once, however often it is named.
+
+        Raises:
+            InputError: it is no copy of the model.
+        """
+        inner = unwrap(copy.module if isinstance(copy, AveragedModel) else copy)
+        if not is_copy(inner, self.root):
+            raise InputError("mirror() of what is no copy of the model", next_step="give a deep copy or AveragedModel")
+        if all(inner is not known for known in self.mirrors):
+            self.mirrors.append(inner)
 
     def use_format(self, channels_last: bool) -> None:
         """Give the 4-d weights of model and mirrors a memory format; what is channels_last already stays so."""
         self.channels_last = channels_last
-        for module in (self.root, *self._mirrors):
+        for module in (self.root, *self.mirrors):
             set_format(module, channels_last)
 
     def down(self, plan: Plan) -> tuple[tuple[Change, ...], list[str]]:
@@ -76,8 +93,8 @@ class Trainee:
         root = self.root
         record, self.plan, changes, exchanges = switch_down(root, self.inputs, plan, self.sites)
         notes = self._become(record, exchanges)
-        for copy in self._mirrors:
-            align_copy(copy, self.inputs, self.plan, root, record)
+        for copy in self.mirrors:
+            align_copy(copy, inputs_for(copy, root, self.inputs), self.plan, root, record)
         self.use_format(self.channels_last)
         return changes, notes
 
@@ -85,8 +102,8 @@ class Trainee:
         """Compose all factored sites; return notes on state that could not be carried over."""
         exchanges = switch_up(self.root, self.inputs, self.record)
         notes = self._become((), exchanges)
-        for copy in self._mirrors:
-            recompose(copy, self.inputs, inplace=True)
+        for copy in self.mirrors:
+            recompose(copy, inputs_for(copy, self.root, self.inputs), inplace=True)
         self.use_format(self.channels_last)
         return notes
 
@@ -96,8 +113,8 @@ class Trainee:
         if factored:
             record, exchanges = fill_structure(self.root, self.inputs, plan)
             self._become(record, exchanges, carry=False)
-            for copy in self._mirrors:
-                build(copy, self.inputs, plan)
+            for copy in self.mirrors:
+                build(copy, inputs_for(copy, self.root, self.inputs), plan)
         self.use_format(self.channels_last)
 
     def end_epoch(self) -> None:

@@ -24,9 +24,8 @@ entry is one product (svd; tucker's core), and else without the cross terms, whi
 random signs. Going back averages over the entries of factors, weighted by how much each tells of an entry of W: a
 uniform variance comes back as it was.
 
-What is least is found by conjugate gradients on the least-squares problem (CGLS; Bjorck 1996, section 7.4), which from
-zero stay in the range; a step costs one backward pass and one derivative of it. They end after ``_STEPS``: what is
-then still missing hardly moves the weight (nearly collinear components of cp).
+What is least is found by conjugate gradients (``least_squares``); a step costs one backward pass and one derivative of
+it. They end where what is still missing hardly moves the weight (nearly collinear components of cp).
 """
 
 from __future__ import annotations
@@ -36,12 +35,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from surgery.training.least_squares import least_squares
+
 __all__ = ["Compose", "Jacobian"]
 
 Compose = Callable[[Sequence[Tensor]], Tensor]
-
-_Map = Callable[[Sequence[Tensor]], list[Tensor]]
-_STEPS = 300
 
 
 class Jacobian:
@@ -89,11 +87,11 @@ class Jacobian:
         def pull(row: Sequence[Tensor]) -> list[Tensor]:
             return _times(units, self.pull(row[0]))
 
-        return _least_squares(pull, lambda row: [self.push(_times(units, row))], _times(units, moments))[0]
+        return least_squares(pull, lambda row: [self.push(_times(units, row))], _times(units, moments))[0]
 
     def push_back(self, change: Tensor) -> list[Tensor]:
         """Return the least-norm directions of the factors whose push is nearest to a change of the weight."""
-        return _least_squares(lambda row: [self.push(row)], lambda row: self.pull(row[0]), [change])
+        return least_squares(lambda row: [self.push(row)], lambda row: self.pull(row[0]), [change])
 
     def pull_squares(self, squares: Tensor, mean: Tensor) -> list[Tensor]:
         """Return the second moments of the factors' gradients, from the two moments of the weight's."""
@@ -116,31 +114,6 @@ class Jacobian:
             energy, expected = pulled.square().sum(), independent.sum()
             found.append(torch.where((energy > 0) & (expected > 0), energy / expected, 1))
         return found
-
-
-def _least_squares(apply: _Map, adjoint: _Map, target: Sequence[Tensor]) -> list[Tensor]:
-    """Return the least-norm x for which ``apply(x)`` is nearest to the target, to the accuracy of its dtype (CGLS)."""
-    least = torch.finfo(target[0].dtype).eps
-    rest = [part.double() for part in target]
-    gradient = adjoint(rest)
-    found = [torch.zeros_like(part) for part in gradient]
-    direction, energy = gradient, _squares(gradient)
-    start = energy
-    for _ in range(_STEPS):
-        if not bool(energy > least**2 * start):
-            break
-        image = apply(direction)
-        step = energy / _squares(image)
-        found = [f + step * d for f, d in zip(found, direction, strict=True)]
-        rest = [r - step * i for r, i in zip(rest, image, strict=True)]
-        gradient = adjoint(rest)
-        before, energy = energy, _squares(gradient)
-        direction = [g + energy / before * d for g, d in zip(gradient, direction, strict=True)]
-    return found
-
-
-def _squares(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([tensor.square().sum() for tensor in tensors]).sum()
 
 
 def _times(units: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,122 @@
+"""What a layer may have beside what it computes, and how each is carried to the module that takes its place.
+
+``CARRIED`` is the one table of it: all that ``vars(nn.Module())`` has. What cannot be carried is a reason to leave the
+layer alone (``refuse_carrying``). Parameters keep their marks: attributes that users hang on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from types import MethodType
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _WrappedHook
+
+__all__ = ["CARRIED", "OWN", "carry", "is_watched", "mark", "refuse_carrying"]
+
+OWN = frozenset({"weight", "bias"})  # what a layer computes with
+_PREFIX = "surgery_"  # of attributes that are ours, and of no layer
+
+Carry = Callable[[str, nn.Module, nn.Module, Collection[str]], None]
+
+
+def _copy(name: str, new: nn.Module, old: nn.Module, own: Collection[str]) -> None:
+    """Give the same value."""
+    vars(new)[name] = vars(old)[name]
+
+
+def _move(name: str, new: nn.Module, old: nn.Module, own: Collection[str]) -> None:
+    """Give the entries of a dictionary that are not what the layer computes with, under their names."""
+    entries = vars(new)[name]
+    entries.update({key: value for key, value in vars(old)[name].items() if key not in own})
+
+
+def _copy_set(name: str, new: nn.Module, old: nn.Module, own: Collection[str]) -> None:
+    """Give a set of its own with the same names."""
+    vars(new)[name] = set(vars(old)[name])
+
+
+def _rebind(name: str, new: nn.Module, old: nn.Module, own: Collection[str]) -> None:
+    """Give the same dictionary of hooks, of which those that know their module are told of the new one."""
+    hooks = vars(old)[name]
+    for key, hook in hooks.items():
+        if isinstance(hook, _WrappedHook) and hook.with_module:
+            hooks[key] = _WrappedHook(hook.hook, new)
+    vars(new)[name] = hooks
+
+
+def _training(name: str, new: nn.Module, old: nn.Module, own: Collection[str]) -> None:
+    """Give the flag to the parts too, which are new."""
+    for module in new.modules():
+        module.training = old.training
+
+
+# Hooks go as the very dictionaries that they are in, so that the handles users hold still remove them.
+CARRIED: dict[str, Carry] = {
+    "training": _training,
+    "_parameters": _move,
+    "_buffers": _move,
+    "_non_persistent_buffers_set": _copy_set,
+    "_modules": _move,
+    "_backward_pre_hooks": _copy,
+    "_backward_hooks": _copy,
+    "_is_full_backward_hook": _copy,
+    "_forward_hooks": _copy,
+    "_forward_hooks_with_kwargs": _copy,
+    "_forward_hooks_always_called": _copy,
+    "_forward_pre_hooks": _copy,
+    "_forward_pre_hooks_with_kwargs": _copy,
+    "_state_dict_hooks": _copy,
+    "_state_dict_pre_hooks": _copy,
+    "_load_state_dict_pre_hooks": _rebind,
+    "_load_state_dict_post_hooks": _copy,
+}
+_CALLED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def carry(new: nn.Module, old: nn.Module, own: Collection[str] = OWN) -> None:
+    """Give a module all that another has but what it computes with: the parameters and children named in ``own``.
+
+    Attributes go along, private ones too where the new module has none of that name; methods that are bound to the old
+    module are bound to the new one.
+    """
+    for name, how in CARRIED.items():
+        how(name, new, old, own)
+    for name, value in vars(old).items():
+        private = name.startswith("_") and name in vars(new)
+        if name not in CARRIED and not name.startswith(_PREFIX) and not private:
+            bound = isinstance(value, MethodType) and value.__self__ is old
+            vars(new)[name] = MethodType(value.__func__, new) if bound else value
+
+
+def mark(new: Tensor, old: Tensor) -> None:
+    """Give a parameter the attributes that users have hung on another."""
+    vars(new).update(vars(old))
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a module has a hook that sees its values or its gradients, or a forward of its own."""
+    return any(vars(module)[name] for name in _CALLED) or "forward" in vars(module)
+
+
+def refuse_carrying(module: nn.Module) -> str | None:
+    """Return why something else cannot take the place of a layer with all that hangs on it, or None."""
+    for name, value in vars(module).items():
+        if name not in CARRIED and callable(getattr(type(module), name, None)):
+            return f"its {name} is patched on the instance"
+        if name == "_compiled_call_impl" and value is not None:
+            return "it is compiled on its own; compile the model after surgery"
+    if module._backward_hooks and module._is_full_backward_hook is False:
+        return "it has a backward hook of the old kind, which sees one operation; use register_full_backward_hook"
+    names = [*module._parameters, *module._buffers, *module._modules]
+    if taken := [name for name in names if name.isdecimal()]:
+        return f"it has {taken[0]!r}, which is the name of a factor"
+    for name in ("weight", "in_proj_weight"):
+        parameter = module._parameters.get(name)
+        if parameter is not None and _has_hooks(parameter):
+            return "its weight has a hook on its gradient, which factors do not have"
+    return None
+
+
+def _has_hooks(tensor: Tensor) -> bool:
+    return bool(tensor._backward_hooks) or bool(getattr(tensor, "_post_accumulate_grad_hooks", None))

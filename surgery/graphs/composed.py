@@ -1,0 +1,121 @@
+"""The weight that a chain of modules stands for, as a tensor that is computed when it is used, and only read.
+
+Code around a layer reads its ``weight``: for its dtype, for prototypes, for a penalty. After surgery it reads the right
+numbers, and gradients reach the factors. What would write to it (an adapter that is merged, an initialisation) gets an
+error in place of a change that would be lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from surgery.errors import InputError
+
+__all__ = ["ComposedWeight"]
+
+_WITHOUT_NUMBERS = frozenset(
+    {
+        "__hash__",
+        "__len__",
+        "dim",
+        "element_size",
+        "is_complex",
+        "is_contiguous",
+        "is_floating_point",
+        "ndimension",
+        "nelement",
+        "numel",
+        "size",
+        "stride",
+    }
+)
+_VALUES = frozenset({"T", "H", "mT", "mH", "data", "real", "imag"})  # attributes that are tensors
+_WRITES = frozenset({"__set__", "__delete__", "__setitem__", "resize_", "set_", "requires_grad_"})
+
+
+class ComposedWeight(Tensor):
+    """A tensor of a known form whose numbers come from ``make`` at each use; a view of it cannot be written to either.
+
+    >>> weight = ComposedWeight(lambda: torch.ones(2, 3), like=torch.empty(2, 3, device="meta"))
+    >>> weight.shape, float(weight.sum())
+    (torch.Size([2, 3]), 6.0)
+    """
+
+    _make: Callable[[], Tensor]
+
+    @staticmethod
+    def __new__(cls, make: Callable[[], Tensor], *, like: Tensor, device: Any = None) -> ComposedWeight:
+        """Return the tensor that stands for what ``make`` computes, of the form of ``like``."""
+        made: ComposedWeight = Tensor._make_wrapper_subclass(
+            cls,
+            like.shape,
+            strides=like.stride(),
+            dtype=like.dtype,
+            device=device or like.device,
+            requires_grad=like.requires_grad,
+        )
+        made._make = make
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"ComposedWeight({self._make()!r})"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Compute with the numbers, and refuse to write to them."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else ""
+        if attribute == "is_leaf":
+            return not args[0].requires_grad
+        if name in _WITHOUT_NUMBERS or (attribute and attribute not in _VALUES):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if _writes(name, args, kwargs):
+            raise InputError(
+                f"{name} would write to a weight that is factored, and the change would be lost",
+                next_step="recompose the model first, or change the factors",
+            )
+        made: dict[int, Tensor] = {}
+
+        def plain(value: Any) -> Any:
+            if not isinstance(value, ComposedWeight):
+                return value
+            return made.setdefault(id(value), value._make())
+
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*pytree.tree_map(plain, args), **pytree.tree_map(plain, kwargs))
+        memory = {_memory(tensor) for tensor in made.values()}
+        return pytree.tree_map_only(Tensor, lambda t: _read_only(t) if _memory(t) in memory else t, result)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Compute with the numbers; only what goes past ``__torch_function__`` gets here."""
+        plain = pytree.tree_map_only(ComposedWeight, lambda value: value._make().detach(), (args, kwargs or {}))
+        return func(*plain[0], **plain[1])
+
+
+def _writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    inplace = name.endswith("_") and not name.endswith("__")
+    augmented = name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
+    given = args[:1] or tuple(kwargs.values())  # torch.nn.init gives all of its arguments by name
+    written = pytree.tree_leaves(given) if inplace or augmented or name in _WRITES else []
+    written += pytree.tree_leaves(kwargs.get("out"))
+    return any(isinstance(value, ComposedWeight) for value in written)
+
+
+def _memory(tensor: Tensor) -> int:
+    return 0 if tensor.device.type == "meta" else tensor.untyped_storage().data_ptr()
+
+
+def _read_only(tensor: Tensor) -> Tensor:
+    return ComposedWeight(lambda: tensor, like=tensor)

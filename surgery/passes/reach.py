@@ -1,0 +1,42 @@
+"""Which sites of a module run when something takes their place: seen in one run, before anything is fitted to data."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+from torch.fx import GraphModule
+
+from surgery.chain import Chain
+from surgery.errors import Refusal
+from surgery.factorizations import fitting
+from surgery.graphs import ChainSpot, Model, open_graph
+from surgery.inputs import Inputs
+from surgery.operators import Operator
+
+__all__ = ["unreached"]
+
+
+def unreached(model: Model, inputs: Inputs, names: Collection[str]) -> dict[str, str]:
+    """Return why some sites have to stay dense, by name: a copy with the least chains at all of them is run once.
+
+    Graphs say themselves what runs; of them none is refused here.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, GraphModule):
+        return {}
+    graph = open_graph(model, *inputs)
+    for spot in graph.find().spots:
+        chain = None if isinstance(spot, ChainSpot) or spot.site.name not in names else _least(spot.site.operator)
+        if chain is not None:
+            graph.splice(spot, chain)
+    return graph.verify()
+
+
+def _least(operator: Operator) -> Chain | None:
+    """Return the chain of the lowest ranks, of zeros; None where no factorization fits."""
+    methods = fitting(operator, "auto")
+    if isinstance(methods, Refusal):
+        return None
+    ranks = tuple(1 for _ in methods[0].max_ranks(operator))
+    shapes = methods[0].shapes(tuple(operator.kernel.shape), ranks)
+    return methods[0].assemble(operator, [operator.weight.new_zeros(shape) for shape in shapes], ranks)

@@ -1,0 +1,65 @@
+"""Which sites train: those whose weight gets gradients, and an optimizer that follows them.
+
+The others stay dense in a run: factors only approximate a weight, and training could not make up for it. So do those
+with hooks on the weight itself, as an optimizer inside of the backward pass has: factors are other parameters, which
+the hooks would not see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from surgery.plans import Plan
+from surgery.sites import Site
+
+__all__ = ["as_pattern", "keep_dense", "untrained"]
+
+
+def untrained(root: nn.Module, optimizer: Optimizer, sites: Sequence[Site]) -> dict[str, str]:
+    """Map each site that cannot be trained in factors to the reason; sites without a module are left to others."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    modules = dict(root.named_modules(remove_duplicate=False))
+    reasons = {}
+    for site in sites:
+        module = modules.get(site.name)
+        weight = None if module is None else module._parameters.get("weight")
+        reason = None if weight is None else _refuse(weight, held)
+        if reason is not None:
+            reasons[site.name] = reason
+    return reasons
+
+
+def _refuse(weight: nn.Parameter, held: set[int]) -> str | None:
+    if not weight.requires_grad:
+        return "its weight does not train"
+    if id(weight) not in held:
+        return "its weight does not train: it is in no param group of the optimizer"
+    if _has_hooks(weight):
+        return "its weight has a hook on its gradient, which factors do not have"
+    return None
+
+
+def _has_hooks(weight: Tensor) -> bool:
+    """Whether something happens when the gradient comes; the last of the three is torch's own optimizer in backward."""
+    kinds = ("_backward_hooks", "_post_accumulate_grad_hooks", "_in_backward_optimizers")
+    return any(getattr(weight, kind, None) for kind in kinds)
+
+
+def keep_dense(plan: Plan, reasons: Mapping[str, str]) -> Plan:
+    """Return the plan in which these sites are dense, with the reasons."""
+    for name, reason in reasons.items():
+        plan = plan.edit(name, rank=None, reason=reason)
+    return plan
+
+
+def as_pattern(name: str) -> str:
+    """Return the glob pattern that matches this name only.
+
+    >>> from fnmatch import fnmatchcase
+    >>> fnmatchcase("a[0].b", as_pattern("a[0].b")), fnmatchcase("a0.b", as_pattern("a[0].b"))
+    (True, False)
+    """
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
