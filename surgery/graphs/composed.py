@@ -62,7 +62,7 @@ class ComposedWeight(Tensor):
         made._make = make
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
         return f"ComposedWeight({self._make()!r})"
 
     @classmethod

@@ -22,6 +22,7 @@ from surgery.graphs.items import Item, all_calls
 from surgery.graphs.known import ModuleRun
 from surgery.graphs.recurrence import Recurrence
 from surgery.graphs.runs import Part, Run, find_parts, sites_of
+from surgery.graphs.tensors import count
 from surgery.graphs.view import Spot, View, identity
 from surgery.neighbours import Loop
 from surgery.operators import Conv, Operator, Shape
@@ -75,7 +76,7 @@ class GraphKind(ABC):
             others = [spot for spot in spots if not {call.node for call in spot.calls} & inside]
             spots = sorted([*chains, *others], key=lambda spot: spot.first)
         spots = [self._placed(spot) for spot in spots]
-        unique = {identity(p): p.numel() for p in self.view.parameters.values()}
+        unique = {identity(p): count([p]) for p in self.view.parameters.values()}
         macs = sum(spot.site.macs for spot in spots) + sum(skip.macs for skip in skips)
         return Found(tuple(spots), tuple(skips), Totals(sum(unique.values()), macs))
 

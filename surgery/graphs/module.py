@@ -31,16 +31,18 @@ from surgery.graphs.module_edit import (
     splice_modules,
     swap_references,
 )
-from surgery.graphs.modules import is_operator_module, read_module, replace_module
+from surgery.graphs.modules import is_operator_module, refuse_module, replace_module
 from surgery.graphs.probe import run_chains
 from surgery.graphs.recurrent_forms import loop_of
+from surgery.graphs.tensors import count
 from surgery.graphs.unpacking import has_packed, pack_all, unpack_all
 from surgery.graphs.view import Call, Spot
 from surgery.neighbours import Loop
-from surgery.sites import Skip, describe
+from surgery.sites import Skip
 
 __all__ = ["ModuleKind"]
 
+_UNSEEN = "no call of it is seen on the example inputs"
 _UNPROVED = "neither torch.fx nor torch.export captures the model, so that nothing is known of its dataflow"
 
 
@@ -96,15 +98,16 @@ class ModuleKind(GraphKind):
         return replace(found, skips=(*found.skips, *left))
 
     def _unreached(self, named: set[str]) -> list[Skip]:
+        """Return the layers of which nothing was said so far: those that no call reaches, and those of other kinds."""
         skips = []
-        inside = [f"{path}." for run in self._runs for path in run.sites]
+        inside = tuple(f"{path}." for run in self._runs for path in run.sites)
         for path, module in self._root.named_modules():
-            if path in named or not is_operator_module(module) or any(path.startswith(prefix) for prefix in inside):
+            if path in named or path.startswith(inside) or any(name.startswith(f"{path}.") for name in named):
                 continue
-            operator = read_module(module)
-            words = type(module).__name__ if isinstance(operator, Refusal) else describe(operator)
-            size = 0 if isinstance(operator, Refusal) else operator.parameters
-            skips.append(Skip(path, words, "no call of it is seen on the example inputs", size))
+            if is_operator_module(module):
+                skips.append(Skip(path, type(module).__name__, _UNSEEN, count(module)))
+            elif not list(module.children()) and (reason := refuse_module(module)) is not None:
+                skips.append(Skip(path, type(module).__name__, reason, count(module)))
         return skips
 
     def chain_spots(self) -> tuple[list[ChainSpot], list[Skip]]:
@@ -172,7 +175,8 @@ class ModuleKind(GraphKind):
         if not any(self._inputs) or not self._dense:
             return {}
         root = copy_module(self._root) if has_lazy(self._root) else self._root
-        reasons = run_chains(root, self._dense, *self._inputs, put=self._put)
+        old = {name: dense for name, (_, dense, _) in self._dense.items()}
+        reasons = run_chains(root, old, *self._inputs, put=self._put)
         for name in reasons:
             self._put(name, dense=True)
         return reasons

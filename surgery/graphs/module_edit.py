@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -71,6 +72,9 @@ def _swapped(value: Any, replaced: Mapping[nn.Module, nn.Module]) -> Any:
         return replaced.get(value, value)
     if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module) and value.__self__ in replaced:
         return getattr(replaced[value.__self__], value.__name__, value)
+    if isinstance(value, partial):
+        inner, given, named = (_swapped(part, replaced) for part in (value.func, value.args, dict(value.keywords)))
+        return value if inner is value.func and given is value.args else partial(inner, *given, **named)
     if isinstance(value, list):
         value[:] = [_swapped(item, replaced) for item in value]
     elif isinstance(value, dict):
@@ -123,9 +127,9 @@ def _last_module(root: nn.Module, items: Sequence[Item]) -> nn.Module:
 
 
 def is_whole_sequential(root: nn.Module, paths: Sequence[str]) -> bool:
-    """Whether these modules are all the children of one nn.Sequential below the root, in order."""
+    """Whether these modules are all the children of one container below the root, in order."""
     parent = paths[0].rpartition(".")[0]
-    if not parent or type(root.get_submodule(parent)) is not nn.Sequential:
+    if not parent or type(root.get_submodule(parent)) not in (nn.Sequential, nn.Module):  # fx makes plain containers
         return False
     children = [f"{parent}.{name}" for name, _ in root.get_submodule(parent).named_children()]
     return children == list(paths)

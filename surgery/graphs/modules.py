@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from surgery.errors import Refusal
 from surgery.graphs.functional import conv_geometry, stored_weight
 from surgery.graphs.links import is_link_module
+from surgery.graphs.tensors import refuse_tensor
 from surgery.operators import Conv, Embedding, Linear, Operator
 
 __all__ = [
@@ -70,6 +71,9 @@ def read_module(module: nn.Module, *, detached: bool = True) -> Operator | Refus
     if own_weight is None:
         return Refusal("its weight is computed from other parameters (weight norm or another parametrization)")
     own_bias = module._parameters.get("bias")
+    for name, tensor in (("weight", own_weight), ("bias", own_bias)):
+        if tensor is not None and (reason := refuse_tensor(tensor, name)) is not None:
+            return Refusal(reason)
     weight: Tensor = own_weight.detach() if detached else own_weight
     bias = own_bias.detach() if detached and own_bias is not None else own_bias
     if type(module) is nn.Embedding:

@@ -291,16 +291,22 @@ class View:
 
 def _operator_of(module: nn.Module) -> Operator | Refusal | None:
     """Return the operator that a module is, or why it is none; None for modules without weight matrices."""
-    lazy = next((parameter for parameter in module.parameters() if is_lazy(parameter)), None)
-    own = {"weight": module._parameters.get("weight"), "bias": module._parameters.get("bias")}
-    known = is_operator_module(module)
-    tensors = {what: tensor for what, tensor in own.items() if tensor is not None} if known else {}
-    reasons = (refuse_tensor(tensor, what) for what, tensor in tensors.items())
-    reason = refuse_tensor(lazy) if lazy is not None else next(filter(None, reasons), None)
-    if reason is None and known:
-        return read_module(module)
-    reason = reason or refuse_module(module)
+    lazy = [parameter for parameter in module.parameters() if is_lazy(parameter)]
+    if lazy:
+        return Refusal(str(refuse_tensor(lazy[0])))
+    if is_operator_module(module):
+        return _refuse_tensors(module) or read_module(module)
+    reason = refuse_module(module)
     return None if reason is None else Refusal(reason)
+
+
+def _refuse_tensors(module: nn.Module) -> Refusal | None:
+    for what in ("weight", "bias"):
+        tensor = module._parameters.get(what)
+        reason = None if tensor is None else refuse_tensor(tensor, what)
+        if reason is not None:
+            return Refusal(reason)
+    return None
 
 
 def _form(call: Call) -> tuple[Any, ...]:

@@ -83,13 +83,14 @@ def constrain(
         module = modules.get(site.name)
         weight = None if module is None else module._parameters.get("weight")
         if module is None or weight is None or site.name in reasons:
-            reason = reasons.get(site.name, "this optimizer trains no parameter that is its weight alone")
-            plan = plan.edit(site.name, rank=None, reason=reason)
+            reason = "this optimizer trains no parameter that is its weight alone"
+            why = f": {reasons[site.name]}" if site.name in reasons else ""
+            plan = plan.edit(site.name, rank=None, reason=f"{reason}{why}")
             continue
         operator, start = site.operator.to(device="meta"), weight.detach()
         ranked = (decision.factorization, decision.rank, stored_as(type(module)))
         found.append(Constraint(site.name, weight, operator, *ranked, start.clone(), torch.zeros_like(start)))
     if not found:
-        why = dict.fromkeys(f"{decision.site}: {decision.reason}" for decision in plan)
-        raise InputError(f"there is nothing to constrain: {'; '.join(why)}", next_step="give other ranks")
+        dense = dict.fromkeys(f"{decision.site}: {decision.reason}" for decision in plan)
+        raise InputError(f"there is nothing to constrain: {'; '.join(dense)}", next_step="give other ranks")
     return plan, tuple(found)

@@ -48,8 +48,9 @@ class EpochRow:
     """One epoch: its seconds and optimizer steps, the mean stable rank after it relative to the start, and its event.
 
     ``phase`` is what was trained: "dense", "factored" or "recomposed". The seconds are from the end of the last
-    ``end_epoch`` to the start of this one, so with all that the loop does; an event's own come on top of them. ``step``
-    is the median from one step of the optimizer to the next, which evaluation between epochs does not touch.
+    ``end_epoch``, or from ``begin_epoch``, to the start of this ``end_epoch``, so with all that the loop does in
+    between; an event's own come on top of them. ``step`` is the median from one step of the optimizer to the next,
+    which evaluation between epochs does not touch.
     """
 
     epoch: int
@@ -69,11 +70,15 @@ class EpochRow:
 
 @dataclass(frozen=True, repr=False)
 class History:
-    """The rows so far; ``setup`` are the seconds before the first epoch, ``closing`` is the event of ``finish()``."""
+    """The rows so far; ``setup`` are the seconds before the first epoch, ``closing`` is the event of ``finish()``.
+
+    ``others`` are the events that came at no end of an epoch, as when a dense state is loaded.
+    """
 
     rows: tuple[EpochRow, ...] = ()
     setup: float = 0.0
     closing: Event | None = None
+    others: tuple[Event, ...] = ()
 
     def __iter__(self) -> Iterator[EpochRow]:
         """Iterate over the rows."""
@@ -100,7 +105,9 @@ class History:
     @property
     def events(self) -> tuple[Event, ...]:
         """All events, in order."""
-        return tuple(event for event in (*(row.event for row in self.rows), self.closing) if event is not None)
+        after_epochs = [row.event for row in self.rows if row.event is not None]
+        closing = () if self.closing is None else (self.closing,)
+        return (*sorted((*after_epochs, *self.others), key=lambda event: event.epoch), *closing)
 
     @property
     def seconds(self) -> float:
@@ -120,6 +127,14 @@ class History:
     def add(self, row: EpochRow) -> History:
         """Return the history with one more row."""
         return replace(self, rows=(*self.rows, row))
+
+    def after_epoch(self, event: Event) -> History:
+        """Return the history with the event of the last epoch."""
+        return replace(self, rows=(*self.rows[:-1], replace(self.rows[-1], event=event)))
+
+    def between(self, event: Event) -> History:
+        """Return the history with an event that came at no end of an epoch."""
+        return replace(self, others=(*self.others, event))
 
     def close(self, event: Event) -> History:
         """Return the history with the event after the last epoch."""
@@ -160,12 +175,15 @@ class History:
     def from_values(cls, values: Mapping[str, Any]) -> History:
         """Return the history of ``to_values``."""
         rows = tuple(EpochRow(**{**row, "event": _event(row["event"])}) for row in values["rows"])
-        return cls(rows, values["setup"], _event(values["closing"]))
+        others = tuple(map(_made, values.get("others", ())))
+        return cls(rows, values["setup"], _event(values["closing"]), others)
 
 
 def _event(row: Mapping[str, Any] | None) -> Event | None:
-    if row is None:
-        return None
+    return None if row is None else _made(row)
+
+
+def _made(row: Mapping[str, Any]) -> Event:
     changes = tuple(Change(**{**change, "rank": tuple(change["rank"])}) for change in row["changes"])
     forecast = None if row["forecast"] is None else Forecast(**row["forecast"])
     return Event(**{**row, "changes": changes, "notes": tuple(row["notes"]), "forecast": forecast})

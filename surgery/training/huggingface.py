@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
 
 from surgery.errors import InputError
 from surgery.passes.recompose import recompose
 from surgery.training.low_rank import LowRankTraining
+from surgery.training.wrappers import unwrap
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer import OPTIMIZER_NAME
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+    from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
     from transformers.utils.import_utils import is_accelerate_available
 
     if not is_accelerate_available():
@@ -89,6 +92,12 @@ class LowRankCallback(TrainerCallback):
         if state.global_step:
             self._run.load_state_dict(_read(_folder(args, state)))
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock of the epoch: what was evaluated and saved before is no part of it."""
+        self.run.begin_epoch()
+
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -107,11 +116,22 @@ class LowRankCallback(TrainerCallback):
         torch.save(self.run.state_dict(), folder / STATE_NAME)
         if self.run.phase != "factored":
             return
-        dense = recompose(self.run.model, self._inputs).model
-        if hasattr(dense, "save_pretrained"):
-            dense.save_pretrained(folder)
+        _save_dense(self.run, self._inputs, folder)
         if (folder / OPTIMIZER_NAME).exists():
             torch.save(_without_state(self.run.optimizer, self._sizes), folder / OPTIMIZER_NAME)
+
+
+def _save_dense(run: LowRankTraining, example_inputs: Any, folder: Path) -> None:
+    """Write the dense weights in the place of the factors, in the way that the Trainer wrote those."""
+    dense = recompose(unwrap(run.model), example_inputs).model
+    if hasattr(dense, "save_pretrained"):
+        dense.save_pretrained(folder)
+        return
+    state = {name: value.contiguous() for name, value in dense.state_dict().items()}
+    if (folder / SAFE_WEIGHTS_NAME).exists():
+        save_file(state, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+    if (folder / WEIGHTS_NAME).exists():
+        torch.save(state, folder / WEIGHTS_NAME)
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -3,18 +3,31 @@
 Its checkpoints have the weights of the dense architecture at any time, composed while the network is factored, so that
 ``load_from_checkpoint`` of the original class takes them. The callback's own state in them has the factors; a fit from
 ``ckpt_path`` loads the dense weights, then makes the run that it was, and then loads the optimizer's state as usual.
+
+A checkpoint that is saved at the end of an epoch has the weights that were scored in it: the epoch is noted there, and
+the switch that is due comes at the start of the next one.
+
+Averages of the weights go along: those of ``WeightAveraging`` and ``EMAWeightAveraging``, in any order of callbacks,
+and every other AveragedModel that a callback or the LightningModule holds. ``StochasticWeightAveraging`` and callbacks
+with copies of their own kind are refused before the first epoch: nobody can know how to keep those up to date.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from surgery.errors import InputError
-from surgery.passes.recompose import recompose
+from surgery.training.copies import averages_of, keeps_copy
+from surgery.training.dense_state import DenseStates
+from surgery.training.ending import NO_END
 from surgery.training.low_rank import LowRankTraining
 from surgery.training.wrappers import unwrap
 
@@ -36,6 +49,9 @@ class LowRankCallback(Callback):
         Trainer(max_epochs=20, callbacks=[callback]).fit(module, loader)
         print(callback.run.history)
 
+    While it is factored, ``state_dict`` of the LightningModule has the dense weights that the factors compose to. The
+    seconds in the history are without validation.
+
     Args:
         example_inputs: one batch for the network as in training: a tensor, a tuple of arguments, or a dict of keywords.
         module: the dotted name of the network in the LightningModule.
@@ -43,7 +59,8 @@ class LowRankCallback(Callback):
         options: those of ``LowRankTraining``; ``epochs`` is the trainer's ``max_epochs`` unless it is given.
 
     Raises:
-        InputError: from ``fit``, arguments that cannot be used; more than one process.
+        InputError: from ``fit``, arguments that cannot be used; more than one process; a callback that keeps a copy of
+            the network which cannot be taken along.
     """
 
     def __init__(
@@ -51,7 +68,9 @@ class LowRankCallback(Callback):
     ) -> None:
         self._inputs, self._module, self._monitor, self._options = example_inputs, module, monitor, options
         self._run: LowRankTraining | None = None
+        self._states: DenseStates | None = None
         self._saved: Mapping[str, Any] | None = None
+        self._stage, self._validation = "", 0.0
 
     @property
     def run(self) -> LowRankTraining:
@@ -64,6 +83,10 @@ class LowRankCallback(Callback):
             raise InputError("the training has not begun", next_step="call trainer.fit first")
         return self._run
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note whether this is a fit, which alone goes on with what a checkpoint has."""
+        self._stage, self._saved = stage, None
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the run, or the one that was saved."""
         if trainer.world_size > 1:
@@ -74,39 +97,88 @@ class LowRankCallback(Callback):
             )
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
         model = _network(pl_module, self._module)
+        self._refuse_copies(trainer, unwrap(model))
         self._inputs = move_data_to_device(self._inputs, pl_module.device)
         optimizer = _optimizer_of(model, trainer.optimizers)
-        self._run = LowRankTraining(model, optimizer, self._inputs, **{"epochs": epochs, **self._options})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=NO_END)  # on_train_end does it
+            self._run = LowRankTraining(model, optimizer, self._inputs, **{"epochs": epochs, **self._options})
+        self._states = DenseStates(self._run)
+        self._take_along(trainer, pl_module)
         if self._saved:
             self._run.load_state_dict(self._saved)
+            root, *copies = self._run.roots
+            for copy, state in zip_longest(copies, self._saved.get("mirrors", ())):
+                copy.load_state_dict(root.state_dict() if state is None else state)
             self._saved = None
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what other callbacks have made since and cannot go along."""
+        self._refuse_copies(trainer, unwrap(self.run.model))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switch, if that is due after the last epoch."""
+        self._take_along(trainer, pl_module)
+        self.run.begin_epoch()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the time."""
+        self._validation = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the validation off the seconds of the epoch."""
+        if self._run is not None:
+            self._run.leave_out(time.perf_counter() - self._validation)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the epoch of the run."""
+        """Note the epoch; what is due after it waits for the next one, or for the end."""
         value = None if self._monitor is None else trainer.callback_metrics.get(self._monitor)
-        self.run.end_epoch(trainer.current_epoch, accuracy=None if value is None else float(value))
+        self.run.note_epoch(trainer.current_epoch, accuracy=None if value is None else float(value))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the run."""
         self.run.finish()
+        if self._states is not None:
+            self._states.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the run, for a checkpoint."""
-        return {} if self._run is None else self._run.state_dict()
+        """Return the state of the run and of the averages that go along, for a checkpoint."""
+        if self._run is None or self._states is None:
+            return {}
+        with self._states.paused():
+            return {**self._run.state_dict(), "mirrors": [copy.state_dict() for copy in self._run.roots[1:]]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a state for the run that ``fit`` will make."""
-        self._saved = state_dict
+        self._saved = state_dict if self._stage == "fit" else None
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put weights of the dense architecture in the place of factors."""
-        if self._run is None or self._run.phase != "factored":
+    def _refuse_copies(self, trainer: Trainer, network: nn.Module) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for name, value in vars(callback).items():
+                if callback is not self and keeps_copy(value, network):
+                    raise InputError(
+                        f"{type(callback).__name__} keeps a copy of the network in {name!r}, which cannot go along",
+                        allowed="averages in an AveragedModel",
+                        next_step="use WeightAveraging or EMAWeightAveraging",
+                    )
+
+    def _take_along(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Mirror the averages of the network; in the modules that have them, states are to be dense as well."""
+        run, states = self.run, self._states
+        if run.phase != "dense" or states is None:
             return
-        root = unwrap(self._run.model)
-        prefix = next(f"{name}." if name else "" for name, module in pl_module.named_modules() if module is root)
-        rest = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith(prefix)}
-        dense = recompose(root, self._inputs).model.state_dict()
-        checkpoint["state_dict"] = rest | {f"{prefix}{name}": value for name, value in dense.items()}
+        network = unwrap(run.model)
+        states.watch(pl_module)
+        for average in _averages(trainer, pl_module):
+            for copy in averages_of([average], network):
+                run.mirror(copy)
+                states.watch(average.module)
+
+
+def _averages(trainer: Trainer, pl_module: LightningModule) -> Iterator[AveragedModel]:
+    """Yield the averages that callbacks and the LightningModule hold."""
+    held = [value for callback in trainer.callbacks for value in vars(callback).values()]  # type: ignore[attr-defined]
+    yield from (value for value in (*held, *pl_module.modules()) if isinstance(value, AveragedModel))
 
 
 def _network(pl_module: LightningModule, name: str) -> nn.Module:

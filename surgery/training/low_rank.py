@@ -12,6 +12,7 @@ import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -20,16 +21,35 @@ from torch.optim import Optimizer
 
 from surgery.errors import InputError
 from surgery.passes.decompose import RankSpec
+from surgery.passes.recompose import recompose
 from surgery.plans import Plan
+from surgery.training.copies import inputs_for
+from surgery.training.ending import Ending, warn_of_no_end
 from surgery.training.history import EpochRow, Event, History
+from surgery.training.hooks import WeakHook
+from surgery.training.parameter_lists import check_lists
 from surgery.training.propose import Proposal, Sought, plan_for, propose, refused, shrunk, try_formats
 from surgery.training.schedule import Schedule
 from surgery.training.spectra import SpectrumLog, stable_rank
+from surgery.training.structure import has_dense
+from surgery.training.trained import keep_dense
 from surgery.training.trainee import Trainee
 
 __all__ = ["LowRankTraining"]
 
 _VERSION = 1
+
+
+@dataclass(frozen=True)
+class _Due:
+    """What is to be decided: the epochs done, none for nothing; seconds and steps of the last one."""
+
+    done: int = 0
+    seconds: float = 0.0
+    steps: int = 0
+
+
+_NOTHING = _Due()
 _log = logging.getLogger(__name__)
 
 
@@ -45,16 +65,23 @@ class LowRankTraining:
     ``model`` is edited in place and stays the same object; only a DistributedDataParallel wrapper is made anew, so take
     ``run.model`` in each epoch. ``phase`` is "dense", "factored" or "recomposed"; ``plan`` says what is factored.
 
+    A site stays dense, with the reason in the plan, where its weight does not train (it needs no gradient, or is in no
+    param group), or has a hook on its gradient, which factors would not have. A state of the dense model may be loaded
+    at any time, as the best so far: while the model is factored, ``load_state_dict`` recomposes it first, in place.
+
     Args:
         model: an nn.Module; may be compiled, or distributed (then all processes make the same calls).
-        optimizer: any; the state of SGD, Adam, AdamW, NAdam and RAdam crosses the switch, that of others starts anew.
+        optimizer: one that finds its parameters in ``param_groups`` alone, so not LBFGS, nor one around another; the
+            state of SGD, Adam, AdamW, NAdam and RAdam crosses the switch, that of others starts anew.
         example_inputs: one batch as in training: a tensor, a tuple of arguments, or a dict of keyword arguments.
         decompose_at: epochs to train before the switch, or "auto": when the spectra of the weights have settled, and at
             the latest after a twentieth of the epochs.
         ranks: "auto" (by spectrum and measured time), or any of ``surgery.decompose``'s.
         factorization: "auto", or the name of one of ``surgery.FACTORIZATIONS``.
         redecompose_at: epochs done after which ranks are chosen anew, by the same rule, and lowered where they fell.
-        recompose_at: "end" (after ``epochs``, or at ``finish()`` where they are not known), epochs done, or None.
+        recompose_at: "end" (after ``epochs``, or at ``finish()`` where they are not known, of which a warning tells),
+            epochs done, or None. A run that is dropped, or cut off by the end of the program, before it has recomposed
+            warns as well.
         epochs: how many there will be. The forecast of what is saved needs it.
         include, exclude: glob patterns of site names.
         memory_format: "auto" (measured; may set channels_last on a model that is not), or None for the model's own.
@@ -64,7 +91,7 @@ class LowRankTraining:
     With ``"auto"`` for the epoch or the ranks, a forecast is made first, and no switch where it would not pay.
 
     Raises:
-        InputError: arguments that cannot be used; a sharded model.
+        InputError: arguments that cannot be used; an optimizer with its own list of parameters; a sharded model.
         CaptureError: the graph of the model can be neither traced nor exported.
     """
 
@@ -89,17 +116,25 @@ class LowRankTraining:
         if memory_format not in ("auto", None):
             raise InputError(f"memory_format={memory_format!r}", allowed="'auto', None")
         self._schedule = Schedule(decompose_at, recompose_at, epochs, tuple(redecompose_at))
+        check_lists(optimizer)
+        warn_of_no_end(recompose_at, epochs)
         self._sought = Sought(ranks, factorization, tuple(include), tuple(exclude))
         self._trainee = Trainee(model, optimizer, example_inputs, frobenius_decay=frobenius_decay)
         self._measured = self._sought.automatic or decompose_at == "auto"
-        self._decided, self.phase = False, "dense"
+        self._decided, self._phase, self._due = False, "dense", _NOTHING
         self._formats = [self._trainee.channels_last]
         if memory_format == "auto" and self._measured and not self._trainee.channels_last:
             self._try_formats()
         self._spectra = SpectrumLog((self._stable_ranks(),) if self._measured else ())
         self.history = History(setup=time.perf_counter() - start)
         self._ends: list[float] = []
-        self._handle = optimizer.register_step_post_hook(self._count)
+        loading = WeakHook(self._before_load)
+        self._handles = (
+            optimizer.register_step_post_hook(WeakHook(self._count)),
+            self._trainee.root.register_load_state_dict_pre_hook(loading),
+        )
+        self._ending = Ending()
+        self._ending.watch(self)
         self._mark = time.perf_counter()
 
     @property
@@ -117,44 +152,89 @@ class LowRankTraining:
         """What is factored and how, or was before the model was recomposed; empty before the first switch."""
         return self._trainee.plan
 
+    @property
+    def roots(self) -> tuple[nn.Module, ...]:
+        """All that switches together: the model without its wrappers, then the mirrors without theirs."""
+        return self._trainee.root, *self._trainee.mirrors
+
+    @property
+    def phase(self) -> str:
+        """What is trained: "dense", "factored", or "recomposed"."""
+        return self._phase
+
     def end_epoch(self, epoch: int, *, accuracy: float | None = None) -> Event | None:
         """Note an epoch that is done (the first is 0), and decompose or recompose if it is time to.
 
         Returns the event, if there was one: its text says what was done and why; it is logged, too. ``accuracy`` is for
         the history. The optimizer's gradients should be used up: parameters that are exchanged have none.
         """
-        seconds, steps, phase = time.perf_counter() - self._mark, len(self._ends), self.phase
+        self.note_epoch(epoch, accuracy=accuracy)
+        return self.switch()
+
+    def note_epoch(self, epoch: int, *, accuracy: float | None = None) -> None:
+        """Note an epoch that is done, and leave what is due after it to ``switch`` or ``begin_epoch``.
+
+        So a trainer that saves after the end of an epoch saves the weights that it has scored.
+        """
+        seconds, steps = time.perf_counter() - self._mark, len(self._ends)
         step = statistics.median(b - a for a, b in pairwise(self._ends)) if steps > 1 else None
         if self.phase == "dense" and not self._decided and self._measured:
             self._spectra = self._spectra.add(self._stable_ranks())
         self._trainee.end_epoch()
-        event = self._act(epoch + 1, (steps * step if step else seconds, steps))
-        rank = self._spectra.mean if phase == "dense" else None
-        self.history = self.history.add(EpochRow(epoch, phase, seconds, steps, accuracy, rank, event, step))
+        rank = self._spectra.mean if self.phase == "dense" else None
+        self.history = self.history.add(EpochRow(epoch, self.phase, seconds, steps, accuracy, rank, None, step))
+        self._due = _Due(epoch + 1, steps * step if step else seconds, steps)
+        self._ends, self._mark = [], time.perf_counter()
+
+    def switch(self) -> Event | None:
+        """Decompose or recompose if that is due after the epochs noted; return the event, if there was one."""
+        due, self._due, start = self._due, _NOTHING, time.perf_counter()
+        event = self._act(due) if due.done else None
+        if event is not None:
+            self.history = self.history.after_epoch(event)
+        self._mark += time.perf_counter() - start
+        return event
+
+    def begin_epoch(self) -> Event | None:
+        """Switch if that is due, and start the clock of the next epoch: what was in between is no part of it."""
+        event = self.switch()
         self._ends, self._mark = [], time.perf_counter()
         return event
 
+    def leave_out(self, seconds: float) -> None:
+        """Take seconds that have just passed, as of a validation, off the epoch that is running."""
+        self._mark += seconds
+
     def finish(self) -> Event | None:
-        """End the run: recompose if that was to be done at the end, and take the hooks off the optimizer."""
-        event = None
-        if self.phase == "factored" and self._schedule.recompose_at == "end":
+        """End the run: recompose if that was to be done at the end, and take the hooks off model and optimizer."""
+        ends = self._schedule.recompose_at == "end"
+        event = None if ends else self.switch()  # what is due would be undone at once
+        if self.phase == "factored" and ends:
             event = self._recompose(len(self.history), "the training has ended")
             self.history = self.history.close(event)
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         self._trainee.release()
+        self._ending.undone = False
         return event
 
     def mirror(self, copy: nn.Module) -> None:
         """Take along a dense copy of the model, as an average of its weights: it gets the same structure at a switch.
 
-        Its factors start from the model's and are moved to the copy's own weights, so that they can be averaged on.
+        Its factors start from the model's and are moved towards the copy's own weights, as far as that comes nearer to
+        them, so that they can be averaged on. An AveragedModel may be given as it is.
 
         Raises:
-            InputError: the model is not dense any more.
+            InputError: the model is not dense any more, or this is no copy of it.
         """
         if self.phase == "factored":
             raise InputError("the model is factored already", next_step="call mirror() before the switch")
         self._trainee.mirror(copy)
+
+    def dense_state(self, root: nn.Module) -> dict[str, Any]:
+        """Return the ``state_dict`` of one of the roots in the dense architecture, composed where it is factored."""
+        inputs = inputs_for(root, self._trainee.root, self._trainee.inputs)
+        return (recompose(root, inputs).model if self.phase == "factored" else root).state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs, the state of model and optimizer included; tensors and plain values."""
@@ -162,6 +242,7 @@ class LowRankTraining:
             "version": _VERSION,
             "phase": self.phase,
             "decided": self._decided,
+            "due": dataclasses.astuple(self._due),
             "plan": self.plan.to_json(),
             "formats": list(self._formats),
             "spectra": [dict(row) for row in self._spectra.rows],
@@ -188,10 +269,21 @@ class LowRankTraining:
         self._trainee.restore(Plan.from_json(state["plan"]), factored=state["phase"] == "factored")
         self._trainee.root.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.phase, self._decided = state["phase"], state["decided"]
+        self._enter(state["phase"])
+        self._decided, self._due = state["decided"], _Due(*state.get("due", ()))
         self._spectra = SpectrumLog(tuple(dict(row) for row in state["spectra"]))
         self.history = History.from_values(state["history"])
         self._ends, self._mark = [], time.perf_counter()
+
+    def _enter(self, phase: str) -> None:
+        self._phase = phase
+        self._ending.undone = phase == "factored" and self._schedule.recompose_at is not None
+
+    def _before_load(self, root: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        """Recompose before a state of the dense model is loaded."""
+        if self.phase == "factored" and has_dense(state, prefix, self._trainee.record):
+            event = self._recompose(len(self.history), "a state of the dense model is loaded")
+            self.history = self.history.between(event)
 
     def _count(self, *_: Any) -> None:
         self._ends.append(time.perf_counter())
@@ -206,18 +298,20 @@ class LowRankTraining:
     def _stable_ranks(self) -> dict[str, float]:
         return {site.name: stable_rank(site.operator) for site in self._trainee.sites}
 
-    def _act(self, done: int, epoch: tuple[float, int]) -> Event | None:
+    def _act(self, due: _Due) -> Event | None:
         if self.phase == "factored":
-            reason = self._schedule.recompose_reason(done)
+            reason = self._schedule.recompose_reason(due.done)
             if reason is not None:
-                return self._recompose(done, reason)
-            return self._redecompose(done) if done in self._schedule.redecompose_at else None
-        reason = None if self._decided else self._trainee.agree(self._schedule.decompose_reason(done, self._spectra))
-        return None if reason is None else self._decompose(done, reason, epoch)
+                return self._recompose(due.done, reason)
+            return self._redecompose(due.done) if due.done in self._schedule.redecompose_at else None
+        reason = (
+            None if self._decided else self._trainee.agree(self._schedule.decompose_reason(due.done, self._spectra))
+        )
+        return None if reason is None else self._decompose(due, reason)
 
-    def _decompose(self, done: int, reason: str, epoch: tuple[float, int]) -> Event:
-        start = time.perf_counter()
-        proposal: Proposal = self._trainee.agree(self._propose(done, epoch) if self._trainee.leads else None)
+    def _decompose(self, due: _Due, reason: str) -> Event:
+        start, done = time.perf_counter(), due.done
+        proposal: Proposal = self._trainee.agree(self._propose(due) if self._trainee.leads else None)
         self._decided, forecast = True, proposal.forecast
         if all(decision.dense for decision in proposal.plan):
             return self._say(Event("stay", done, refused(proposal.plan), time.perf_counter() - start))
@@ -226,46 +320,51 @@ class LowRankTraining:
         self._formats = [proposal.channels_last]
         self._trainee.channels_last = proposal.channels_last
         why = reason if forecast is None else f"{reason}; {forecast.reason}"
-        return self._switch("decompose", done, why, proposal, start)
+        return self._factor("decompose", done, why, proposal, start)
 
-    def _switch(self, kind: str, done: int, reason: str, proposal: Proposal, start: float) -> Event:
+    def _factor(self, kind: str, done: int, reason: str, proposal: Proposal, start: float) -> Event:
         changes, notes = self._trainee.down(proposal.plan)
-        self.phase = "factored"
+        self._enter("factored")
         dense = [f"stays dense: {decision.site}: {decision.reason}" for decision in self.plan if decision.dense]
         told = (*notes, *dense)
         seconds, form = time.perf_counter() - start, proposal.channels_last
         return self._say(Event(kind, done, reason, seconds, changes, told, proposal.forecast, form))
 
-    def _propose(self, done: int, epoch: tuple[float, int]) -> Proposal:
+    def _propose(self, due: _Due) -> Proposal:
         trainee, last = self._trainee, self._schedule.last
+        untrained = trainee.untrained
         if not self._measured:
-            return Proposal(plan_for(trainee.sites, self._sought), self._formats[0])
+            return Proposal(plan_for(trainee.sites, self._sought, untrained=untrained), self._formats[0])
         return propose(
             trainee.root,
             trainee.inputs,
             self._sought,
             log=self._spectra,
             formats=self._formats,
-            epoch=epoch,
-            epochs_left=None if last is None else max(0, last - done),
+            epoch=(due.seconds, due.steps),
+            epochs_left=None if last is None else max(0, last - due.done),
+            untrained=untrained,
         )
 
     def _recompose(self, done: int, reason: str) -> Event:
         start = time.perf_counter()
         notes = self._trainee.up()
-        self.phase = "recomposed"
+        self._enter("recomposed")
         return self._say(Event("recompose", done, reason, time.perf_counter() - start, notes=tuple(notes)))
 
     def _redecompose(self, done: int) -> Event:
-        """Compose, and factor again: at the new ranks where they are lower, and at the old ones elsewhere."""
+        """Compose, and factor again: at the new ranks where they are lower, and at the old ones elsewhere.
+
+        What has ceased to train stays composed.
+        """
         start, before = time.perf_counter(), self.plan
         notes = self._trainee.up()
         if self._measured:
             self._spectra = self._spectra.add(self._stable_ranks())
-        proposed = self._propose(done, (0.0, 0)).plan if self._trainee.leads else None
-        plan = shrunk(before, self._trainee.agree(proposed))
+        proposed = self._propose(_Due(done)).plan if self._trainee.leads else None
+        plan = keep_dense(shrunk(before, self._trainee.agree(proposed)), self._trainee.untrained)
         lower = "; ".join(before.diff(plan)) or "no site needs less than it has"
-        event = self._switch("redecompose", done, lower, Proposal(plan, self._trainee.channels_last), start)
+        event = self._factor("redecompose", done, lower, Proposal(plan, self._trainee.channels_last), start)
         return dataclasses.replace(event, notes=(*notes, *event.notes))
 
     def _say(self, event: Event) -> Event:

@@ -25,7 +25,16 @@ from surgery.sites import Site
 from surgery.steps import Branches, Shift, Step
 from surgery.training.transport import Compose
 
-__all__ = ["FactoredSite", "balance", "build", "factored_parameters", "layouts", "read_sites", "with_weights"]
+__all__ = [
+    "FactoredSite",
+    "balance",
+    "build",
+    "factored_parameters",
+    "has_dense",
+    "layouts",
+    "read_sites",
+    "with_weights",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +149,16 @@ def factored_parameters(record: Sequence[FactoredSite]) -> dict[str, list[str]]:
             names[f"{name}.weight"] = [f"{name}.{place}.weight" for place in site.places]
             names[f"{name}.bias"] = [f"{name}.{site.shift}.bias"]
     return names
+
+
+def has_dense(state: Mapping[str, Any], prefix: str, record: Sequence[FactoredSite]) -> bool:
+    """Return whether a state has the dense weight of a factored site, and none of its factors."""
+    rows = factored_parameters(record).items()
+    return any(
+        f"{prefix}{old}" in state and not any(f"{prefix}{new}" in state for new in news)
+        for old, news in rows
+        if old.endswith(".weight")
+    )
 
 
 def balance(root: nn.Module, record: Sequence[FactoredSite]) -> None:
