@@ -11,7 +11,11 @@ SurgeryError
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 __all__ = [
     "CaptureError",
@@ -22,7 +26,11 @@ __all__ = [
     "Refusal",
     "SurgeryError",
     "UnsafeFileError",
+    "only_own_errors",
 ]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class SurgeryError(Exception):
@@ -71,3 +79,25 @@ class Refusal:
     """Why something was left alone; a value that the report lists, never an exception."""
 
     reason: str
+
+
+def only_own_errors(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let nothing but the errors above leave a public function, bar a call that does not fit its signature.
+
+    Models, hooks and torch itself may raise anything; what is not foreseen is told as a bug of ours, with its cause.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        signature.bind(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except SurgeryError:
+            raise
+        except Exception as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            what = f"{function.__name__} failed: {': '.join([type(error).__name__, *lines[:1]])}"
+            raise CheckError(what, next_step="please report it, with the cause that Python shows") from error
+
+    return guarded

@@ -16,6 +16,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from surgery.errors import InputError
@@ -62,6 +63,8 @@ def normalise_inputs(example_inputs: Any) -> Inputs:
         return (), {}
     if isinstance(example_inputs, Tensor | np.ndarray):
         return (_as_tensor(example_inputs),), {}
+    if isinstance(example_inputs, PackedSequence):
+        return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
         return (), _named(example_inputs)
     if not isinstance(example_inputs, Sequence) or isinstance(example_inputs, str | bytes):

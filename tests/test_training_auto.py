@@ -144,7 +144,7 @@ def run_epoch(run: LowRankTraining, epoch: int, *, seconds: float = 100.0) -> An
 
 
 def test_what_is_between_epochs_is_no_part_of_a_step() -> None:
-    run = auto_run(decompose_at=5)
+    run = auto_run(decompose_at=5, epochs=10)
     train(run)
     run._mark -= 1000.0  # an evaluation, say
     run.end_epoch(0)
@@ -166,6 +166,7 @@ def test_auto_switches_where_it_pays_and_tells_the_forecast(made_up: Callable[..
     assert run.phase == "factored"
     run_epoch(run, 1)
     assert "outcome" in repr(run.history)
+    run.finish()
 
 
 @pytest.mark.parametrize(("factor", "epochs", "seconds"), [(1.2, 10, 100.0), (0.99, 10, 100.0), (0.5, 2, 0.0)])
@@ -194,6 +195,7 @@ def test_a_site_that_saves_next_to_nothing_stays_dense(made_up: Callable[..., No
     assert [change.site for change in event.changes] == ["1", "2"]
     assert "less than 1 %" in (run.plan["0"].reason or "")
     assert run.plan["0"].dense_macs
+    run.finish()
 
 
 def test_auto_stays_where_no_site_trains_faster(made_up: Callable[..., None]) -> None:
@@ -233,7 +235,8 @@ def test_measuring_leaves_the_model_and_the_random_state_alone() -> None:
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     gradients = [None if p.grad is None else p.grad.clone() for p in run.model.parameters()]
     random = torch.random.get_rng_state()
-    proposal = run._propose(1, (1.0, 3))
+    settings: dict[str, Any] = {"log": SpectrumLog(), "formats": [False, True], "epoch": (1.0, 3), "epochs_left": 9}
+    proposal = propose.propose(run.model, batch()[0], propose.Sought(), **settings)
     assert torch.equal(torch.random.get_rng_state(), random)
     assert all(torch.equal(run.model.state_dict()[name], value) for name, value in before.items())
     after = [p.grad for p in run.model.parameters()]

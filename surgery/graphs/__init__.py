@@ -33,8 +33,8 @@ def open_graph(
 ) -> GraphKind:
     """Return the adapter of a model, on a copy of it unless told otherwise (a program is never changed itself).
 
-    Without ``copies`` nothing may be changed through it, unless ``inplace`` says so. With ``known`` only the chains that
-    decompose has made are wanted of a module that has any: nothing is captured for them.
+    Without ``copies`` nothing may be changed through it, unless ``inplace`` says so. With ``known`` only the chains
+    that decompose has made are wanted of a module that has any: nothing is captured for them.
 
     Raises:
         InputError: the object is no model, or it does not run on the example inputs.

@@ -49,6 +49,11 @@ def capture(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> C
     Raises:
         InputError: the model does not run on the example inputs, or there are none and they are needed.
     """
+    with torch.random.fork_rng(devices=[]):  # user code may draw random numbers while it is traced
+        return _captured(root, args, kwargs)
+
+
+def _captured(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     given = bool(args or kwargs)
     if not (given and has_lazy(root)):
         traced = trace_only(root, args, kwargs)

@@ -87,7 +87,8 @@ def _composed(factored: Factored) -> Tensor:
     turned = stored_as(factored.surgery_kind) == "in_out"
 
     def make() -> Tensor:
-        chain = chain_of(factored, detached=False)
+        exact = torch.compiler.is_dynamo_compiling() or isinstance(chain_of(factored), Chain)
+        chain = chain_of(factored, detached=not exact)
         whole = chain if isinstance(chain, Refusal) else chain.compose()
         if isinstance(whole, Refusal):
             what = f"the weight of a factored layer cannot be composed: {whole.reason}"
@@ -103,7 +104,7 @@ def _composed(factored: Factored) -> Tensor:
 
 
 def chain_of(factored: Factored, *, detached: bool = True) -> Chain | Refusal:
-    """Return the chain that the module runs, or why it is none: a factor was exchanged, or something is hooked on it."""
+    """Return the chain that the module runs, or why it is none: a factor was exchanged, or has a hook."""
     steps = []
     for name, module in list(factored.named_children())[: factored.surgery_steps]:
         step = _read_step(module, detached=detached)
@@ -183,7 +184,7 @@ def build_factored(chain: Chain, layer: nn.Module) -> Factored:
 
 
 def build_layer(factored: Factored, operator: Operator) -> nn.Module:
-    """Return the layer of an operator that takes the place of its factors, of the class that it was, with all extras."""
+    """Return the layer of an operator that takes the place of factors, of the class that it was, with all extras."""
     layer = build_module(operator, factored, kind=factored.surgery_kind)
     steps = {str(at) for at in range(factored.surgery_steps)}
     carry(layer, factored, own=steps)

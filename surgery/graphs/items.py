@@ -6,7 +6,7 @@ A run is a row of items in which each value is used by the next item alone.
 from __future__ import annotations
 
 import operator as python_operator
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from surgery.graphs.links import read_link, read_link_module
 from surgery.graphs.view import Call, View, identity
 from surgery.steps import Branches, Link, Shift, Step
 
-__all__ = ["Item", "LinkCall", "SumCall", "all_calls", "find_items", "find_runs"]
+__all__ = ["Item", "LinkCall", "SumCall", "aliases", "all_calls", "container", "find_items", "find_runs"]
 
 _ADDITIONS = (torch.add, python_operator.add, torch.ops.aten.add.Tensor)
 
@@ -116,20 +116,39 @@ def find_runs(view: View, recorded: Collection[str] = ()) -> Iterator[list[Item]
 def find_items(view: View, recorded: Collection[str] = ()) -> list[Item]:
     """Return all items in graph order; the calls in a sum are part of it.
 
-    The branches of a sum are of one site, or of none that is known to be factored: what a model adds up itself, as two
-    heads, are not the branches of one chain.
+    The branches of a sum are of one site that is known to be factored, or have the names that factors have: what a
+    model adds up itself, as two heads, is not one chain.
     """
     calls = {call.node: call for call in view.calls}
     items: dict[Node, Item] = dict(calls)
     taken = {node for call in view.calls for node in call.nodes}
     for node in view.graph.nodes:
         link = None if node in taken else _read_link(node, view)
-        found = link or _read_sum(node, calls, lambda call: _owners(view, call, recorded))
+        found = link or _read_sum(node, calls, view, recorded)
         if found is not None:
             items[node] = found
     within = {call.node for item in items.values() if isinstance(item, SumCall) for call in item.calls}
     parts = {n for item in items.values() if isinstance(item, SumCall) for n in item.additions[:-1]}
     return [items[n] for n in view.graph.nodes if n in items and n not in within and n not in parts]
+
+
+def container(view: View, item: Item) -> tuple[str, ...]:
+    """Return the P of each name P.<step>.weight, or P.<step>.<row>.<call>.weight in a sum; none for other names."""
+    found = {tuple(_parent(name, isinstance(item, SumCall)) for name in aliases(view, call)) for call in item.calls}
+    return found.pop() if len(found) == 1 and all(all(names) for names in found) else ()
+
+
+def _parent(name: str, in_sum: bool) -> str:
+    *parents, leaf = name.split(".")
+    depth = 3 if in_sum else 1
+    numbers = parents[-depth:]
+    fits = leaf == "weight" and len(parents) > depth and all(number.isdecimal() for number in numbers)
+    return ".".join(parents[:-depth]) if fits else ""
+
+
+def aliases(view: View, call: Call) -> list[str]:
+    """Return all names of the weight of a call."""
+    return view.names[identity(view.parameters[call.weight])]
 
 
 def _read_link(node: Node, view: View) -> LinkCall | None:
@@ -162,16 +181,17 @@ def _read_shift(node: Node, source: Node, view: View) -> LinkCall | None:
 
 def _owners(view: View, call: Call, recorded: Collection[str]) -> frozenset[str]:
     """Return the factored sites of which a call may be a factor, by the names of its weight."""
-    names = view.names[identity(view.parameters[call.weight])]
+    names = aliases(view, call)
     return frozenset(site for site in recorded if any(name.startswith(f"{site}.") for name in names))
 
 
-def _one_owner(owners: list[frozenset[str]]) -> bool:
-    """Whether calls are all factors of one site, or none is a factor of any."""
-    return not any(owners) or bool(frozenset.intersection(*owners))
+def _of_one_site(view: View, found: SumCall, recorded: Collection[str]) -> bool:
+    """Whether branches are those of one factored site: of a known one, or else by their names."""
+    owners = [_owners(view, call, recorded) for call in found.calls]
+    return bool(frozenset.intersection(*owners)) or (not any(owners) and bool(container(view, found)))
 
 
-def _read_sum(node: Node, calls: dict[Node, Call], owners: Callable[[Call], frozenset[str]]) -> SumCall | None:
+def _read_sum(node: Node, calls: dict[Node, Call], view: View, recorded: Collection[str]) -> SumCall | None:
     """Return the sum of branches that ends at a node and is one operator; None for any other node."""
     if not _adds(node):
         return None
@@ -179,9 +199,9 @@ def _read_sum(node: Node, calls: dict[Node, Call], owners: Callable[[Call], froz
     rows = [_row(leaf, calls) for leaf in leaves] if len(set(leaves)) == len(leaves) else [[]]
     if any(not row or row[0].source is not rows[0][0].source for row in rows):
         return None
-    if not _one_owner([owners(call) for row in rows for call in row]):
-        return None
     found = SumCall(tuple(map(tuple, rows)), tuple(additions))
+    if not _of_one_site(view, found, recorded):
+        return None
     composed = add([compose_steps([call.operator for call in row]) for row in rows])
     return None if isinstance(composed, Refusal) else found
 

@@ -101,8 +101,11 @@ class ModuleKind(GraphKind):
         """Return the layers of which nothing was said so far: those that no call reaches, and those of other kinds."""
         skips = []
         inside = tuple(f"{path}." for run in self._runs for path in run.sites)
-        for path, module in self._root.named_modules():
-            if path in named or path.startswith(inside) or any(name.startswith(f"{path}.") for name in named):
+        modules = dict(self._root.named_modules())
+        said = {id(modules[name]._parameters.get("weight")) for name in named if name in modules}
+        for path, module in modules.items():
+            tied = module._parameters.get("weight") is not None and id(module._parameters["weight"]) in said
+            if tied or path in named or path.startswith(inside) or any(name.startswith(f"{path}.") for name in named):
                 continue
             if is_operator_module(module):
                 skips.append(Skip(path, type(module).__name__, _UNSEEN, count(module)))

@@ -59,7 +59,7 @@ class ModuleCallsKind(FunctionalKind):
     @property
     def recorded(self) -> frozenset[str]:
         """The sites that decompose has factored, by the record, and by what stands there."""
-        return super().recorded | sites_by_stack(self.graph)
+        return super().recorded | _sites_by_stack(self.graph)
 
     def splice(self, spot: Spot, chain: Chain) -> None:
         """Put a chain where an operator stands: a module's call goes on calling what stands in its place."""
@@ -132,7 +132,7 @@ def _fused_path(root: nn.Module, items: Sequence[Item]) -> str:
     return paths[0].rpartition(".")[0] if is_whole_sequential(root, paths) else paths[0]
 
 
-def sites_by_stack(graph: Graph) -> frozenset[str]:
+def _sites_by_stack(graph: Graph) -> frozenset[str]:
     """Return the factored layers of the module that a graph was made from: each node says in whose forward it was made.
 
     Names are those of that module, without the mark of a call.

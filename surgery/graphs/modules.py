@@ -66,13 +66,16 @@ def stored_as(kind: type[nn.Module]) -> str:
 
 
 def read_module(module: nn.Module, *, detached: bool = True) -> Operator | Refusal:
-    """Return the operator of a module of a known class, or why it is none."""
+    """Return the operator of a module of a known class, or why it is none.
+
+    With the parameters themselves, not ``detached`` ones, it is traced by torch.compile, and they are not looked at.
+    """
     own_weight = module._parameters.get("weight")
     if own_weight is None:
         return Refusal("its weight is computed from other parameters (weight norm or another parametrization)")
     own_bias = module._parameters.get("bias")
     for name, tensor in (("weight", own_weight), ("bias", own_bias)):
-        if tensor is not None and (reason := refuse_tensor(tensor, name)) is not None:
+        if detached and tensor is not None and (reason := refuse_tensor(tensor, name)) is not None:
             return Refusal(reason)
     weight: Tensor = own_weight.detach() if detached else own_weight
     bias = own_bias.detach() if detached and own_bias is not None else own_bias
@@ -119,7 +122,7 @@ def refuse_module(module: nn.Module) -> str | None:
 def build_module(
     operator: Operator, like: nn.Module, *, last: bool = True, kind: type[nn.Module] | None = None
 ) -> nn.Module:
-    """Return a module for an operator, of the class ``kind`` (that of ``like``) where it fits, with its training flag."""
+    """Return a module for an operator, of the class ``kind`` (that of ``like``) if it fits, with its training flag."""
     kwargs: dict[str, Any] = {"bias": operator.bias is not None, "device": "meta", "dtype": operator.weight.dtype}
     module: nn.Module
     kind = kind or type(like)

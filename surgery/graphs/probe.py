@@ -41,9 +41,7 @@ def run_chains(
     return {name: _UNREACHED for name in dense if name not in reached}
 
 
-def _run(
-    root: nn.Module, dense: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> set[str]:
+def _run(root: nn.Module, dense: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
     """Run the model; return the names of chains that were called, and whose layers were not.
 
     A part of a recurrent layer runs with it: a hook on the part would keep it from torch's kernel.

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from surgery.composition import compose, compose_steps
 from surgery.errors import Refusal
-from surgery.graphs.items import Item, LinkCall, SumCall, all_calls, find_runs
-from surgery.graphs.view import Call, View, identity, site_name
+from surgery.graphs.items import Item, LinkCall, aliases, all_calls, container, find_runs
+from surgery.graphs.view import Call, View, site_name
 from surgery.operators import Conv, Operator
 from surgery.sites import Skip
 
-__all__ = ["Part", "Run", "container", "find_parts", "find_segments", "sites_of"]
+__all__ = ["Part", "Run", "find_parts", "find_segments", "sites_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,30 +80,12 @@ def sites_of(view: View, items: Sequence[Item]) -> tuple[str, ...]:
     parents = _common([container(view, item) for item in carriers])
     if parents:
         return parents
-    return tuple(site_name(name) for name in _aliases(view, carriers[0].calls[0]))
+    return tuple(site_name(name) for name in aliases(view, carriers[0].calls[0]))
 
 
 def _common(rows: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     """Return the names that are in all rows: a factor that several sites share stands below each of them."""
     return tuple(name for name in rows[0] if all(name in row for row in rows[1:]))
-
-
-def container(view: View, item: Item) -> tuple[str, ...]:
-    """Return the P of each name P.<step>.weight, or P.<step>.<row>.<call>.weight in a sum; none for other names."""
-    found = {tuple(_parent(name, isinstance(item, SumCall)) for name in _aliases(view, call)) for call in item.calls}
-    return found.pop() if len(found) == 1 and all(all(names) for names in found) else ()
-
-
-def _parent(name: str, in_sum: bool) -> str:
-    *parents, leaf = name.split(".")
-    depth = 3 if in_sum else 1
-    numbers = parents[-depth:]
-    fits = leaf == "weight" and len(parents) > depth and all(number.isdecimal() for number in numbers)
-    return ".".join(parents[:-depth]) if fits else ""
-
-
-def _aliases(view: View, call: Call) -> list[str]:
-    return view.names[identity(view.parameters[call.weight])]
 
 
 def _segments(view: View, run: Sequence[Item]) -> list[list[Item]]:
@@ -128,7 +110,7 @@ def _factored(view: View, run: Sequence[Item]) -> int:
     if not parents or _first_step(view, carriers[0], parents) != lead:
         return 0
     calls = all_calls(mine)
-    weights = {name for call in calls for name in _aliases(view, call)}
+    weights = {name for call in calls for name in aliases(view, call)}
     own = weights | {f"{name.removesuffix('.weight')}.bias" for name in weights}
     shifts = [item.bias for item in run if isinstance(item, LinkCall) and item.bias is not None]
     places = {bias.removeprefix(f"{parent}.") for bias in shifts for parent in parents if bias.startswith(f"{parent}.")}
@@ -159,8 +141,7 @@ def _site_of_first(view: View, carriers: Sequence[Item]) -> tuple[tuple[str, ...
 
 def _first_step(view: View, item: Item, parents: tuple[str, ...]) -> int:
     """Return which step of its chain the first item with a weight is: its name says so."""
-    aliases = _aliases(view, item.calls[0])
-    name = next(alias for alias in aliases if alias.startswith(f"{parents[0]}."))
+    name = next(alias for alias in aliases(view, item.calls[0]) if alias.startswith(f"{parents[0]}."))
     return int(name.removeprefix(f"{parents[0]}.").split(".")[0])
 
 

@@ -17,7 +17,7 @@ from surgery.errors import InputError
 from surgery.operators import Shape
 from surgery.text import first_line
 
-__all__ = ["evaluation", "fake_shapes", "lazy_shapes"]
+__all__ = ["evaluation", "fake_shapes", "kept_buffers", "lazy_shapes"]
 
 
 @contextlib.contextmanager
@@ -34,6 +34,19 @@ def evaluation(module: nn.Module) -> Iterator[None]:
     finally:
         for m, training in flags.items():
             m.training = training
+
+
+@contextlib.contextmanager
+def kept_buffers(root: nn.Module) -> Iterator[None]:
+    """Give buffers that the model writes to their numbers back."""
+    kept = [(b, b._version, b.detach().clone()) for b in root.buffers() if not b.is_inference()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, numbers in kept:
+                if buffer._version != version:
+                    buffer.copy_(numbers)
 
 
 class _Shapes(Interpreter):

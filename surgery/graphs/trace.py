@@ -23,7 +23,7 @@ from surgery.graphs.factored import is_chain
 from surgery.graphs.links import is_link_module
 from surgery.graphs.modules import is_operator_module
 from surgery.graphs.recurrent import outlining
-from surgery.graphs.shapes import evaluation
+from surgery.graphs.shapes import evaluation, kept_buffers
 from surgery.graphs.watch import tensors_in
 from surgery.text import first_line
 
@@ -57,15 +57,15 @@ def trace_module(
     """Trace symbolically; return the graph with the values of its placeholders, or None where tracing fails.
 
     Arguments that the example inputs leave out are fixed to their defaults: a tracer's proxy is never None, and would
-    silently take the other branch of ``if mask is None``. A tracer does not see hooks on the model itself, nor a forward
-    of the instance.
+    silently take the other branch of ``if mask is None``. A tracer does not see hooks on the model itself, nor a
+    forward of the instance: a model that has one is not traced.
     """
     bound = None if is_watched(model) else _bind(model, args, kwargs)
     if bound is None:
         return None
     given, defaults = bound
     try:
-        with warnings.catch_warnings(), outlining():
+        with warnings.catch_warnings(), outlining(), kept_buffers(model):
             warnings.simplefilter("ignore")
             graph = _Tracer().trace(model, concrete_args=defaults or None)
     except Exception:  # user code on proxies may raise anything; torch.export is tried next
@@ -115,7 +115,7 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         CaptureError: torch.export cannot capture the model either.
     """
     try:
-        with warnings.catch_warnings(), evaluation(model), torch.no_grad(), outlining(), _plain_outputs(model):
+        with warnings.catch_warnings(), torch.no_grad(), _quiet(model):
             warnings.simplefilter("ignore")
             return torch.export.export(model, args, kwargs)
     except Exception as error:  # user code may raise anything
@@ -123,6 +123,13 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             f"the model can be neither traced nor exported: {first_line(error)}",
             next_step="run torch.export.export(model, example_inputs) to see torch's own explanation",
         ) from error
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Let a model run for its graph alone: in evaluation mode, recurrent layers in outline, tensors as outputs."""
+    with evaluation(model), outlining(), _plain_outputs(model):
+        yield
 
 
 @contextmanager

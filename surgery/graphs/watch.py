@@ -1,15 +1,14 @@
 """Open a module by watching: one run on the example inputs notes which modules are called, on which values, in order.
 
-This is for models that neither torch.fx nor torch.export captures: caches, packed sequences, control flow that depends
-on data. The graph that comes of it has the calls of modules and the values that they read; how values come about between
-them is not known. So sites are found, and nothing is proved about dataflow.
+This is for models that neither torch.fx nor torch.export captures: packed sequences, control flow that depends on
+data. The graph that comes of it has the calls of modules and the values that they read, and not how these come about.
+So sites are found, and nothing is proved about dataflow.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,7 @@ from surgery.errors import InputError
 from surgery.graphs.factored import is_chain
 from surgery.graphs.modules import is_operator_module
 from surgery.graphs.recurrent import UnpackedRecurrent
-from surgery.graphs.shapes import evaluation
+from surgery.graphs.shapes import evaluation, kept_buffers
 from surgery.operators import Shape
 from surgery.text import first_line
 
@@ -135,25 +134,12 @@ def run_once(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     Raises:
         InputError: whatever the model raises.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluation(root), _kept_buffers(root):
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluation(root), kept_buffers(root):
         try:
             return root(*args, **kwargs)
         except Exception as error:  # a model may raise anything
             what = f"the model does not accept the example inputs: {first_line(error)}"
             raise InputError(what, next_step="check their number, shapes and dtypes") from error
-
-
-@contextmanager
-def _kept_buffers(root: nn.Module) -> Iterator[None]:
-    """Give buffers that the model writes to their numbers back."""
-    kept = [(b, b._version, b.detach().clone()) for b in root.buffers() if not b.is_inference()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, version, numbers in kept:
-                if buffer._version != version:
-                    buffer.copy_(numbers)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -12,7 +12,7 @@ from surgery.allocation.prices import Counted, Measured, Prices
 from surgery.calibration.inputs import Calibration, read_calibration
 from surgery.chain import Chain
 from surgery.cost.latency import Latencies, channel_multiple
-from surgery.errors import CheckError, InputError
+from surgery.errors import CheckError, InputError, only_own_errors
 from surgery.factorizations import named
 from surgery.graphs import ChainSpot, Found, GraphKind, Model, open_graph
 from surgery.graphs.unpacking import check_inplace
@@ -35,6 +35,7 @@ RankSpec: TypeAlias = str | int | tuple[int, ...] | Mapping[str, int | tuple[int
 Joint: TypeAlias = str | Sequence[Sequence[str]]
 
 
+@only_own_errors
 def find_sites(model: Model, example_inputs: Any = None) -> tuple[tuple[Site, ...], tuple[Skip, ...]]:
     """Return the sites of a model and the places that were considered and left alone, each with its reason.
 
@@ -51,6 +52,7 @@ def find_sites(model: Model, example_inputs: Any = None) -> tuple[tuple[Site, ..
     return tuple(spot.site for spot in found.spots), found.skips
 
 
+@only_own_errors
 def plan(
     model: Model,
     example_inputs: Any = None,
@@ -68,6 +70,7 @@ def plan(
     return _prepare(model, example_inputs, None, rules, copies=False)[2]
 
 
+@only_own_errors
 def preview(
     model: Model,
     example_inputs: Any = None,
@@ -88,6 +91,7 @@ def preview(
     return _result(model, plan, changes, found)
 
 
+@only_own_errors
 def decompose(
     model: Model,
     example_inputs: Any = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from surgery.errors import only_own_errors
 from surgery.graphs import AnyRun, Model, open_graph
 from surgery.graphs.unpacking import check_inplace
 from surgery.inputs import normalise_inputs
@@ -45,6 +46,7 @@ class RecomposeResult:
         return "\n".join([head, *([table(rows)] if self.changes else []), *refused])
 
 
+@only_own_errors
 def recompose(
     model: Model, example_inputs: Any = None, *, everything: bool = False, inplace: bool = False
 ) -> RecomposeResult:

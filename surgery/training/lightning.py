@@ -56,6 +56,8 @@ class LowRankCallback(Callback):
         example_inputs: one batch for the network as in training: a tensor, a tuple of arguments, or a dict of keywords.
         module: the dotted name of the network in the LightningModule.
         monitor: the name of a logged metric that is the accuracy of the history.
+        mirrors: dotted names of modules in the LightningModule that are averages of the network, and go along; those in
+            an AveragedModel do in any case.
         options: those of ``LowRankTraining``; ``epochs`` is the trainer's ``max_epochs`` unless it is given.
 
     Raises:
@@ -64,9 +66,16 @@ class LowRankCallback(Callback):
     """
 
     def __init__(
-        self, example_inputs: Any, *, module: str = "model", monitor: str | None = None, **options: Any
+        self,
+        example_inputs: Any,
+        *,
+        module: str = "model",
+        monitor: str | None = None,
+        mirrors: Sequence[str] = (),
+        **options: Any,
     ) -> None:
         self._inputs, self._module, self._monitor, self._options = example_inputs, module, monitor, options
+        self._mirrors = tuple(mirrors)
         self._run: LowRankTraining | None = None
         self._states: DenseStates | None = None
         self._saved: Mapping[str, Any] | None = None
@@ -112,12 +121,10 @@ class LowRankCallback(Callback):
                 copy.load_state_dict(root.state_dict() if state is None else state)
             self._saved = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what other callbacks have made since and cannot go along."""
-        self._refuse_copies(trainer, unwrap(self.run.model))
-
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Switch, if that is due after the last epoch."""
+        """Switch, if that is due after the last epoch; see before the first one what other callbacks have made."""
+        if not len(self.run.history):
+            self._refuse_copies(trainer, unwrap(self.run.model))
         self._take_along(trainer, pl_module)
         self.run.begin_epoch()
 
@@ -169,6 +176,8 @@ class LowRankCallback(Callback):
             return
         network = unwrap(run.model)
         states.watch(pl_module)
+        for name in self._mirrors:
+            run.mirror(_network(pl_module, name))
         for average in _averages(trainer, pl_module):
             for copy in averages_of([average], network):
                 run.mirror(copy)
@@ -187,7 +196,7 @@ def _network(pl_module: LightningModule, name: str) -> nn.Module:
     except AttributeError:
         known = ", ".join(child for child, _ in pl_module.named_children())
         raise InputError(
-            f"the LightningModule has no module {name!r}", allowed=known, next_step="say module="
+            f"the LightningModule has no module {name!r}", allowed=known, next_step="say module= or mirrors="
         ) from None
 
 

@@ -40,7 +40,7 @@ class Exchange:
     """Parameters that leave and those that take their place, with the Jacobian of the weight by its factors.
 
     One for many is a weight that is factored, many for one a weight that is composed again; without a Jacobian the
-    one new parameter is the old one in a new object. ``names`` are those of the new ones.
+    one new parameter is the old one, in a new object or by another name. ``names`` are those of the new ones.
     """
 
     old: tuple[nn.Parameter, ...]
@@ -75,14 +75,15 @@ def exchange_parameters(optimizer: Optimizer, exchanges: Sequence[Exchange], *, 
             group["param_names"] = names
     for exchange in exchanges:
         for old in exchange.old:
-            optimizer.state.pop(old, None)
+            if all(old is not new for new in exchange.new):
+                optimizer.state.pop(old, None)
     return notes
 
 
 def _carry(optimizer: Optimizer, exchange: Exchange) -> list[str]:
     """Give the new parameters their state; return why it cannot be done, if so."""
     states = [optimizer.state.get(old) or {} for old in exchange.old]
-    if not any(states):
+    if not any(states) or exchange.old[0] is exchange.new[0]:
         return []
     unknown = sorted({key for state in states for key, value in state.items() if not _known(key, value)})
     uneven = any(set(state) != set(states[0]) for state in states)

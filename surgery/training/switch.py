@@ -1,7 +1,8 @@
 """The switch itself: one module and its optimizer from dense to factored and back, in place, with all state.
 
 What stays the same: the objects of the model and of the optimizer, every module but the sites, the groups of the
-optimizer, and what the factors compose to. Biases get new objects of the same values, and keep their state.
+optimizer, and what the factors compose to. Biases keep their values, their flags and their state, whether they are the
+same objects afterwards or new ones.
 """
 
 from __future__ import annotations
@@ -121,12 +122,16 @@ def _exchanges_down(root: nn.Module, before: Parameters, record: Sequence[Factor
 
 
 def _rebound(before: Parameters, after: Parameters, names: Mapping[str, str]) -> list[Exchange]:
-    """Return the exchanges of parameters that are the same in a new object, as biases; they keep their flag."""
+    """Return the exchanges of parameters that are the same by another name, as biases, or in a new object.
+
+    They keep their flag.
+    """
     exchanges, seen = [], set()
     for name, old in before.items():
-        new = after[names.get(name, name)]
-        if new is not old and id(old) not in seen:
+        moved = names.get(name, name)
+        new = after[moved]
+        if (new is not old or moved != name) and id(old) not in seen:
             new.requires_grad_(old.requires_grad)
-            exchanges.append(Exchange((old,), (new,), (names.get(name, name),)))
+            exchanges.append(Exchange((old,), (new,), (moved,)))
         seen.add(id(old))
     return exchanges

@@ -1,0 +1,302 @@
+"""What is reported happened: the returned model runs each chain that it lists, however the model reaches its layers.
+
+And decompose works on every model that runs: where no graph can be captured, its calls are watched.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import surgery
+from surgery.chain import relative_error
+from surgery.errors import CheckError, InputError, SurgeryError
+from surgery.factorizations import FACTORIZATIONS
+from tests.test_carried import KINDS, run, state
+from tests.tolerances import tolerance
+
+ALLOWED = tolerance(torch.float32, length=16, steps=16)
+X = torch.linspace(-1, 1, 64).view(4, 16)
+
+
+class Layers(nn.Module):
+    """Layers that ``forward`` does not call by their registered names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 8)
+
+
+class InLists(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.table, self.nest = [self.a], {"b": self.b}, (([self.b],),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for row in self.rows:
+            x = row(x).relu()
+        return self.table["b"](x) + self.nest[0][0][0](x)
+
+
+class InAttributes(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        object.__setattr__(self, "hidden", self.a)
+        self.run, self.part = self.b.__call__, functools.partial(self.b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.hidden(x).relu()
+        return self.run(x) + self.part(x)
+
+
+class InClosure(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        a = self.a
+        self.run = lambda x: a(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.run(x).relu())
+
+
+class Both(Layers):
+    """One layer, called by its name and from a closure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        a = self.a
+        self.run = lambda x: a(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.run(x).relu() + self.a(x))
+
+
+class Patched(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a.forward = MethodType(lambda m, x: F.linear(x, m.weight, m.bias) * 2, self.a)  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu())
+
+
+class PatchedAround(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(16, 16))
+        self.block.forward = lambda x: F.linear(x, self.block[0].weight) * 2  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(self.block(x)).relu())
+
+
+class Writes(Layers):
+    """A model that does not run once a layer is factored."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.a.weight.data.mul_(1.0)
+        return self.b(self.a(x).relu())
+
+
+class Depends(Layers):
+    """Control flow that depends on data, which no graph has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        for _ in range(int(x.abs().sum()) % 3 + 1):
+            x = self.a(x).relu()
+        return self.b(x) if float(x.sum()) > -1e9 else x
+
+
+MODELS = [InLists, InAttributes, InClosure, Both, Patched, PatchedAround, Writes, Depends]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("build", MODELS)
+def test_each_chain_runs_and_no_layer_beside_it(build: Callable[[], nn.Module], inplace: bool) -> None:
+    model = build()
+    with torch.no_grad():
+        expected = model(X)
+    result = surgery.decompose(model, X, ranks="full", factorization="svd", inplace=inplace)
+    said = {change.site for change in result.changes} | {skip.name for skip in result.skips}
+    assert {"a", "b"} <= said
+    called = set[str]()
+    for change in result.changes:
+        chain = result.model.get_submodule(change.site)
+        chain.register_forward_pre_hook(lambda m, i, name=change.site: called.add(name))
+    with torch.no_grad():
+        assert relative_error(result.model(X), expected) <= ALLOWED
+    assert called == {change.site for change in result.changes}
+    parameters = {p.data_ptr(): p.numel() for p in result.model.parameters()}
+    assert sum(parameters.values()) == result.after.parameters
+    back = surgery.recompose(result.model, X).model
+    assert {k: v.shape for k, v in state(back).items()} == {k: v.shape for k, v in build().state_dict().items()}
+    with torch.no_grad():
+        assert relative_error(back(X), expected) <= ALLOWED
+
+
+def test_references_come_back_with_the_layers() -> None:
+    small = surgery.decompose(InLists(), X, ranks=2, factorization="svd").model
+    assert small.rows[0] is small.a
+    assert small.table["b"] is small.nest[0][0][0] is small.b
+    back = surgery.recompose(small, X).model
+    assert back.rows[0] is back.a
+    assert type(back.a) is nn.Linear
+
+
+def test_a_probe_leaves_buffers_and_random_numbers_as_they_were() -> None:
+    class Counts(Layers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("runs", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs += 1
+            return self.b(self.a(x + torch.rand(16)).relu())
+
+    model, before = Counts(), torch.get_rng_state()
+    result = surgery.decompose(model, X, ranks=2, factorization="svd")
+    assert len(result.changes) == 2
+    assert float(result.model.runs) == 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Packs(nn.Module):
+    """A recurrent layer that packs its batch."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.rnn = kind(10, 16, batch_first=True, **options)
+        self.head = nn.Linear(16 * (2 if self.rnn.bidirectional else 1), 5)
+
+    def forward(self, x: Any, lengths: Tensor | None = None) -> Tensor:
+        packed = x if lengths is None else pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.head(pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0])
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("kind", "options"), [(nn.LSTM, {}), (nn.GRU, {"bidirectional": True, "num_layers": 2})])
+def test_packed_sequences(kind: type[nn.RNNBase], options: dict[str, Any], given: bool) -> None:
+    model, x, lengths = Packs(kind, **options), torch.randn(3, 7, 10), torch.tensor([5, 7, 3])
+    args = (pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False),) if given else (x, lengths)
+    sites, _ = surgery.find_sites(model, args)
+    recurrent = next(site for site in sites if site.name == "rnn.hh_l0")
+    assert recurrent.macs == int(lengths.sum()) * recurrent.operator.weight.numel()
+    result = surgery.decompose(model, args, ranks="full", factorization="svd")
+    assert len(result.changes) == len(sites)
+    with torch.no_grad():
+        assert relative_error(result.model(*args), model(*args)) <= ALLOWED
+    back = surgery.recompose(result.model, args).model
+    assert set(back.state_dict()) == set(model.state_dict())
+
+
+def test_a_packed_sequence_alone_is_one_input() -> None:
+    model = Packs(nn.LSTM)
+    packed = pack_padded_sequence(torch.randn(3, 7, 10), torch.tensor([5, 7, 3]), True, enforce_sorted=False)
+    assert len(surgery.decompose(model, packed, ranks=2, factorization="svd").changes) == 3
+
+
+def test_calibration_and_auto_work_on_what_is_watched() -> None:
+    model, x = Depends().eval(), torch.randn(96, 16)
+    fitted = surgery.decompose(model, X, ranks=4, factorization="svd", calibration=x)
+    assert {change.site for change in fitted.changes} == {"a", "b"}
+    kept = surgery.decompose(model, X, calibration=x, max_error=0.2, cost="params")
+    assert kept.promise is not None
+
+
+def test_without_dataflow_nothing_is_fused_that_is_not_known() -> None:
+    found = surgery.recompose(Depends(), X)
+    assert not found.changes
+    assert "dataflow" in found.skips[0].reason
+
+
+def heads(layer: Callable[[], nn.Module]) -> nn.Module:
+    class Heads(nn.Module):
+        """Two layers on one value, whose outputs the model adds."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.first, self.second = layer(), layer(), layer()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(x).relu()
+            return (self.first(x) + self.second(x)) / 2
+
+    return Heads()
+
+
+HEADS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "linear": (lambda: nn.Linear(8, 8), torch.randn(2, 8)),
+    "conv": (lambda: nn.Conv2d(8, 8, 3, padding=1, bias=False), torch.randn(2, 8, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("factorization", FACTORIZATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", HEADS)
+def test_chains_that_the_model_adds_come_back_each_for_itself(name: str, kind: str, factorization: str) -> None:
+    layer, x = HEADS[name]
+    net = heads(layer)
+    result = surgery.decompose(KINDS[kind](net, x), x, ranks=2, factorization=factorization)
+    back = surgery.recompose(result.model, x).model
+    assert {k: v.shape for k, v in state(back).items()} == {k: v.shape for k, v in net.state_dict().items()}
+    with torch.no_grad():
+        assert relative_error(run(back, x), run(result.model, x)) <= ALLOWED
+
+
+@pytest.mark.parametrize("capture", ["symbolic", "program"])
+def test_a_graph_that_was_captured_of_a_factored_module_knows_its_chains(capture: str) -> None:
+    layer, x = HEADS["linear"]
+    net = heads(layer)
+    small = surgery.decompose(net, x, ranks=2, factorization="svd").model
+    host: Any = torch.fx.symbolic_trace(small) if capture == "symbolic" else torch.export.export(small, (x,))
+    back = surgery.recompose(host, x).model
+    assert {k: v.shape for k, v in state(back).items()} == {k: v.shape for k, v in net.state_dict().items()}
+
+
+def test_a_chain_that_no_node_calls_is_a_bug_and_said_so() -> None:
+    program = torch.export.export(Layers2(), (X,))
+    result = surgery.decompose(program, ranks=2, factorization="svd")
+    assert isinstance(result.model, ExportedProgram)
+    assert len(result.changes) == 2
+
+
+class Layers2(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu())
+
+
+def test_what_cannot_be_copied_is_said_and_can_be_changed_in_place() -> None:
+    net = Layers2()
+    net.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(InputError, match="cannot be copied.*inplace"):
+        surgery.decompose(net, X, ranks=2, factorization="svd")
+    assert len(surgery.decompose(net, X, ranks=2, factorization="svd", inplace=True).changes) == 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about TorchScript
+def test_torchscript_says_what_to_do() -> None:
+    with pytest.raises(SurgeryError, match=r"TorchScript.*export"):
+        surgery.decompose(torch.jit.script(Layers2()), X, ranks=2)
+
+
+def test_nothing_but_own_errors_leaves_a_public_function() -> None:
+    class Odd(Layers2):
+        def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError
+
+    with pytest.raises(CheckError, match="decompose failed: RuntimeError") as caught:
+        surgery.decompose(Odd(), X, ranks=2)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(TypeError):
+        surgery.decompose(Layers2(), X, rank=2)  # type: ignore[call-arg]
