@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
+from surgery.text import first_line
+
 __all__ = [
     "CaptureError",
     "CheckError",
@@ -96,8 +98,7 @@ def only_own_errors(function: Callable[_P, _R]) -> Callable[_P, _R]:
         except SurgeryError:
             raise
         except Exception as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            what = f"{function.__name__} failed: {': '.join([type(error).__name__, *lines[:1]])}"
+            what = f"{function.__name__} failed: {type(error).__name__}: {first_line(error)}"
             raise CheckError(what, next_step="please report it, with the cause that Python shows") from error
 
     return guarded

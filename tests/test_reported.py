@@ -15,13 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import surgery
 from surgery.chain import relative_error
 from surgery.errors import CheckError, InputError, SurgeryError
 from surgery.factorizations import FACTORIZATIONS
+from surgery.graphs import open_graph
+from surgery.operators import Linear
 from tests.test_carried import KINDS, run, state
 from tests.tolerances import tolerance
 
@@ -265,10 +266,17 @@ def test_a_graph_that_was_captured_of_a_factored_module_knows_its_chains(capture
 
 
 def test_a_chain_that_no_node_calls_is_a_bug_and_said_so() -> None:
-    program = torch.export.export(Layers2(), (X,))
-    result = surgery.decompose(program, ranks=2, factorization="svd")
-    assert isinstance(result.model, ExportedProgram)
-    assert len(result.changes) == 2
+    graph: Any = open_graph(torch.export.export(Layers2(), (X,)), (), {})
+    graph.splice(graph.find().spots[0], FACTORIZATIONS["svd"].factor(nn_linear(), (2,)))
+    assert graph.verify() == {}
+    graph.add_parameter(["ghost.0.weight"], nn.Parameter(torch.zeros(2, 16)))
+    graph.record["ghost"] = {"weight": "ghost.weight"}
+    with pytest.raises(CheckError, match="ghost"):
+        graph.verify()
+
+
+def nn_linear() -> Linear:
+    return Linear(torch.randn(16, 16), bias=torch.zeros(16))
 
 
 class Layers2(Layers):
@@ -284,10 +292,32 @@ def test_what_cannot_be_copied_is_said_and_can_be_changed_in_place() -> None:
     assert len(surgery.decompose(net, X, ranks=2, factorization="svd", inplace=True).changes) == 2
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about its quantized modules
+@pytest.mark.filterwarnings("ignore")  # of torch, about its quantized modules
+def test_a_quantized_layer_is_a_skip() -> None:
+    quantized = torch.ao.nn.quantized.dynamic.Linear(16, 16)
+    result = surgery.decompose(nn.Sequential(quantized, nn.ReLU(), nn.Linear(16, 8)), X, ranks=2, factorization="svd")
+    assert [change.site for change in result.changes] == ["2"]
+    assert [(skip.name, skip.reason) for skip in result.skips] == [
+        ("0", "it is quantized; change the model before that")
+    ]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about TorchScript
 def test_torchscript_says_what_to_do() -> None:
     with pytest.raises(SurgeryError, match=r"TorchScript.*export"):
         surgery.decompose(torch.jit.script(Layers2()), X, ranks=2)
+
+
+def test_a_model_without_numbers_is_skips_alone() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32), nn.LSTM(16, 8))
+    x = torch.empty(5, 2, 16, device="meta")
+    result = surgery.decompose(model, x, ranks=2, factorization="svd")
+    assert not result.changes
+    assert all("meta" in skip.reason for skip in result.skips)
+    assert len(result.skips) >= 6
+    surgery.recompose(model, x)
 
 
 def test_nothing_but_own_errors_leaves_a_public_function() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import is_lazy
 
 import surgery
 from surgery.errors import InputError
@@ -129,13 +129,21 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 def test_models_keep_such_layers(name: str, kind: str) -> None:
     module, x = MODELS[name]()
     model = as_kind(module, kind, x)
-    done = surgery.decompose(model, x, ranks=2, factorization="svd")
-    reasons = {skip.name: skip.reason for skip in done.skips}
+    sites, skips = surgery.find_sites(model, x)
     alone = {"0", "1"} if name in ("complex", "meta") else {"0"}
-    assert set(reasons) == alone
-    assert all(reason.startswith("its weight is ") for reason in reasons.values())
-    assert {change.site for change in done.changes} == {"0", "1"} - alone
+    assert {skip.name for skip in skips} == alone
+    assert all(skip.reason.startswith("its weight is ") for skip in skips)
+    assert {site.name for site in sites} == {"0", "1"} - alone
     assert not surgery.recompose(model, x).changes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["complex", "meta"])
+def test_models_of_such_layers_alone_are_left_alone(name: str, kind: str) -> None:
+    module, x = MODELS[name]()
+    done = surgery.decompose(as_kind(module, kind, x), x, ranks=2, factorization="svd")
+    assert not done.changes
+    assert [skip.name for skip in done.skips] == ["0", "1"]
 
 
 @pytest.mark.parametrize("kind", ["module", "graph"])
@@ -156,11 +164,18 @@ def test_a_sparse_layer_is_listed(kind: str) -> None:
     assert [(skip.name, skip.operator, skip.parameters) for skip in skips] == [("0", "Linear", 272)]
 
 
-@pytest.mark.parametrize("kind", ["module", "graph"])
-def test_lazy_layers_stay_as_they_are(kind: str) -> None:
+def test_lazy_layers_stay_as_they_are() -> None:
     module = nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, 8))
-    before = copy.deepcopy(module)
     with pytest.raises(InputError, match="lazy layers without weights; run the model once"):
-        surgery.find_sites(as_kind(module, kind, torch.ones(4, 16)), torch.ones(4, 16))
-    assert type(module[0]) is type(before[0]) is nn.LazyLinear
-    assert torch.nn.parameter.is_lazy(module[0].weight)
+        surgery.find_sites(torch.fx.symbolic_trace(module), torch.ones(4, 16))
+    assert type(module[0]) is nn.LazyLinear
+    assert is_lazy(module[0].weight)
+
+
+def test_lazy_layers_of_modules_are_listed() -> None:
+    module = nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, 8))
+    sites, skips = surgery.find_sites(module, torch.ones(4, 16))
+    assert [site.name for site in sites] == ["2"]
+    assert [(skip.name, skip.operator, skip.parameters) for skip in skips] == [("0", "LazyLinear", 0)]
+    assert "run the model once" in skips[0].reason
+    assert is_lazy(module[0].weight)

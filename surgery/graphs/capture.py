@@ -23,7 +23,7 @@ from surgery.graphs.factored import is_chain
 from surgery.graphs.known import ModuleCall
 from surgery.graphs.links import is_link_module
 from surgery.graphs.modules import is_operator_module, read_module
-from surgery.graphs.shapes import fake_shapes
+from surgery.graphs.shapes import fake_shapes, kept_random
 from surgery.graphs.trace import export_program, trace_module
 from surgery.graphs.view import Call, View, site_name
 from surgery.graphs.watch import watch
@@ -49,7 +49,7 @@ def capture(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> C
     Raises:
         InputError: the model does not run on the example inputs, or there are none and they are needed.
     """
-    with torch.random.fork_rng(devices=[]):  # user code may draw random numbers while it is traced
+    with kept_random(root):  # user code may draw random numbers while it is traced
         return _captured(root, args, kwargs)
 
 

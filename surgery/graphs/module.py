@@ -109,7 +109,7 @@ class ModuleKind(GraphKind):
                 continue
             if is_operator_module(module):
                 skips.append(Skip(path, type(module).__name__, _UNSEEN, count(module)))
-            elif not list(module.children()) and (reason := refuse_module(module)) is not None:
+            elif not any(skip.name == path.rpartition(".")[0] for skip in skips) and (reason := _refuse_whole(module)) is not None:
                 skips.append(Skip(path, type(module).__name__, reason, count(module)))
         return skips
 
@@ -206,3 +206,9 @@ class ModuleKind(GraphKind):
         swap_references(self._root, self._final())
         pack_all(self._holder, self._packed)
         return self._holder[0]
+
+
+def _refuse_whole(module: nn.Module) -> str | None:
+    """Return why a layer of another kind is no site; None for containers, of which the parts are looked at."""
+    whole = type(module).__module__.startswith("torch.ao.nn") or not list(module.children())
+    return refuse_module(module) if whole else None

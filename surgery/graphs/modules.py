@@ -109,6 +109,8 @@ def refuse_module(module: nn.Module) -> str | None:
         return None  # a chain has its own reasons
     if name in _REASONS:
         return _REASONS[name]
+    if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+        return "it is quantized; change the model before that"
     if any(map(is_lazy, module.parameters(recurse=False))):
         return "its weight is not made yet; run the model once"
     if is_parametrized(module):

@@ -17,7 +17,7 @@ from surgery.errors import InputError
 from surgery.operators import Shape
 from surgery.text import first_line
 
-__all__ = ["evaluation", "fake_shapes", "kept_buffers", "lazy_shapes"]
+__all__ = ["evaluation", "fake_shapes", "kept_buffers", "kept_random", "lazy_shapes"]
 
 
 @contextlib.contextmanager
@@ -34,6 +34,12 @@ def evaluation(module: nn.Module) -> Iterator[None]:
     finally:
         for m, training in flags.items():
             m.training = training
+
+
+def kept_random(root: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Give the random states that a model may use back: that of the CPU, and those of its devices."""
+    found = {parameter.device for parameter in root.parameters() if parameter.device.type == "cuda"}
+    return torch.random.fork_rng(devices=[device.index for device in found])
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from surgery.errors import InputError, Refusal
@@ -110,5 +110,10 @@ def _same(module: _Unpacked, original: _Packed, new: _Packed) -> bool:
         if module.out_proj is not original.out_proj:
             return False
         old = original.state_dict()
-        return all(torch.equal(old[name], tensor) for name, tensor in new.state_dict().items())
+        return all(_equal(old[name], tensor) for name, tensor in new.state_dict().items())
     return all(new._parameters[name] is parameter for name, parameter in original._parameters.items())
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same numbers, or have none."""
+    return first.is_meta or torch.equal(first, second)

@@ -21,7 +21,7 @@ from surgery.errors import InputError
 from surgery.graphs.factored import is_chain
 from surgery.graphs.modules import is_operator_module
 from surgery.graphs.recurrent import UnpackedRecurrent
-from surgery.graphs.shapes import evaluation, kept_buffers
+from surgery.graphs.shapes import evaluation, kept_buffers, kept_random
 from surgery.operators import Shape
 from surgery.text import first_line
 
@@ -134,7 +134,7 @@ def run_once(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     Raises:
         InputError: whatever the model raises.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluation(root), kept_buffers(root):
+    with kept_random(root), torch.no_grad(), evaluation(root), kept_buffers(root):
         try:
             return root(*args, **kwargs)
         except Exception as error:  # a model may raise anything

@@ -32,7 +32,7 @@ from surgery.training.propose import Proposal, Sought, plan_for, propose, refuse
 from surgery.training.schedule import Schedule
 from surgery.training.spectra import SpectrumLog, stable_rank
 from surgery.training.structure import has_dense
-from surgery.training.trained import keep_dense
+from surgery.training.trained import Survey, keep_dense
 from surgery.training.trainee import Trainee
 
 __all__ = ["LowRankTraining"]
@@ -311,16 +311,20 @@ class LowRankTraining:
 
     def _decompose(self, due: _Due, reason: str) -> Event:
         start, done = time.perf_counter(), due.done
-        proposal: Proposal = self._trainee.agree(self._propose(due) if self._trainee.leads else None)
+        survey = self._trainee.survey()
+        proposal: Proposal = self._trainee.agree(self._propose(due, survey) if self._trainee.leads else None)
         self._decided, forecast = True, proposal.forecast
         if all(decision.dense for decision in proposal.plan):
-            return self._say(Event("stay", done, refused(proposal.plan), time.perf_counter() - start))
+            why = refused(proposal.plan, survey.left)
+            return self._say(Event("stay", done, why, time.perf_counter() - start))
         if forecast is not None and not forecast.pays:
             return self._say(Event("stay", done, forecast.reason, time.perf_counter() - start, forecast=forecast))
         self._formats = [proposal.channels_last]
         self._trainee.channels_last = proposal.channels_last
         why = reason if forecast is None else f"{reason}; {forecast.reason}"
-        return self._factor("decompose", done, why, proposal, start)
+        event = self._factor("decompose", done, why, proposal, start)
+        hooked = (f"stays dense: {name}: {reason}" for name, reason in survey.hooked.items())
+        return self._say(dataclasses.replace(event, notes=(*event.notes, *hooked)))
 
     def _factor(self, kind: str, done: int, reason: str, proposal: Proposal, start: float) -> Event:
         changes, notes = self._trainee.down(proposal.plan)
@@ -328,22 +332,22 @@ class LowRankTraining:
         dense = [f"stays dense: {decision.site}: {decision.reason}" for decision in self.plan if decision.dense]
         told = (*notes, *dense)
         seconds, form = time.perf_counter() - start, proposal.channels_last
-        return self._say(Event(kind, done, reason, seconds, changes, told, proposal.forecast, form))
+        return Event(kind, done, reason, seconds, changes, told, proposal.forecast, form)
 
-    def _propose(self, due: _Due) -> Proposal:
+    def _propose(self, due: _Due, survey: Survey) -> Proposal:
         trainee, last = self._trainee, self._schedule.last
-        untrained = trainee.untrained
+        sought = self._sought.without(survey.hooked)
         if not self._measured:
-            return Proposal(plan_for(trainee.sites, self._sought, untrained=untrained), self._formats[0])
+            return Proposal(plan_for(survey.sites, sought, untrained=survey.untrained), self._formats[0])
         return propose(
             trainee.root,
             trainee.inputs,
-            self._sought,
+            sought,
             log=self._spectra,
             formats=self._formats,
             epoch=(due.seconds, due.steps),
             epochs_left=None if last is None else max(0, last - due.done),
-            untrained=untrained,
+            untrained=survey.untrained,
         )
 
     def _recompose(self, done: int, reason: str) -> Event:
@@ -361,11 +365,12 @@ class LowRankTraining:
         notes = self._trainee.up()
         if self._measured:
             self._spectra = self._spectra.add(self._stable_ranks())
-        proposed = self._propose(_Due(done)).plan if self._trainee.leads else None
-        plan = keep_dense(shrunk(before, self._trainee.agree(proposed)), self._trainee.untrained)
+        survey = self._trainee.survey()
+        proposed = self._propose(_Due(done), survey).plan if self._trainee.leads else None
+        plan = keep_dense(shrunk(before, self._trainee.agree(proposed)), survey.untrained)
         lower = "; ".join(before.diff(plan)) or "no site needs less than it has"
         event = self._factor("redecompose", done, lower, Proposal(plan, self._trainee.channels_last), start)
-        return dataclasses.replace(event, notes=(*notes, *event.notes))
+        return self._say(dataclasses.replace(event, notes=(*notes, *event.notes)))
 
     def _say(self, event: Event) -> Event:
         _log.info("%r", event)

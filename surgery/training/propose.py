@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -41,6 +41,12 @@ class Sought:
     factorization: str = "auto"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+
+    def without(self, names: Collection[str]) -> Sought:
+        """Return the same without ranks for these names."""
+        if not isinstance(self.ranks, Mapping):
+            return self
+        return replace(self, ranks={name: rank for name, rank in self.ranks.items() if name not in names})
 
     @property
     def automatic(self) -> bool:
@@ -175,7 +181,8 @@ def _macs(decision: Decision) -> int:
     return macs or 0
 
 
-def refused(plan: Plan) -> str:
-    """Return why no site of a plan is factored, in words."""
-    reasons = dict.fromkeys(f"{decision.site}: {decision.reason}" for decision in plan)
-    return "no site would train faster; " + "; ".join(reasons)
+def refused(plan: Plan, untrained: Mapping[str, str]) -> str:
+    """Return why no site of a plan is factored, in words; ``untrained`` has what cannot be, each with the reason."""
+    reasons = {decision.site: decision.reason for decision in plan} | dict(untrained)
+    head = "no site would train faster" if reasons.keys() - untrained.keys() else "nothing can be trained in factors"
+    return "; ".join([head, *(f"{name}: {reason}" for name, reason in reasons.items())])

@@ -7,7 +7,8 @@ the hooks would not see.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,7 +16,35 @@ from torch.optim import Optimizer
 from surgery.plans import Plan
 from surgery.sites import Site
 
-__all__ = ["as_pattern", "keep_dense", "untrained"]
+__all__ = ["Survey", "as_pattern", "hooked", "keep_dense", "untrained"]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The sites of a model that trains.
+
+    ``untrained`` has those that cannot be trained in factors, ``hooked`` what is no site since its weight has a hook on
+    its gradient; each with the reason.
+    """
+
+    sites: tuple[Site, ...]
+    untrained: Mapping[str, str]
+    hooked: Mapping[str, str]
+
+    @property
+    def left(self) -> dict[str, str]:
+        """All that must be left as it is."""
+        return dict(self.untrained) | dict(self.hooked)
+
+
+_HOOKED = "its weight has a hook on its gradient, which factors do not have"
+
+
+def hooked(root: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Map those modules whose weight has a hook on its gradient to the reason to leave them as they are."""
+    modules = dict(root.named_modules(remove_duplicate=False))
+    weights = {name: modules[name]._parameters.get("weight") for name in names if name in modules}
+    return {name: _HOOKED for name, weight in weights.items() if weight is not None and _has_hooks(weight)}
 
 
 def untrained(root: nn.Module, optimizer: Optimizer, sites: Sequence[Site]) -> dict[str, str]:
@@ -38,7 +67,7 @@ def _refuse(weight: nn.Parameter, held: set[int]) -> str | None:
     if id(weight) not in held:
         return "its weight does not train: it is in no param group of the optimizer"
     if _has_hooks(weight):
-        return "its weight has a hook on its gradient, which factors do not have"
+        return _HOOKED
     return None
 
 

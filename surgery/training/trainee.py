@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from surgery.errors import InputError
+from surgery.passes.decompose import find_sites
 from surgery.passes.recompose import recompose
 from surgery.passes.results import Change
 from surgery.plans import Plan
@@ -20,7 +21,7 @@ from surgery.training.optimizer import Exchange, exchange_parameters
 from surgery.training.propose import sites_of
 from surgery.training.structure import FactoredSite, build
 from surgery.training.switch import align_copy, fill_structure, set_format, switch_down, switch_up
-from surgery.training.trained import untrained
+from surgery.training.trained import Survey, hooked, untrained
 from surgery.training.wrappers import agree, broadcast, group_of, rewrap, unwrap
 
 __all__ = ["Trainee"]
@@ -65,10 +66,11 @@ class Trainee:
         """Return the value of the process that leads."""
         return agree(value, group_of(self.model))
 
-    @property
-    def untrained(self) -> dict[str, str]:
-        """The sites that cannot be trained in factors, each with the reason."""
-        return untrained(self.root, self.optimizer, self.sites)
+    def survey(self) -> Survey:
+        """Return the sites of the module as it is, and which of them cannot be trained in factors."""
+        sites, skips = find_sites(self.root, self.inputs)
+        names = [skip.name for skip in skips]
+        return Survey(sites, untrained(self.root, self.optimizer, sites), hooked(self.root, names))
 
     def mirror(self, copy: nn.Module) -> None:
         """Take a dense copy along; once, however often it is named.
