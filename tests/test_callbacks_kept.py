@@ -38,13 +38,18 @@ def lightning() -> Any:
     return pytorch
 
 
-def classifier(pytorch: Any, *, average: bool = False) -> Any:
+def average_of(network: nn.Module, *, plain: bool) -> Any:
+    """An average, by torch or as a copy of one's own."""
+    return copy.deepcopy(network) if plain else AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+
+
+def classifier(pytorch: Any, *, average: bool = False, plain: bool = False) -> Any:
     class Classifier(pytorch.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
             self.network = Net(drop=0.0)
-            self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(0.9)) if average else None
+            self.average = average_of(self.network, plain=plain) if average else None
             self.epochs = 0
 
         def training_step(self, data: Any, index: int) -> Tensor:
@@ -57,8 +62,11 @@ def classifier(pytorch: Any, *, average: bool = False) -> Any:
             self.validation_step(data, index)
 
         def on_train_batch_end(self, *_: Any) -> None:
-            if self.average is not None:
+            if isinstance(self.average, AveragedModel):
                 self.average.update_parameters(self.network)
+            elif self.average is not None:
+                for own, new in zip(self.average.parameters(), self.network.parameters(), strict=True):
+                    own.data.lerp_(new.detach(), 0.1)
 
         def on_train_epoch_end(self) -> None:
             self.epochs += 1
@@ -69,7 +77,16 @@ def classifier(pytorch: Any, *, average: bool = False) -> Any:
     return Classifier()
 
 
-def fit(pytorch: Any, folder: Path, others: list[Any], *, first: bool, average: bool = False, **options: Any) -> Any:
+def fit(
+    pytorch: Any,
+    folder: Path,
+    others: list[Any],
+    *,
+    first: bool,
+    average: bool = False,
+    plain: bool = False,
+    **options: Any,
+) -> Any:
     """Fit with the callbacks after ours, or before it; return module, callback and trainer."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -77,19 +94,19 @@ def fit(pytorch: Any, folder: Path, others: list[Any], *, first: bool, average: 
 
     path = options.pop("ckpt_path", None)
     saving = {"save_top_k": -1, "monitor": "loss", "mode": "max", **options}  # the worst is the best: not the last
-    ours = LowRankCallback(DATA[0][:8], **SETTINGS)
+    ours = LowRankCallback(DATA[0][:8], mirrors=("average",) if plain else (), **SETTINGS)
     callbacks = [ours, *others] if first else [*others, ours]
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     every = ModelCheckpoint(folder, filename="{epoch}", **saving)
     trainer = pytorch.Trainer(max_epochs=EPOCHS, callbacks=[*callbacks, every], num_sanity_val_steps=1, **quiet)
-    module = classifier(pytorch, average=average)
+    module = classifier(pytorch, average=average, plain=plain)
     loader = DataLoader(TensorDataset(*DATA), batch_size=8)
     trainer.fit(module, loader, DataLoader(TensorDataset(*DATA), batch_size=24), ckpt_path=path)
     return module, ours, trainer
 
 
-def loss_of(pytorch: Any, state: dict[str, Tensor], *, average: bool = False) -> float:
-    module = classifier(pytorch, average=average)
+def loss_of(pytorch: Any, state: dict[str, Tensor], **made: bool) -> float:
+    module = classifier(pytorch, **made)
     module.load_state_dict(state, strict=True)
     with torch.no_grad():
         return float(nn.functional.cross_entropy(module.network.eval()(DATA[0]), DATA[1]))
@@ -160,14 +177,14 @@ def test_lightning_resumes_with_averages(lightning: Any, tmp_path: Path, kind: s
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
-def test_lightning_takes_an_average_in_the_module_along(lightning: Any, tmp_path: Path) -> None:
-    module, _, trainer = fit(lightning, tmp_path, [], first=True, average=True)
-    assert int(module.average.n_averaged) == 3 * EPOCHS
+@pytest.mark.parametrize("plain", [False, True])
+def test_lightning_takes_an_average_in_the_module_along(lightning: Any, tmp_path: Path, plain: bool) -> None:
+    module, _, trainer = fit(lightning, tmp_path, [], first=True, average=True, plain=plain)
     with torch.no_grad():
         assert float(nn.functional.cross_entropy(module.average.eval()(DATA[0]), DATA[1])) < 2
     for path, score in scores(trainer).items():
         state = torch.load(path, weights_only=True)["state_dict"]
-        assert loss_of(lightning, state, average=True) == pytest.approx(score, abs=1e-5)
+        assert loss_of(lightning, state, average=True, plain=plain) == pytest.approx(score, abs=1e-5)
 
 
 def keepers(pytorch: Any) -> list[Any]:

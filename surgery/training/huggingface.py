@@ -5,6 +5,9 @@ Its checkpoints have the weights of the dense architecture at any time, composed
 model its structure; so ``low_rank_training.pt`` beside it has the factors with the state of their optimizer, and the
 Trainer's own ``optimizer.pt`` is of the dense architecture too, without any state. Callback and Trainer together then
 go on with the run that it was.
+
+What was scored is what is saved: the switch comes at the end of an epoch, before the Trainer evaluates and saves. With
+``load_best_model_at_end`` the model is recomposed before the best weights are loaded into it, wherever it stands.
 """
 
 from __future__ import annotations
@@ -48,6 +51,9 @@ class LowRankCallback(TrainerCallback):
         callback = LowRankCallback({"pixel_values": images})
         Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
         print(callback.run.history)
+
+    An average of the weights goes along after ``callback.run.mirror(average)``, in ``on_train_begin`` of a callback that
+    comes after this one.
 
     Args:
         example_inputs: one batch for the model as in training: a tensor, a tuple of arguments, or a dict of keywords.
