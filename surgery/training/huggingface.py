@@ -52,8 +52,8 @@ class LowRankCallback(TrainerCallback):
         Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
         print(callback.run.history)
 
-    An average of the weights goes along after ``callback.run.mirror(average)``, in ``on_train_begin`` of a callback that
-    comes after this one.
+    An average of the weights goes along after ``callback.run.mirror(average)``, in ``on_train_begin`` of a callback
+    that comes after this one.
 
     Args:
         example_inputs: one batch for the model as in training: a tensor, a tuple of arguments, or a dict of keywords.
