@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from surgery.pretrained import watch_imports
+
 if TYPE_CHECKING:
     from surgery.benchmark import bench as bench
     from surgery.chain import Chain as Chain
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
     from surgery.passes.decompose import find_sites as find_sites
     from surgery.passes.decompose import plan as plan
     from surgery.passes.recompose import recompose as recompose
+    from surgery.passes.structure import apply as apply
     from surgery.plans import Plan as Plan
+    from surgery.pretrained import from_pretrained as from_pretrained
     from surgery.saving import save as save
     from surgery.training import ADMM as ADMM
     from surgery.training import LowRankTraining as LowRankTraining
@@ -42,12 +46,14 @@ _HOMES: dict[str, str] = {
     "LowRankTraining": "surgery.training",
     "Plan": "surgery.plans",
     "SurgeryError": "surgery.errors",
+    "apply": "surgery.passes.structure",
     "bench": "surgery.benchmark",
     "bisect": "surgery.passes.bisect",
     "compare": "surgery.comparison",
     "decompose": "surgery.passes.decompose",
     "export_onnx": "surgery.export",
     "find_sites": "surgery.passes.decompose",
+    "from_pretrained": "surgery.pretrained",
     "load": "surgery.loading",
     "plan": "surgery.passes.decompose",
     "recompose": "surgery.passes.recompose",
@@ -55,6 +61,8 @@ _HOMES: dict[str, str] = {
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]
+
+watch_imports()  # so that transformers can load what was factored
 
 
 def __getattr__(name: str) -> Any:

@@ -86,7 +86,7 @@ def split(chain: Chain, sites: Sequence[Site]) -> tuple[Chain, ...] | Refusal:
     for site, kernel in zip(sites, last.kernel.split(rows, 1), strict=True):
         rows_of = Conv.from_kernel(kernel, last.geometry) if isinstance(last, Conv) else Linear(kernel[0])
         own = rows_of.to(memory_format=torch.contiguous_format, copy=True)
-        chains.append(Chain((*rest, own)).with_bias(site.operator.bias))
+        chains.append(Chain((*rest, own), chain.origin).with_bias(site.operator.bias))
     return tuple(chains)
 
 

@@ -8,7 +8,7 @@ content                               what comes back
 ====================================  =================================================================================
 ``torch.export.save`` archive         the ExportedProgram, after the guard of ``archive.py``
 the same from torch 2.7 and earlier   the ExportedProgram, with ``trust`` only: its weights are pickles
-state dict: torch.save, safetensors   the module that ``model`` makes, with the weights, in eval mode
+state dict: torch.save, safetensors   the module that ``model`` makes, with structure and weights, in eval mode
 pickled module: torch.save            the module, with ``trust`` only
 TorchScript                           the ExportedProgram, with ``trust`` and ``example_inputs`` only
 ONNX, text, anything else             FileError
@@ -38,6 +38,10 @@ from torch.export.pt2_archive._package import load_pt2
 
 from surgery.archive import check_archive, entry_names, rewrite
 from surgery.errors import FileError, InputError, SurgeryError, UnsafeFileError
+from surgery.graphs.copying import copy_module
+from surgery.passes.structure import give_structure, tie
+from surgery.record import Record
+from surgery.saving import RECORD_KEY
 
 __all__ = ["load"]
 
@@ -54,7 +58,7 @@ class _Source:
 
     raw: bytes
     trust: bool
-    model: str | Callable[[], nn.Module] | None
+    model: str | Callable[[], nn.Module] | nn.Module | None
     example_inputs: tuple[Any, ...] | None
 
 
@@ -202,7 +206,19 @@ def _not_weights(error: pickle.UnpicklingError) -> FileError:
 def _load_safetensors(source: _Source) -> nn.Module:
     import safetensors.torch
 
-    return _with_weights(source, safetensors.torch.load(source.raw))
+    header = json.loads(source.raw[8 : 8 + int.from_bytes(source.raw[:8], "little")])
+    metadata = header.get("__metadata__")
+    said = metadata.get(RECORD_KEY) if isinstance(metadata, dict) else None
+    return _with_weights(source, safetensors.torch.load(source.raw), None if said is None else _record(said))
+
+
+def _record(said: Any) -> Record:
+    try:
+        return Record.from_json(json.loads(said))
+    except (TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, SurgeryError):
+            raise
+        raise FileError("has a damaged record of factored layers", next_step="save the model again") from error
 
 
 def _unwrap(found: Any) -> dict[str, torch.Tensor]:
@@ -223,7 +239,9 @@ def _unwrap(found: Any) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _make(model: str | Callable[[], nn.Module]) -> nn.Module:
+def _make(model: str | Callable[[], nn.Module] | nn.Module) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
     try:
         made = (_import(model) if isinstance(model, str) else model)()
     except SurgeryError:
@@ -262,10 +280,21 @@ def _sample(keys: list[str]) -> str:
     return ", ".join(keys[:_SAMPLE_KEYS]) + rest
 
 
-def _with_weights(source: _Source, tensors: Mapping[str, Any]) -> nn.Module:
+def _with_weights(source: _Source, tensors: Mapping[str, Any], record: Record | None = None) -> nn.Module:
     if source.model is None:
         raise InputError("is a state dict, weights without a model", next_step=_FACTORY)
-    module = _make(source.model)
+    made = _make(source.model)
+    if record is None or not record.sites:
+        return _filled(made, tensors, record)
+    given = isinstance(source.model, nn.Module)
+    _filled(give_structure(copy_module(made), record.sites), tensors, record, fill=False)  # nothing is half changed
+    module = give_structure(made, record.sites)
+    if given and module is not made:
+        raise InputError(f"is of a model that is nothing but {type(made).__name__}", next_step="give a factory")
+    return _filled(module, tensors, record)
+
+
+def _filled(module: nn.Module, tensors: Mapping[str, Any], record: Record | None, *, fill: bool = True) -> nn.Module:
     own = module.state_dict()
     faults = {
         "missing": [key for key in own if key not in tensors],
@@ -281,8 +310,10 @@ def _with_weights(source: _Source, tensors: Mapping[str, Any]) -> nn.Module:
         raise FileError(
             f"does not fit {type(module).__name__}: {listed}", next_step="pass the factory it was made with"
         )
-    module.load_state_dict(dict(tensors), strict=True)
-    return module.eval()
+    if fill:
+        module.load_state_dict(dict(tensors), strict=True)
+        tie(module, () if record is None else record.ties)
+    return module.eval() if fill else module
 
 
 def _shape(value: Any) -> Any:
@@ -323,14 +354,15 @@ def load(
     path: str | os.PathLike[str],
     *,
     trust: bool = False,
-    model: str | Callable[[], nn.Module] | None = None,
+    model: str | Callable[[], nn.Module] | nn.Module | None = None,
     example_inputs: tuple[Any, ...] | None = None,
 ) -> ExportedProgram | nn.Module | torch.fx.GraphModule:
     """Return the model in a file: an ExportedProgram, or an ``nn.Module`` for a state dict or a pickled module.
 
     ``trust`` allows files that run code. ``model`` makes the module for a state dict: ``"package.module:factory"``, or
-    a function without arguments. ``example_inputs`` are needed to convert TorchScript, and unused otherwise. The record
-    of earlier surgery, if there is one, is in ``program.graph_module.meta["surgery"]``.
+    a function without arguments; or it is a dense module itself, which is changed in place. A module that was saved by
+    ``surgery.save`` gets its factored layers again. ``example_inputs`` are needed to convert TorchScript, and unused
+    otherwise. The record of earlier surgery on a program is in ``program.graph_module.meta["surgery"]``.
 
     Raises UnsafeFileError for a file that would run code, FileError for one that is no model, and InputError where
     ``model`` or ``example_inputs`` is missing or does not work; the text is one line.

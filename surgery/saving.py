@@ -22,9 +22,13 @@ from torch.export import ExportedProgram
 
 from surgery.archive import RECORD
 from surgery.errors import FileError, InputError
+from surgery.record import record_of
 from surgery.text import first_line
 
-__all__ = ["save", "save_state_dict", "write_atomically"]
+__all__ = ["RECORD_KEY", "save", "save_state_dict", "write_atomically"]
+
+RECORD_KEY = "surgery"  # of the metadata of a safetensors file
+_PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 _SAVABLE = "change the model so that torch.export.save takes it, or save its state_dict()"
 _EXISTS = "pass --force (in Python force=True) to overwrite it, or choose another name"
@@ -100,23 +104,27 @@ def save(
     *,
     force: bool = True,
 ) -> None:
-    """Save an ExportedProgram as a .pt2 archive with its record, or any other module as a pickle of the whole.
+    """Save an ExportedProgram as a .pt2 archive with its record, or a module as safetensors with its record.
 
-    The record is ``program.graph_module.meta["surgery"]``, a dict of JSON values. A pickled module needs ``trust`` when
-    it is loaded again; export it first to avoid that. Folders are not made. Raises FileError where the file cannot be
-    written, and InputError for a model that torch cannot save; the file that was there stays as it was.
+    The record of a program is ``program.graph_module.meta["surgery"]``, a dict of JSON values. That of a module says
+    which layers are factored and how: ``surgery.load(path, model=factory)`` gives a fresh module the same structure,
+    and the numbers. Nothing is pickled. Folders are not made. Raises FileError where the file cannot be written, and
+    InputError for a model that cannot be saved; the file that was there stays as it was.
 
     >>> save(program, "model.pt2")  # doctest: +SKIP
     """
-    if not isinstance(model, ExportedProgram | nn.Module):
+    if isinstance(model, ExportedProgram):
+        _save_program(model, path, force=force)
+    elif isinstance(model, nn.Module):
+        _save_module(model, path, force=force)
+    else:
         raise InputError(f"cannot save a {type(model).__name__}", allowed="ExportedProgram, nn.Module, GraphModule")
 
+
+def _save_program(model: ExportedProgram, path: str | os.PathLike[str], *, force: bool) -> None:
     def write(file: IO[bytes]) -> None:
         try:
-            if isinstance(model, ExportedProgram):
-                torch.export.save(model, file, extra_files=_extra_files(model))
-            else:
-                torch.save(model, file)
+            torch.export.save(model, file, extra_files=_extra_files(model))
         except (OSError, InputError):
             raise
         except Exception as error:
@@ -129,7 +137,27 @@ def save(
         write_atomically(path, write, force=force)
 
 
-def save_state_dict(state: Mapping[str, torch.Tensor], path: str | os.PathLike[str], *, force: bool = True) -> None:
+def _save_module(model: nn.Module, path: str | os.PathLike[str], *, force: bool) -> None:
+    if isinstance(model, torch.fx.GraphModule) and model.meta.get("surgery"):
+        what = f"{os.fspath(path)}: a graph with factored functions cannot be saved as a state"
+        raise InputError(what, next_step="decompose the module it was made from, or its exported program")
+    state = model.state_dict()
+    others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    plain = [name for name, value in state.items() if name not in others and type(value) not in _PLAIN]
+    if others or plain:
+        what = f"{os.fspath(path)}: {(others + plain)[0]} of the state is a {type(state[(others + plain)[0]]).__name__}"
+        raise InputError(what, allowed="tensors", next_step="save it before it is quantized, or by its own tool")
+    record = {RECORD_KEY: json.dumps(record_of(model).to_json())}
+    save_state_dict(state, path, force=force, metadata=record)
+
+
+def save_state_dict(
+    state: Mapping[str, torch.Tensor],
+    path: str | os.PathLike[str],
+    *,
+    force: bool = True,
+    metadata: dict[str, str] | None = None,
+) -> None:
     """Write a state dict as safetensors; tied weights are written under each of their names, as strict loading wants.
 
     Raises FileError where the file cannot be written; the file that was there stays as it was.
@@ -137,6 +165,6 @@ def save_state_dict(state: Mapping[str, torch.Tensor], path: str | os.PathLike[s
     own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
     def write(file: IO[bytes]) -> None:
-        file.write(safetensors.torch.save(own))
+        file.write(safetensors.torch.save(own, metadata))
 
     write_atomically(path, write, force=force)

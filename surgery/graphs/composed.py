@@ -47,6 +47,7 @@ class ComposedWeight(Tensor):
     """
 
     _make: Callable[[], Tensor]
+    _is_hf_initialized: bool
 
     @staticmethod
     def __new__(cls, make: Callable[[], Tensor], *, like: Tensor, device: Any = None) -> ComposedWeight:
@@ -60,6 +61,7 @@ class ComposedWeight(Tensor):
             requires_grad=like.requires_grad,
         )
         made._make = make
+        made._is_hf_initialized = True  # so that transformers, when it loads a model, leaves it to the factors
         return made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]

@@ -109,7 +109,9 @@ class ModuleKind(GraphKind):
                 continue
             if is_operator_module(module):
                 skips.append(Skip(path, type(module).__name__, _UNSEEN, count(module)))
-            elif not any(path.startswith(f"{name}.") for name in named) and (reason := _refuse_whole(module)) is not None:
+            elif (
+                not any(path.startswith(f"{name}.") for name in named) and (reason := _refuse_whole(module)) is not None
+            ):
                 skips.append(Skip(path, type(module).__name__, reason, count(module)))
         return skips
 

@@ -24,6 +24,7 @@ from surgery.passes.goals import Evaluate, Goal
 from surgery.passes.promise import Terms, negotiate
 from surgery.passes.results import Change, DecomposeResult
 from surgery.plans import Decision, Plan
+from surgery.pretrained import note_record
 from surgery.ranks import complete_plan, make_plan
 from surgery.ranks.joining import check_groups, join, joint_groups
 from surgery.sites import FactoredSite, Site, Skip, Totals, select
@@ -190,6 +191,7 @@ def decompose(
         plan, made = plan.edit(name, rank=None, reason=reason), {key: one for key, one in made.items() if key != name}
     changed = graph.finish()
     report("factor", len(work), len(work))
+    note_record(changed)
     if data is not None and made:
         data.correct(changed, report)
     order = [spot.site.name for spot in found.spots if spot.site.name in made]
@@ -239,6 +241,7 @@ def _promise(
     done = negotiate(model, inputs, samples, terms, rules.progress)
     sites = {spot.site.name: spot.site for spot in done.found.spots}
     changes = [_change(sites[name], done.plan[name], error) for name, error in done.errors.items()]
+    note_record(done.model)
     result = _result(done.model, done.plan, changes, done.found)
     return replace(result, promise=done.promise, search=done.search)
 

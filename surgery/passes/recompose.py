@@ -9,6 +9,7 @@ from surgery.errors import only_own_errors
 from surgery.graphs import AnyRun, Model, open_graph
 from surgery.graphs.unpacking import check_inplace
 from surgery.inputs import normalise_inputs
+from surgery.pretrained import note_record
 from surgery.sites import Skip, describe
 from surgery.text import change, count, table
 
@@ -75,7 +76,9 @@ def recompose(
     runs, skips = graph.runs(everything=everything)
     for run in runs:
         graph.put_back(run)
-    return RecomposeResult(graph.finish(), tuple(_fusion(run) for run in runs), tuple(skips))
+    back = graph.finish()
+    note_record(back)
+    return RecomposeResult(back, tuple(_fusion(run) for run in runs), tuple(skips))
 
 
 def _fusion(run: AnyRun) -> Fusion:
