@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from surgery.operators import Conv as Conv
     from surgery.operators import Embedding as Embedding
     from surgery.operators import Linear as Linear
+    from surgery.passes.apply import apply as apply
     from surgery.passes.bisect import bisect as bisect
     from surgery.passes.decompose import decompose as decompose
     from surgery.passes.decompose import find_sites as find_sites
     from surgery.passes.decompose import plan as plan
     from surgery.passes.recompose import recompose as recompose
-    from surgery.passes.structure import apply as apply
     from surgery.plans import Plan as Plan
     from surgery.pretrained import from_pretrained as from_pretrained
     from surgery.saving import save as save
@@ -46,7 +46,7 @@ _HOMES: dict[str, str] = {
     "LowRankTraining": "surgery.training",
     "Plan": "surgery.plans",
     "SurgeryError": "surgery.errors",
-    "apply": "surgery.passes.structure",
+    "apply": "surgery.passes.apply",
     "bench": "surgery.benchmark",
     "bisect": "surgery.passes.bisect",
     "compare": "surgery.comparison",

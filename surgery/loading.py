@@ -39,7 +39,7 @@ from torch.export.pt2_archive._package import load_pt2
 from surgery.archive import check_archive, entry_names, rewrite
 from surgery.errors import FileError, InputError, SurgeryError, UnsafeFileError
 from surgery.graphs.copying import copy_module
-from surgery.passes.structure import give_structure, tie
+from surgery.graphs.structure import give_structure, tie
 from surgery.record import Record
 from surgery.saving import RECORD_KEY
 

@@ -1,8 +1,8 @@
 """Factored models of Hugging Face transformers: saved by ``save_pretrained``, and had again by ``from_pretrained``.
 
 The record of a factored model is in its ``config.json``, as the settings of a quantization method named ``surgery``:
-transformers asks a quantizer of that name, ours, to give a model on the meta device its structure before the weights are
-loaded. It has to be registered: ``import surgery`` does so when transformers is next imported (``watch_imports``).
+transformers asks a quantizer of that name, ours, to give a model on the meta device its structure before the weights
+are loaded. It has to be registered: ``import surgery`` does so when transformers is next imported (``watch_imports``).
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _register(registry: ModuleType) -> None:
         requires_calibration = False
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            from surgery.passes.structure import give_structure
+            from surgery.graphs.structure import give_structure
             from surgery.record import Record
 
             record = Record.from_json(self.quantization_config.record)

@@ -56,8 +56,8 @@ def _is_tie(value: Any) -> bool:
 
 def _origin(name: str, entry: Any) -> tuple[str, Ranks]:
     method, ranks = (entry.get("factorization"), entry.get("rank")) if isinstance(entry, dict) else (None, None)
-    whole = isinstance(ranks, list) and ranks and all(type(rank) is int and rank > 0 for rank in ranks)
-    if method not in FACTORIZATIONS or not whole:
+    whole = isinstance(ranks, list) and len(ranks) > 0 and all(type(rank) is int and rank > 0 for rank in ranks)
+    if not isinstance(method, str) or method not in FACTORIZATIONS or not isinstance(ranks, list) or not whole:
         allowed = f"one of {', '.join(FACTORIZATIONS)}, and positive ranks"
         raise FileError(f"has a record that says {method!r} at {ranks!r} of {name}", allowed=allowed)
     return method, tuple(ranks)

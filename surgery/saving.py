@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.nn.parameter import is_lazy
 
 from surgery.archive import RECORD
 from surgery.errors import FileError, InputError
@@ -141,6 +142,10 @@ def _save_module(model: nn.Module, path: str | os.PathLike[str], *, force: bool)
     if isinstance(model, torch.fx.GraphModule) and model.meta.get("surgery"):
         what = f"{os.fspath(path)}: a graph with factored functions cannot be saved as a state"
         raise InputError(what, next_step="decompose the module it was made from, or its exported program")
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        what = f"{os.fspath(path)}: {lazy[0]} of the state is a weight that is not made yet"
+        raise InputError(what, next_step="run the model once")
     state = model.state_dict()
     others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     plain = [name for name, value in state.items() if name not in others and type(value) not in _PLAIN]

@@ -21,7 +21,8 @@ LAYERS = [
     {"solvers", "factorizations", "sites", "joint", "plans"},
     {"graphs"},
     {"ranks", "cost", "calibration"},
-    {"archive", "archive_expressions", "archive_program", "loading", "saving", "export", "benchmark", "comparison"},
+    {"record", "pretrained", "archive", "archive_expressions", "archive_program"}
+    | {"loading", "saving", "export", "benchmark", "comparison"},
     {"allocation"},
     {"passes"},
     {"training", "report"},

@@ -257,7 +257,7 @@ def test_a_state_dict_needs_a_factory_that_fits(tmp_path: Path) -> None:
 
 def test_a_pickled_module_needs_trust(tmp_path: Path) -> None:
     for module in (_net(), torch.fx.symbolic_trace(_net())):
-        save(module, tmp_path / "module.pt")
+        torch.save(module, tmp_path / "module.pt")
         with pytest.raises(UnsafeFileError, match=r"state_dict\(\).*--trust"):
             load(tmp_path / "module.pt")
         loaded = load(tmp_path / "module.pt", trust=True)

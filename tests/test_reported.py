@@ -287,7 +287,7 @@ class Layers2(Layers):
 def test_what_cannot_be_copied_is_said_and_can_be_changed_in_place() -> None:
     net = Layers2()
     net.lock = threading.Lock()  # type: ignore[assignment]
-    with pytest.raises(InputError, match="cannot be copied.*inplace"):
+    with pytest.raises(InputError, match=r"cannot be copied.*inplace"):
         surgery.decompose(net, X, ranks=2, factorization="svd")
     assert len(surgery.decompose(net, X, ranks=2, factorization="svd", inplace=True).changes) == 2
 

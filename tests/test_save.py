@@ -67,15 +67,26 @@ def test_overwriting_needs_force(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["link", "model.pt2", "raced"]
 
 
+class Extra(nn.Module):
+    def get_extra_state(self) -> str:
+        return "text"
+
+
 def test_what_cannot_be_saved_is_a_clear_error(tmp_path: Path) -> None:
     module = nn.Linear(2, 2)
     with pytest.raises(FileError, match=r"the folder .* does not exist"):
         save(module, tmp_path / "absent" / "model.pt")
     with pytest.raises(FileError, match="is a folder"):
         save(module, tmp_path)
-    module.hook = lambda x: x
-    with pytest.raises(InputError, match="torch cannot save this Linear"):
-        save(module, tmp_path / "model.pt")
+    quantized = nn.Linear(2, 2)
+    quantized.register_parameter("weight", torch.nn.parameter.UninitializedParameter())
+    for other in (quantized, Extra()):
+        with pytest.raises(InputError, match="of the state is a"):
+            save(other, tmp_path / "model.pt")
+    graph = torch.fx.symbolic_trace(nn.Linear(2, 2))
+    graph.meta["surgery"] = {"version": 1, "sites": {"weight": {}}}
+    with pytest.raises(InputError, match="cannot be saved as a state"):
+        save(graph, tmp_path / "model.pt")
     with pytest.raises(InputError, match="cannot save a dict"):
         save({}, tmp_path / "model.pt")  # type: ignore[arg-type]
     assert os.listdir(tmp_path) == []

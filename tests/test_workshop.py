@@ -76,9 +76,7 @@ class Clock:
         return Timing(models, tuple(ModelComparison("", r, r, r, "faster") for r in ratios), environment(1))
 
 
-def decompose(
-    path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, target: float = 1.5
-) -> DecomposeResult:
+def decompose(path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, target: float = 1.5) -> DecomposeResult:
     monkeypatch.setattr(workshop, "make_ready", clock.make_ready)
     monkeypatch.setattr(workshop, "time_ready", clock.time_ready)
     monkeypatch.setattr(workshop, "sleep", clock.waits.append)

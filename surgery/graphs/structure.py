@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from surgery.chain import Chain
-from surgery.errors import InputError, RankError, Refusal, only_own_errors
+from surgery.errors import InputError, RankError, Refusal
 from surgery.factorizations import Ranks, named
 from surgery.graphs.carried import refuse_carrying
 from surgery.graphs.factored import Factored
@@ -24,12 +24,9 @@ from surgery.graphs.modules import is_operator_module, read_module
 from surgery.graphs.unpacking import pack_all, unpack_all
 from surgery.graphs.view import Spot
 from surgery.operators import Operator
-from surgery.plans import Plan
-from surgery.ranks.joining import joint_groups
-from surgery.ranks.named import check_known
 from surgery.sites import Site
 
-__all__ = ["apply", "give_structure", "tie"]
+__all__ = ["give_structure", "tie"]
 
 _MOST, _LEAST = 64, 2**20  # numbers of all factors, over those of the layer, that a record may ask for; and at least
 
@@ -45,34 +42,19 @@ class _Piece:
     chain: Chain
 
 
-@only_own_errors
-def apply(plan: Plan, model: nn.Module) -> nn.Module:
-    """Give a dense module the structure of a plan, in place, with factors of zeros, and return it.
+def give_structure(model: nn.Module, sites: Mapping[str, Origin], joint: Iterable[Sequence[str]] = ()) -> nn.Module:
+    """Put factors of zeros in the places of layers, by name; the sites of a group share all factors but the last.
 
-    A state of the model that the plan was carried out on then fits, by any tool's ``load_state_dict``:
-
-        result = surgery.decompose(net, inputs)
-        fresh = surgery.apply(result.plan, Net())
-        fresh.load_state_dict(result.model.state_dict())
-
-    A model that is nothing but one layer with packed weights cannot be changed in place: take what is returned.
+    Nothing is changed unless everything can be.
 
     Raises:
         InputError: the model is a graph, has no such layer, or is factored already.
         RankError: a rank that a layer cannot take.
     """
-    sites = {d.site: (d.factorization, d.rank) for d in plan if d.factorization is not None and d.rank is not None}
-    return give_structure(model, sites, joint_groups(plan))
-
-
-def give_structure(model: nn.Module, sites: Mapping[str, Origin], joint: Iterable[Sequence[str]] = ()) -> nn.Module:
-    """Put factors of zeros in the places of layers, by name; the sites of a group share all factors but the last.
-
-    Nothing is changed unless everything can be. Raises as ``apply``.
-    """
     if isinstance(model, GraphModule | ExportedProgram) or not isinstance(model, nn.Module):
+        what = "a graph" if isinstance(model, GraphModule | ExportedProgram) else f"a {type(model).__name__}"
         raise InputError(
-            f"a {type(model).__name__} cannot be given a structure",
+            f"{what} cannot be given a structure",
             allowed="nn.Module",
             next_step="save the graph itself, as a program",
         )
@@ -97,7 +79,9 @@ def give_structure(model: nn.Module, sites: Mapping[str, Origin], joint: Iterabl
 def _pieces(root: nn.Module, sites: Mapping[str, Origin]) -> dict[str, _Piece]:
     modules = dict(root.named_modules(remove_duplicate=False))
     layers = [name for name, module in modules.items() if is_operator_module(module)]
-    check_known((name for name in sites if name not in modules), layers, "the structure names")
+    if unknown := [name for name in sites if name not in modules]:
+        known = ", ".join(layers[:8]) or "none: it has no such layers"
+        raise InputError(f"the structure names {unknown[0]!r}, which the model does not have", allowed=known)
     pieces: dict[str, _Piece] = {}
     taken: set[str] = set()
     for name, origin in sites.items():

@@ -1,0 +1,33 @@
+"""apply: the structure of a plan for a fresh model, so that the state of a factored one fits it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from surgery.errors import only_own_errors
+from surgery.graphs.structure import give_structure
+from surgery.plans import Plan
+from surgery.ranks.joining import joint_groups
+
+__all__ = ["apply"]
+
+
+@only_own_errors
+def apply(plan: Plan, model: nn.Module) -> nn.Module:
+    """Give a dense module the structure of a plan, in place, with factors of zeros, and return it.
+
+    A state of the model that the plan was carried out on then fits, by any tool's ``load_state_dict``:
+
+        result = surgery.decompose(net, inputs)
+        fresh = surgery.apply(result.plan, Net())
+        fresh.load_state_dict(result.model.state_dict())
+
+    Nothing is captured or run. A model that is nothing but one layer with packed weights cannot be changed in place:
+    take what is returned.
+
+    Raises:
+        InputError: the model is a graph, has no such layer, or is factored already.
+        RankError: a rank that a layer cannot take.
+    """
+    sites = {d.site: (d.factorization, d.rank) for d in plan if d.factorization is not None and d.rank is not None}
+    return give_structure(model, sites, joint_groups(plan))
