@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,19 @@ def test_reads_are_right_and_differentiable(factored: tuple[Net, Any, Tensor]) -
     assert (weight.shape, weight.dtype, weight.device.type, weight.ndim) == (net.a.weight.shape, x.dtype, "cpu", 2)
     assert relative_error(weight.data.t()[3] * 1, net.a.weight.t()[3]) <= ALLOWED
     assert "weight" not in small.a.state_dict()
+
+
+def test_its_numbers_can_be_taken_elsewhere(factored: tuple[Net, Any, Tensor]) -> None:
+    net, small, x = factored
+    other = nn.Linear(16, 16)
+    other.weight.data = small.a.weight.data
+    other.bias.data = small.a.bias.data
+    assert relative_error(other(x), net.a(x)) <= ALLOWED
+    copied = copy.deepcopy(small.a.weight)
+    assert relative_error(copied, net.a.weight) <= ALLOWED
+    copied.zero_()
+    assert relative_error(small(x), net(x)) <= ALLOWED
+    assert relative_error(torch.from_numpy(small.a.weight.detach().numpy()), net.a.weight) <= ALLOWED
 
 
 WRITES: dict[str, Callable[[Any], object]] = {

@@ -72,30 +72,7 @@ class ComposedWeight(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Compute with the numbers, and refuse to write to them."""
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else ""
-        if attribute == "is_leaf":
-            return not args[0].requires_grad
-        if name in _WITHOUT_NUMBERS or (attribute and attribute not in _VALUES):
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        if _writes(name, args, kwargs):
-            raise InputError(
-                f"{name} would write to a weight that is factored, and the change would be lost",
-                next_step="recompose the model first, or change the factors",
-            )
-        made: dict[int, Tensor] = {}
-
-        def plain(value: Any) -> Any:
-            if not isinstance(value, ComposedWeight):
-                return value
-            return made.setdefault(id(value), value._make())
-
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*pytree.tree_map(plain, args), **pytree.tree_map(plain, kwargs))
-        memory = {_memory(tensor) for tensor in made.values()}
-        return pytree.tree_map_only(Tensor, lambda t: _read_only(t) if _memory(t) in memory else t, result)
+        return _compute(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -106,13 +83,54 @@ class ComposedWeight(Tensor):
         return func(*plain[0], **plain[1])
 
 
+class _View(Tensor):
+    """Numbers of a composed weight, or a part of them, that cannot be written to either."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Compute with the numbers, and refuse to write to them."""
+        return _compute(func, args, kwargs or {})
+
+
+def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what a function gives of composed weights, unless it would write to one."""
+    name = getattr(func, "__name__", "")
+    attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else ""
+    if attribute == "is_leaf":
+        return not args[0].requires_grad
+    if name in _WITHOUT_NUMBERS or (attribute and attribute not in _VALUES):
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    if _writes(name, args, kwargs):
+        raise InputError(
+            f"{name} would write to a weight that is factored, and the change would be lost",
+            next_step="recompose the model first, or change the factors",
+        )
+    made: dict[int, Tensor] = {}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, ComposedWeight):
+            return made.setdefault(id(value), value._make())
+        return made.setdefault(id(value), value.as_subclass(Tensor)) if isinstance(value, _View) else value
+
+    with torch._C.DisableTorchFunctionSubclass():
+        given = pytree.tree_map(plain, (args, kwargs))
+        if name == "__deepcopy__":
+            return given[0][0].detach().clone()
+        result = func(*given[0], **given[1])
+        memory = {_memory(tensor) for tensor in made.values()}
+        return pytree.tree_map_only(Tensor, lambda t: _read_only(t) if _memory(t) in memory else t, result)
+
+
 def _writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     inplace = name.endswith("_") and not name.endswith("__")
     augmented = name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
     given = args[:1] or tuple(kwargs.values())  # torch.nn.init gives all of its arguments by name
     written = pytree.tree_leaves(given) if inplace or augmented or name in _WRITES else []
     written += pytree.tree_leaves(kwargs.get("out"))
-    return any(isinstance(value, ComposedWeight) for value in written)
+    return any(isinstance(value, ComposedWeight | _View) for value in written)
 
 
 def _memory(tensor: Tensor) -> int:
@@ -120,4 +138,4 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _read_only(tensor: Tensor) -> Tensor:
-    return ComposedWeight(lambda: tensor, like=tensor)
+    return tensor if torch.compiler.is_compiling() else tensor.as_subclass(_View)
