@@ -40,6 +40,7 @@ from surgery.archive import check_archive, entry_names, rewrite
 from surgery.errors import FileError, InputError, SurgeryError, UnsafeFileError
 from surgery.graphs.copying import copy_module
 from surgery.graphs.structure import give_structure, tie
+from surgery.pretrained import note_record
 from surgery.record import Record
 from surgery.saving import RECORD_KEY
 
@@ -313,6 +314,7 @@ def _filled(module: nn.Module, tensors: Mapping[str, Any], record: Record | None
     if fill:
         module.load_state_dict(dict(tensors), strict=True)
         tie(module, () if record is None else record.ties)
+        note_record(module)
     return module.eval() if fill else module
 
 

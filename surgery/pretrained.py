@@ -19,7 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from surgery.errors import FileError, InputError
+from surgery.errors import FileError, InputError, SurgeryError
+from surgery.text import first_line
 
 __all__ = ["from_pretrained", "note_record", "watch_imports"]
 
@@ -54,10 +55,10 @@ def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
         raise FileError(what, allowed="a folder of save_pretrained") from error
     try:
         return kind.from_pretrained(folder, **kwargs)
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise FileError(f"{folder}: {kind.__name__} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except SurgeryError:
+        raise
+    except Exception as error:  # readers of files raise errors of their own
+        raise FileError(f"{folder}: {kind.__name__} cannot be loaded: {first_line(error)}") from error
 
 
 def note_record(model: Any) -> None:
@@ -145,7 +146,7 @@ def _register(registry: ModuleType) -> None:
             from surgery.record import Record
 
             record = Record.from_json(self.quantization_config.record)
-            give_structure(model, record.sites)
+            give_structure(model, _own_sites(model, record.sites))
             _tie_structure(model, record.ties)
             return model
 
@@ -163,6 +164,25 @@ def _register(registry: ModuleType) -> None:
 
     registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = SurgeryConfig
     registry.AUTO_QUANTIZER_MAPPING[METHOD] = SurgeryQuantizer
+
+
+def _own_sites(model: Any, sites: Any) -> dict[str, Any]:
+    """Return the sites under the names that they have in this model: with a head or without, as transformers does."""
+    names = {name for name, _ in model.named_modules()}
+    prefix = f"{model.base_model_prefix}."
+    found = {}
+    for site, origin in sites.items():
+        own = next((name for name in (site, site.removeprefix(prefix), prefix + site) if _is_in(name, names)), None)
+        if own is not None:
+            found[own] = origin
+    return found
+
+
+def _is_in(name: str, names: set[str]) -> bool:
+    """Whether a model has a layer of this name, or the packed layer that it is a part of."""
+    parent, _, leaf = name.rpartition(".")
+    packed = leaf.startswith(("in_proj_", "ih_l", "hh_l", "hr_l"))
+    return name in names or (packed and parent in names)
 
 
 def _tie_structure(model: Any, ties: Sequence[Sequence[str]]) -> None:

@@ -16,7 +16,7 @@ from torch.fx import Node
 from torch.nn.parameter import is_lazy
 
 from surgery.errors import CaptureError, InputError, Refusal
-from surgery.graphs.carried import refuse_carrying
+from surgery.graphs.carried import CARRIED, refuse_carrying
 from surgery.graphs.copying import copy_module
 from surgery.graphs.exported import program_shapes, program_view
 from surgery.graphs.factored import is_chain
@@ -112,7 +112,8 @@ def _whole_call(root: nn.Module, call: Call) -> Call | Skip:
 
 def hung_skip(root: nn.Module, call: Call, reason: str | None = None) -> Skip | None:
     """Return why the module of a call has to stay, or None."""
-    reason = reason or refuse_carrying(root.get_submodule(str(call.path)))
+    module = root.get_submodule(str(call.path))
+    reason = reason or refuse_carrying(module) or _held_elsewhere(root, module)
     path, operator = str(call.path), call.operator
     return None if reason is None else Skip(path, describe(operator), reason, operator.parameters)
 
@@ -233,3 +234,26 @@ def _caller(root: nn.Module, node: Node) -> str | None:
         return None if path is None or root.get_submodule(path) is None else path
     except AttributeError:
         return None
+
+
+def _held_elsewhere(root: nn.Module, layer: nn.Module) -> str | None:
+    """Return where else the weight of a layer is held, if anywhere: there it would go on as it was, unused."""
+    weight = layer._parameters.get("weight")
+    for path, module in root.named_modules():
+        for name, parameter in module._parameters.items():
+            own = name == "weight" and is_operator_module(module)
+            if parameter is weight and not own and not path.startswith("_"):
+                return f"its weight is the parameter {name} of {path or 'the model'} too"
+        for name, value in vars(module).items():
+            if name not in CARRIED and _holds(value, weight):
+                return f"its weight is held in {name} of {path or 'the model'} too"
+    return None
+
+
+def _holds(value: Any, weight: Any) -> bool:
+    """Whether a value is a tensor, or a list or dict has it."""
+    if isinstance(value, list | tuple):
+        return any(_holds(item, weight) for item in value)
+    if type(value) is dict:
+        return any(_holds(item, weight) for item in value.values())
+    return value is weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,8 @@ def copy_module(model: _M) -> _M:
         raise InputError(what, next_step="give inplace=True, on a model that nothing else needs") from error
     for old, new in zip(model.modules(), copied.modules(), strict=True):
         for name, parameter in old._parameters.items():
-            if parameter is not None and vars(parameter):
-                mark(new._parameters[name], parameter)  # type: ignore[arg-type]
+            if parameter is not None:
+                _copy_marks(new._parameters[name], parameter)
         if isinstance(old, GraphModule):
             _copy_hooks(new, old)
     return copied
@@ -68,3 +68,12 @@ def _copy_hooks(new: nn.Module, old: nn.Module) -> None:
     for name in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
         vars(new)[name] = OrderedDict(vars(old)[name])
     vars(new)["_is_full_backward_hook"] = vars(old)["_is_full_backward_hook"]
+
+
+def _copy_marks(new: Any, old: nn.Parameter) -> None:
+    """Give a copy of a parameter the attributes and the hooks of its gradient, which torch's own copy drops."""
+    mark(new, old)
+    for hook in (old._backward_hooks or {}).values():
+        new.register_hook(hook)
+    for hook in (getattr(old, "_post_accumulate_grad_hooks", None) or {}).values():
+        new.register_post_accumulate_grad_hook(hook)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from surgery.chain import Chain
 from surgery.errors import Refusal
-from surgery.graphs.carried import CARRIED, carry, is_watched
+from surgery.graphs.carried import CARRIED, OWN, carry, is_watched
 from surgery.graphs.factored import build_factored
 from surgery.graphs.items import Item, all_calls
 from surgery.graphs.modules import build_module, is_operator_module, replace_module
@@ -147,7 +147,16 @@ def refuse_hooks(root: nn.Module, runs: Sequence[Sequence[Item]]) -> Refusal | N
     """Refuse runs of modules on which something is hooked, which may change the value between them."""
     paths = sorted({str(item.path) for run in runs for item in run if item.path is not None})
     watched = [path for path in paths if any(map(is_watched, root.get_submodule(path).modules()))]
-    return Refusal(f"{watched[0]} has a hook, or a forward of its own") if watched else None
+    if watched:
+        return Refusal(f"{watched[0]} has a hook, or a forward of its own")
+    layers = [(path, root.get_submodule(path)) for path in paths]
+    more = [path for path, layer in layers if is_operator_module(layer) and _has_more(layer)]
+    return Refusal(f"{more[0]} has parameters, buffers or children of its own") if more else None
+
+
+def _has_more(layer: nn.Module) -> bool:
+    """Whether anything hangs on a layer that one layer for several could not have."""
+    return bool(layer._buffers or layer._modules or set(layer._parameters) - OWN)
 
 
 def _share_factors(factored: nn.Module, chain: Chain, shared: Shared) -> None:

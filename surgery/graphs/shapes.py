@@ -17,7 +17,7 @@ from surgery.errors import InputError
 from surgery.operators import Shape
 from surgery.text import first_line
 
-__all__ = ["evaluation", "fake_shapes", "kept_buffers", "kept_random", "lazy_shapes"]
+__all__ = ["evaluation", "fake_shapes", "kept_buffers", "kept_random", "kept_state", "lazy_shapes"]
 
 
 @contextlib.contextmanager
@@ -53,6 +53,39 @@ def kept_buffers(root: nn.Module) -> Iterator[None]:
             for buffer, version, numbers in kept:
                 if buffer._version != version:
                     buffer.copy_(numbers)
+
+
+@contextlib.contextmanager
+def kept_state(root: nn.Module) -> Iterator[None]:
+    """Give a model the state back that it keeps itself: attributes, entries of lists and dicts, buffers, counters.
+
+    A tracer leaves its proxies there, and a run what it counts.
+    """
+    kept = [(module, dict(vars(module)), _entries(module)) for module in root.modules()]
+    try:
+        with kept_buffers(root):
+            yield
+    finally:
+        for module, own, entries in kept:
+            _restore(vars(module), own)
+            for value, before in entries:
+                if isinstance(value, dict):
+                    _restore(value, before)
+                elif isinstance(value, list):
+                    value[:] = before
+
+
+def _entries(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Return the lists and dicts among a module's attributes, each with a copy of its entries."""
+    return [(value, type(value)(value)) for value in vars(module).values() if type(value) in (list, dict)]
+
+
+def _restore(value: dict[Any, Any], before: dict[Any, Any]) -> None:
+    """Give a dict its entries back, where they are others."""
+    same = list(map(id, value.values())) == list(map(id, before.values())) and len(value) == len(before)
+    if not same:
+        value.clear()
+        value.update(before)
 
 
 class _Shapes(Interpreter):

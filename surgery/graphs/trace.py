@@ -23,7 +23,7 @@ from surgery.graphs.factored import is_chain
 from surgery.graphs.links import is_link_module
 from surgery.graphs.modules import is_operator_module
 from surgery.graphs.recurrent import outlining
-from surgery.graphs.shapes import evaluation, kept_buffers
+from surgery.graphs.shapes import evaluation, kept_state
 from surgery.graphs.watch import tensors_in
 from surgery.text import first_line
 
@@ -65,9 +65,10 @@ def trace_module(
         return None
     given, defaults = bound
     try:
-        with warnings.catch_warnings(), outlining(), kept_buffers(model):
+        with warnings.catch_warnings(), outlining(), kept_state(model):
             warnings.simplefilter("ignore")
             graph = _Tracer().trace(model, concrete_args=defaults or None)
+            traced = GraphModule(model, graph)  # while the model has the constants that the tracer put there
     except Exception:  # user code on proxies may raise anything; torch.export is tried next
         return None
     values = []
@@ -76,7 +77,7 @@ def trace_module(
         if not name.startswith("*"):  # no variadic argument is given: _bind has seen to that
             # the tracer renames arguments that it fixes
             values.append(given[name] if name in given else defaults[name.removesuffix("_1")])
-    return GraphModule(model, graph), tuple(values)
+    return traced, tuple(values)
 
 
 def trace_outline(module: nn.Module) -> Graph:
@@ -128,7 +129,7 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 @contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
     """Let a model run for its graph alone: in evaluation mode, recurrent layers in outline, tensors as outputs."""
-    with evaluation(model), outlining(), _plain_outputs(model):
+    with kept_state(model), evaluation(model), outlining(), _plain_outputs(model):
         yield
 
 

@@ -21,7 +21,7 @@ from surgery.errors import InputError
 from surgery.graphs.factored import is_chain
 from surgery.graphs.modules import is_operator_module
 from surgery.graphs.recurrent import UnpackedRecurrent
-from surgery.graphs.shapes import evaluation, kept_buffers, kept_random
+from surgery.graphs.shapes import evaluation, kept_random, kept_state
 from surgery.operators import Shape
 from surgery.text import first_line
 
@@ -129,17 +129,26 @@ def _prefixes(path: str) -> list[str]:
 
 
 def run_once(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a module in evaluation mode; buffers and the random state are as before afterwards.
+    """Run a module in evaluation mode; its state and the random state are as before afterwards.
 
     Raises:
         InputError: whatever the model raises.
     """
-    with kept_random(root), torch.no_grad(), evaluation(root), kept_buffers(root):
+    try:
+        with torch.no_grad():
+            return _run(root, args, kwargs)
+    except Exception:  # a model may differentiate in its forward
         try:
-            return root(*args, **kwargs)
+            with torch.enable_grad():
+                return _run(root, args, kwargs)
         except Exception as error:  # a model may raise anything
             what = f"the model does not accept the example inputs: {first_line(error)}"
             raise InputError(what, next_step="check their number, shapes and dtypes") from error
+
+
+def _run(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with kept_random(root), evaluation(root), kept_state(root):
+        return root(*args, **kwargs)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -7,6 +7,7 @@ from torch import nn
 from surgery.errors import only_own_errors
 from surgery.graphs.structure import give_structure
 from surgery.plans import Plan
+from surgery.pretrained import note_record
 from surgery.ranks.joining import joint_groups
 
 __all__ = ["apply"]
@@ -30,4 +31,6 @@ def apply(plan: Plan, model: nn.Module) -> nn.Module:
         RankError: a rank that a layer cannot take.
     """
     sites = {d.site: (d.factorization, d.rank) for d in plan if d.factorization is not None and d.rank is not None}
-    return give_structure(model, sites, joint_groups(plan))
+    made = give_structure(model, sites, joint_groups(plan))
+    note_record(made)
+    return made
