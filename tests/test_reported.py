@@ -330,3 +330,64 @@ def test_nothing_but_own_errors_leaves_a_public_function() -> None:
     assert isinstance(caught.value.__cause__, RuntimeError)
     with pytest.raises(TypeError):
         surgery.decompose(Layers2(), X, rank=2)  # type: ignore[call-arg]
+
+
+class Keeps(Layers2):
+    """A model that keeps what it has seen: in an attribute, a list and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Any = None
+        self.seen: list[Any] = []
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        self.last, self.mean = x.detach(), self.mean * 0.9 + x.detach().mean(0)
+        self.seen.append(self.last)
+        return self.b(x)
+
+
+@pytest.mark.parametrize("act", [surgery.find_sites, surgery.recompose, surgery.decompose])
+def test_a_model_that_keeps_state_is_as_it_was(act: Callable[..., Any]) -> None:
+    model = Keeps()
+    options = {"ranks": 2, "factorization": "svd"} if act is surgery.decompose else {}
+    result = act(model, X, **options)
+    for kept in [model, *([result.model] if hasattr(result, "model") else [])]:
+        assert kept.last is None
+        assert kept.seen == []
+        assert torch.equal(kept.mean, torch.zeros(16))
+        assert type(kept(X)) is Tensor
+
+
+def test_weights_that_are_held_elsewhere_are_skips() -> None:
+    listed, aliased = Layers2(), Layers2()
+    listed.decay = [listed.a.weight]  # type: ignore[assignment]
+    aliased.w = aliased.a.weight
+    for model in (listed, aliased):
+        result = surgery.decompose(model, X, ranks=2, factorization="svd")
+        assert [change.site for change in result.changes] == ["b"]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_hooks_on_gradients_survive_the_copy(inplace: bool) -> None:
+    model = Layers2()
+    for parameter in (model.a.weight, model.a.bias, model.b.bias):
+        parameter.register_hook(torch.zeros_like)
+    result = surgery.decompose(model, X, ranks=2, factorization="svd", inplace=inplace)
+    assert [change.site for change in result.changes] == ["b"]
+    result.model(X).sum().backward()
+    assert not result.model.a.weight.grad.any()
+    assert not result.model.b.bias.grad.any()
+
+
+def test_a_model_that_differentiates_in_forward() -> None:
+    class Force(Layers2):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.b(self.a(x).tanh()).sum(), x)[0]
+
+    model = Force()
+    result = surgery.decompose(model, X, ranks="full", factorization="svd")
+    assert len(result.changes) == 2
+    assert relative_error(result.model(X), model(X)) <= ALLOWED
