@@ -244,7 +244,8 @@ def _held_elsewhere(root: nn.Module, layer: nn.Module) -> str | None:
             own = name == "weight" and is_operator_module(module)
             if parameter is weight and not own and not path.startswith("_"):
                 return f"its weight is the parameter {name} of {path or 'the model'} too"
-        for name, value in vars(module).items():
+        attributes = {} if isinstance(module, nn.RNNBase) else vars(module)  # recurrent layers keep rows of weights
+        for name, value in attributes.items():
             if name not in CARRIED and _holds(value, weight):
                 return f"its weight is held in {name} of {path or 'the model'} too"
     return None
