@@ -43,12 +43,12 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
-import torch
 from torch._export.serde import schema
 from torch._export.serde.union import _Union
 from torch.utils import _pytree
 
 from surgery.archive_expressions import check_expression, check_guard
+from surgery.archive_operators import check_operator
 from surgery.errors import FileError, UnsafeFileError
 
 __all__ = ["check_key", "check_schema", "check_treespec"]
@@ -62,25 +62,7 @@ _LONGEST = 1000
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _WORD = re.compile(r"[A-Za-z0-9_\-:/+@ ]+", re.ASCII)
 _DUNDER = re.compile(r"__.*__")
-_OVERLOAD = re.compile(r"torch\.ops\.([a-z]\w*)\.(\w+)\.(\w+)", re.ASCII)
 
-# exact targets that export emits outside torch.ops
-_PLAIN_OPERATORS = frozenset(
-    [f"_operator.{name}" for name in _words("eq ne le ge lt gt neg pos mul add sub floordiv mod pow truediv")]
-    + [f"_operator.{name}" for name in ("and_", "or_", "lshift", "rshift", "getitem")]
-    + [f"math.{name}" for name in ("trunc", "floor", "ceil", "sqrt")]
-    + [f"torch.sym_{name}" for name in ("not", "int", "float", "ite", "max", "min", "sqrt", "sum")]
-    + ["torch._sym_sqrt"]
-)
-_HIGHER_ORDER = _words(
-    "cond while_loop scan associative_scan map_impl map wrap_with_set_grad_enabled wrap_with_autocast "
-    "invoke_subgraph strict_mode out_dtype flex_attention hints_wrapper wrap tag_activation_checkpoint"
-)
-_NAMESPACES = frozenset(["aten", "prims", "quantized_decomposed", "torchvision"])
-_PLAIN_ARGUMENTS = _words(
-    "TensorType IntType FloatType BoolType ComplexType NumberType StringType DeviceObjType GeneratorType"
-)
-_SPEAKING = frozenset(["warn", "_print"])
 _DEFAULT_FACTORIES = frozenset(["list", "dict", "int", "float", "tuple", "set", "str", "bool"])
 # Output classes of this package register themselves with pytree when their module is imported.
 _OUTPUT_MODULES = re.compile(r"(transformers\.(?:modeling_outputs|models\.\w+\.modeling_\w+))\.\w+", re.ASCII)
@@ -102,34 +84,6 @@ def check_key(text: str) -> None:
     """Refuse text that could end the quoted string which torch pastes it into."""
     if len(text) > _LONGEST or not text.isprintable() or set(text) & set("'\"\\`{}"):
         raise UnsafeFileError(f"it uses {text[:60]!r} as a key or constant", allowed="text without quotes or braces")
-
-
-@functools.cache
-def _overload_fault(namespace: str, name: str, overload: str) -> str | None:
-    """Why this overload cannot be in a program, or None. Looks the schema up; calls nothing."""
-    schemas = torch._C._jit_get_schemas_for_operator(f"{namespace}::{name}")
-    found = next((each for each in schemas if (each.overload_name or "default") == overload), None)
-    if found is None:
-        return "which is not registered here"
-    for argument in found.arguments:
-        kind = argument.type
-        while kind.kind() in ("OptionalType", "ListType"):
-            kind = kind.getElementType()
-        if argument.name == "filename" or kind.kind() not in _PLAIN_ARGUMENTS:
-            return "which can reach files, raw storage or objects"
-    return "which prints" if name in _SPEAKING else None
-
-
-def _check_operator(target: str) -> None:
-    if target in _PLAIN_OPERATORS:
-        return
-    if target.removeprefix("torch.ops.higher_order.") in _HIGHER_ORDER:
-        return
-    match = _OVERLOAD.fullmatch(target)
-    if match is None or match[1] not in _NAMESPACES:
-        raise UnsafeFileError(f"it calls {target[:80]!r}", allowed="operators of ATen and those torch.export emits")
-    if fault := _overload_fault(*match.groups()):
-        raise UnsafeFileError(f"it calls {target[:80]!r}, {fault}", allowed="operators on tensors and numbers")
 
 
 def _parse(text: str, what: str) -> Any:
@@ -231,13 +185,13 @@ def _check_graph(graph: dict[str, Any]) -> None:
 
 def _check_argument(argument: dict[str, Any]) -> None:
     if "as_operator" in argument:
-        _check_operator(argument["as_operator"])
+        check_operator(argument["as_operator"])
     for key in argument.get("as_string_to_argument", {}):
         check_key(key)
 
 
 def _check_node(node: dict[str, Any]) -> None:
-    _check_operator(node["target"])
+    check_operator(node["target"])
     _check_metadata(node["metadata"])
     if node.get("name"):
         _check_name(node["name"])

@@ -20,7 +20,8 @@ class Site:
 
     ``name`` is the dotted path of its weight without ``.weight``; ``aliases`` are the other names of a tied weight.
     ``input_shapes`` has the shape of the activations of each call, the batch included. ``behind`` is what stands behind
-    each call, as far as a runtime makes one with it, or the loop of a recurrent layer around it.
+    each call, as far as a runtime makes one with it, or the loop of a recurrent layer around it. ``surplus`` counts the
+    parameters that a computed weight is computed from, over the numbers that it has.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Site:
     input_shapes: tuple[Shape, ...]
     aliases: tuple[str, ...] = ()
     behind: tuple[Neighbour, ...] = ()
+    surplus: int = field(default=0, kw_only=True)
 
     @property
     def input_shape(self) -> Shape:
@@ -63,7 +65,7 @@ class Site:
     @property
     def parameters(self) -> int:
         """Number of parameters, counted once however often it is called."""
-        return self.operator.parameters
+        return self.operator.parameters + self.surplus
 
     @property
     def macs(self) -> int:
@@ -117,7 +119,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class Totals:
-    """Costs of a whole model: all parameters, and the multiply-accumulates of its sites and skips in one run."""
+    """Costs of a whole model: all parameters, and the multiply-accumulates of one run with weights, sites or not."""
 
     parameters: int
     macs: int

@@ -16,13 +16,13 @@ import surgery
 ROOT = Path(surgery.__file__).parent
 # Lower layers first; a module may import modules of its own layer and of those below.
 LAYERS = [
-    {"errors", "text"},
+    {"errors", "text", "leftover", "archive_operators"},
     {"operators", "steps", "neighbours", "composition", "chain", "inputs"},
     {"solvers", "factorizations", "sites", "joint", "plans"},
     {"graphs"},
     {"ranks", "cost", "calibration"},
     {"record", "pretrained", "archive", "archive_expressions", "archive_program"}
-    | {"loading", "saving", "export", "benchmark", "comparison"},
+    | {"loading", "saving", "export", "benchmark", "comparison", "fresh", "rounding"},
     {"allocation"},
     {"passes"},
     {"training", "report"},

@@ -11,7 +11,8 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +24,13 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import InputError
 from surgery.graphs import Call, GraphKind, Model, open_graph
+from surgery.graphs.around import watching
 from surgery.graphs.copying import copy_module
 from surgery.graphs.outline import in_outline
 from surgery.graphs.recurrence import Recurrence
 from surgery.graphs.shapes import evaluation
 from surgery.graphs.unpacking import has_packed, unpack_all
+from surgery.graphs.within import Within, within_of
 from surgery.inputs import Inputs
 from surgery.text import first_line
 
@@ -38,10 +41,11 @@ Change = Callable[[Tensor], Tensor]
 
 
 class Observed(ABC):
-    """A model that can be run while something watches its calls."""
+    """A model that can be run while something watches its calls; ``batch`` is what it runs on, or has run on last."""
 
     def __init__(self, kind: GraphKind) -> None:
         self.kind = kind
+        self.batch: Inputs = (), {}
 
     @abstractmethod
     def watch(self, call: Call, see: See) -> None:
@@ -50,6 +54,10 @@ class Observed(ABC):
     @abstractmethod
     def tap(self, call: Call, change: Change) -> None:
         """Put what ``change`` returns in the place of each output of an operator's call."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Let nothing watch or tap a call any more."""
 
     @abstractmethod
     def execute(self, inputs: Inputs) -> Any:
@@ -66,6 +74,7 @@ class Observed(ABC):
         Raises:
             InputError: the model does not take these inputs.
         """
+        self.batch = inputs
         try:
             with torch.set_grad_enabled(gradients), _frozen(self.parameters), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch about itself
@@ -127,6 +136,10 @@ class ObservedModule(Observed):
         """Change the output of a module."""
         self._hooks.taps[str(call.path)] = change
 
+    def forget(self) -> None:
+        """Have no hooks."""
+        self._hooks = _Hooks()
+
     @property
     def parameters(self) -> Iterable[nn.Parameter]:
         """The module's own."""
@@ -153,26 +166,32 @@ class _Hooks:
     @contextmanager
     def on(self, root: nn.Module) -> Iterator[None]:
         """Have the hooks on a module for a while."""
-        handles = [
-            root.get_submodule(path).register_forward_pre_hook(_hook(sees), with_kwargs=True)
-            for path, sees in self.watchers.items()
-        ]
-        for path, change in self.taps.items():
-            handles.append(root.get_submodule(path).register_forward_hook(_output_hook(change)))
-        try:
+        with ExitStack() as stack:
+            for path in {**self.watchers, **self.taps}:
+                layer, sees, change = root.get_submodule(path), self.watchers.get(path, []), self.taps.get(path)
+                within = within_of(layer)
+                if isinstance(within, Within):
+                    stack.enter_context(watching(layer, within, partial(_show, sees), change))
+                    continue
+                if sees:
+                    hook = layer.register_forward_pre_hook(_hook(sees), with_kwargs=True)
+                    stack.callback(hook.remove)
+                if change is not None:
+                    stack.callback(layer.register_forward_hook(_output_hook(change)).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _hook(sees: Iterable[See]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def show(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = args[0] if args else kwargs["input"]
-        for see in sees:
-            see(value)
+        _show(sees, value)
 
     return show
+
+
+def _show(sees: Iterable[See], value: Tensor) -> None:
+    for see in sees:
+        see(value)
 
 
 def _output_hook(change: Change) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
@@ -206,6 +225,12 @@ class ObservedGraph(Observed):
             self._hooks.taps[str(call.path)] = change
         else:
             self._taps[call.node] = change
+
+    def forget(self) -> None:
+        """Interpret the graph as it is."""
+        self._watchers.clear()
+        self._taps.clear()
+        self._hooks = _Hooks()
 
     @property
     def parameters(self) -> Iterable[nn.Parameter]:

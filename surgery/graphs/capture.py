@@ -6,7 +6,7 @@ captures the model, one run on the example inputs shows which modules it calls, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +22,12 @@ from surgery.graphs.exported import program_shapes, program_view
 from surgery.graphs.factored import is_chain
 from surgery.graphs.known import ModuleCall
 from surgery.graphs.links import is_link_module
-from surgery.graphs.modules import is_operator_module, read_module
+from surgery.graphs.modules import is_operator_module, read_module, weight_of, weight_path
 from surgery.graphs.shapes import fake_shapes, kept_random
 from surgery.graphs.trace import export_program, trace_module
 from surgery.graphs.view import Call, View, site_name
 from surgery.graphs.watch import watch
+from surgery.graphs.within import Within, within_of
 from surgery.operators import Conv, Operator, Shape
 from surgery.sites import Skip, describe
 
@@ -82,7 +83,7 @@ def trace_only(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         {node: name for node, name in reads.items() if name in parameters},
         frozenset(node for node, name in reads.items() if name not in parameters),
         root.get_submodule,
-        lambda call: _whole_call(root, call) if call.path is not None else _functional_skip(call),
+        lambda call: _whole_call(root, call) if call.path is not None else _functional_skip(root, call),
     )
     if args or kwargs:
         try:
@@ -105,7 +106,7 @@ def _chain_calls(root: nn.Module, view: View) -> tuple[ModuleCall, ...]:
 
 def _whole_call(root: nn.Module, call: Call) -> Call | Skip:
     """Refuse the call of a layer with what cannot be carried, or with more than its input."""
-    more = len(call.node.args) + len(call.node.kwargs) != 1
+    more = call.node.op == "call_module" and len(call.node.args) + len(call.node.kwargs) != 1
     reason = "it is called with more than its input" if more else None
     return hung_skip(root, call, reason) or call
 
@@ -118,8 +119,13 @@ def hung_skip(root: nn.Module, call: Call, reason: str | None = None) -> Skip | 
     return None if reason is None else Skip(path, describe(operator), reason, operator.parameters)
 
 
-def _functional_skip(call: Call) -> Skip:
-    reason = "a function in forward() uses it, not a module of its own; factor an exported program instead"
+def _functional_skip(root: nn.Module, call: Call) -> Skip:
+    try:
+        layer = within_of(root.get_submodule(site_name(call.weight)))
+    except AttributeError:  # it is no layer's
+        layer = None
+    why = "a function in forward() uses it, not a module of its own"
+    reason = f"{layer.reason if isinstance(layer, Refusal) else why}; factor an exported program instead"
     return Skip(site_name(call.weight), describe(call.operator), reason, call.operator.parameters)
 
 
@@ -138,27 +144,58 @@ def _watched(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _exported(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     program = export_program(root, args, kwargs)
     parameters = dict(root.named_parameters(remove_duplicate=False))
-    inside, calls = _chain_groups(root, program.graph.nodes)
+    groups = _groups(root, program.graph.nodes, is_chain)
+    calls = [ModuleCall(rows[0], source, path) for path, rows, source in groups if source is not None]
+    given = _within_calls(root, _groups(root, program.graph.nodes, _is_within))
+    inside = frozenset(node for _, rows, _ in groups for node in rows)
+    inside |= {node for call in given.values() for node in call.nodes}
     reader = _Exported(root, parameters, inside)
     view = replace(
-        program_view(program), parameters=parameters, adapt=reader.own_call, owner=reader.link_path, outlined=inside
+        program_view(program),
+        parameters=parameters,
+        adapt=reader.own_call,
+        owner=reader.link_path,
+        outlined=inside,
+        given=given,
+        module=root.get_submodule,
     )
-    return Captured(view, program_shapes(program, None), calls)
+    return Captured(view, program_shapes(program, None), tuple(calls))
 
 
-def _chain_groups(root: nn.Module, nodes: Any) -> tuple[frozenset[Node], tuple[ModuleCall, ...]]:
-    """Return the nodes that chains have made in an exported graph, and the calls that they are."""
+_Group = tuple[str, list[Node], Node | None]
+
+
+def _groups(root: nn.Module, nodes: Any, wanted: Callable[[nn.Module], bool]) -> list[_Group]:
+    """Return the paths of wanted modules with the nodes that a call of theirs has made, and the node of its input."""
     groups: dict[tuple[str, str], list[Node]] = {}
     for node in nodes:
-        key = next((key for key in _stack(node).items() if _is_chain_at(root, key[1])), None)
+        key = next((key for key in _stack(node).items() if _is_at(root, key[1], wanted)), None)
         if key is not None:
             groups.setdefault(key, []).append(node)
-    calls = []
+    found = []
     for (_, path), group in groups.items():
-        sources = [n for n in group[0].all_input_nodes if n not in group and not n.name.startswith("p_")]
-        if sources:
-            calls.append(ModuleCall(group[0], sources[0], path))
-    return frozenset(node for group in groups.values() for node in group), tuple(calls)
+        outside = (n for node in group for n in node.all_input_nodes if n not in group)
+        sources = [n for n in outside if n.op != "placeholder" or not n.name.startswith(("p_", "b_", "c_"))]
+        found.append((path, group, next(iter(sources), None)))
+    return found
+
+
+def _is_within(module: nn.Module) -> bool:
+    return isinstance(within_of(module), Within)
+
+
+def _within_calls(root: nn.Module, groups: Sequence[_Group]) -> dict[Node, Call]:
+    """Return the calls of layers that do more than their operator, each as one, by their last nodes."""
+    found = {}
+    for path, rows, source in groups:
+        module = root.get_submodule(path)
+        operator = read_module(module)
+        if source is None or not isinstance(operator, Operator):
+            continue
+        bias = None if operator.bias is None else f"{path}.bias"
+        weight = f"{path}.{weight_path(module)}"
+        found[rows[-1]] = Call(rows[-1], source, operator, weight, bias, "out_in", path, within=tuple(rows[:-1]))
+    return found
 
 
 def _stack(node: Node) -> dict[str, str]:
@@ -167,9 +204,9 @@ def _stack(node: Node) -> dict[str, str]:
     return {str(call): str(path).split("@")[0] for call, (path, _) in stack.items()}
 
 
-def _is_chain_at(root: nn.Module, path: str) -> bool:
+def _is_at(root: nn.Module, path: str, wanted: Callable[[nn.Module], bool]) -> bool:
     try:
-        return is_chain(root.get_submodule(path))
+        return wanted(root.get_submodule(path))
     except AttributeError:
         return False
 
@@ -189,11 +226,13 @@ class _Exported:
 
     def own_call(self, call: Call) -> Call | Skip:
         """Turn a call of an exported graph into that of the module whose forward made it."""
+        if call.path is not None:
+            return _whole_call(self.root, call)
         path = _caller(self.root, call.node)
         owner = None if path is None else self.root.get_submodule(path)
         owns = owner is not None and owner._parameters.get("weight") is self.parameters[call.weight]
         if path is None or owner is None or not is_operator_module(owner) or not owns:
-            return _functional_skip(call)
+            return _functional_skip(self.root, call)
         operator = read_module(owner)
         reason = operator.reason if isinstance(operator, Refusal) else _refuse(operator, call.operator)
         if reason is not None:
@@ -238,15 +277,20 @@ def _caller(root: nn.Module, node: Node) -> str | None:
 
 def _held_elsewhere(root: nn.Module, layer: nn.Module) -> str | None:
     """Return where else the weight of a layer is held, if anywhere: there it would go on as it was, unused."""
-    weight = layer._parameters.get("weight")
+    weight, within = weight_of(layer), within_of(layer)
+    names = within.names - within.exact if isinstance(within, Within) else ()
+    computed = [layer.get_parameter(name) for name in names]
+    inside = set(layer.modules())
     for path, module in root.named_modules():
-        for name, parameter in module._parameters.items():
-            own = name == "weight" and is_operator_module(module)
-            if parameter is weight and not own and not path.startswith("_"):
+        shared = is_operator_module(module) and weight_of(module) is weight
+        for name, parameter in module._parameters.items() if module not in inside else ():
+            if parameter is not None and any(parameter is other for other in computed):
+                return f"its weight is computed from the parameter {name} of {path or 'the model'}"
+            if parameter is not None and parameter is weight and not shared and not path.startswith("_"):
                 return f"its weight is the parameter {name} of {path or 'the model'} too"
         attributes = {} if isinstance(module, nn.RNNBase) else vars(module)  # recurrent layers keep rows of weights
         for name, value in attributes.items():
-            if name not in CARRIED and _holds(value, weight):
+            if name not in CARRIED and any(_holds(value, own) for own in (weight, *computed)):
                 return f"its weight is held in {name} of {path or 'the model'} too"
     return None
 

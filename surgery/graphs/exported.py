@@ -12,22 +12,23 @@ import itertools
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.export import ExportedProgram, ModuleCallEntry
-from torch.export.graph_signature import ConstantArgument, ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from surgery.errors import CheckError, InputError
+from surgery.graphs.computed import Constants, lift
 from surgery.graphs.functional_edit import read_record, write_record
 from surgery.graphs.module_calls import ModuleCallsKind
 from surgery.graphs.outline import add_outline, drop_outline, in_outline
 from surgery.graphs.packed import pack, unpack
+from surgery.graphs.program_parts import copy_graph, final_names, own_state, rename_entry
 from surgery.graphs.recurrence import (
     Recurrence,
     describe,
@@ -38,7 +39,7 @@ from surgery.graphs.recurrence import (
     read_kernels,
     write_kernel,
 )
-from surgery.graphs.view import View, identity
+from surgery.graphs.view import View
 from surgery.operators import Shape
 
 __all__ = ["ProgramKind", "program_shapes", "program_view"]
@@ -122,7 +123,7 @@ class ProgramKind(ModuleCallsKind):
 
     def __init__(self, program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._program = program
-        self.root = GraphModule(program.graph_module, _copy_graph(program.graph))
+        self.root = GraphModule(program.graph_module, copy_graph(program.graph))
         self.graph = self.root.graph
         self.record = read_record(program.graph_module)
         self._state = dict(program.state_dict)
@@ -148,7 +149,24 @@ class ProgramKind(ModuleCallsKind):
             parameters |= layer.parameters
         inside = frozenset(node for layer in self.recurrences for node in layer.inside)
         buffers, module = self._first.buffers, self.root.get_submodule
-        return View(self.graph, parameters, providers, buffers, module, outlined=inside)
+        view = View(self.graph, parameters, providers, buffers, module, outlined=inside)
+        updated = frozenset(self._program.graph_signature.buffers_to_mutate.values())
+        return lift(view, Constants(self._read_constant, updated), self.values)
+
+    def _read_constant(self, node: Node) -> tuple[str, Tensor] | None:
+        """Return the name and the tensor of a buffer or a constant that a placeholder stands for."""
+        spec = self._specs.get(node.name) if node in self._first.buffers else None
+        name = "" if spec is None else str(spec.target)
+        value = self._state[name] if name in self._state else self._program.constants.get(name)
+        return (name, value) if isinstance(value, Tensor) else None
+
+    def constants(self) -> dict[str, Tensor]:
+        """Return all buffers and constants, by name."""
+        return dict(found for node in self._first.buffers if (found := self._read_constant(node)) is not None)
+
+    def constant(self, name: str, user: Node) -> Node:
+        """Return the placeholder of a buffer or a constant."""
+        return next(node for node in self._first.buffers if self._specs[node.name].target == name)
 
     def _find_recurrences(self) -> list[Recurrence]:
         """Read the recurrent layers, attach their modules and add their outlines."""
@@ -328,14 +346,14 @@ class ProgramKind(ModuleCallsKind):
         signature = ExportGraphSignature(inputs, copy.deepcopy(old.graph_signature.output_specs))
         for before, after in self._renamed:
             signature.replace_all_uses(before, after)
-        calls = [_rename_entry(entry, _final_names(self._renamed)) for entry in old.module_call_graph]
+        calls = [rename_entry(entry, final_names(self._renamed)) for entry in old.module_call_graph]
         self.root.meta.update(old.graph_module.meta)
         write_record(self.root, self.record)
         return ExportedProgram(
             root=self.root,
             graph=self.graph,
             graph_signature=signature,
-            state_dict=_own_state(self._state, old.state_dict),
+            state_dict=own_state(self._state, old.state_dict),
             range_constraints=copy.copy(old.range_constraints),
             module_call_graph=calls,
             example_inputs=old.example_inputs,
@@ -349,44 +367,3 @@ class _Stamping(Interpreter):
         value = super().run_node(n)
         n.meta = {k: v for k, v in n.meta.items() if k != "tensor_meta"} | ({} if n.op == "output" else {"val": value})
         return value
-
-
-def _copy_graph(graph: Graph) -> Graph:
-    """Copy a graph with the names of its nodes, to which the signature refers; fx would rename an ``input``."""
-    copied = copy.deepcopy(graph)
-    for old, new in zip(graph.nodes, copied.nodes, strict=True):
-        new.name = old.name
-    return copied
-
-
-def _final_names(renamed: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Return the last name of each node that was replaced; what took its place may have been replaced as well."""
-    names: dict[str, str] = {}
-    for before, after in reversed(renamed):
-        names[before] = names.get(after, after)
-    return names
-
-
-def _rename_entry(entry: ModuleCallEntry, names: dict[str, str]) -> ModuleCallEntry:
-    """Copy the part of a call's signature that names nodes, with the new names."""
-    if entry.signature is None:
-        return entry
-    inputs, outputs = copy.deepcopy((entry.signature.inputs, entry.signature.outputs))
-    for argument in (*inputs, *outputs):
-        if not isinstance(argument, ConstantArgument):
-            argument.name = names.get(argument.name, argument.name)
-    return replace(entry, signature=replace(entry.signature, inputs=inputs, outputs=outputs))
-
-
-def _own_state(state: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy the tensors that the old program has too, each once, so that tied weights stay tied."""
-    copies: dict[tuple[Any, ...], Tensor] = {}
-    others = {identity(tensor) for tensor in old.values()}
-    for name, tensor in state.items():
-        key = identity(tensor)
-        if key not in copies:
-            mine = tensor.detach().clone() if key in others else tensor
-            trains = isinstance(tensor, nn.Parameter)
-            copies[key] = nn.Parameter(mine, requires_grad=tensor.requires_grad) if trains else mine
-        state[name] = copies[key]
-    return state

@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from surgery import layers
 from surgery.chain import Chain
 from surgery.errors import InputError, Refusal
-from surgery.graphs.carried import carry, is_watched, mark
+from surgery.graphs.around import run_within
+from surgery.graphs.carried import OWN, carry, is_watched, mark
 from surgery.graphs.composed import ComposedWeight
+from surgery.graphs.layer_call import base_of
 from surgery.graphs.links import build_link, is_link_module, read_link_module
-from surgery.graphs.modules import build_module, is_operator_module, read_module, stored_as
+from surgery.graphs.modules import build_module, is_operator_module, read_module, stored_as, weight_of
+from surgery.graphs.restored import hollow, restore
+from surgery.graphs.within import Within, know, within_of
 from surgery.operators import Operator
 from surgery.steps import Branches, Shift, Step
 
@@ -49,6 +53,7 @@ class Factored(nn.Sequential):
         self.surgery_kind, self.surgery_origin, self.surgery_steps = kind, origin, len(steps)
         self.surgery_format = "contiguous_format"  # by name: torch cannot always pickle the format itself
         self.surgery_shape: tuple[int, ...] = ()  # of the weight, where it is known
+        self.surgery_within: Within | None = None  # what the layer does around its operator
 
     @property
     def steps(self) -> list[nn.Module]:
@@ -56,6 +61,14 @@ class Factored(nn.Sequential):
         return [self._modules[str(at)] for at in range(self.surgery_steps)]
 
     def forward(self, input: Tensor) -> Tensor:
+        """Apply all factors, inside of what the layer does around its operator."""
+        within = self.surgery_within
+        if within is None:
+            return self.run(input)
+        result: Tensor = run_within(self, within, input, self.run, next(iter(self.parameters())))
+        return result
+
+    def run(self, input: Tensor) -> Tensor:
         """Apply all factors."""
         for at in range(self.surgery_steps):
             input = self._modules[str(at)](input)
@@ -65,8 +78,24 @@ class Factored(nn.Sequential):
         if name == "weight" and "surgery_steps" in vars(self):
             return _composed(self)
         if name == "bias" and "surgery_steps" in vars(self):
-            return _bias_holder(self)._parameters.get("bias")
-        return super().__getattr__(name)
+            holder = self if "bias" in self._parameters else _bias_holder(self)
+            return holder._parameters.get("bias")
+        if name == "surgery_within":
+            return None  # of modules that were pickled before there was one
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return self._of_kind(name)
+
+    def _of_kind(self, name: str) -> Any:
+        """Return a method or another attribute that a user's class of layers has, beside what torch's have."""
+        for kind in vars(self).get("surgery_kind", nn.Module).__mro__:
+            if kind.__module__.startswith("torch."):
+                break
+            if name in vars(kind):
+                value = vars(kind)[name]
+                return value.__get__(self, kind) if hasattr(value, "__get__") else value
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):
@@ -165,32 +194,70 @@ def weight_names(factored: Factored, path: str) -> list[str]:
     return [f"{path}.{place}.weight" for place, _ in _carriers(factored)]
 
 
-def build_factored(chain: Chain, layer: nn.Module) -> Factored:
+def build_factored(chain: Chain, layer: nn.Module, moved: Tensor | None = None) -> Factored:
     """Return the module of a chain that takes the place of a layer, with all that hangs on it, and its bias.
 
-    The bias is the layer's own parameter, whatever the chain says.
+    The bias is the layer's own parameter, to which ``moved`` is added, in place.
     """
-    bias = layer._parameters.get("bias")
-    chain = chain.with_bias(None if bias is None else bias.detach())
+    within = within_of(layer)
+    own = OWN
+    if isinstance(within, Within):
+        own, bias = within.names, layer._parameters.get("bias") if "bias" in within.exact else None
+        computed = within.bias is not None and bias is None
+    else:
+        bias, computed = layer._parameters.get("bias"), False
+    if not computed:
+        chain = chain.with_bias(None if bias is None else bias.detach())
     factored = Factored(build_steps(chain, layer), kind=type(layer), origin=chain.origin)
-    carry(factored, layer)
-    weight: Any = layer._parameters["weight"]
+    carry(factored, layer, own)
+    weight: Any = weight_of(layer)
     factored.surgery_format, factored.surgery_shape = _format(weight), tuple(weight.shape)
+    if isinstance(within, Within):
+        hollow(factored, layer, within)
     for _, module in _carriers(factored):
         _give(module, "weight", module.weight, weight, factored.surgery_format)
     if bias is not None:
         _bias_holder(factored)._parameters["bias"] = bias
+        if moved is not None:
+            with torch.no_grad():
+                bias.add_(moved.to(bias))
     return factored
 
 
 def build_layer(factored: Factored, operator: Operator) -> nn.Module:
     """Return the layer of an operator that takes the place of factors, of the class that it was, with all extras."""
-    layer = build_module(operator, factored, kind=factored.surgery_kind)
     steps = {str(at) for at in range(factored.surgery_steps)}
-    carry(layer, factored, own=steps)
     parts = weights(factored)
+    if factored.surgery_within is not None:
+        return _build_within(factored, factored.surgery_within, operator, steps)
+    layer: nn.Module = build_module(operator, factored, kind=factored.surgery_kind)
+    if base_of(factored.surgery_kind) is type(layer):
+        layer.__class__ = factored.surgery_kind  # of the user's own, which may be made with other arguments
+    carry(layer, factored, own=steps)
     _give(layer, "weight", layer.weight, parts[0], factored.surgery_format)
     layer.weight.requires_grad_(any(part.requires_grad for part in parts))
+    _give_bias(layer, factored)
+    return layer
+
+
+def _build_within(factored: Factored, within: Within, operator: Operator, steps: set[str]) -> nn.Module:
+    """Return the layer of a class that does more, with numbers from which it computes the operator's."""
+    layer = restore(factored, within, operator, steps)
+    parts = weights(factored)
+    trains = any(part.requires_grad for part in parts)
+    for name in {within.weight} - within.exact:
+        layer.get_parameter(name).requires_grad_(trains)
+    if within.weight in within.exact:
+        _give(layer, within.weight, layer.get_parameter(within.weight), parts[0], factored.surgery_format)
+        layer.get_parameter(within.weight).requires_grad_(trains)
+    if within.bias is not None and within.bias in within.exact:
+        _give_bias(layer, factored)
+    know(layer, within)
+    return layer
+
+
+def _give_bias(layer: nn.Module, factored: Factored) -> None:
+    """Give a layer the bias of factors: the very parameter, where there is one."""
     holders = [m for step in factored.steps for m in step.modules() if m._parameters.get("bias") is not None]
     if holders:
         own = holders[-1]._parameters["bias"]
@@ -198,7 +265,6 @@ def build_layer(factored: Factored, operator: Operator) -> nn.Module:
             layer._parameters["bias"] = own
         else:
             _give(layer, "bias", layer.bias, own)
-    return layer
 
 
 def build_steps(chain: Chain, like: nn.Module) -> list[nn.Module]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,36 @@ from torch.fx import Graph, GraphModule, Node
 
 from surgery.chain import Chain
 from surgery.graphs.chains import ChainSpot, Origin
-from surgery.graphs.functional import Parts, is_aten, read_call, stored_weight, transposed_source, write_call
-from surgery.graphs.items import Item, LinkCall, SumCall, all_calls
-from surgery.graphs.kind import GraphKind
+from surgery.graphs.computed_kind import ComputedKind
+from surgery.graphs.functional import is_aten, stored_weight, transposed_source, write_call
+from surgery.graphs.items import Item, LinkCall, all_calls
+from surgery.graphs.lifted import keep
 from surgery.graphs.links import write_link
 from surgery.graphs.module_edit import Shared
+from surgery.graphs.nodes import (
+    added_bias,
+    biases_of,
+    current_bias,
+    current_source,
+    erase,
+    erase_unused,
+    first_node,
+    first_source,
+    last_place,
+    read_origin,
+    through_transpose,
+)
+from surgery.graphs.put_back import put_back_computed
 from surgery.graphs.runs import Run
 from surgery.graphs.view import Call, Spot, View, identity
 from surgery.operators import Operator
-from surgery.steps import Branches, Shift, Step
+from surgery.steps import Branches, Link, Shift, Step
 
 __all__ = ["FunctionalKind", "current_source", "erase", "first_source", "read_record", "write_record"]
+
+
+# the weight and the bias at each place of a chain, by name; a bias that the graph computes is a node
+_Names: TypeAlias = Mapping[str, tuple[str, str | Node | None]]
 
 
 def read_record(module: GraphModule) -> dict[str, Any]:
@@ -43,30 +62,7 @@ def write_record(module: GraphModule, sites: dict[str, Any]) -> None:
         module.meta["surgery"] = {"version": 1, "sites": sites}
 
 
-def current_source(call: Call) -> Node:
-    """Return the input of a call as the graph has it now, after earlier edits."""
-    if call.path is not None:
-        source = call.node.args[0] if call.node.args else call.node.kwargs["input"]
-        assert isinstance(source, Node)  # the view has seen it
-        return source
-    parts = read_call(call.node)
-    assert isinstance(parts, Parts)  # likewise
-    return parts.input
-
-
-def first_source(items: Sequence[Item]) -> Node:
-    """Return the input of a row of items as the graph has it now."""
-    first = items[0]
-    return current_source(first.calls[0]) if first.calls else first.node.all_input_nodes[0]
-
-
-def erase(graph: Graph, items: Sequence[Item], *, keep: Node) -> None:
-    """Erase the nodes of items, users before what they use; ``keep`` is gone already."""
-    for node in reversed([node for item in items for node in item.nodes if node is not keep]):
-        graph.erase_node(node)
-
-
-class FunctionalKind(GraphKind):
+class FunctionalKind(ComputedKind):
     """Base of the kinds whose function calls are rewritten."""
 
     graph: Graph
@@ -81,7 +77,7 @@ class FunctionalKind(GraphKind):
     @property
     def origins(self) -> Mapping[str, Origin]:
         """The factorization and the ranks of each site in the record."""
-        origins = {site: _origin(entry) for site, entry in self.record.items()}
+        origins = {site: read_origin(entry) for site, entry in self.record.items()}
         return {site: origin for site, origin in origins.items() if origin is not None}
 
     def note(self, site: str, chain: Chain, **entry: Any) -> None:
@@ -95,6 +91,11 @@ class FunctionalKind(GraphKind):
         if not spots:
             return {}
         names = {spot.site.name: self.record[spot.site.name]["weight"] for spot in spots}
+        for site, name in names.items():
+            entry = dict(self.record[site])
+            if "computed" in entry:
+                self.waiting[name] = entry.pop("computed")
+            self.record[site] = entry
         for spot in spots:
             self.put_back(spot.run)
         self.view = self.look()
@@ -131,22 +132,36 @@ class FunctionalKind(GraphKind):
         self._replace_weight(spot, chain)
         moved: dict[tuple[Any, ...], str] = {}
         for call in spot.calls:
-            bias = self._move_bias(call, spot.calls, last, moved)
-            names = {place: (f"{spot.site.name}.{place}.weight", bias if place == last else None) for place in places}
+            computed = current_bias(call)
+            added = computed if _ends_with_link(chain) else None
+            bias = (computed or self._move_bias(call, spot, (last, chain.bias), moved)) if added is None else None
+            names: _Names = {
+                place: (f"{spot.site.name}.{place}.weight", bias if place == last else None) for place in places
+            }
             node = current_source(call)
             for i, step in enumerate(chain.steps):
                 stored = call.stored if step is chain.steps[-1] else "out_in"
                 node = self._write_step(step, node, str(i), names, like=call.node, stored=stored)
+            if added is not None:
+                node = self.write_sum(node, added, like=call.node)
             self.replace(call.node, node)
+        if (lifted := self.view.lifted.get(spot.calls[0].weight)) is not None:
+            erase_unused(self.graph, lifted.own)
         self.sweep()
 
     def _replace_weight(self, spot: Spot, chain: Chain) -> None:
         """Drop the weight, add those of the factors, and record what the weight was called."""
         sites = (spot.site.name, *spot.site.aliases)
         first = spot.calls[0]
-        old = self.view.parameters[first.weight]
-        for site, name in zip(sites, self.view.names[identity(old)], strict=True):
-            self.note(site, chain, weight=name, stored=first.stored)
+        added = [call.computed_bias is not None and _ends_with_link(chain) for call in spot.calls]
+        entry: dict[str, Any] = {"stored": first.stored} | ({"added": added} if any(added) else {})
+        old, lifted = self.view.parameters[first.weight], self.view.lifted.get(first.weight)
+        kept = self.waiting.pop(first.weight, None) if lifted is None else keep(lifted)
+        entry |= {} if kept is None else {"computed": kept}
+        names = self.view.names[identity(old)]
+        for site, name in zip(sites, names, strict=True):
+            self.note(site, chain, weight=name, **entry)
+        for name in names if lifted is None else [name for row in lifted.names.values() for name in row]:
             self.drop_parameter(name)
         for place, part in chain.places:
             if isinstance(part, Operator):
@@ -156,21 +171,27 @@ class FunctionalKind(GraphKind):
                 self.add_parameter([f"{site}.{place}.weight" for site in sites], parameter)
 
     def _move_bias(
-        self, call: Call, calls: Sequence[Call], place: str, moved: dict[tuple[Any, ...], str]
+        self, call: Call, spot: Spot, last: tuple[str, Tensor | None], moved: dict[tuple[Any, ...], str]
     ) -> str | None:
-        """Rename P.bias to P.<place>.bias, unless something else uses it as well."""
+        """Rename P.bias to P.<place>.bias, with the chain's numbers; what something else uses as well stays as it is.
+
+        ``last`` has the place and the bias of the chain. A bias of another name than P.bias keeps its name.
+        """
         if call.bias is None:
             return None
+        place, own = last
         tensor = self.view.parameters[call.bias]
         key = identity(tensor)
         names = self.view.names[key]
-        if self._has_strangers(tensor, calls) or not all(name.endswith(".bias") for name in names):
+        if self._has_strangers(tensor, spot.calls):
             return call.bias
         if key not in moved:
-            self._retire(call.bias, calls)
-            new = [f"{name.removesuffix('.bias')}.{place}.bias" for name in names]
-            self.add_parameter(new, nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad))
-            moved[key] = new[0]
+            self._retire(call.bias, spot.calls)
+            if all(name.endswith(".bias") for name in names):
+                names = [f"{name.removesuffix('.bias')}.{place}.bias" for name in names]
+            numbers = _moved_by(tensor, spot.site.operator.bias, own)
+            self.add_parameter(names, nn.Parameter(numbers, requires_grad=tensor.requires_grad))
+            moved[key] = names[0]
         return moved[key]
 
     def put_back_functions(self, run: Run) -> None:
@@ -182,17 +203,29 @@ class FunctionalKind(GraphKind):
         kept = {items[-1].bias for items in run.rows if self._keeps_bias(items, every, run.sites[0])}
         stored = recorded[0].get("stored") or calls[-1].stored
         trains = self.view.parameters[calls[0].weight].requires_grad
-        biases = {bias for item in every for bias in _biases(item)} - kept
+        biases = {bias for item in every for bias in biases_of(item)} - kept
         for name in [call.weight for call in calls] + sorted(biases):
             self._retire(name, every)
-        weight = stored_weight(run.operators[0], stored).detach()
-        self.add_parameter(weights, nn.Parameter(weight, requires_grad=trains))
+        numbers = stored_weight(run.operators[0], stored).detach()
+        weight: str | Node | None = None
+        if (computed := recorded[0].get("computed")) is not None:
+            first = first_node(self.graph, every)
+            weight, self.notes[run.sites[0]] = put_back_computed(self, computed, numbers, like=first)
+        if weight is None:
+            self.add_parameter(weights, nn.Parameter(numbers, requires_grad=trains))
+            weight = weights[0]
         moved: dict[tuple[Any, ...], str] = {}
-        for items, operator in zip(run.rows, run.operators, strict=True):
+        added = recorded[0].get("added")
+        added = added if isinstance(added, list) and len(added) == len(run.rows) else [False] * len(run.rows)
+        for items, operator, behind in zip(run.rows, run.operators, added, strict=True):
             own = items[-1].bias
-            bias = own if own in kept else self._add_bias(items, operator, run.sites[0], moved)
+            bias: str | Node | None = own if own in kept else self._add_bias(items, operator, run.sites[0], moved)
             like = items[-1].node
-            node = self.insert(operator, first_source(items), (weights[0], bias), like=like, stored=stored)
+            if behind is True and (found := added_bias(like)) is not None:
+                like, bias = found
+            elif items[-1].calls:
+                bias = bias or current_bias(items[-1].calls[-1])
+            node = self.insert(operator, first_source(items), (weight, bias), like=like, stored=stored)
             self.replace(like, node)
             erase(self.graph, items, keep=like)
         self.sweep()
@@ -211,7 +244,7 @@ class FunctionalKind(GraphKind):
         own = {node for item in items for node in item.nodes}
         found = set()
         for node, name in self.look().providers.items():
-            users = {user for direct in node.users for user in _through_transpose(direct, node)}
+            users = {user for direct in node.users for user in through_transpose(direct, node)}
             if name in names and users - own:
                 found.add(name)
         return found
@@ -219,11 +252,11 @@ class FunctionalKind(GraphKind):
     def _keeps_bias(self, items: Sequence[Item], every: Sequence[Item], site: str) -> bool:
         """Whether the last item's bias goes on under its own name: others use it, or decompose never moved it."""
         own = items[-1].bias
-        if own is None or any(_biases(item) for item in items[:-1]) or len(_biases(items[-1])) > 1:
+        if own is None or any(biases_of(item) for item in items[:-1]) or len(biases_of(items[-1])) > 1:
             return False
         factored = all_calls(items)[0].weight.startswith(f"{site}.")
         strangers = self._has_strangers(self.view.parameters[own], every)
-        return strangers or (factored and not own.endswith(f".{_last_place(items)}.bias"))
+        return strangers or (factored and not own.endswith(f".{last_place(items)}.bias"))
 
     def _add_bias(
         self, items: Sequence[Item], operator: Operator, site: str, moved: dict[tuple[Any, ...], str]
@@ -231,10 +264,10 @@ class FunctionalKind(GraphKind):
         """Add the composed bias as P.bias, once for items that share it."""
         if operator.bias is None:
             return None
-        tensors = [self.view.parameters[bias] for item in items for bias in _biases(item)]
+        tensors = [self.view.parameters[bias] for item in items for bias in biases_of(item)]
         key = tuple(identity(tensor) for tensor in tensors)
         if key not in moved:
-            suffix = f".{_last_place(items)}.bias"
+            suffix = f".{last_place(items)}.bias"
             names = [name for name in self.view.names[key[-1]] if len(key) == 1 and name.endswith(suffix)]
             new = [f"{name.removesuffix(suffix)}.bias" for name in names] or [f"{site}.bias"]
             self.add_parameter(new, nn.Parameter(operator.bias.detach(), requires_grad=tensors[-1].requires_grad))
@@ -250,7 +283,7 @@ class FunctionalKind(GraphKind):
         step: Step,
         source: Node,
         place: str,
-        names: Mapping[str, tuple[str, str | None]],
+        names: _Names,
         *,
         like: Node,
         stored: str,
@@ -262,7 +295,7 @@ class FunctionalKind(GraphKind):
             return self._write_branches(step, source, place, names, like=like)
         if isinstance(step, Shift):
             bias = names[place][1]
-            assert bias is not None  # a chain has a shift for its bias alone
+            assert isinstance(bias, str)  # a chain has a shift for a bias of its own alone
             return self.write_sum(source, self.parameter_node(bias, like), like=like)
         with self.graph.inserting_before(like):
             node = write_link(self.graph, step, source, is_aten=is_aten(like))
@@ -274,7 +307,7 @@ class FunctionalKind(GraphKind):
         step: Branches,
         source: Node,
         place: str,
-        names: Mapping[str, tuple[str, str | None]],
+        names: _Names,
         *,
         like: Node,
     ) -> Node:
@@ -299,14 +332,17 @@ class FunctionalKind(GraphKind):
         self,
         operator: Operator,
         source: Node,
-        names: tuple[str, str | None],
+        names: tuple[str | Node, str | Node | None],
         *,
         like: Node,
         stored: str,
         style: Node | None = None,
     ) -> Node:
-        """Insert the call of an operator before ``like``, on the parameters of these names, in the style of a call."""
-        weight, bias = (None if name is None else self.parameter_node(name, like) for name in names)
+        """Insert the call of an operator before ``like``, in the style of a call.
+
+        ``names`` are those of weight and bias; what the graph computes is given as its node.
+        """
+        weight, bias = (self.parameter_node(name, like) if isinstance(name, str) else name for name in names)
         assert weight is not None  # names[0] is a str
         with self.graph.inserting_before(like):
             call = style or like
@@ -333,25 +369,14 @@ class FunctionalKind(GraphKind):
         """Whether the node provides a parameter that has been dropped."""
 
 
-def _origin(entry: Any) -> Origin | None:
-    """Return what a record says of a chain's making; files may say anything there."""
-    name, rank = (entry.get("factorization"), entry.get("rank")) if isinstance(entry, dict) else (None, None)
-    if not isinstance(name, str) or not isinstance(rank, list):
-        return None
-    return (name, tuple(rank)) if all(isinstance(r, int) and r > 0 for r in rank) else None
+def _ends_with_link(chain: Chain) -> bool:
+    return isinstance(chain.steps[-1], Link) and not isinstance(chain.steps[-1], Branches)
 
 
-def _through_transpose(user: Node, node: Node) -> list[Node]:
-    return list(user.users) if transposed_source(user) is node else [user]
-
-
-def _biases(item: Item) -> list[str]:
-    """Return the names of all biases of an item."""
-    biases = [call.bias for call in item.calls] if item.calls else [item.bias]
-    return [bias for bias in biases if bias is not None]
-
-
-def _last_place(items: Sequence[Item]) -> str:
-    """Return where the last item's bias stands below its site, if the items are all steps of its chain."""
-    at, last = len(items) - 1, items[-1]
-    return f"{at}.{len(last.rows) - 1}.{len(last.rows[-1]) - 1}" if isinstance(last, SumCall) else str(at)
+def _moved_by(bias: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:
+    """Return the bias of a call, which moves as that of the operator does from ``before`` to ``after``."""
+    bias = bias.detach()
+    if before is None or after is None or before.is_meta or after.is_meta:  # a chain is cut again without numbers
+        return bias
+    before, after = before.detach(), after.detach()
+    return after.to(bias) if torch.equal(bias, before) else bias + (after - before).to(bias)

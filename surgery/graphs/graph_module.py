@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from surgery.errors import InputError
 from surgery.graphs.capture import hung_skip
+from surgery.graphs.computed import Constants, lift
 from surgery.graphs.copying import copy_module
 from surgery.graphs.functional_edit import read_record, write_record
 from surgery.graphs.module_calls import ModuleCallsKind
@@ -56,7 +57,7 @@ class GraphModuleKind(ModuleCallsKind):
         """Return a view of the graph as it is now."""
         parameters, providers, others = self._reads()
         inside = frozenset(node for layer in self.recurrences for node in layer.inside)
-        return View(
+        view = View(
             self.graph,
             parameters,
             providers,
@@ -65,6 +66,29 @@ class GraphModuleKind(ModuleCallsKind):
             lambda call: call if call.path is None else hung_skip(self.root, call) or call,
             outlined=inside,
         )
+        return lift(view, Constants(self._read_constant), self.values)
+
+    def _read_constant(self, node: Node) -> tuple[str, Tensor] | None:
+        """Return the name and the tensor of a buffer or another tensor that a node reads."""
+        if node.op != "get_attr":
+            return None
+        path, _, leaf = str(node.target).rpartition(".")
+        value = getattr(self.root.get_submodule(path), leaf, None)
+        if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+            return None
+        return str(node.target), value
+
+    def constants(self) -> dict[str, Tensor]:
+        """Return all tensors of the module that are no parameters, by name."""
+        found: dict[str, Tensor] = {}
+        for path, module in self.root.named_modules():
+            plain = {**vars(module), **module._buffers}.items()
+            found |= {f"{path}.{name}".lstrip("."): value for name, value in plain if isinstance(value, Tensor)}
+        return found
+
+    def constant(self, name: str, user: Node) -> Node:
+        """Return a get_attr node just before ``user``."""
+        return self.parameter_node(name, user)
 
     def _reads(self) -> tuple[dict[str, nn.Parameter], dict[Node, str], frozenset[Node]]:
         """Return all parameters, the nodes that read them, and those that read something else."""

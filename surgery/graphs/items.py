@@ -101,8 +101,9 @@ def find_runs(view: View, recorded: Collection[str] = ()) -> Iterator[list[Item]
     """Yield each maximal run with two calls or more; ``recorded`` are the sites that are known to be factored."""
     items = find_items(view, recorded)
     follower: dict[Node, Item] = {}
+    ends = {item.node for item in items if item.calls and item.calls[-1].computed_bias is not None}
     for item in items:
-        if set(item.source.users) <= set(item.nodes):
+        if item.source not in ends and set(item.source.users) <= set(item.nodes):
             follower[item.source] = item
     inner = {follower[item.node].node for item in items if item.node in follower}
     for item in items:
@@ -114,12 +115,12 @@ def find_runs(view: View, recorded: Collection[str] = ()) -> Iterator[list[Item]
 
 
 def find_items(view: View, recorded: Collection[str] = ()) -> list[Item]:
-    """Return all items in graph order; the calls in a sum are part of it.
+    """Return all items in graph order; the calls in a sum are part of it. Calls on computed weights are none.
 
     The branches of a sum are of one site that is known to be factored, or have the names that factors have: what a
     model adds up itself, as two heads, is not one chain.
     """
-    calls = {call.node: call for call in view.calls}
+    calls = {call.node: call for call in view.calls if call.weight not in view.lifted}
     items: dict[Node, Item] = dict(calls)
     taken = {node for call in view.calls for node in call.nodes}
     for node in view.graph.nodes:
@@ -200,6 +201,8 @@ def _read_sum(node: Node, calls: dict[Node, Call], view: View, recorded: Collect
     if any(not row or row[0].source is not rows[0][0].source for row in rows):
         return None
     found = SumCall(tuple(map(tuple, rows)), tuple(additions))
+    if any(call.computed_bias is not None for call in found.calls[:-1]):
+        return None
     if not _of_one_site(view, found, recorded):
         return None
     composed = add([compose_steps([call.operator for call in row]) for row in rows])

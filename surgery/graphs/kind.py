@@ -12,18 +12,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
 
+from torch import nn
 from torch.fx import Node
 
 from surgery.chain import Chain
-from surgery.errors import Refusal
+from surgery.errors import InputError, Refusal
 from surgery.graphs.behind import behind
 from surgery.graphs.chains import ChainSpot, Origin, find_chains
+from surgery.graphs.costs import with_costs
 from surgery.graphs.items import Item, all_calls
 from surgery.graphs.known import ModuleRun
+from surgery.graphs.modules import called_shape
 from surgery.graphs.recurrence import Recurrence
 from surgery.graphs.runs import Part, Run, find_parts, sites_of
 from surgery.graphs.tensors import count
 from surgery.graphs.view import Spot, View, identity
+from surgery.graphs.within import Within, within_of
 from surgery.neighbours import Loop
 from surgery.operators import Conv, Operator, Shape
 from surgery.sites import Skip, Totals
@@ -75,13 +79,23 @@ class GraphKind(ABC):
         if chains:
             others = [spot for spot in spots if not {call.node for call in spot.calls} & inside]
             spots = sorted([*chains, *others], key=lambda spot: spot.first)
-        spots = [self._placed(spot) for spot in spots]
+        placed = [self._placed(spot) for spot in spots]
+        skips += [found for found in placed if isinstance(found, Skip)]
+        spots = [found for found in placed if isinstance(found, Spot)]
+        skips = with_costs(skips, self.view, self.shape)
         unique = {identity(p): count([p]) for p in self.view.parameters.values()}
         macs = sum(spot.site.macs for spot in spots) + sum(skip.macs for skip in skips)
         return Found(tuple(spots), tuple(skips), Totals(sum(unique.values()), macs))
 
-    def _placed(self, spot: Spot) -> Spot:
+    def _placed(self, spot: Spot) -> Spot | Skip:
         first = spot.item if isinstance(spot, ChainSpot) else spot.calls[0]
+        path = getattr(first, "path", None)
+        module = None if path is None or self.view.module is None else self.view.module(path)
+        if module is not None and isinstance(within := within_of(module), Within):
+            found = _placed_within(spot, module, within)
+            if isinstance(found, Skip) or not within.ends:
+                return found
+            spot = found
         if (loop := self.loop(first)) is not None:
             return replace(spot, site=replace(spot.site, behind=(loop,)))
         return (
@@ -114,6 +128,11 @@ class GraphKind(ABC):
     @abstractmethod
     def reopen(self, spots: Sequence[ChainSpot]) -> dict[str, Spot]:
         """Put an operator without numbers where each chain stands, and return the spots for splicing, by name."""
+
+    @property
+    def notes(self) -> Mapping[str, str]:
+        """What the user should know of sites that were put back, by name."""
+        return {}
 
     @property
     def recorded(self) -> frozenset[str]:
@@ -149,6 +168,16 @@ class GraphKind(ABC):
 
     def _weights_key(self, part: Part) -> tuple[Any, ...]:
         return tuple(identity(self.view.parameters[call.weight]) for call in all_calls(part.items))
+
+
+def _placed_within(spot: Spot, module: nn.Module, within: Within) -> Spot | Skip:
+    """Return the site inside a layer that does more: its operator gets other shapes than the layer."""
+    try:
+        shapes = tuple(called_shape(module, shape) for shape in spot.site.input_shapes)
+    except InputError as error:
+        return Skip(spot.site.name, spot.site.description, error.what, spot.site.parameters)
+    site = replace(spot.site, input_shapes=shapes, surplus=within.extra)
+    return replace(spot, site=site)
 
 
 def _shape_of(operator: Operator) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,9 +14,11 @@ from torch.fx import Node
 from surgery.chain import Chain
 from surgery.composition import compose_steps
 from surgery.errors import CheckError, Refusal
+from surgery.graphs.around import inner_of_chain
 from surgery.graphs.chains import ChainSpot, agrees, without_numbers
 from surgery.graphs.factored import Factored, build_layer, chain_of, weight_names, weights
-from surgery.graphs.modules import replace_module
+from surgery.graphs.modules import replace_module, weight_of, weight_path
+from surgery.graphs.undo import tolerance
 from surgery.graphs.view import identity
 from surgery.operators import Operator, Shape
 from surgery.sites import FactoredSite, Skip, describe
@@ -93,13 +95,22 @@ def find_known(root: nn.Module) -> tuple[list[ModuleRun], list[Skip]]:
     return runs, skips
 
 
-def put_back_known(root: nn.Module, run: ModuleRun, operators: Sequence[Operator]) -> dict[nn.Module, nn.Module]:
-    """Put the layer where each module of a run stands; return what took the place of what."""
+def put_back_known(
+    root: nn.Module, run: ModuleRun, operators: Sequence[Operator], notes: MutableMapping[str, str] | None = None
+) -> dict[nn.Module, nn.Module]:
+    """Put the layer where each module of a run stands; return what took the place of what.
+
+    ``notes`` gets what the user should know of it, by site.
+    """
     made: dict[nn.Module, nn.Module] = {}
     for module, operator in zip(run.modules, operators, strict=True):
         layer = build_layer(module, operator)
+        if notes is not None and (error := vars(module).get("surgery_error", 0.0)) > tolerance(operator.weight.dtype):
+            words = "no parameters of the layer give the composed weight exactly; the relative error of the nearest is"
+            notes[run.sites[0]] = f"{words} {error:.2g}"
         if made:
-            layer.weight = next(iter(made.values())).weight
+            path, _, leaf = weight_path(layer).rpartition(".")
+            layer.get_submodule(path)._parameters[leaf] = weight_of(next(iter(made.values())))
         made[module] = layer
     for path, module in list(root.named_modules(remove_duplicate=False)):
         if isinstance(module, Factored) and module in made:
@@ -145,7 +156,10 @@ def _spot(
     assert isinstance(meta, Operator)  # find_known has seen to it
     operator = without_numbers(meta, like=weights(run.modules[0])[0]).with_bias(chain.bias)
     words = f"{describe(operator)}, factored"
+    within = run.modules[0].surgery_within
     shapes = tuple(shape(call.source) for call in calls)
+    if within is not None:
+        shapes = tuple(inner_of_chain(run.modules[0], within, shape) for shape in shapes)
     macs = sum(chain.macs(s) for s in shapes)
     if not calls:
         return Skip(name, words, "the example inputs do not reach it", chain.parameters)

@@ -68,6 +68,7 @@ class ModuleKind(GraphKind):
         self._root = self._holder[0]
         self._shared: Shared = {}
         self._replaced: Replaced = {}
+        self._notes: dict[str, str] = {}
         self._dense: dict[str, tuple[tuple[str, ...], nn.Module, nn.Module]] = {}
         try:
             self._runs, self._changed = find_known(self._root)
@@ -135,7 +136,7 @@ class ModuleKind(GraphKind):
     def put_back(self, run: AnyRun) -> None:
         """Put one operator where a run stands, at all its calls."""
         if isinstance(run, ModuleRun):
-            self._replaced |= put_back_known(self._root, run, run.operators)
+            self._replaced |= put_back_known(self._root, run, run.operators, self._notes)
         else:
             self._replaced |= fuse_modules(self._root, run)
 
@@ -161,6 +162,11 @@ class ModuleKind(GraphKind):
                 return Refusal("its modules are not those of one nn.Sequential")
         hooked = refuse_hooks(self._root, runs)
         return hooked or super().refuse_run(runs) or refuse_outside(runs, self.view.calls)
+
+    @property
+    def notes(self) -> Mapping[str, str]:
+        """What the user should know of layers that were put back, by name."""
+        return self._notes
 
     @property
     def recorded(self) -> frozenset[str]:

@@ -75,7 +75,7 @@ class ModuleCallsKind(FunctionalKind):
         for site in run.sites if isinstance(run, ModuleRun) or run.calls[0][0].path is not None else ():
             self.record.pop(site, None)
         if isinstance(run, ModuleRun):
-            put_back_known(self.root, run, run.operators)
+            put_back_known(self.root, run, run.operators, self.notes)
         elif run.calls[0][0].path is None:
             self.put_back_functions(run)
         else:

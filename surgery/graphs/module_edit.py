@@ -7,16 +7,18 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from surgery.chain import Chain
-from surgery.errors import Refusal
+from surgery.errors import CheckError, Refusal
 from surgery.graphs.carried import CARRIED, OWN, carry, is_watched
 from surgery.graphs.factored import build_factored
 from surgery.graphs.items import Item, all_calls
 from surgery.graphs.modules import build_module, is_operator_module, replace_module
 from surgery.graphs.runs import Run
 from surgery.graphs.view import Call, Spot
+from surgery.graphs.within import Within, within_of
 from surgery.operators import Operator
 
 __all__ = [
@@ -41,18 +43,24 @@ def splice_modules(root: nn.Module, spot: Spot, chain: Chain, shared: Shared) ->
     A factor that is the same tensor as one of an earlier chain in ``shared`` becomes the same parameter.
     """
     made: Replaced = {}
+    before, after = spot.site.operator.bias, chain.bias
+    moved = None
+    if before is not None and after is not None and not before.is_meta:  # a site that is cut again has no numbers
+        moved = None if torch.equal(before, after) else (after - before).detach()
     for path in (spot.site.name, *spot.site.aliases):
         module = root.get_submodule(path)
         if not is_operator_module(module):
             continue
         if module not in made:
-            new = build_factored(chain, module)
+            new = build_factored(chain, module, moved)
             if made:
                 _share_weights(next(iter(made.values())), new)
             else:
                 _share_factors(new, chain, shared)
             made[module] = new
         replace_module(root, path, made[module])
+    if not made:
+        raise CheckError(f"no layer at {spot.site.name} could be replaced by its chain")
     return made
 
 
@@ -151,7 +159,10 @@ def refuse_hooks(root: nn.Module, runs: Sequence[Sequence[Item]]) -> Refusal | N
         return Refusal(f"{watched[0]} has a hook, or a forward of its own")
     layers = [(path, root.get_submodule(path)) for path in paths]
     more = [path for path, layer in layers if is_operator_module(layer) and _has_more(layer)]
-    return Refusal(f"{more[0]} has parameters, buffers or children of its own") if more else None
+    if more:
+        return Refusal(f"{more[0]} has parameters, buffers or children of its own")
+    around = [path for path, layer in layers if isinstance(within_of(layer), Within)]
+    return Refusal(f"{around[0]} does more than its operator") if around else None
 
 
 def _has_more(layer: nn.Module) -> bool:

@@ -1,4 +1,7 @@
-"""Modules that are operators: nn.Linear, the nn.Conv family and GPT-2's Conv1D, read and built."""
+"""Modules that are operators: nn.Linear, the nn.Conv family and GPT-2's Conv1D, read and built.
+
+Subclasses of them are too, if their forward calls one operator on a weight of their own (see ``within``).
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,26 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from surgery.errors import Refusal
+from surgery.graphs.around import inner_shape, read_within
 from surgery.graphs.functional import conv_geometry, stored_weight
+from surgery.graphs.layer_call import base_of
 from surgery.graphs.links import is_link_module
 from surgery.graphs.tensors import refuse_tensor
-from surgery.operators import Conv, Embedding, Linear, Operator
+from surgery.graphs.within import Within, within_of
+from surgery.operators import Conv, Embedding, Linear, Operator, Shape
 
 __all__ = [
     "build_module",
+    "called_shape",
+    "ends_with_operator",
     "is_operator_module",
     "is_outlined",
     "read_module",
     "refuse_module",
     "replace_module",
     "stored_as",
+    "weight_of",
+    "weight_path",
 ]
 
 _CONVS: dict[type[nn.Module], tuple[bool, int]] = {
@@ -47,12 +57,42 @@ def _is_conv1d(kind: type[nn.Module]) -> bool:
 
 
 def is_operator_module(module: nn.Module) -> bool:
-    """Whether the module's class is exactly one that is known to be an operator."""
-    return (
-        type(module) in (nn.Linear, NonDynamicallyQuantizableLinear, nn.Embedding)
-        or type(module) in _CONVS
-        or _is_conv1d(type(module))
-    )
+    """Whether the module is known to be an operator, by its class or by what its forward calls."""
+    kind = type(module)
+    return _is_exact(kind) or base_of(kind) is not None or isinstance(within_of(module), Within)
+
+
+def _is_exact(kind: type[nn.Module]) -> bool:
+    """Whether a class is exactly one of the known."""
+    return kind in (nn.Linear, NonDynamicallyQuantizableLinear, nn.Embedding) or kind in _CONVS or _is_conv1d(kind)
+
+
+def weight_path(module: nn.Module) -> str:
+    """Return the name of the parameter that has the numbers of an operator's weight, below its module."""
+    within = within_of(module)
+    return within.weight if isinstance(within, Within) else "weight"
+
+
+def weight_of(module: nn.Module) -> nn.Parameter | None:
+    """Return that parameter; None where the module has none."""
+    path, _, name = weight_path(module).rpartition(".")
+    return module.get_submodule(path)._parameters.get(name)
+
+
+def called_shape(module: nn.Module, shape: Shape) -> Shape:
+    """Return the shape on which a module calls its operator, for an input of a shape.
+
+    Raises:
+        InputError: its forward does not run at that shape.
+    """
+    within = within_of(module)
+    return inner_shape(module, within, shape) if isinstance(within, Within) else shape
+
+
+def ends_with_operator(module: nn.Module) -> bool:
+    """Whether what a module returns is what its operator returns."""
+    within = within_of(module)
+    return not isinstance(within, Within) or within.ends
 
 
 def is_outlined(module: nn.Module) -> bool:
@@ -71,6 +111,12 @@ def read_module(module: nn.Module, *, detached: bool = True) -> Operator | Refus
     With the parameters themselves, not ``detached`` ones, it is traced by torch.compile, and they are not looked at.
     """
     own_weight = module._parameters.get("weight")
+    if own_weight is None or not _is_exact(type(module)):
+        within = within_of(module)
+        if isinstance(within, Within):
+            return (_refuse_parts(module, within) if detached else None) or read_within(module, within)
+        if isinstance(within, Refusal):
+            return within
     if own_weight is None:
         return Refusal("its weight is computed from other parameters (weight norm or another parametrization)")
     own_bias = module._parameters.get("bias")
@@ -79,9 +125,9 @@ def read_module(module: nn.Module, *, detached: bool = True) -> Operator | Refus
             return Refusal(reason)
     weight: Tensor = own_weight.detach() if detached else own_weight
     bias = own_bias.detach() if detached and own_bias is not None else own_bias
-    if type(module) is nn.Embedding:
+    if isinstance(module, nn.Embedding):
         return _read_embedding(module, weight)
-    if type(module) not in _CONVS:
+    if base_of(type(module)) not in _CONVS:
         return Linear(weight.t() if _is_conv1d(type(module)) else weight, bias=bias)
     conv: Any = module
     geometry = conv_geometry(
@@ -94,6 +140,12 @@ def read_module(module: nn.Module, *, detached: bool = True) -> Operator | Refus
         padding_mode=conv.padding_mode,
     )
     return geometry if isinstance(geometry, Refusal) else Conv(weight, geometry, conv.groups, bias=bias)
+
+
+def _refuse_parts(module: nn.Module, within: Within) -> Refusal | None:
+    own = dict(module.named_parameters(remove_duplicate=False))
+    reasons = (refuse_tensor(own[name]) for name in sorted(within.names) if name in own)
+    return next((Refusal(reason) for reason in reasons if reason is not None), None)
 
 
 def _read_embedding(module: nn.Embedding, weight: Tensor) -> Operator | Refusal:
@@ -113,6 +165,8 @@ def refuse_module(module: nn.Module) -> str | None:
         return "it is quantized; change the model before that"
     if any(map(is_lazy, module.parameters(recurse=False))):
         return "its weight is not made yet; run the model once"
+    if isinstance(within := within_of(module), Refusal):
+        return within.reason
     if is_parametrized(module):
         return "its weight is computed from other parameters (weight norm or another parametrization)"
     norms = nn.LayerNorm | nn.RMSNorm | nn.modules.batchnorm._BatchNorm | nn.GroupNorm

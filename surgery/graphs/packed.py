@@ -42,6 +42,7 @@ def _is_alone(kind: FunctionalKind, call: Call) -> bool:
     tensor = kind.view.parameters[call.weight]
     key = identity(tensor)
     alone = kind.view.uses[key] == {call.node} and len(kind.view.names[key]) == 1
+    alone = alone and call.computed_bias is None and call.weight not in kind.view.lifted
     return alone and isinstance(call.operator, Linear) and call.stored == "out_in" and tensor.shape[0] % 3 == 0
 
 

@@ -115,7 +115,8 @@ def _factored(view: View, run: Sequence[Item]) -> int:
     shifts = [item.bias for item in run if isinstance(item, LinkCall) and item.bias is not None]
     places = {bias.removeprefix(f"{parent}.") for bias in shifts for parent in parents if bias.startswith(f"{parent}.")}
     own |= {f"{parent}.{place}" for parent in parents for place in places}
-    whole = all(name in own for name in view.parameters if name.startswith(f"{parents[0]}."))
+    below = [name for name in view.parameters if name.startswith(f"{parents[0]}.")]
+    whole = all(name in own for name in below if name.removeprefix(f"{parents[0]}.")[0].isdecimal())
     if len(calls) < 2 or not whole:
         return 0
     last = max(at for at, item in enumerate(run) if item in mine)

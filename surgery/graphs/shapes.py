@@ -17,7 +17,7 @@ from surgery.errors import InputError
 from surgery.operators import Shape
 from surgery.text import first_line
 
-__all__ = ["evaluation", "fake_shapes", "kept_buffers", "kept_random", "kept_state", "lazy_shapes"]
+__all__ = ["evaluation", "fake_shapes", "kept_buffers", "kept_random", "kept_state", "lazy_shapes", "untouched"]
 
 
 @contextlib.contextmanager
@@ -73,6 +73,16 @@ def kept_state(root: nn.Module) -> Iterator[None]:
                     _restore(value, before)
                 elif isinstance(value, list):
                     value[:] = before
+
+
+@contextlib.contextmanager
+def untouched(model: Any) -> Iterator[None]:
+    """Give a module its own state and its random numbers back, as ``kept_state`` does; programs keep none."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    with kept_random(model), kept_state(model):
+        yield
 
 
 def _entries(module: nn.Module) -> list[tuple[Any, Any]]:

@@ -20,7 +20,7 @@ from surgery.factorizations import Ranks, named
 from surgery.graphs.carried import refuse_carrying
 from surgery.graphs.factored import Factored
 from surgery.graphs.module_edit import Shared, splice_modules, swap_references
-from surgery.graphs.modules import is_operator_module, read_module
+from surgery.graphs.modules import is_operator_module, read_module, weight_of
 from surgery.graphs.unpacking import pack_all, unpack_all
 from surgery.graphs.view import Spot
 from surgery.operators import Operator
@@ -88,8 +88,8 @@ def _pieces(root: nn.Module, sites: Mapping[str, Origin]) -> dict[str, _Piece]:
         if name in taken:
             continue
         operator = _operator(name, modules[name])
-        weight = modules[name]._parameters["weight"]
-        tied = [other for other in layers if other != name and modules[other]._parameters.get("weight") is weight]
+        weight = weight_of(modules[name])
+        tied = [other for other in layers if other != name and weight_of(modules[other]) is weight]
         taken |= {name, *tied}
         pieces[name] = _Piece((name, *tied), operator, _chain(name, operator, origin))
     return pieces

@@ -67,6 +67,8 @@ def trace_module(
     try:
         with warnings.catch_warnings(), outlining(), kept_state(model):
             warnings.simplefilter("ignore")
+            for module in model.modules():
+                is_operator_module(module)  # which may run its forward, and is known afterwards: here no tracer sees it
             graph = _Tracer().trace(model, concrete_args=defaults or None)
             traced = GraphModule(model, graph)  # while the model has the constants that the tracer put there
     except Exception:  # user code on proxies may raise anything; torch.export is tried next

@@ -18,13 +18,19 @@ from torch.nn.parameter import is_lazy
 
 from surgery.errors import Refusal
 from surgery.graphs.functional import Parts, read_call, transposed_source
-from surgery.graphs.modules import is_operator_module, is_outlined, read_module, refuse_module, stored_as
+from surgery.graphs.lifted import Lifted
+from surgery.graphs.modules import is_operator_module, is_outlined, read_module, refuse_module, stored_as, weight_path
 from surgery.graphs.tensors import count, memory, refuse_tensor
 from surgery.graphs.unhandled import function_name, is_region, looked_through, refuse_use
 from surgery.operators import Conv, Operator, Shape
 from surgery.sites import Site, Skip, describe
 
 __all__ = ["Call", "Spot", "View", "identity", "site_name"]
+
+
+# what the parameter with a weight's numbers is called: as such, and by torch's weight norm and parametrizations
+_PARAMETRIZED = (".parametrizations.weight.original", ".parametrizations.weight.original1")
+_WEIGHTS = (".weight", ".weight_v", ".weight_orig", *_PARAMETRIZED)
 
 
 def identity(tensor: Tensor) -> tuple[Any, ...]:
@@ -36,14 +42,18 @@ def identity(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def site_name(parameter: str) -> str:
-    """Return the name of the site of a weight: its path without a final ``.weight``."""
-    return parameter.removesuffix(".weight")
+    """Return the name of the site of a weight: its path without a final ``.weight``, or what torch computes it from."""
+    for suffix in _WEIGHTS:
+        if parameter.endswith(suffix):
+            return parameter.removesuffix(suffix)
+    return parameter
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
     """One call of an operator: a module's (``path`` set) or a function's (weight and bias nodes set).
 
+    Where the graph computes the bias, ``bias_node`` alone is set, and the operator is one without a bias.
     Where the call is wider than the node that uses the weight, ``inner`` is that node, and ``within`` has it and all
     others before ``node``.
     """
@@ -59,6 +69,11 @@ class Call:
     bias_node: Node | None = None
     inner: Node | None = None
     within: tuple[Node, ...] = ()
+
+    @property
+    def computed_bias(self) -> Node | None:
+        """The node of a bias that the graph computes; None where the bias is a parameter, or there is none."""
+        return self.bias_node if self.bias is None else None
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -101,7 +116,9 @@ class View:
     ``parameters`` has every name, aliases of tied weights included; ``providers`` maps nodes to parameter names;
     ``buffers`` are nodes that provide buffers or constants; ``module`` resolves call_module nodes; ``adapt`` may
     turn a call into another or refuse it; ``owner`` has the path of the module that a link's function call stands for.
-    What the nodes in ``outlined`` compute has an outline, and is not looked at itself.
+    What the nodes in ``outlined`` compute has an outline, and is not looked at itself. ``lifted`` are the weights that
+    the graph computes and that stand among the parameters, by name; ``refused`` says why others do not, by node. The
+    calls in ``given`` are known already, by their last nodes; ``skipped`` has the nodes of each skip.
     """
 
     graph: Graph
@@ -112,6 +129,10 @@ class View:
     adapt: Callable[[Call], Call | Skip] = lambda call: call
     owner: Callable[[Node], str | None] = lambda node: None
     outlined: frozenset[Node] = frozenset()
+    lifted: Mapping[str, Lifted] = field(default_factory=dict)
+    refused: Mapping[Node, str] = field(default_factory=dict)
+    given: Mapping[Node, Call] = field(default_factory=dict)
+    skipped: dict[str, list[Node]] = field(default_factory=lambda: defaultdict(list))
     _skips: dict[str, Skip] = field(default_factory=dict)
 
     @cached_property
@@ -127,7 +148,9 @@ class View:
         """All operator calls in graph order, before weights are looked at for other uses."""
         calls = []
         for node in self.graph.nodes:
-            found: Call | Skip | Iterable[Skip] = () if node in self.outlined else self._read(node)
+            found: Call | Skip | Iterable[Skip] = self.given.get(node, ())
+            if node not in self.outlined:
+                found = self._read(node)
             if isinstance(found, Call):
                 found = self.adapt(found)
             if isinstance(found, Call):
@@ -135,6 +158,7 @@ class View:
                 continue
             for skip in (found,) if isinstance(found, Skip) else found:
                 self._skips.setdefault(skip.name, skip)
+                self.skipped[skip.name].append(node)
         return calls
 
     def _read(self, node: Node) -> Call | Iterable[Skip]:
@@ -162,19 +186,19 @@ class View:
         return self._call(node, parts, operator)
 
     def _call(self, node: Node, parts: Parts, operator: Operator) -> Call:
-        bias = None if parts.bias is None else self.providers[parts.bias]
+        bias = None if parts.bias is None else self.providers.get(parts.bias)
         row = (self.providers[parts.weight], bias, parts.stored, None, parts.weight, parts.bias)
         return Call(node, parts.input, operator, *row)
 
     def _build(self, parts: Parts) -> Operator | Refusal:
-        """Return the operator of a call whose weight is a parameter."""
+        """Return the operator of a call whose weight is a parameter; without a bias that the graph computes."""
         weight = self.parameters[self.providers[parts.weight]]
         if (reason := refuse_tensor(weight)) is not None:
             return Refusal(reason)
         if parts.bias is None:
             return parts.build(weight.detach(), None)
         if parts.bias not in self.providers:
-            return Refusal("its bias is no parameter")
+            return parts.build(weight.detach(), None)
         bias = self.parameters[self.providers[parts.bias]]
         reason = refuse_tensor(bias, "bias")
         return parts.build(weight.detach(), bias.detach()) if reason is None else Refusal(reason)
@@ -202,15 +226,18 @@ class View:
         if operator is None or not isinstance(source, Node):
             return ()
         bias = None if operator.bias is None else f"{path}.bias"
-        return Call(node, source, operator, f"{path}.weight", bias, stored_as(type(module)), path)
+        return Call(node, source, operator, f"{path}.{weight_path(module)}", bias, stored_as(type(module)), path)
 
     def _refuse_weight(self, node: Node, weight: Node) -> Iterable[Skip]:
         """Return the skips of an operator whose weight is no parameter; none of a product of activations."""
         name = function_name(node)
+        if weight in self.refused:
+            reason = self.refused[weight]
+            return self._skips_of(node, reason) or (Skip(node.name, name, reason),)
         if weight in self.buffers:
             return (Skip(node.name, name, "its weight is a buffer or a constant, not a parameter"),)
         if "conv" in name or "linear" in name:
-            reason = "its weight is computed by the graph (weight norm, quantization, an adapter)"
+            reason = "its weight is computed by the graph from its inputs, or from buffers (quantization)"
             return (Skip(node.name, name, reason),)
         return self._skips_of(node, refuse_use(node) or "it is looked up in another way than by a layer")
 
@@ -266,19 +293,21 @@ class View:
         for key, calls in groups.items():
             names = [site_name(name) for name in self.names[key]]
             shapes = tuple(shape(call.source) for call in calls)
-            refusal = self._refuse_group(key, calls, shapes)
+            refusal = self._refuse_group(key, calls, shapes) or _refuse_biases(calls, shape)
             operator = calls[0].operator
             if refusal is not None:
                 macs = sum(c.operator.macs(s) for c, s in zip(calls, shapes, strict=True))
                 name = site_name(calls[0].weight)
                 skips.append(Skip(name, describe(operator), refusal.reason, operator.parameters, macs))
             else:
-                spots.append(Spot(Site(names[0], operator, shapes, tuple(names[1:])), tuple(calls)))
+                surplus = self.lifted[calls[0].weight].surplus if calls[0].weight in self.lifted else 0
+                site = Site(names[0], operator, shapes, tuple(names[1:]), surplus=surplus)
+                spots.append(Spot(site, tuple(calls)))
         return spots, skips
 
     def _refuse_group(self, key: tuple[Any, ...], calls: list[Call], shapes: Iterable[Shape]) -> Refusal | None:
         first = calls[0]
-        strangers = self.uses[key] - {call.user for call in calls}
+        strangers = self.uses[key] - {call.user for call in calls} - {node for call in calls for node in call.within}
         if strangers:
             names = ", ".join(sorted(node.name for node in strangers))
             return Refusal(f"its weight is also used by {names}")
@@ -287,6 +316,16 @@ class View:
         if any(0 in s for s in shapes):
             return Refusal("it is called on an empty input")
         return None
+
+
+def _refuse_biases(calls: Iterable[Call], shape: Callable[[Node], Shape]) -> Refusal | None:
+    """Refuse a computed bias that is another thing than one number for each output."""
+    for call in calls:
+        node = call.computed_bias
+        if node is not None and (found := shape(node)) != (call.operator.out_channels,):
+            says = ",".join(map(str, found))
+            return Refusal(f"its bias is computed by the graph, of shape ({says}), not one number for each output")
+    return None
 
 
 def _operator_of(module: nn.Module) -> Operator | Refusal | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +19,17 @@ __all__ = ["Fusion", "RecomposeResult", "recompose"]
 
 @dataclass(frozen=True)
 class Fusion:
-    """One run of operators that became one operator; parameters before and after."""
+    """One run of operators that became one operator; parameters before and after.
+
+    ``note`` says what the user should know of it, as that parameters give a computed weight only nearly.
+    """
 
     site: str
     operator: str
     parts: tuple[str, ...]
     parameters_before: int
     parameters: int
+    note: str = ""
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,8 +48,9 @@ class RecomposeResult:
                 [c.site, c.operator, str(len(c.parts)), count(c.parameters), change(c.parameters_before, c.parameters)]
             )
         head = f"RecomposeResult: {len(self.changes)} chains fused, {len(self.skips)} refused"
+        notes = [f"note: {c.site}: {c.note}" for c in self.changes if c.note]
         refused = [f"refused: {skip.name}: {skip.reason}" for skip in self.skips]
-        return "\n".join([head, *([table(rows)] if self.changes else []), *refused])
+        return "\n".join([head, *([table(rows)] if self.changes else []), *notes, *refused])
 
 
 @only_own_errors
@@ -78,14 +84,15 @@ def recompose(
         graph.put_back(run)
     back = graph.finish()
     note_record(back)
-    return RecomposeResult(back, tuple(_fusion(run) for run in runs), tuple(skips))
+    return RecomposeResult(back, tuple(_fusion(run, graph.notes) for run in runs), tuple(skips))
 
 
-def _fusion(run: AnyRun) -> Fusion:
+def _fusion(run: AnyRun, notes: Mapping[str, str]) -> Fusion:
     return Fusion(
         site=run.sites[0],
         operator=describe(run.operators[0]),
         parts=run.parts,
         parameters_before=run.parameters_before,
         parameters=run.operators[0].parameters,
+        note=notes.get(run.sites[0], ""),
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from surgery.graphs.within import Within, within_of
 from surgery.plans import Plan
 from surgery.sites import Site
 
@@ -56,6 +57,9 @@ def untrained(root: nn.Module, optimizer: Optimizer, sites: Sequence[Site]) -> d
         module = modules.get(site.name)
         weight = None if module is None else module._parameters.get("weight")
         reason = None if weight is None else _refuse(weight, held)
+        within = None if module is None else within_of(module)
+        if isinstance(within, Within) and within.weight not in within.exact:
+            reason = "its weight is computed from other parameters, which train"
         if reason is not None:
             reasons[site.name] = reason
     return reasons

@@ -1,0 +1,63 @@
+"""One sentence on what was left alone, where that is most of a model: how much, mostly why, and what to do about it."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Protocol
+
+__all__ = ["left_alone"]
+
+_MOST = 0.5
+_CHOSEN = re.compile(r"excluded|not included|kept dense by|ranks do not name it|in the plan")
+
+_EXPORT = "export the model with torch.export and give the program, or its .pt2 file, in its place"
+# what a reason says -> what to do about it; the first that fits
+_STEPS: tuple[tuple[str, str], ...] = (
+    (r"computed by the graph", _EXPORT),
+    (r"quantiz", "change the model before it is quantized"),
+    (r"run the model once", "run the model once, and factor it then"),
+    (r"no call of it is seen|do not reach|reaches it", "give example inputs with which the model runs these layers"),
+    (r"would cost|costs less|full rank|measured", "ask for lower ranks, or for a method that fits these layers better"),
+    (r"the promise", "promise less (a larger max_error, a lower target_speedup)"),
+    (r"exported program|is computed|its forward|more than its input|is not handled", _EXPORT),
+    (r"patched|hook|compiled|held in|is the parameter", _EXPORT),
+    (r"before it is exported|changed before|recompose", "do what the reason says, and factor the model again"),
+)
+_OTHER = "see the reasons of the places that are left alone"
+
+
+class _Place(Protocol):
+    @property
+    def reason(self) -> str: ...
+
+    @property
+    def macs(self) -> float | None: ...
+
+
+def left_alone(places: Iterable[_Place], macs: float | None, *, exported: bool = False) -> str | None:
+    """Return a sentence if most of a model's ``macs`` are in places that were left alone; None otherwise.
+
+    Places that the caller has chosen to leave do not count. Reasons that differ in numbers are one reason. Of a model
+    that is ``exported`` already nobody is told to do so.
+    """
+    groups: dict[str, list[_Place]] = defaultdict(list)
+    for place in places:
+        if place.macs and not _CHOSEN.search(place.reason):
+            groups[re.sub(r"\d[\d.]*", "#", place.reason)].append(place)
+    costs = {key: sum(place.macs or 0 for place in group) for key, group in groups.items()}
+    if not macs or sum(costs.values()) <= _MOST * macs:
+        return None
+    main = max(costs, key=lambda key: costs[key])
+    group, reason = groups[main], groups[main][0].reason
+    layers = "1 layer" if len(group) == 1 else f"{len(group)} layers"
+    step = next((step for words, step in _STEPS if re.search(words, reason)), _OTHER)
+    step = _OTHER if exported and step == _EXPORT else step
+    share = min(100 * sum(costs.values()) / macs, 100)
+    return f"{share:.0f} % of the MACs are left alone: mostly because {_short(reason)} ({layers}); {step}"
+
+
+def _short(reason: str) -> str:
+    """Return a reason without what to do about it, and without what is in brackets at its end."""
+    return re.sub(r"\s*\([^()]*\)$", "", reason.split(";")[0])
