@@ -111,4 +111,4 @@ def test_stages_pay_on_a_deep_network(kind: str) -> None:
     for stages in (1, None):
         found = decompose(model, x[:16], ranks=(4, 4), factorization="tucker", calibration=x, stages=stages).model
         errors.append(relative_error(run_model(found, ((test,), {})), run_model(model, ((test,), {}))))
-    assert errors[1] < 0.9 * errors[0]
+    assert errors[1] < 0.95 * errors[0]

@@ -27,7 +27,7 @@ from surgery.calibration.observe import Observed, ObservedGraph, ObservedModule,
 from surgery.graphs import GraphKind, Model, Spot
 from surgery.graphs.behind import is_norm, is_tracked_norm, norm_buffers
 
-__all__ = ["NormWatch", "Reference", "feeds_batch_norm", "reestimate_batch_norm"]
+__all__ = ["NormDistances", "NormWatch", "Reference", "feeds_batch_norm", "reestimate_batch_norm"]
 
 Pair = tuple[Tensor, Tensor]
 Reference = Mapping[str, "_Statistics"]
@@ -169,24 +169,58 @@ class _Norm:
             buffer.copy_(value)
 
 
-def _norms(observed: Observed, model: Model) -> list[_Norm]:
+@dataclass(eq=False)
+class _Distance(_Norm):
+    """One batch norm, and how far each input is from what it expects, as numbers that can be differentiated."""
+
+    distances: list[Tensor] = field(default_factory=list)
+
+    def see(self, x: Tensor) -> None:
+        """Add the squared distances of mean and deviation, in deviations."""
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        scale = self.variance.float() + 1e-5
+        variance, mean = torch.var_mean(x.float(), axes, correction=0)
+        off = (mean - self.mean.float()).square() + ((variance + 1e-8).sqrt() - scale.sqrt()).square()
+        self.distances.append((off / scale).mean())
+
+
+class NormDistances:
+    """How far the batch norms of a model are from their running statistics in each run that is observed."""
+
+    def __init__(self, observed: Observed, model: Model) -> None:
+        self._norms = _norms(observed, model, _Distance)
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._norms)
+
+    def take(self) -> Tensor | None:
+        """Return the mean distance in the runs since the last call, and forget them."""
+        found = [d for norm in self._norms if isinstance(norm, _Distance) for d in norm.distances]
+        for norm in self._norms:
+            if isinstance(norm, _Distance):
+                norm.distances = []
+        return torch.stack(found).mean() if found else None
+
+
+def _norms(observed: Observed, model: Model, kind: type[_Norm] = _Norm) -> list[_Norm]:
     """Return the batch norms of a model, each watched already."""
     if isinstance(observed, ObservedModule):
         found = {id(m): path for path, m in observed.root.named_modules() if is_tracked_norm(m)}
-        norms = [_module_norm(path, observed.root) for path in found.values()]
+        norms = [_module_norm(path, observed.root, kind) for path in found.values()]
         for norm in norms:
             observed.watch_module(norm.name, norm.see)
         return norms
     assert isinstance(observed, ObservedGraph)  # there are these two
-    return _graph_norms(observed, model)
+    return _graph_norms(observed, model, kind)
 
 
-def _module_norm(path: str, root: nn.Module) -> _Norm:
+def _module_norm(path: str, root: nn.Module, kind: type[_Norm]) -> _Norm:
     mean, variance = (root.get_buffer(f"{path}.{leaf}") for leaf in _BUFFERS)
-    return _Norm(path, mean, variance)
+    return kind(path, mean, variance)
 
 
-def _graph_norms(observed: ObservedGraph, model: Model) -> list[_Norm]:
+def _graph_norms(observed: ObservedGraph, model: Model, kind: type[_Norm]) -> list[_Norm]:
     """Return the batch norms that a graph calls as modules or as functions, one for each pair of buffers."""
     view = observed.kind.view
     norms: dict[str, _Norm] = {}
@@ -194,14 +228,14 @@ def _graph_norms(observed: ObservedGraph, model: Model) -> list[_Norm]:
         if node.op == "call_module" and view.module is not None and is_tracked_norm(view.module(str(node.target))):
             root = view.graph.owning_module
             assert root is not None  # each kind keeps the module of its graph
-            norm = _module_norm(str(node.target), root)
+            norm = _module_norm(str(node.target), root, kind)
         else:
             buffers = norm_buffers(node)
             if buffers is None:
                 continue
             names = [_buffer_name(buffer, model) for buffer in buffers]
             mean, variance = (_buffer(name, model) for name in names)
-            norm = _Norm(names[0].removesuffix(".running_mean"), mean, variance)
+            norm = kind(names[0].removesuffix(".running_mean"), mean, variance)
         norm = norms.setdefault(norm.name, norm)
         observed.watch_node(node, node.all_input_nodes[0], norm.see)
     return list(norms.values())

@@ -10,6 +10,7 @@ from typing import Any
 from surgery.calibration.inputs import Calibration
 from surgery.calibration.moments import Accumulator, Moments, layout_bytes
 from surgery.calibration.observe import Observed, observe
+from surgery.calibration.visible import VisibleRows
 from surgery.errors import InputError
 from surgery.graphs import Model, Spot
 from surgery.operators import Conv, Operator
@@ -33,10 +34,10 @@ def collect(
 ) -> Mapping[str, Moments]:
     """Return the moments of what each site reads, by site name, from one run over all batches in evaluation mode.
 
-    Sites on the same value share theirs. ``sites`` narrows it down. ``budget_bytes`` bounds what all moments take
-    together: the largest are approximated as ``Moments`` says until they fit. For n columns about 2 n rows are used,
-    and at least 4096 if there are so many, at random positions that ``seed`` decides. ``beside`` may watch more of the
-    model in the same run.
+    Sites on the same value share theirs. Positions that a mask hides do not count. ``sites`` narrows it down.
+    ``budget_bytes`` bounds what all moments take together: the largest are approximated as ``Moments`` says until they
+    fit. For n columns about 2 n rows are used, and at least 4096 if there are so many, at random positions that
+    ``seed`` decides. ``beside`` may watch more of the model in the same run.
 
     Raises:
         InputError: inputs that the model does not take, or activations that are not finite.
@@ -47,9 +48,9 @@ def collect(
     spots = [spot for spot in found if sites is None or spot.site.name in sites]
     shared = _shared(spots)
     accumulators = _accumulators([group[0] for group in shared], len(batches), budget_bytes, seed)
+    visible = VisibleRows(observed, batches, [group[0] for group in shared])
     for group, accumulator in zip(shared, accumulators, strict=True):
-        for call in group[0].calls:
-            observed.watch(call, accumulator.add)
+        visible.watch(observed, group[0], accumulator.add)
     if beside is not None:
         beside(observed)
     _run(observed, batches, progress)

@@ -3,17 +3,21 @@
 Patches are a strided view of the padded input, indexed at some positions, so that none is copied that is not used. A
 transposed convolution is the plain one, of stride 1 and with the kernel mirrored, over the input with stride - 1 zeros
 stuffed between its values and d (k - 1) - padding around them; its patches are those, mirrored back.
+
+Where samples have masks, positions are drawn among the visible ones. A convolution along time has hidden positions if
+it puts out as many as it reads.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from surgery.calibration.masks import visible_rows
 from surgery.errors import InputError
 from surgery.operators import Conv, Linear, Operator
 
@@ -23,10 +27,13 @@ Columns = Tensor  # (groups, rows, n): n values of each row, in the order (chann
 _BLOCK = 2**24  # numbers in one block
 
 
-def read_columns(operator: Operator, x: Tensor, *, rows: int, generator: torch.Generator) -> Iterator[Columns]:
+def read_columns(
+    operator: Operator, x: Tensor, *, rows: int, generator: torch.Generator, masks: Sequence[Tensor] = ()
+) -> Iterator[Columns]:
     """Yield at most ``rows`` columns, in blocks of bounded size, of an input of a linear layer or a convolution.
 
-    In the dtype of the input, half precisions in float32. Positions are drawn without repetition.
+    In the dtype of the input, half precisions in float32. Positions are drawn without repetition, among those that the
+    ``masks`` (N, T) of the samples show; the same ones for the same masks and state of the generator.
 
     Raises:
         InputError: an operator of another kind.
@@ -35,22 +42,27 @@ def read_columns(operator: Operator, x: Tensor, *, rows: int, generator: torch.G
     x = x if x.dtype == torch.float64 else x.float()
     if isinstance(operator, Linear):
         tokens = x.reshape(-1, x.shape[-1])
-        for chosen in _choose(len(tokens), rows, generator, width=tokens.shape[1]):
+        visible = visible_rows(masks, x.shape[:-1])
+        for chosen in _choose(len(tokens), rows, generator, width=tokens.shape[1], visible=visible):
             yield tokens[chosen].unsqueeze(0)
     elif isinstance(operator, Conv):
-        yield from _patches(operator, x, rows, generator)
+        yield from _patches(operator, x, rows, generator, masks)
     else:
         raise InputError(f"no columns are known of {type(operator).__name__}")
 
 
-def _choose(total: int, rows: int, generator: torch.Generator, *, width: int) -> Iterator[Tensor]:
-    order = (
-        torch.randperm(total, generator=generator, device="cpu") if total > rows else torch.arange(total, device="cpu")
-    )
-    yield from order[:rows].split(max(1, _BLOCK // width))
+def _choose(
+    total: int, rows: int, generator: torch.Generator, *, width: int, visible: Tensor | None
+) -> Iterator[Tensor]:
+    places = torch.arange(total, device="cpu") if visible is None else visible.cpu().nonzero().flatten()
+    if len(places) > rows:
+        places = places[torch.randperm(len(places), generator=generator, device="cpu")[:rows]]
+    yield from places.split(max(1, _BLOCK // width))
 
 
-def _patches(conv: Conv, x: Tensor, rows: int, generator: torch.Generator) -> Iterator[Columns]:
+def _patches(
+    conv: Conv, x: Tensor, rows: int, generator: torch.Generator, masks: Sequence[Tensor]
+) -> Iterator[Columns]:
     dims = conv.geometry.dims
     x = x if x.dim() == dims + 2 else x.unsqueeze(0)
     mirrored = conv.geometry.transposed
@@ -58,7 +70,8 @@ def _patches(conv: Conv, x: Tensor, rows: int, generator: torch.Generator) -> It
     view = view.movedim(1, 1 + dims)  # (batch, *positions, channels, *taps)
     positions = view.shape[: 1 + dims]
     width = view.shape[1 + dims :].numel()
-    for chosen in _choose(positions.numel(), rows, generator, width=width):
+    visible = visible_rows(masks, positions) if dims == 1 else None
+    for chosen in _choose(positions.numel(), rows, generator, width=width, visible=visible):
         patches = view[torch.unravel_index(chosen, positions)]
         patches = patches.flip(list(range(-dims, 0))) if mirrored else patches
         yield patches.unflatten(1, (conv.groups, -1)).flatten(2).transpose(0, 1)

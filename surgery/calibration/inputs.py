@@ -1,15 +1,15 @@
 """Calibration inputs in one form: the samples of all inputs, gone through in batches as often as need be.
 
 Users give a tensor (a batch of samples), a sequence of inputs (each a tensor, a tuple of arguments, or a dict by name),
-a DataLoader, whose items may have labels after the inputs, or the path of an .npz or .pt file of inputs by name. The
-samples are along axis 0 of each tensor that is as long there as the first one; whatever else an input holds goes with
-each batch as it is in the first. A program that was exported for one batch size gets batches of exactly that size.
+a DataLoader, whose items may have labels after the inputs, or the path of a file (see ``files``). The samples are along
+axis 0 of each tensor that is as long there as the first one; whatever else an input holds goes with each batch as it is
+in the first. A program that was exported for one batch size gets batches of exactly that size. Masks among the inputs
+say which positions are padding; samples that are nothing else are left out.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,17 +22,18 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from surgery.calibration.signature import fixed_batch, read_signature
-from surgery.errors import FileError, InputError
+from surgery.calibration.files import FILES, read_file
+from surgery.calibration.masks import Mask, find_masks, leaf_names, read_masks
+from surgery.calibration.signature import declared_inputs, fixed_batch, read_signature
+from surgery.errors import InputError
 from surgery.graphs import Model
 from surgery.inputs import Inputs, normalise_inputs, program_inputs
-from surgery.text import first_line
 
 __all__ = ["Calibration", "read_calibration", "samples_in"]
 
 _LEAST = 48  # samples
 _WORK = 2.0e11  # multiply-accumulates of one pass: 49 samples of a ResNet-50 at 224x224
-_ALLOWED = "a tensor, a sequence of inputs, a DataLoader, or the path of an .npz or .pt file"
+_ALLOWED = f"a tensor, a sequence of inputs, a DataLoader, or the path of a file ({FILES})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,7 @@ class Calibration:
     """Samples of model inputs: iterate for batches ``(args, kwargs)`` of ``batch_size``; the last may be smaller.
 
     ``leaves`` are the flat inputs, of which those that are ``sampled`` have all samples along axis 0. If ``exact``,
-    the model takes no other batch size, and there is no smaller batch.
+    the model takes no other batch size, and there is no smaller batch. ``masks`` are those that hide something.
     """
 
     leaves: tuple[Any, ...]
@@ -48,6 +49,7 @@ class Calibration:
     structure: pytree.TreeSpec
     batch_size: int
     exact: bool = False
+    masks: tuple[Mask, ...] = ()
 
     @property
     def count(self) -> int:
@@ -67,6 +69,11 @@ class Calibration:
         rows = zip(self.leaves, self.sampled, strict=True)
         args, kwargs = pytree.tree_unflatten([leaf[part] if many else leaf for leaf, many in rows], self.structure)
         return tuple(args), dict(kwargs)
+
+    def visible(self, batch: Inputs) -> tuple[Tensor, ...]:
+        """Return which positions of a batch are visible, (N, T) of bool for each length T where some are not."""
+        leaves = pytree.tree_leaves(batch) if self.masks else ()
+        return tuple(shown for shown in read_masks(self.masks, leaves) if not bool(shown.all()))
 
     def take(self, index: Tensor | slice) -> Calibration:
         """Return the samples of these numbers, in this order."""
@@ -116,7 +123,11 @@ def read_calibration(
     """
     if isinstance(calibration, Calibration):
         return calibration
-    signature = read_signature(model, normalise_inputs(example_inputs))
+    example = normalise_inputs(example_inputs)
+    signature = read_signature(model, example)
+    if isinstance(calibration, str | os.PathLike):
+        known = declared_inputs(model, example, signature)
+        calibration = read_file(Path(calibration), signature, known, limit=limit)
     items: list[Inputs] = []
     found = 0
     for item in _items(calibration):
@@ -126,12 +137,25 @@ def read_calibration(
             break
     if not items:
         raise InputError("there is no calibration input", allowed=_ALLOWED)
-    samples = _join(items, batch_size)
+    samples = _masked(_join(items, batch_size), leaf_names(signature.names, items[0]))
     samples = _beside(model, samples.take(slice(min(limit, samples.count))))
     fixed = fixed_batch(model)
     if fixed is None and isinstance(model, ExportedProgram):
         fixed = _guarded_batch(model, samples)
     return samples if fixed is None else _fill(samples, fixed)
+
+
+def _masked(samples: Calibration, names: Sequence[str]) -> Calibration:
+    """Return the samples that have visible positions, with their masks."""
+    held = zip(samples.leaves, samples.sampled, strict=True)
+    masks = find_masks(names, [leaf if many else None for leaf, many in held])
+    if not masks:
+        return samples
+    shown = torch.stack([mask.any(1) for mask in read_masks(masks, samples.leaves)]).all(0)
+    if not bool(shown.any()):
+        what = f"all positions of all {samples.count} calibration samples are hidden by {names[masks[0].place]}"
+        raise InputError(what, allowed="masks with ones where there are tokens")
+    return replace(samples if bool(shown.all()) else samples.take(shown), masks=masks)
 
 
 def _beside(model: Model, samples: Calibration) -> Calibration:
@@ -174,24 +198,11 @@ def _fill(samples: Calibration, size: int) -> Calibration:
 
 def _items(calibration: Any) -> Iterable[Any]:
     """Return the inputs one by one, each of one or more samples."""
-    if isinstance(calibration, str | os.PathLike):
-        return _items(_read(Path(calibration)))
     if isinstance(calibration, Tensor | np.ndarray | Mapping):
         return [calibration]
     if isinstance(calibration, Iterable):
         return calibration
     raise InputError(f"calibration inputs of type {type(calibration).__name__}", allowed=_ALLOWED)
-
-
-def _read(path: Path) -> Any:
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        what = f"{path}: cannot be read: {first_line(error)}"
-        raise FileError(what, allowed=".npz or .pt files of tensors alone") from error
 
 
 def _length(inputs: Inputs) -> int:

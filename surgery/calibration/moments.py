@@ -16,12 +16,14 @@ layer's by its diagonal.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from surgery.calibration.columns import Columns, read_columns
+from surgery.calibration.masks import visible_rows
 from surgery.errors import InputError
 from surgery.operators import Embedding, Operator
 from surgery.solvers.weighted import Metric, roots
@@ -154,15 +156,17 @@ class Accumulator:
         split = not self._whole and self._taps > 1
         self._second = self._mean.new_zeros(groups, self._taps, self._taps) if split else None
 
-    def add(self, x: Tensor) -> None:
-        """Add the columns of one input of the operator."""
+    def add(self, x: Tensor, masks: Sequence[Tensor] = ()) -> None:
+        """Add the columns of one input of the operator, those that the masks (N, T) of the samples show."""
         if isinstance(self._operator, Embedding):
-            shares = torch.bincount(x.flatten(), minlength=self._first.shape[1]).to(torch.float64)
+            visible = visible_rows(masks, x.shape)
+            x = x.flatten() if visible is None else x.flatten()[visible]
+            shares = torch.bincount(x, minlength=self._first.shape[1]).to(torch.float64)
             self._first += shares
             self._mean += shares
             self.count += x.numel()
             return
-        for block in read_columns(self._operator, x, rows=self._rows, generator=self._generator):
+        for block in read_columns(self._operator, x, rows=self._rows, generator=self._generator, masks=masks):
             self._add_block(block)
 
     def _add_block(self, block: Columns) -> None:

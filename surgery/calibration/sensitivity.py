@@ -9,12 +9,13 @@ of itself at other positions (as K-FAC does: Martens and Grosse 2015, arXiv 1503
 Of N gradients of O channels the share O / (O + N) of G is given to the identity of the same trace: what few gradients
 have not shown is not taken for harmless (Ledoit and Wolf 2004 shrink so).
 
-Outputs of a model that are several tensors count by their relative error. One backward pass for each batch.
+Outputs of a model that are several tensors count by their relative error. One backward pass for each batch. Positions
+that a mask hides count neither in outputs nor at sites.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,10 +24,12 @@ from torch.utils import _pytree as pytree
 
 from surgery.calibration.collect import Progress
 from surgery.calibration.inputs import Calibration
+from surgery.calibration.masks import visible_rows
 from surgery.calibration.moments import Moments
-from surgery.calibration.observe import observe
+from surgery.calibration.observe import Observed, observe
+from surgery.calibration.visible import Masks, VisibleOutputs, VisibleRows
 from surgery.errors import InputError
-from surgery.graphs import Model
+from surgery.graphs import Model, Spot
 from surgery.operators import Conv, Operator
 from surgery.text import first_line
 
@@ -53,19 +56,17 @@ def with_sensitivity(
         InputError: the model has no output to differentiate, or cannot be differentiated.
     """
     observed = observe(model, next(iter(batches)))
-    found = {}
-    for spot in observed.kind.find().spots:
-        if spot.site.name in moments:
-            gram = _Gram(spot.site.operator)
-            found[spot.site.name] = gram
-            for call in spot.calls:
-                observed.tap(call, gram.tap)
-    generator = torch.Generator().manual_seed(seed)
     few = _small(batches, samples)
+    spots = [spot for spot in observed.kind.find().spots if spot.site.name in moments]
+    visible = VisibleRows(observed, few, spots)
+    outputs = VisibleOutputs(lambda batch: _leaves(observed.run(batch)), few)
+    found = {spot.site.name: _tapped(observed, spot, visible) for spot in spots}
+    generator = torch.Generator().manual_seed(seed)
     for done, batch in enumerate(few):
         if progress is not None:
             progress("differentiate", done, len(few))
-        _backward(observed.run(batch, gradients=True), generator)
+        leaves = _leaves(observed.run(batch, gradients=True))
+        _backward(leaves, list(outputs.of(batch, leaves)), generator)
     return {
         name: replace(m, sensitivity=found[name].mean if name in found and found[name].count else None)
         for name, m in moments.items()
@@ -80,13 +81,19 @@ def _small(batches: Calibration, samples: int) -> Calibration:
     return replace(few, batch_size=min(_BATCH, few.batch_size))
 
 
-def _backward(output: object, generator: torch.Generator) -> None:
+def _leaves(output: object) -> list[Tensor]:
+    leaves = pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _backward(leaves: Sequence[Tensor], visible: Sequence[Tensor | None], generator: torch.Generator) -> None:
     total: Tensor | None = None
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point():
+    for leaf, mask in zip(leaves, visible, strict=True):
+        if leaf.requires_grad:
             direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float32, device="cpu").to(leaf)
-            scale = torch.linalg.vector_norm(leaf.detach().float()).clamp(min=1e-12)
-            part = (leaf * direction).sum() / scale.to(leaf.dtype)
+            shown = leaf if mask is None else leaf.masked_fill(~mask, 0.0)
+            scale = torch.linalg.vector_norm(shown.detach().float()).clamp(min=1e-12)
+            part = (shown * direction).sum() / scale.to(leaf.dtype)
             total = part if total is None else total + part
     if total is None:
         raise InputError("the model has no output that depends on its operators by gradients")
@@ -96,8 +103,16 @@ def _backward(output: object, generator: torch.Generator) -> None:
         raise InputError(f"the model cannot be differentiated: {first_line(error)}") from error
 
 
+def _tapped(observed: Observed, spot: Spot, visible: VisibleRows) -> _Gram:
+    """Return the sums over gradients at a site's calls, in runs from now on."""
+    gram = _Gram(spot.site.operator)
+    for call in spot.calls:
+        observed.tap(call, lambda y: gram.tap(y, visible.now(observed, spot)))
+    return gram
+
+
 class _Gram:
-    """The sum of g g^T over the positions of a site's outputs."""
+    """The sum of g g^T over the positions of a site's outputs, those that masks show."""
 
     def __init__(self, operator: Operator) -> None:
         self.count = 0
@@ -112,14 +127,17 @@ class _Gram:
         level = mean.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         return (1 - share) * mean + share * level * torch.eye(self._out, dtype=mean.dtype, device=mean.device)
 
-    def tap(self, y: Tensor) -> Tensor:
+    def tap(self, y: Tensor, masks: Masks) -> Tensor:
         """Return the output as a value of its own, whose gradient is added when it is known."""
         own = y.detach().requires_grad_().clone() if not y.requires_grad else y.clone()
-        own.register_hook(self._add)
+        own.register_hook(lambda gradient: self._add(gradient, masks))
         return own
 
-    def _add(self, gradient: Tensor) -> None:
-        rows = gradient.detach().movedim(self._axis, -1).reshape(-1, self._groups, self._out).transpose(0, 1)
+    def _add(self, gradient: Tensor, masks: Masks) -> None:
+        rows = gradient.detach().movedim(self._axis, -1)
+        visible = visible_rows(masks, rows.shape[:-1]) if self._axis >= -2 else None
+        rows = rows.reshape(-1, self._groups, self._out)
+        rows = (rows if visible is None else rows[visible]).transpose(0, 1)
         rows = rows if rows.dtype == torch.float64 else rows.float()
         self._sum += rows.mT @ rows
         self.count += rows.shape[1]

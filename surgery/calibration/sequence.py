@@ -7,8 +7,9 @@ output is nearest to W x is the regression (Zhang et al. 2015, arXiv 1505.06798,
 
 so that a chain is fitted to W* under the moments of x', and takes back what of the errors before it can be told from
 x'. Where the mean is taken up behind the operator, by a bias or a normalisation, moments are central ones, and the bias
-is b* = b + W m - W* m'. A ridge on both moments pulls W* towards W; and since N columns of n numbers say little where N
-is not much larger than n, so does the share n / (n + N).
+is b* = b + W m - W* m'. A ridge pulls W* towards W. So does a share that is found by cross-validation: few columns make
+a regression that holds for them alone, and how much of it holds in one half of the batches when it is found in the
+other is measured.
 
 The columns of the original are read once; those of the changed network at the same positions.
 """
@@ -16,7 +17,7 @@ The columns of the original are read once; those of the changed network at the s
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ from surgery.calibration.factor import RIDGE
 from surgery.calibration.inputs import Calibration
 from surgery.calibration.moments import Moments
 from surgery.calibration.observe import Observed, observe
+from surgery.calibration.visible import Masks, VisibleRows
 from surgery.graphs import Model, Spot
 from surgery.operators import Operator
 from surgery.solvers.weighted import Metric
@@ -50,11 +52,12 @@ class Originals:
     def __init__(self, model: Model, samples: Calibration, sites: Mapping[str, Moments]) -> None:
         self._samples, self._moments = samples, sites
         observed = observe(model, next(iter(samples)))
+        spots = _spots(observed, sites)
+        self._visible = VisibleRows(observed, samples, spots)
         self._columns: dict[str, _Columns] = {}
-        for spot in _spots(observed, sites):
+        for spot in spots:
             self._columns[spot.site.name] = columns = _Columns(spot, len(samples))
-            for call in spot.calls:
-                observed.watch(call, columns.keep)
+            self._visible.watch(observed, spot, columns.keep)
         for batch in samples:
             observed.run(batch)
 
@@ -70,9 +73,8 @@ class Originals:
         def watch(observed: Observed) -> None:
             for spot in _spots(observed, sites):
                 if spot.site.name in self._columns:
-                    pairs[spot.site.name] = pair = _Pairs(self._columns[spot.site.name])
-                    for call in spot.calls:
-                        observed.watch(call, pair.add)
+                    pairs[spot.site.name] = pair = _Pairs(self._columns[spot.site.name], len(spot.calls))
+                    self._visible.watch(observed, spot, pair.add)
 
         reestimate_batch_norm(changed, self._samples, reference=norms, beside=watch)
         return {
@@ -97,48 +99,83 @@ class _Columns:
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self._seed)
 
-    def read(self, x: Tensor, generator: torch.Generator) -> list[Tensor]:
-        return list(read_columns(self.operator, x, rows=self._rows, generator=generator))
+    def read(self, x: Tensor, masks: Masks, generator: torch.Generator) -> list[Tensor]:
+        return list(read_columns(self.operator, x, rows=self._rows, generator=generator, masks=masks))
 
-    def keep(self, x: Tensor) -> None:
-        self.blocks += self.read(x, self._generator)
+    def keep(self, x: Tensor, masks: Masks) -> None:
+        self.blocks += self.read(x, masks, self._generator)
 
 
 class _Pairs:
-    """Sums over the columns x of the original and x' of a changed model, (groups, rows, n) each, in float64."""
+    """Sums over the columns x of the original and x' of a changed model, in float64, in two halves of the batches."""
 
-    def __init__(self, columns: _Columns) -> None:
-        self._columns, self._generator = columns, columns.generator()
+    def __init__(self, columns: _Columns, calls: int) -> None:
+        self._columns, self._generator, self._calls = columns, columns.generator(), calls
         self._left = iter(columns.blocks)
         groups, _, *rest = columns.operator.kernel.shape
         n = torch.Size(rest).numel()
-        self._count, self._taps = 0, torch.Size(rest[1:]).numel()
-        self._means = columns.operator.weight.new_zeros(2, groups, n, dtype=torch.float64)
-        self._crossed, self._second = self._means.new_zeros(2, groups, n, n)
+        self._taps, self._seen = torch.Size(rest[1:]).numel(), 0
+        self._counts = [0, 0]
+        self._means = columns.operator.weight.new_zeros(2, 2, groups, n, dtype=torch.float64)  # halves, x and x'
+        self._crossed, self._second = self._means.new_zeros(2, 2, groups, n, n)  # sums of x x'^T, x' x'^T; halves
 
-    def add(self, x: Tensor) -> None:
-        for block in self._columns.read(x, self._generator):
+    def add(self, x: Tensor, masks: Masks) -> None:
+        half = self._seen // self._calls % 2
+        self._seen += 1
+        for block in self._columns.read(x, masks, self._generator):
             then, now = next(self._left).double(), block.double()  # a mean may be far above the deviation from it
-            self._count += now.shape[1]
-            self._means += torch.stack([then.sum(1), now.sum(1)])
-            self._crossed += then.mT @ now
-            self._second += now.mT @ now
+            self._counts[half] += now.shape[1]
+            self._means[half] += torch.stack([then.sum(1), now.sum(1)])
+            self._crossed[half] += then.mT @ now
+            self._second[half] += now.mT @ now
 
     def target(self, sensitivity: Tensor | None, *, centred: bool) -> Target:
         """Return W* with b*, and the moments of x'."""
-        operator, columns = self._columns.operator, self._means.shape[-1]
-        before, now = (self._means / self._count).unsqueeze(-1)
-        second, crossed = self._second / self._count, self._crossed / self._count
-        moments = Moments(self._count, now.squeeze(-1), Metric((second,), self._taps), sensitivity)
-        if centred:
-            second, crossed = second - now @ now.mT, crossed - before @ now.mT
-        level = second.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(torch.float64).tiny)
-        ridge = RIDGE * level[:, None, None] * torch.eye(columns, dtype=torch.float64, device=level.device)
+        operator, count = self._columns.operator, sum(self._counts)
+        before, now = (self._means.sum(0) / count).unsqueeze(-1)
+        second = self._second.sum(0) / count
+        moments = Moments(count, now.squeeze(-1), Metric((second,), self._taps), sensitivity)
+        halves = [self._sums(half, before, now, centred=centred) for half in (0, 1) if self._counts[half]]
         kernel = operator.kernel.detach().double().flatten(2)
-        found = torch.linalg.solve(second + ridge, (crossed + ridge).mT @ kernel.mT).mT
-        found = kernel + (found - kernel) * self._count / (self._count + columns)
+        found = kernel + _regression(kernel, halves)
         moved = operator.with_kernel(found.view_as(operator.kernel).to(operator.weight.dtype))
         if operator.bias is not None:
             shift = (kernel @ before - found @ now).flatten()
             moved = moved.with_bias((operator.bias.detach().double() + shift).to(operator.weight.dtype))
         return Target(moved, moments)
+
+    def _sums(self, half: int, before: Tensor, now: Tensor, *, centred: bool) -> tuple[Tensor, Tensor, int]:
+        """Return the sums of (x - x') x'^T and of x' x'^T in a half, and the number of columns."""
+        second, crossed, count = self._second[half], self._crossed[half], self._counts[half]
+        if centred:  # around the means of both halves: (x - m)(x' - m')^T, and so on
+            then, here = self._means[half].unsqueeze(-1)
+            second = second - here @ now.mT - now @ here.mT + count * now @ now.mT
+            crossed = crossed - then @ now.mT - before @ here.mT + count * before @ now.mT
+        return crossed - second, second, count
+
+
+def _regression(kernel: Tensor, halves: Sequence[tuple[Tensor, Tensor, int]]) -> Tensor:
+    """Return by how much W moves: the regression of W (x - x') on x', as much of it as holds in the other half.
+
+    With V from one half and the sums of the other the share s lowers E |W (x - x') - s V x'|^2 the most at
+    ``s = <W D, V> / <V C, V>``; for one half alone the share N / (n + N) of N columns has to do.
+    """
+    lags, seconds, counts = zip(*halves, strict=True)
+    total, columns = sum(counts), kernel.shape[-1]
+    whole = _solve(kernel, sum(lags), sum(seconds))
+    if len(halves) < 2:
+        return whole * total / (total + columns)
+    explained = energy = kernel.new_zeros(())
+    for one, other in ((0, 1), (1, 0)):
+        moved = _solve(kernel, lags[one], seconds[one])
+        explained = explained + (kernel @ lags[other] * moved).sum()
+        energy = energy + (moved @ seconds[other] * moved).sum()
+    share = (explained / energy.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, 1)
+    return whole * share
+
+
+def _solve(kernel: Tensor, lag: Tensor, second: Tensor) -> Tensor:
+    """Return ``W D (C + ridge)^-1``."""
+    level = second.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(torch.float64).tiny)
+    ridge = torch.eye(second.shape[-1], dtype=second.dtype, device=second.device) * (RIDGE * level)[:, None, None]
+    return torch.linalg.solve(second + ridge, (kernel @ lag).mT).mT
