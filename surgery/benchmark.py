@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 
 from surgery.comparison import Model, open_model
 from surgery.cost.latency import cpu_name
-from surgery.cost.timing import Budget, Samples, bind, compare_samples, interleave, open_session, physical_cores
+from surgery.cost.timing import Budget, Samples, bind, compare_samples, interleave, open_session, physical_cores, waited
 from surgery.errors import InputError
 from surgery.export import capture, export_onnx
 from surgery.inputs import Inputs, default_inputs, feed, normalise_inputs
@@ -32,6 +32,8 @@ __all__ = [
     "bench",
     "environment",
     "make_ready",
+    "name_of",
+    "shared_inputs",
     "time_ready",
 ]
 
@@ -136,6 +138,10 @@ def bench(
     shapes it declares, with 1 for dynamic sizes of an .onnx file. ``names`` stand for the models in the result,
     not their paths. ``threads`` defaults to the physical cores. ``progress`` gets the share of the time that is over.
 
+    Models that run in turn find their weights evicted from the caches, as in a program that does other things between
+    two runs. ``time_apart`` times each as it runs by itself, again and again, in processes of its own: there a model
+    whose weights fit in the cache is faster, while one whose weights do not is as fast as here.
+
     Raises:
         InputError: no models, or models that do not take the same inputs.
         CaptureError, CheckError: a model that cannot be exported, as ``export_onnx`` says.
@@ -162,9 +168,9 @@ def make_ready(
     """Return models to be timed, perhaps more than once; arguments and exceptions are those of ``bench``."""
     threads = threads or physical_cores()
     opened = [open_model(model, threads=threads) for model in models]
-    inputs = _shared_inputs(opened, example_inputs, seed)
+    inputs = shared_inputs(opened, example_inputs, seed)
     ready = []
-    for path, model in zip(names or map(_name, models), opened, strict=True):
+    for path, model in zip(names or map(name_of, models), opened, strict=True):
         try:
             ready.append(Ready(path, _prepare(model, inputs, threads)))
         except InputError as error:
@@ -180,10 +186,14 @@ def time_ready(
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> Timing:
-    """Time models that are ready, interleaved, for about ``seconds`` in all, with the threads they were made for."""
+    """Time models that are ready, interleaved, for about ``seconds`` in all, with the threads they were made for.
+
+    With one thread, what a run waits for a core that other programs have does not count, where the system tells.
+    """
     where = environment(threads)
     runs = [model.run for model in ready]
-    samples = interleave(runs, Budget(seconds, max_rounds=10_000), seed=seed, progress=progress)
+    budget, waits = Budget(seconds, max_rounds=10_000), waited if where.threads == 1 else float
+    samples = interleave(runs, budget, seed=seed, progress=progress, waited=waits)
     rows = [(model.path, sample) for model, sample in zip(ready, samples, strict=True)]
     return Timing(
         tuple(ModelTiming(path, sample) for path, sample in rows),
@@ -192,11 +202,13 @@ def time_ready(
     )
 
 
-def _name(model: Any) -> str:
+def name_of(model: Any) -> str:
+    """Return what a model is called in results: its path, or the class of a model in memory."""
     return os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__
 
 
-def _shared_inputs(models: Sequence[Model], example_inputs: Any, seed: int) -> Inputs:
+def shared_inputs(models: Sequence[Model], example_inputs: Any, seed: int) -> Inputs:
+    """Return the example inputs, or those of the first model that knows any; raises InputError where none does."""
     if example_inputs is not None:
         return normalise_inputs(example_inputs)
     for model in models:

@@ -38,6 +38,7 @@ __all__ = [
     "compare",
     "compare_outputs",
     "evaluating",
+    "flatten_outputs",
     "open_model",
     "run_model",
 ]
@@ -167,7 +168,7 @@ def compare_outputs(first: Any, second: Any) -> Difference:
     Raises:
         InputError: they have different numbers of tensors, or different shapes, or none.
     """
-    a, b = list(_flatten(first, "")), list(_flatten(second, ""))
+    a, b = list(flatten_outputs(first)), list(flatten_outputs(second))
     shapes = [[tuple(tensor.shape) for _, tensor in side] for side in (a, b)]
     if shapes[0] != shapes[1]:
         said = [", ".join("x".join(map(str, shape)) or "scalar" for shape in side) or "none" for side in shapes]
@@ -196,8 +197,12 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor).double() if tensor.is_complex() else tensor.double()
 
 
-def _flatten(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield all tensors of a nest, each with its place."""
+def flatten_outputs(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield all tensors of a nest, each with its place: ``[0]``, ``.logits``; a number counts as a tensor.
+
+    Raises:
+        InputError: the nest has something else in it.
+    """
     if value is None:
         return
     if isinstance(value, Tensor):
@@ -206,16 +211,16 @@ def _flatten(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         yield name, torch.tensor(value)
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _flatten(item, f"{name}.{key}")
+            yield from flatten_outputs(item, f"{name}.{key}")
     elif isinstance(value, tuple | list):
         for index, item in enumerate(value):
-            yield from _flatten(item, f"{name}[{index}]")
+            yield from flatten_outputs(item, f"{name}[{index}]")
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            yield from _flatten(getattr(value, field.name), f"{name}.{field.name}")
+            yield from flatten_outputs(getattr(value, field.name), f"{name}.{field.name}")
     elif type(value) in pytree.SUPPORTED_NODES:
         for index, leaf in enumerate(pytree.tree_leaves(value)):
-            yield from _flatten(leaf, f"{name}[{index}]")
+            yield from flatten_outputs(leaf, f"{name}[{index}]")
     else:
         allowed = "tensors and numbers in tuples, lists, dicts and dataclasses"
         raise InputError(f"the output{name} is a {type(value).__name__}", allowed=allowed)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.benchmark import bench, environment
-from surgery.cost.timing import Budget, Samples, physical_cores
+from surgery.cost.timing import Budget, Samples, interleave, physical_cores, waited
 from surgery.errors import FileError, InputError
 from surgery.export import export_onnx
 
@@ -30,7 +30,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that each model takes from now on, in place of measured ones."""
     seconds: list[float] = []
 
-    def pretend(runs: Any, budget: Budget, *, seed: int, progress: Any) -> tuple[Samples, ...]:
+    def pretend(runs: Any, budget: Budget, **_: Any) -> tuple[Samples, ...]:
         for run in runs:
             run()
         return tuple(Samples((s,) * 20) for s, _ in zip(seconds, runs, strict=True))
@@ -85,6 +85,16 @@ def test_bench_really_measures() -> None:
     assert all(m.runs >= 11 and 0 < m.median_s <= m.p90_s and m.spread >= 0 for m in timing.models)
     assert timing.comparisons[0].low <= timing.comparisons[0].high
     assert seen[-1] == 1.0
+
+
+def test_waits_for_a_core_do_not_count() -> None:
+    seconds = iter(range(0, 10**9, 10))  # each run is said to have waited for ten seconds: all of it
+    budget = Budget(0, min_rounds=2)
+    [samples] = interleave([lambda: None], budget, waited=lambda: float(next(seconds)))
+    assert samples.seconds == (0.0, 0.0)
+    [samples] = interleave([lambda: None], budget)
+    assert min(samples.seconds) > 0
+    assert 0 <= waited() <= waited()
 
 
 def test_an_onnx_file_knows_its_shapes(tmp_path: Path, scripted: list[float]) -> None:

@@ -16,7 +16,7 @@ from surgery import export
 from surgery.comparison import compare, compare_outputs, run_model
 from surgery.cost.timing import open_session
 from surgery.errors import CaptureError, CheckError, FileError, InputError
-from surgery.export import export_onnx
+from surgery.export import check_export, export_onnx
 from surgery.inputs import default_inputs, feed, flatten_inputs, normalise_inputs, random_tensor
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -120,22 +120,37 @@ def test_dtypes_that_onnxruntime_lacks_are_an_error(tmp_path: Path, dtype: torch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mismatch_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "run_model", lambda model, inputs: run_model(model, inputs) * 1.01)
+class Noise(nn.Module):
+    """Two runs of it agree in nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rand_like(x)
+
+
+def test_a_mismatch_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(CheckError, match="differ from PyTorch's by a relative error of"):
-        export_onnx(program(), tmp_path / "net.onnx")
+        export_onnx(Noise(), tmp_path / "net.onnx", X)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_old_file_stays_when_the_new_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_file_stays_when_the_new_one_fails(tmp_path: Path) -> None:
     target = tmp_path / "net.onnx"
     target.write_bytes(b"old")
     with pytest.raises(FileError, match="exists already"):
         export_onnx(program(), target, force=False)
-    monkeypatch.setattr(export, "run_model", lambda model, inputs: (run_model(model, inputs), X))
-    with pytest.raises(CheckError, match="other outputs"):
-        export_onnx(program(), target)
+    with pytest.raises(CheckError, match="run to run"):
+        export_onnx(Noise(), target, X)
     assert target.read_bytes() == b"old"
+
+
+def test_other_outputs_and_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
+    model = Net().eval()
+    session = open_session(export_onnx(model, tmp_path / "net.onnx", X).path)
+    with pytest.raises(CheckError, match="other outputs"):
+        check_export(program(Net(classes=5)), session, ((X,), {}))
+    model.fc.bias.data[0] = float("nan")
+    with pytest.raises(CheckError, match="relative error of inf"):
+        check_export(program(model), session, ((X,), {}))
 
 
 def test_large_weights_go_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,10 @@ Measured on two idle cores with two threads (a 3x3 convolution of 128 channels a
 rows), in microseconds: each alone 1040 and 44; as a branch 1020 and 42; in a session beside another one whose workers
 spin up to 2010 and 41; stopped after each run 1050 and 56; never spinning 1050 and 64, and short chains twice as slow.
 
+Busy machines: a thread that has used up its slice waits for a core, for milliseconds, whatever it works at, so that the
+median of short runs tells of the others' slices: two models, 3.8 and 2.6 ms alone, took 8.0 and 6.6 (load 8 on two
+cores; 1.21x instead of 1.46x). What runs on the calling thread alone can be timed without those waits (``waited``).
+
 Intervals: round by round, samples of two sessions are a pair, so rounds are resampled, not samples, and in blocks of
 neighbouring rounds, since disturbances last longer than a round (moving-block bootstrap, Kunsch 1989).
 """
@@ -49,12 +53,14 @@ __all__ = [
     "interleave",
     "open_session",
     "physical_cores",
+    "waited",
 ]
 
 MARGIN = 0.02  # 96 pairs of equal operators: 89 within this, the worst 4 % apart; the interval misses such chance
 VERDICTS = ("faster", "slower", "no difference")
 _RESAMPLES = 1000
 _MAX_RESAMPLED = 2_000_000  # random indices in one bootstrap: bounds its memory
+_WAITS = "/proc/thread-self/schedstat"  # nanoseconds on a core, and ready without one
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
@@ -157,21 +163,23 @@ def interleave(
     *,
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
+    waited: Callable[[], float] = float,
 ) -> tuple[Samples, ...]:
     """Time callables round by round, in a new random order in each round; one Samples for each, all equally long.
 
-    ``progress`` is called after each round with the share of the budget that is used, 0 to 1.
+    ``progress`` is called after each round with the share of the budget that is used, 0 to 1. ``waited`` returns the
+    seconds so far that shall not count: 0, or what the function of this name says where one thread does all the work.
     """
     budget = budget or Budget()
     generator = np.random.default_rng(seed)
     rounds: list[list[float]] = []
     for _ in range(budget.warmup_rounds):
-        _time_round(runs, generator)
+        _time_round(runs, generator, waited)
     with _no_collection():
         start = time.perf_counter()
         used = 0.0
         while len(rounds) < budget.min_rounds or (used < 1 and len(rounds) < budget.max_rounds):
-            rounds.append(_time_round(runs, generator))
+            rounds.append(_time_round(runs, generator, waited))
             spent = (time.perf_counter() - start) / budget.seconds if budget.seconds else 1.0
             used = max(spent, len(rounds) / budget.max_rounds)
             if progress is not None:
@@ -179,14 +187,26 @@ def interleave(
     return tuple(Samples(tuple(column)) for column in zip(*rounds, strict=True))
 
 
-def _time_round(runs: Sequence[Callable[[], object]], generator: np.random.Generator) -> list[float]:
+def _time_round(
+    runs: Sequence[Callable[[], object]], generator: np.random.Generator, waited: Callable[[], float]
+) -> list[float]:
     seconds = [0.0] * len(runs)
     for index in generator.permutation(len(runs)):
         run = runs[index]
+        before = waited()
         start = time.perf_counter()
         run()
-        seconds[index] = time.perf_counter() - start
+        spent = time.perf_counter() - start
+        seconds[index] = spent - min(waited() - before, spent)
     return seconds
+
+
+def waited() -> float:
+    """Return how many seconds of its life the calling thread has waited for a core; 0 where the system counts none."""
+    try:
+        return int(Path(_WAITS).read_bytes().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 @contextmanager
