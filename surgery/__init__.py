@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from surgery.errors import SurgeryError as SurgeryError
     from surgery.export import export_onnx as export_onnx
     from surgery.factorizations import FACTORIZATIONS as FACTORIZATIONS
+    from surgery.fresh import time_apart as time_apart
+    from surgery.fresh import time_batches as time_batches
     from surgery.loading import load as load
     from surgery.operators import Conv as Conv
     from surgery.operators import Embedding as Embedding
@@ -58,6 +60,8 @@ _HOMES: dict[str, str] = {
     "plan": "surgery.passes.decompose",
     "recompose": "surgery.passes.recompose",
     "save": "surgery.saving",
+    "time_apart": "surgery.fresh",
+    "time_batches": "surgery.fresh",
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from surgery.passes import workshop
+from surgery.passes import clock
 
 torch.set_num_threads(1)  # pytest-xdist runs several workers; more threads each only get in each other's way
 
@@ -31,7 +31,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not wait for a quiet machine: beside other workers it never is."""
-    monkeypatch.setattr(workshop, "_PAUSES", ())
+    monkeypatch.setattr(clock, "_PAUSES", ())
 
 
 @pytest.fixture(autouse=True)

@@ -199,15 +199,14 @@ def test_batch_norms_of_what_was_not_changed_stay_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_error": 0.1}, "max_error needs calibration data and ranks='auto'"),
-        ({"max_error": 0.1, "calibration": 1, "ranks": 4}, "max_error needs calibration data and ranks='auto'"),
+        ({"max_error": 0.1, "calibration": 1, "ranks": 4}, "max_error needs ranks='auto'"),
         ({"max_error": 0.1, "max_drop": 0.1, "calibration": 1}, "max_error and max_drop at once"),
         ({"max_error": 0.0, "calibration": 1}, "max_error=0; allowed: numbers, above 0"),
         ({"target_speedup": 0.5, "calibration": 1}, "target_speedup=0.5; allowed: numbers, 1 or more"),
         ({"max_drop": 0.1, "calibration": 1}, "max_drop without a metric"),
         ({"target_speedup": 2, "calibration": 1, "cost": "macs"}, "target_speedup with cost='macs'"),
         ({"calibration": 1, "cost": "joules"}, "cost='joules'"),
-        ({"cost": "macs"}, "cost needs calibration data and ranks='auto'"),
+        ({"cost": "macs", "ranks": 4}, "cost needs ranks='auto'"),
     ],
 )
 def test_wrong_goals_are_one_clear_error(arguments: dict[str, Any], message: str) -> None:

@@ -32,8 +32,8 @@ from surgery.solvers.weighted import roots, times_channels, triangle
 __all__ = ["Option", "Options", "options_of", "positions"]
 
 _JOINT = 576  # columns; above, the root over channels and taps at once costs more than it tells
-_SURE = 0.05  # of measured costs
-_LEVELS = 12  # thresholds on singular values, from the largest to a thousandth of it
+_SURE = 0.03  # of measured costs
+_LEVELS = 40  # thresholds on singular values, from the largest to a thousandth of it
 
 
 @dataclass(frozen=True)

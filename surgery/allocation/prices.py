@@ -14,10 +14,11 @@ import numpy as np
 
 from surgery.errors import InputError
 from surgery.factorizations import Ranks
+from surgery.plans import Plan
 from surgery.ranks.auto import Latencies
 from surgery.ranks.candidates import Candidate
 
-__all__ = ["COSTS", "Counted", "Measured", "Prices"]
+__all__ = ["COSTS", "Counted", "Measured", "Prices", "Ruled"]
 
 COSTS = ("latency", "macs", "params")
 
@@ -63,6 +64,23 @@ class Measured:
     def _time(self, candidate: Candidate, ranks: Ranks) -> tuple[float, float]:
         rows = [(n, self.latencies.compare(op, chain, shape)) for op, chain, shape, n in candidate.pairs(ranks)]
         return sum(n * row.dense_s for n, row in rows), sum(n * row.chain_s for n, row in rows)
+
+
+@dataclass(frozen=True)
+class Ruled:
+    """Seconds in proportion to those that a plan has measured at its own ranks, for its own methods alone."""
+
+    plan: Plan
+    what: str = "latency"
+    measured: bool = True
+
+    def price(self, candidate: Candidate, choices: Sequence[Ranks], /) -> tuple[float, list[float]]:
+        """Return the seconds of dense and of each choice; fewer multiply-accumulates than the plan's save nothing."""
+        row = self.plan[candidate.site.name]
+        if row.dense_latency is None or row.latency is None or not row.macs:
+            raise InputError("the plan has no latency for it")
+        shares = [max(1.0, candidate.cost(ranks).macs / row.macs) for ranks in choices]
+        return row.dense_latency, [row.latency * share for share in shares]
 
 
 @dataclass(frozen=True)

@@ -73,13 +73,19 @@ def inspect(model: Path, json_: bool, **options: Any) -> None:
     metavar="NAME",
     help="auto; als, pp or gd for cp; tensorly for TensorLy's own.",
 )
-@click.option("--calibration", type=_MODEL, help="Inputs by name, as .npz or .pt: fit the factors to them.")
+@click.option(
+    "--calibration",
+    type=_MODEL,
+    help="Inputs by name, as .npz or .pt, or token ids, as .jsonl, to fit to.",
+)
 @click.option("--stages", type=int, help="With --calibration: runs to fit the sites in.  [default: what costs little]")
-@click.option("--max-error", type=float, help="With --calibration: largest relative output error.  [default: 0.05]")
-@click.option("--target-speedup", type=float, help="With --calibration: least speed-up of the whole model.")
+@click.option("--max-error", type=float, help="For auto: largest relative output error.  [default: 0.05]")
+@click.option("--target-speedup", type=float, help="For auto: least speed-up of the whole model.")
 @click.option("--eval", "metric", metavar="MODULE:FUNCTION", help="A metric of a module; higher is better.")
 @click.option("--max-drop", type=float, help="With --eval: by how much the metric may fall.")
 @click.option("--cost", type=click.Choice(["latency", "macs", "params"]), default="latency", show_default=True)
+@click.option("--no-promise", is_flag=True, help="For auto without --calibration: a rule for ranks, no promise.")
+@click.option("--best-effort", is_flag=True, help="Where a speed-up is out of reach: the nearest, not the original.")
 @click.option("--timing/--no-timing", default=True, help="Measure latencies (auto always does, for its choice).")
 @click.option("--force", is_flag=True, help="Overwrite files that exist.")
 @model_options
@@ -103,6 +109,8 @@ def decompose(
     metric: str | None,
     max_drop: float | None,
     cost: str,
+    no_promise: bool,
+    best_effort: bool,
     timing: bool,
     force: bool,
     json_: bool,
@@ -141,11 +149,13 @@ def decompose(
                 "calibration": calibration,
                 "stages": stages,
                 "cost": cost,
+                "promise": not no_promise,
+                "best_effort": best_effort,
                 "eval_fn": metric and load_function(metric),
             }
             result = passes.decompose(program, inputs, plan=given, solver=solver, progress=progress, **rules, **promise)
         measured: Timing | str | None = None if result.search is None else result.search.timing
-        if measured is None and timing and not dry_run:
+        if measured is None and timing and not dry_run and result.changes:
             measured = _time([program, result.model], inputs, progress)
         if not dry_run:
             attach(result.model, collect(result, timing=measured, files=(model, None)))
@@ -250,12 +260,18 @@ def export(model: Path, output: Path, force: bool, json_: bool, **options: Any) 
 @click.argument("models", type=_MODEL, nargs=-1, required=True, metavar="A [B ...]")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of onnxruntime.  [default: physical cores]")
 @click.option("--seconds", type=click.FloatRange(min=0.01), default=5.0, show_default=True, help="Time to measure.")
+@click.option("--apart", is_flag=True, help="Time each model alone, in new processes of its own.")
 @model_options
 @as_json
-def bench(models: tuple[Path, ...], threads: int | None, seconds: float, json_: bool, **options: Any) -> None:
+def bench(
+    models: tuple[Path, ...], threads: int | None, seconds: float, apart: bool, json_: bool, **options: Any
+) -> None:
     """Time models (.pt2 or .onnx) under onnxruntime on this CPU, interleaved; each later one against the first."""
-    from surgery.benchmark import bench as run
+    from surgery.benchmark import bench as together
     from surgery.cli import show
+    from surgery.fresh import time_apart
+
+    run = time_apart if apart else together
 
     with show.progress(quiet=json_) as progress:
         progress("load", 0, 1)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from surgery.leftover import left_alone
 from surgery.sites import Skip
 from surgery.text import change, count, rank_text, seconds
 
@@ -46,6 +47,7 @@ STEPS = {
     "plan": "choosing ranks",
     "calibrate": "running the calibration inputs",
     "differentiate": "measuring sensitivity",
+    "match": "making inputs that match the batch norms",
     "measure": "measuring sites",
     "factor": "factoring",
     "fit": "fitting factors",
@@ -127,6 +129,8 @@ def found_json(found: Found) -> dict[str, Any]:
 def found_tables(path: Path, found: Found) -> None:
     """Print the sites, skips and totals of a model."""
     console = _console()
+    if (left := left_alone(found.skips, found.totals.macs, exported=_is_program(path))) is not None:
+        console.print(left, markup=False)
     columns = ("name", "operator", "weight", "input", "calls", "parameters", "MACs", "share of MACs")
     table = _table(f"Sites of {path}", *columns)
     total = found.totals.macs or 1
@@ -144,6 +148,10 @@ def found_tables(path: Path, found: Found) -> None:
     )
 
 
+def _is_program(path: Path) -> bool:
+    return path.suffix == ".pt2"
+
+
 def _size(path: Path | None) -> int | None:
     return None if path is None or not path.exists() else path.stat().st_size
 
@@ -151,6 +159,8 @@ def _size(path: Path | None) -> int | None:
 def decompose_tables(files: tuple[Path, Path | None], result: DecomposeResult, timing: Timing | str | None) -> None:
     """Print a row for each site, then the model before and after, then the verdict."""
     console = _console()
+    if (left := left_alone(result.skips, result.before.macs, exported=_is_program(files[0]))) is not None:
+        console.print(left, markup=False)
     table = _table("Sites", "site", "operator", "method", "rank", "weight error", "MACs", "latency", "reason")
     for c in result.changes:
         error = "-" if c.error is None else f"{c.error:.3g}"
@@ -195,10 +205,14 @@ def _verdict(output: Path | None, result: DecomposeResult, timing: Timing | str 
         yield f"metric: {before:.6g} -> {after:.6g}"
     if result.promise is not None:
         yield str(result.promise)
+    if result.promise is None or result.promise.kind != "max_error":
+        yield from [] if result.seen is None else [str(result.seen)]
     if not result.changes:
         yield "no site was factored: the model is the original"
-    elif result.promise is None and result.plan.ranks == "auto":
-        yield "with --calibration the factors fit your data, and auto keeps a promise (--max-error, --target-speedup)"
+        for speedup, error in [] if result.search is None else result.search.reached:
+            yield f"within reach: {speedup:.2f}x at an output error of {error:.3g} (--best-effort takes the nearest)"
+    if output is None and result.plan.ranks == "auto":
+        yield "these are the ranks of the rule: to keep its promise, auto may take higher ones, or leave sites dense"
     yield "dry run: nothing was written" if output is None else f"wrote {output}"
 
 
@@ -224,6 +238,9 @@ def recompose_tables(files: tuple[Path, Path, Path | None], result: RecomposeRes
     for c in result.changes:
         table.add_row(c.site, c.operator, str(len(c.parts)), count(c.parameters_before), count(c.parameters))
     console.print(table)
+    for c in result.changes:
+        if c.note:
+            console.print(f"note: {c.site}: {c.note}")
     if result.skips:
         console.print()
         console.print(_skips_table(result.skips))

@@ -8,20 +8,20 @@ from typing import Any, TypeAlias
 
 from torch.export import ExportedProgram
 
-from surgery.allocation.prices import Counted, Measured, Prices
 from surgery.calibration.inputs import Calibration, read_calibration
 from surgery.chain import Chain
 from surgery.cost.latency import Latencies, channel_multiple
 from surgery.errors import CheckError, InputError, only_own_errors
 from surgery.factorizations import named
-from surgery.graphs import ChainSpot, Found, GraphKind, Model, open_graph
+from surgery.graphs import Found, GraphKind, Model, open_graph
 from surgery.graphs.unpacking import check_inplace
 from surgery.inputs import Inputs, normalise_inputs
 from surgery.joint import form
 from surgery.operators import Operator
-from surgery.passes.factoring import Made, factor_site, gather, split_chain
+from surgery.passes.carry_out import Means, carry_out
+from surgery.passes.factoring import split_chain
 from surgery.passes.goals import Evaluate, Goal
-from surgery.passes.promise import Terms, negotiate
+from surgery.passes.promise import Asked, Terms, negotiate, negotiate_blind
 from surgery.passes.results import Change, DecomposeResult
 from surgery.plans import Decision, Plan
 from surgery.pretrained import note_record
@@ -66,7 +66,10 @@ def plan(
     latencies: Latencies | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """Return the plan that ``decompose`` would carry out with the same arguments, and change nothing."""
+    """Return the plan that ``decompose`` would carry out with the same arguments, and change nothing.
+
+    Of ``ranks="auto"`` it is the plan of the rule, ``promise=False``: what keeps a promise is known by measuring alone.
+    """
     rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, progress or _silent, joint)
     return _prepare(model, example_inputs, None, rules, copies=False)[2]
 
@@ -112,10 +115,16 @@ def decompose(
     eval_fn: Evaluate | None = None,
     max_drop: float | None = None,
     cost: str = "latency",
+    promise: bool = True,
+    best_effort: bool = False,
     latencies: Latencies | None = None,
     progress: Progress | None = None,
 ) -> DecomposeResult:
     """Replace operators by chains at the ranks of a plan, and return the new model with what was done.
+
+    ``ranks="auto"`` keeps a promise: it returns the fastest model that was seen to keep it, or the original. Without
+    calibration data it is seen on made-up inputs (``surgery.calibration.standin``), and the promise is worth no more.
+    Other ranks are carried out as they are, and the output error that they cause is measured.
 
     Args:
         model: an nn.Module, a torch.fx.GraphModule or a torch.export.ExportedProgram; the result is of the same kind.
@@ -129,18 +138,22 @@ def decompose(
         joint: groups of sites that share all factors but the last, as ``[("attn.q", "attn.k", "attn.v")]``; or "inputs"
             for all alike sites that read the same value.
         inplace: change the given model itself (not possible for an exported program).
-        calibration: inputs to fit the factors to: a tensor of samples, a sequence of inputs, a DataLoader, or a path. A
-            few hundred samples do; of a large network no more are read than take 2e11 multiply-accumulates in one pass,
-            48 at least. Biases and batch-norm statistics are corrected for them, and with ``ranks="auto"``
-            the result is the fastest model that keeps one promise on samples held out of them (see below).
+        calibration: inputs to fit the factors to: a tensor of samples, a sequence of inputs, a DataLoader, or the path
+            of an .npz or .pt file of inputs by name or of a .jsonl file of token ids (a list, or an object of lists by
+            input name, on each line). Positions that a mask among the inputs hides count nowhere. A few hundred samples
+            do; of a large network no more are read than take 2e11 multiply-accumulates in one pass, 48 at least. A
+            quarter of them is held out of the fit, to judge it by. Biases and batch-norm statistics are corrected.
         stages: with calibration data: fit the sites in so many runs, in graph order, each to give what the original
             gives from the inputs that it gets when all runs before it are decomposed. By default one for each site, or
-            as many as passes over the data take 2e11 multiply-accumulates together.
+            as many as passes over the data take 2e11 multiply-accumulates together. What a run does not make better on
+            held-out samples is undone.
         max_error: the promise of an output error of at most this (relative; the default promise, at 0.05);
         target_speedup: that of a whole model at least so many times as fast, with the least error;
         eval_fn, max_drop: that of a metric, ``eval_fn(module)``, higher is better, that falls by no more than this. A
             number is taken as it is; of a tensor with the score of each sample the mean falls so with 95 % confidence.
         cost: what is to be low: "latency", measured on this CPU, or "macs" or "params".
+        promise: False for ``ranks="auto"`` without calibration data as a rule like any other, with no promise.
+        best_effort: where a promised speed-up is out of reach, return the nearest model, not the original.
         latencies: measures each site's operator and chain, for the plan's latencies. ``ranks="auto"`` needs it, and
             takes ``Latencies()``, with its cache on disk, if none is given.
         progress: called with a step's name, the number of sites done, and the number of all.
@@ -153,97 +166,59 @@ def decompose(
     if inplace:
         check_inplace(model)
     report = progress or _silent
-    asked = {"max_error": max_error, "target_speedup": target_speedup, "eval_fn": eval_fn, "max_drop": max_drop}
-    wanted = [name for name, value in asked.items() if value is not None] + ["cost"] * (cost != "latency")
+    goals = {"max_error": max_error, "target_speedup": target_speedup, "eval_fn": eval_fn, "max_drop": max_drop}
+    wanted = [name for name, value in goals.items() if value is not None] + ["cost"] * (cost != "latency")
     automatic = ranks == "auto" and plan is None
-    if wanted and (calibration is None or not automatic):
-        raise InputError(f"{wanted[0]} needs calibration data and ranks='auto'", next_step="give calibration=")
-    if stages is not None and (stages < 1 or calibration is None):
-        raise InputError(f"stages={stages}", allowed="1 or more, with calibration=")
+    _check_asked(wanted, automatic=automatic, promise=promise, data=calibration is not None, stages=stages)
     samples = None if calibration is None else read_calibration(calibration, model, example_inputs)
     rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, report, joint)
-    if samples is not None and automatic:
-        if joint:
-            next_step = "carry out a plan with joint sites"
-            raise InputError("joint with calibration and ranks='auto'", allowed="one of them", next_step=next_step)
-        goal = Goal.of(max_error, target_speedup, max_drop, metric=eval_fn is not None)
-        return _promise(model, example_inputs, samples, (goal, eval_fn, cost, solver), rules, stages, inplace=inplace)
-    graph, found, plan = _prepare(model, example_inputs, plan, rules, copies=not inplace)
-    work = join([spot.site for spot in found.spots if not plan[spot.site.name].dense], joint_groups(plan))
+    if automatic and joint and samples is not None:
+        next_step = "carry out a plan with joint sites"
+        raise InputError("joint with calibration and ranks='auto'", allowed="one of them", next_step=next_step)
     inputs = normalise_inputs(example_inputs) if samples is None else _inputs(model, example_inputs, samples)
-    names = {site.name for unit in work for site in unit.members}
-    data = None if samples is None or not work else gather(model, inputs, samples, names, report)
-    made: dict[str, Made] = {}
-    for stage in [range(len(work))] if data is None else data.stages(len(work), stages):
-        units, seen = work[stage.start : stage.stop], data
-        fitted = {unit.name for unit in units if data is not None and data.fits(unit)}
-        if data is not None and made and fitted:
-            so_far = open_graph(model, *inputs)
-            seen = data.behind(_spliced(so_far, so_far.find(), made).finish(), fitted)
-        for done, unit in enumerate(units, start=stage.start):
-            report("factor", done, len(work))
-            chains, plan = factor_site(unit, plan, solver, seen)
-            made |= chains
-    if inplace:  # nothing of the model has changed so far
-        graph = open_graph(model, *inputs, copies=False, inplace=True)
-    graph = _spliced(graph, graph.find() if inplace else found, made)
-    for name, reason in graph.verify().items():
-        plan, made = plan.edit(name, rank=None, reason=reason), {key: one for key, one in made.items() if key != name}
-    changed = graph.finish()
-    report("factor", len(work), len(work))
-    note_record(changed)
-    if data is not None and made:
-        data.correct(changed, report)
-    order = [spot.site.name for spot in found.spots if spot.site.name in made]
-    changes = [_change(made[name].site, plan[name], made[name].error) for name in order]
-    return _result(changed, plan, changes, found)
+    if automatic and (samples is not None or promise):
+        goal = Goal.of(max_error, target_speedup, max_drop, metric=eval_fn is not None)
+        asked = Asked(goal, eval_fn, cost, solver, stages, inplace=inplace, best_effort=best_effort)
+        return _promise(model, inputs, samples, asked, rules)
+    prepared = _prepare(model, example_inputs, plan, rules, copies=not inplace)
+    done = carry_out(model, inputs, prepared, Means(samples, solver, stages, report, inplace=inplace))
+    note_record(done.model)
+    order = [spot.site.name for spot in done.found.spots if spot.site.name in done.made]
+    changes = [_change(done.made[name].site, done.plan[name], done.made[name].error) for name in order]
+    return replace(_result(done.model, done.plan, changes, done.found), seen=done.seen)
 
 
-def _spliced(graph: GraphKind, found: Found, made: Mapping[str, Made]) -> GraphKind:
-    """Put chains in the places of their sites, and return the graph."""
-    spots = {spot.site.name: spot for spot in found.spots}
-    spots |= graph.reopen([spot for spot in found.spots if isinstance(spot, ChainSpot) and spot.site.name in made])
-    for name, one in made.items():
-        graph.splice(spots[name], one.chain)
-    return graph
+def _check_asked(wanted: Sequence[str], *, automatic: bool, promise: bool, data: bool, stages: int | None) -> None:
+    if wanted and not automatic:
+        raise InputError(f"{wanted[0]} needs ranks='auto'", next_step="leave it out, or the ranks")
+    if not promise and (wanted or data or not automatic):
+        what = wanted[0] if wanted else "calibration" if data else "other ranks than 'auto', which promise nothing"
+        raise InputError(f"promise=False with {what}", allowed="ranks='auto' alone", next_step="leave one of them out")
+    if stages is not None and (stages < 1 or not data):
+        raise InputError(f"stages={stages}", allowed="1 or more, with calibration=")
 
 
-def _promise(
-    model: Model,
-    example_inputs: Any,
-    samples: Calibration,
-    asked: tuple[Goal, Evaluate | None, str, str],
-    rules: _Rules,
-    stages: int | None,
-    *,
-    inplace: bool,
-) -> DecomposeResult:
-    """Carry out ``auto`` with calibration data, for a goal, its metric, a cost and a solver."""
-    goal, evaluate, cost, solver = asked
+def _promise(model: Model, inputs: Inputs, samples: Calibration | None, asked: Asked, rules: _Rules) -> DecomposeResult:
+    """Carry out ``auto`` for a goal: with calibration data, or with made-up ones for the sites of the plan by rule."""
     latencies = rules.latencies or Latencies()
-    prices: Prices = Measured(latencies) if cost == "latency" else Counted(cost)
-    if goal.kind == "target_speedup" and not prices.measured:
-        raise InputError(f"target_speedup with cost={cost!r}", allowed="cost='latency'")
-    inputs = _inputs(model, example_inputs, samples)
     terms = Terms(
-        goal,
-        prices,
+        asked,
         latencies,
-        evaluate,
         rules.factorization,
         rules.include,
         rules.exclude,
-        solver=solver,
         multiple=channel_multiple(),
-        inplace=inplace,
-        stages=stages,
     )
-    done = negotiate(model, inputs, samples, terms, rules.progress)
+    if samples is None:
+        ruled = _prepare(model, inputs, None, replace(rules, latencies=latencies), copies=False)[1:]
+        done = negotiate_blind(model, inputs, ruled, terms, rules.progress)
+    else:
+        done = negotiate(model, inputs, samples, terms, rules.progress)
     sites = {spot.site.name: spot.site for spot in done.found.spots}
     changes = [_change(sites[name], done.plan[name], error) for name, error in done.errors.items()]
     note_record(done.model)
     result = _result(done.model, done.plan, changes, done.found)
-    return replace(result, promise=done.promise, search=done.search)
+    return replace(result, promise=done.promise, search=done.search, seen=done.seen)
 
 
 def _inputs(model: Model, example_inputs: Any, samples: Calibration) -> Inputs:

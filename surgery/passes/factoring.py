@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,12 +23,12 @@ from surgery.factorizations.recut import recut
 from surgery.graphs import Model, open_graph
 from surgery.inputs import Inputs
 from surgery.joint import JointSite, split
-from surgery.plans import Plan
+from surgery.plans import Decision, Plan
 from surgery.ranks.candidates import Candidate
 from surgery.sites import FactoredSite, Site
 from surgery.text import rank_text
 
-__all__ = ["Made", "SiteData", "factor_site", "gather", "split_chain", "weight_error"]
+__all__ = ["Made", "SiteData", "factor_site", "gather", "plain", "split_chain", "weight_error"]
 
 
 _BACKWARD = 3  # times the work of a forward pass
@@ -37,8 +38,8 @@ _BACKWARD = 3  # times the work of a forward pass
 class SiteData:
     """What calibration data say of the sites: moments by name, and which have their mean taken up behind them.
 
-    ``norms`` is what reaches the batch norms of the original on the same ``samples``, of ``macs`` each. ``targets``
-    stand for sites whose inputs have changed.
+    ``norms`` is what reaches the batch norms of the original on the same ``samples``, of ``macs`` each. ``tied`` are
+    sites whose bias others have, too, so that it stays as it is. ``targets`` stand for sites whose inputs have changed.
     """
 
     model: Model
@@ -47,6 +48,7 @@ class SiteData:
     moments: Mapping[str, Moments]
     centred: frozenset[str]
     norms: Reference
+    tied: frozenset[str] = frozenset()
     targets: Mapping[str, Target] = field(default_factory=dict)
 
     def fits(self, unit: Site) -> bool:
@@ -57,7 +59,10 @@ class SiteData:
         """Return the chain of a site by the factorization of this name, fitted to the data."""
         method, own = named(name), Target(site.operator, self.moments[site.name])
         target, centred = self.targets.get(site.name, own), site.name in self.centred
-        return fit(method, target.operator, ranks, target.moments, solver=_known(solver, method), centred=centred)
+        bias = site.operator.bias if site.name in self.tied else None
+        operator = target.operator if bias is None else target.operator.with_bias(None)
+        chain = fit(method, operator, ranks, target.moments, solver=_known(solver, method), centred=centred)
+        return chain if bias is None or isinstance(chain, Refusal) else chain.with_bias(bias)
 
     def stages(self, count: int, wanted: int | None) -> list[range]:
         """Return the places of so many sites, in order, in as many runs as are wanted, or as passes do not cost much.
@@ -88,10 +93,11 @@ class SiteData:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """The chain of a site and the measured relative error of its weight."""
+    """The chain of a site, the decision as it was carried out, and the measured relative error of the weight."""
 
     site: Site
     chain: Chain
+    decision: Decision
     error: float
 
 
@@ -110,13 +116,20 @@ def gather(
     moments = collect(model, samples, sites=sites, progress=progress, beside=norms)
     moments = with_sensitivity(model, samples.affordable(_BACKWARD * macs, least=1), moments, progress=progress)
     spots = [spot for spot in found.spots if spot.site.name in moments]
-    taken = (s for s in spots if s.site.operator.bias is not None or feeds_batch_norm(graph, s))
-    centred = frozenset(spot.site.name for spot in taken)
-    return SiteData(model, samples, macs, moments, centred, norms.reference)
+    biases = Counter(spot.site.operator.bias.data_ptr() for spot in found.spots if spot.site.operator.bias is not None)
+    own = {
+        s.site.name: s.site.operator.bias is not None and biases[s.site.operator.bias.data_ptr()] == 1 for s in spots
+    }
+    centred = frozenset(spot.site.name for spot in spots if own[spot.site.name] or feeds_batch_norm(graph, spot))
+    tied = frozenset(s.site.name for s in spots if s.site.operator.bias is not None and not own[s.site.name])
+    return SiteData(model, samples, macs, moments, centred, norms.reference, tied)
 
 
-def factor_site(unit: Site, plan: Plan, solver: str, data: SiteData | None = None) -> tuple[dict[str, Made], Plan]:
-    """Return the chain of each member of a site by name, fitted to data if there are any, and the plan as it went."""
+def factor_site(unit: Site, plan: Plan, solver: str, data: SiteData | None = None) -> dict[str, Made] | Refusal:
+    """Return the chain of each member of a site by name, fitted to data if there are any.
+
+    Refuses where a factored site has no good factors at lower ranks.
+    """
     decision = plan[unit.name]
     if decision.factorization is None or decision.rank is None:
         raise CheckError(f"the plan has no factorization for {unit.name}")
@@ -126,21 +139,23 @@ def factor_site(unit: Site, plan: Plan, solver: str, data: SiteData | None = Non
     if data is not None and data.fits(unit):
         chain = data.fit(unit, method.name, decision.rank, solver)
     else:
-        chain = method.factor(unit.operator, decision.rank, solver=_known(solver, method))
+        chain = plain(unit, method.name, decision.rank, solver)
     if isinstance(chain, Refusal):
         return factor_site(unit, _fallback(unit, plan, chain), "auto", data)
     chains = split_chain(chain, unit)
     pairs = zip(unit.members, chains, strict=True)
-    return {site.name: Made(site, chain, weight_error(site, chain)) for site, chain in pairs}, plan
+    return {site.name: Made(site, chain, plan[site.name], weight_error(site, chain)) for site, chain in pairs}
 
 
-def _recut(site: FactoredSite, plan: Plan, ranks: Ranks) -> tuple[dict[str, Made], Plan]:
-    """Return the chain of a factored site cut to lower ranks; it stays as it is where no good factors were found."""
+def plain(site: Site, name: str, ranks: Ranks, solver: str = "auto") -> Chain | Refusal:
+    """Return the chain of a site by the factorization of this name, from its weight alone."""
+    method = named(name)
+    return method.factor(site.operator, ranks, solver=_known(solver, method))
+
+
+def _recut(site: FactoredSite, plan: Plan, ranks: Ranks) -> dict[str, Made] | Refusal:
     cut = recut(named(site.made_by[0]), site.operator, site.chain, ranks)
-    if isinstance(cut, Refusal):
-        kept = replace(plan[site.name], factorization=None, rank=None, reason=cut.reason, error=None)
-        return {}, plan.replaced(replace(kept, parameters=None, macs=None))
-    return {site.name: Made(site, cut.chain, cut.error)}, plan
+    return cut if isinstance(cut, Refusal) else {site.name: Made(site, cut.chain, plan[site.name], cut.error)}
 
 
 def weight_error(site: Site, chain: Chain) -> float:

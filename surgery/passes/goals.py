@@ -22,12 +22,14 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from surgery.calibration.inputs import Calibration
+from surgery.calibration.visible import VisibleOutputs
 from surgery.comparison import evaluating, run_model
 from surgery.errors import InputError
 from surgery.graphs import Model
-from surgery.text import first_line
+from surgery.graphs.shapes import untouched
+from surgery.text import FAR, first_line
 
-__all__ = ["TRIALS", "Evaluate", "Goal", "HeldOut", "Promise", "drop_of", "metric_of", "scores_of"]
+__all__ = ["TRIALS", "Evaluate", "Goal", "HeldOut", "Promise", "Seen", "drop_of", "metric_of", "scores_of"]
 
 Evaluate = Callable[[Any], float | Tensor]
 TRIALS = 8  # at most, of one search
@@ -82,24 +84,51 @@ class Promise:
         )
 
 
+@dataclass(frozen=True)
+class Seen:
+    """The relative error of a changed model's outputs, and on what inputs it was measured."""
+
+    error: float
+    what: str
+
+    def __str__(self) -> str:
+        warning = ": the outputs are no longer those of the original" if self.error > FAR else ""
+        return f"output error {self.error:.3g} on {self.what}{warning}"
+
+
 class HeldOut:
-    """The outputs of a model on held-out samples, to measure others against."""
+    """The outputs of a model on held-out samples, to measure others against; what masks hide of them does not count."""
 
     def __init__(self, model: Model, samples: Calibration) -> None:
         self._samples = samples
-        self._outputs = [_leaves(run_model(model, batch)) for batch in samples]
+        with untouched(model):
+            self._outputs = [_leaves(run_model(model, batch)) for batch in samples]
         if not any(leaves for leaves in self._outputs):
             raise InputError("the model has no floating-point output to compare")
+        with untouched(model):
+            visible = VisibleOutputs(lambda batch: _leaves(run_model(model, batch)), samples)
+        pairs = zip(samples, self._outputs, strict=True)
+        self._visible = [list(visible.of(batch, leaves)) for batch, leaves in pairs]
+        if not any(mask is None or bool(mask.any()) for masks in self._visible for mask in masks):
+            what = "the masks of the held-out samples hide all that the model puts out"
+            raise InputError(what, next_step="give samples with visible positions")
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return self._samples.count
 
     def error(self, model: Model) -> tuple[float, float]:
         """Return the relative error of the outputs, and its upper confidence limit."""
         squares: list[Tensor] = []
         energies: list[Tensor] = []
-        for batch, expected in zip(self._samples, self._outputs, strict=True):
-            size = self._samples.batch_size
-            for found, wanted in zip(_leaves(run_model(model, batch)), expected, strict=True):
-                squares.append(_per_sample(found - wanted, size))
-                energies.append(_per_sample(wanted, size))
+        size = self._samples.batch_size
+        with untouched(model):
+            outputs = [_leaves(run_model(model, batch)) for batch in self._samples]
+        for leaves, expected, visible in zip(outputs, self._outputs, self._visible, strict=True):
+            for found, wanted, mask in zip(leaves, expected, visible, strict=True):
+                squares.append(_per_sample(found - wanted, size, mask))
+                energies.append(_per_sample(wanted, size, mask))
         e, n = torch.cat(squares), torch.cat(energies)
         ratio = float(e.sum() / n.sum().clamp(min=1e-300))
         deviation = float((e - ratio * n).square().sum().sqrt() / n.sum().clamp(min=1e-300))
@@ -111,9 +140,9 @@ def _leaves(output: Any) -> list[Tensor]:
     return [leaf.detach().double() for leaf in leaves]
 
 
-def _per_sample(tensor: Tensor, size: int) -> Tensor:
+def _per_sample(tensor: Tensor, size: int, visible: Tensor | None) -> Tensor:
     """Return the sum of squares of each sample, or of all where axis 0 does not hold samples."""
-    squares = tensor.square()
+    squares = tensor.square() if visible is None else tensor.square().masked_fill(~visible, 0.0)
     return squares.flatten(1).sum(1) if tensor.dim() > 1 and len(tensor) <= size else squares.sum().view(1)
 
 

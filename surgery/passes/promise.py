@@ -9,6 +9,7 @@ original.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,27 +19,31 @@ from surgery.allocation.budget import Trial, largest_budget
 from surgery.allocation.choose import choose_damage, choose_least_cost, frontier
 from surgery.allocation.options import Option
 from surgery.benchmark import Timing
-from surgery.calibration.inputs import Calibration
+from surgery.calibration.inputs import Calibration, samples_in
+from surgery.calibration.standin import StandIn, stand_in
 from surgery.cost.timing import MARGIN
+from surgery.errors import InputError
 from surgery.graphs import Found, Model
 from surgery.inputs import Inputs
-from surgery.passes.goals import TRIALS, Promise, drop_of, scores_of
+from surgery.passes.goals import TRIALS, Goal, Promise, Seen, drop_of, scores_of
 from surgery.passes.results import Search
-from surgery.passes.workshop import Terms, Workshop
-from surgery.plans import Plan
+from surgery.passes.terms import Asked, Terms
+from surgery.passes.workshop import Workshop
+from surgery.plans import Decision, Plan
 from surgery.ranks.planning import Progress
 
-__all__ = ["Negotiated", "Terms", "negotiate"]
+__all__ = ["Asked", "Negotiated", "Terms", "negotiate", "negotiate_blind"]
 
-_SKETCHES, _BUILDS = 8, 4  # trials for a speed-up: timed alone, then fitted too
+_SKETCHES, _BUILDS = 3, 3  # trials for a speed-up: timed alone, then fitted too
 _LEAST_STEP = 0.01  # of the whole latency, from one trial to the next
-_AGREE = 0.9  # of the expected speed-up
-_NEAR = 1.01  # a speed-up that is above its target by less leaves nothing to gain
+_NEAR = 1.03  # a speed-up that is above its target by less leaves nothing to gain
+_ENOUGH = 1.04  # that of a finished model, likewise
+_BACK = 0.8  # of the time to spare, given back at once
 
 
 @dataclass(frozen=True, eq=False)
 class Negotiated:
-    """The model, its plan, the weight error of each of its chains, the promise, and how it was searched for."""
+    """The model, its plan, the weight error of each of its chains, the promise, how it was searched for, the error."""
 
     model: Any
     found: Found
@@ -46,24 +51,61 @@ class Negotiated:
     errors: dict[str, float]
     promise: Promise
     search: Search
+    seen: Seen | None = None
 
 
-def negotiate(model: Model, inputs: Inputs, samples: Calibration, terms: Terms, progress: Progress) -> Negotiated:
+def negotiate(
+    model: Model, inputs: Inputs, samples: Calibration, terms: Terms, progress: Progress, *, made_up: str = ""
+) -> Negotiated:
     """Return the fastest model that keeps the promise of the terms on held-out samples, or the original.
 
-    ``inputs`` are those at whose shapes it is to be fast; none for a program that brings its own.
+    ``inputs`` are those at whose shapes it is to be fast; none for a program that brings its own. ``made_up`` says what
+    the samples are if they are no data of the user's.
 
     Raises:
         InputError: calibration inputs or a metric that cannot be used, as ``collect`` and ``scores_of`` say.
     """
-    work = Workshop(model, inputs, samples, terms, progress)
+    goal = terms.goal
+    if goal.kind == "target_speedup" and not terms.prices.measured:
+        raise InputError(f"target_speedup with cost={terms.asked.cost!r}", allowed="cost='latency'")
+    work = Workshop(model, inputs, samples, terms, progress, made_up)
     if not work.sites:
         return _original(work, "no site has a chain that costs less")
-    trials, chosen, timing = _for_speed(work) if terms.goal.kind == "target_speedup" else _for_quality(work)
+    trials, chosen, timing = _for_speed(work) if goal.kind == "target_speedup" else _for_quality(work)
     if all(option.factorization is None for option in chosen):
         return _original(work, "no change keeps the promise", trials)
     done = _finish(work, chosen, trials, timing)
-    return replace(done, model=work.change(chosen)) if terms.inplace and done.errors else done
+    if not done.promise.kept and not terms.asked.best_effort:
+        what = f"the target is out of reach: {done.promise.measured:.3g} was measured, at an output error of "
+        error = done.seen.error if done.seen else math.nan
+        return _original(work, f"{what}{error:.3g}", trials, done.search)
+    return replace(done, model=work.change(chosen)) if terms.asked.inplace and done.errors else done
+
+
+def negotiate_blind(
+    model: Model, inputs: Inputs, ruled: tuple[Found, Plan], terms: Terms, progress: Progress
+) -> Negotiated:
+    """Return what ``negotiate`` does, without data: for the sites of the plan of a rule, on made-up inputs.
+
+    The original where the plan has no site, or nothing can be made up.
+    """
+    found, plan = ruled
+    if all(decision.dense for decision in plan):
+        reason = "no site has a chain that measured faster"
+    else:
+        made = stand_in(model, inputs, found, progress=progress)
+        if isinstance(made, StandIn):
+            terms = replace(terms, ruled=plan)
+            return negotiate(model, inputs, made.samples, terms, progress, made_up=made.what)
+        reason = f"nothing shows what its outputs would be, since {made.reason}; give calibration data"
+    dense = [d if d.dense else _without(d, reason) for d in plan]
+    promise = _promise_of_original(terms.goal, reason)
+    return Negotiated(model, found, Plan(tuple(dense), ranks="auto"), {}, promise, Search(cost=terms.prices.what))
+
+
+def _without(decision: Decision, reason: str) -> Decision:
+    bare = replace(decision, factorization=None, rank=None, joint=None, error=None, reason=reason)
+    return replace(bare, parameters=None, macs=None, latency=None)
 
 
 def _for_quality(work: Workshop) -> tuple[list[Trial], list[Option], Timing | None]:
@@ -82,7 +124,7 @@ def _for_quality(work: Workshop) -> tuple[list[Trial], list[Option], Timing | No
     kept = [trial.budget for trial in done if trial.kept]
     chosen = choose_least_cost(work.sites, max(kept, default=0.0))
     timed = work.terms.prices.measured and any(option.factorization is not None for option in chosen)
-    return done, chosen, work.time(work.build(chosen)) if timed else None
+    return done, chosen, work.clock.apart(work.build(chosen), promised=False) if timed else None
 
 
 def _quality(work: Workshop) -> tuple[Callable[[Any], float], float, float, float]:
@@ -90,7 +132,7 @@ def _quality(work: Workshop) -> tuple[Callable[[Any], float], float, float, floa
     goal = work.terms.goal
     if goal.kind == "max_error":
         return (lambda model: work.held_out.error(model)[1]), goal.limit, 0.5, goal.limit**2
-    evaluate, before = work.terms.evaluate, work.scores
+    evaluate, before = work.terms.asked.evaluate, work.scores
     assert evaluate is not None  # Goal.of has seen to it
     assert before is not None
     return (lambda model: drop_of(before, scores_of(model, evaluate))[1]), goal.limit, 1.0, 0.1**2
@@ -99,29 +141,41 @@ def _quality(work: Workshop) -> tuple[Callable[[Any], float], float, float, floa
 def _for_speed(work: Workshop) -> tuple[list[Trial], list[Option], Timing | None]:
     """Return the trials, the choice of least damage that is as fast as is asked for (or the fastest), and its timing.
 
-    Of models that no timing tells apart that of less damage stays, unless the other is fast enough. Only what passes
-    without values is fitted, and timed as it is. It passes by a margin, since timings of another hour differ.
+    Only what passes without values is fitted, and timed as its user will run it, in processes of its own. Where that is
+    faster than asked for, as it may be, some of the time is given back; where it is slower, more is saved.
     """
     goal = work.terms.goal.limit
-    done, limit, chosen = _sketched(work, goal * (1 + MARGIN))
-    least = sum(option.cost for option in _fastest(work))
-    best: tuple[float, list[Option], Timing] | None = None
+    done, limit, chosen = _sketched(work, goal)
+    low, high = sum(option.cost for option in _fastest(work)), sum(site.dense.cost for site in work.sites)
+    best: tuple[Trial, list[Option], Timing] | None = None
     for _ in range(_BUILDS):
         model = work.build(chosen)
-        timing = work.time(model)
-        if timing.comparisons[0].speedup < _AGREE * work.expected(chosen, timing.models[0].median_s):
-            timing = work.time(model)  # as fast as the model without values, unless it was disturbed
+        timing = work.clock.apart(model, promised=True)
         found = timing.comparisons[0]
-        done.append(Trial(limit, found.speedup, found.low >= goal))
-        if best is None or done[-1].kept or found.speedup > (1 + MARGIN) * best[0]:
-            best = found.speedup, chosen, timing
-        if done[-1].kept or limit <= least:
+        done.append(trial := Trial(limit, found.speedup, found.low >= goal))
+        work.reached.append((found.speedup, work.held_out.error(model)[0]))
+        if best is None or _better(trial, best[0]):
+            best = trial, chosen, timing
+        if found.low < _ENOUGH * goal if trial.kept else limit <= low:
             break
-        missing = work.seconds / found.low - work.seconds / goal
-        limit -= max(missing, _LEAST_STEP * work.seconds)
-        chosen = _choose(work, limit)
+        low, high = (limit, high) if trial.kept else (low, limit)
+        spare = (
+            work.clock.seconds / goal - work.clock.seconds / found.low
+        )  # less than nothing where the target was missed
+        limit += _BACK * spare if trial.kept else min(spare, -_LEAST_STEP * work.clock.seconds)
+        limit = limit if low < limit < high else (low + high) / 2
+        if high - low < _LEAST_STEP * work.clock.seconds or (again := _choose(work, limit)) == chosen:
+            break
+        chosen = again
     assert best is not None  # there is at least one trial
     return done, best[1], best[2]
+
+
+def _better(one: Trial, other: Trial) -> bool:
+    """Whether a trial is better: the one with the least damage that was fast enough, or else the fastest."""
+    if one.kept and other.kept:
+        return one.budget > other.budget
+    return one.kept or (not other.kept and one.value > other.value)
 
 
 def _sketched(work: Workshop, goal: float) -> tuple[list[Trial], float, list[Option]]:
@@ -129,7 +183,7 @@ def _sketched(work: Workshop, goal: float) -> tuple[list[Trial], float, list[Opt
 
     Where it never was, that of least damage of those that no timing tells from the fastest.
     """
-    total = work.seconds
+    total = work.clock.seconds
     dense = sum(site.dense.cost for site in work.sites)
     limit = dense - (total - total / goal)
     low, high = sum(option.cost for option in _fastest(work)), dense
@@ -173,38 +227,46 @@ def _finish(work: Workshop, chosen: Sequence[Option], trials: Sequence[Trial], t
     at = (sum(o.damage for o in chosen) ** 0.5, sum(o.cost for o in chosen))
     predicted = None if timing is None else work.expected(chosen, timing.models[0].median_s)
     search = replace(_search(work, trials), chosen=at, metrics=metrics, timing=timing, predicted=predicted)
-    return Negotiated(model, work.found, plan, errors, promise, search)
+    seen = Seen(work.held_out.error(model)[0], work.made_up or f"{work.held_out.count} calibration samples")
+    return Negotiated(model, work.found, plan, errors, promise, search, seen)
 
 
 def _judge(work: Workshop, model: Any, timing: Timing | None) -> tuple[Promise, tuple[float, float] | None]:
     goal = work.terms.goal
     metrics, drop, most = None, 0.0, 0.0
-    if work.terms.evaluate is not None and work.scores is not None:
-        scores = scores_of(model, work.terms.evaluate)
+    if work.terms.asked.evaluate is not None and work.scores is not None:
+        scores = scores_of(model, work.terms.asked.evaluate)
         metrics = float(work.scores.mean()), float(scores.mean())
         drop, most = drop_of(work.scores, scores)
     if goal.kind == "target_speedup":
         assert timing is not None  # Goal.of has seen to it
         found = timing.comparisons[0]
         short = f", short by {goal.limit - found.speedup:.2f}" if found.speedup < goal.limit else ""
-        note = f"at least {found.low:.3g} with 97.5 %{short}"
+        where = f"in new processes, at a batch of {samples_in(work.model, work.inputs)}; others differ"
+        note = f"at least {found.low:.3g} with 97.5 %{short}, {where}"
         return Promise(goal.kind, goal.limit, found.speedup, found.low >= goal.limit, note), metrics
     if goal.kind == "max_drop" and metrics is not None:
         note = f"at most {most:.3g} with 95 %" if most > drop else ""
         return Promise(goal.kind, goal.limit, drop, most <= goal.limit, note), metrics
     error, upper = work.held_out.error(model)
-    return Promise(goal.kind, goal.limit, error, upper <= goal.limit, f"at most {upper:.3g} with 95 %"), metrics
+    worth = f"; seen on {work.made_up} alone: give calibration data for a promise on yours" * bool(work.made_up)
+    return Promise(goal.kind, goal.limit, error, upper <= goal.limit, f"at most {upper:.3g} with 95 %{worth}"), metrics
 
 
-def _original(work: Workshop, reason: str, trials: Sequence[Trial] = ()) -> Negotiated:
+def _original(work: Workshop, reason: str, trials: Sequence[Trial] = (), search: Search | None = None) -> Negotiated:
     """Return the model as it was, with the reason; a goal of quality is kept by it, one of speed is not."""
     work.reasons |= {site.site.name: reason for site in work.sites if site.site.name not in work.reasons}
-    goal = work.terms.goal
+    promise = _promise_of_original(work.terms.goal, reason)
+    search = search or _search(work, trials)
+    return Negotiated(work.model, work.found, work.plan(()), {}, promise, search)
+
+
+def _promise_of_original(goal: Goal, reason: str) -> Promise:
     fast = goal.kind == "target_speedup"
-    promise = Promise(goal.kind, goal.limit, float(fast), not fast or goal.limit == 1, f"the original: {reason}")
-    return Negotiated(work.model, work.found, work.plan(()), {}, promise, _search(work, trials))
+    return Promise(goal.kind, goal.limit, float(fast), not fast or goal.limit == 1, f"the original: {reason}")
 
 
 def _search(work: Workshop, trials: Sequence[Trial]) -> Search:
     points = tuple((damage**0.5, cost) for damage, cost in frontier(work.sites)) if work.sites else ()
-    return Search(points, trials=tuple(trials), cost=work.terms.prices.what)
+    cost, reached = work.terms.prices.what, tuple(sorted(set(work.reached)))
+    return Search(points, trials=tuple(trials), cost=cost, reached=reached)

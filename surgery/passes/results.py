@@ -8,7 +8,8 @@ from typing import Any
 from surgery.allocation.budget import Trial
 from surgery.benchmark import Timing
 from surgery.factorizations import Ranks
-from surgery.passes.goals import Promise
+from surgery.leftover import left_alone
+from surgery.passes.goals import Promise, Seen
 from surgery.plans import Plan
 from surgery.sites import Skip, Totals
 from surgery.text import change, count, rank_text, table
@@ -47,7 +48,8 @@ class Search:
     ``frontier`` has (expected output error, cost) of the best choices from dense to the cheapest, for all sites that
     have options; ``cost`` says what costs are: "latency" (seconds), "macs" or "params". ``chosen`` is the point of the
     result. ``trials`` are what was measured on the way, ``metrics`` the user's metric before and after, ``timing`` the
-    final one of both models, and ``predicted`` the speed-up that was expected of it.
+    final one of both models, and ``predicted`` the speed-up that was expected of it. ``reached`` has the speed-up and
+    the output error of each whole model that was measured for a promised speed-up.
     """
 
     frontier: tuple[tuple[float, float], ...] = ()
@@ -57,13 +59,15 @@ class Search:
     timing: Timing | None = None
     cost: str = ""
     predicted: float | None = None
+    reached: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True, repr=False)
 class DecomposeResult:
     """The new model, the plan that made it, each change, each place left alone, and the totals before and after.
 
-    With calibration data also the ``promise`` that was asked for, as measured, and how it was searched for.
+    ``seen`` is the measured output error, on calibration samples or made-up ones; None where nothing was factored or
+    nothing could be measured. Of ``auto`` also the ``promise``, as measured, and how it was searched for.
     """
 
     model: Any
@@ -74,12 +78,15 @@ class DecomposeResult:
     after: Totals
     promise: Promise | None = None
     search: Search | None = None
+    seen: Seen | None = None
 
     def __repr__(self) -> str:
         """Say in a few lines what was changed and what was not."""
         b, a = self.before, self.after
+        left = left_alone(self.skips, b.macs, exported=type(self.model).__name__ == "ExportedProgram")
+        first = [] if left is None else [f"DecomposeResult: {left}"]
         head = (
-            f"DecomposeResult: {len(self.changes)} factored, {len(self.skips)} left alone; "
+            f"{'' if first else 'DecomposeResult: '}{len(self.changes)} factored, {len(self.skips)} left alone; "
             f"parameters {count(b.parameters)} -> {count(a.parameters)} ({change(b.parameters, a.parameters)}), "
             f"MACs {count(b.macs)} -> {count(a.macs)} ({change(b.macs, a.macs)})"
         )
@@ -89,5 +96,5 @@ class DecomposeResult:
             rows.append([c.site, c.factorization, rank_text(c.rank), f"{c.error:.2e}", parameters, macs])
         notes = [f"note: {c.site}: {c.note}" for c in self.changes if c.note]
         skips = [f"left alone: {skip.name}: {skip.reason}" for skip in self.skips]
-        promised = [] if self.promise is None else [str(self.promise)]
-        return "\n".join([head, *promised, *([table(rows)] if self.changes else []), *notes, *skips])
+        promised = [str(said) for said in (self.promise, self.seen) if said is not None]
+        return "\n".join([*first, head, *promised, *([table(rows)] if self.changes else []), *notes, *skips])

@@ -5,65 +5,47 @@ moments -> options of each site (damage, cost);    chosen options -> data-aware 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from time import sleep
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from surgery.allocation.options import Option, Options, options_of
-from surgery.allocation.prices import Prices
-from surgery.benchmark import Ready, Timing, make_ready, time_ready
+from surgery.benchmark import Timing
 from surgery.calibration.inputs import Calibration
 from surgery.chain import Chain
-from surgery.cost.latency import Comparison, Latencies, Seconds
+from surgery.cost.latency import Comparison
 from surgery.errors import Refusal
-from surgery.export import capture
 from surgery.factorizations import Ranks, named
 from surgery.graphs import Found, Model, open_graph
 from surgery.inputs import Inputs
 from surgery.operators import Operator
-from surgery.passes.factoring import SiteData, gather, weight_error
-from surgery.passes.goals import Evaluate, Goal, HeldOut, scores_of
+from surgery.passes.clock import Clock
+from surgery.passes.factoring import SiteData, gather, plain, weight_error
+from surgery.passes.fitting import Fitted, Fitting, judged
+from surgery.passes.goals import HeldOut, scores_of
 from surgery.passes.reach import unreached
+from surgery.passes.terms import Terms
 from surgery.plans import Decision, Plan
 from surgery.ranks.planning import Progress
 from surgery.sites import select
 
-__all__ = ["Terms", "Workshop"]
+__all__ = ["Workshop"]
 
 _Key = tuple[str, str, Ranks]  # site, factorization, ranks
 
-_SECONDS = 3.0
-_DISTURBED = 1.05  # times the usual seconds of the original
-_PAUSES = 2.0, 5.0, 5.0, 15.0, 15.0, 45.0  # seconds before repetitions of disturbed timings, of all in one run
 _ROUNDS, _SMALL = 4, 160_000  # of corrections; weights, as a 3x3 convolution of 128 channels has
 
 
 @dataclass(frozen=True)
-class Terms:
-    """What is asked for: the goal with its metric, and how options are made and priced."""
+class _Part:
+    """The chain of a site."""
 
-    goal: Goal
-    prices: Prices
-    latencies: Latencies
-    evaluate: Evaluate | None = None
-    factorization: str = "auto"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    solver: str = "auto"
-    multiple: int | None = None
-    inplace: bool = False
-    stages: int | None = None
-    seconds: float = _SECONDS
+    chain: Chain
 
 
 @dataclass(eq=False)
@@ -75,21 +57,25 @@ class Workshop:
     samples: Calibration
     terms: Terms
     progress: Progress
+    made_up: str = ""
     sites: list[Options] = field(init=False)
+    reached: list[tuple[float, float]] = field(init=False, default_factory=list)
     reasons: dict[str, str] = field(init=False)
-    _fitted: dict[tuple[_Key, ...], Chain | None] = field(init=False, default_factory=dict)
+    _clean: dict[_Key, Chain | None] = field(init=False, default_factory=dict)
+    _fitted: dict[tuple[_Key, ...], Fitted[_Part]] = field(init=False, default_factory=dict)
     _realised: float = field(init=False, default=1.0)
-    _pauses: list[float] = field(init=False)
     _compared: dict[tuple[_Key, ...], float] = field(init=False, default_factory=dict)
-    _built: dict[tuple[Option, ...], Any] = field(init=False, default_factory=dict)
+    _built: Any = field(init=False, default=None)
+    _latest: tuple[_Key, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
-        self._pauses = list(_PAUSES)
-        fit, self._held = self.samples.split()
+        fit, self._held = judged(self.samples)
         self.found: Found = open_graph(self.model, *self.inputs, copies=False).find()
         self._spots = {spot.site.name: spot for spot in self.found.spots}
         left_out = select(list(self._spots), self.terms.include, self.terms.exclude)
         self.reasons = {name: reason for name, reason in left_out.items() if reason is not None}
+        if self.terms.ruled is not None:
+            self.reasons |= {d.site: d.reason or "" for d in self.terms.ruled if d.dense}
         self.reasons |= unreached(self.model, self.inputs, [name for name in self._spots if name not in self.reasons])
         wanted = [name for name in self._spots if name not in self.reasons]
         self._data = gather(self.model, self.inputs, fit, wanted, self.progress)
@@ -109,35 +95,14 @@ class Workshop:
         return HeldOut(self.model, self._held)
 
     @cached_property
-    def seconds(self) -> float:
-        """The median seconds of a run of the original; known from another time, perhaps."""
-
-        def measure() -> Seconds:
-            return Seconds(self._time([self._original]).models[0].median_s)
-
-        return self.terms.latencies.recall(Seconds, self._structure, measure).seconds
-
-    @cached_property
-    def _program(self) -> tuple[ExportedProgram, Inputs]:
-        return capture(self.model, self.inputs if any(self.inputs) else None)
-
-    @cached_property
-    def _original(self) -> Ready:
-        return self._ready(self._program[0])
-
-    @cached_property
-    def _structure(self) -> dict[str, Any]:
-        """All that the latency of the original depends on: its graph, and the shapes of its tensors and inputs."""
-        program, inputs = self._program
-        tensors = [*program.state_dict.items(), *enumerate(pytree.tree_leaves(inputs))]
-        shapes = [(n, list(t.shape), str(t.dtype)) if isinstance(t, Tensor) else (n, repr(t)) for n, t in tensors]
-        text = json.dumps([program.graph_module.code, shapes])
-        return {"model": hashlib.sha256(text.encode()).hexdigest()}
+    def clock(self) -> Clock:
+        """What times whole models against the original."""
+        return Clock(self.model, self.inputs, self.terms.latencies, self.terms.seconds, self.progress)
 
     @cached_property
     def scores(self) -> Tensor | None:
         """The metric of the original."""
-        return None if self.terms.evaluate is None else scores_of(self.model, self.terms.evaluate)
+        return None if self.terms.asked.evaluate is None else scores_of(self.model, self.terms.asked.evaluate)
 
     def settle(self, choose: Callable[[], Sequence[Option]]) -> None:
         """Correct the damages of options by those of fitted chains, until what is chosen has been seen to.
@@ -157,7 +122,8 @@ class Workshop:
                 self._correct(option)
 
     def _correct(self, option: Option) -> None:
-        chain, site = self._fit(option, self._data, ()), self._spots[option.site].site
+        chain = self._fit(option, None if self.made_up else self._data)
+        site = self._spots[option.site].site
         if chain is None or not option.damage > 0 or self._data.moments[option.site].sensitivity is None:
             return
         ratio = self._data.damage(site, chain) / option.damage
@@ -172,11 +138,12 @@ class Workshop:
     def _options(self, name: str) -> Options | Refusal:
         if name not in self._data.moments:
             return Refusal("no calibration input reaches it")
+        ruled = self.terms.ruled
         return options_of(
             self._spots[name].site,
             self._data.moments[name],
             self.terms.prices,
-            factorization=self.terms.factorization,
+            factorization=self.terms.factorization if ruled is None else ruled[name].factorization or "auto",
             multiple=self.terms.multiple,
             centred=name in self._data.centred,
         )
@@ -191,19 +158,19 @@ class Workshop:
 
         def measure() -> Comparison:
             sketch = self._sketch(chosen)
-            first = _comparison(self.time(sketch))
+            first = _comparison(self.clock.beside(sketch))
             if first.low < goal:
                 return first
-            second = _comparison(self.time(sketch))
+            second = _comparison(self.clock.beside(sketch))
             worse = min(first, second, key=lambda comparison: comparison.low)
             return replace(worse, speedup=math.sqrt(first.speedup * second.speedup))
 
         changes = [[o.site, o.factorization, list(o.ranks or ())] for o in chosen if o.factorization is not None]
         found = self.terms.latencies.recall(
             Comparison,
-            self._structure | {"changes": changes},
+            self.clock.structure | {"changes": changes},
             measure,
-            keep=lambda comparison: not self._disturbed(comparison.dense_s),
+            keep=lambda comparison: not self.clock.disturbed(comparison.dense_s),
         )
         self._compared[_keys(chosen)] = found.speedup
         if (saved := self._saved(chosen)) > 0:
@@ -232,11 +199,15 @@ class Workshop:
         work = tuple(option for option in chosen if option.factorization is not None)
         if not work:
             return self.model
-        if work not in self._built:
-            model = self._spliced(self.chains(work))
-            self._data.correct(model, self.progress)
-            self._built = {work: model}  # the last one only: models are large
-        return self._built[work]
+        if _keys(work) != self._latest:
+            self._built = self.fitted(work).model  # the last one only: models are large
+            if self._built is None:
+                fitted = self._fitted[_keys(work)]
+                self._built = self._spliced({name: part.chain for name, part in fitted.made.items()})
+                if fitted.way != "plain":
+                    self._data.correct(self._built, self.progress)
+            self._latest = _keys(work)
+        return self._built
 
     def change(self, chosen: Sequence[Option]) -> Any:
         """Make the model itself what ``build`` returns, and return it; nothing can be measured of the original then."""
@@ -252,60 +223,46 @@ class Workshop:
             graph.splice(spots[name], chain)
         return graph.finish()
 
-    def chains(self, chosen: Sequence[Option]) -> dict[str, Chain]:
-        """Return the chain of each site that gets one, fitted behind those of the stages before it."""
+    def fitted(self, chosen: Sequence[Option]) -> Fitted[_Part]:
+        """Return the chain of each site that gets one, and the model with them where it was not made before."""
         work = [option for option in chosen if option.factorization is not None]
-        chains: dict[str, Chain] = {}
-        for stage in self._data.stages(len(work), self.terms.stages):
-            before, options = _keys(work[: stage.start]), work[stage.start : stage.stop]
-            data = self._data
-            if chains and any((*before, _key(option)) not in self._fitted for option in options):
-                data = self._data.behind(self._spliced(chains), {option.site for option in options})
-            for done, option in enumerate(options, start=stage.start):
-                self.progress("fit", done, len(work))
-                chain = self._fit(option, data, before)
-                if chain is not None:
-                    chains[option.site] = chain
-        self.progress("fit", len(work), len(work))
-        return chains
+        keys = _keys(work)
+        if keys in self._fitted:
+            return self._fitted[keys]
 
-    def _fit(self, option: Option, data: SiteData, before: tuple[_Key, ...]) -> Chain | None:
-        """Return the chain of an option behind others; None where the method finds no good factors."""
-        key = (*before, _key(option))
-        if key not in self._fitted:
-            found = data.fit(self._spots[option.site].site, *_key(option)[1:], self.terms.solver)
-            if isinstance(found, Refusal):
-                self.reasons[option.site] = found.reason
-            self._fitted[key] = None if isinstance(found, Refusal) else found
-        return self._fitted[key]
+        def fit(at: int, data: SiteData | None) -> dict[str, _Part]:
+            chain = self._fit(work[at], data)
+            return {} if chain is None else {work[at].site: _Part(chain)}
 
-    def time(self, changed: Any) -> Timing:
-        """Time a changed model against the original, at the inputs at which the result is to be fast.
+        def build(made: Mapping[str, _Part]) -> Any:
+            return self._spliced({name: part.chain for name, part in made.items()})
 
-        Where the original runs slower beside it than it does, the machine was disturbed: it is done again after a
-        pause, and the fastest counts; only so often, since the machine may stay as it is.
-        """
-        ready = [self._original, self._ready(changed)]
-        timing = self._time(ready)
-        while self._pauses and self._disturbed(timing.models[0].median_s):
-            sleep(self._pauses.pop(0))
-            timing = min(timing, self._time(ready), key=lambda timing: timing.models[0].median_s)
-        return timing
+        units = [frozenset({option.site}) for option in work]
+        loop = Fitting(self._data, self.held_out, units, fit, build, self.progress)
+        if self.made_up:  # what is fitted to made-up inputs is near to the original on them alone
+            found = loop.plain()
+        else:
+            found = loop.run(self._data.stages(len(work), self.terms.asked.stages), plain=True)
+        self._fitted[keys] = replace(found, model=None)
+        return found
 
-    def _disturbed(self, dense_s: float) -> bool:
-        return dense_s > _DISTURBED * self.seconds
+    def chains(self, chosen: Sequence[Option]) -> dict[str, Chain]:
+        """Return the chain of each site that gets one."""
+        return {name: part.chain for name, part in self.fitted(chosen).made.items()}
 
-    def _ready(self, model: Any) -> Ready:
-        given = self.inputs if any(self.inputs) else None
-        return make_ready([model], given, threads=self.terms.latencies.threads)[0]
-
-    def _time(self, ready: Sequence[Ready]) -> Timing:
-        return time_ready(
-            ready,
-            threads=self.terms.latencies.threads,
-            seconds=self.terms.seconds,
-            progress=lambda share: self.progress("time", round(100 * share), 100),
-        )
+    def _fit(self, option: Option, data: SiteData | None) -> Chain | None:
+        """Return the chain of an option for some data; None where the method finds no good factors."""
+        key, clean = _key(option), data is None if self.made_up else data is self._data
+        if clean and key in self._clean:
+            return self._clean[key]
+        site, solver = self._spots[option.site].site, self.terms.asked.solver
+        found = plain(site, *key[1:], solver) if data is None else data.fit(site, *key[1:], solver)
+        if isinstance(found, Refusal):
+            self.reasons[option.site] = found.reason
+        chain = None if isinstance(found, Refusal) else found
+        if clean:
+            self._clean[key] = chain
+        return chain
 
     def weight_errors(self, chosen: Sequence[Option]) -> dict[str, float]:
         """Return the relative error of the weight of each site that has a chain."""

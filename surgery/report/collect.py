@@ -44,6 +44,7 @@ def collect(
         "timing": measured if timed is None else timed.to_json(),
         "environment": asdict(place),
         "promise": None if result.promise is None else asdict(result.promise),
+        "seen": None if result.seen is None else asdict(result.seen),
         "search": None if result.search is None else _search(result.search),
         "plan": json.loads(result.plan.to_json()),
     }
@@ -63,6 +64,7 @@ def _search(search: Search) -> dict[str, Any]:
         "cost": search.cost,
         "trials": [asdict(trial) for trial in search.trials],
         "metrics": None if search.metrics is None else list(search.metrics),
+        "reached": [list(pair) for pair in search.reached],
     }
 
 

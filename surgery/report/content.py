@@ -111,6 +111,7 @@ class Content:
     latency: Latency | None
     no_latency: str
     promise: Kept | None
+    seen: tuple[float, str] | None
     route: Route | None
     environment: tuple[tuple[str, str], ...]
 
@@ -179,6 +180,7 @@ def read_content(report: Mapping[str, Any]) -> Content:
         latency=None if timing is None or told else _latency(top.row("timing")),
         no_latency=told,
         promise=None if report.get("promise") is None else _promise(top.row("promise")),
+        seen=None if report.get("seen") is None else (top.row("seen").number("error"), top.row("seen").text("what")),
         route=_route(top.row("search")) if searched else None,
         environment=_environment(top.row("environment")),
     )

@@ -12,7 +12,16 @@ from surgery.report.content import Content, Left, Replaced, read_content
 from surgery.report.figures import places, possible
 from surgery.report.markup import Markup, dotted, join, note, section, table, tag
 from surgery.report.style import POLICY, STYLE
-from surgery.report.words import GLOSSARY, bytes_text, milliseconds, percent, promise_sentences, summary, title
+from surgery.report.words import (
+    GLOSSARY,
+    bytes_text,
+    milliseconds,
+    percent,
+    promise_sentences,
+    seen_sentence,
+    summary,
+    title,
+)
 from surgery.saving import write_atomically
 from surgery.text import change, count
 
@@ -81,6 +90,8 @@ def _totals(content: Content) -> Markup:
             notes.append(note("The interval is wide: the machine was busy. Measure again on a quiet one."))
     elif content.no_latency:
         notes = [note(f"Latency was not measured: {content.no_latency}")]
+    if content.seen is not None:
+        notes.append(note(seen_sentence(content.seen)))
     return section("Before and after", table(("", "before", "after", "change"), rows), *notes)
 
 

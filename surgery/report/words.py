@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
+from surgery.leftover import left_alone
 from surgery.report.content import Content, Kept, Latency
 from surgery.report.markup import shorten
-from surgery.text import count, seconds
+from surgery.text import FAR, count, seconds
 
-__all__ = ["GLOSSARY", "bytes_text", "milliseconds", "percent", "promise_sentences", "summary", "title"]
+__all__ = [
+    "GLOSSARY",
+    "bytes_text",
+    "milliseconds",
+    "percent",
+    "promise_sentences",
+    "seen_sentence",
+    "summary",
+    "title",
+]
 
 GLOSSARY = (
     ("layer, site", "a place in the network that multiplies by a table of learned numbers, its weight"),
@@ -54,7 +64,15 @@ def title(content: Content) -> str:
 
 
 def summary(content: Content) -> str:
-    """Return in one or two sentences what was done, what it brings, and whether the promise is kept."""
+    """Return in a few sentences what was done, what it brings, and whether the promise is kept.
+
+    Where most of the model was left alone, they begin with that, and with what to do about it.
+    """
+    left = left_alone(content.left, content.before.macs, exported=content.source.endswith(".pt2"))
+    return _done(content) if left is None else f"{left}. {_done(content)}"
+
+
+def _done(content: Content) -> str:
     promise = content.promise
     told = "" if promise is None else f" What was promised is {'kept' if promise.kept else 'not kept'}."
     found = len(content.replaced)
@@ -83,6 +101,13 @@ def _speed(latency: Latency) -> str:
 def _fewer(before: float, after: float) -> str:
     share = 100 * (after / before - 1)
     return f"{abs(share):.0f} % {'more' if share > 0 else 'fewer'}"
+
+
+def seen_sentence(seen: tuple[float, str]) -> str:
+    """Return how far the outputs have moved, and on what inputs; with a warning where that is far."""
+    error, what = seen
+    far = " The outputs are no longer those of the original." if error > FAR else ""
+    return f"The output error is {percent(error)}, measured on {what}.{far}"
 
 
 def promise_sentences(promise: Kept, metrics: tuple[float, float] | None) -> tuple[str, str]:
