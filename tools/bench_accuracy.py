@@ -1,12 +1,14 @@
-"""Accuracy without retraining at equal measured speed-up: `auto` with calibration data against the usual rank rules.
+"""Metrics without retraining at equal measured speed-up: `auto` with calibration data against the usual rank rules.
 
     python tools/bench_accuracy.py --json accuracy.json
     python tools/bench_accuracy.py --network cifar --data FOLDER
+    python tools/bench_accuracy.py --network minilm --stages      # the table of stages alone
 
-Each rule is swept over its own parameter; every model is timed against the original, interleaved, and its accuracy is
-that of test images which neither training nor calibration has seen. `auto` is asked for each target; the accuracy of
-a rule is read off the line through its points (best accuracy at that speed-up or more), in the table at the target, and
-for what is lost against the best of them at the speed-up that was measured for `auto`.
+Each rule is swept over its own parameter; every model is timed against the original, interleaved, and its metric
+(accuracy, cosine or agreement, as `trained.py` says) is that of test samples which neither training nor calibration has
+seen. `auto` is asked for each target; the metric of a rule is read off the line through its points (best metric at
+that speed-up or more), in the table at the target, and for what is lost against the best of them at the speed-up that
+was measured for `auto`.
 
     energy      SVD of every layer at one energy threshold
     vbmf        Tucker at the ranks of EVBMF, weakened or strengthened by a factor
@@ -15,10 +17,15 @@ for what is lost against the best of them at the speed-up that was measured for 
 
 `predicted` is the latency of the whole model that `auto` expected before it was fitted, from a model with random
 factors (or from what each site saves alone), over the one measured in the end.
+
+The table of stages has the same SVD ranks in each row, those of a share of all parameters: of the factors nearest to
+the weights, and of those fitted to calibration data in 1 and in 6 runs and in as many as is the default. What is worse
+than the factors without data is marked, with how sure that is: the difference over its standard error.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -30,35 +37,53 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
-import itertools
-
-import surgery
-from surgery.benchmark import bench, environment
+from surgery.benchmark import environment
 from surgery.cost.latency import Latencies
+from surgery.errors import RankError
 from surgery.factorizations import fitting
 from surgery.passes.decompose import find_sites, plan
-from tools.trained import NETWORKS, Network, read_options, split
+from tools.trained import Network, open_network, option_parser, split
 
-TARGETS = (1.25, 1.5, 2.0, 3.0)
+TARGETS = (1.25, 1.3, 1.5, 2.0, 3.0)
 SWEEPS: dict[str, tuple[float, ...]] = {
     "energy": (0.99, 0.97, 0.94, 0.9, 0.8, 0.6),
     "vbmf": (2.0, 1.5, 1.0, 0.75, 0.5, 0.3),
     "uniform": (0.7, 0.55, 0.4, 0.3, 0.2, 0.1),
 }
+SHARES = (0.7, 0.5, 0.25)  # of the parameters, in the table of stages
+PLAIN = "plain SVD"
+STAGES: dict[str, int | None] = {"stages=1": 1, "stages=6": 6, "default": None}
 
 
 @dataclass(frozen=True)
 class Point:
-    """One factored model: how it was made, its measured speed-up, and its accuracy."""
+    """One factored model: how it was made, its measured speed-up, and its metric."""
 
     rule: str
     parameter: float
     speedup: float
-    accuracy: float
+    metric: float
     predicted: float | None = None
+
+
+@dataclass(frozen=True)
+class Staged:
+    """The metric at one share of the parameters and in one way to fit; by how much it beats plain SVD, and for sure."""
+
+    share: float
+    way: str
+    metric: float
+    gain: float
+    deviations: float
+
+    @property
+    def worse(self) -> bool:
+        """Whether it is worse than the factors without data."""
+        return self.gain < 0
 
 
 def baseline_ranks(network: Network, rule: str, parameter: float) -> dict[str, Any]:
@@ -66,11 +91,11 @@ def baseline_ranks(network: Network, rule: str, parameter: float) -> dict[str, A
     if rule == "energy":
         return {"ranks": f"energy={parameter}", "factorization": "svd"}
     if rule == "vbmf":
-        found = plan(network.program, ranks="vbmf", factorization="tucker")
+        found = plan(network.model, network.example, ranks="vbmf", factorization="tucker")
         ranks = {d.site: tuple(max(1, round(parameter * r)) for r in d.rank) for d in found if d.rank is not None}
     else:
         ranks = {}
-    sites = {site.name: site for site in find_sites(network.program)[0]}
+    sites = {site.name: site for site in find_sites(network.model, network.example)[0]}
     if rule == "uniform":
         for name, site in sites.items():
             fits = fitting(site.operator)
@@ -86,65 +111,106 @@ def baselines(network: Network, test: Network, seconds: float) -> Iterator[Point
     """Yield the points of every rule."""
     for rule, parameters in SWEEPS.items():
         for parameter in parameters:
-            result = surgery.decompose(network.program, **baseline_ranks(network, rule, parameter))
+            result = network.decompose(**baseline_ranks(network, rule, parameter))
             if result.changes:
-                timing = bench([network.program, result.model], seconds=seconds)
-                accuracy = test.accuracy(result.model.module())
-                yield Point(rule, parameter, timing.comparisons[0].speedup, accuracy)
+                yield Point(rule, parameter, network.speedup(result.model, seconds), test.score(result.model))
 
 
 def automatic(network: Network, calibration: Network, test: Network) -> Iterator[Point]:
     """Yield the point of `auto` at each target."""
     for target in TARGETS:
-        result = surgery.decompose(network.program, calibration=calibration.images, target_speedup=target)
-        timing = None if result.search is None else result.search.timing
-        if timing is None:
-            yield Point("auto", target, 1.0, test.accuracy(network.program.module()))
+        result = network.decompose(calibration=calibration.inputs, target_speedup=target)
+        search = result.search
+        if search is None or search.timing is None:
+            yield Point("auto", target, 1.0, test.score(network.model))
             continue
-        accuracy = test.accuracy(result.model.module())
-        speedup, predicted = timing.comparisons[0].speedup, result.search.predicted
-        yield Point("auto", target, speedup, accuracy, None if predicted is None else speedup / predicted)
+        metric = test.score(result.model)
+        speedup, predicted = search.timing.comparisons[0].speedup, search.predicted
+        yield Point("auto", target, speedup, metric, None if predicted is None else speedup / predicted)
+
+
+def staged(network: Network, calibration: Network, test: Network) -> Iterator[Staged]:
+    """Yield the metric of each way to fit at each share; nothing at a share that the rule of ranks cannot meet."""
+    for share in SHARES:
+        asked: dict[str, Any] = {"factorization": "svd", "ranks": f"keep_params={share}"}
+        plain: Tensor | None = None
+        for way in (PLAIN, *STAGES):
+            data = {"calibration": calibration.inputs, "stages": STAGES[way]} if way in STAGES else {}
+            try:
+                result = network.decompose(**asked, **data)
+            except RankError as error:
+                print(f"{network.name} at {share:g} of the parameters: {error}", file=sys.stderr)
+                break
+            scores = test.scores(result.model)
+            plain = scores if plain is None else plain
+            gains = scores - plain
+            gain, deviation = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains))
+            yield Staged(share, way, float(scores.mean()), gain, gain / deviation if deviation else 0.0)
 
 
 def at_least(points: list[Point], rule: str, target: float) -> float | None:
-    """Return the best accuracy of a rule at a speed-up of at least the target; between points by the line."""
+    """Return the best metric of a rule at a speed-up of at least the target; between points by the line."""
     row = sorted((p for p in points if p.rule == rule), key=lambda p: p.speedup)
-    found = [p.accuracy for p in row if p.speedup >= target]
+    found = [p.metric for p in row if p.speedup >= target]
     for low, high in itertools.pairwise(row):
         if low.speedup < target <= high.speedup:
             share = (target - low.speedup) / (high.speedup - low.speedup)
-            found.append(low.accuracy + share * (high.accuracy - low.accuracy))
+            found.append(low.metric + share * (high.metric - low.metric))
     return max(found, default=None)
 
 
-def show(console: Console, name: str, original: float, points: list[Point]) -> None:
-    """Print accuracy at each target, and what `auto` loses against the best of the others."""
+def show(console: Console, network: Network, original: float, points: list[Point]) -> None:
+    """Print the metric at each target, and what `auto` loses against the best of the others."""
     table = Table("target", *SWEEPS, "auto", "at", "lost / best other", "predicted")
     for target in TARGETS:
         others = [at_least(points, rule, target) for rule in SWEEPS]
         auto = next(p for p in points if p.rule == "auto" and p.parameter == target)
         equal = (at_least(points, rule, auto.speedup) for rule in SWEEPS)
         best = max((a for a in equal if a is not None), default=None)
-        lost = "-" if best is None else f"{100 * (original - auto.accuracy):.2f} / {100 * (original - best):.2f}"
+        lost = "-" if best is None else f"{100 * (original - auto.metric):.2f} / {100 * (original - best):.2f}"
         cells = ["-" if a is None else f"{100 * a:.2f}" for a in others]
         predicted = "-" if auto.predicted is None else f"{auto.predicted:.2f}"
-        table.add_row(f"{target:g}x", *cells, f"{100 * auto.accuracy:.2f}", f"{auto.speedup:.2f}x", lost, predicted)
-    console.print(f"\n{name}: accuracy of the original {100 * original:.2f} % (per cent below)")
+        table.add_row(f"{target:g}x", *cells, f"{100 * auto.metric:.2f}", f"{auto.speedup:.2f}x", lost, predicted)
+    console.print(f"\n{network.name}: {network.metric} of the original {100 * original:.2f} % (per cent below)")
     console.print(table)
+
+
+def show_stages(console: Console, network: Network, original: float, rows: list[Staged]) -> None:
+    """Print the metric of each way to fit at each share of the parameters; red what is worse than plain SVD."""
+    table = Table("parameters", PLAIN, *STAGES)
+    for share in dict.fromkeys(row.share for row in rows):
+        cells = []
+        for row in (row for row in rows if row.share == share):
+            text = f"{100 * row.metric:.2f}"
+            cells.append(f"[red]{text} WORSE ({row.deviations:.1f} s.e.)[/red]" if row.worse else text)
+        table.add_row(f"{share:g}", *cells)
+    worse = sum(row.worse for row in rows)
+    console.print(f"\n{network.name}: {network.metric} at equal SVD ranks, in per cent; original {100 * original:.2f}")
+    console.print(table)
+    fitted = sum(row.way != PLAIN for row in rows)
+    console.print(f"{worse} of {fitted} fits to calibration data are worse than plain SVD")
 
 
 def main() -> None:
     """Measure, print and write."""
     warnings.simplefilter("ignore")  # of torch about itself
-    options = read_options(__doc__.splitlines()[0])
+    parser = option_parser(__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=256, help="calibration samples")
+    parser.add_argument("--stages", action="store_true", help="the table of stages alone")
+    options = parser.parse_args()
     console, report = Console(), {}
     for name in options.network or ["fashion"]:
-        network = NETWORKS[name](options.data)
+        network = open_network(name, options)
         calibration, test = split(network, options.samples, seed=0)
-        original = test.accuracy(network.program.module())
-        points = [*baselines(network, test, options.seconds), *automatic(network, calibration, test)]
-        show(console, name, original, points)
-        report[name] = {"original": original, "points": [asdict(point) for point in points]}
+        original = test.score(network.model)
+        values: dict[str, Any] = {"metric": network.metric, "original": original}
+        if not options.stages:
+            points = [*baselines(network, test, options.seconds), *automatic(network, calibration, test)]
+            show(console, network, original, points)
+            values["points"] = [asdict(point) for point in points]
+        rows = list(staged(network, calibration, test))
+        show_stages(console, network, original, rows)
+        report[name] = values | {"stages": [asdict(row) for row in rows]}
     where = environment(Latencies().threads)
     console.print(f"{where.cpu}, {where.threads} threads, onnxruntime {where.onnxruntime}, torch {where.torch}")
     if options.json:

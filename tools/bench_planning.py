@@ -1,10 +1,16 @@
-"""Time to plan a ResNet-50 at 224x224 with calibration data: with no latencies known, and with all of them on disk.
+"""Time to plan a ResNet-50 at 224x224, or MiniLM: with calibration data and without, and with latencies on disk.
 
     python tools/bench_planning.py [--network resnet50] [--samples 256] [--target-speedup 1.3 | --max-error 0.3]
-                                   [--json planning.json]
+                                   [--no-promise] [--json planning.json]
+
+    cold                  for a promise with calibration data, no latency known
+    warm                  the same, all latencies on disk
+    no data               `auto` as it is without calibration data, no latency known
+    no data, no promise   the same with ``promise=False``, if --no-promise is given
 
 Weights and images are random (weights of a quarter of the rank with noise, as in `networks.py`; images smooth), so the
-figures are for time alone. The seconds of each step are those between its reports of progress.
+figures are for time alone; `minilm` is the trained network of `trained.py` with its sentences, as a program. The
+seconds of each step are those between its reports of progress.
 """
 
 from __future__ import annotations
@@ -17,8 +23,9 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -33,6 +40,7 @@ from surgery.benchmark import environment
 from surgery.cost.latency import Latencies
 from surgery.passes.results import DecomposeResult
 from tools.networks import NETWORKS, build
+from tools.trained import Model, minilm
 
 
 class Clock:
@@ -58,35 +66,69 @@ def images(count: int, side: int) -> Tensor:
     return functional.interpolate(coarse, size=(side, side), mode="bilinear")
 
 
-def plan(name: str, samples: Tensor, asked: dict[str, float], *, told: bool) -> tuple[DecomposeResult, float, Clock]:
-    """Decompose a network for a promise, and return the result, its seconds and where they went."""
-    model = build(name)
+@dataclass(frozen=True)
+class Case:
+    """A model, its example inputs unless it brings them along, and calibration data."""
+
+    model: Model
+    example: Any
+    samples: Any
+
+
+def case(name: str, samples: int) -> Case:
+    """Return a network by its name, with so many samples; raises Unavailable where it is not installed."""
+    if name == "minilm":
+        network = minilm(None, samples)
+        return Case(network.program, None, network.inputs)
+    data = images(samples, NETWORKS[name].image)
+    return Case(build(name), data[:1], data)
+
+
+Run = tuple[DecomposeResult, float, Clock]
+
+
+def plan(network: Case, asked: dict[str, Any], *, told: bool) -> Run:
+    """Decompose a network as asked, and return the result, its seconds and where they went."""
     clock, start = Clock(told=told), time.perf_counter()
-    result = surgery.decompose(model, samples[:1], calibration=samples, progress=clock, **asked)
+    result = surgery.decompose(network.model, network.example, progress=clock, **asked)
     return result, time.perf_counter() - start, clock
 
 
-def main() -> None:
-    """Plan twice with a fresh cache, and print where the time went."""
-    warnings.simplefilter("ignore")  # of torch about itself
+def read_options() -> argparse.Namespace:
+    """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", choices=NETWORKS, default="resnet50")
+    parser.add_argument("--network", choices=[*NETWORKS, "minilm"], default="resnet50")
     parser.add_argument("--samples", type=int, default=256)
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument("--target-speedup", type=float)
     goal.add_argument("--max-error", type=float)
+    parser.add_argument("--no-promise", action="store_true", help="without data also with promise=False, to compare")
     parser.add_argument("--progress", action="store_true", help="say each step on standard error")
     parser.add_argument("--json", type=Path, help="also write the seconds here")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Plan with fresh caches and with a warm one, and print where the time went."""
+    warnings.simplefilter("ignore")  # of torch about itself
+    options = read_options()
     asked = {k: v for k in ("target_speedup", "max_error") if (v := getattr(options, k)) is not None}
     asked = asked or {"target_speedup": 1.3}
-    samples = images(options.samples, NETWORKS[options.network].image)
+    network = case(options.network, options.samples)
+    data = {"calibration": network.samples, **asked}
+    cold: dict[str, dict[str, Any]] = {"cold": data, "no data": {}}
+    if options.no_promise:
+        cold["no data, no promise"] = {"promise": False}
     console, runs = Console(), {}
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["SURGERY_CACHE"] = folder
-        for name in ("cold", "warm"):
-            runs[name] = plan(options.network, samples, asked, told=options.progress)
-            console.print(f"{name}: {runs[name][1]:.1f} s; {runs[name][0].promise}")
+    for name, arguments in cold.items():
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["SURGERY_CACHE"] = folder
+            runs[name] = plan(network, arguments, told=options.progress)
+            if name == "cold":
+                runs["warm"] = plan(network, arguments, told=options.progress)
+    for name, (result, seconds, _) in runs.items():
+        said = f"{len(result.changes)} factored, no promise" if result.promise is None else str(result.promise)
+        console.print(f"{name}: {seconds:.1f} s; {said}")
     table = Table("step", *runs)
     for step in dict.fromkeys(step for _, _, clock in runs.values() for step in clock.seconds):
         table.add_row(step, *(f"{clock.seconds[step]:.1f} s" for _, _, clock in runs.values()))
@@ -96,7 +138,7 @@ def main() -> None:
     console.print(f"{where.cpu}, {where.threads} threads, onnxruntime {where.onnxruntime}, torch {where.torch}")
     if options.json:
         times = {
-            name: {"all": seconds, **clock.seconds, "promise": str(result.promise)}
+            name: {"all": seconds, **clock.seconds, "promise": str(result.promise), "factored": len(result.changes)}
             for name, (result, seconds, clock) in runs.items()
         }
         values = {"network": options.network, "samples": options.samples, "asked": asked, "seconds": times}

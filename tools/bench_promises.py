@@ -2,13 +2,17 @@
 
     python tools/bench_promises.py --json promises.json
     python tools/bench_promises.py --network cifar --network mnist --data FOLDER
+    python tools/bench_promises.py --network minilm --network efficientnet-module
 
-Of each network's labelled images some calibrate, some are for the metric, and the rest are for this test alone. Each
-promise of the grid is asked for; what is returned is measured again:
+Of each network's samples some calibrate, some are for the metric, and the rest are for this test alone. Each promise of
+the grid is asked for, and what is promised where nothing is asked for and no data are given, if anything is; what is
+returned is measured again:
 
-    max_error        relative error of the output on the unseen images
-    max_drop         accuracy lost on the unseen images; the metric's scores are given for each image
-    target_speedup   a timing of its own, both models interleaved
+    max_error        relative error of the output on the unseen samples
+    max_drop         what the metric (accuracy, cosine, agreement) loses on the unseen samples; each has a score
+    target_speedup   both models as ONNX files of torch's own exporter, interleaved, in new processes: their median
+
+The last is measured of every changed model, to compare with the speed-up that was said of it, if any was.
 
 Two networks that cannot get faster come last, one of depthwise convolutions and a tiny one: `auto` is to return them as
 they are, and to say why.
@@ -19,7 +23,9 @@ the original, what it promises of quality is kept, and the speed-up is 1.
 
 from __future__ import annotations
 
+import argparse
 import json
+import statistics
 import sys
 import time
 import warnings
@@ -31,14 +37,18 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
 import surgery
-from surgery.benchmark import bench, environment
+from surgery.benchmark import environment
 from surgery.cost.latency import Latencies
-from tools.trained import NETWORKS, Network, read_options, split
+from surgery.passes.results import DecomposeResult
+from tools.fresh import fresh_speedups
+from tools.trained import Model, Network, open_network, option_parser, split
 
 GRID: dict[str, tuple[float, ...]] = {
     "max_error": (0.02, 0.05, 0.1, 0.2),
@@ -50,9 +60,13 @@ NEAR = 1.1  # a promise that is missed counts as near within a tenth of its limi
 
 @dataclass(frozen=True)
 class Row:
-    """One promise: what `auto` said, what was measured afterwards, and the speed-up that it found."""
+    """One promise: what was asked for, what `auto` said, and what was measured afterwards.
+
+    ``speedup`` is the one that was said, ``fresh`` are those of new processes; none where the original came back.
+    """
 
     network: str
+    asked: str
     kind: str
     limit: float
     said_kept: bool
@@ -60,6 +74,7 @@ class Row:
     found: float
     original: bool
     speedup: float | None
+    fresh: tuple[float, ...]
     seconds: float
 
     @property
@@ -74,45 +89,63 @@ class Row:
             return self.found * NEAR >= self.limit
         return self.found <= self.limit * NEAR
 
+    @property
+    def verdict(self) -> str:
+        """What became of the promise, in a word."""
+        return "kept" if self.kept else "refused" if not self.said_kept else "near" if self.near else "MISSED"
+
+
+def output_error(network: Network, changed: Model) -> float:
+    """Return the relative error of all floating-point outputs on the samples of a network."""
+    lost = whole = 0.0
+    for part in network.parts():
+        for x, y in zip(_outputs(network.model, part), _outputs(changed, part), strict=True):
+            lost, whole = lost + float((y - x).square().sum()), whole + float(x.square().sum())
+    return (lost / whole) ** 0.5
+
 
 @torch.no_grad()
-def output_error(network: Network, changed: Any) -> float:
-    """Return the relative error of the outputs on all images of a network."""
-    before, after = network.program.module(), changed.module()
-    pairs = [(before(x).double(), after(x).double()) for x in network.images.split(250)]
-    lost = sum(float((y - x).square().sum()) for x, y in pairs)
-    return (lost / sum(float(x.square().sum()) for x, _ in pairs)) ** 0.5
+def _outputs(model: Model, part: Network) -> list[Tensor]:
+    module = model.module() if isinstance(model, ExportedProgram) else model
+    leaves = pytree.tree_leaves(module(*part.inputs.values()))
+    return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def measure(kind: str, test: Network, changed: Any, seconds: float) -> float:
-    """Return what a promise is about, of a changed program on unseen images."""
-    if kind == "max_error":
-        return output_error(test, changed)
-    if kind == "max_drop":
-        return test.accuracy(test.program.module()) - test.accuracy(changed.module())
-    return bench([test.program, changed], seconds=seconds).comparisons[0].speedup
+def check(result: DecomposeResult, test: Network, name: str, options: argparse.Namespace, taken: float) -> Row:
+    """Measure what a result promises on unseen samples and in new processes."""
+    promise = result.promise
+    assert promise is not None
+    fresh: list[float] = []
+    if result.changes:
+        example = test.program.example_inputs[0]
+        fresh = fresh_speedups(test.model, result.model, example, options.seconds, options.processes)
+    if promise.kind == "target_speedup":
+        found = statistics.median(fresh) if fresh else 1.0
+    elif promise.kind == "max_error":
+        found = output_error(test, result.model) if fresh else 0.0
+    else:
+        found = test.score(test.model) - test.score(result.model) if fresh else 0.0
+    timing = None if result.search is None else result.search.timing
+    speedup = None if timing is None or not fresh else timing.comparisons[0].speedup
+    values = (promise.kind, promise.limit, promise.kept, promise.measured, found, not fresh, speedup)
+    return Row(test.name, name, *values, tuple(fresh), taken)
 
 
-def rows(name: str, network: Network, samples: int, seconds: float) -> Iterator[Row]:
-    """Yield the row of each promise of the grid."""
-    calibration, rest = split(network, samples, seed=0)
-    metric, test = split(rest, len(rest.labels) // 2, seed=1)
-    for kind, limits in GRID.items():
-        for limit in limits:
-            start = time.perf_counter()
-            asked: dict[str, Any] = {kind: limit}
-            if kind == "max_drop":
-                asked["eval_fn"] = metric.right
-            result = surgery.decompose(network.program, calibration=calibration.images, **asked)
-            taken = time.perf_counter() - start
-            assert result.promise is not None
-            original = not result.changes
-            same = float(kind == "target_speedup")
-            found = same if original else measure(kind, test, result.model, seconds)
-            timing = None if result.search is None else result.search.timing
-            speedup = None if timing is None else timing.comparisons[0].speedup
-            promise = result.promise
-            yield Row(name, kind, limit, promise.kept, promise.measured, found, original, speedup, taken)
+def rows(network: Network, options: argparse.Namespace) -> Iterator[Row]:
+    """Yield the row of each promise of the grid, and of what is promised where nothing is asked for."""
+    calibration, rest = split(network, options.samples, seed=0)
+    metric, test = split(rest, len(rest) // 2, seed=1)
+    asked: list[tuple[str, dict[str, Any]]] = [("nothing", {})]
+    for kind in options.promise or GRID:
+        extra = {"eval_fn": metric.scores} if kind == "max_drop" else {}
+        for limit in GRID[kind]:
+            asked.append((f"{kind}={limit:g}", {"calibration": calibration.inputs, kind: limit, **extra}))
+    for name, arguments in asked:
+        start = time.perf_counter()
+        result = network.decompose(**arguments)
+        taken = time.perf_counter() - start
+        if result.promise is not None:
+            yield check(result, test, name, options, taken)
 
 
 def unpaying() -> dict[str, nn.Module]:
@@ -134,7 +167,8 @@ def show_unpaying(console: Console) -> None:
     images = torch.randn(256, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     table = Table("network", "asked for", "returned", "why")
     for name, model in unpaying().items():
-        for asked in ({"max_error": 0.05}, {"target_speedup": 1.5}):
+        grid: tuple[dict[str, Any], ...] = ({"max_error": 0.05}, {"target_speedup": 1.5})
+        for asked in grid:
             result = surgery.decompose(model, images[:1], calibration=images, **asked)
             assert result.promise is not None
             timing = None if result.search is None else result.search.timing
@@ -146,33 +180,57 @@ def show_unpaying(console: Console) -> None:
 
 
 def show(console: Console, found: list[Row]) -> None:
-    """Print each promise, and the share of those kept."""
-    table = Table("network", "promise", "limit", "auto says", "on unseen", "", "at", "seconds")
+    """Print each promise, those that are not kept, and the share of those that are."""
+    table = Table("network", "asked for", "promised", "auto says", "on unseen", "", "says", "new processes", "seconds")
     for row in found:
         said = f"{row.said:.3g}" if row.said_kept else f"{row.said:.3g}, not kept"
-        verdict = "kept" if row.kept else "refused" if not row.said_kept else "near" if row.near else "MISSED"
-        speedup = "original" if row.original else "-" if row.speedup is None else f"{row.speedup:.2f}x"
-        cells = (f"{row.limit:g}", said, f"{row.found:.3g}", verdict, speedup, f"{row.seconds:.0f}")
-        table.add_row(row.network, row.kind, *cells)
+        says = "original" if row.original else "-" if row.speedup is None else f"{row.speedup:.2f}x"
+        fresh = " ".join(f"{speedup:.2f}" for speedup in row.fresh)
+        limit, seconds = f"{row.kind} {row.limit:g}", f"{row.seconds:.0f}"
+        table.add_row(row.network, row.asked, limit, said, f"{row.found:.3g}", row.verdict, says, fresh, seconds)
     console.print(table)
     promised = [row for row in found if row.said_kept]
+    for row in promised:
+        if not row.kept:
+            console.print(f"not kept: {row.network}, {row.asked}: {row.kind} {row.limit:g}, found {row.found:.4g}")
     kept, near = sum(row.kept for row in promised), sum(row.near and not row.kept for row in promised)
     console.print(
         f"{len(found)} asked for, {len(promised)} promised, {len(found) - len(promised)} refused; of those promised "
         f"{kept} ({100 * kept / max(1, len(promised)):.1f} %) are kept on unseen data, {near} more within a tenth of "
         f"the limit; {sum(row.original for row in promised)} by the original"
     )
+    show_speeds(console, found)
+
+
+def show_speeds(console: Console, found: list[Row]) -> None:
+    """Print how the speed-ups in new processes compare with those that were said, and list what is slower."""
+    changed = [row for row in found if row.fresh]
+    for row in changed:
+        if statistics.median(row.fresh) < 1:
+            console.print(f"slower: {row.network}, {row.asked}: {statistics.median(row.fresh):.3f}x in new processes")
+    said = [statistics.median(row.fresh) / row.speedup for row in changed if row.speedup is not None]
+    faster = sum(statistics.median(row.fresh) >= 1 for row in changed)
+    console.print(f"{faster} of {len(changed)} changed models are no slower than the original in new processes")
+    if said:
+        console.print(
+            f"speed-up in new processes over that said: median {statistics.median(said):.3f}, "
+            f"{min(said):.3f} to {max(said):.3f}"
+        )
 
 
 def main() -> None:
     """Ask, measure, print and write."""
     warnings.simplefilter("ignore")  # of torch about itself
-    options = read_options(__doc__.splitlines()[0])
+    parser = option_parser(__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=256, help="calibration samples")
+    parser.add_argument("--promise", choices=GRID, action="append", help="may be repeated  [default: all]")
+    parser.add_argument("--processes", type=int, default=3, help="new processes that time each model")
+    options = parser.parse_args()
     console, found = Console(), []
     for name in options.network or ["fashion"]:
-        for row in rows(name, NETWORKS[name](options.data), options.samples, options.seconds):
+        for row in rows(open_network(name, options), options):
             found.append(row)
-            console.print(f"{row.network} {row.kind} {row.limit:g}: {row.seconds:.0f} s")
+            console.print(f"{row.network} {row.asked}: {row.seconds:.0f} s")
     show(console, found)
     show_unpaying(console)
     where = environment(Latencies().threads)
