@@ -172,9 +172,9 @@ def decompose(
     _check_asked(wanted, automatic=automatic, promise=promise, data=calibration is not None, stages=stages)
     samples = None if calibration is None else read_calibration(calibration, model, example_inputs)
     rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, report, joint)
-    if automatic and joint and samples is not None:
-        next_step = "carry out a plan with joint sites"
-        raise InputError("joint with calibration and ranks='auto'", allowed="one of them", next_step=next_step)
+    if automatic and joint and (samples is not None or promise):
+        next_step = "give ranks, or promise=False (--no-promise), or carry out a plan with joint sites"
+        raise InputError("joint with ranks='auto' and its promise", allowed="one of them", next_step=next_step)
     inputs = normalise_inputs(example_inputs) if samples is None else _inputs(model, example_inputs, samples)
     if automatic and (samples is not None or promise):
         goal = Goal.of(max_error, target_speedup, max_drop, metric=eval_fn is not None)

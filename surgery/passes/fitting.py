@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from surgery.calibration.collect import Progress
@@ -25,7 +25,7 @@ from surgery.passes.goals import HeldOut
 
 __all__ = ["Fitted", "Fitting", "judged"]
 
-_CHECKS = 4  # at most, of stages against the clean fits; each builds two models
+_PARTS = 4  # of the stages, with a check against the clean fits between each two; it builds two models
 
 
 def judged(samples: Calibration) -> tuple[Calibration, Calibration]:
@@ -47,12 +47,11 @@ _Made = TypeVar("_Made", bound=_HasChain)
 
 @dataclass(frozen=True, eq=False)
 class Fitted(Generic[_Made]):
-    """What was made for each site, the model with it, and its output error on held-out samples (None: not measured)."""
+    """What was made for each site, the model with it, and the way: "staged", "clean" or "plain"."""
 
     made: Mapping[str, _Made]
     model: Any
-    error: float | None = None
-    way: str = "clean"
+    way: str
 
 
 @dataclass(eq=False)
@@ -85,8 +84,7 @@ class Fitting(Generic[_Made]):
         if len(tries) == 1:
             return tries[0]
         errors = [self.held_out.error(tried.model)[0] for tried in tries]
-        best = min(range(len(tries)), key=lambda at: errors[at] if math.isfinite(errors[at]) else math.inf)
-        return replace(tries[best], error=errors[best])
+        return tries[min(range(len(tries)), key=lambda at: errors[at] if math.isfinite(errors[at]) else math.inf)]
 
     def plain(self) -> Fitted[_Made]:
         """Return the chains that are fitted to no data."""
@@ -108,7 +106,7 @@ class Fitting(Generic[_Made]):
         """Return the chains after all stages, of which those between two checks stay that have lowered the error."""
         staged: dict[str, _Made] = {}
         fresh: dict[str, _Made] = {}  # what the last check has kept, and clean chains since then
-        checks = {round((len(stages) - 1) * i / _CHECKS) for i in range(1, _CHECKS)} - {0, len(stages) - 1}
+        checks = {round((len(stages) - 1) * i / _PARTS) for i in range(1, _PARTS)} - {0, len(stages) - 1}
         for number, stage in enumerate(stages):
             self.progress("fit", stage.start, len(self.units))
             clean = {name: made for at in stage for name, made in self._of(at).items()}

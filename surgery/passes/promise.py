@@ -1,10 +1,10 @@
-"""``auto`` with calibration data: the fastest model on this machine that keeps a promise, checked end to end.
+"""``auto``: the fastest model on this machine that keeps a promise, checked end to end, with data or made-up inputs.
 
     moments -> options of each site (damage, cost) -> one choice for all within a budget -> data-aware factors
     -> measure the whole model -> scale the budget, until the measured value is as near to its limit as it gets
 
-The finished model is timed against the original, interleaved; if it is not faster with confidence, the answer is the
-original.
+The finished model and the original are timed as files, each in new processes; if it is not faster with confidence, the
+answer is the original.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def negotiate(
     if not done.promise.kept and not terms.asked.best_effort:
         what = f"the target is out of reach: {done.promise.measured:.3g} was measured, at an output error of "
         error = done.seen.error if done.seen else math.nan
-        return _original(work, f"{what}{error:.3g}", trials, done.search)
+        return _original(work, f"{what}{error:.3g}", trials)
     return replace(done, model=work.change(chosen)) if terms.asked.inplace and done.errors else done
 
 
@@ -159,9 +159,8 @@ def _for_speed(work: Workshop) -> tuple[list[Trial], list[Option], Timing | None
         if found.low < _ENOUGH * goal if trial.kept else limit <= low:
             break
         low, high = (limit, high) if trial.kept else (low, limit)
-        spare = (
-            work.clock.seconds / goal - work.clock.seconds / found.low
-        )  # less than nothing where the target was missed
+        # seconds to spare; less than nothing where the target was missed
+        spare = work.clock.seconds / goal - work.clock.seconds / found.low
         limit += _BACK * spare if trial.kept else min(spare, -_LEAST_STEP * work.clock.seconds)
         limit = limit if low < limit < high else (low + high) / 2
         if high - low < _LEAST_STEP * work.clock.seconds or (again := _choose(work, limit)) == chosen:
@@ -223,15 +222,19 @@ def _finish(work: Workshop, chosen: Sequence[Option], trials: Sequence[Trial], t
         return _original(work, f"the whole model did not measure faster ({span})", trials)
     errors = work.weight_errors(chosen)
     plan = work.plan(chosen)
-    promise, metrics = _judge(work, model, timing)
+    errors_of_outputs = work.held_out.error(model)
+    promise, metrics = _judge(work, model, timing, errors_of_outputs)
     at = (sum(o.damage for o in chosen) ** 0.5, sum(o.cost for o in chosen))
     predicted = None if timing is None else work.expected(chosen, timing.models[0].median_s)
     search = replace(_search(work, trials), chosen=at, metrics=metrics, timing=timing, predicted=predicted)
-    seen = Seen(work.held_out.error(model)[0], work.made_up or f"{work.held_out.count} calibration samples")
+    seen = Seen(errors_of_outputs[0], work.made_up or f"{work.held_out.count} calibration samples")
     return Negotiated(model, work.found, plan, errors, promise, search, seen)
 
 
-def _judge(work: Workshop, model: Any, timing: Timing | None) -> tuple[Promise, tuple[float, float] | None]:
+def _judge(
+    work: Workshop, model: Any, timing: Timing | None, seen: tuple[float, float]
+) -> tuple[Promise, tuple[float, float] | None]:
+    """Return the promise and the metric before and after; ``seen`` is the output error and its upper limit."""
     goal = work.terms.goal
     metrics, drop, most = None, 0.0, 0.0
     if work.terms.asked.evaluate is not None and work.scores is not None:
@@ -248,17 +251,16 @@ def _judge(work: Workshop, model: Any, timing: Timing | None) -> tuple[Promise, 
     if goal.kind == "max_drop" and metrics is not None:
         note = f"at most {most:.3g} with 95 %" if most > drop else ""
         return Promise(goal.kind, goal.limit, drop, most <= goal.limit, note), metrics
-    error, upper = work.held_out.error(model)
+    error, upper = seen
     worth = f"; seen on {work.made_up} alone: give calibration data for a promise on yours" * bool(work.made_up)
     return Promise(goal.kind, goal.limit, error, upper <= goal.limit, f"at most {upper:.3g} with 95 %{worth}"), metrics
 
 
-def _original(work: Workshop, reason: str, trials: Sequence[Trial] = (), search: Search | None = None) -> Negotiated:
+def _original(work: Workshop, reason: str, trials: Sequence[Trial] = ()) -> Negotiated:
     """Return the model as it was, with the reason; a goal of quality is kept by it, one of speed is not."""
     work.reasons |= {site.site.name: reason for site in work.sites if site.site.name not in work.reasons}
     promise = _promise_of_original(work.terms.goal, reason)
-    search = search or _search(work, trials)
-    return Negotiated(work.model, work.found, work.plan(()), {}, promise, search)
+    return Negotiated(work.model, work.found, work.plan(()), {}, promise, _search(work, trials))
 
 
 def _promise_of_original(goal: Goal, reason: str) -> Promise:
