@@ -30,6 +30,7 @@ __all__ = [
     "Ready",
     "Timing",
     "bench",
+    "check_models",
     "environment",
     "make_ready",
     "name_of",
@@ -149,10 +150,7 @@ def bench(
     >>> bench([nn.Linear(8, 8)], torch.ones(1, 8), seconds=0.01).models[0].runs >= 11
     True
     """
-    if isinstance(models, str | os.PathLike | nn.Module | ExportedProgram) or not models:
-        raise InputError("bench needs a list of models", allowed="one or more")
-    if names is not None and len(names) != len(models):
-        raise InputError(f"{len(names)} names for {len(models)} models", allowed="one name for each model")
+    check_models(models, names)
     ready = make_ready(models, example_inputs, names=names, threads=threads, seed=seed)
     return time_ready(ready, threads=threads, seconds=seconds, seed=seed, progress=progress)
 
@@ -200,6 +198,14 @@ def time_ready(
         tuple(_compare(path, samples[0], later, seed) for path, later in rows[1:]),
         where,
     )
+
+
+def check_models(models: Any, names: Sequence[str] | None) -> None:
+    """Raise InputError for what is no list of models, or other than as many names."""
+    if isinstance(models, str | os.PathLike | nn.Module | ExportedProgram) or not models:
+        raise InputError("timing needs a list of models", allowed="one or more")
+    if names is not None and len(names) != len(models):
+        raise InputError(f"{len(names)} names for {len(models)} models", allowed="one name for each model")
 
 
 def name_of(model: Any) -> str:

@@ -24,7 +24,7 @@ import onnxruntime as ort
 from torch import nn
 from torch.export import ExportedProgram
 
-from surgery.benchmark import ModelComparison, ModelTiming, Timing, environment, name_of, shared_inputs
+from surgery.benchmark import ModelComparison, ModelTiming, Timing, check_models, environment, name_of, shared_inputs
 from surgery.comparison import open_model
 from surgery.cost.processes import Blocks, Job, compare_generations, time_generations
 from surgery.cost.timing import Samples, open_session
@@ -143,10 +143,7 @@ def _written(
     models: Sequence[_Given], example_inputs: Any, names: Sequence[str] | None, seed: int
 ) -> Iterator[tuple[Path, list[_Written]]]:
     """Yield a folder, and the models as files in it or where they were; the folder is removed whatever happens."""
-    if isinstance(models, str | os.PathLike | nn.Module | ExportedProgram) or not models:
-        raise InputError("timing needs a list of models", allowed="one or more")
-    if names is not None and len(names) != len(models):
-        raise InputError(f"{len(names)} names for {len(models)} models", allowed="one name for each model")
+    check_models(models, names)
     opened = [open_model(model) for model in models]
     inputs = shared_inputs(opened, example_inputs, seed)
     with tempfile.TemporaryDirectory(prefix="surgery-", ignore_cleanup_errors=True) as name:

@@ -140,6 +140,7 @@ def test_without_a_promise_it_is_a_rule_like_any_other(tmp_path: Path) -> None:
         ({"promise": False, "calibration": torch.randn(8, 64)}, "promise=False with calibration"),
         ({"promise": False, "ranks": 4}, "promise=False with other ranks"),
         ({"max_error": 0.1, "ranks": 4}, "max_error needs ranks='auto'"),
+        ({"best_effort": True}, "best_effort without target_speedup"),
         ({"joint": "inputs"}, "joint with ranks='auto' and its promise"),
     ],
 )

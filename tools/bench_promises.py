@@ -10,7 +10,7 @@ returned is measured again:
 
     max_error        relative error of the output on the unseen samples
     max_drop         what the metric (accuracy, cosine, agreement) loses on the unseen samples; each has a score
-    target_speedup   both models as ONNX files of torch's own exporter, interleaved, in new processes: their median
+    target_speedup   both models as ONNX files of torch's own exporter, each in new processes: the median
 
 The last is measured of every changed model, to compare with the speed-up that was said of it, if any was.
 
@@ -224,7 +224,7 @@ def main() -> None:
     parser = option_parser(__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=256, help="calibration samples")
     parser.add_argument("--promise", choices=GRID, action="append", help="may be repeated  [default: all]")
-    parser.add_argument("--processes", type=int, default=3, help="new processes that time each model")
+    parser.add_argument("--processes", type=int, default=3, help="times that both models are timed in new processes")
     options = parser.parse_args()
     console, found = Console(), []
     for name in options.network or ["fashion"]:

@@ -65,11 +65,10 @@ class Row:
 
 
 def said_of(result: DecomposeResult) -> str:
-    """Return the promise of a result; without one, how many sites were factored; and any notes."""
+    """Return the promise of a result; without one, how many sites were factored; and the notes of changes."""
     promise = f"no promise; {len(result.changes)} factored" if result.promise is None else str(result.promise)
-    note = getattr(result, "note", "")  # of the whole result, where it has one
-    notes = dict.fromkeys(text for text in (note, *(change.note for change in result.changes)) if text)
-    return "; ".join((promise, *(text for text in notes if text not in promise)))
+    notes = dict.fromkeys(change.note for change in result.changes if change.note)
+    return "; ".join((promise, *notes))
 
 
 def measure(network: Network, before: float, asked: dict[str, Any], seconds: float) -> Row:

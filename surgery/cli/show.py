@@ -212,7 +212,7 @@ def _verdict(output: Path | None, result: DecomposeResult, timing: Timing | str 
         for speedup, error in [] if result.search is None else result.search.reached:
             yield f"within reach: {speedup:.2f}x at an output error of {error:.3g} (--best-effort takes the nearest)"
     if output is None and result.plan.ranks == "auto":
-        yield "these are the ranks of the rule: to keep its promise, auto may take higher ones, or leave sites dense"
+        yield "a plan without a promise: to keep one, auto may take higher ranks, or leave sites dense"
     yield "dry run: nothing was written" if output is None else f"wrote {output}"
 
 

@@ -170,6 +170,8 @@ def decompose(
     wanted = [name for name, value in goals.items() if value is not None] + ["cost"] * (cost != "latency")
     automatic = ranks == "auto" and plan is None
     _check_asked(wanted, automatic=automatic, promise=promise, data=calibration is not None, stages=stages)
+    if best_effort and target_speedup is None:
+        raise InputError("best_effort without target_speedup", next_step="give target_speedup=, or leave it out")
     samples = None if calibration is None else read_calibration(calibration, model, example_inputs)
     rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, report, joint)
     if automatic and joint and (samples is not None or promise):
