@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 from surgery.benchmark import ModelComparison, ModelTiming, Timing, check_models, environment, name_of, shared_inputs
 from surgery.comparison import open_model
 from surgery.cost.processes import Blocks, Job, compare_generations, time_generations
-from surgery.cost.timing import Samples, open_session
+from surgery.cost.timing import Samples, Speedup, open_session
 from surgery.errors import InputError
 from surgery.export import capture, export_onnx
 from surgery.inputs import Inputs, feed
@@ -47,6 +47,17 @@ class _Written:
     shapes: tuple[tuple[int | str | None, ...], ...]
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Whether a speed-up is reached, if any is asked for, and how many times as long a timing may try to tell."""
+
+    goal: float | None
+    patience: int
+
+    def answered(self, found: Speedup) -> bool:
+        return self.goal is None or not found.low < self.goal <= found.high
+
+
 def time_apart(
     models: Sequence[_Given],
     example_inputs: Any = None,
@@ -59,8 +70,8 @@ def time_apart(
 ) -> Timing:
     """Time models under onnxruntime, each alone in new processes, for about ``seconds`` in all after their export.
 
-    Models, inputs and names are those of ``bench``. Processes of all models take turns of some hundredths of a second,
-    in three to eight generations; models that are slow to load take longer than the seconds. A process opens one
+    Models, inputs and names are those of ``bench``. Processes of all models take turns of a quarter of a second, in
+    three to eight generations; models that are slow to load take longer than the seconds. A process opens one
     session with default options, except for the ``threads`` if they are given, and runs it with plain arrays. What it
     waits for a core that others use does not count, as far as the system tells (``without_waits``). Intervals are those
     of ``compare_generations``: they know how far processes differ.
@@ -90,13 +101,32 @@ class Apart:
         self,
         model: nn.Module | ExportedProgram,
         *,
+        goal: float | None = None,
+        patience: int = 1,
         threads: int | None = None,
         seconds: float = 5.0,
         progress: Callable[[float], None] | None = None,
     ) -> Timing:
-        """Return the timing of both; arguments and exceptions are those of ``time_apart``."""
+        """Return the timing of both; arguments and exceptions are those of ``time_apart``.
+
+        Where the interval leaves open whether the ``goal``, a speed-up, is reached, it takes longer, up to ``patience``
+        times as long.
+        """
         later = _write(model, model, self._inputs, self._folder / "later.onnx", name_of(model))
-        return _time(self._folder, [self._first, later], threads=threads, seconds=seconds, seed=0, progress=progress)
+        asked = _Asked(goal, patience)
+        both = [self._first, later]
+        return _time(self._folder, both, asked, threads=threads, seconds=seconds, seed=0, progress=progress)
+
+    def alone(
+        self,
+        *,
+        threads: int | None = None,
+        seconds: float = 5.0,
+        progress: Callable[[float], None] | None = None,
+    ) -> ModelTiming:
+        """Return the timing of the model itself."""
+        timing = _time(self._folder, [self._first], threads=threads, seconds=seconds, seed=0, progress=progress)
+        return timing.models[0]
 
 
 def time_batches(
@@ -187,6 +217,7 @@ def _resized(model: _Written, batch: int) -> _Written:
 def _time(
     folder: Path,
     models: Sequence[_Written],
+    asked: _Asked | None = None,
     *,
     threads: int | None,
     seconds: float,
@@ -201,13 +232,26 @@ def _time(
         inputs = folder / f"{index}.npz"
         np.savez(inputs, *model.feeds)  # by place: names of inputs need not be names of files
         jobs.append(Job(model.name, model.file, inputs, threads))
-    generations = time_generations(jobs, seconds=seconds, seed=seed, progress=progress)
+
+    def settled(found: Sequence[Sequence[Blocks]]) -> bool:
+        return asked is None or all(asked.answered(compare_generations(*pair)) for pair in _pairs(found))
+
+    patience = 1 if asked is None else asked.patience
+    generations = time_generations(
+        jobs, seconds=seconds, seed=seed, settled=settled, patience=patience, progress=progress
+    )
     blocks = list(zip(*generations, strict=True))  # of each model, those of its processes
     return Timing(
         tuple(ModelTiming(m.name, _pooled(processes)) for m, processes in zip(models, blocks, strict=True)),
-        tuple(_compared(m.name, blocks[0], later) for m, later in zip(models[1:], blocks[1:], strict=True)),
+        tuple(_compared(m.name, *pair) for m, pair in zip(models[1:], _pairs(generations), strict=True)),
         where,
     )
+
+
+def _pairs(generations: Sequence[Sequence[Blocks]]) -> list[tuple[Sequence[Blocks], Sequence[Blocks]]]:
+    """Return the blocks of the first model's processes with those of each other's."""
+    first, *others = zip(*generations, strict=True)
+    return [(first, later) for later in others]
 
 
 def _pooled(processes: Sequence[Blocks]) -> Samples:

@@ -9,8 +9,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from surgery.passes import clock
-
 torch.set_num_threads(1)  # pytest-xdist runs several workers; more threads each only get in each other's way
 
 # Derandomised, so that a red run is red again; HYPOTHESIS_PROFILE=hunt looks for new counterexamples.
@@ -26,12 +24,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SURGERY_CACHE", str(tmp_path_factory.mktemp("surgery-cache")))
         yield
-
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not wait for a quiet machine: beside other workers it never is."""
-    monkeypatch.setattr(clock, "_PAUSES", ())
 
 
 @pytest.fixture(autouse=True)

@@ -109,7 +109,7 @@ def test_what_is_seen_is_the_error_on_samples_that_were_held_out() -> None:
     model, x, fresh = residual()
     result = surgery.decompose(model, x[:4], ranks=6, calibration=x)
     assert result.seen is not None
-    assert result.seen.what == "40 calibration samples"
+    assert result.seen.what == "20 calibration samples"
     assert result.seen.error == pytest.approx(
         relative_error(outputs(result.model, fresh), outputs(model, fresh)), rel=0.15
     )

@@ -137,7 +137,31 @@ def test_waits_for_a_core_do_not_count() -> None:
     assert without_waits([turns, turns], single=False) == [((2.0,) * 4, (2.0,))] * 2
     few = [[waiting] * 4, [quiet, waiting]]
     assert without_waits([turns, few], single=False) == [((2.0,) * 4, (5.0, 2.0)), ((5.0,) * 4, (2.0, 5.0))]
-    assert without_waits([[[waiting], [quiet] * 5]], single=False) == [((2.0,) * 5,)]
+    assert without_waits([[[waiting], [quiet] * 5]], single=False) == [((), (2.0,) * 5)]
+
+
+def test_turns_of_one_round_are_compared() -> None:
+    slow = [((1.0, 1.0), (3.0,), (3.0,)), ((1.0,), (1.0,), (1.0,))]  # the machine, for two rounds of one generation
+    fast = [((0.5,), (1.5, 1.5), (1.5,)), ((0.5,), (0.5,), (0.5,))]
+    found = compare_generations(slow, fast)
+    assert (found.value, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0))
+    empty = [((), (2.0,)), ((2.0,), ())]  # all of a turn was waiting
+    assert compare_generations(empty, [((1.0,), ()), ((), (1.0,))]).value == pytest.approx(2.0)
+
+
+def test_what_is_open_is_timed_for_longer(tmp_path: Path) -> None:
+    shares: list[float] = []
+    asked: list[int] = []
+
+    def settled(found: list[Any]) -> bool:
+        asked.append(len(found))
+        return len(asked) == 2
+
+    how = {"seconds": 0.0, "settled": settled, "progress": shares.append}
+    assert len(time_generations(jobs(tmp_path, SCRIPTED), patience=5, **how)) == 6
+    assert asked == [3, 6]
+    assert shares[-1] == 1.0
+    assert len(time_generations(jobs(tmp_path, SCRIPTED), patience=1, **how)) == 3
 
 
 def test_batches_follow_the_dynamic_axis(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import onnxruntime as ort
 
 __all__ = ["main"]
 
-_SETTLE = 0.01  # seconds of a block that do not count: caches fill, and threads of the process before fall asleep
+_SETTLE = 0.05  # seconds of a block that do not count: caches fill, and threads wake up and part from each other
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def _time_block(run: Callable[[], object], seconds: float, waits: list[int]) -> 
     clock = time.perf_counter
     start = clock()
     run()
-    while clock() - start < min(_SETTLE, seconds / 4):
+    while clock() - start < min(_SETTLE, seconds / 5):
         run()
     found: list[tuple[float, float]] = []
     while not found or clock() - start < seconds:

@@ -2,8 +2,10 @@
 
 A pair of processes, one for each model, lives at the same time and takes turns in short blocks, so that a drift of the
 machine disturbs both alike, while no model finds its memory or its threads used by the other. A process waits for its
-turn without running. Every few seconds a new generation of processes takes over: the memory that a process happens to
-get changes a latency by some per cent, and only other processes show by how much.
+turn without running: its threads sleep, and when they wake some share a core until the system parts them. Of turns of
+0.06 s two runs in three waited so (two threads, two cores, runs of 13 ms); of 0.25 s, of which the first 0.05 do not
+count, one in six. Every few seconds a new generation of processes takes over: the memory that a process happens to get
+changes a latency by some per cent, and only other processes show by how much.
 
 On a busy machine a thread that has used up its slice waits for a core, for milliseconds, whatever it works at: a run of
 3.8 ms took 8.0, and one of 2.6 took 6.6 (load 8 on two cores), 1.21 instead of 1.46 times as long. Where the system
@@ -28,7 +30,7 @@ from typing import IO, Any
 import numpy as np
 from scipy import stats
 
-from surgery.cost.timing import Samples, Speedup, physical_cores
+from surgery.cost.timing import Speedup, physical_cores
 from surgery.errors import InputError
 
 __all__ = ["Blocks", "Job", "compare_generations", "time_generations", "without_waits"]
@@ -36,7 +38,7 @@ __all__ = ["Blocks", "Job", "compare_generations", "time_generations", "without_
 _CHILD = Path(__file__).with_name("child.py")
 _LEAST, _MOST = 3, 8  # generations: fewer say nothing of the spread between processes, more cost their starts
 _STARTING = 2 / 3  # of the time for starts at most: more processes narrow an interval faster than more runs
-_BLOCK = 0.06  # seconds of one turn
+_BLOCK = 0.25  # seconds of one turn, at most
 _ROUNDS = 2  # turns of a process, at least
 _PATIENCE = 5.0  # seconds that a process may take to end
 
@@ -66,11 +68,14 @@ def time_generations(
     *,
     seconds: float,
     seed: int = 0,
+    settled: Callable[[list[list[Blocks]]], bool] | None = None,
+    patience: int = 1,
     progress: Callable[[float], None] | None = None,
 ) -> list[list[Blocks]]:
     """Return, for each generation, the blocks of each job, for about ``seconds`` in all, starts of processes included.
 
     There are 3 to 8 generations. Three are timed whatever they take: models that are slow to load exceed the seconds.
+    Where ``settled`` says that they leave open what was asked, as many follow, up to ``patience`` times in all.
 
     Raises:
         InputError: a process failed; the message is what it said last.
@@ -81,25 +86,29 @@ def time_generations(
     begin = time.perf_counter()
     found: list[list[Blocks]] = []
     planned, opening = _MOST, 0.0
+    block = min(_BLOCK, seconds / (len(jobs) * _ROUNDS * _LEAST))
     while len(found) < planned:
-        left = seconds - (time.perf_counter() - begin)
+        left = max(0.0, seconds - (time.perf_counter() - begin))
         if len(found) == 1:  # the first has shown what a start takes
             planned = min(_MOST, max(_LEAST, int(seconds * _STARTING / opening)))
+            most = planned * patience
         with _started(jobs) as (children, opening):
             until = time.perf_counter() + left / (planned - len(found)) - opening
-            turns = _take_turns(children, until, generator)
+            turns = _take_turns(children, block, until, generator)
         found.append(without_waits(turns, single=all((job.threads or physical_cores()) == 1 for job in jobs)))
+        if len(found) == planned < most and settled is not None and not settled(found):
+            planned += most // patience
+            begin = time.perf_counter()
         if progress is not None:
-            used = (time.perf_counter() - begin) / seconds if seconds else 1.0
-            progress(min(1.0, used, len(found) / planned) if len(found) < planned else 1.0)
+            progress(len(found) / planned)
     return found
 
 
-def _take_turns(children: Sequence[_Child], until: float, generator: np.random.Generator) -> list[_Turns]:
+def _take_turns(children: Sequence[_Child], block: float, until: float, generator: np.random.Generator) -> list[_Turns]:
     turns: list[_Turns] = [[] for _ in children]
     while len(turns[0]) < _ROUNDS or time.perf_counter() < until:
         for index in generator.permutation(len(children)):
-            turns[index].append(children[index].time_block(_BLOCK))
+            turns[index].append(children[index].time_block(block))
     return turns
 
 
@@ -107,7 +116,7 @@ def without_waits(generation: Sequence[_Turns], *, single: bool) -> list[Blocks]
     """Return the seconds of runs without what was waited for a core; ``single`` says that each has one thread.
 
     With more threads, runs in which any waited are left out, or none if that leaves a process less than five: all
-    models are treated alike, since long runs are disturbed more often than short ones.
+    models are treated alike, since long runs are disturbed more often than short ones. A turn may be left empty.
 
     >>> without_waits([[[(3.0, 1.0)]]], single=True)
     [((2.0,),)]
@@ -117,14 +126,15 @@ def without_waits(generation: Sequence[_Turns], *, single: bool) -> list[Blocks]
     quiet = [[[s for s, waited in turn if waited <= _QUIET * s] for turn in turns] for turns in generation]
     enough = all(sum(map(len, turns)) >= _FEW for turns in quiet)
     kept = quiet if enough else [[[s for s, _ in turn] for turn in turns] for turns in generation]
-    return [tuple(tuple(turn) for turn in turns if turn) for turns in kept]
+    return [tuple(tuple(turn) for turn in turns) for turns in kept]
 
 
 def compare_generations(first: Sequence[Blocks], second: Sequence[Blocks], *, confidence: float = 0.95) -> Speedup:
     """Return how much faster the second ran than the first, from the blocks of each in each generation.
 
-    The speed-up of a generation is that of its medians. What is returned is the geometric mean of the generations, with
-    Student's interval: it knows what differs from process to process, and that few processes were seen.
+    The speed-up of a round is that of the medians of its two turns, which lie so near that what slows the machine for
+    seconds slows both; that of a generation is the median of its rounds. What is returned is the geometric mean of the
+    generations, with Student's interval: it knows what differs from process to process, and that few were seen.
 
     Raises:
         InputError: fewer than two generations, or not the same number of both.
@@ -135,11 +145,16 @@ def compare_generations(first: Sequence[Blocks], second: Sequence[Blocks], *, co
     count = len(first)
     if count != len(second) or count < 2:
         raise InputError(f"{count} and {len(second)} generations cannot be compared", allowed="equal numbers above 1")
-    medians = [[Samples(sum(blocks, ())).median for blocks in side] for side in (first, second)]
-    logs = np.log(medians[0]) - np.log(medians[1])
+    logs = np.array([_log_speedup(*blocks) for blocks in zip(first, second, strict=True)])
     half = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * float(logs.std(ddof=1)) / math.sqrt(count)
     middle = float(logs.mean())
     return Speedup(math.exp(middle), math.exp(middle - half), math.exp(middle + half))
+
+
+def _log_speedup(first: Blocks, second: Blocks) -> float:
+    rounds = [(x, y) for x, y in zip(first, second, strict=False) if x and y]
+    rounds = rounds or [(sum(first, ()), sum(second, ()))]  # runs without waits in other rounds
+    return float(np.median([np.log(np.median(x) / np.median(y)) for x, y in rounds]))
 
 
 @contextmanager

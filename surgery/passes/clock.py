@@ -1,20 +1,17 @@
-"""The clock: whole models timed against the original, beside it in this process or each in processes of its own."""
+"""The clock: whole models timed against the original as their user has them, each in processes of its own."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from time import sleep
 from typing import Any
 
 from torch import Tensor
-from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from surgery.benchmark import Ready, Timing, make_ready, time_ready
+from surgery.benchmark import Timing
 from surgery.cost.latency import Latencies, Seconds
 from surgery.export import capture
 from surgery.fresh import Apart
@@ -24,86 +21,60 @@ from surgery.ranks.planning import Progress
 
 __all__ = ["Clock"]
 
-_APART = 2  # times the seconds where speed is promised
-_DISTURBED = 1.05  # times the usual seconds of the original
-_PAUSES = 2.0, 5.0, 10.0  # seconds before repetitions of disturbed timings, of all in one run
+_FINAL = 2  # times the seconds for the model that is returned
+_PATIENCE = 2  # times that, where it is open whether a target is reached, and twice as much for that model
 
 
 @dataclass(eq=False)
 class Clock:
-    """Times changed models against a model, for ``run_s`` seconds each time; what was known before is looked up."""
+    """Times changed models against a model, for ``run_s`` seconds each time; the original alone once in its life."""
 
     model: Model
     inputs: Inputs
     latencies: Latencies
     run_s: float
     progress: Progress
-    _pauses: list[float] = field(init=False, default_factory=lambda: list(_PAUSES))
 
     @cached_property
     def seconds(self) -> float:
         """The median seconds of a run of the original; known from another time, perhaps."""
 
         def measure() -> Seconds:
-            return Seconds(self._time([self._original]).models[0].median_s)
+            timing = self._original.alone(threads=self.latencies.threads, seconds=self.run_s, progress=self._show)
+            return Seconds(timing.median_s)
 
         return self.latencies.recall(Seconds, self.structure, measure).seconds
 
     @cached_property
-    def _program(self) -> tuple[ExportedProgram, Inputs]:
-        return capture(self.model, self.inputs if any(self.inputs) else None)
-
-    @cached_property
-    def _original(self) -> Ready:
-        return self._ready(self._program[0])
-
-    @cached_property
     def structure(self) -> dict[str, Any]:
         """All that the latency of the original depends on: its graph, and the shapes of its tensors and inputs."""
-        program, inputs = self._program
+        program, inputs = capture(self.model, self._given)
         tensors = [*program.state_dict.items(), *enumerate(pytree.tree_leaves(inputs))]
         shapes = [(n, list(t.shape), str(t.dtype)) if isinstance(t, Tensor) else (n, repr(t)) for n, t in tensors]
         text = json.dumps([program.graph_module.code, shapes])
-        return {"model": hashlib.sha256(text.encode()).hexdigest()}
+        return {"processes": hashlib.sha256(text.encode()).hexdigest()}
 
-    def beside(self, changed: Any) -> Timing:
+    def time(self, changed: Any, *, goal: float | None = None, final: bool = False) -> Timing:
         """Time a changed model against the original, at the inputs at which the result is to be fast.
 
-        Where the original runs slower beside it than it does, the machine was disturbed: it is done again after a
-        pause, and the fastest counts; only so often, since the machine may stay as it is.
+        It takes longer for a ``final`` model, and where it is open whether a ``goal``, a speed-up, is reached.
         """
-        ready = [self._original, self._ready(changed)]
-        timing = self._time(ready)
-        while self._pauses and self.disturbed(timing.models[0].median_s):
-            sleep(self._pauses.pop(0))
-            timing = min(timing, self._time(ready), key=lambda timing: timing.models[0].median_s)
-        return timing
-
-    def apart(self, changed: Any, *, promised: bool) -> Timing:
-        """Time a changed model as its user has it: both as files, in new processes; for longer if speed is promised."""
-        return self._alone.against(
+        return self._original.against(
             changed,
+            goal=goal,
+            patience=_PATIENCE * (_FINAL if final else 1),
             threads=self.latencies.threads,
-            seconds=(_APART if promised else 1) * self.run_s,
-            progress=lambda share: self.progress("time", round(100 * share), 100),
+            seconds=(_FINAL if final else 1) * self.run_s,
+            progress=self._show,
         )
 
     @cached_property
-    def _alone(self) -> Apart:
-        return Apart(self.model, self.inputs if any(self.inputs) else None)
+    def _original(self) -> Apart:
+        return Apart(self.model, self._given)
 
-    def disturbed(self, dense_s: float) -> bool:
-        """Whether the original ran slower than it does when the machine is quiet."""
-        return dense_s > _DISTURBED * self.seconds
+    @property
+    def _given(self) -> Inputs | None:
+        return self.inputs if any(self.inputs) else None
 
-    def _ready(self, model: Any) -> Ready:
-        given = self.inputs if any(self.inputs) else None
-        return make_ready([model], given, threads=self.latencies.threads)[0]
-
-    def _time(self, ready: Sequence[Ready]) -> Timing:
-        return time_ready(
-            ready,
-            threads=self.latencies.threads,
-            seconds=self.run_s,
-            progress=lambda share: self.progress("time", round(100 * share), 100),
-        )
+    def _show(self, share: float) -> None:
+        self.progress("time", round(100 * share), 100)

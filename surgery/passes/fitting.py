@@ -25,13 +25,19 @@ from surgery.passes.goals import HeldOut
 
 __all__ = ["Fitted", "Fitting", "judged"]
 
+_PROMISED, _JUDGED, _ENOUGH = 0.25, 0.125, 16  # shares of the samples; samples
 _PARTS = 4  # of the stages, with a check against the clean fits between each two; it builds two models
 
 
-def judged(samples: Calibration) -> tuple[Calibration, Calibration]:
-    """Return samples to fit to, and others to judge by; both are all of them where they are too few for two parts."""
+def judged(samples: Calibration, *, promised: bool = False) -> tuple[Calibration, Calibration]:
+    """Return samples to fit to, and others to judge by; both are all of them where they are too few for two parts.
+
+    The more there are to fit to, the better is the fit. A quarter is to judge by where an error is ``promised``, since
+    its confidence limit needs them; else an eighth, or as many more as make sixteen.
+    """
+    few = min(_PROMISED, max(_JUDGED, _ENOUGH / samples.count))
     try:
-        return samples.split()
+        return samples.split(_PROMISED if promised else few)
     except InputError:
         return samples, samples
 

@@ -34,11 +34,10 @@ from surgery.ranks.planning import Progress
 
 __all__ = ["Asked", "Negotiated", "Terms", "negotiate", "negotiate_blind"]
 
-_SKETCHES, _BUILDS = 3, 3  # trials for a speed-up: timed alone, then fitted too
+_SKETCHES, _BUILDS = 3, 3  # trials for a speed-up: timed with random factors, then fitted too
 _LEAST_STEP = 0.01  # of the whole latency, from one trial to the next
-_NEAR = 1.03  # a speed-up that is above its target by less leaves nothing to gain
-_ENOUGH = 1.04  # that of a finished model, likewise
-_BACK = 0.8  # of the time to spare, given back at once
+_AIM = 1.04  # times the target at most: what trials are to measure
+_NEAR = 1.02  # a speed-up that is above that by less leaves nothing to gain
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +75,7 @@ def negotiate(
         return _original(work, "no change keeps the promise", trials)
     done = _finish(work, chosen, trials, timing)
     if not done.promise.kept and not terms.asked.best_effort:
-        what = f"the target is out of reach: {done.promise.measured:.3g} was measured, at an output error of "
-        error = done.seen.error if done.seen else math.nan
-        return _original(work, f"{what}{error:.3g}", trials)
+        return _original(work, _missed(done), trials)
     return replace(done, model=work.change(chosen)) if terms.asked.inplace and done.errors else done
 
 
@@ -124,7 +121,7 @@ def _for_quality(work: Workshop) -> tuple[list[Trial], list[Option], Timing | No
     kept = [trial.budget for trial in done if trial.kept]
     chosen = choose_least_cost(work.sites, max(kept, default=0.0))
     timed = work.terms.prices.measured and any(option.factorization is not None for option in chosen)
-    return done, chosen, work.clock.apart(work.build(chosen), promised=False) if timed else None
+    return done, chosen, work.clock.time(work.build(chosen), final=True) if timed else None
 
 
 def _quality(work: Workshop) -> tuple[Callable[[Any], float], float, float, float]:
@@ -141,68 +138,61 @@ def _quality(work: Workshop) -> tuple[Callable[[Any], float], float, float, floa
 def _for_speed(work: Workshop) -> tuple[list[Trial], list[Option], Timing | None]:
     """Return the trials, the choice of least damage that is as fast as is asked for (or the fastest), and its timing.
 
-    Only what passes without values is fitted, and timed as its user will run it, in processes of its own. Where that is
-    faster than asked for, as it may be, some of the time is given back; where it is slower, more is saved.
+    Choices are timed with factors of random values; what passes is fitted, and timed once more and for longer. Where
+    that misses the target, more is saved.
     """
-    goal = work.terms.goal.limit
-    done, limit, chosen = _sketched(work, goal)
-    low, high = sum(option.cost for option in _fastest(work)), sum(site.dense.cost for site in work.sites)
+    goal, seconds = work.terms.goal.limit, work.clock.seconds
+    sketches = _sketched(work, goal)
+    done = [trial for trial, _ in sketches]
+    # no timing tells what is above this by less from the fastest
+    least = (1 + MARGIN) * sum(option.cost for option in _fastest(work))
+    limit = max((trial.budget for trial in done if trial.kept), default=least)
     best: tuple[Trial, list[Option], Timing] | None = None
     for _ in range(_BUILDS):
-        model = work.build(chosen)
-        timing = work.clock.apart(model, promised=True)
+        chosen = _choose(work, limit)
+        if best is not None and chosen == best[1]:
+            break
+        timing = work.clock.time(work.build(chosen), goal=goal, final=True)
         found = timing.comparisons[0]
         done.append(trial := Trial(limit, found.speedup, found.low >= goal))
-        work.reached.append((found.speedup, work.held_out.error(model)[0]))
-        if best is None or _better(trial, best[0]):
+        work.reach(chosen, found.speedup)
+        if best is None or trial.kept or trial.value > best[0].value:
             best = trial, chosen, timing
-        if found.low < _ENOUGH * goal if trial.kept else limit <= low:
+        if trial.kept or limit <= least:
             break
-        low, high = (limit, high) if trial.kept else (low, limit)
-        # seconds to spare; less than nothing where the target was missed
-        spare = work.clock.seconds / goal - work.clock.seconds / found.low
-        limit += _BACK * spare if trial.kept else min(spare, -_LEAST_STEP * work.clock.seconds)
-        limit = limit if low < limit < high else (low + high) / 2
-        if high - low < _LEAST_STEP * work.clock.seconds or (again := _choose(work, limit)) == chosen:
-            break
-        chosen = again
+        limit = max(least, limit + min(seconds / goal - seconds / found.low, -_LEAST_STEP * seconds))
     assert best is not None  # there is at least one trial
+    if not best[0].kept:
+        for trial, chosen in sketches:
+            work.reach(chosen, trial.value)
     return done, best[1], best[2]
 
 
-def _better(one: Trial, other: Trial) -> bool:
-    """Whether a trial is better: the one with the least damage that was fast enough, or else the fastest."""
-    if one.kept and other.kept:
-        return one.budget > other.budget
-    return one.kept or (not other.kept and one.value > other.value)
+def _sketched(work: Workshop, goal: float) -> list[tuple[Trial, list[Option]]]:
+    """Return trials of costs of all sites, with factors of random values, and what was chosen for each.
 
-
-def _sketched(work: Workshop, goal: float) -> tuple[list[Trial], float, list[Option]]:
-    """Return trials of costs, the largest cost of all sites at which the whole model was as fast as asked for, and how.
-
-    Where it never was, that of least damage of those that no timing tells from the fastest.
+    They draw near to the largest cost at which the whole model is as fast as asked for.
     """
     total = work.clock.seconds
     dense = sum(site.dense.cost for site in work.sites)
     limit = dense - (total - total / goal)
     low, high = sum(option.cost for option in _fastest(work)), dense
-    done: list[Trial] = []
-    passed: tuple[float, list[Option]] | None = None
+    done: list[tuple[Trial, list[Option]]] = []
     for _ in range(_SKETCHES):
         limit = min(high, max(low, limit))
         work.settle(partial(_choose, work, limit))
         chosen = _choose(work, limit)
         found = work.compare(chosen, goal)
-        done.append(Trial(limit, found.speedup, found.low >= goal))
-        low, high = (limit, high) if done[-1].kept else (low, limit)
-        passed = (limit, chosen) if done[-1].kept else passed  # at a larger cost than the last that did
-        if high - low < _LEAST_STEP * total or goal <= found.low < _NEAR * goal:
+        done.append((trial := Trial(limit, found.speedup, found.low >= goal), chosen))
+        low, high = (limit, high) if trial.kept else (low, limit)
+        aim = goal * min(found.speedup / found.low, _AIM)  # which a timing can tell from the goal
+        if high - low < _LEAST_STEP * total or (trial.kept and found.speedup < _NEAR * aim):
             break
-        spare = total / goal - total / found.low
-        spare = spare if done[-1].kept else min(spare, -_LEAST_STEP / 2 * total)
-        limit += spare if low < limit + spare < high else (low + high) / 2 - limit
-    limit = (1 + MARGIN) * low
-    return done, *(passed or (limit, _choose(work, limit)))
+        saved = dense - sum(option.cost for option in chosen)
+        again = dense - saved * (1 - 1 / aim) / max(1 - 1 / found.speedup, _LEAST_STEP)  # sites save together as here
+        again = again if trial.kept else min(again, limit - _LEAST_STEP / 2 * total)
+        limit = again if low < again < high else (low + high) / 2
+    return done
 
 
 def _choose(work: Workshop, cost: float) -> list[Option]:
@@ -229,6 +219,15 @@ def _finish(work: Workshop, chosen: Sequence[Option], trials: Sequence[Trial], t
     search = replace(_search(work, trials), chosen=at, metrics=metrics, timing=timing, predicted=predicted)
     seen = Seen(errors_of_outputs[0], work.made_up or f"{work.held_out.count} calibration samples")
     return Negotiated(model, work.found, plan, errors, promise, search, seen)
+
+
+def _missed(done: Negotiated) -> str:
+    """Return why a target is not kept: it is out of reach, or the machine too busy to tell."""
+    promise, error = done.promise, done.seen.error if done.seen else math.nan
+    measured = f"{promise.measured:.3g} was measured, at an output error of {error:.3g}"
+    if promise.measured < promise.limit:
+        return f"the target is out of reach: {measured}"
+    return f"no timing was sure of the target: {measured}, but {promise.note}; a quieter machine may tell"
 
 
 def _judge(
@@ -270,5 +269,5 @@ def _promise_of_original(goal: Goal, reason: str) -> Promise:
 
 def _search(work: Workshop, trials: Sequence[Trial]) -> Search:
     points = tuple((damage**0.5, cost) for damage, cost in frontier(work.sites)) if work.sites else ()
-    cost, reached = work.terms.prices.what, tuple(sorted(set(work.reached)))
+    cost, reached = work.terms.prices.what, tuple(work.reached)
     return Search(points, trials=tuple(trials), cost=cost, reached=reached)

@@ -38,6 +38,7 @@ __all__ = ["Workshop"]
 
 _Key = tuple[str, str, Ranks]  # site, factorization, ranks
 
+_SURE = 1.2  # a wider interval is not kept for another time
 _ROUNDS, _SMALL = 4, 160_000  # of corrections; weights, as a 3x3 convolution of 128 channels has
 
 
@@ -59,17 +60,17 @@ class Workshop:
     progress: Progress
     made_up: str = ""
     sites: list[Options] = field(init=False)
-    reached: list[tuple[float, float]] = field(init=False, default_factory=list)
     reasons: dict[str, str] = field(init=False)
     _clean: dict[_Key, Chain | None] = field(init=False, default_factory=dict)
     _fitted: dict[tuple[_Key, ...], Fitted[_Part]] = field(init=False, default_factory=dict)
     _realised: float = field(init=False, default=1.0)
     _compared: dict[tuple[_Key, ...], float] = field(init=False, default_factory=dict)
+    _reached: dict[tuple[_Key, ...], tuple[float, float]] = field(init=False, default_factory=dict)
     _built: Any = field(init=False, default=None)
     _latest: tuple[_Key, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
-        fit, self._held = judged(self.samples)
+        fit, self._held = judged(self.samples, promised=self.terms.goal.kind == "max_error")
         self.found: Found = open_graph(self.model, *self.inputs, copies=False).find()
         self._spots = {spot.site.name: spot for spot in self.found.spots}
         left_out = select(list(self._spots), self.terms.include, self.terms.exclude)
@@ -151,26 +152,18 @@ class Workshop:
     def compare(self, chosen: Sequence[Option], goal: float) -> Comparison:
         """Return how fast a choice makes the whole model; known from another time, perhaps.
 
-        How fast it is does not depend on the values of its factors, so that nothing is fitted. A choice that seems to
-        reach the goal, a speed-up, is timed twice, in a new session of the runtime since these differ by some per cent,
-        and the lower limit is that of the worse of the two: of many, the luckiest pass.
+        How fast it is does not depend on the values of its factors, so that nothing is fitted.
         """
 
         def measure() -> Comparison:
-            sketch = self._sketch(chosen)
-            first = _comparison(self.clock.beside(sketch))
-            if first.low < goal:
-                return first
-            second = _comparison(self.clock.beside(sketch))
-            worse = min(first, second, key=lambda comparison: comparison.low)
-            return replace(worse, speedup=math.sqrt(first.speedup * second.speedup))
+            return _comparison(self.clock.time(self._sketch(chosen), goal=goal))
 
         changes = [[o.site, o.factorization, list(o.ranks or ())] for o in chosen if o.factorization is not None]
         found = self.terms.latencies.recall(
             Comparison,
             self.clock.structure | {"changes": changes},
             measure,
-            keep=lambda comparison: not self.clock.disturbed(comparison.dense_s),
+            keep=lambda comparison: comparison.high < _SURE * comparison.low,
         )
         self._compared[_keys(chosen)] = found.speedup
         if (saved := self._saved(chosen)) > 0:
@@ -208,6 +201,16 @@ class Workshop:
                     self._data.correct(self._built, self.progress)
             self._latest = _keys(work)
         return self._built
+
+    def reach(self, chosen: Sequence[Option], speedup: float) -> None:
+        """Note that a choice is within reach: its speed-up, and the error of its outputs."""
+        if _keys(chosen) not in self._reached:
+            self._reached[_keys(chosen)] = speedup, self.held_out.error(self.build(chosen))[0]
+
+    @property
+    def reached(self) -> list[tuple[float, float]]:
+        """The speed-ups that were within reach, with the output error of each."""
+        return sorted(self._reached.values())
 
     def change(self, chosen: Sequence[Option]) -> Any:
         """Make the model itself what ``build`` returns, and return it; nothing can be measured of the original then."""
