@@ -49,7 +49,7 @@ class CarriedOut:
 def carry_out(model: Model, inputs: Inputs, prepared: Prepared, means: Means) -> CarriedOut:
     """Return the model with the chains of a plan, fitted to data if there are any; ``prepared`` is its open graph.
 
-    With data, three quarters of the samples are fitted to and the others decide what of the fit stays.
+    With data, most of the samples are fitted to, and the others decide what of the fit stays.
     """
     graph, found, plan = prepared
     work = join([spot.site for spot in found.spots if not plan[spot.site.name].dense], joint_groups(plan))

@@ -142,7 +142,8 @@ def decompose(
             of an .npz or .pt file of inputs by name or of a .jsonl file of token ids (a list, or an object of lists by
             input name, on each line). Positions that a mask among the inputs hides count nowhere. A few hundred samples
             do; of a large network no more are read than take 2e11 multiply-accumulates in one pass, 48 at least. A
-            quarter of them is held out of the fit, to judge it by. Biases and batch-norm statistics are corrected.
+            quarter of them is held out of the fit where an error is promised, else an eighth (or 16, if that is more),
+            to judge it by. Biases and batch-norm statistics are corrected.
         stages: with calibration data: fit the sites in so many runs, in graph order, each to give what the original
             gives from the inputs that it gets when all runs before it are decomposed. By default one for each site, or
             as many as passes over the data take 2e11 multiply-accumulates together. What a run does not make better on

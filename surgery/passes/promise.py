@@ -34,6 +34,7 @@ from surgery.ranks.planning import Progress
 
 __all__ = ["Asked", "Negotiated", "Terms", "negotiate", "negotiate_blind"]
 
+_STAGED = 3  # trials for a limit that are fitted in stages, of all
 _SKETCHES, _BUILDS = 3, 3  # trials for a speed-up: timed with random factors, then fitted too
 _LEAST_STEP = 0.01  # of the whole latency, from one trial to the next
 _AIM = 1.04  # times the target at most: what trials are to measure
@@ -110,14 +111,19 @@ def _for_quality(work: Workshop) -> tuple[list[Trial], list[Option], Timing | No
     value, limit, power, start = _quality(work)
     work.settle(lambda: choose_least_cost(work.sites, start))
     most = sum(max(option.damage for option in site.options) for site in work.sites)
-    done = largest_budget(
-        lambda budget: value(work.build(choose_least_cost(work.sites, budget))),
-        limit=limit,
-        start=start,
-        most=most,
-        power=power,
-        trials=TRIALS,
-    )
+
+    def search(build: Callable[[Sequence[Option]], Any], start: float, trials: int) -> list[Trial]:
+        def measure(budget: float) -> float:
+            return value(build(choose_least_cost(work.sites, budget)))
+
+        return largest_budget(measure, limit=limit, start=start, most=most, power=power, trials=trials)
+
+    if not work.staged:
+        done = search(work.build, start, TRIALS)
+    else:  # fits in stages take long, and lower the value: they are tried from where other fits get
+        rough = search(work.rough, start, TRIALS - _STAGED)
+        near = max((trial.budget for trial in rough if trial.kept), default=min(trial.budget for trial in rough))
+        done = search(work.build, near, _STAGED)
     kept = [trial.budget for trial in done if trial.kept]
     chosen = choose_least_cost(work.sites, max(kept, default=0.0))
     timed = work.terms.prices.measured and any(option.factorization is not None for option in chosen)

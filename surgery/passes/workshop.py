@@ -187,6 +187,20 @@ class Workshop:
         work = (option for option in chosen if option.factorization is not None)
         return self._spliced({o.site: _random_chain(self._spots[o.site].site.operator, o) for o in work})
 
+    @property
+    def staged(self) -> bool:
+        """Whether chains are fitted in more than one stage; ``rough`` gives another model than ``build`` then."""
+        return not self.made_up and len(self._data.stages(len(self.sites), self.terms.asked.stages)) > 1
+
+    def rough(self, chosen: Sequence[Option]) -> Any:
+        """Return what ``build`` does, but fitted in one stage, which is quick: chains are known from time to time."""
+        fits = {o.site: self._fit(o, self._data) for o in chosen if o.factorization is not None}
+        if not fits:
+            return self.model
+        model = self._spliced({name: chain for name, chain in fits.items() if chain is not None})
+        self._data.correct(model, self.progress)
+        return model
+
     def build(self, chosen: Sequence[Option]) -> Any:
         """Return a copy of the model with these options, their factors fitted to the data, batch norms re-estimated."""
         work = tuple(option for option in chosen if option.factorization is not None)
