@@ -13,6 +13,7 @@ from dataclasses import dataclass
 __all__ = ["Trial", "largest_budget"]
 
 _NEAR = 0.95  # a value of at least this share of its limit leaves nothing to gain
+_AIM = 0.98  # of the limit, where the last value was not far from it
 _CLOSE = 1.1  # a bracket as narrow as this, likewise
 _STRETCH = 16.0  # from one guess to the next at most
 
@@ -52,7 +53,9 @@ def largest_budget(
 
 
 def _scaled(last: Trial, limit: float, power: float) -> float:
-    """Return the budget at which the value would meet its limit; further on where it was near."""
+    """Return the budget at which the value would be just below its limit; further on where there is no telling."""
+    if last.kept and limit / 2 <= last.value and limit > 0:
+        return last.budget * (_AIM * limit / last.value) ** (1 / power)
     scale = (limit / last.value) ** (1 / power) if last.value > 0 and limit > 0 else math.inf if last.kept else 0.0
     scale = max(scale, 2.0) if last.kept else min(scale, 0.5)
     return last.budget * min(_STRETCH, max(1 / _STRETCH, scale))

@@ -34,7 +34,7 @@ from surgery.ranks.planning import Progress
 
 __all__ = ["Asked", "Negotiated", "Terms", "negotiate", "negotiate_blind"]
 
-_STAGED = 3  # trials for a limit that are fitted in stages, of all
+_STAGED = 2  # trials for a limit that are fitted in stages, of all
 _SKETCHES, _BUILDS = 3, 3  # trials for a speed-up: timed with random factors, then fitted too
 _LEAST_STEP = 0.01  # of the whole latency, from one trial to the next
 _AIM = 1.04  # times the target at most: what trials are to measure
