@@ -36,6 +36,7 @@ __all__ = ["Asked", "Negotiated", "Terms", "negotiate", "negotiate_blind"]
 
 _STAGED = 2  # trials for a limit that are fitted in stages, of all
 _SKETCHES, _BUILDS = 3, 3  # trials for a speed-up: timed with random factors, then fitted too
+_FAR, _MORE = 1.15, 3  # a speed-up that is so many times its target has more trials to come nearer
 _LEAST_STEP = 0.01  # of the whole latency, from one trial to the next
 _AIM = 1.04  # times the target at most: what trials are to measure
 _NEAR = 1.02  # a speed-up that is above that by less leaves nothing to gain
@@ -184,13 +185,15 @@ def _sketched(work: Workshop, goal: float) -> list[tuple[Trial, list[Option]]]:
     limit = dense - (total - total / goal)
     low, high = sum(option.cost for option in _fastest(work)), dense
     done: list[tuple[Trial, list[Option]]] = []
-    for _ in range(_SKETCHES):
+    best = math.inf  # the least speed-up that was fast enough
+    while len(done) < _SKETCHES + _MORE * (_FAR * goal < best < math.inf):
         limit = min(high, max(low, limit))
         work.settle(partial(_choose, work, limit))
         chosen = _choose(work, limit)
         found = work.compare(chosen, goal)
         done.append((trial := Trial(limit, found.speedup, found.low >= goal), chosen))
         low, high = (limit, high) if trial.kept else (low, limit)
+        best = min(best, found.speedup) if trial.kept else best
         aim = goal * min(found.speedup / found.low, _AIM)  # which a timing can tell from the goal
         if high - low < _LEAST_STEP * total or (trial.kept and found.speedup < _NEAR * aim):
             break
