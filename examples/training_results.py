@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from surgery.cost.latency import cpu_name
-from surgery.text import table
+from surgery.tables import table
 
 __all__ = ["ORDER", "Result", "Task", "plot", "read_results", "summary", "write_results"]
 

@@ -40,7 +40,7 @@ import torch
 from torch._export.serde import schema
 from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
 
-from surgery.archive_program import check_key, check_schema
+from surgery.archive_program import check_key, check_program, check_schema
 from surgery.errors import FileError, SurgeryError, UnsafeFileError
 from surgery.text import first_line
 
@@ -275,7 +275,7 @@ def _check_contents(archive: zipfile.ZipFile, sizes: dict[str, int], *, trust: b
             _check_payloads(config, folder, sizes, trust=trust)
     if not trust:
         model = "models/model.json"
-        check_schema(schema.ExportedProgram, _parse(archive.read(f"archive/{model}"), model))
+        check_program(_parse(archive.read(f"archive/{model}"), model))
         _check_samples(archive.read(f"archive/{_SAMPLES}"))
 
 

@@ -12,13 +12,14 @@ keyword names in ``in_spec``           the same, by ``ep.module()``: ASCII ident
 parameter, buffer, module names        pasted into ``getattr(x, "NAME")`` source: dotted words without quotes or dunders
 constant string inputs; keys of dict   pasted between quotes into the guards function that ``ep.module()`` ``exec``s:
 inputs                                 printable text without quotes, backslashes, braces
-``guards_code``                        ``exec``ed by ``ep.module()``: comparisons of input sizes, by ``ast``
+``guards_code``                        ``exec``ed by ``ep.module()``: comparisons of input sizes, by ``ast`` and bounded
+                                       (``archive_guards.py``)
 ``expr_str``, range constraint keys    ``sympy.sympify``, which is ``eval``: symbols, arithmetic and named functions of
-                                       integers, by ``ast``, with a bound on powers and on the expanded size
+                                       integers, by ``ast`` and bounded (``archive_expressions.py``)
 node targets, ``as_operator``          ``getattr`` chains from ``torch``, ``operator``, ``math``, later called
-                                       (``torch.load``, ``torch.hub.load``, ``_operator.methodcaller``): existing
-                                       overloads of a few namespaces and an explicit set; never ``aten.save``,
-                                       ``aten.from_file`` or others that touch files, storages or any object
+                                       (``torch.load``, ``torch.hub.load``, ``_operator.methodcaller``), or crashing on
+                                       their arguments: a list (``archive_operators.py``) and checks of arguments
+                                       (``archive_arguments.py``)
 ``source_fn_stack`` in metadata        ``getattr`` chain, not called: dotted words without dunders
 treespecs                              ``__enum__`` contexts and ``defaultdict`` factories import any module and call
                                        any function: no enums, factories from a short list, registered types only
@@ -39,7 +40,7 @@ import importlib.util
 import json
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import Any
 
@@ -47,11 +48,20 @@ from torch._export.serde import schema
 from torch._export.serde.union import _Union
 from torch.utils import _pytree
 
-from surgery.archive_expressions import check_expression, check_guard
+from surgery.archive_arguments import check_module, check_region
+from surgery.archive_expressions import (
+    NUMBER,
+    TRUTH,
+    check_expression,
+    check_expressions_in_all,
+    check_sizes,
+    check_symbols,
+)
+from surgery.archive_guards import check_guards
 from surgery.archive_operators import check_operator
 from surgery.errors import FileError, UnsafeFileError
 
-__all__ = ["check_key", "check_schema", "check_treespec"]
+__all__ = ["check_key", "check_program", "check_schema", "check_treespec"]
 
 
 def _words(text: str) -> frozenset[str]:
@@ -59,6 +69,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 _LONGEST = 1000
+_MOST_AXES = 64
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _WORD = re.compile(r"[A-Za-z0-9_\-:/+@ ]+", re.ASCII)
 _DUNDER = re.compile(r"__.*__")
@@ -205,16 +216,33 @@ def _check_signature(signature: dict[str, Any]) -> None:
         _check_name(name)
 
 
+def _check_region(argument: dict[str, Any]) -> None:
+    _check_name(argument["name"])
+    check_region(argument["graph"])
+
+
 def _check_module(module: dict[str, Any]) -> None:
     for key, value in module.get("metadata", {}).items():
         _parse(value, f"the metadata {key[:60]!r}")
+    check_module(module)
+
+
+def _check_symbol(value: dict[str, Any], kind: str) -> None:
+    if expression := value.get("as_expr"):
+        check_expression(expression["expr_str"], kind)
+
+
+def _check_tensor(meta: dict[str, Any]) -> None:
+    sizes = meta["sizes"]
+    if len(sizes) > _MOST_AXES or len(sizes) != len(meta["strides"]):
+        what = f"it describes a tensor with {len(sizes)} sizes and {len(meta['strides'])} strides"
+        raise FileError(what, allowed=f"as many of both, and at most {_MOST_AXES}")
+    check_sizes(size["as_expr"]["expr_str"] for size in sizes if "as_expr" in size)
 
 
 def _check_program(program: dict[str, Any]) -> None:
-    for symbol in program["range_constraints"]:
-        check_expression(symbol)
-    for code in program.get("guards_code", []):
-        check_guard(code)
+    check_symbols(program["range_constraints"])
+    check_guards(program)
     if set(program.get("verifiers", [])) - {"", "ATEN", "TRAINING"}:
         raise FileError(f"it asks for the verifiers {str(program['verifiers'])[:60]}", allowed="ATEN, TRAINING")
 
@@ -248,7 +276,7 @@ _CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "GradientToParameterSpec": _names("parameter_name"),
     "GradientToUserInputSpec": _names("user_input_name"),
     "Graph": _check_graph,
-    "GraphArgument": _names("name"),
+    "GraphArgument": _check_region,
     "GraphModule": _check_module,
     "InputToBufferSpec": _names("buffer_name"),
     "InputToConstantInputSpec": _names("name"),
@@ -261,11 +289,14 @@ _CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "ParameterMutationSpec": _names("parameter_name"),
     "NamedTupleDef": _check_fields,
     "PayloadConfig": _check_payload,
+    "SymBool": lambda value: _check_symbol(value, TRUTH),
     "SymBoolArgument": _names("as_name"),
-    "SymExpr": lambda value: check_expression(value["expr_str"]),
+    "SymFloat": lambda value: _check_symbol(value, NUMBER),
     "SymFloatArgument": _names("as_name"),
+    "SymInt": lambda value: _check_symbol(value, NUMBER),
     "SymIntArgument": _names("as_name"),
     "TensorArgument": _names("name"),
+    "TensorMeta": _check_tensor,
     "TokenArgument": _names("name"),
     "UserInputMutationSpec": _names("user_input_name"),
 }
@@ -330,5 +361,23 @@ def check_schema(kind: Any, value: Any) -> None:
             raise _malformed(kind, value)
     elif kind is float and (type(value) is int or value in ("Infinity", "-Infinity", "NaN")):
         return
-    elif type(value) is not kind:
+    elif type(value) is not kind or (isinstance(value, int) and not -(2**63) <= value < 2**63):
         raise _malformed(kind, value)
+
+
+def _expressions(value: Any) -> Iterator[str]:
+    pending = [value]
+    while pending:
+        each = pending.pop()
+        if isinstance(each, dict):
+            pending.extend(each.values())
+            if isinstance(found := each.get("expr_str"), str):
+                yield found
+        elif isinstance(each, list):
+            pending.extend(each)
+
+
+def check_program(program: Any) -> None:
+    """Hold the parsed ``models/model.json`` against its schema, each part and all; raises like ``check_schema``."""
+    check_schema(schema.ExportedProgram, program)
+    check_expressions_in_all(_expressions(program), program["range_constraints"])

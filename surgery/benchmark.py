@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
@@ -18,10 +16,21 @@ from torch.export import ExportedProgram
 
 from surgery.comparison import Model, open_model
 from surgery.cost.latency import cpu_name
-from surgery.cost.timing import Budget, Samples, bind, compare_samples, interleave, open_session, physical_cores, waited
+from surgery.cost.timing import (
+    Budget,
+    Samples,
+    bind,
+    check_threads,
+    compare_samples,
+    interleave,
+    open_session,
+    physical_cores,
+    waited,
+)
 from surgery.errors import InputError
 from surgery.export import capture, export_onnx
 from surgery.inputs import Inputs, default_inputs, feed, normalise_inputs
+from surgery.scratch import scratch_folder
 
 __all__ = [
     "Environment",
@@ -164,6 +173,7 @@ def make_ready(
     seed: int = 0,
 ) -> list[Ready]:
     """Return models to be timed, perhaps more than once; arguments and exceptions are those of ``bench``."""
+    check_threads(threads)
     threads = threads or physical_cores()
     opened = [open_model(model, threads=threads) for model in models]
     inputs = shared_inputs(opened, example_inputs, seed)
@@ -228,8 +238,8 @@ def _prepare(model: Model, inputs: Inputs, threads: int) -> Callable[[], None]:
     if isinstance(model, ort.InferenceSession):
         return bind(model, feed(model, inputs))
     program, _ = capture(model, inputs)
-    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        file = Path(folder) / "model.onnx"
+    with scratch_folder() as folder:
+        file = folder / "model.onnx"
         export_onnx(program, file, inputs)
         session = open_session(file, threads=threads)
         return bind(session, feed(session, inputs, program))

@@ -29,6 +29,7 @@ from surgery.cost.timing import open_session
 from surgery.errors import InputError
 from surgery.inputs import Inputs, default_inputs, feed, normalise_inputs
 from surgery.loading import load
+from surgery.onnx_file import check_onnx
 from surgery.text import first_line
 
 __all__ = [
@@ -109,7 +110,7 @@ def open_model(model: Model | str | os.PathLike[str], *, threads: int | None = N
     """Return a model as it is, or from its file: an .onnx file becomes a session, any other is loaded.
 
     Raises:
-        InputError: no such kind of model, or an unreadable file.
+        InputError: no such kind of model, or a file that is unreadable, or has weights outside of its folder.
     """
     if isinstance(model, nn.Module | ExportedProgram | ort.InferenceSession):
         return model
@@ -117,7 +118,10 @@ def open_model(model: Model | str | os.PathLike[str], *, threads: int | None = N
         allowed = "nn.Module, GraphModule, ExportedProgram, or the path of a .pt2 or .onnx file"
         raise InputError(f"a model of type {type(model).__name__}", allowed=allowed)
     path = Path(model)
-    return open_session(path, threads=threads) if path.suffix == ".onnx" else load(path)
+    if path.suffix != ".onnx":
+        return load(path)
+    check_onnx(path)
+    return open_session(path, threads=threads)
 
 
 def run_model(model: Model, inputs: Inputs) -> Any:

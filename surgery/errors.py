@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
-from surgery.text import first_line
+from surgery.text import cut, first_line, shown
 
 __all__ = [
     "CaptureError",
@@ -33,10 +33,14 @@ __all__ = [
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_LONGEST = 4000
 
 
 class SurgeryError(Exception):
-    """Base of all errors raised on purpose; its text is one line: what, what is allowed, the next step."""
+    """Base of all errors raised on purpose; its text is one line: what, what is allowed, the next step.
+
+    What does not print is escaped, and a line of more than 4,000 characters is cut in the middle.
+    """
 
     exit_status = 2
 
@@ -47,7 +51,7 @@ class SurgeryError(Exception):
             parts.append(f"allowed: {allowed}")
         if next_step:
             parts.append(next_step)
-        super().__init__("; ".join(parts))
+        super().__init__(cut(shown("; ".join(parts)), _LONGEST))
 
 
 class InputError(SurgeryError, ValueError):

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,8 +21,9 @@ from surgery.comparison import Difference, compare_outputs, evaluating, flatten_
 from surgery.cost.timing import open_session
 from surgery.errors import CaptureError, CheckError, InputError
 from surgery.inputs import Inputs, default_inputs, feed, flatten_inputs, normalise_inputs
+from surgery.outputs import Writer, check_outputs, write_together
 from surgery.rounding import float64_outputs, shaken_outputs
-from surgery.saving import write_atomically
+from surgery.scratch import scratch_folder
 from surgery.text import first_line
 
 __all__ = [
@@ -85,15 +85,17 @@ def export_onnx(
     sizes stay dynamic. Weights of 2 GiB or more go to a second file, ``NAME.onnx.data``.
 
     Raises:
+        FileError: the file cannot be written, or exists and ``force`` is False.
         InputError: no inputs, inputs that do not fit, or types that onnxruntime cannot run.
         CaptureError: torch cannot capture the model or write it as ONNX.
         CheckError: onnxruntime computes something else; nothing is written.
     """
     target = Path(path)
+    check_outputs([target], force=force)
     program, inputs = capture(model, example_inputs, seed=seed)
     exported = _to_onnx(program)
-    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        draft = Path(folder) / target.name
+    with scratch_folder() as folder:
+        draft = folder / target.name
         _write_draft(exported, draft)
         session = _open_draft(draft)
         difference = check_export(program, session, inputs)
@@ -258,15 +260,14 @@ def _relative(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[float]:
 
 
 def _publish(draft: Path, target: Path, *, force: bool) -> Path | None:
-    """Move the checked draft to its place; the weights first, so that a model is never without them."""
+    """Copy the checked draft to its place; the weights first, so that a model is never without them."""
     source, data = draft.with_name(draft.name + ".data"), target.with_name(target.name + ".data")
-    if source.exists():
-        write_atomically(data, _copier(source), force=force)
-    write_atomically(target, _copier(draft), force=force)
-    return data if source.exists() else None
+    files = [(data, _copier(source))] if source.exists() else []
+    write_together([*files, (target, _copier(draft))], force=force)
+    return data if files else None
 
 
-def _copier(source: Path) -> Callable[[IO[bytes]], None]:
+def _copier(source: Path) -> Writer:
     def copy(file: IO[bytes]) -> None:
         with source.open("rb") as opened:
             shutil.copyfileobj(opened, file)

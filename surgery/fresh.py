@@ -9,11 +9,9 @@ dynamic sizes stay dynamic, which some of the runtime's fusions depend on.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,10 +25,11 @@ from torch.export import ExportedProgram
 from surgery.benchmark import ModelComparison, ModelTiming, Timing, check_models, environment, name_of, shared_inputs
 from surgery.comparison import open_model
 from surgery.cost.processes import Blocks, Job, compare_generations, time_generations
-from surgery.cost.timing import Samples, Speedup, open_session
+from surgery.cost.timing import Samples, Speedup, check_threads, open_session
 from surgery.errors import InputError
 from surgery.export import capture, export_onnx
 from surgery.inputs import Inputs, feed
+from surgery.scratch import scratch_folder
 
 __all__ = ["Apart", "time_apart", "time_batches"]
 
@@ -93,8 +92,9 @@ class Apart:
 
     def __init__(self, model: nn.Module | ExportedProgram, example_inputs: Any = None) -> None:
         self._inputs = shared_inputs([model], example_inputs, 0)
-        self._folder = Path(tempfile.mkdtemp(prefix="surgery-"))
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # also when Python ends
+        held = ExitStack()
+        weakref.finalize(self, held.close)  # also when Python ends
+        self._folder = held.enter_context(scratch_folder())
         self._first = _write(model, model, self._inputs, self._folder / "first.onnx", name_of(model))
 
     def against(
@@ -176,8 +176,7 @@ def _written(
     check_models(models, names)
     opened = [open_model(model) for model in models]
     inputs = shared_inputs(opened, example_inputs, seed)
-    with tempfile.TemporaryDirectory(prefix="surgery-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         written = []
         for index, (model, given) in enumerate(zip(opened, models, strict=True)):
             called = name_of(given) if names is None else names[index]
@@ -224,8 +223,7 @@ def _time(
     seed: int,
     progress: Callable[[float], None] | None,
 ) -> Timing:
-    if threads is not None and threads < 1:
-        raise InputError(f"threads={threads}", allowed="1 or more")
+    check_threads(threads)
     where = environment(threads)
     jobs = []
     for index, model in enumerate(models):

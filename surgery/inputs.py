@@ -7,6 +7,7 @@ valid token, segment or class in any vocabulary; masks are all ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.export import ExportedProgram
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from surgery.arrays import MOST_BYTES
 from surgery.errors import InputError
 
 __all__ = [
@@ -94,7 +96,12 @@ def _as_tensor(value: Tensor | npt.NDArray[Any]) -> Tensor:
 
 
 def random_tensor(shape: Sequence[int], dtype: torch.dtype, *, seed: int = 0, name: str = "") -> Tensor:
-    """Return made-up numbers for one input: normal, or 0 and 1 for whole numbers, or ones for masks and booleans."""
+    """Return made-up numbers for one input: normal, or 0 and 1 for whole numbers, or ones for masks and booleans.
+
+    Raises:
+        InputError: no such seed, or a shape of more bytes than are made up.
+    """
+    _check_random(shape, dtype, seed)
     generator = torch.Generator().manual_seed(seed)
     if dtype == torch.bool or "mask" in name:
         return torch.ones(tuple(shape), dtype=dtype)
@@ -102,6 +109,16 @@ def random_tensor(shape: Sequence[int], dtype: torch.dtype, *, seed: int = 0, na
         wide = torch.complex64 if dtype.is_complex else torch.float32
         return torch.randn(tuple(shape), generator=generator, dtype=wide).to(dtype)
     return torch.randint(2, tuple(shape), generator=generator, dtype=dtype)
+
+
+def _check_random(shape: Sequence[int], dtype: torch.dtype, seed: int) -> None:
+    """Raise InputError for what torch would refuse or the memory not hold."""
+    if not 0 <= seed < 2**64:
+        raise InputError(f"seed={seed}", allowed="whole numbers from 0 below 2 ** 64")
+    size = math.prod(shape) * dtype.itemsize
+    if size > MOST_BYTES:
+        what = f"an input of the shape {_show(shape)}, which would take {size} bytes"
+        raise InputError(what, allowed=f"{MOST_BYTES} bytes of made-up numbers", next_step="choose smaller sizes")
 
 
 def default_inputs(model: Any, *, seed: int = 0) -> Inputs | None:
@@ -163,7 +180,7 @@ def session_inputs(session: ort.InferenceSession, *, seed: int = 0) -> Inputs:
     for index, declared in enumerate(session.get_inputs()):
         if declared.type not in _DTYPES:
             raise InputError(f"the input {declared.name} is a {declared.type}", allowed=", ".join(_DTYPES))
-        shape = [size if isinstance(size, int) else 1 for size in declared.shape]
+        shape = [size if isinstance(size, int) and size >= 0 else 1 for size in declared.shape]
         made.append(random_tensor(shape, _DTYPES[declared.type], seed=seed + index, name=declared.name))
     return tuple(made), {}
 

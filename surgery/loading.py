@@ -21,6 +21,7 @@ import contextlib
 import importlib
 import io
 import json
+import logging
 import os
 import pickle
 import re
@@ -28,7 +29,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,11 +37,15 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive._package import load_pt2
 
 from surgery.archive import check_archive, entry_names, rewrite
+from surgery.archive_fit import check_fit
+from surgery.archive_sizes import check_program_sizes
 from surgery.errors import FileError, InputError, SurgeryError, UnsafeFileError
+from surgery.files import check_regular, read_regular, shown_path
 from surgery.graphs.copying import copy_module
 from surgery.graphs.structure import give_structure, tie
 from surgery.pretrained import note_record
 from surgery.record import Record
+from surgery.room import check_room, file_need, program_need
 from surgery.saving import RECORD_KEY
 
 __all__ = ["load"]
@@ -61,20 +65,7 @@ class _Source:
     trust: bool
     model: str | Callable[[], nn.Module] | nn.Module | None
     example_inputs: tuple[Any, ...] | None
-
-
-def _read(path: str | os.PathLike[str]) -> bytes:
-    file = Path(path)
-    if file.is_dir():
-        raise FileError("is a folder", allowed="a model file")
-    if not file.exists():
-        raise FileError("does not exist", next_step="check the path")
-    if not file.is_file():
-        raise FileError("is no regular file", allowed="a model file")
-    raw = file.read_bytes()
-    if not raw:
-        raise FileError("is empty", next_step="get the file again from its source")
-    return raw
+    memory: int | None
 
 
 def _zip_kind(raw: bytes) -> str:
@@ -135,6 +126,20 @@ def _only_weights() -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Silence torch, which warns of its own deprecations and logs what fails inside it, beside the error it raises."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def _tie_again(program: ExportedProgram) -> None:
     """Let names that share one tensor share one object again, as they did before saving."""
     seen: dict[tuple[Any, ...], torch.Tensor] = {}
@@ -153,6 +158,11 @@ def _load_program(source: _Source) -> ExportedProgram:
     if list(programs) != ["model"]:
         raise FileError(f"holds the programs {list(programs)}", allowed="one, named model", next_step=_EXPORT)
     program: ExportedProgram = programs["model"]
+    if not source.trust:
+        check_program_sizes(program)
+    if not source.trust:
+        check_fit(program)
+    check_room(program_need(program), source.memory)
     _tie_again(program)
     if archive.record is not None:
         program.graph_module.meta["surgery"] = archive.record
@@ -358,29 +368,35 @@ def load(
     trust: bool = False,
     model: str | Callable[[], nn.Module] | nn.Module | None = None,
     example_inputs: tuple[Any, ...] | None = None,
+    memory: int | None = None,
 ) -> ExportedProgram | nn.Module | torch.fx.GraphModule:
     """Return the model in a file: an ExportedProgram, or an ``nn.Module`` for a state dict or a pickled module.
 
     ``trust`` allows files that run code. ``model`` makes the module for a state dict: ``"package.module:factory"``, or
     a function without arguments; or it is a dense module itself, which is changed in place. A module that was saved by
     ``surgery.save`` gets its factored layers again. ``example_inputs`` are needed to convert TorchScript, and unused
-    otherwise. The record of earlier surgery on a program is in ``program.graph_module.meta["surgery"]``.
+    otherwise. A model whose work may need more than ``memory`` bytes is refused before they are taken; by default more
+    than nine tenths of what is free. The record of earlier surgery on a program is in
+    ``program.graph_module.meta["surgery"]``.
 
     Raises UnsafeFileError for a file that would run code, FileError for one that is no model, and InputError where
     ``model`` or ``example_inputs`` is missing or does not work; the text is one line.
 
     >>> program = load("model.pt2")  # doctest: +SKIP
     """
+    check_regular(path)
     try:
-        raw = _read(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of its own deprecations while it unpickles
-            return _LOADERS[_kind(raw)](_Source(raw, trust, model, example_inputs))
+        check_room(file_need(os.path.getsize(path)), memory)
+        raw = read_regular(path)
+        if not raw:
+            raise FileError("is empty", next_step="get the file again from its source")
+        with _quietly():
+            return _LOADERS[_kind(raw)](_Source(raw, trust, model, example_inputs, memory))
     except SurgeryError as error:
         next_step = error.next_step
         if isinstance(error, UnsafeFileError) and not next_step:
             next_step = _TRUST
-        what = " ".join(f"{os.fspath(path)}: {error.what}".split())
+        what = f"{shown_path(path)}: {' '.join(error.what.split())}"
         raise type(error)(what, allowed=error.allowed, next_step=next_step) from error.__cause__
     except (Exception, SystemExit) as error:
         raise FileError(f"{os.fspath(path)}: cannot be loaded: {_reason(error)}", next_step=_EXPORT) from error

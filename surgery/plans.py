@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,13 +10,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import InputError, RankError
+from surgery.errors import FileError, InputError, RankError
 from surgery.factorizations import FACTORIZATIONS, Ranks, named
+from surgery.files import read_regular, shown_path
 
 __all__ = ["Decision", "Plan"]
 
 _VERSION = 1
-_RANKS = "whole numbers from 1, as 16 or [16, 32]"
+_MOST = 2**63 - 1  # what a tensor may have of anything
+_LONGEST_FILE = 1 << 26
+_RANKS = f"whole numbers from 1 to {_MOST}, as 16 or [16, 32]"
 _FORM = f'{{"surgery_plan": {_VERSION}, "ranks": "...", "decisions": [{{"site": "...", ...}}, ...]}}'
 
 
@@ -143,11 +145,11 @@ class Plan:
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:
-        """Read a plan from a file; raises InputError as ``from_json``."""
+        """Read a plan from a file; raises FileError where it cannot be read, and InputError as ``from_json``."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the plan {path}: {error}") from None
+            text = read_regular(path, most=_LONGEST_FILE).decode()
+        except UnicodeDecodeError as error:
+            raise FileError(f"{shown_path(path)}: is no plan: {error}", allowed="UTF-8 text") from None
         return cls.from_json(text)
 
 
@@ -180,7 +182,7 @@ def _read_decision(row: Any, index: int) -> Decision:
 
 
 def _is_whole(value: Any, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _MOST
 
 
 def _is_rank(value: Any) -> bool:
@@ -189,7 +191,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value) and value >= 0)
+    return _is_whole(value) or (isinstance(value, float) and 0 <= value <= _MOST)
 
 
 def _is_text(value: Any) -> bool:
@@ -201,8 +203,8 @@ def _is_factorization(value: Any) -> bool:
 
 
 _TEXT = ("text", _is_text)
-_COUNT = ("whole numbers from 0", _is_whole)
-_NUMBER = ("numbers from 0", _is_number)
+_COUNT = (f"whole numbers from 0 to {_MOST}", _is_whole)
+_NUMBER = (f"numbers from 0 to {_MOST}", _is_number)
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "site": _TEXT,
     "factorization": (", ".join(FACTORIZATIONS), _is_factorization),

@@ -1,19 +1,13 @@
-"""Save a model so that the file is always whole: the old one or the new one, never a part of either.
-
-The bytes go to a temporary file in the target's folder, are flushed to the disk, and take the target's name in one
-step. A crash at any moment leaves the target as it was; an error or Ctrl-C also removes the temporary file.
-"""
+"""Save a model: an ExportedProgram as a .pt2 archive, a module as safetensors, each with its record."""
 
 from __future__ import annotations
 
-import contextlib
+import io
 import json
 import os
-import secrets
 import warnings
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import IO
+from collections.abc import Mapping
+from typing import IO, Any
 
 import safetensors.torch
 import torch
@@ -22,71 +16,17 @@ from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
 from surgery.archive import RECORD
-from surgery.errors import FileError, InputError
+from surgery.errors import InputError
+from surgery.outputs import Writer, write_atomically
 from surgery.record import record_of
 from surgery.text import first_line
 
-__all__ = ["RECORD_KEY", "save", "save_state_dict", "write_atomically"]
+__all__ = ["RECORD_KEY", "model_writer", "save", "state_dict_writer"]
 
 RECORD_KEY = "surgery"  # of the metadata of a safetensors file
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 _SAVABLE = "change the model so that torch.export.save takes it, or save its state_dict()"
-_EXISTS = "pass --force (in Python force=True) to overwrite it, or choose another name"
-
-
-def _check_target(target: Path, *, force: bool) -> None:
-    if target.is_dir():
-        raise FileError(f"{target}: is a folder", allowed="a file name")
-    if not target.parent.is_dir():
-        raise FileError(f"{target}: the folder {target.parent} does not exist", next_step="make it first")
-    if target.exists() and not force:
-        raise FileError(f"{target}: exists already", next_step=_EXISTS)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name itself durable, where the system can open folders."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _publish(temporary: Path, target: Path, *, force: bool) -> None:
-    if force:
-        if target.exists():
-            temporary.chmod(target.stat().st_mode & 0o777)
-        os.replace(temporary, target)
-        return
-    try:
-        os.link(temporary, target)  # unlike replace, it fails if someone else made the target meanwhile
-    except FileExistsError:
-        raise FileError(f"{target}: exists already", next_step=_EXISTS) from None
-    temporary.unlink()
-
-
-def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], None], *, force: bool = True) -> None:
-    """Let ``write`` fill a file that appears at ``path`` only when it is complete and on the disk.
-
-    ``force=False`` refuses a target that exists. A link is followed. Whatever ``write`` raises passes through, after
-    the temporary file was removed; an OSError becomes a FileError.
-    """
-    target = Path(os.path.realpath(path))
-    _check_target(target, force=force)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temporary, "x+b") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        _publish(temporary, target, force=force)
-        _sync_folder(target.parent)
-    except OSError as error:
-        raise FileError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _extra_files(program: ExportedProgram) -> dict[str, str] | None:
@@ -114,62 +54,97 @@ def save(
 
     >>> save(program, "model.pt2")  # doctest: +SKIP
     """
+    write_atomically(path, model_writer(model, path), force=force)
+
+
+def model_writer(model: ExportedProgram | nn.Module, path: str | os.PathLike[str]) -> Writer:
+    """Return what writes a model as ``save`` does; ``path`` is how errors call the file. Raises InputError likewise."""
     if isinstance(model, ExportedProgram):
-        _save_program(model, path, force=force)
-    elif isinstance(model, nn.Module):
-        _save_module(model, path, force=force)
-    else:
-        raise InputError(f"cannot save a {type(model).__name__}", allowed="ExportedProgram, nn.Module, GraphModule")
+        return _program_writer(model, os.fspath(path))
+    if isinstance(model, nn.Module):
+        return _module_writer(model, os.fspath(path))
+    raise InputError(f"cannot save a {type(model).__name__}", allowed="ExportedProgram, nn.Module, GraphModule")
 
 
-def _save_program(model: ExportedProgram, path: str | os.PathLike[str], *, force: bool) -> None:
+def _program_writer(model: ExportedProgram, name: str) -> Writer:
     def write(file: IO[bytes]) -> None:
+        guarded = _Guarded(file)
         try:
-            torch.export.save(model, file, extra_files=_extra_files(model))
-        except (OSError, InputError):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns of its own deprecations while it pickles
+                torch.export.save(model, guarded, extra_files=_extra_files(model))  # type: ignore[arg-type]
+        except InputError:
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)[:160]}"
-            what = f"{os.fspath(path)}: torch cannot save this {type(model).__name__}: {reason}"
-            raise InputError(what, next_step=_SAVABLE) from error
+            what = f"{name}: torch cannot save this {type(model).__name__}: {reason}"
+            raise (guarded.error or InputError(what, next_step=_SAVABLE)) from error
+        if guarded.error is not None:
+            raise guarded.error
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of its own deprecations while it pickles
-        write_atomically(path, write, force=force)
+    return write
 
 
-def _save_module(model: nn.Module, path: str | os.PathLike[str], *, force: bool) -> None:
+class _Guarded(io.RawIOBase):
+    """A file that keeps its first error and takes no more from then on.
+
+    An error that passes through torch's writer of archives, which is C++, ends the process.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._place = 0
+        self.error: BaseException | None = None
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        try:
+            if self.error is None:
+                if self._file.tell() != self._place:
+                    self._file.seek(self._place)
+                self._file.write(data)
+        except BaseException as error:
+            self.error = error
+        self._place += size
+        return size
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._place = offset if whence == 0 else self._place + offset
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+def _module_writer(model: nn.Module, name: str) -> Writer:
     if isinstance(model, torch.fx.GraphModule) and model.meta.get("surgery"):
-        what = f"{os.fspath(path)}: a graph with factored functions cannot be saved as a state"
+        what = f"{name}: a graph with factored functions cannot be saved as a state"
         raise InputError(what, next_step="decompose the module it was made from, or its exported program")
-    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    lazy = [key for key, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
-        what = f"{os.fspath(path)}: {lazy[0]} of the state is a weight that is not made yet"
+        what = f"{name}: {lazy[0]} of the state is a weight that is not made yet"
         raise InputError(what, next_step="run the model once")
     state = model.state_dict()
-    others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
-    plain = [name for name, value in state.items() if name not in others and type(value) not in _PLAIN]
+    others = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
+    plain = [key for key, value in state.items() if key not in others and type(value) not in _PLAIN]
     if others or plain:
-        what = f"{os.fspath(path)}: {(others + plain)[0]} of the state is a {type(state[(others + plain)[0]]).__name__}"
+        first = (others + plain)[0]
+        what = f"{name}: {first} of the state is a {type(state[first]).__name__}"
         raise InputError(what, allowed="tensors", next_step="save it before it is quantized, or by its own tool")
-    record = {RECORD_KEY: json.dumps(record_of(model).to_json())}
-    save_state_dict(state, path, force=force, metadata=record)
+    return state_dict_writer(state, metadata={RECORD_KEY: json.dumps(record_of(model).to_json())})
 
 
-def save_state_dict(
-    state: Mapping[str, torch.Tensor],
-    path: str | os.PathLike[str],
-    *,
-    force: bool = True,
-    metadata: dict[str, str] | None = None,
-) -> None:
-    """Write a state dict as safetensors; tied weights are written under each of their names, as strict loading wants.
-
-    Raises FileError where the file cannot be written; the file that was there stays as it was.
-    """
-    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+def state_dict_writer(state: Mapping[str, torch.Tensor], *, metadata: dict[str, str] | None = None) -> Writer:
+    """Return what writes a state dict as safetensors; tied weights under each of their names, for strict loading."""
 
     def write(file: IO[bytes]) -> None:
+        own = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
         file.write(safetensors.torch.save(own, metadata))
 
-    write_atomically(path, write, force=force)
+    return write

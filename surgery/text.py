@@ -1,12 +1,73 @@
-"""Numbers and small tables as plain text, for the readable forms of results."""
+"""Texts from outside made safe to show, lines of whole words, and numbers with their units, as plain text."""
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 
-__all__ = ["FAR", "change", "count", "first_line", "rank_text", "seconds", "table"]
+__all__ = ["FAR", "change", "count", "cut", "first_line", "lines", "rank_text", "seconds", "shown", "width", "wrap"]
 
 FAR = 0.3  # an output error above which the outputs are no longer those of the original
+
+
+def shown(text: str) -> str:
+    r"""Return a text from outside as it is, with what does not print escaped, as ``\x1b``, ``\n`` or ``\u202e``.
+
+    So no name can steer a terminal, turn the direction of what stands around it, or look like a line of ours.
+
+    >>> shown("a[/red] \x1b[31m\ud800 ü"), shown("all\nis fine")
+    ('a[/red] \\x1b[31m\\ud800 ü', 'all\\nis fine')
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def cut(text: str, columns: int) -> str:
+    """Return a text of at most so many columns, cut in the middle: the end says more than the start.
+
+    >>> cut("encoder.layer.11.attention.output.dense", 20)
+    'encoder…utput.dense'
+    """
+    if width(text) <= columns:
+        return text
+    start = text[: _fitting(text, 2 * (columns - 1) // 5)]
+    end = _fitting(text[::-1], columns - 1 - width(start))
+    return f"{start}\u2026{text[len(text) - end :]}"
+
+
+def wrap(text: str, columns: int | None, indent: str = "") -> list[str]:
+    """Return lines of whole words; only a word that is longer than a line is cut. Lines but the first are indented."""
+    return [text] if columns is None else lines(re.split(r"(?<= )", text), columns, indent)
+
+
+def lines(pieces: Sequence[str], columns: int, indent: str = "") -> list[str]:
+    """Return lines that hold as many of the pieces of a text as fit; spaces at their ends are left out."""
+    made = [""]
+    for piece in pieces:
+        if made[-1] and width((made[-1] + piece).rstrip(" ")) > columns:
+            made.append(indent)
+        room = columns - width(made[-1])
+        made[-1] += piece if width(piece.rstrip(" ")) <= room else cut(piece.rstrip(" "), room)
+    return [line.rstrip(" ") for line in made]
+
+
+def width(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _fitting(text: str, columns: int) -> int:
+    """Return how many characters of a text's start fit."""
+    used = 0
+    for i, character in enumerate(text):
+        used += width(character)
+        if used > columns:
+            return i
+    return len(text)
 
 
 def count(value: int | float | None) -> str:
@@ -48,15 +109,3 @@ def first_line(error: BaseException) -> str:
     ('too long', 'ValueError')
     """
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows in aligned columns, the first to the left and the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

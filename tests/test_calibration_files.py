@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 
 import surgery
+from surgery.calibration import tokens
 from surgery.calibration.collect import collect
+from surgery.calibration.files import read_file
 from surgery.calibration.inputs import Calibration, read_calibration
+from surgery.calibration.signature import read_signature
 from surgery.cli import cli
 from surgery.errors import FileError, InputError
 from tests.test_masks import IDS, LENGTHS, LONGEST, Encoder, as_kind, batch, encoder
@@ -174,7 +179,7 @@ BAD_LINES: dict[str, tuple[list[Any], str]] = {
     "no ids": ([OK, []], "line 2: input_ids is empty"),
     "no name": ([{"attention_mask": [1]}], "line 1: has no input_ids"),
     "another name": ([{"input_ids": OK, "atention_mask": OK}], "no input atention_mask; allowed: input_ids, attention"),
-    "a strange name": ([{"input_ids": OK, "\x1b[2J": OK}], r"no input '\\x1b\[2J'"),
+    "a strange name": ([{"input_ids": OK, "\x1b[2J": OK}], r"no input \\x1b\[2J"),
     "lengths": ([{"input_ids": OK, "attention_mask": [1]}], "attention_mask has 1 values, input_ids has 3"),
     "nothing": ([], "there is no sample in it; allowed: a list of token ids"),
     "blank": (["", "  "], "there is no sample in it"),
@@ -199,9 +204,12 @@ def test_a_line_that_does_not_fit_is_one_error(case: str, tmp_path: Path, progra
 def test_a_file_that_is_no_text_is_one_error(tmp_path: Path) -> None:
     path = tmp_path / "ids.jsonl"
     path.write_bytes(b"\xff\xfe[1]")
-    for name in ("ids.jsonl", "missing.jsonl", ""):
-        with pytest.raises(FileError, match="cannot be read"):
-            read_calibration(tmp_path / name if name else tmp_path, encoder())
+    (tmp_path / "folder.jsonl").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    said = {"ids": "cannot be read", "missing": "does not exist", "folder": "is a folder", "pipe": "a pipe"}
+    for name, words in said.items():
+        with pytest.raises(FileError, match=words):
+            read_calibration(tmp_path / f"{name}.jsonl", encoder())
     path.write_bytes(b"\xef\xbb\xbf[1]\r\n[2]\r\n")  # as some editors save it
     assert read_calibration(path, encoder()).count == 2
 
@@ -280,7 +288,7 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
     "ids": ({"input_ids": ONES * IDS, "attention_mask": ONES}, f"input_ids holds {IDS}; allowed: 0 to {IDS - 1}"),
     "negative": ({"input_ids": -ONES, "attention_mask": ONES}, "input_ids holds -1; allowed"),
     "texts": ({"input_ids": np.array(["a"]), "attention_mask": ONES}, "input_ids holds <U1, no numbers"),
-    "objects": ({"input_ids": np.array([{}]), "attention_mask": ONES}, "cannot be read"),
+    "objects": ({"input_ids": np.array([{}]), "attention_mask": ONES}, "input_ids holds object, no numbers"),
     "nothing": ({"input_ids": ONES[:0], "attention_mask": ONES[:0]}, "input_ids has no samples"),
 }
 
@@ -297,19 +305,99 @@ def test_a_damaged_archive_is_one_error(tmp_path: Path, program: Any) -> None:
     path = tmp_path / "data.npz"
     np.savez(path, **{name: value.numpy() for name, value in batch().items()})  # type: ignore[arg-type]
     whole = path.read_bytes()
-    other = tmp_path / "one.npy"
-    np.save(other, ONES)
     for damaged in (
         b"",
         b"PK\x03\x04",
         whole[:100],
         whole[:-30],
         whole[:150] + b"\0" * 200 + whole[350:],
-        other.read_bytes(),
     ):
         path.write_bytes(damaged)
-        with pytest.raises(FileError, match=r"data.npz: cannot be read: .*; allowed: .npz"):
+        with pytest.raises(FileError, match=r"data.npz: (\w+: )?cannot be read: .*; allowed: .npz"):
             read_calibration(path, program)
+
+
+def linear() -> Any:
+    return export(nn.Linear(3, 3), (torch.ones(2, 3),), dynamic_shapes=({0: Dim("batch")},))
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_no_more_samples_are_read_than_will_be_used(order: Any, tmp_path: Path) -> None:
+    path, x = tmp_path / "data.npz", np.asarray(np.arange(3000, dtype=np.float32).reshape(1000, 3), order=order)
+    np.savez(path, input=x, labels=np.zeros(10**6))  # the labels alone would be too much
+    for limit, most, count in ((600, 1 << 20, 600), (2000, 1 << 20, 1000), (600, 12_000, 600), (2000, 12_000, 1000)):
+        found = read_file(path, read_signature(linear(), ((), {})), {}, limit=limit, most=most)
+        assert torch.equal(found["input"], torch.from_numpy(np.ascontiguousarray(x[:count])))
+    few = read_file(path, read_signature(linear(), ((), {})), {}, limit=600, most=1200 if order == "C" else 12_000)
+    assert len(few["input"]) == (100 if order == "C" else 600)
+
+
+def test_an_input_that_is_no_sample_is_not_cut_and_not_mistaken_for_one(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x.sum() + y.sum()
+
+    path, signature = tmp_path / "data.npz", read_signature(Two(), ((), {}))
+    for length, read in ((700, 512), (512, 511), (3, 512)):
+        np.savez(path, y=np.ones(length), x=np.ones((800, 2)))
+        found = read_file(path, signature, {}, limit=512)
+        assert (len(found["x"]), len(found["y"])) == (read, length)
+
+
+def test_what_does_not_fit_is_told_by_its_header(tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    with zipfile.ZipFile(path, "w") as archive, archive.open("input.npy", "w") as entry:
+        shape = {"descr": "<f4", "fortran_order": False, "shape": (1 << 20, 5)}
+        np.lib.format.write_array_header_1_0(entry, shape)
+        entry.write(bytes(20 << 20))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:5000] + bytes([1]) + whole[5001:])  # numbers that are damaged, which is not come to
+    with pytest.raises(FileError, match=r"input has the shape \(1048576, 5\); allowed: \(samples, 3\)"):
+        read_calibration(path, linear())
+
+
+TENSORS: dict[str, tuple[Any, str]] = {
+    "repeated": (torch.ones(1, 1).expand(20_000, 20_000), "repeats the numbers of a tensor, to 1600000000 bytes"),
+    "sparse": (torch.eye(3).to_sparse(), "holds a tensor that is not plain"),
+    "without numbers": (torch.ones(3, 3, device="meta"), "holds a tensor that is not plain"),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_only_plain_tensors_are_taken(case: str, tmp_path: Path) -> None:
+    value, message = TENSORS[case]
+    for held in ({"input": value}, [(value,)]):
+        torch.save(held, tmp_path / "data.pt")
+        with pytest.raises(FileError, match=message):
+            read_calibration(tmp_path / "data.pt", linear())
+
+
+def test_a_packed_checkpoint_is_not_unpacked(tmp_path: Path) -> None:
+    plain, packed = tmp_path / "plain.pt", tmp_path / "packed.pt"
+    torch.save({"input": torch.zeros(100, 3)}, plain)
+    with zipfile.ZipFile(plain) as one, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
+        for name in one.namelist():
+            other.writestr(name, one.read(name))
+    assert read_calibration(plain, linear()).count == 100
+    with pytest.raises(FileError, match="its entries are packed"):
+        read_calibration(packed, linear())
+
+
+def test_a_list_that_holds_itself_is_one_error(tmp_path: Path) -> None:
+    endless: list[Any] = [torch.ones(2, 3)]
+    endless.append(endless)
+    torch.save(endless, tmp_path / "data.pt")
+    with pytest.raises(FileError, match="cannot be read"):
+        read_calibration(tmp_path / "data.pt", linear())
+
+
+@pytest.mark.parametrize("bound", ["_MOST_TEXT", "_MOST_NUMBERS"])
+def test_lines_are_bounded_before_they_are_numbers(bound: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "ids.jsonl", *[[1] * 3] * 4, [1] * 50)
+    assert read_calibration(path, encoder()).count == 5
+    monkeypatch.setattr(tokens, bound, 100)
+    with pytest.raises(FileError, match=r"past 100 chara|5 samples of 50 numbers; allowed: 100"):
+        read_calibration(path, encoder())
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -335,7 +423,7 @@ def test_the_command_line_takes_ids(tmp_path: Path, program: Any) -> None:
     result = surgery.decompose(program, ranks=4, calibration=str(lines))
     assert [change.error for change in result.changes] == [change["error"] for change in printed[0]]
     write(lines, [1, 2], [3, 1.5])
-    for path, said in ((lines, "line 2: input_ids holds 1.5"), (tmp_path / "none.npz", "none.npz: cannot be read")):
+    for path, said in ((lines, "line 2: input_ids holds 1.5"), (tmp_path / "none.npz", "none.npz: does not exist")):
         failed = run(*words, path).exception
         assert isinstance(failed, FileError)
         assert failed.exit_status == 2

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import pwd
 import sqlite3
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -305,8 +309,74 @@ def test_an_unwritable_store_is_done_without(tmp_path: Path, caplog: pytest.LogC
     assert "cannot be used" in caplog.text
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"seconds": "x"}', '{"seconds": -1.0}', '{"seconds": NaN}'])
-def test_a_nonsensical_entry_is_measured_anew(tmp_path: Path, text: str) -> None:
+def _sql(*statements: str) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        with closing(sqlite3.connect(path)) as connection, connection:
+            for statement in statements:
+                connection.execute(statement)
+
+    return make
+
+
+_ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT"
+STRANGE: dict[str, Callable[[Path], object]] = {
+    "pipe": os.mkfifo,
+    "folder": Path.mkdir,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "full device": lambda path: path.symlink_to("/dev/full"),
+    "link to itself": lambda path: path.symlink_to(path),
+    "another table": _sql("CREATE TABLE latencies (x INTEGER)"),
+    "endless view": _sql(f"CREATE VIEW latencies AS {_ENDLESS} x AS key, 'a' AS fields FROM c WHERE x < 0"),
+    "endless trigger": _sql(
+        "CREATE TABLE latencies (key TEXT PRIMARY KEY, fields TEXT)",
+        f"CREATE TRIGGER t BEFORE INSERT ON latencies BEGIN {_ENDLESS} max(x) FROM c; END",
+    ),
+    "view of a gigabyte": _sql("CREATE VIEW latencies AS SELECT zeroblob(1000000000) AS key, 'a' AS fields"),
+    "wide table": _sql("CREATE TABLE latencies (key TEXT PRIMARY KEY, fields TEXT, more TEXT)"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_what_stands_in_a_store_s_place_is_done_without(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "l"
+    STRANGE[name](path)
+    for _ in range(2):
+        once = latencies(path)
+        assert once.measure(LINEAR, (3, 7)) == once.measure(LINEAR, (3, 7)) > 0
+    assert len(caplog.records) == 1
+    assert caplog.records[0].getMessage().isprintable()
+
+
+def test_a_store_that_another_process_holds_is_done_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "l"
+    latencies(path).measure(LINEAR, (3, 7))
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        assert latencies(path).measure(LINEAR, (3, 7)) > 0
+    assert "database is locked" in caplog.text
+
+
+def test_without_a_home_there_is_no_store(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda user: {}[user])
+    for chosen in ("", "~nobody-of-this-name/x"):
+        monkeypatch.setenv("SURGERY_CACHE", chosen)
+        assert cache_path() is cache_path() is None
+    assert len({record.getMessage() for record in caplog.records}) == len(caplog.records) <= 2
+    assert "~nobody-of-this-name/x" in caplog.text
+    monkeypatch.setenv("SURGERY_CACHE", "off")
+    assert cache_path() is None
+
+
+NONSENSE = ["{", "[]", "{}", "[" * 100_000, b"\xff", "9" * 10_000, None]
+NONSENSE += [f'{{"seconds": {value}}}' for value in ('"x"', "-1.0", "NaN", "Infinity", "5e-324", "1e308", "true", "{}")]
+
+
+@pytest.mark.parametrize("text", NONSENSE, ids=lambda text: repr(text)[:20])
+def test_a_nonsensical_entry_is_measured_anew(tmp_path: Path, text: str | bytes | None) -> None:
     path = tmp_path / "l"
     latencies(path).measure(LINEAR, (3, 7))
     connection = sqlite3.connect(path)

@@ -42,6 +42,7 @@ def meminfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     path = tmp_path / "meminfo"
     path.write_text(text)
     monkeypatch.setattr(memory, "_MEMINFO", path)
+    monkeypatch.setattr(memory, "_CONTAINERS", ((tmp_path / "max", tmp_path / "current"),))
 
 
 def test_what_fits_passes_and_what_does_not_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +54,14 @@ def test_what_fits_passes_and_what_does_not_is_refused(tmp_path: Path, monkeypat
     assert caught.value.what == "svd of fc may need 2.5 GiB of memory"
     assert caught.value.allowed == "the 2.0 GiB available"
     assert "keep this site dense" in str(caught.value)
+
+
+def test_a_container_may_have_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meminfo(tmp_path, monkeypatch, "MemAvailable: 1024 kB\n")
+    (tmp_path / "current").write_text("1000\n")
+    for limit, available in (("max", 2**20), ("5000", 4000), ("10", 0)):
+        (tmp_path / "max").write_text(f"{limit}\n")
+        assert memory.available_memory() == available
 
 
 def test_small_sizes_are_said_in_mebibytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,3 +89,14 @@ def test_this_system_has_some_memory() -> None:
 
 def test_the_example_runs() -> None:
     assert doctest.testmod(memory).failed == 0
+
+
+def test_a_container_gives_up_what_it_holds_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meminfo(tmp_path, monkeypatch, "MemAvailable:  2097152 kB\n")
+    (tmp_path / "max").write_text(f"{2**30}\n")
+    (tmp_path / "current").write_text(f"{2**29}\n")
+    assert memory.available_memory() == 2**29
+    (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {2**28}\n")
+    assert memory.available_memory() == 2**29 + 2**28
+    (tmp_path / "max").write_text("max\n")
+    assert memory.available_memory() == 2**31

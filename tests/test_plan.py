@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.errors import InputError, RankError
+from surgery.errors import FileError, InputError, RankError
 from surgery.factorizations import FACTORIZATIONS, Spectrum
 from surgery.factorizations.svd import Svd
 from surgery.operators import Conv, Geometry, Linear, Operator
@@ -206,12 +207,11 @@ def test_read_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(plan.to_json(), encoding="utf-8")
     assert Plan.read(path) == plan
-    for missing in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(InputError, match="cannot read the plan"):
-            Plan.read(missing)
+    os.mkfifo(tmp_path / "pipe")
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="cannot read the plan"):
-        Plan.read(path)
+    for name, said in (("none", "does not exist"), ("", "a folder"), ("pipe", "a pipe"), ("plan.json", "UTF-8 text")):
+        with pytest.raises(FileError, match=said):
+            Plan.read(tmp_path / name)
 
 
 def test_edit_and_diff() -> None:
@@ -279,10 +279,15 @@ HOSTILE = {
     "rank real": text_of({**OK, "rank": [2.0]}),
     "rank text": text_of({**OK, "rank": "2"}),
     "rank none": text_of({**OK, "rank": []}),
+    "rank past all sizes": text_of({**OK, "rank": [2**63]}),
+    "rank of many digits": text_of({**OK, "rank": 10**4000}),
     "rank nested": text_of({**OK, "rank": [[2]]}),
     "error text": text_of({**OK, "error": "small"}),
     "error not a number": text_of({**OK, "error": float("nan")}),
     "latency infinite": text_of({**OK, "latency": float("inf")}),
+    "latency past all floats": text_of({**OK, "latency": 10**400}),
+    "latency of ages": text_of({**OK, "dense_latency": 1e300}),
+    "parameters past all sizes": text_of({**OK, "parameters": 2**63}),
     "parameters negative": text_of({**OK, "parameters": -1}),
     "macs real": text_of({**OK, "macs": 1.5}),
     "reason no text": text_of({"site": "a", "reason": {"a": 1}}),

@@ -6,9 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 
 from surgery.errors import FileError, InputError
 from surgery.loading import load
-from surgery.saving import save, write_atomically
+from surgery.saving import model_writer, save
 from tests.hostile import builder
 
 
@@ -24,47 +23,12 @@ def _export(module: nn.Module, *args: Any) -> torch.export.ExportedProgram:
     return torch.export.export(module.eval(), args)
 
 
-def _fails(error: BaseException) -> Callable[[IO[bytes]], None]:
-    def write(file: IO[bytes]) -> None:
-        file.write(b"half")
-        raise error
-
-    return write
-
-
-@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(), OSError(28, "No space left")])
-def test_a_failed_write_leaves_all_as_it_was(error: BaseException, tmp_path: Path) -> None:
-    target = tmp_path / "model.pt2"
-    target.write_bytes(b"old")
-    expected = FileError if isinstance(error, OSError) else type(error)
-    with pytest.raises(expected):
-        write_atomically(target, _fails(error))
-    assert target.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["model.pt2"]
-
-
-def test_overwriting_needs_force(tmp_path: Path) -> None:
-    target = tmp_path / "model.pt2"
-    write_atomically(target, lambda file: file.write(b"one") and None, force=False)
-    with pytest.raises(FileError, match="--force"):
-        write_atomically(target, lambda file: file.write(b"two") and None, force=False)
-    assert target.read_bytes() == b"one"
-
-    def race(file: IO[bytes]) -> None:
-        (tmp_path / "raced").write_bytes(b"theirs")
-        file.write(b"ours")
-
-    with pytest.raises(FileError, match="--force"):
-        write_atomically(tmp_path / "raced", race, force=False)
-    assert (tmp_path / "raced").read_bytes() == b"theirs"
-    target.chmod(0o640)
-    link = tmp_path / "link"
-    link.symlink_to(target)
-    write_atomically(link, lambda file: file.write(b"two") and None)
-    assert target.read_bytes() == b"two"
-    assert link.is_symlink()
-    assert target.stat().st_mode & 0o777 == 0o640
-    assert sorted(os.listdir(tmp_path)) == ["link", "model.pt2", "raced"]
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_an_error_and_not_the_end_of_the_process() -> None:
+    program = _export(nn.Linear(300, 300), torch.ones(1, 300))
+    for buffering in (0, -1):
+        with pytest.raises(OSError, match="No space left"), open("/dev/full", "wb", buffering=buffering) as file:
+            model_writer(program, "model.pt2")(file)
 
 
 class Extra(nn.Module):

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import surgery
 from surgery.cost.latency import cpu_name
-from surgery.text import seconds, table
+from surgery.tables import table
+from surgery.text import seconds
 from tools.networks import NETWORKS, build
 
 CHOSEN = ("resnet18", "resnet50", "mobilenet_v2", "small_vit")

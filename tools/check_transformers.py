@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.chain import relative_error
-from surgery.text import table
+from surgery.tables import table
 
 VOCABULARY, LENGTH, ROWS = 50, 6, 8
 ALLOWED = 1e-5  # of the logits: float32 through a few dozen products

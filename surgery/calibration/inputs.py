@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from surgery.arrays import open_arrays
 from surgery.calibration.files import FILES, read_file
 from surgery.calibration.masks import Mask, find_masks, leaf_names, read_masks
 from surgery.calibration.signature import declared_inputs, fixed_batch, read_signature
@@ -29,7 +30,7 @@ from surgery.errors import InputError
 from surgery.graphs import Model
 from surgery.inputs import Inputs, normalise_inputs, program_inputs
 
-__all__ = ["Calibration", "read_calibration", "samples_in"]
+__all__ = ["Calibration", "read_calibration", "read_inputs", "samples_in"]
 
 _LEAST = 48  # samples
 _WORK = 2.0e11  # multiply-accumulates of one pass: 49 samples of a ResNet-50 at 224x224
@@ -143,6 +144,20 @@ def read_calibration(
     if fixed is None and isinstance(model, ExportedProgram):
         fixed = _guarded_batch(model, samples)
     return samples if fixed is None else _fill(samples, fixed)
+
+
+def read_inputs(path: Path, program: ExportedProgram | None) -> Inputs:
+    """Return the inputs in a file, all of them, as one call of a program; of a model that is not known, by name.
+
+    Raises:
+        FileError: a file that cannot be read, is too large, or does not fit the program.
+    """
+    if program is None:
+        with open_arrays(path) as arrays:
+            return (), {name: arrays.read(name) for name in arrays.forms}
+    example = program_inputs(program)
+    signature = read_signature(program, example)
+    return signature.arrange(read_file(path, signature, declared_inputs(program, example, signature), limit=None))
 
 
 def _masked(samples: Calibration, names: Sequence[str]) -> Calibration:

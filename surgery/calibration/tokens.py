@@ -11,10 +11,11 @@ ids are zeros.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +25,23 @@ from torch import Tensor
 from surgery.calibration.masks import hides_with_ones, is_mask_name
 from surgery.calibration.signature import Declared, Signature
 from surgery.errors import FileError
-from surgery.text import first_line
+from surgery.files import open_regular, shown_name, shown_path
+from surgery.text import cut, first_line
 
-__all__ = ["is_label", "partner_of", "read_tokens", "shown"]
+__all__ = ["is_label", "partner_of", "read_tokens"]
 
 _LINE = "a list of token ids, or an object of lists by input name, on each line"
 _LABELS = {"label", "labels", "target", "targets", "y"}
 _DECODER = "decoder_"
 _MOST = 2**63
 _LONG = 60  # characters that are shown
+_MOST_TEXT = 1 << 26  # characters of the lines that are read: as numbers they take ten times as much
+_MOST_NUMBERS = 1 << 26  # in all samples of an input, after padding
 
 
 def is_label(name: str) -> bool:
     """Whether a name in a file is one of labels, which no model needs to run."""
     return name in _LABELS or name.endswith(("_label", "_labels"))
-
-
-def shown(name: str) -> str:
-    """Return a name from a file as it may be printed.
-
-    >>> print(shown("input_ids"), shown("my" + chr(9)))
-    input_ids 'my\\t'
-    """
-    return name if name.isprintable() and len(name) <= _LONG else ascii(name[:_LONG])
 
 
 def partner_of(name: str, ids: str) -> str:
@@ -77,7 +72,9 @@ class _Form:
     declared: Mapping[str, Declared]
 
 
-def read_tokens(path: Path, signature: Signature, declared: Mapping[str, Declared], *, limit: int) -> dict[str, Tensor]:
+def read_tokens(
+    path: Path, signature: Signature, declared: Mapping[str, Declared], *, limit: int | None
+) -> dict[str, Tensor]:
     """Return the first ``limit`` samples of a file as whole numbers (samples, length), by input name.
 
     Raises:
@@ -87,11 +84,11 @@ def read_tokens(path: Path, signature: Signature, declared: Mapping[str, Declare
     known = declared.get(form.ids)
     if known is not None and (known.dtype.is_floating_point or len(known.sizes) != 2):
         kind = str(known.dtype).removeprefix("torch.")
-        what = f"{path}: token ids, but the input {form.ids} is {kind} with {len(known.sizes)} axes"
+        what = f"{shown_path(path)}: token ids, but the input {form.ids} is {kind} with {len(known.sizes)} axes"
         raise FileError(what, next_step="give an .npz file of arrays by input name")
     lines = list(islice(_lines(form), limit))
     if not lines:
-        raise FileError(f"{path}: there is no sample in it", allowed=_LINE)
+        raise FileError(f"{shown_path(path)}: there is no sample in it", allowed=_LINE)
     made = {name: _column(form, name, lines) for name in _wanted(form, lines)}
     for name in {form.ids, f"{_DECODER}input_ids"} & set(made):
         _check_padding(form, name, lines, made)
@@ -109,13 +106,22 @@ def _ids_name(signature: Signature, declared: Mapping[str, Declared]) -> str:
 
 def _lines(form: _Form) -> Iterator[_Line]:
     """Yield the lines that are not blank."""
-    try:
-        with form.path.open(encoding="utf-8-sig") as lines:
-            for number, text in enumerate(lines, start=1):
-                if text.strip():
-                    yield _line(form, f"{form.path}, line {number}", text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"{form.path}: cannot be read: {first_line(error)}", allowed="UTF-8 text") from error
+    left = _MOST_TEXT
+    with open_regular(form.path) as file, io.TextIOWrapper(file, encoding="utf-8-sig") as lines:
+        for number in count(1):
+            where = f"{shown_path(form.path)}, line {number}"
+            try:
+                text = lines.readline(left + 1)
+            except (OSError, UnicodeDecodeError) as error:
+                what = f"{shown_path(form.path)}: cannot be read: {first_line(error)}"
+                raise FileError(what, allowed="UTF-8 text") from error
+            left -= len(text)
+            if left < 0:
+                raise FileError(f"{where}: is past {_MOST_TEXT} characters", next_step="give fewer or shorter samples")
+            if not text:
+                return
+            if text.strip():
+                yield _line(form, where, text)
 
 
 def _line(form: _Form, where: str, text: str) -> _Line:
@@ -131,14 +137,14 @@ def _line(form: _Form, where: str, text: str) -> _Line:
     values = {name: found for name, found in value.items() if not is_label(name) or name in required}
     for name in values:
         if name not in names and not form.signature.open_ended:
-            raise FileError(f"{where}: the model has no input {shown(name)}", allowed=", ".join(names))
+            raise FileError(f"{where}: the model has no input {shown_name(name)}", allowed=", ".join(names))
     if form.ids not in values:
         raise FileError(f"{where}: has no {form.ids}", allowed=_LINE)
     line = _Line(where, {name: _sequence(form, where, name, found) for name, found in values.items()})
     for name, found in line.values.items():
         other = partner_of(name, form.ids)
         if other in line.values and len(found) != len(line.values[other]):
-            what = f"{where}: {name} has {len(found)} values, {other} has {len(line.values[other])}"
+            what = f"{where}: {shown_name(name)} has {len(found)} values, {other} has {len(line.values[other])}"
             raise FileError(what, allowed="as many of each")
     return line
 
@@ -147,19 +153,21 @@ def _sequence(form: _Form, where: str, name: str, value: Any) -> list[int]:
     """Return a list of whole numbers from 0 on; of a mask, true and false too."""
     allowed = "a list of whole numbers, 0 or more"
     if not isinstance(value, list):
-        raise FileError(f"{where}: {name} is {_kind(value)}", allowed=allowed)
+        raise FileError(f"{where}: {shown_name(name)} is {_kind(value)}", allowed=allowed)
     if not value:
-        raise FileError(f"{where}: {name} is empty", allowed=f"{allowed}, one at least", next_step="leave the line out")
+        raise FileError(
+            f"{where}: {shown_name(name)} is empty", allowed=f"{allowed}, one at least", next_step="leave the line out"
+        )
     kinds = int | bool if is_mask_name(name) else int
     ids = form.declared[name].ids if name in form.declared else None
     for item in value:
         if not isinstance(item, kinds) or (isinstance(item, bool) and kinds is int):
-            raise FileError(f"{where}: {name} holds {_kind(item)}", allowed=allowed)
+            raise FileError(f"{where}: {shown_name(name)} holds {_kind(item)}", allowed=allowed)
         if not 0 <= item < _MOST:
-            raise FileError(f"{where}: {name} holds {_kind(item)}", allowed=allowed)
+            raise FileError(f"{where}: {shown_name(name)} holds {_kind(item)}", allowed=allowed)
         if ids is not None and item >= ids:
             allowed = f"0 to {ids - 1}, which the model knows"
-            raise FileError(f"{where}: {name} holds {item}", allowed=allowed, next_step="use its tokenizer")
+            raise FileError(f"{where}: {shown_name(name)} holds {item}", allowed=allowed, next_step="use its tokenizer")
     return [int(item) for item in value]
 
 
@@ -168,7 +176,7 @@ def _kind(value: Any) -> str:
         return "a list in a list"
     if isinstance(value, dict):
         return "an object"
-    return f"the text {json.dumps(value)[:_LONG]}" if isinstance(value, str) else json.dumps(value)[:_LONG]
+    return f"the text {cut(json.dumps(value), _LONG)}" if isinstance(value, str) else cut(json.dumps(value), _LONG)
 
 
 def _wanted(form: _Form, lines: list[_Line]) -> list[str]:
@@ -180,7 +188,7 @@ def _wanted(form: _Form, lines: list[_Line]) -> list[str]:
             wanted.append(name)
         elif name in form.signature.required:
             if not _can_be_made(form, name):
-                what = f"{form.path}: has no {name}, which the model needs"
+                what = f"{shown_path(form.path)}: has no {shown_name(name)}, which the model needs"
                 raise FileError(what, next_step=f'add "{name}" to each line, or give an .npz file')
             wanted.append(name)
     return [*wanted, *(given - set(wanted))]
@@ -206,6 +214,9 @@ def _column(form: _Form, name: str, lines: list[_Line]) -> Tensor:
     """Return one input of all lines, (samples, length)."""
     other = partner_of(name, form.ids)
     length = _length(form, name, lines)
+    if len(lines) * length > _MOST_NUMBERS:
+        what = f"{shown_path(form.path)}: {shown_name(name)} would have {len(lines)} samples of {length} numbers"
+        raise FileError(what, allowed=f"{_MOST_NUMBERS} numbers", next_step="give fewer or shorter samples")
     pad = 1 if is_mask_name(name) and hides_with_ones(name) else 0
     rows = []
     for line in lines:
@@ -219,7 +230,8 @@ def _column(form: _Form, name: str, lines: list[_Line]) -> Tensor:
             row = []
         else:
             raise FileError(
-                f"{line.where}: has no {name}, which other lines have", allowed="the same inputs on each line"
+                f"{line.where}: has no {shown_name(name)}, which other lines have",
+                allowed="the same inputs on each line",
             )
         rows.append([*row, *[pad] * (length - len(row))][:length])
     return torch.tensor(rows, dtype=torch.int64, device="cpu")
@@ -243,7 +255,8 @@ def _check_padding(form: _Form, name: str, lines: list[_Line], made: Mapping[str
     lengths = [len(line.values[name]) for line in lines if name in line.values]
     width = made[name].shape[1]
     if min(lengths) < width:
-        what = f"{form.path}: {name} has {min(lengths)} to {max(lengths)} tokens a line, and the model has no mask"
+        what = f"{shown_path(form.path)}: {name} has {min(lengths)} to {max(lengths)} tokens a line"
+        what += ", and the model has no mask"
         what += "" if max(lengths) == width else f", and takes {width}"
         other = f"join texts to {width} tokens"
         if form.signature.open_ended:

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import as_json, check_output, default_output, load_function, model_options, open_program
+from surgery.cli.names import FILE
+from surgery.cli.options import as_json, default_output, load_function, model_options, open_program
 from surgery.errors import InputError, SurgeryError
+from surgery.outputs import Writer, check_outputs, text_writer, write_together
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from surgery.benchmark import Timing
-    from surgery.plans import Plan
 
 __all__ = ["bench", "compare", "decompose", "export", "inspect", "recompose"]
 
-_MODEL = click.Path(path_type=Path)
-
 
 @click.command()
-@click.argument("model", type=_MODEL)
+@click.argument("model", type=FILE)
 @model_options
 @as_json
 def inspect(model: Path, json_: bool, **options: Any) -> None:
@@ -39,8 +38,8 @@ def inspect(model: Path, json_: bool, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("model", type=_MODEL)
-@click.option("-o", "--output", type=_MODEL, help="The new file.  [default: MODEL.decomposed.pt2 beside MODEL]")
+@click.argument("model", type=FILE)
+@click.option("-o", "--output", type=FILE, help="The new file.  [default: MODEL.decomposed.pt2 beside MODEL]")
 @click.option(
     "--ranks",
     default="auto",
@@ -63,8 +62,8 @@ def inspect(model: Path, json_: bool, **options: Any) -> None:
     metavar="SITE,SITE,...",
     help="Sites that share all factors but the last; may be repeated. inputs: all alike sites that read one value.",
 )
-@click.option("--plan", "plan_file", type=_MODEL, help="Carry out this plan file instead of making a plan.")
-@click.option("--save-plan", type=_MODEL, help="Write the plan as JSON.")
+@click.option("--plan", "plan_file", type=FILE, help="Carry out this plan file instead of making a plan.")
+@click.option("--save-plan", type=FILE, help="Write the plan as JSON.")
 @click.option("--dry-run", is_flag=True, help="Plan and print, but factor and write nothing (but --save-plan).")
 @click.option(
     "--solver",
@@ -75,7 +74,7 @@ def inspect(model: Path, json_: bool, **options: Any) -> None:
 )
 @click.option(
     "--calibration",
-    type=_MODEL,
+    type=FILE,
     help="Inputs by name, as .npz or .pt, or token ids, as .jsonl, to fit to.",
 )
 @click.option("--stages", type=int, help="With --calibration: runs to fit the sites in.  [default: what costs little]")
@@ -122,13 +121,12 @@ def decompose(
     from surgery.passes import decompose as passes
     from surgery.plans import Plan
     from surgery.report import attach, collect
-    from surgery.saving import save
+    from surgery.saving import model_writer
 
     target = output or default_output(model, "decomposed.pt2")
-    if not dry_run:
-        check_output(target, force=force)
-    if save_plan is not None:
-        check_output(save_plan, force=force)
+    outputs = [None if dry_run else target, save_plan]
+    read = [path for path in (model, plan_file, calibration) if path is not None]
+    check_outputs([path for path in outputs if path is not None], read, force=force)
     promised = (calibration, max_error, target_speedup, metric, max_drop)
     if dry_run and any(value is not None for value in promised):
         raise InputError(
@@ -159,29 +157,23 @@ def decompose(
             measured = _time([program, result.model], inputs, progress)
         if not dry_run:
             attach(result.model, collect(result, timing=measured, files=(model, None)))
-            save(result.model, target, force=force)
-    if save_plan is not None:
-        _write_plan(result.plan, save_plan, force=force)
-    files = (model, None if dry_run else target)
+        files: list[tuple[Path, Writer]] = []
+        if not dry_run:
+            files.append((target, model_writer(result.model, target)))
+        if save_plan is not None:
+            files.append((save_plan, text_writer(result.plan.to_json())))
+        write_together(files, force=force)
+    named = (model, None if dry_run else target)
     if json_:
-        show.print_json(collect(result, timing=measured, files=files))
+        show.print_json(collect(result, timing=measured, files=named))
     else:
-        show.decompose_tables(files, result, measured)
+        show.decompose_tables(named, result, measured)
     if result.promise is not None and not result.promise.kept:
         raise click.exceptions.Exit(3)
 
 
 def _groups(joint: tuple[str, ...]) -> str | list[list[str]]:
     return "inputs" if joint == ("inputs",) else [[name.strip() for name in group.split(",")] for group in joint]
-
-
-def _write_plan(plan: Plan, path: Path, *, force: bool) -> None:
-    from surgery.saving import write_atomically
-
-    def write(file: IO[bytes]) -> None:
-        file.write(plan.to_json().encode())
-
-    write_atomically(path, write, force=force)
 
 
 def _time(models: list[ExportedProgram], inputs: Any, progress: Any) -> Timing | str:
@@ -195,9 +187,9 @@ def _time(models: list[ExportedProgram], inputs: Any, progress: Any) -> Timing |
 
 
 @click.command()
-@click.argument("model", type=_MODEL)
-@click.option("-o", "--output", type=_MODEL, help="The new file.  [default: MODEL.recomposed.pt2 beside MODEL]")
-@click.option("--state-dict", type=_MODEL, help="Also write the state dict, as safetensors.")
+@click.argument("model", type=FILE)
+@click.option("-o", "--output", type=FILE, help="The new file.  [default: MODEL.recomposed.pt2 beside MODEL]")
+@click.option("--state-dict", type=FILE, help="Also write the state dict, as safetensors.")
 @click.option("--all", "everything", is_flag=True, help="Also fuse chains that the original of a decomposed model had.")
 @click.option("--force", is_flag=True, help="Overwrite files that exist.")
 @model_options
@@ -214,20 +206,19 @@ def recompose(
     """Fuse every chain of MODEL that is provably one operator back into that operator."""
     from surgery.cli import show
     from surgery.passes.recompose import recompose as run
-    from surgery.saving import save, save_state_dict
+    from surgery.saving import model_writer, state_dict_writer
 
     target = output or default_output(model, "recomposed.pt2")
-    for path in (target, state_dict):
-        if path is not None:
-            check_output(path, force=force)
+    check_outputs([path for path in (target, state_dict) if path is not None], [model], force=force)
     with show.progress(quiet=json_) as progress:
         progress("load", 0, 1)
         program, inputs = open_program(model, **options)
         progress("recompose", 0, 1)
         result = run(program, inputs, everything=everything)
-        save(result.model, target, force=force)
+        files: list[tuple[Path, Writer]] = [(target, model_writer(result.model, target))]
         if state_dict is not None:
-            save_state_dict(result.model.state_dict, state_dict, force=force)
+            files.append((state_dict, state_dict_writer(result.model.state_dict)))
+        write_together(files, force=force)
     if json_:
         show.print_json(show.recompose_json((model, target), result))
     else:
@@ -235,8 +226,8 @@ def recompose(
 
 
 @click.command()
-@click.argument("model", type=_MODEL)
-@click.option("-o", "--output", type=_MODEL, required=True, help="The ONNX file.")
+@click.argument("model", type=FILE)
+@click.option("-o", "--output", type=FILE, required=True, help="The ONNX file.")
 @click.option("--force", is_flag=True, help="Overwrite a file that exists.")
 @model_options
 @as_json
@@ -245,7 +236,7 @@ def export(model: Path, output: Path, force: bool, json_: bool, **options: Any) 
     from surgery.cli import show
     from surgery.export import export_onnx
 
-    check_output(output, force=force)
+    check_outputs([output], [model], force=force)
     with show.progress(quiet=json_) as progress:
         progress("export", 0, 1)
         program, inputs = open_program(model, **options)
@@ -257,7 +248,7 @@ def export(model: Path, output: Path, force: bool, json_: bool, **options: Any) 
 
 
 @click.command()
-@click.argument("models", type=_MODEL, nargs=-1, required=True, metavar="A [B ...]")
+@click.argument("models", type=FILE, nargs=-1, required=True, metavar="A [B ...]")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of onnxruntime.  [default: physical cores]")
 @click.option("--seconds", type=click.FloatRange(min=0.01), default=5.0, show_default=True, help="Time to measure.")
 @click.option("--apart", is_flag=True, help="Time each model alone, in new processes of its own.")
@@ -306,9 +297,9 @@ def _open_all(paths: tuple[Path, ...], options: dict[str, Any]) -> tuple[list[An
 
 
 @click.command()
-@click.argument("a", type=_MODEL)
-@click.argument("b", type=_MODEL)
-@click.option("--inputs", "inputs_file", type=_MODEL, help="Inputs by name, as .npz.")
+@click.argument("a", type=FILE)
+@click.argument("b", type=FILE)
+@click.option("--inputs", "inputs_file", type=FILE, help="Inputs by name, as .npz, .npy or .pt.")
 @model_options
 @as_json
 def compare(a: Path, b: Path, inputs_file: Path | None, json_: bool, **options: Any) -> None:
@@ -316,21 +307,14 @@ def compare(a: Path, b: Path, inputs_file: Path | None, json_: bool, **options: 
     from surgery.cli import show
     from surgery.comparison import compare as run
 
-    (first, second), inputs = _open_all((a, b), options)
+    models, inputs = _open_all((a, b), options)
     if inputs_file is not None:
-        inputs = _read_npz(inputs_file)
-    difference = run(first, second, inputs, seed=options["seed"])
+        from surgery.calibration.inputs import read_inputs
+
+        known = next((model for model in models if not isinstance(model, Path)), None)
+        inputs = read_inputs(inputs_file, known)
+    difference = run(models[0], models[1], inputs, seed=options["seed"])
     if json_:
         show.print_json(difference.to_json())
     else:
         show.difference_tables((a, b), difference)
-
-
-def _read_npz(path: Path) -> dict[str, Any]:
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is no .npz file of arrays: {error}", next_step="write it with numpy.savez") from error

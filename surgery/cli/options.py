@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from surgery.cli.names import TypedPath
 from surgery.errors import FileError, InputError
+from surgery.text import cut, first_line
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 __all__ = [
     "as_json",
-    "check_output",
     "default_output",
     "load_function",
     "model_options",
     "open_program",
+    "parse_bytes",
     "parse_shapes",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_SEED = click.IntRange(0, 2**63 - 1)
+_MOST_AXES = 64
+_LONGEST = 100  # letters of an argument that are shown
 
 
 def model_options(command: _F) -> _F:
@@ -42,7 +50,13 @@ def model_options(command: _F) -> _F:
             ),
             click.option("--model", "factory", metavar="MODULE:FACTORY", help="What makes the module of a state dict."),
             click.option("--trust", is_flag=True, help="Let the file run code: pickled modules, TorchScript."),
-            click.option("--seed", type=int, default=0, show_default=True, help="Seed of random inputs."),
+            click.option(
+                "--memory",
+                metavar="SIZE",
+                callback=lambda _context, _option, text: None if text is None else parse_bytes(text),
+                help="Most memory that work on the model may need, as 12G; else nine tenths of what is free.",
+            ),
+            click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of random inputs."),
         )
     ):
         command = option(command)
@@ -54,42 +68,45 @@ def as_json(command: _F) -> _F:
     return click.option("--json", "json_", is_flag=True, help="Print JSON instead of tables.")(command)
 
 
+def parse_bytes(text: str) -> int:
+    """Return a number of bytes from a text such as 12G, 500M or 1.5GB; raises InputError for any other."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([KMGT]?)B?", text, re.ASCII | re.IGNORECASE)
+    if found is None:
+        raise InputError(f"--memory {cut(text, _LONGEST)!r}", allowed="a number of bytes, as 12G or 500M")
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
+
+
 def parse_shapes(texts: tuple[str, ...]) -> list[tuple[str | None, tuple[int, ...]]]:
     """Return (name or None, shape) for each --input-shape.
 
     Raises:
         InputError: a text that is no shape.
     """
-    shapes = []
-    for text in texts:
-        name, colon, sizes = text.rpartition(":")
-        try:
-            shape = tuple(int(size) for size in sizes.split(","))
-        except ValueError:
-            shape = ()
-        if not shape or any(size < 1 for size in shape) or (colon and not name):
-            raise InputError(f"--input-shape {text!r}", allowed="whole numbers above 0, as 1,3,224,224 or mask:1,128")
-        shapes.append((name or None, shape))
-    return shapes
+    return [_parse_shape(text) for text in texts]
 
 
-def check_output(path: Path, *, force: bool) -> None:
-    """Raise before any work is done if the output could not be written."""
-    if not path.parent.is_dir():
-        raise FileError(f"the folder {path.parent} does not exist", next_step="make it first")
-    if path.is_dir():
-        raise FileError(f"{path} is a folder", next_step="name a file")
-    if path.exists() and not force:
-        raise FileError(f"{path} exists already", next_step="pass --force to overwrite it, or another -o")
+def _parse_shape(text: str) -> tuple[str | None, tuple[int, ...]]:
+    name, colon, sizes = text.rpartition(":")
+    try:
+        shape = tuple(int(size) for size in sizes.split(","))
+    except ValueError:
+        shape = ()
+    if not 0 < len(shape) <= _MOST_AXES or any(not 0 < size < 2**63 for size in shape) or (colon and not name):
+        allowed = f"1 to {_MOST_AXES} whole numbers above 0, as 1,3,224,224 or mask:1,128"
+        raise InputError(f"--input-shape {cut(text, _LONGEST)!r}", allowed=allowed)
+    return name or None, shape
 
 
 def default_output(model: Path, suffix: str) -> Path:
-    """Return model.<suffix> beside the model, without its own suffixes."""
-    return model.with_name(f"{model.stem}.{suffix}")
+    """Return model.<suffix> beside the model, without its own suffixes; raises FileError where it can be no file."""
+    if not model.name:
+        raise FileError(f"{model}: is a folder", allowed="a model file")
+    name = f"{model.stem}.{suffix}"
+    return model.beside(name) if isinstance(model, TypedPath) else model.with_name(name)
 
 
 def open_program(
-    path: Path, *, input_shapes: tuple[str, ...], factory: str | None, trust: bool, seed: int
+    path: Path, *, input_shapes: tuple[str, ...], factory: str | None, trust: bool, memory: int | None, seed: int
 ) -> tuple[ExportedProgram, tuple[tuple[Any, ...], dict[str, Any]]]:
     """Return MODEL as an exported program, and the inputs to run it on.
 
@@ -103,7 +120,8 @@ def open_program(
     from surgery.loading import load
 
     shapes = parse_shapes(input_shapes)
-    loaded = load(path, trust=trust, model=factory, example_inputs=_random(shapes, {}, seed)[0] or None)
+    samples = _random(shapes, {}, seed)[0] or None
+    loaded = load(path, trust=trust, model=factory, example_inputs=samples, memory=memory)
     if isinstance(loaded, ExportedProgram):
         inputs = _fill(loaded, shapes, seed) if shapes else program_inputs(loaded, seed=seed)
         return loaded, inputs
@@ -123,25 +141,33 @@ def load_function(name: str) -> Callable[[Any], float]:
     allowed = "module:function, as metrics:accuracy for accuracy(module) in metrics.py"
     if not module or not attribute:
         raise InputError(f"--eval {name!r}", allowed=allowed)
-    sys.path.insert(0, os.getcwd())
     try:
-        found: Any = importlib.import_module(module)
+        found: Any = _import(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except Exception as error:  # importing runs the user's own code
-        raise InputError(f"--eval {name!r}: {type(error).__name__}: {error}", allowed=allowed) from error
-    finally:
-        sys.path.remove(os.getcwd())
+    except (Exception, SystemExit) as error:  # importing runs the user's own code
+        raise InputError(f"--eval {name!r}: {type(error).__name__}: {first_line(error)}", allowed=allowed) from error
     if not callable(found):
         raise InputError(f"--eval {name!r} is a {type(found).__name__}", allowed=allowed)
     function: Callable[[Any], float] = found
     return function
 
 
+def _import(module: str) -> ModuleType:
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        return importlib.import_module(module)
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(here)
+
+
 def _fill(
     program: ExportedProgram, shapes: list[tuple[str | None, tuple[int, ...]]], seed: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return random inputs of the given shapes in the places and dtypes of the program's own."""
+    from torch import Tensor
     from torch.utils import _pytree as pytree
 
     from surgery.inputs import program_inputs, random_tensor
@@ -151,8 +177,10 @@ def _fill(
     wanted = {name or names[i] if i < len(names) else name: shape for i, (name, shape) in enumerate(shapes)}
     if unknown := [name for name in wanted if name not in names]:
         raise InputError(f"the program has no input {unknown[0]}", allowed=", ".join(names))
-    for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+    for i, (name, leaf) in enumerate(zip(names, leaves, strict=False)):
         if name in wanted:
+            if not isinstance(leaf, Tensor):
+                raise InputError(f"--input-shape for {name}, which is no tensor", allowed="inputs that are tensors")
             leaves[i] = random_tensor(wanted[name], leaf.dtype, seed=seed + i, name=name)
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     return args, kwargs

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import as_json, check_output, default_output, load_function, model_options, open_program
+from surgery.cli.names import FILE
+from surgery.cli.options import as_json, default_output, load_function, model_options, open_program
 from surgery.errors import InputError
+from surgery.outputs import check_outputs
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -18,12 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["bisect", "plan", "report"]
 
-_FILE = click.Path(path_type=Path)
-
 
 @click.command()
-@click.argument("model", type=_FILE)
-@click.option("-o", "--output", type=_FILE, help="The page.  [default: MODEL.report.html beside MODEL]")
+@click.argument("model", type=FILE)
+@click.option("-o", "--output", type=FILE, help="The page.  [default: MODEL.report.html beside MODEL]")
 @click.option("--force", is_flag=True, help="Overwrite a file that exists.")
 @as_json
 def report(model: Path, output: Path | None, force: bool, json_: bool) -> None:
@@ -33,7 +32,7 @@ def report(model: Path, output: Path | None, force: bool, json_: bool) -> None:
 
     target = None if json_ and output is None else output or default_output(model, "report.html")
     if target is not None:
-        check_output(target, force=force)
+        check_outputs([target], [model], force=force)
     found = _read_report(model)
     if target is None:
         render(found)  # nothing is passed on that a page could not show
@@ -42,7 +41,7 @@ def report(model: Path, output: Path | None, force: bool, json_: bool) -> None:
     if json_:
         show.print_json(found)
     else:
-        click.echo(f"wrote {target}")
+        show.say(f"wrote {target}")
 
 
 def _read_report(model: Path) -> dict[str, Any]:
@@ -70,8 +69,8 @@ def plan() -> None:
 
 
 @plan.command()
-@click.argument("a", type=_FILE)
-@click.argument("b", type=_FILE)
+@click.argument("a", type=FILE)
+@click.argument("b", type=FILE)
 @as_json
 def diff(a: Path, b: Path, json_: bool) -> None:
     """Show each site on which the plans A and B differ."""
@@ -82,13 +81,14 @@ def diff(a: Path, b: Path, json_: bool) -> None:
     if json_:
         show.print_json({"equal": not lines, "differences": lines})
     else:
-        click.echo("\n".join(lines) or "the plans are equal")
+        for line in lines or ["the plans are equal"]:
+            show.say(line, indent="  ")
 
 
 @click.command()
-@click.argument("model", type=_FILE)
-@click.argument("decomposed", type=_FILE, required=False)
-@click.option("--plan", "plan_file", type=_FILE, help="Carry out this plan file on MODEL, instead of DECOMPOSED.")
+@click.argument("model", type=FILE)
+@click.argument("decomposed", type=FILE, required=False)
+@click.option("--plan", "plan_file", type=FILE, help="Carry out this plan file on MODEL, instead of DECOMPOSED.")
 @click.option("--eval", "metric", required=True, metavar="MODULE:FUNCTION", help="The metric; higher is better.")
 @click.option(
     "--least",
@@ -123,7 +123,7 @@ def bisect(
     if json_:
         show.print_json(_bisection_json(found))
     else:
-        _print_bisection(found)
+        show.bisection_tables(found)
 
 
 def _second(
@@ -149,25 +149,3 @@ def _bisection_json(found: Bisection) -> dict[str, Any]:
     from dataclasses import asdict
 
     return asdict(found) | {"loss": found.loss}
-
-
-def _print_bisection(found: Bisection) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    if found.blames:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for i, name in enumerate(("sites", "gain when dense again", "share of the loss")):
-            table.add_column(name, justify="right" if i else "left", overflow="fold")
-        for blame in found.blames:
-            table.add_row(", ".join(blame.sites), f"{blame.gain:+.4g}", f"{100 * blame.gain / found.loss:.0f} %")
-        console.print(table, markup=False)
-    for skip in found.skips:
-        console.print(f"not tried: {skip.name}: {skip.reason}", markup=False)
-    console.print(f"metric {found.original:.6g} -> {found.decomposed:.6g}, {found.evaluations} evaluations")
-    if found.blames:
-        worst = found.blames[0].sites[0]
-        console.print(f"to undo a site: surgery decompose MODEL --plan PLAN --exclude {worst}", markup=False)
-    else:
-        console.print("decomposing has cost nothing of the metric")

@@ -1,33 +1,45 @@
-"""What the commands print: rich tables for people, JSON for programs."""
+"""What the commands print: tables and lines for people, JSON for programs.
+
+Texts from outside (names, reasons, paths, what libraries say) are printed by ``say``, ``table`` and ``reasons`` alone,
+which escape them. On a terminal no line is wider than it is; elsewhere nothing is cut or broken.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
+import shlex
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from surgery.leftover import left_alone
 from surgery.sites import Skip
-from surgery.text import change, count, rank_text, seconds
+from surgery.tables import layout
+from surgery.text import change, count, rank_text, seconds, shown, wrap
 
 if TYPE_CHECKING:
     from surgery.benchmark import Timing
     from surgery.comparison import Difference
     from surgery.export import ExportReport
     from surgery.graphs import Found
+    from surgery.passes.bisect import Bisection
     from surgery.passes.decompose import DecomposeResult
     from surgery.passes.recompose import RecomposeResult
 
 __all__ = [
     "STEPS",
+    "bisection_tables",
     "decompose_tables",
     "difference_tables",
     "export_json",
@@ -36,8 +48,11 @@ __all__ = [
     "found_tables",
     "print_json",
     "progress",
+    "reasons",
     "recompose_json",
     "recompose_tables",
+    "say",
+    "table",
     "timing_tables",
 ]
 
@@ -59,21 +74,91 @@ STEPS = {
 }
 
 
-def _console() -> Console:
-    """Return a console on standard output; as wide as the terminal, and wide where there is none to wrap for."""
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+_MANY = 12  # names for one reason, of which a terminal shows no more
+# a number, or some as 9,1, that stands for itself, not in a name
+_NUMBER = re.compile(r"""(?<![\w.'"-])\d+(?:\.\d+)?(?:,\d+)*""")
+
+
+def _columns() -> int | None:
+    """Return how wide the terminal is that standard output goes to; None where it goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else None
+
+
+def _write(line: str, *, bold: bool = False) -> None:
+    """Write a line that is escaped already; what the encoding of the stream lacks is escaped as well."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    said = line.encode(encoding, "backslashreplace").decode(encoding)
+    click.echo(click.style(said, bold=True) if bold and os.environ.get("TERM") != "dumb" else said)
+
+
+def say(text: str = "", *, indent: str = "", bold: bool = False) -> None:
+    """Print a text as one line, or as several of whole words on a terminal; all but the first are indented."""
+    for line in wrap(shown(text), _columns(), indent):
+        _write(line, bold=bold)
+
+
+def table(title: str, rows: Sequence[Sequence[str]], *, words: int = 1) -> None:
+    """Print a table of which the first row has the headings, and the first ``words`` columns texts."""
+    if title:
+        say(title, bold=True)
+    head, body = layout(rows, words=words, columns=_columns())
+    for line in head:
+        _write(line, bold=True)
+    for line in body:
+        _write(line)
+
+
+def reasons(title: str, places: Iterable[tuple[str, str, str, int]]) -> None:
+    """Print each reason, and beneath it the places that have it: (name, operator, reason, MACs), 0 for not known.
+
+    Reasons that differ in numbers alone are one reason, with the smallest and the largest number.
+    """
+    groups: dict[str, list[tuple[str, str, str, int]]] = defaultdict(list)
+    for place in places:
+        groups[_NUMBER.sub("#", place[2])].append(place)
+    if not groups:
+        return
+    say()
+    say(title, bold=True)
+    for group in groups.values():
+        macs = sum(place[3] for place in group)
+        facts = [f"{len(group)} places"] * (len(group) > 1) + [f"{count(macs)} MACs"] * bool(macs)
+        say(_in_common([place[2] for place in group]) + f" ({', '.join(facts)})" * bool(facts), indent="  ")
+        names = [f"{name} ({operator})" if operator else name for name, operator, *_ in group]
+        if _columns() is not None and len(names) > _MANY:
+            names[_MANY:] = [f"and {len(names) - _MANY} more"]
+        say(f"    {', '.join(names)}", indent="    ")
+
+
+def _in_common(alike: Sequence[str]) -> str:
+    """Return reasons that differ in numbers alone as one.
+
+    >>> _in_common(["rank 30 is above its full rank 10", "rank 30 is above its full rank 9,1"])
+    'rank 30 is above its full rank 9,1 to 10'
+    """
+    numbers = (sorted(set(each), key=_size_of) for each in zip(*map(_NUMBER.findall, alike), strict=True))
+    ranges = (each[0] if len(each) == 1 else f"{each[0]} to {each[-1]}" for each in numbers)
+    return _NUMBER.sub(lambda _: next(ranges), alike[0])
+
+
+def _size_of(number: str) -> tuple[float, ...]:
+    return tuple(map(float, number.split(",")))
+
+
+def _skips(title: str, skips: Iterable[Skip]) -> None:
+    reasons(title, ((skip.name, skip.operator, skip.reason, skip.macs) for skip in skips))
 
 
 def print_json(data: Any) -> None:
     """Print JSON to standard output."""
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+    click.echo(json.dumps(data, indent=2))
 
 
 @contextlib.contextmanager
 def progress(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """Show a bar for each step on standard error while it works; nothing afterwards, or where it is no terminal."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bars:
         tasks: dict[str, Any] = {}
 
@@ -81,29 +166,14 @@ def progress(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]
             if step not in tasks:
                 for task in tasks.values():
                     bars.update(task, visible=False)
-                tasks[step] = bars.add_task(STEPS.get(step, step))
+                tasks[step] = bars.add_task(STEPS.get(step) or shown(step))
             bars.update(tasks[step], completed=done, total=total)
 
         yield report
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
-    for i, name in enumerate(columns):
-        words = i == 0 or name in ("operator", "method", "reason", "verdict")
-        table.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=i == 0)
-    return table
-
-
 def _shape(shape: Any) -> str:
     return "x".join(map(str, shape)) or "scalar"
-
-
-def _skips_table(skips: tuple[Skip, ...]) -> Table:
-    table = _table("Left alone", "name", "operator", "reason")
-    for skip in skips:
-        table.add_row(skip.name, skip.operator, skip.reason)
-    return table
 
 
 def found_json(found: Found) -> dict[str, Any]:
@@ -128,22 +198,21 @@ def found_json(found: Found) -> dict[str, Any]:
 
 def found_tables(path: Path, found: Found) -> None:
     """Print the sites, skips and totals of a model."""
-    console = _console()
     if (left := left_alone(found.skips, found.totals.macs, exported=_is_program(path))) is not None:
-        console.print(left, markup=False)
-    columns = ("name", "operator", "weight", "input", "calls", "parameters", "MACs", "share of MACs")
-    table = _table(f"Sites of {path}", *columns)
+        say(left)
+    sites = [spot.site for spot in found.spots]
+    calls = any(site.calls != 1 for site in sites)
+    rows = [["name", "operator", "weight", "input", *["calls"] * calls, "parameters", "MACs", "share of MACs"]]
     total = found.totals.macs or 1
-    for site in (spot.site for spot in found.spots):
-        shapes = (_shape(site.operator.weight.shape), _shape(site.input_shape))
-        costs = (str(site.calls), count(site.parameters), count(site.macs), f"{100 * site.macs / total:.1f} %")
-        table.add_row(site.name, site.description, *shapes, *costs)
-    console.print(table)
-    if found.skips:
-        console.print()
-        console.print(_skips_table(found.skips))
-    console.print(
-        f"\n{len(found.spots)} sites, {len(found.skips)} left alone; "
+    for site in sites:
+        shapes = (_shape(site.operator.weight.shape), _shape(site.input_shape), *[str(site.calls)] * calls)
+        costs = (count(site.parameters), count(site.macs), f"{100 * site.macs / total:.1f} %")
+        rows.append([site.name, site.description, *shapes, *costs])
+    table(f"Sites of {path}", rows, words=2)
+    _skips("Left alone", found.skips)
+    say()
+    say(
+        f"{len(found.spots)} sites, {len(found.skips)} left alone; "
         f"{count(found.totals.parameters)} parameters and {count(found.totals.macs)} MACs in all"
     )
 
@@ -157,28 +226,30 @@ def _size(path: Path | None) -> int | None:
 
 
 def decompose_tables(files: tuple[Path, Path | None], result: DecomposeResult, timing: Timing | str | None) -> None:
-    """Print a row for each site, then the model before and after, then the verdict."""
-    console = _console()
+    """Print a row for each site that was factored, the reasons for the others, the whole model, then the verdict."""
     if (left := left_alone(result.skips, result.before.macs, exported=_is_program(files[0]))) is not None:
-        console.print(left, markup=False)
-    table = _table("Sites", "site", "operator", "method", "rank", "weight error", "MACs", "latency", "reason")
+        say(left)
+    timed = any(c.latency is not None for c in result.changes)
+    rows = [["site", "operator", "method", "rank", "weight error", "MACs", *["latency"] * timed]]
     for c in result.changes:
         error = "-" if c.error is None else f"{c.error:.3g}"
         macs = f"{count(c.dense_macs)} -> {count(c.macs)}"
         latency = "-" if c.latency is None else f"{seconds(c.dense_latency)} -> {seconds(c.latency)}"
-        table.add_row(c.site, c.operator, c.factorization, rank_text(c.rank), error, macs, latency, c.note)
-    for skip in result.skips:
-        table.add_row(skip.name, skip.operator, "dense", "-", "-", count(skip.macs), "-", skip.reason)
-    console.print(table)
-    console.print()
-    console.print(_totals_table(files, result, timing))
-    console.print()
+        rows.append([c.site, c.operator, c.factorization, rank_text(c.rank), error, macs, *[latency] * timed])
+    if result.changes:
+        table("Factored", rows, words=3)
+    reasons("Notes", ((c.site, "", c.note, 0) for c in result.changes if c.note))
+    _skips("Left alone", result.skips)
+    say()
+    table("Model", _totals(files, result, timing))
+    say()
     for line in _verdict(files[1], result, timing):
-        console.print(line)
+        say(line)
 
 
-def _totals_table(files: tuple[Path, Path | None], result: DecomposeResult, timing: Timing | str | None) -> Table:
-    table = _table("Model", "", "before", "after", "change")
+def _totals(
+    files: tuple[Path, Path | None], result: DecomposeResult, timing: Timing | str | None
+) -> list[tuple[str, ...]]:
     rows: list[tuple[str, float | None, float | None, Callable[[Any], str]]] = [
         ("parameters", result.before.parameters, result.after.parameters, count),
         ("MACs", result.before.macs, result.after.macs, count),
@@ -187,9 +258,8 @@ def _totals_table(files: tuple[Path, Path | None], result: DecomposeResult, timi
         rows.append(("file size (bytes)", _size(files[0]), _size(files[1]), count))
     if timing is not None and not isinstance(timing, str):
         rows.append(("latency", timing.models[0].median_s, timing.models[1].median_s, seconds))
-    for name, before, after, say in rows:
-        table.add_row(name, say(before), say(after), change(before, after))
-    return table
+    told = [(name, put(before), put(after), change(before, after)) for name, before, after, put in rows]
+    return [("", "before", "after", "change"), *told]
 
 
 def _verdict(output: Path | None, result: DecomposeResult, timing: Timing | str | None) -> Iterator[str]:
@@ -233,21 +303,19 @@ def recompose_json(files: tuple[Path, Path], result: RecomposeResult) -> dict[st
 
 def recompose_tables(files: tuple[Path, Path, Path | None], result: RecomposeResult) -> None:
     """Print each fused chain and each refusal, and the files."""
-    console = _console()
-    table = _table("Fused", "site", "operator", "parts", "parameters before", "after")
+    rows = [["site", "operator", "parts", "parameters before", "after"]]
     for c in result.changes:
-        table.add_row(c.site, c.operator, str(len(c.parts)), count(c.parameters_before), count(c.parameters))
-    console.print(table)
-    for c in result.changes:
-        if c.note:
-            console.print(f"note: {c.site}: {c.note}")
-    if result.skips:
-        console.print()
-        console.print(_skips_table(result.skips))
-    console.print(f"\n{len(result.changes)} chains fused, {len(result.skips)} refused")
+        rows.append([c.site, c.operator, str(len(c.parts)), count(c.parameters_before), count(c.parameters)])
+    if result.changes:
+        table("Fused", rows, words=2)
+    reasons("Notes", ((c.site, "", c.note, 0) for c in result.changes if c.note))
+    _skips("Left alone", result.skips)
+    say()
+    fused = len(result.changes)
+    say(f"{fused} {'chain' if fused == 1 else 'chains'} fused, {len(result.skips)} refused")
     for path in files[1:]:
         if path is not None:
-            console.print(f"wrote {path}")
+            say(f"wrote {path}")
 
 
 def export_json(report: ExportReport) -> dict[str, Any]:
@@ -257,32 +325,43 @@ def export_json(report: ExportReport) -> dict[str, Any]:
 
 def export_lines(report: ExportReport) -> None:
     """Print what was written and how far onnxruntime is from PyTorch."""
-    console = _console()
     dynamic = ", dynamic sizes kept" if report.dynamic else ""
-    console.print(f"wrote {report.path} ({count(report.size)}B, opset {report.opset}{dynamic})")
-    console.print(f"inputs: {', '.join(report.inputs)}", markup=False)
-    console.print(
-        f"onnxruntime against PyTorch: relative error {report.relative_error:.2e}, largest {report.max_abs_error:.2e}"
-    )
+    say(f"wrote {report.path} ({count(report.size)}B, opset {report.opset}{dynamic})")
+    say(f"inputs: {', '.join(report.inputs)}")
+    say(f"onnxruntime against PyTorch: relative error {report.relative_error:.2e}, largest {report.max_abs_error:.2e}")
 
 
 def timing_tables(timing: Timing) -> None:
     """Print the latency of each model, each comparison, and where it was measured."""
-    console = _console()
-    table = _table("Latency", "model", "median", "p90", "spread", "runs", "speed-up", "95 % interval", "verdict")
+    rows = [["model", "median", "p90", "spread", "runs", "speed-up", "95 % interval", "verdict"]]
     for m, c in zip(timing.models, (None, *timing.comparisons), strict=True):
-        compared = () if c is None else (f"{c.speedup:.2f}x", f"{c.low:.2f} to {c.high:.2f}", c.verdict)
-        spread = f"{100 * m.spread:.1f} %"
-        table.add_row(m.path, seconds(m.median_s), seconds(m.p90_s), spread, str(m.runs), *compared)
-    console.print(table)
-    console.print(f"\n{_where(timing)}; spread is the interquartile range over the median")
+        compared = ("", "", "") if c is None else (f"{c.speedup:.2f}x", f"{c.low:.2f} to {c.high:.2f}", c.verdict)
+        rows.append([m.path, seconds(m.median_s), seconds(m.p90_s), f"{100 * m.spread:.1f} %", str(m.runs), *compared])
+    table("Latency", rows if timing.comparisons else [row[:5] for row in rows])
+    say()
+    say(f"{_where(timing)}; spread is the interquartile range over the median")
 
 
 def difference_tables(files: tuple[Path, Path], difference: Difference) -> None:
     """Print the differences of each output."""
-    console = _console()
-    title = f"Outputs of {files[1]} against {files[0]}"
-    table = _table(title, "output", "shape", "largest difference", "relative error")
+    rows = [["output", "shape", "largest difference", "relative error"]]
     for output in difference.outputs:
-        table.add_row(output.name or "output", _shape(output.shape), f"{output.max_abs:.3e}", f"{output.relative:.3e}")
-    console.print(table)
+        rows.append([output.name or "output", _shape(output.shape), f"{output.max_abs:.3e}", f"{output.relative:.3e}"])
+    table(f"Outputs of {files[1]} against {files[0]}", rows)
+
+
+def bisection_tables(found: Bisection) -> None:
+    """Print who is to blame, what could not be tried, and the metric of both models."""
+    rows = [["sites", "gain when dense again", "share of the loss"]]
+    for blame in found.blames:
+        rows.append([", ".join(blame.sites), f"{blame.gain:+.4g}", f"{100 * blame.gain / found.loss:.0f} %"])
+    if found.blames:
+        table("", rows)
+    _skips("Not tried", found.skips)
+    say()
+    say(f"metric {found.original:.6g} -> {found.decomposed:.6g}, {found.evaluations} evaluations")
+    if found.blames:
+        site = shlex.quote(found.blames[0].sites[0])
+        say(f"to undo a site: surgery decompose MODEL --plan PLAN --exclude {site}")
+    else:
+        say("decomposing has cost nothing of the metric")

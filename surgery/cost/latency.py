@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import platform
 import sqlite3
-import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -43,13 +41,21 @@ from surgery.cost.timing import (
     open_session,
     physical_cores,
 )
+from surgery.errors import FileError
+from surgery.files import check_regular, shown_path
 from surgery.operators import Conv, Geometry, Operator, Shape
+from surgery.scratch import scratch_folder
 from surgery.steps import Branches, Shift, Step
+from surgery.text import first_line
 
 __all__ = ["Comparison", "Latencies", "Seconds", "cache_path", "channel_multiple", "cpu_name"]
 
 _PROTOCOL = 2  # raise it whenever the way of measuring changes: stored latencies are then measured anew
 _CPU_FIELDS = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")
+_LEAST, _MOST = 1e-12, 1e12  # of seconds, and of ratios of them: what is stored may be from anywhere
+_LONGEST = 1 << 20  # bytes of a value, or of a key
+_WAIT = 2.0  # seconds for another process that writes
+_STEPS = 100_000  # of SQLite's machine: one of our statements takes a few dozen
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
 
@@ -196,7 +202,7 @@ class Seconds:
 def _is_sensible(name: str, value: Any) -> bool:
     if name == "verdict":
         return value in VERDICTS
-    return isinstance(value, float) and math.isfinite(value) and value > 0
+    return isinstance(value, float) and _LEAST <= value <= _MOST
 
 
 def _described(shape: Shape, *operators: Operator | Chain) -> dict[str, Any]:
@@ -231,7 +237,7 @@ class _Store:
         rows = self._execute("SELECT fields FROM latencies WHERE key = ?", (key,))
         try:
             found = json.loads(rows[0][0]) if rows else None
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
 
@@ -243,23 +249,42 @@ class _Store:
             return []
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(self._path, timeout=10, isolation_level=None)) as connection:
+            if os.path.lexists(self._path):
+                check_regular(self._path)
+            with closing(sqlite3.connect(self._path, timeout=_WAIT, isolation_level=None)) as connection:
+                _bound(connection)
                 connection.execute("CREATE TABLE IF NOT EXISTS latencies (key TEXT PRIMARY KEY, fields TEXT)")
-                return connection.execute(statement, values).fetchall()
-        except (sqlite3.Error, OSError) as error:
-            _log.warning("the latency cache %s cannot be used (%s); measuring without it", self._path, error)
+                return connection.execute(statement, values).fetchmany(1)
+        except (sqlite3.Error, OSError, FileError) as error:
+            _warn(f"the latency cache {shown_path(self._path)} cannot be used ({first_line(error)})")
             self._path = None
             return []
 
 
+def _bound(connection: sqlite3.Connection) -> None:
+    """Bound what a file's own views and triggers can do, in steps and memory."""
+    connection.set_progress_handler(lambda: True, _STEPS)  # true: no further
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
+
+
+@cache
+def _warn(what: str) -> None:
+    _log.warning("%s; measuring without it", what)
+
+
 def cache_path() -> Path | None:
-    """Return the file of stored latencies, or None if ``SURGERY_CACHE`` is ``off``."""
+    """Return the file of stored latencies; None if ``SURGERY_CACHE`` is ``off``, or there is no home to have it in."""
     chosen = os.environ.get("SURGERY_CACHE", "")
     if chosen.lower() == "off":
         return None
     base = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()
-    return (Path(chosen).expanduser() if chosen else folder / "surgery") / "latencies.sqlite3"
+    folder = Path(chosen or (base if os.path.isabs(base) else "~/.cache"))
+    try:
+        folder = folder.expanduser()
+    except RuntimeError:
+        _warn(f"there is no home folder for the latency cache, {shown_path(folder)} (SURGERY_CACHE names another)")
+        return None
+    return (folder if chosen else folder / "surgery") / "latencies.sqlite3"
 
 
 @cache
@@ -282,16 +307,24 @@ def channel_multiple() -> int:
 
     onnxruntime asks MLAS (``MlasNchwcGetBlockSize``): 16 with AVX-512, 8 with other vector units of x86-64, 16 with
     NEON in recent versions. So it is not guessed: onnxruntime optimises a convolution to one channel, and its filter
-    comes back padded to a whole block. Where there is no blocked convolution, 16 with AVX-512, otherwise 8.
+    comes back padded to a whole block. Where there is no blocked convolution, or no room for a temporary file, 16 with
+    AVX-512, otherwise 8.
     """
-    one = Conv(torch.ones(1, 64, 3, 3), geometry=Geometry.pointwise(2))
-    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        file = Path(folder) / "optimised.onnx"
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.optimized_model_filepath = str(file)
-        ort.InferenceSession(build_model(one, (1, 64, 3, 3)), options, providers=["CPUExecutionProvider"])
-        graph = onnx.load(file).graph
-    if any(node.domain == "com.microsoft.nchwc" for node in graph.node):
+    graph = _optimised(build_model(Conv(torch.ones(1, 64, 3, 3), geometry=Geometry.pointwise(2)), (1, 64, 3, 3)))
+    if graph is not None and any(node.domain == "com.microsoft.nchwc" for node in graph.node):
         return max(int(weight.dims[0]) for weight in graph.initializer)
     return 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+
+
+def _optimised(model: bytes) -> onnx.GraphProto | None:
+    """Return the graph that onnxruntime makes of a model; None where there is no room for the file it needs."""
+    try:
+        with scratch_folder() as folder:
+            file = folder / "optimised.onnx"
+            options = ort.SessionOptions()
+            options.log_severity_level = 4
+            options.optimized_model_filepath = str(file)
+            ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            return onnx.load(file).graph
+    except FileError:
+        return None

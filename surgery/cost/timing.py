@@ -49,6 +49,7 @@ __all__ = [
     "Samples",
     "Speedup",
     "bind",
+    "check_threads",
     "compare_samples",
     "interleave",
     "open_session",
@@ -60,6 +61,7 @@ MARGIN = 0.02  # 96 pairs of equal operators: 89 within this, the worst 4 % apar
 VERDICTS = ("faster", "slower", "no difference")
 _RESAMPLES = 1000
 _MAX_RESAMPLED = 2_000_000  # random indices in one bootstrap: bounds its memory
+_MOST_THREADS = 256  # or as many as there are cores
 _WAITS = "/proc/thread-self/schedstat"  # nanoseconds on a core, and ready without one
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
@@ -221,16 +223,22 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def check_threads(threads: int | None) -> None:
+    """Raise InputError for a number of threads that cannot be had."""
+    most = max(_MOST_THREADS, os.cpu_count() or 1)
+    if threads is not None and not 1 <= threads <= most:
+        raise InputError(f"threads={threads}", allowed=f"1 to {most}")
+
+
 def open_session(model: bytes | str | Path, *, threads: int | None = None, spin: bool = False) -> ort.InferenceSession:
     """Return a session on the CPU, all graph optimisations on, with a stated number of threads.
 
     ``spin`` lets its threads spin between runs, which disturbs other sessions.
 
     Raises:
-        InputError: onnxruntime cannot load the model, or ``threads`` is below 1.
+        InputError: onnxruntime cannot load the model, or there cannot be so many threads.
     """
-    if threads is not None and threads < 1:
-        raise InputError(f"threads={threads}", allowed="1 or more")
+    check_threads(threads)
     options = ort.SessionOptions()
     options.intra_op_num_threads = physical_cores() if threads is None else threads
     options.inter_op_num_threads = 1

@@ -23,6 +23,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, Node
 
 from surgery.archive_operators import PLAIN_OPERATORS, check_operator
+from surgery.archive_rules import check_values
 from surgery.errors import Refusal
 
 __all__ = ["Recipe", "leaves", "read_recipe", "run_recipe", "write_recipe"]
@@ -150,7 +151,10 @@ def run_recipe(
                 made.append(tensors[target])
                 continue
             args, kwargs = _decode(step["args"], made), _decode(step["kwargs"], made)
-            made.append(_callee(op, target, module)(*args, **kwargs))
+            callee = _callee(op, target, module)
+            if op == "call_function" and isinstance(target, str):
+                check_values(target, args, kwargs)
+            made.append(callee(*args, **kwargs))
     value = made[-1]
     if not isinstance(value, Tensor):
         raise TypeError(f"it is a {type(value).__name__}, not a tensor")

@@ -23,7 +23,8 @@ from surgery.graphs.unpacking import packed_parameter
 from surgery.passes.goals import Evaluate, metric_of
 from surgery.passes.recompose import recompose
 from surgery.sites import Skip
-from surgery.text import table
+from surgery.tables import table
+from surgery.text import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,7 +108,11 @@ def _silent(step: str, done: int, total: int) -> None:
 
 
 def _module(model: Model) -> nn.Module:
-    return model.module() if isinstance(model, ExportedProgram) else model
+    try:
+        return model.module() if isinstance(model, ExportedProgram) else model
+    except Exception as error:  # whatever torch makes of odd names
+        what = f"the exported program cannot be made a module: {first_line(error)}"
+        raise InputError(what, next_step="export it again with torch.export.export(model, inputs)") from error
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

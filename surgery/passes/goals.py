@@ -27,7 +27,7 @@ from surgery.comparison import evaluating, run_model
 from surgery.errors import InputError
 from surgery.graphs import Model
 from surgery.graphs.shapes import untouched
-from surgery.text import FAR, first_line
+from surgery.text import FAR, first_line, shown
 
 __all__ = ["TRIALS", "Evaluate", "Goal", "HeldOut", "Promise", "Seen", "drop_of", "metric_of", "scores_of"]
 
@@ -79,9 +79,8 @@ class Promise:
         what = {"max_error": "output error", "max_drop": "drop of the metric", "target_speedup": "speed-up"}[self.kind]
         bound = "at least" if self.kind == "target_speedup" else "at most"
         state = "kept" if self.kept else "NOT KEPT"
-        return (
-            f"{what} {bound} {self.limit:g}: measured {self.measured:.3g}, {state}{'; ' * bool(self.note)}{self.note}"
-        )
+        note = shown(f"; {self.note}") if self.note else ""
+        return f"{what} {bound} {self.limit:g}: measured {self.measured:.3g}, {state}{note}"
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Seen:
 
     def __str__(self) -> str:
         warning = ": the outputs are no longer those of the original" if self.error > FAR else ""
-        return f"output error {self.error:.3g} on {self.what}{warning}"
+        return f"output error {self.error:.3g} on {shown(self.what)}{warning}"
 
 
 class HeldOut:

@@ -12,7 +12,8 @@ from surgery.graphs.unpacking import check_inplace
 from surgery.inputs import normalise_inputs
 from surgery.pretrained import note_record
 from surgery.sites import Skip, describe
-from surgery.text import change, count, table
+from surgery.tables import table
+from surgery.text import change, count, shown
 
 __all__ = ["Fusion", "RecomposeResult", "recompose"]
 
@@ -50,7 +51,7 @@ class RecomposeResult:
         head = f"RecomposeResult: {len(self.changes)} chains fused, {len(self.skips)} refused"
         notes = [f"note: {c.site}: {c.note}" for c in self.changes if c.note]
         refused = [f"refused: {skip.name}: {skip.reason}" for skip in self.skips]
-        return "\n".join([head, *([table(rows)] if self.changes else []), *notes, *refused])
+        return "\n".join([head, *([table(rows)] if self.changes else []), *map(shown, [*notes, *refused])])
 
 
 @only_own_errors

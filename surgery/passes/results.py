@@ -12,7 +12,8 @@ from surgery.leftover import left_alone
 from surgery.passes.goals import Promise, Seen
 from surgery.plans import Plan
 from surgery.sites import Skip, Totals
-from surgery.text import change, count, rank_text, table
+from surgery.tables import table
+from surgery.text import change, count, rank_text, shown
 
 __all__ = ["Change", "DecomposeResult", "Search"]
 
@@ -97,4 +98,5 @@ class DecomposeResult:
         notes = [f"note: {c.site}: {c.note}" for c in self.changes if c.note]
         skips = [f"left alone: {skip.name}: {skip.reason}" for skip in self.skips]
         promised = [str(said) for said in (self.promise, self.seen) if said is not None]
-        return "\n".join([*first, head, *promised, *([table(rows)] if self.changes else []), *notes, *skips])
+        made = [table(rows)] if self.changes else []
+        return "\n".join([*map(shown, [*first, head, *promised]), *made, *map(shown, [*notes, *skips])])

@@ -1,17 +1,17 @@
 """Elements of HTML and SVG in which every text is escaped: only what ``tag`` returns is markup.
 
-Names come from files of strangers. Characters that control a page or the direction of its text become U+FFFD.
+Names come from files of strangers. Characters that control a page or the direction of its text are shown as escapes.
 """
 
 from __future__ import annotations
 
 import html
-import unicodedata
 from collections.abc import Sequence
 
-__all__ = ["Markup", "clean", "dotted", "join", "note", "section", "shorten", "table", "tag"]
+from surgery.text import cut, shown
 
-_UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn"}
+__all__ = ["Markup", "dotted", "join", "note", "section", "shorten", "table", "tag"]
+
 _EMPTY = {"br", "meta", "line", "rect", "circle", "polyline", "wbr"}
 
 
@@ -19,16 +19,9 @@ class Markup(str):
     """Text that is markup already."""
 
 
-def clean(text: str) -> str:
-    """Return a text without control characters, lone surrogates and marks of direction."""
-    return "".join("\ufffd" if unicodedata.category(c) in _UNSAFE and c not in "\n\t" else c for c in text)
-
-
 def shorten(text: str, length: int) -> str:
-    """Return a text of at most so many characters, cut after its first third: names differ at their ends."""
-    said = clean(text)
-    first = length // 3
-    return said if len(said) <= length else f"{said[:first]}\u2026{said[first + 1 - length :]}"
+    """Return a text of at most so many characters, cut in the middle."""
+    return cut(shown(text), length)
 
 
 def dotted(name: str) -> Markup:
@@ -77,4 +70,4 @@ def _attribute(key: str) -> str:
 
 
 def _text(value: str | float) -> str:
-    return html.escape(clean(value) if isinstance(value, str) else f"{value:.6g}", quote=True)
+    return html.escape(shown(value) if isinstance(value, str) else f"{value:.6g}", quote=True)

@@ -6,8 +6,9 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import IO, Any
+from typing import Any
 
+from surgery.outputs import text_writer, write_atomically
 from surgery.report.content import Content, Left, Replaced, read_content
 from surgery.report.figures import places, possible
 from surgery.report.markup import Markup, dotted, join, note, section, table, tag
@@ -22,7 +23,6 @@ from surgery.report.words import (
     summary,
     title,
 )
-from surgery.saving import write_atomically
 from surgery.text import change, count
 
 __all__ = ["render", "write"]
@@ -37,12 +37,7 @@ def write(report: Mapping[str, Any], path: str | os.PathLike[str], *, force: boo
         InputError: a report with values that cannot be, as one from a damaged file.
         FileError: the file cannot be written, or exists and ``force`` is False.
     """
-    page = render(report).encode()
-
-    def fill(file: IO[bytes]) -> None:
-        file.write(page)
-
-    write_atomically(path, fill, force=force)
+    write_atomically(path, text_writer(render(report)), force=force)
 
 
 def render(report: Mapping[str, Any]) -> str:

@@ -8,8 +8,9 @@ shorter side of an unfolding is never larger than the weight.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from surgery.errors import InputError
@@ -19,6 +20,12 @@ __all__ = ["available_memory", "check_memory", "estimate"]
 _COPIES = {"svd": 5, "spatial": 5, "depthwise": 5, "tucker": 6, "cp": 6, "tt": 5, "tr": 6}
 _SQUARES = 4
 _MEMINFO = Path("/proc/meminfo")
+_PAGES = Path("/proc/self/statm")
+_GROUP = Path("/sys/fs/cgroup")
+_CONTAINERS = (
+    (_GROUP / "memory.max", _GROUP / "memory.current"),
+    (_GROUP / "memory" / "memory.limit_in_bytes", _GROUP / "memory" / "memory.usage_in_bytes"),
+)
 
 
 def estimate(method: str, kernel: Sequence[int], itemsize: int) -> int:
@@ -39,13 +46,41 @@ def estimate(method: str, kernel: Sequence[int], itemsize: int) -> int:
 
 
 def available_memory() -> int | None:
-    """Return the bytes that can be had without swapping; None where the system does not say (other than Linux)."""
-    try:
+    """Return the bytes that this process can have without swapping, or None where nothing says (other than Linux).
+
+    That is the least of what is free of the machine, of its container, and of the limit of its own (``ulimit -v``).
+    """
+    found = [*_of_machine(), *_of_container(), *_of_process()]
+    return max(0, min(found)) if found else None
+
+
+def _of_machine() -> Iterator[int]:
+    with contextlib.suppress(OSError):
         lines = _MEMINFO.read_text().splitlines()
-    except OSError:
-        return None
-    kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(kilobytes[0]) * 1024 if kilobytes else None
+        yield from (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def _of_container() -> Iterator[int]:
+    for limit, used in _CONTAINERS:
+        with contextlib.suppress(OSError, ValueError):  # the limit is "max" where there is none
+            yield int(limit.read_text()) - int(used.read_text()) + _cached(used.with_name("memory.stat"))
+
+
+def _cached(statistics: Path) -> int:
+    """What a container holds of files, and would give up: it counts as used."""
+    with contextlib.suppress(OSError, ValueError):
+        found = dict(line.split() for line in statistics.read_text().splitlines())
+        return int(found.get("total_inactive_file", found.get("inactive_file", 0)))
+    return 0
+
+
+def _of_process() -> Iterator[int]:
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # not on every system
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            yield limit - int(_PAGES.read_text().split()[0]) * resource.getpagesize()
 
 
 def check_memory(needed_bytes: int, what: str) -> None:

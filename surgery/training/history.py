@@ -10,7 +10,8 @@ from typing import Any
 
 from surgery.errors import InputError
 from surgery.passes.results import Change
-from surgery.text import rank_text, seconds, table
+from surgery.tables import table
+from surgery.text import rank_text, seconds, shown
 from surgery.training.forecast import Forecast
 
 __all__ = ["EpochRow", "Event", "History"]
@@ -40,7 +41,7 @@ class Event:
         rows = [["site", "method", "rank", "weight error"]]
         rows += [[c.site, c.factorization, rank_text(c.rank), f"{c.error:.3f}"] for c in self.changes]
         formats = ["memory format: channels_last"] if self.channels_last else []
-        return "\n".join([head, *formats, *([table(rows)] if self.changes else []), *self.notes])
+        return "\n".join([shown(head), *formats, *([table(rows)] if self.changes else []), *map(shown, self.notes)])
 
 
 @dataclass(frozen=True)

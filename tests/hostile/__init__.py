@@ -7,8 +7,10 @@ in ``PROVEN``.
 
 from __future__ import annotations
 
+import torch
+
 from tests.hostile import damage, payloads
-from tests.hostile.builder import MODEL, SAMPLES, WEIGHTS, Attack, edited
+from tests.hostile.builder import MODEL, SAMPLES, WEIGHTS, Attack, edited, inputs
 
 ATTACKS: dict[str, Attack] = {
     "pickled weight": payloads.pickled_weight,
@@ -65,7 +67,39 @@ ATTACKS: dict[str, Attack] = {
     "digits bomb": damage.expression_bomb("Float('1.0', precision=1000000000)"),
     "deep expression": damage.expression_bomb("-" * 3000 + "s1"),
     "long expression": damage.expression_bomb("+".join(["s1"] * 100_000)),
+    "maximum bomb": damage.expression_bomb("Max(" + ",".join(f"s{i}+s{i + 1}*s{i + 2}" for i in range(250)) + ")"),
+    "roots bomb": damage.expression_bomb("ceiling(" + "+".join(f"sqrt({i})" for i in range(2, 120)) + ")"),
+    "remainders bomb": damage.expression_bomb("Mod(" * 200 + "s1" + ",s2+1)" * 200),
+    "expression of truth values": damage.expression_bomb("And(Lt(s77,s53),Lt(s53,s77))"),
+    "expression of a tuple": damage.expression_bomb("Tuple(s77,s53)"),
+    "expression of a function": damage.expression_bomb("atan2"),
+    "expression of indices": damage.expression_bomb("ModularIndexing(s77,1,2)"),
+    "expression of unknown sizes": damage.expression_bomb("s12345"),
+    "guard of powers": damage.guard_bomb("(" * 30 + "9" + "**4)" * 30 + " == 1"),
+    "guard of digits": damage.guard_bomb("round(1, -1000000000) == 0"),
+    "guard of text": damage.guard_bomb("'a' * 10000000000 == 'b'"),
+    "guard of an input's text": damage.guard_bomb("L['mode'] * 10000000000 == 'b'"),
+    "guard of a format": damage.guard_bomb("'%10000000000d' % 1 == 'b'"),
+    "guard of sizes": damage.guard_bomb("L['x'].size() * 10000000000 == 1"),
+    "guard of tensors": damage.guard_bomb("L['x'] * L['x'] == 1"),
+    "guard of depth": damage.guard_bomb("not " * 200 + "1 == 2"),
+    "guards without end": damage.guard_bomb(" + ".join(["1"] * 90) + " == 90", 20_000),
+    "wide tensor": damage.wide_tensor,
     "unbacked bomb": damage.unbacked_bomb,
+    "sizes that the graph has not": damage.tensor_meta(sizes=damage._ints(2, 8), strides=damage._ints(8, 1)),
+    "one number as many": damage.tensor_meta(sizes=damage._ints(60000, 60000), strides=damage._ints(0, 0)),
+    "float8 weight": damage.tensor_meta(dtype=29, sizes=damage._ints(16, 4)),
+    "another dtype than the graph has": damage.tensor_meta(dtype=4),
+    "meta weight": damage.tensor_meta(device={"type": "meta", "index": None}),
+    "65 sizes": damage.tensor_meta(sizes=damage._ints(*[1] * 65), strides=damage._ints(*[1] * 65)),
+    "samples are a dict": damage.samples({"x": torch.ones(4, 4)}),
+    "samples are numbers": damage.samples(((1, {"key": 2}, "mode"), {})),
+    "samples are too many": damage.samples(((*inputs(), torch.ones(4, 4)), {})),
+    "samples are too few": damage.samples((inputs()[:1], {})),
+    "samples of another type": damage.samples(((torch.ones(4, 4).long(), *inputs()[1:]), {})),
+    "samples of other sizes": damage.samples(((torch.ones(4, 5), *inputs()[1:]), {})),
+    "samples without data": damage.samples(((torch.ones(4, 4, device="meta"), *inputs()[1:]), {})),
+    "sparse samples": damage.samples(((torch.ones(4, 4).to_sparse(), *inputs()[1:]), {})),
     "huge sizes": damage.tensor_meta(sizes=damage._ints(2**40, 2**20)),
     "negative sizes": damage.tensor_meta(sizes=damage._ints(-4, -4)),
     "symbolic sizes": damage.tensor_meta(sizes=[{"as_expr": {"expr_str": "s1", "hint": None}}]),

@@ -17,6 +17,7 @@ from tests.hostile.builder import (
     Attack,
     edited,
     entries,
+    graph,
     honest,
     pack,
     saved,
@@ -29,6 +30,25 @@ from tests.hostile.builder import (
 
 def expression_bomb(text: str) -> Attack:
     return lambda _: with_expression(text)
+
+
+def guard_bomb(text: str, times: int = 1) -> Attack:
+    return lambda _: with_json(MODEL, lambda parsed: parsed["guards_code"].extend([text] * times))
+
+
+def wide_tensor(_: Path) -> bytes:
+    """Each size is a short sum; their product has 12^8 terms."""
+    size = "Add(" + ",".join(f"Mul(Integer({i}),Symbol('s77',positive=True,integer=True))" for i in range(1, 13)) + ")"
+
+    def change(parsed: Any) -> None:
+        meta = next(iter(graph(parsed)["tensor_values"].values()))
+        meta["sizes"] = meta["strides"] = [{"as_expr": {"expr_str": size, "hint": {"as_int": 4}}}] * 8
+
+    return with_json(MODEL, change)
+
+
+def samples(value: Any) -> Attack:
+    return lambda _: edited({SAMPLES: saved(value)})
 
 
 def unbacked_bomb(_: Path) -> bytes:
