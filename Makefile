@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check
+.PHONY: demo test laws check
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -13,8 +13,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed ## the main job on the network that the repository ships
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.installed ## all tests
+test: $(VENV)/.installed ## all tests, with some of the cases of each law
 	$(BIN)/python -m pytest --numprocesses 2
+
+laws: $(VENV)/.installed ## all tests, with all cases of each law; takes three times as long
+	SURGERY_LAWS=1 $(BIN)/python -m pytest --numprocesses 2
 
 check: $(VENV)/.installed ## lint and types
 	$(BIN)/ruff check .

@@ -1,8 +1,10 @@
-"""One thread, one seed, one Hypothesis profile, and a cache folder of our own."""
+"""One thread, one seed, one Hypothesis profile, a cache folder of our own, and how much of the laws is tried."""
 
 from __future__ import annotations
 
 import os
+import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
@@ -29,3 +31,27 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+_SHARE = 3  # of the cases of a law, one in so many is tried unless its marker says another number
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out most of what crosses all cases with all methods: it is many minutes, and `make laws` has it.
+
+    Each law is tried on other cases, so that each case is tried by some.
+    """
+    if os.environ.get("SURGERY_LAWS"):
+        return
+    laws = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("law"):
+            laws[item.nodeid.partition("[")[0]].append(item)
+    dropped = set()
+    for name, group in laws.items():
+        share = max(mark.args[0] if mark.args else _SHARE for mark in group[0].iter_markers("law"))
+        if len(group) > share:
+            first = zlib.crc32(name.encode()) % share
+            dropped |= {item for i, item in enumerate(group) if i % share != first}
+    config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+    items[:] = [item for item in items if item not in dropped]

@@ -33,8 +33,8 @@ OPTIMA = {"cp": 5e-3}
 
 
 def each(pairs: list[tuple[Case, Factorization]]) -> pytest.MarkDecorator:
-    ids = [f"{case.id}-{method.name}" for case, method in pairs]
-    return pytest.mark.parametrize(("case", "method"), pairs, ids=ids)
+    rows = [pytest.param(case, method, id=f"{case.id}-{method.name}", marks=pytest.mark.law) for case, method in pairs]
+    return pytest.mark.parametrize(("case", "method"), rows)
 
 
 def halved(ranks: Ranks) -> Ranks:

@@ -18,6 +18,7 @@ from surgery.errors import InputError, Refusal
 from surgery.factorizations import FACTORIZATIONS, Factorization, Ranks
 from surgery.operators import Conv, Embedding, Linear, Operator
 from tests.cases import CASES, Case
+from tests.test_algebra import each
 from tests.tolerances import assert_close, reduction, tolerance
 
 ALL = 10**9
@@ -80,7 +81,7 @@ def test_moments_say_what_the_operator_puts_out(case: Case) -> None:
     assert_close(second, by_group.mT @ by_group / len(y), allowed)
 
 
-@pytest.mark.parametrize(("case", "method"), FITS, ids=[f"{case.id}-{method.name}" for case, method in FITS])
+@each(FITS)
 def test_factors_are_never_worse_on_the_data_than_plain_ones(case: Case, method: Factorization) -> None:
     operator, moments, ranks = case.operator, moments_of(case), halved(method.max_ranks(case.operator))
     plain, fitted = method.factor(operator, ranks), fit(method, operator, ranks, moments)

@@ -239,8 +239,10 @@ WEIGHTS = {
 CASES = BIASES | WEIGHTS
 KINDS = [kind for kind in GRAPH_KINDS if kind != "module"]
 PAIRS = [(name, kind) for name in CASES for kind in KINDS if kind != "graph" or CASES[name].traced]
-every_graph = pytest.mark.parametrize(("name", "kind"), PAIRS, ids=[f"{name}-{kind}" for name, kind in PAIRS])
-every_program = pytest.mark.parametrize("name", CASES)
+every_graph = pytest.mark.parametrize(
+    ("name", "kind"), [pytest.param(*pair, id="-".join(pair), marks=pytest.mark.law) for pair in PAIRS]
+)
+every_program = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.law) for name in CASES])
 
 
 def graph(name: str, kind: str) -> tuple[Any, tuple[Tensor, ...]]:

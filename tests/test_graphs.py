@@ -30,7 +30,7 @@ from tests.tolerances import reduction, tolerance
 from tests.zoo import GRAPH_KINDS, ZOO, Inputs, call, graph
 
 PAIRS = [
-    pytest.param(name, kind, id=f"{name}-{kind}", marks=pytest.mark.xdist_group(name))
+    pytest.param(name, kind, id=f"{name}-{kind}", marks=[pytest.mark.xdist_group(name), pytest.mark.law])
     for name in ZOO
     for kind in GRAPH_KINDS
 ]
@@ -195,6 +195,7 @@ class Loops(Interpreter):
         return [*state, torch.stack(rows)]
 
 
+@pytest.mark.law(10)
 @pytest.mark.parametrize("factorization", FACTORIZATIONS)
 @every_graph
 def test_each_factorization(name: str, kind: str, factorization: str) -> None:
@@ -212,6 +213,7 @@ def test_each_factorization(name: str, kind: str, factorization: str) -> None:
     assert_same(outputs(back.model, inputs), outputs(result.model, inputs), sites)
 
 
+@pytest.mark.law
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter to itself
 @pytest.mark.parametrize("factorization", FACTORIZATIONS)
 @pytest.mark.parametrize("name", ["resnet-basic", "cnn-1d", "attention", "recurrent"])

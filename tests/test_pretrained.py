@@ -23,6 +23,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("name", tool.MODELS)
 def test_every_cell_of_the_table_is_right(name: str) -> None:
     assert set(tool.row(name)[1:]) == {"ok"}

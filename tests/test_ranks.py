@@ -25,6 +25,7 @@ from surgery.ranks.candidates import Candidate, candidates_of
 from surgery.ranks.quality import energy_counts
 from surgery.sites import Site, Totals
 from tests.cases import CASES, Case, decaying
+from tests.test_algebra import each
 
 EXACT = [(c, f) for c in CASES if c.dtype == torch.float64 for f in FACTORIZATIONS.values() if not f.refuse(c.operator)]
 CLOSED_FORM = ("svd", "spatial")  # one unfolding: the predicted error is the error
@@ -461,7 +462,7 @@ def test_an_interrupt_passes_through() -> None:
 # -- predictions ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("case", "method"), EXACT, ids=[f"{c.id}-{f.name}" for c, f in EXACT])
+@each(EXACT)
 def test_predictions_are_what_is_built(case: Case, method: Factorization) -> None:
     """Law 5: parameters and MACs are counted ones; the error is the measured one, or bounds it."""
     one = site("it", case.operator, case.shape, case.shape)

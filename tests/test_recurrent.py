@@ -312,6 +312,7 @@ def state(model: Any) -> dict[str, Tensor]:
     return dict(model.state_dict if isinstance(model, ExportedProgram) else model.state_dict())
 
 
+@pytest.mark.law(5)
 @pytest.mark.parametrize("which", ["ih", "hh", "*"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES)
@@ -610,8 +611,12 @@ def test_a_model_that_cannot_be_captured_is_left_as_it_was() -> None:
 def test_autocast_gives_the_dtype_that_torch_does(mode: str) -> None:
     layer, x = MODES[mode](WIDE, H), torch.randn(T, N, WIDE)
     with torch.autocast("cpu", torch.bfloat16):
+        try:
+            expected = [t.dtype for t in leaves(layer(x))]
+        except RuntimeError as error:  # torch has no bfloat16 kernel for LSTMs on some processors
+            pytest.skip(f"torch's own layer does not run under autocast on this processor: {error}")
         for module in (unpacked(layer), looped(unpacked(layer))):
-            assert [t.dtype for t in leaves(module(x))] == [t.dtype for t in leaves(layer(x))]
+            assert [t.dtype for t in leaves(module(x))] == expected
 
 
 def test_projections_are_planned_too() -> None:

@@ -89,6 +89,7 @@ def test_a_stage_for_each_site_as_long_as_it_costs_little(monkeypatch: pytest.Mo
     assert len(data.stages(3, None)) == 1
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_site_of_the_zoo_gets_a_stage(name: str, kind: str) -> None:

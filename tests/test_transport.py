@@ -19,6 +19,7 @@ from surgery.training.frobenius import product_gradients
 from surgery.training.structure import with_weights
 from surgery.training.transport import Jacobian
 from tests.cases import CASES, Case
+from tests.test_algebra import each
 from tests.tolerances import tolerance
 
 ROWS = [
@@ -33,9 +34,7 @@ ROWS = [
 SOLVED = 1e-9
 UNSOLVED = {"cp": 5e-3}
 
-NAMES = [f"{case.id}-{method.name}" for case, method in ROWS]
-EACH = pytest.mark.parametrize(("case", "method"), ROWS[::2], ids=NAMES[::2])
-SOME = pytest.mark.parametrize(("case", "method"), ROWS[::5], ids=NAMES[::5])
+EACH, SOME = each(ROWS[::2]), each(ROWS[::5])
 
 
 def chain_of(method: Factorization, operator: Operator) -> Chain:
@@ -54,7 +53,7 @@ def composed(chain: Chain) -> Operator:
     return operator
 
 
-@pytest.mark.parametrize(("case", "method"), ROWS, ids=NAMES)
+@each(ROWS)
 def test_gradients_of_the_norm_are_those_of_the_composed_weight(case: Case, method: Factorization) -> None:
     chain = chain_of(method, case.operator)
     weights = [operator.weight.clone().requires_grad_() for operator in chain.operators]
