@@ -139,6 +139,18 @@ def test_out_of_reach_the_least_damaged_of_the_equally_fast_is_given(
     assert damage < 0.9 * most
 
 
+def test_unsure_timings_ask_for_a_little_more_and_not_for_the_fastest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [decompose(tmp_path / str(width), Clock(width), monkeypatch, target=1.1) for width in (1.0, 1.4)]
+    fastest = decompose(tmp_path / "most", Clock(), monkeypatch, target=1000.0, best_effort=True)
+    promises = [result.promise for result in (*found, fastest)]
+    sure, unsure, most = (promise.measured for promise in promises if promise is not None)
+    assert promises[1] is not None
+    assert promises[1].kept
+    assert sure < unsure < 1.1 * 1.4 * 1.2 < most / 10
+
+
 def test_damages_are_corrected_by_fitted_chains() -> None:
     model, x = network(), samples()
     asked = Asked(Goal.of(0.2, None, None, metric=False), cost="macs")

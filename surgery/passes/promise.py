@@ -36,9 +36,10 @@ __all__ = ["Asked", "Negotiated", "Terms", "negotiate", "negotiate_blind"]
 
 _STAGED = 2  # trials for a limit that are fitted in stages, of all
 _SKETCHES, _BUILDS = 3, 3  # trials for a speed-up: timed with random factors, then fitted too
-_FAR, _MORE = 1.15, 3  # a speed-up that is so many times its target has more trials to come nearer
+_FAR, _MOST = 1.15, 8  # a speed-up that is so many times its target, or none, has more trials to come nearer
+_HOPELESS = 5  # trials that are not sure of the target, after which the fastest model is tried
 _LEAST_STEP = 0.01  # of the whole latency, from one trial to the next
-_AIM = 1.04  # times the target at most: what trials are to measure
+_AIM = 1.04  # times the target at most: what the first trials are to measure; each that is not sure of it adds as much
 _NEAR = 1.02  # a speed-up that is above that by less leaves nothing to gain
 
 
@@ -178,23 +179,24 @@ def _for_speed(work: Workshop) -> tuple[list[Trial], list[Option], Timing | None
 def _sketched(work: Workshop, goal: float) -> list[tuple[Trial, list[Option]]]:
     """Return trials of costs of all sites, with factors of random values, and what was chosen for each.
 
-    They draw near to the largest cost at which the whole model is as fast as asked for.
+    They draw near to the largest cost at which the whole model is as fast as asked for. On a noisy machine timings are
+    not sure of what is only just fast enough: the next trial is to be faster by a little more than the last was.
     """
     total = work.clock.seconds
     dense = sum(site.dense.cost for site in work.sites)
     limit = dense - (total - total / goal)
     low, high = sum(option.cost for option in _fastest(work)), dense
     done: list[tuple[Trial, list[Option]]] = []
-    best = math.inf  # the least speed-up that was fast enough
-    while len(done) < _SKETCHES + _MORE * (_FAR * goal < best < math.inf):
-        limit = min(high, max(low, limit))
+    best, unsure = math.inf, 0  # the least speed-up that was fast enough, and how many trials were not
+    while len(done) < (_SKETCHES if best <= _FAR * goal else _MOST):
+        limit = low if best == math.inf and unsure == _HOPELESS else min(high, max(low, limit))
         work.settle(partial(_choose, work, limit))
         chosen = _choose(work, limit)
         found = work.compare(chosen, goal)
         done.append((trial := Trial(limit, found.speedup, found.low >= goal), chosen))
         low, high = (limit, high) if trial.kept else (low, limit)
-        best = min(best, found.speedup) if trial.kept else best
-        aim = goal * min(found.speedup / found.low, _AIM)  # which a timing can tell from the goal
+        best, unsure = (min(best, found.speedup), unsure) if trial.kept else (best, unsure + 1)
+        aim = goal * min(found.speedup / found.low, _AIM ** (1 + unsure))  # which a timing can tell from the goal
         if high - low < _LEAST_STEP * total or (trial.kept and found.speedup < _NEAR * aim):
             break
         saved = dense - sum(option.cost for option in chosen)
