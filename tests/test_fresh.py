@@ -140,6 +140,16 @@ def test_waits_for_a_core_do_not_count() -> None:
     assert without_waits([[[waiting], [quiet] * 5]], single=False) == [((), (2.0,) * 5)]
 
 
+def test_one_usable_core_is_not_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads of one process on one core wait for each other all the time: subtracted, nothing would be left."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
+    found = [Job("a", Path("a"), Path("a"), threads).one_thread for threads in (None, 1, 2)]
+    assert found == [False, True, False]
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert Job("a", Path("a"), Path("a")).one_thread
+
+
 def test_turns_of_one_round_are_compared() -> None:
     slow = [((1.0, 1.0), (3.0,), (3.0,)), ((1.0,), (1.0,), (1.0,))]  # the machine, for two rounds of one generation
     fast = [((0.5,), (1.5, 1.5), (1.5,)), ((0.5,), (0.5,), (0.5,))]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from typing import IO, Any
 import numpy as np
 from scipy import stats
 
-from surgery.cost.timing import Speedup, physical_cores
+from surgery.cost.timing import Speedup
 from surgery.errors import InputError
 
 __all__ = ["Blocks", "Job", "compare_generations", "time_generations", "without_waits"]
@@ -61,6 +62,11 @@ class Job:
     inputs: Path
     threads: int | None = None
     child: Path = _CHILD
+
+    @property
+    def one_thread(self) -> bool:
+        """Whether it surely runs in one; onnxruntime starts as many as the machine has cores, usable or not."""
+        return (self.threads or os.cpu_count()) == 1
 
 
 def time_generations(
@@ -95,7 +101,7 @@ def time_generations(
         with _started(jobs) as (children, opening):
             until = time.perf_counter() + left / (planned - len(found)) - opening
             turns = _take_turns(children, block, until, generator)
-        found.append(without_waits(turns, single=all((job.threads or physical_cores()) == 1 for job in jobs)))
+        found.append(without_waits(turns, single=all(job.one_thread for job in jobs)))
         if len(found) == planned < most and settled is not None and not settled(found):
             planned += most // patience
             begin = time.perf_counter()
