@@ -103,6 +103,17 @@ def _truncated(arguments: Arguments) -> str | None:
     return "towards zero, with a divisor that could be 0 or -1"
 
 
+def _replicated(arguments: Arguments) -> str | None:
+    return _padded(arguments) if arguments.get("mode") == "replicate" else None
+
+
+def _padded(arguments: Arguments) -> str | None:
+    """Padding by copies of the border: a width that does not fit a number of 64 bits becomes a small one."""
+    given = arguments.get("padding", arguments.get("pad"))
+    fits = isinstance(given, list) and all(type(each) is int and abs(each) < _MOST_EXTENT for each in given)
+    return None if fits else "with a padding that is no list of numbers that fit memory"
+
+
 def _scaled(arguments: Arguments) -> str | None:
     """A place times a scale that is too large for a whole number would be any place."""
     for name, value in arguments.items():
@@ -124,11 +135,38 @@ def _sizes(arguments: Arguments, name: str) -> tuple[int | str, ...] | None:
 def _channels(arguments: Arguments) -> str | None:
     """A batch norm reads as many numbers of each of its weights as the input has channels."""
     sizes = _sizes(arguments, "input")
-    if sizes is None or len(sizes) < 2 or type(sizes[1]) is not int:
+    if sizes is None or len(sizes) < 2:
         return "on an input whose channels are not known"
     for name in ("weight", "bias", "running_mean", "running_var"):
         if arguments.get(name) is not None and _sizes(arguments, name) != sizes[1:2]:
             return f"with {sizes[1]} channels and {name} of other sizes"
+    return None
+
+
+def _antialiased(arguments: Arguments) -> str | None:
+    """It takes places from its scales, and does not compare them with the sizes."""
+    sizes, out = _sizes(arguments, "input") or _sizes(arguments, "self") or (), arguments.get("output_size")
+    scales = [arguments.get("scales_h"), arguments.get("scales_w")]
+    if scales == [None, None]:
+        return None
+    if len(sizes) != 4 or not isinstance(out, list) or len(out) != 2:
+        return "with scales, on an input whose sizes are not known"
+    for size, wanted, scale in zip(sizes[2:], out, scales, strict=True):
+        if scale is not None and (type(size) is not int or type(wanted) is not int or abs(size * scale - wanted) >= 1):
+            return "with scales that do not fit the sizes"
+    return None
+
+
+def _transform(arguments: Arguments) -> str | None:
+    """The kernels of transforms trust their axes, and the size that comes out of half a spectrum."""
+    sizes, axes = _sizes(arguments, "self"), arguments.get("dim")
+    if sizes is None or not isinstance(axes, list) or any(type(axis) is not int for axis in axes):
+        return "on an input whose sizes are not known"
+    if not axes or len(set(axes)) < len(axes) or not all(0 <= axis < len(sizes) for axis in axes):
+        return "along axes that it does not have"
+    last, size = arguments.get("last_dim_size"), sizes[axes[-1]]
+    if "last_dim_size" in arguments and (type(last) is not int or type(size) is not int or not 0 < last < 2 * size):
+        return "to a size that does not fit"
     return None
 
 
@@ -178,6 +216,8 @@ _SPELT: dict[str, Rule] = {
     f"{_ATEN}as_strided.default": _strided,
     f"{_ATEN}max_pool1d.default": _window,
     f"{_ATEN}max_pool1d_with_indices.default": _window,
+    f"{_ATEN}pad.default": _replicated,
+    **{f"{_ATEN}replication_pad{n}d.default": _padded for n in (1, 2, 3)},
     f"{_ATEN}_native_batch_norm_legit.no_stats": _in_training,
     f"{_ATEN}_native_batch_norm_legit_functional.default": _in_training,
     **dict.fromkeys((_ATEN + name for name in _TRUNCATED), _truncated),
@@ -189,6 +229,8 @@ BY_SIZES: dict[str, Rule] = {
     f"{_ATEN}_weight_norm.default": _weight_norm,
     f"{_ATEN}_weight_norm_interface.default": _weight_norm,
     f"{_ATEN}lstm.input": _lstm,
+    **{f"{_ATEN}_upsample_{kind}2d_aa.default": _antialiased for kind in ("bilinear", "bicubic")},
+    **{f"{_ATEN}_fft_{kind}.default": _transform for kind in ("r2c", "c2r", "c2c")},
 }
 
 

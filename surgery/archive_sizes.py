@@ -26,6 +26,10 @@ from surgery.errors import UnsafeFileError
 __all__ = ["check_program_sizes"]
 
 _ATEN = torch.ops.aten
+_LOOPS = frozenset(
+    getattr(torch.ops.higher_order, name, None)
+    for name in ("while_loop", "scan", "associative_scan", "map_impl", "map")
+)
 _CONVOLUTIONS = frozenset(
     [getattr(_ATEN, f"conv{n}d").default for n in (1, 2, 3)]
     + [_ATEN.conv_transpose1d.default, _ATEN.conv_transpose2d.input, _ATEN.conv_transpose3d.input]
@@ -65,6 +69,8 @@ def _is_not_one(guard: Any) -> bool:
 class _Follower:
     """Runs a graph on tensors without data; ``None`` stands for what could not be followed.
 
+    The body of a loop is run once, and says nothing of the sizes that a later pass would meet.
+
     A rule of torch that decides by a size adds a guard, and from there on what was found may hold for some inputs
     alone: ``seen`` are the calls that were checked before. "Not 1" is no such guard, unless something is squeezed: what
     holds for sizes that are broadcast otherwise holds for 1.
@@ -72,6 +78,7 @@ class _Follower:
 
     def __init__(self, sizes: ShapeEnv | None, *, squeezes: bool) -> None:
         self.seen: set[Node] = set()
+        self._loops = 0  # that are around
         self._sizes, self._guards, self._squeezes = sizes, 0 if sizes is None else len(sizes.guards), squeezes
 
     def _holds(self) -> bool:
@@ -106,8 +113,10 @@ class _Follower:
             names = [each.name for each in target._schema.arguments]
             call = dict(zip(names, args, strict=False)) | kwargs
             check_sizes(_name(target), {key: _held(value) for key, value in call.items()})
-            if self._holds():
+            if self._holds() and not self._loops:
                 self.seen.add(node)
+        loop = target in _LOOPS
+        self._loops += loop
         try:
             with self._undecided(target):
                 return target(*args, **kwargs)
@@ -115,6 +124,8 @@ class _Follower:
             raise
         except Exception:  # torch has no rule for it, or the call is wrong: what depends on it is not known
             return None
+        finally:
+            self._loops -= loop
 
     def _undecided(self, target: Any) -> AbstractContextManager[None]:
         """What a convolution decides by a size is the kernel that is best for it, and never what comes out."""

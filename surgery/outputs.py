@@ -71,6 +71,8 @@ def _identity(path: _Path) -> object:
 
 def _checked(output: _Path, *, force: bool) -> Path:
     name = shown_path(output)
+    if os.fspath(output) == "-":
+        raise FileError("-: nothing is written to a stream", allowed="the name of a file", next_step="./- is one")
     try:
         target = Path(os.path.realpath(output))
         mode = _mode(target)

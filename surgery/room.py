@@ -38,8 +38,12 @@ def check_room(need: int, memory: int | None) -> None:
         raise FileError(
             f"needs about {count(need)}B of memory for work on it",
             allowed=f"{count(allowed)}B, {said}",
-            next_step=f"pass --memory {math.ceil(need / 1e9)}G (in Python memory=...) to try it all the same",
+            next_step=f"pass --memory {_asked(need)} (in Python memory=...) to try it all the same",
         )
+
+
+def _asked(need: int) -> str:
+    return f"{math.ceil(need / 1e9)}G" if need > 1e9 else f"{math.ceil(need / 1e6)}M"
 
 
 def file_need(size: int) -> int:

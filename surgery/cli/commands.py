@@ -130,7 +130,7 @@ def decompose(
     promised = (calibration, max_error, target_speedup, metric, max_drop)
     if dry_run and any(value is not None for value in promised):
         raise InputError(
-            "--dry-run with calibration or a promise, which is known by factoring", next_step="leave it out"
+            "--dry-run with calibration or a promise, which is known by factoring", next_step="leave --dry-run out"
         )
     given = None if plan_file is None else Plan.read(plan_file)
     rules: dict[str, Any] = {"include": include, "exclude": exclude, "latencies": Latencies() if timing else None}
