@@ -89,7 +89,8 @@ def compare(
     model brings along are used, or those of the second, or random ones of their shapes.
 
     Raises:
-        InputError: no inputs are known, or they do not fit, or the outputs differ in number, kind or shape.
+        InputError: no inputs are known, or they do not fit, or the outputs differ in number, kind or shape, or hold no
+            finite number that could be compared.
 
     >>> layer = nn.Linear(3, 2)
     >>> compare(layer, layer, torch.ones(1, 3)).max_abs
@@ -103,7 +104,12 @@ def compare(
             raise InputError("neither model knows the shape of its inputs", next_step=_GIVE)
     else:
         given = normalise_inputs(inputs)
-    return compare_outputs(*(run_model(model, given) for model in models))
+    first, second = (run_model(model, given) for model in models)
+    found = compare_outputs(first, second)
+    numbers = [tensor for _, tensor in flatten_outputs(first) if tensor.numel()]
+    if numbers and not any(torch.isfinite(tensor).any() for tensor in numbers):
+        raise InputError("the outputs hold no finite number, and nothing can be compared", next_step=_GIVE)
+    return found
 
 
 def open_model(model: Model | str | os.PathLike[str], *, threads: int | None = None) -> Model:

@@ -289,3 +289,11 @@ def test_a_session_is_fed_by_name_or_in_order(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"float32 1x3.*allowed: ids tensor\(int64\) 1x3"):
         feed(session, ((ids.float(), mask), {}))
     assert [t.shape for t in (default_inputs(session) or ((), {}))[0]] == [(1, 3), (1, 3)]
+
+
+def test_nothing_is_said_of_outputs_without_a_finite_number() -> None:
+    layer = nn.Linear(3, 2)
+    with pytest.raises(InputError, match="no finite number"):
+        compare(layer, nn.Linear(3, 2), torch.full((1, 3), float("nan")))
+    partly = torch.tensor([[float("nan")] * 3, [1.0] * 3])
+    assert compare(layer, layer, partly).max_abs == 0
