@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from tests.hostile import command_lines as hostile
+from tests.hostile.seeds import write_seeds
 
 torch.set_num_threads(1)  # pytest-xdist runs several workers; more threads each only get in each other's way
 
@@ -33,7 +38,27 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-_SHARE = 3  # of the cases of a law, one in so many is tried unless its marker says another number
+@pytest.fixture(scope="session")
+def command_lines() -> Iterator[hostile.CommandLines]:
+    """What runs command lines in processes of their own."""
+    with hostile.serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _seeds(command_lines: hostile.CommandLines, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_seeds(tmp_path_factory.mktemp("seeds"), command_lines)
+
+
+@pytest.fixture
+def seeds(_seeds: Path, tmp_path: Path) -> Path:
+    """A folder with the honest files, which are links to one copy of them."""
+    folder = tmp_path / "folder"
+    shutil.copytree(_seeds, folder, copy_function=os.link)
+    return folder
+
+
+_SHARE = 4  # of the cases of a law, one in so many is tried unless its marker says another number
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
+from torch import nn
 
 from surgery.comparison import compare
 from surgery.errors import FileError, InputError, UnsafeFileError
+from surgery.text import shown
 
 HERE = "weights.bin"
 
@@ -84,6 +87,14 @@ def test_what_is_no_model_is_one_error(raw: bytes, tmp_path: Path) -> None:
     path.write_bytes(raw)
     with pytest.raises(InputError, match=r"x\.onnx"):
         compare(path, path)
+
+
+@pytest.mark.parametrize("name", ["a\x1b]0;pwn\x07", "[/red]"])
+def test_names_of_inputs_are_shown_as_they_are_escaped(name: str, tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").write_bytes(model(None, name=name))
+    with pytest.raises(InputError) as caught:
+        compare(torch.export.export(nn.Linear(8, 8), (torch.ones(2, 8),)), tmp_path / "x.onnx")
+    assert f"allowed: {shown(name)} tensor(float) 3x8" in str(caught.value)
 
 
 def test_a_pipe_is_no_model(tmp_path: Path) -> None:

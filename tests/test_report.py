@@ -31,7 +31,7 @@ from surgery.report import attach, collect, read, render, write
 from surgery.report.charts import ticks
 from surgery.report.content import read_content
 
-EVIL = "</title></style></svg><script>alert(1)</script><img src=x onerror=alert(1)>\"'`&amp;\u202e\x00\ud800"
+EVIL = "--></title></style></svg><script>alert(1)</script><img src=x onerror=alert(1)>\"'`&amp;\u202e\x00\ud800"
 PAGE = "html|head|meta|title|style|body|main|section|h1|h2|p|div|table|thead|tbody|tr|th|td|span|strong|details|summary"
 DRAWING = "dl|dt|dd|svg|defs|clippath|g|rect|text|line|polyline|circle|wbr"
 

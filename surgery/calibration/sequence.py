@@ -33,7 +33,7 @@ from surgery.calibration.observe import Observed, observe
 from surgery.calibration.visible import Masks, VisibleRows
 from surgery.graphs import Model, Spot
 from surgery.operators import Operator
-from surgery.solvers.weighted import Metric
+from surgery.solvers.weighted import Metric, triangles
 
 __all__ = ["Originals", "Target"]
 
@@ -175,7 +175,6 @@ def _regression(kernel: Tensor, halves: Sequence[tuple[Tensor, Tensor, int]]) ->
 
 
 def _solve(kernel: Tensor, lag: Tensor, second: Tensor) -> Tensor:
-    """Return ``W D (C + ridge)^-1``."""
-    level = second.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(torch.float64).tiny)
-    ridge = torch.eye(second.shape[-1], dtype=second.dtype, device=second.device) * (RIDGE * level)[:, None, None]
-    return torch.linalg.solve(second + ridge, (kernel @ lag).mT).mT
+    """Return ``W D (C + ridge)^-1``, where C may be nothing but what rounding left of a covariance."""
+    _, inverse = triangles(second, RIDGE)
+    return kernel @ lag @ inverse.mT @ inverse

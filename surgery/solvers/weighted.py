@@ -26,6 +26,7 @@ from surgery.solvers.eigen import leading_subspace
 
 __all__ = ["Metric", "equal_norms", "low_rank", "refine", "roots", "times_channels", "triangle", "triangles"]
 
+_NEXT_TO_NOTHING = 1e-12  # a ridge, relative to the mean of the diagonal
 _HALVINGS = 6
 _GAIN = 3e-3  # relative, of the squared error: a step that gains less is the last one
 
@@ -169,10 +170,10 @@ def low_rank(matrix: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]
         root = moment.sqrt().unsqueeze(1)
         basis = leading_subspace((matrix * root).mT @ (matrix * root), rank)
         return _balanced((matrix * root) @ basis, basis.mT / root)
-    lower = torch.linalg.cholesky(moment)
+    lower, inverse = triangles(moment, _NEXT_TO_NOTHING)
     seen = matrix @ lower
     basis = leading_subspace(seen.mT @ seen, rank)
-    return _balanced(seen @ basis, torch.linalg.solve_triangular(lower, basis.mT, upper=False, left=False))
+    return _balanced(seen @ basis, basis.mT @ inverse)
 
 
 def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

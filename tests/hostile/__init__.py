@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.hostile import damage, payloads
+from tests.hostile import builder, damage, payloads
 from tests.hostile.builder import MODEL, SAMPLES, WEIGHTS, Attack, edited, inputs
 
 ATTACKS: dict[str, Attack] = {
@@ -54,6 +54,14 @@ ATTACKS: dict[str, Attack] = {
     "target load_library": payloads.target("torch.ops.load_library"),
     "target extension": payloads.target("#evil:op"),
     "target custom": payloads.target("torch.ops.custom.op.default"),
+    "target eval": payloads.target("builtins.eval"),
+    "target triton": payloads.target("torch.ops.higher_order.triton_kernel_wrapper_mutation"),
+    "target print": payloads.target("torch.ops.higher_order.print"),
+    "target class of a namespace": payloads.target("torch.ops.aten.__class__.default"),
+    "target read_file": payloads.target("torch.ops.torchvision.read_file.default"),
+    "target _reinterpret_tensor": payloads.target("torch.ops.inductor._reinterpret_tensor.default"),
+    "target profiler": payloads.target("torch.ops.profiler._record_function_enter.default"),
+    "target _rebuild_tensor": payloads.target("torch._utils._rebuild_tensor"),
     "operator argument": payloads.operator_argument,
     "enum import": payloads.enum_import,
     "factory import": payloads.factory_import,
@@ -71,6 +79,10 @@ ATTACKS: dict[str, Attack] = {
     "roots bomb": damage.expression_bomb("ceiling(" + "+".join(f"sqrt({i})" for i in range(2, 120)) + ")"),
     "remainders bomb": damage.expression_bomb("Mod(" * 200 + "s1" + ",s2+1)" * 200),
     "expression of truth values": damage.expression_bomb("And(Lt(s77,s53),Lt(s53,s77))"),
+    "expression of many truth values": damage.expression_bomb(
+        "And(" + ",".join(f"Lt(s{i},s{i + 1})" for i in range(150)) + ")"
+    ),
+    "expression of infinity": damage.expression_bomb("1/(s77-s77)"),
     "expression of a tuple": damage.expression_bomb("Tuple(s77,s53)"),
     "expression of a function": damage.expression_bomb("atan2"),
     "expression of indices": damage.expression_bomb("ModularIndexing(s77,1,2)"),
@@ -92,6 +104,7 @@ ATTACKS: dict[str, Attack] = {
     "another dtype than the graph has": damage.tensor_meta(dtype=4),
     "meta weight": damage.tensor_meta(device={"type": "meta", "index": None}),
     "65 sizes": damage.tensor_meta(sizes=damage._ints(*[1] * 65), strides=damage._ints(*[1] * 65)),
+    "samples past their storage": damage.samples(((builder.View((1000, 4), (4, 1), 16), *inputs()[1:]), {})),
     "samples are a dict": damage.samples({"x": torch.ones(4, 4)}),
     "samples are numbers": damage.samples(((1, {"key": 2}, "mode"), {})),
     "samples are too many": damage.samples(((*inputs(), torch.ones(4, 4)), {})),
@@ -106,6 +119,7 @@ ATTACKS: dict[str, Attack] = {
     "strides past the end": damage.tensor_meta(strides=damage._ints(4, 2)),
     "negative strides": damage.tensor_meta(strides=damage._ints(-4, 1)),
     "offset past the end": damage.tensor_meta(storage_offset={"as_int": 1}),
+    "offset past all sizes": damage.tensor_meta(storage_offset={"as_int": 2**62}),
     "wider dtype": damage.tensor_meta(dtype=8),
     "unknown dtype": damage.tensor_meta(dtype=99),
     "sparse layout": damage.tensor_meta(layout=1),
@@ -114,7 +128,13 @@ ATTACKS: dict[str, Attack] = {
     "shared samples": damage.shared_samples,
     "compressed": damage.compressed,
     "compression bomb": damage.compression_bomb,
-    "claimed size": damage.claimed_size,
+    "claimed size": damage.directory(20, "<II", 0xFFFFFFF0, 0xFFFFFFF0),
+    "claimed size of 64 bits": damage.directory(20, "<II", 0xFFFFFFFF, 0xFFFFFFFF),
+    "claimed count of 64 bits": damage.directory(8, "<HH", 0xFFFF, 0xFFFF, part=b"PK\5\6"),
+    "on another disk": damage.directory(34, "<H", 7),
+    "two names": damage.two_names,
+    "long name": damage.extra_entry("extra/" + "a" * 60_000),
+    "traversal in wide dots": damage.extra_entry("extra/\uff0e\uff0e/x"),
     "twice": damage.twice,
     "library": damage.extra_entry("data/aotinductor/model/evil.so", b"\x7fELF"),
     "source": damage.extra_entry("data/aotinductor/model/evil.cpp"),

@@ -104,16 +104,23 @@ def compression_bomb(_: Path) -> bytes:
     return pack(bomb, zipfile.ZIP_DEFLATED)
 
 
-def claimed_size(_: Path) -> bytes:
-    """The directory claims 4 GB for a small entry."""
-    raw = bytearray(pack(entries(honest())))
-    first = raw.index(b"PK\1\2")
-    struct.pack_into("<II", raw, first + 20, 0xFFFFFFF0, 0xFFFFFFF0)
-    return bytes(raw)
+def directory(at: int, layout: str, *values: int, part: bytes = b"PK\1\2") -> Attack:
+    """The archive with other values in the first entry of its directory, or in the directory's end."""
+
+    def attack(_: Path) -> bytes:
+        raw = bytearray(honest())
+        struct.pack_into(layout, raw, raw.index(part) + at, *values)
+        return bytes(raw)
+
+    return attack
+
+
+def two_names(_: Path) -> bytes:
+    """An entry has one name where it stands, and another in the directory."""
+    return honest().replace(MODEL.encode(), b"modelz/model.json", 1)
 
 
 def twice(_: Path) -> bytes:
-
     contents = list(entries(honest()).items())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
