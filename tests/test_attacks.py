@@ -43,12 +43,13 @@ FACTORIES = {
 }
 
 
+@pytest.mark.law(4)
 @pytest.mark.parametrize("body", FACTORIES)
 def test_what_goes_wrong_is_seen(body: str, seeds: Path, command_lines: CommandLines) -> None:
     text = f"import os\nfrom factory import make as honest\ndef make():\n    {body}\n    return honest()\n"
     (seeds / "bad.py").write_text(text)
     words = ("inspect", "sd.pt", "--model", "bad:make", "--input-shape", "2,8")
-    assert FACTORIES[body] in command_lines.run(seeds, *words, seconds=2).faults()
+    assert FACTORIES[body] in command_lines.run(seeds, *words, seconds=1).faults()
 
 
 def test_a_failure_of_ours_and_much_memory_are_seen() -> None:
