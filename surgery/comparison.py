@@ -105,11 +105,11 @@ def compare(
     else:
         given = normalise_inputs(inputs)
     first, second = (run_model(model, given) for model in models)
-    found = compare_outputs(first, second)
+    difference = compare_outputs(first, second)
     numbers = [tensor for _, tensor in flatten_outputs(first) if tensor.numel()]
     if numbers and not any(torch.isfinite(tensor).any() for tensor in numbers):
         raise InputError("the outputs hold no finite number, and nothing can be compared", next_step=_GIVE)
-    return found
+    return difference
 
 
 def open_model(model: Model | str | os.PathLike[str], *, threads: int | None = None) -> Model:
