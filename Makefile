@@ -16,7 +16,7 @@ demo: $(VENV)/.installed ## the main job on the network that the repository ship
 test: $(VENV)/.installed ## all tests, with some of the cases of each law
 	$(BIN)/python -m pytest --numprocesses 2
 
-laws: $(VENV)/.installed ## all tests, with all cases of each law; takes three times as long
+laws: $(VENV)/.installed ## all tests, with all cases of each law; takes several times as long
 	SURGERY_LAWS=1 $(BIN)/python -m pytest --numprocesses 2
 
 check: $(VENV)/.installed ## lint and types

@@ -158,9 +158,7 @@ class _Reader:
             return _FLOAT if name == "float" else _Value("number", _FLOAT_BITS)
         if name in _ONE_NUMBER and len(arguments) == 1:
             value = self.number(arguments[0], depth)
-            return (
-                _FLOAT if name in ("math.sqrt", "torch.sym_float", "torch.sym_sqrt") else _Value("number", value.bits)
-            )
+            return _FLOAT if name in _FLOATS else _Value("number", value.bits)
         if name in _NUMBERS and len(arguments) > 1:
             return self.numbers_of(arguments, depth)
         if name == "torch.sym_ite" and len(arguments) == 3:

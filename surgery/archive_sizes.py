@@ -43,15 +43,9 @@ def _name(target: Any) -> str:
     return ""
 
 
-def _trusting(module: torch.nn.Module) -> set[Node]:
-    """The calls, also in regions, of operators that trust sizes."""
-    graphs = [each.graph for each in module.modules() if isinstance(each, GraphModule)]
-    return {node for graph in graphs for node in graph.nodes if _name(node.target) in BY_SIZES}
-
-
-def _squeezes(module: torch.nn.Module) -> bool:
-    graphs = [each.graph for each in module.modules() if isinstance(each, GraphModule)]
-    return any("squeeze" in _name(node.target).replace("unsqueeze", "") for graph in graphs for node in graph.nodes)
+def _nodes(module: torch.nn.Module) -> list[Node]:
+    """All nodes, also those in regions."""
+    return [node for each in module.modules() if isinstance(each, GraphModule) for node in each.graph.nodes]
 
 
 def _held(value: Any) -> Any:
@@ -139,12 +133,14 @@ def check_program_sizes(program: ExportedProgram) -> None:
 
     Raises UnsafeFileError where sizes do not fit, or cannot be followed.
     """
-    trusting = _trusting(program.graph_module)
+    nodes = _nodes(program.graph_module)
+    trusting = {node for node in nodes if _name(node.target) in BY_SIZES}
     if not trusting:
         return
     inputs = [node.meta.get("val") for node in program.graph_module.graph.nodes if node.op == "placeholder"]
     mode = detect_fake_mode(inputs)
-    follower = _Follower(None if mode is None else mode.shape_env, squeezes=_squeezes(program.graph_module))
+    squeezes = any("squeeze" in _name(node.target).replace("unsqueeze", "") for node in nodes)
+    follower = _Follower(None if mode is None else mode.shape_env, squeezes=squeezes)
     if mode is not None:
         with mode, torch.no_grad():
             follower.run(program.graph_module, inputs)
