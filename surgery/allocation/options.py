@@ -62,10 +62,15 @@ class Options:
         """The site as it is."""
         return self.options[0]
 
-    def corrected(self, factorization: str, ratio: float) -> Options:
-        """Return the options with the damages of one factorization multiplied, as one of them was found to need."""
-        rows = (replace(o, damage=o.damage * ratio) if o.factorization == factorization else o for o in self.options)
-        return replace(self, options=tuple(rows))
+    @property
+    def middle(self) -> Option:
+        """The option whose cost is nearest to half-way from dense to the cheapest."""
+        half = (self.dense.cost + min(option.cost for option in self.options)) / 2
+        return min(self.options, key=lambda option: abs(option.cost - half))
+
+    def with_damages(self, damages: Sequence[float]) -> Options:
+        """Return the options with other damages, in the same order."""
+        return replace(self, options=tuple(replace(o, damage=d) for o, d in zip(self.options, damages, strict=True)))
 
 
 def options_of(

@@ -11,7 +11,7 @@ it puts out as many as it reads.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from surgery.calibration.masks import visible_rows
 from surgery.errors import InputError
 from surgery.operators import Conv, Linear, Operator
 
-__all__ = ["Columns", "read_columns"]
+__all__ = ["Columns", "output_reader", "read_columns"]
 
 Columns = Tensor  # (groups, rows, n): n values of each row, in the order (channel, taps) of the kernel
 _BLOCK = 2**24  # numbers in one block
@@ -49,6 +49,32 @@ def read_columns(
         yield from _patches(operator, x, rows, generator, masks)
     else:
         raise InputError(f"no columns are known of {type(operator).__name__}")
+
+
+def output_reader(
+    operator: Operator, y: Tensor, *, rows: int, generator: torch.Generator, masks: Sequence[Tensor] = ()
+) -> Callable[[Tensor], Tensor]:
+    """Return what reads a value of the shape of an output where ``read_columns`` reads the input that it belongs to.
+
+    It gives (groups, rows, outputs of a group), in the order of the columns and with their dtypes. The generator has to
+    be in the state in which the other was, and the other arguments are the same.
+    """
+    dims = operator.geometry.dims if isinstance(operator, Conv) else 0
+
+    def positions(value: Tensor) -> Tensor:
+        value = value.detach()
+        value = value if value.dtype == torch.float64 else value.float()
+        return (value if value.dim() == dims + 2 else value.unsqueeze(0)).movedim(1, -1) if dims else value
+
+    shape = positions(y).shape[:-1]
+    visible = visible_rows(masks, shape) if dims < 2 else None
+    chosen = torch.cat(list(_choose(shape.numel(), rows, generator, width=1, visible=visible)))
+
+    def read(value: Tensor) -> Tensor:
+        tokens = positions(value).reshape(shape.numel(), -1)
+        return tokens[chosen].unflatten(1, (operator.kernel.shape[0], -1)).transpose(0, 1)
+
+    return read
 
 
 def _choose(

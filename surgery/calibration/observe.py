@@ -11,7 +11,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from surgery.calibration.added import Additions
 from surgery.errors import InputError
 from surgery.graphs import Call, GraphKind, Model, open_graph
 from surgery.graphs.around import watching
@@ -45,6 +46,8 @@ class Observed(ABC):
 
     def __init__(self, kind: GraphKind) -> None:
         self.kind = kind
+        self._additions = Additions()
+        self._follows = False
         self.batch: Inputs = (), {}
 
     @abstractmethod
@@ -55,9 +58,24 @@ class Observed(ABC):
     def tap(self, call: Call, change: Change) -> None:
         """Put what ``change`` returns in the place of each output of an operator's call."""
 
+    def follow(self, call: Call, see: Callable[[Tensor], See], spoiled: Callable[[], None]) -> None:
+        """Show ``see`` each output of a call, and what it returns what is added to that output, in its shape.
+
+        ``spoiled`` is called if the addition is not all that reads it. Takes the place of a tap.
+        """
+
+        def pass_on(y: Tensor) -> Tensor:
+            with self._additions.paused():
+                added = see(y)
+            self._additions.follow(y, added, spoiled)
+            return y
+
+        self._follows = True
+        self.tap(call, pass_on)
+
     @abstractmethod
     def forget(self) -> None:
-        """Let nothing watch or tap a call any more."""
+        """Let nothing watch, tap or follow a call any more."""
 
     @abstractmethod
     def execute(self, inputs: Inputs) -> Any:
@@ -78,7 +96,8 @@ class Observed(ABC):
         try:
             with torch.set_grad_enabled(gradients), _frozen(self.parameters), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch about itself
-                return self.execute(inputs)
+                with self._additions if self._follows else nullcontext():
+                    return self.execute(inputs)
         except InputError:
             raise
         except Exception as error:  # a model may raise anything on inputs that do not fit
@@ -122,7 +141,7 @@ class ObservedModule(Observed):
         if packed:
             unpack_all(holder)
         self.root = holder[0]
-        self._hooks = _Hooks()
+        self._hooks = _Hooks(self._additions)
 
     def watch(self, call: Call, see: See) -> None:
         """Show the input of a module; one hook sees all its calls, so it is added once however many there are."""
@@ -138,7 +157,7 @@ class ObservedModule(Observed):
 
     def forget(self) -> None:
         """Have no hooks."""
-        self._hooks = _Hooks()
+        self._hooks, self._follows = _Hooks(self._additions), False
 
     @property
     def parameters(self) -> Iterable[nn.Parameter]:
@@ -153,9 +172,10 @@ class ObservedModule(Observed):
 
 
 class _Hooks:
-    """What is to be shown of submodules and changed in them, by path."""
+    """What is to be shown of submodules and changed in them, by path; additions do not see who it is shown to."""
 
-    def __init__(self) -> None:
+    def __init__(self, additions: Additions) -> None:
+        self._additions = additions
         self.watchers: dict[str, list[See]] = defaultdict(list)
         self.taps: dict[str, Change] = {}
 
@@ -171,27 +191,25 @@ class _Hooks:
                 layer, sees, change = root.get_submodule(path), self.watchers.get(path, []), self.taps.get(path)
                 within = within_of(layer)
                 if isinstance(within, Within):
-                    stack.enter_context(watching(layer, within, partial(_show, sees), change))
+                    stack.enter_context(watching(layer, within, partial(self._show, sees), change))
                     continue
                 if sees:
-                    hook = layer.register_forward_pre_hook(_hook(sees), with_kwargs=True)
+                    hook = layer.register_forward_pre_hook(self._hook(sees), with_kwargs=True)
                     stack.callback(hook.remove)
                 if change is not None:
                     stack.callback(layer.register_forward_hook(_output_hook(change)).remove)
             yield
 
+    def _hook(self, sees: Iterable[See]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def show(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._show(sees, args[0] if args else kwargs["input"])
 
-def _hook(sees: Iterable[See]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    def show(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value = args[0] if args else kwargs["input"]
-        _show(sees, value)
+        return show
 
-    return show
-
-
-def _show(sees: Iterable[See], value: Tensor) -> None:
-    for see in sees:
-        see(value)
+    def _show(self, sees: Iterable[See], value: Tensor) -> None:
+        with self._additions.paused():
+            for see in sees:
+                see(value)
 
 
 def _output_hook(change: Change) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
@@ -206,7 +224,7 @@ class ObservedGraph(Observed):
         self._bind = bind
         self._watchers: dict[Node, list[tuple[Node, See]]] = defaultdict(list)
         self._taps: dict[Node, Change] = {}
-        self._hooks = _Hooks()
+        self._hooks = _Hooks(self._additions)
 
     def watch(self, call: Call, see: See) -> None:
         """Show the input of a call."""
@@ -217,7 +235,12 @@ class ObservedGraph(Observed):
 
     def watch_node(self, node: Node, source: Node, see: See) -> None:
         """Show ``see`` the value of one of a node's inputs, just before the node runs."""
-        self._watchers[node].append((source, see))
+
+        def show(value: Tensor) -> None:
+            with self._additions.paused():
+                see(value)
+
+        self._watchers[node].append((source, show))
 
     def tap(self, call: Call, change: Change) -> None:
         """Change the output of a call."""
@@ -230,7 +253,7 @@ class ObservedGraph(Observed):
         """Interpret the graph as it is."""
         self._watchers.clear()
         self._taps.clear()
-        self._hooks = _Hooks()
+        self._hooks, self._follows = _Hooks(self._additions), False
 
     @property
     def parameters(self) -> Iterable[nn.Parameter]:

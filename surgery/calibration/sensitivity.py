@@ -35,7 +35,7 @@ from surgery.text import first_line
 
 __all__ = ["with_sensitivity"]
 
-_SAMPLES, _BATCH = 128, 8
+_SAMPLES, _BATCH = 512, 8
 
 
 def with_sensitivity(

@@ -1,17 +1,21 @@
 """Fit sites one after another: each to give what it gave in the original from what the factored network feeds it.
 
-Where the sites before it have been factored, a site reads x' in the place of x. Of all operators on x' the one whose
-output is nearest to W x is the regression (Zhang et al. 2015, arXiv 1505.06798, fit their layers so)
+Where the sites before it have been factored, a site reads x' in the place of x, and what is added to its output, as the
+other branch of a residual connection is, is r' in the place of r. Of all operators on x' the one that comes nearest to
+the original's sum is the regression (Zhang et al. 2015, arXiv 1505.06798, fit their layers so, without the branch)
 
-    W* = W E[x x'^T] E[x' x'^T]^-1,        E |W x - W' x'|^2  =  tr((W* - W') E[x' x'^T] (W* - W')^T) + what no W' can
+    W* = W + E[l x'^T] E[x' x'^T]^-1,        l = (W x + r) - (W x' + r')
+
+    E |W x + r - (W' x' + r')|^2  =  tr((W* - W') E[x' x'^T] (W* - W')^T) + what no W' can
 
 so that a chain is fitted to W* under the moments of x', and takes back what of the errors before it can be told from
 x'. Where the mean is taken up behind the operator, by a bias or a normalisation, moments are central ones, and the bias
-is b* = b + W m - W* m'. A ridge pulls W* towards W. So does a share that is found by cross-validation: few columns make
-a regression that holds for them alone, and how much of it holds in one half of the batches when it is found in the
-other is measured.
+is b* = b + E[l] - (W* - W) m'. A ridge pulls W* towards W. So does a share that is found by cross-validation: few
+columns make a regression that holds for them alone, and how much of it holds in one half of the batches when it is
+found in the other is measured.
 
-The columns of the original are read once; those of the changed network at the same positions.
+There is an r where nothing reads the output but its addition to a tensor of the same shape. The outputs of the original
+are read once; those of the changed network at the same positions.
 """
 
 from __future__ import annotations
@@ -25,11 +29,11 @@ from torch import Tensor
 
 from surgery.calibration.batch_norm import Reference, reestimate_batch_norm
 from surgery.calibration.collect import rows_of
-from surgery.calibration.columns import read_columns
+from surgery.calibration.columns import output_reader, read_columns
 from surgery.calibration.factor import RIDGE
 from surgery.calibration.inputs import Calibration
 from surgery.calibration.moments import Moments
-from surgery.calibration.observe import Observed, observe
+from surgery.calibration.observe import Observed, See, observe
 from surgery.calibration.visible import Masks, VisibleRows
 from surgery.graphs import Model, Spot
 from surgery.operators import Operator
@@ -47,19 +51,20 @@ class Target:
 
 
 class Originals:
-    """The columns that some sites of a model read, in a run over all samples: as many as moments take, in memory."""
+    """What some sites of a model put out in a run over all samples, at as many positions as moments take; in memory."""
 
     def __init__(self, model: Model, samples: Calibration, sites: Mapping[str, Moments]) -> None:
         self._samples, self._moments = samples, sites
         observed = observe(model, next(iter(samples)))
         spots = _spots(observed, sites)
         self._visible = VisibleRows(observed, samples, spots)
-        self._columns: dict[str, _Columns] = {}
+        records = {spot.site.name: _Record(spot, len(samples)) for spot in spots}
         for spot in spots:
-            self._columns[spot.site.name] = columns = _Columns(spot, len(samples))
-            self._visible.watch(observed, spot, columns.keep)
+            records[spot.site.name].follow(observed, spot, self._visible)
         for batch in samples:
             observed.run(batch)
+        self._summed = {name: record.summed for name, record in records.items()}
+        self._outputs = {name: record.outputs(summed=self._summed[name]) for name, record in records.items()}
 
     def targets(
         self, changed: Model, sites: Collection[str], norms: Reference, centred: Collection[str]
@@ -68,113 +73,142 @@ class Originals:
 
         ``norms`` is what reached the batch norms of the original. ``centred`` are the sites whose mean is taken up.
         """
-        pairs: dict[str, _Pairs] = {}
+        records: dict[str, _Record] = {}
 
         def watch(observed: Observed) -> None:
             for spot in _spots(observed, sites):
-                if spot.site.name in self._columns:
-                    pairs[spot.site.name] = pair = _Pairs(self._columns[spot.site.name], len(spot.calls))
-                    self._visible.watch(observed, spot, pair.add)
+                if spot.site.name in self._outputs:
+                    records[spot.site.name] = record = _Record(spot, len(self._samples))
+                    self._visible.watch(observed, spot, record.read)
+                    record.follow(observed, spot, self._visible)
 
         reestimate_batch_norm(changed, self._samples, reference=norms, beside=watch)
-        return {
-            name: pair.target(self._moments[name].sensitivity, centred=name in centred) for name, pair in pairs.items()
-        }
+        found: dict[str, Target] = {}
+        for name, record in records.items():
+            lags = [
+                then.double() - now.double()
+                for then, now in zip(self._outputs[name], record.outputs(summed=self._summed[name]), strict=True)
+            ]
+            pairs = _Pairs(record.operator, record.columns, lags, record.calls)
+            found[name] = pairs.target(self._moments[name].sensitivity, centred=name in centred)
+        return found
 
 
 def _spots(observed: Observed, sites: Collection[str]) -> list[Spot]:
     return [spot for spot in observed.kind.find().spots if spot.site.name in sites]
 
 
-class _Columns:
-    """The columns of one operator at random positions, the same in each run."""
+class _Record:
+    """What one site reads and puts out in a run, at random positions that are the same in each run."""
 
     def __init__(self, spot: Spot, batches: int) -> None:
-        self.operator = spot.site.operator
-        self._rows = rows_of(spot, batches)
-        self._seed = zlib.crc32(spot.site.name.encode())
-        self._generator = self.generator()
-        self.blocks: list[Tensor] = []
+        self.operator, self.calls = spot.site.operator, len(spot.calls)
+        self.columns: list[Tensor] = []  # of each call (groups, rows, n)
+        self._rows, seed = rows_of(spot, batches), zlib.crc32(spot.site.name.encode())
+        self._reads, self._sees = (torch.Generator().manual_seed(seed) for _ in range(2))
+        self._outputs: list[Tensor] = []  # likewise (groups, rows, outputs)
+        self._added: dict[int, Tensor] = {}  # likewise, by the number of the call
+        self._spoiled = False
 
-    def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self._seed)
+    def read(self, x: Tensor, masks: Masks) -> None:
+        """Keep what the site reads."""
+        blocks = read_columns(self.operator, x, rows=self._rows, generator=self._reads, masks=masks)
+        self.columns.append(torch.cat(list(blocks), 1))
 
-    def read(self, x: Tensor, masks: Masks, generator: torch.Generator) -> list[Tensor]:
-        return list(read_columns(self.operator, x, rows=self._rows, generator=generator, masks=masks))
+    def follow(self, observed: Observed, spot: Spot, visible: VisibleRows) -> None:
+        """Keep what the site puts out in runs from now on, and what is added to it."""
 
-    def keep(self, x: Tensor, masks: Masks) -> None:
-        self.blocks += self.read(x, masks, self._generator)
+        def see(y: Tensor) -> See:
+            masks = visible.now(observed, spot)
+            reader = output_reader(self.operator, y, rows=self._rows, generator=self._sees, masks=masks)
+            call = len(self._outputs)
+            self._outputs.append(reader(y))
+
+            def add(r: Tensor) -> None:
+                self._added[call] = reader(r)
+
+            return add
+
+        for call in spot.calls:
+            observed.follow(call, see, self._spoil)
+
+    def _spoil(self) -> None:
+        self._spoiled = True
+
+    @property
+    def summed(self) -> bool:
+        """Whether all that became of each output is that something was added to it."""
+        return not self._spoiled and len(self._added) == len(self._outputs)
+
+    def outputs(self, *, summed: bool) -> list[Tensor]:
+        """Return what the site put out at each call, with what was added to it if ``summed``."""
+        return [y + self._added[call] if summed else y for call, y in enumerate(self._outputs)]
 
 
 class _Pairs:
-    """Sums over the columns x of the original and x' of a changed model, in float64, in two halves of the batches."""
+    """Sums over columns x' and what is to be made up for there, l, in float64, in two halves of the batches."""
 
-    def __init__(self, columns: _Columns, calls: int) -> None:
-        self._columns, self._generator, self._calls = columns, columns.generator(), calls
-        self._left = iter(columns.blocks)
-        groups, _, *rest = columns.operator.kernel.shape
+    def __init__(self, operator: Operator, columns: Sequence[Tensor], lags: Sequence[Tensor], calls: int) -> None:
+        groups, out, *rest = operator.kernel.shape
         n = torch.Size(rest).numel()
-        self._taps, self._seen = torch.Size(rest[1:]).numel(), 0
+        self._operator, self._taps = operator, torch.Size(rest[1:]).numel()
         self._counts = [0, 0]
-        self._means = columns.operator.weight.new_zeros(2, 2, groups, n, dtype=torch.float64)  # halves, x and x'
-        self._crossed, self._second = self._means.new_zeros(2, 2, groups, n, n)  # sums of x x'^T, x' x'^T; halves
-
-    def add(self, x: Tensor, masks: Masks) -> None:
-        half = self._seen // self._calls % 2
-        self._seen += 1
-        for block in self._columns.read(x, masks, self._generator):
-            then, now = next(self._left).double(), block.double()  # a mean may be far above the deviation from it
+        new = operator.weight.new_zeros
+        self._lag, self._mean = (new(2, groups, size, dtype=torch.float64) for size in (out, n))
+        self._crossed, self._second = (new(2, groups, size, n, dtype=torch.float64) for size in (out, n))
+        for number, (x, lag) in enumerate(zip(columns, lags, strict=True)):
+            half, now = number // calls % 2, x.double()  # a mean may be far above the deviation from it
             self._counts[half] += now.shape[1]
-            self._means[half] += torch.stack([then.sum(1), now.sum(1)])
-            self._crossed[half] += then.mT @ now
+            self._lag[half] += lag.sum(1)
+            self._mean[half] += now.sum(1)
+            self._crossed[half] += lag.mT @ now
             self._second[half] += now.mT @ now
 
     def target(self, sensitivity: Tensor | None, *, centred: bool) -> Target:
         """Return W* with b*, and the moments of x'."""
-        operator, count = self._columns.operator, sum(self._counts)
-        before, now = (self._means.sum(0) / count).unsqueeze(-1)
-        second = self._second.sum(0) / count
-        moments = Moments(count, now.squeeze(-1), Metric((second,), self._taps), sensitivity)
-        halves = [self._sums(half, before, now, centred=centred) for half in (0, 1) if self._counts[half]]
-        kernel = operator.kernel.detach().double().flatten(2)
-        found = kernel + _regression(kernel, halves)
-        moved = operator.with_kernel(found.view_as(operator.kernel).to(operator.weight.dtype))
+        operator, count = self._operator, sum(self._counts)
+        lag, mean = (sums.sum(0).unsqueeze(-1) / count for sums in (self._lag, self._mean))
+        moments = Moments(count, mean.squeeze(-1), Metric((self._second.sum(0) / count,), self._taps), sensitivity)
+        halves = [self._sums(half, lag, mean, centred=centred) for half in (0, 1) if self._counts[half]]
+        moved = _regression(halves)
+        kernel = operator.kernel.detach().double().flatten(2) + moved
+        target = operator.with_kernel(kernel.view_as(operator.kernel).to(operator.weight.dtype))
         if operator.bias is not None:
-            shift = (kernel @ before - found @ now).flatten()
-            moved = moved.with_bias((operator.bias.detach().double() + shift).to(operator.weight.dtype))
-        return Target(moved, moments)
+            shift = (lag - moved @ mean).flatten()
+            target = target.with_bias((operator.bias.detach().double() + shift).to(operator.weight.dtype))
+        return Target(target, moments)
 
-    def _sums(self, half: int, before: Tensor, now: Tensor, *, centred: bool) -> tuple[Tensor, Tensor, int]:
-        """Return the sums of (x - x') x'^T and of x' x'^T in a half, and the number of columns."""
-        second, crossed, count = self._second[half], self._crossed[half], self._counts[half]
-        if centred:  # around the means of both halves: (x - m)(x' - m')^T, and so on
-            then, here = self._means[half].unsqueeze(-1)
-            second = second - here @ now.mT - now @ here.mT + count * now @ now.mT
-            crossed = crossed - then @ now.mT - before @ here.mT + count * before @ now.mT
-        return crossed - second, second, count
+    def _sums(self, half: int, lag: Tensor, mean: Tensor, *, centred: bool) -> tuple[Tensor, Tensor, int]:
+        """Return the sums of l x'^T and of x' x'^T in a half, and the number of columns."""
+        crossed, second, count = self._crossed[half], self._second[half], self._counts[half]
+        if centred:  # around the means of both halves: (l - E l)(x' - m')^T, and so on
+            then, here = self._lag[half].unsqueeze(-1), self._mean[half].unsqueeze(-1)
+            crossed = crossed - then @ mean.mT - lag @ here.mT + count * lag @ mean.mT
+            second = second - here @ mean.mT - mean @ here.mT + count * mean @ mean.mT
+        return crossed, second, count
 
 
-def _regression(kernel: Tensor, halves: Sequence[tuple[Tensor, Tensor, int]]) -> Tensor:
-    """Return by how much W moves: the regression of W (x - x') on x', as much of it as holds in the other half.
+def _regression(halves: Sequence[tuple[Tensor, Tensor, int]]) -> Tensor:
+    """Return by how much W moves: the regression of l on x', as much of it as holds in the other half.
 
-    With V from one half and the sums of the other the share s lowers E |W (x - x') - s V x'|^2 the most at
-    ``s = <W D, V> / <V C, V>``; for one half alone the share N / (n + N) of N columns has to do.
+    With V from one half and the sums of the other the share s lowers E |l - s V x'|^2 the most at
+    ``s = <l x'^T, V> / <V C, V>``; for one half alone the share N / (n + N) of N columns has to do.
     """
     lags, seconds, counts = zip(*halves, strict=True)
-    total, columns = sum(counts), kernel.shape[-1]
-    whole = _solve(kernel, sum(lags), sum(seconds))
+    total, columns = sum(counts), seconds[0].shape[-1]
+    whole = _solve(sum(lags), sum(seconds))
     if len(halves) < 2:
         return whole * total / (total + columns)
-    explained = energy = kernel.new_zeros(())
+    explained = energy = whole.new_zeros(())
     for one, other in ((0, 1), (1, 0)):
-        moved = _solve(kernel, lags[one], seconds[one])
-        explained = explained + (kernel @ lags[other] * moved).sum()
+        moved = _solve(lags[one], seconds[one])
+        explained = explained + (lags[other] * moved).sum()
         energy = energy + (moved @ seconds[other] * moved).sum()
     share = (explained / energy.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, 1)
     return whole * share
 
 
-def _solve(kernel: Tensor, lag: Tensor, second: Tensor) -> Tensor:
-    """Return ``W D (C + ridge)^-1``, where C may be nothing but what rounding left of a covariance."""
+def _solve(lag: Tensor, second: Tensor) -> Tensor:
+    """Return ``E[l x'^T] (C + ridge)^-1``, where C may be nothing but what rounding left of a covariance."""
     _, inverse = triangles(second, RIDGE)
-    return kernel @ lag @ inverse.mT @ inverse
+    return lag @ inverse.mT @ inverse

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
-from surgery.allocation.options import positions
 from surgery.calibration.batch_norm import NormWatch, Reference, feeds_batch_norm, reestimate_batch_norm
 from surgery.calibration.collect import Progress, collect
-from surgery.calibration.factor import RIDGE, fit, squared_error
+from surgery.calibration.factor import fit
 from surgery.calibration.inputs import Calibration, samples_in
 from surgery.calibration.moments import Moments
 from surgery.calibration.sensitivity import with_sensitivity
@@ -80,11 +79,6 @@ class SiteData:
     @cached_property
     def _originals(self) -> Originals:
         return Originals(self.model, self.samples, {name: m for name, m in self.moments.items() if m.dense})
-
-    def damage(self, site: Site, chain: Chain) -> float:
-        """Return what the chain of a site does to the output, as ``surgery.allocation.options`` defines it."""
-        seen = self.moments[site.name].regularised(RIDGE)
-        return positions(site) * squared_error(chain, site.operator, seen, centred=site.name in self.centred)
 
     def correct(self, changed: Model, progress: Progress) -> None:
         """Re-estimate the batch norms of a changed model, in place."""

@@ -11,8 +11,10 @@ all of them at once: each for 1 - 0.05 / trials (Dunn 1961, Multiple Comparisons
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -27,11 +29,13 @@ from surgery.comparison import evaluating, run_model
 from surgery.errors import InputError
 from surgery.graphs import Model
 from surgery.graphs.shapes import untouched
+from surgery.inputs import Inputs
 from surgery.text import FAR, first_line, shown
 
-__all__ = ["TRIALS", "Evaluate", "Goal", "HeldOut", "Promise", "Seen", "drop_of", "metric_of", "scores_of"]
+__all__ = ["TRIALS", "Evaluate", "Goal", "HeldOut", "Outputs", "Promise", "Seen", "drop_of", "metric_of", "scores_of"]
 
 Evaluate = Callable[[Any], float | Tensor]
+Run = Callable[[Inputs], Any]
 TRIALS = 8  # at most, of one search
 _QUANTILE = NormalDist().inv_cdf(1 - 0.05 / TRIALS)  # one-sided
 _DEFAULT_ERROR = 0.05
@@ -99,13 +103,41 @@ class HeldOut:
     """The outputs of a model on held-out samples, to measure others against; what masks hide of them does not count."""
 
     def __init__(self, model: Model, samples: Calibration) -> None:
+        with running(model) as run:
+            self._outputs = Outputs(run, samples)
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return self._outputs.count
+
+    def error(self, model: Model) -> tuple[float, float]:
+        """Return the relative error of the outputs, and its upper confidence limit."""
+        with running(model) as run:
+            return self._outputs.error(run)
+
+
+@contextmanager
+def running(model: Model) -> Iterator[Run]:
+    """Yield what runs a model as ``run_model`` does; it keeps nothing of that."""
+    module = model.module() if isinstance(model, ExportedProgram) else model
+    with untouched(module):
+        yield partial(run_model, module)
+
+
+class Outputs:
+    """What a run puts out for samples, to measure other runs against; what masks hide does not count.
+
+    Raises:
+        InputError: there is nothing to compare.
+    """
+
+    def __init__(self, run: Run, samples: Calibration) -> None:
         self._samples = samples
-        with untouched(model):
-            self._outputs = [_leaves(run_model(model, batch)) for batch in samples]
+        self._outputs = [_leaves(run(batch)) for batch in samples]
         if not any(leaves for leaves in self._outputs):
             raise InputError("the model has no floating-point output to compare")
-        with untouched(model):
-            visible = VisibleOutputs(lambda batch: _leaves(run_model(model, batch)), samples)
+        visible = VisibleOutputs(lambda batch: _leaves(run(batch)), samples)
         pairs = zip(samples, self._outputs, strict=True)
         self._visible = [list(visible.of(batch, leaves)) for batch, leaves in pairs]
         if not any(mask is None or bool(mask.any()) for masks in self._visible for mask in masks):
@@ -117,15 +149,13 @@ class HeldOut:
         """Number of samples."""
         return self._samples.count
 
-    def error(self, model: Model) -> tuple[float, float]:
-        """Return the relative error of the outputs, and its upper confidence limit."""
+    def error(self, run: Run) -> tuple[float, float]:
+        """Return the relative error of what another run puts out, and its upper confidence limit."""
         squares: list[Tensor] = []
         energies: list[Tensor] = []
         size = self._samples.batch_size
-        with untouched(model):
-            outputs = [_leaves(run_model(model, batch)) for batch in self._samples]
-        for leaves, expected, visible in zip(outputs, self._outputs, self._visible, strict=True):
-            for found, wanted, mask in zip(leaves, expected, visible, strict=True):
+        for batch, expected, visible in zip(self._samples, self._outputs, self._visible, strict=True):
+            for found, wanted, mask in zip(_leaves(run(batch)), expected, visible, strict=True):
                 squares.append(_per_sample(found - wanted, size, mask))
                 energies.append(_per_sample(wanted, size, mask))
         e, n = torch.cat(squares), torch.cat(energies)

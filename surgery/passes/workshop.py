@@ -6,6 +6,7 @@ moments -> options of each site (damage, cost);    chosen options -> data-aware 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from surgery.allocation.options import Option, Options, options_of
 from surgery.benchmark import Timing
+from surgery.calibration.factor import correct_bias
 from surgery.calibration.inputs import Calibration
 from surgery.chain import Chain
 from surgery.cost.latency import Comparison
@@ -25,6 +27,7 @@ from surgery.graphs import Found, Model, open_graph
 from surgery.inputs import Inputs
 from surgery.operators import Operator
 from surgery.passes.clock import Clock
+from surgery.passes.effects import Effects
 from surgery.passes.factoring import SiteData, gather, plain, weight_error
 from surgery.passes.fitting import Fitted, Fitting, judged
 from surgery.passes.goals import HeldOut, scores_of
@@ -39,7 +42,10 @@ __all__ = ["Workshop"]
 _Key = tuple[str, str, Ranks]  # site, factorization, ranks
 
 _SURE = 1.2  # a wider interval is not kept for another time
-_ROUNDS, _SMALL = 4, 160_000  # of corrections; weights, as a 3x3 convolution of 128 channels has
+_ROUNDS = 3  # of corrections
+_SMALL, _LARGE = 160_000, 2_500_000  # weights: a 3x3 convolution of 128 channels, a linear layer of 768 to 3072
+_LEAST, _FEW = 16, 64  # samples of a correction
+_WORST = 1e6  # times an expected damage
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,9 @@ class Workshop:
     _reached: dict[tuple[_Key, ...], tuple[float, float]] = field(init=False, default_factory=dict)
     _built: Any = field(init=False, default=None)
     _latest: tuple[_Key, ...] = field(init=False, default=())
+    _expected: dict[_Key, float] = field(init=False)
+    _seen: set[_Key] = field(init=False, default_factory=set)
+    _ratios: dict[tuple[str, str], float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         fit, self._held = judged(self.samples, promised=self.terms.goal.kind == "max_error")
@@ -89,11 +98,20 @@ class Workshop:
             else:
                 self.sites.append(options)
         self.progress("measure", len(wanted), len(wanted))
+        chains = (option for site in self.sites for option in site.options if option.factorization is not None)
+        self._expected = {_key(option): option.damage for option in chains}
 
     @cached_property
     def held_out(self) -> HeldOut:
         """The original's outputs on samples that nothing was fitted to."""
         return HeldOut(self.model, self._held)
+
+    @cached_property
+    def _effects(self) -> Effects:
+        """What measures chains one by one, on few samples: there are many chains."""
+        work = self._data.macs * len(self.sites)
+        few = self._data.samples.affordable(work, least=_LEAST)
+        return Effects(self.model, few.take(slice(min(_FEW, few.count))))
 
     @cached_property
     def clock(self) -> Clock:
@@ -106,35 +124,50 @@ class Workshop:
         return None if self.terms.asked.evaluate is None else scores_of(self.model, self.terms.asked.evaluate)
 
     def settle(self, choose: Callable[[], Sequence[Option]]) -> None:
-        """Correct the damages of options by those of fitted chains, until what is chosen has been seen to.
+        """Correct the damages of options by what chains do to the outputs, until all that is chosen has been seen to.
 
-        An expected damage is a bound for most methods, and by how much it is too high differs from site to site. Large
-        sites are left out: they take long to fit, and their bounds are near.
+        What was seen of one rank of a site holds for its others, and the median of what was seen for sites without.
         """
-        seen: set[tuple[str, str]] = set()
         for _ in range(_ROUNDS):
-            small = (o for o in choose() if o.factorization is not None and self._weights(o) <= _SMALL)
-            new = [option for option in small if (option.site, str(option.factorization)) not in seen]
+            looked_at = {site for site, _ in self._ratios}
+            pairs = zip(self.sites, choose(), strict=True)
+            options = [chosen if sites.site.name in looked_at or chosen.factorization is not None else sites.middle for sites, chosen in pairs]
+            new = [option for option in options if self._unseen(option)]
             if not new:
                 break
             for done, option in enumerate(new):
                 self.progress("fit", done, len(new))
-                seen.add((option.site, str(option.factorization)))
-                self._correct(option)
+                self._see(option)
+            self.progress("fit", len(new), len(new))
+            found = list(self._ratios.values())
+            typical = statistics.median(found) if found else 1.0
+            self.sites = [
+                options.with_damages([self._corrected(option, typical) for option in options.options])
+                for options in self.sites
+            ]
 
-    def _correct(self, option: Option) -> None:
-        chain = self._fit(option, None if self.made_up else self._data)
-        site = self._spots[option.site].site
-        if chain is None or not option.damage > 0 or self._data.moments[option.site].sensitivity is None:
+    def _corrected(self, option: Option, typical: float) -> float:
+        if option.factorization is None:
+            return option.damage
+        key = _key(option)
+        return self._expected[key] * self._ratios.get(key[:2], typical)
+
+    def _unseen(self, option: Option) -> bool:
+        """Whether the effect of an option is to be measured; chains of large convolutions take long to fit."""
+        if option.factorization is None or not option.damage > 0 or _key(option) in self._seen:
+            return False
+        weights = self._spots[option.site].site.operator.kernel.numel()
+        return weights <= (_LARGE if option.factorization == "svd" else _SMALL)
+
+    def _see(self, option: Option) -> None:
+        self._seen.add(_key(option))
+        chain, site = self._fit(option, None if self.made_up else self._data), self._spots[option.site].site
+        if chain is None:
             return
-        ratio = self._data.damage(site, chain) / option.damage
-        self.sites = [
-            options.corrected(str(option.factorization), ratio) if options.site.name == option.site else options
-            for options in self.sites
-        ]
-
-    def _weights(self, option: Option) -> int:
-        return self._spots[option.site].site.operator.kernel.numel()
+        if not self.made_up and site.operator.bias is None and option.site in self._data.centred:
+            chain = correct_bias(chain, site.operator, self._data.moments[option.site])  # as what follows will
+        ratio = self._effects.of(option.site, chain) ** 2 / self._expected[_key(option)]
+        self._ratios[_key(option)[:2]] = ratio if ratio < _WORST else _WORST  # or not finite
 
     def _options(self, name: str) -> Options | Refusal:
         if name not in self._data.moments:

@@ -1,0 +1,92 @@
+"""What is added to the output of a site: the other branch of a residual connection, seen while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+__all__ = ["Additions"]
+
+_ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+_VIEW = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.alias.default)
+
+
+@dataclass(eq=False)
+class _Followed:
+    """A value, by its views too: who is told what is added to it, and who that something else reads it."""
+
+    shape: torch.Size
+    add: Callable[[Tensor], None]
+    spoil: Callable[[], None]
+    added: bool = False
+
+
+class Additions(TorchDispatchMode):
+    """A mode that follows values: each is to be read once, by the addition of a tensor of its shape.
+
+    It sees the operators that torch runs, so that it serves modules, interpreted graphs and functions alike.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
+        self._followed: Any = WeakIdKeyDictionary()
+        self._paused = False
+
+    def follow(self, value: Tensor, add: Callable[[Tensor], None], spoil: Callable[[], None]) -> None:
+        """Call ``add`` with what is added to a value, in its shape, and ``spoil`` if anything else reads it."""
+        self._followed[value] = _Followed(value.shape, add, spoil)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """See nothing for a while: what is done to values now is not the model's doing."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operator, and see what it does to the values that are followed."""
+        kwargs = kwargs or {}
+        read = [] if self._paused or not self._followed else self._read(args, kwargs)
+        if func in _ADD and kwargs.get("alpha", 1) == 1 and _alike(args):
+            for value, followed in read:
+                self._see(followed, args[1] if value is args[0] else args[0])
+            if func is torch.ops.aten.add_.Tensor:  # what is read of it now is the sum
+                self._followed.pop(args[0], None)
+            read = []
+        result = func(*args, **kwargs)
+        for _, followed in read:
+            if func in _VIEW:
+                self._followed[result] = followed
+            else:
+                followed.spoil()
+        return result
+
+    def _read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Tensor, _Followed]]:
+        tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        return [(tensor, self._followed[tensor]) for tensor in tensors if tensor in self._followed]
+
+    @staticmethod
+    def _see(followed: _Followed, other: Tensor) -> None:
+        if followed.added:
+            followed.spoil()
+        else:
+            followed.added = True
+            followed.add(other.reshape(followed.shape))
+
+
+def _alike(args: Sequence[Any]) -> bool:
+    return len(args) == 2 and all(isinstance(a, Tensor) for a in args) and args[0].shape == args[1].shape
