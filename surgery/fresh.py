@@ -33,6 +33,8 @@ from surgery.scratch import scratch_folder
 
 __all__ = ["Apart", "time_apart", "time_batches"]
 
+_WIDE = 1.1  # times its lower end, an interval that leaves the search for a speed-up in the dark
+
 _Given: TypeAlias = nn.Module | ExportedProgram | str | os.PathLike[str]
 
 
@@ -48,13 +50,16 @@ class _Written:
 
 @dataclass(frozen=True)
 class _Asked:
-    """Whether a speed-up is reached, if any is asked for, and how many times as long a timing may try to tell."""
+    """Whether a speed-up is reached, if any is asked for, and how many times as long a timing may try to tell.
+
+    A search goes on from a speed-up, so that its interval is to be narrow, too.
+    """
 
     goal: float | None
     patience: int
 
     def answered(self, found: Speedup) -> bool:
-        return self.goal is None or not found.low < self.goal <= found.high
+        return self.goal is None or not (found.low < self.goal <= found.high or found.high > _WIDE * found.low)
 
 
 def time_apart(
@@ -70,7 +75,7 @@ def time_apart(
     """Time models under onnxruntime, each alone in new processes, for about ``seconds`` in all after their export.
 
     Models, inputs and names are those of ``bench``. Processes of all models take turns of a quarter of a second, in
-    three to eight generations; models that are slow to load take longer than the seconds. A process opens one
+    four to eight generations; models that are slow to load take longer than the seconds. A process opens one
     session with default options, except for the ``threads`` if they are given, and runs it with plain arrays. What it
     waits for a core that others use does not count, as far as the system tells (``without_waits``). Intervals are those
     of ``compare_generations``: they know how far processes differ.
@@ -109,8 +114,8 @@ class Apart:
     ) -> Timing:
         """Return the timing of both; arguments and exceptions are those of ``time_apart``.
 
-        Where the interval leaves open whether the ``goal``, a speed-up, is reached, it takes longer, up to ``patience``
-        times as long.
+        Where the interval leaves open whether the ``goal``, a speed-up, is reached, or is wider than a tenth, it takes
+        longer, up to ``patience`` times as long.
         """
         later = _write(model, model, self._inputs, self._folder / "later.onnx", name_of(model))
         asked = _Asked(goal, patience)

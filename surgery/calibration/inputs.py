@@ -34,6 +34,7 @@ __all__ = ["Calibration", "read_calibration", "read_inputs", "samples_in"]
 
 _LEAST = 48  # samples
 _WORK = 2.0e11  # multiply-accumulates of one pass: 49 samples of a ResNet-50 at 224x224
+_PASSES = 3
 _ALLOWED = f"a tensor, a sequence of inputs, a DataLoader, or the path of a file ({FILES})"
 
 
@@ -92,8 +93,8 @@ class Calibration:
         return self if wanted >= self.count else self.take(slice(wanted))
 
     def passes(self, macs: float) -> int:
-        """Return in how many passes over all samples, at ``macs`` each, ``_WORK`` is done; 1 at least."""
-        return max(1, int(_WORK / max(macs * self.count, 1.0)))
+        """Return in how many passes over all samples, at ``macs`` each, ``_PASSES`` times ``_WORK`` is done; 1 at least."""
+        return max(1, int(_PASSES * _WORK / max(macs * self.count, 1.0)))
 
     def split(self, held_out: float = 0.25, *, seed: int = 0) -> tuple[Calibration, Calibration]:
         """Return (fit, held out): a random share of the samples, or of whole batches where they must be, is set aside.

@@ -37,7 +37,7 @@ from surgery.errors import InputError
 __all__ = ["Blocks", "Job", "compare_generations", "time_generations", "without_waits"]
 
 _CHILD = Path(__file__).with_name("child.py")
-_LEAST, _MOST = 3, 8  # generations: fewer say nothing of the spread between processes, more cost their starts
+_LEAST, _MOST = 4, 8  # generations: fewer say nothing of the spread between processes, more cost their starts
 _STARTING = 2 / 3  # of the time for starts at most: more processes narrow an interval faster than more runs
 _BLOCK = 0.25  # seconds of one turn, at most
 _ROUNDS = 2  # turns of a process, at least
@@ -80,7 +80,7 @@ def time_generations(
 ) -> list[list[Blocks]]:
     """Return, for each generation, the blocks of each job, for about ``seconds`` in all, starts of processes included.
 
-    There are 3 to 8 generations. Three are timed whatever they take: models that are slow to load exceed the seconds.
+    There are 4 to 8 generations. Four are timed whatever they take: models that are slow to load exceed the seconds.
     Where ``settled`` says that they leave open what was asked, as many follow, up to ``patience`` times in all.
 
     Raises:
