@@ -122,6 +122,8 @@ def test_sensitivity_predicts_how_far_the_output_moves() -> None:
     assert gradients is not None
     scaled = gradients[0] / gradients[0].diagonal().mean()
     assert relative_error(scaled, torch.eye(6, dtype=torch.float64)) < 0.3
+    energy = float(model(x).detach().square().sum(1).mean())
+    assert float(gradients[0].diagonal().mean()) * energy == pytest.approx(1, rel=0.3)  # it is a relative error
     stem = moments["stem"].sensitivity
     assert stem is not None
     assert float(torch.linalg.eigvalsh(stem[0])[0]) > -1e-12 * float(stem[0].trace())

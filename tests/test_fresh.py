@@ -59,7 +59,7 @@ def jobs(folder: Path, answers: str) -> list[Job]:
 def test_medians_are_those_of_the_processes(tmp_path: Path) -> None:
     shares: list[float] = []
     found = time_generations(jobs(tmp_path, SCRIPTED), seconds=0.01, progress=shares.append)
-    assert len(found) == 3
+    assert len(found) == 4
     assert all(set(blocks) == {(s, 2 * s, 9.0)} for g in found for blocks, s in zip(g, (2.0, 1.0), strict=True))
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
@@ -168,10 +168,10 @@ def test_what_is_open_is_timed_for_longer(tmp_path: Path) -> None:
         return len(asked) == 2
 
     how = {"seconds": 0.0, "settled": settled, "progress": shares.append}
-    assert len(time_generations(jobs(tmp_path, SCRIPTED), patience=5, **how)) == 6
-    assert asked == [3, 6]
+    assert len(time_generations(jobs(tmp_path, SCRIPTED), patience=5, **how)) == 8
+    assert asked == [4, 8]
     assert shares[-1] == 1.0
-    assert len(time_generations(jobs(tmp_path, SCRIPTED), patience=1, **how)) == 3
+    assert len(time_generations(jobs(tmp_path, SCRIPTED), patience=1, **how)) == 4
 
 
 def test_batches_follow_the_dynamic_axis(tmp_path: Path) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surgery.calibration.added import Additions
 from surgery.calibration.batch_norm import NormWatch
 from surgery.calibration.collect import collect
 from surgery.calibration.inputs import read_calibration
@@ -96,6 +100,7 @@ def test_a_stage_for_each_site_as_long_as_it_costs_little(monkeypatch: pytest.Mo
     assert [list(stage) for stage in data.stages(3, None)] == [[0], [1], [2]]
     assert [list(stage) for stage in data.stages(5, 2)] == [[0, 1], [2, 3, 4]]
     assert data.stages(0, None) == data.stages(0, 3) == []
+    monkeypatch.setattr("surgery.calibration.inputs._PASSES", 1)
     monkeypatch.setattr("surgery.calibration.inputs._WORK", 2.5 * data.macs * data.samples.count)
     assert len(data.stages(3, None)) == 2
     monkeypatch.setattr("surgery.calibration.inputs._WORK", 1.0)
@@ -126,3 +131,72 @@ def test_stages_pay_on_a_deep_network(kind: str) -> None:
         found = decompose(model, x[:16], ranks=(4, 4), factorization="tucker", calibration=x, stages=stages).model
         errors.append(relative_error(run_model(found, ((test,), {})), run_model(model, ((test,), {}))))
     assert errors[1] < 0.95 * errors[0]
+
+
+class Residual(nn.Module):
+    """Two layers, the second beside a branch; ``how`` says what becomes of its output."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.second, self.how = nn.Linear(6, 8), nn.Linear(8, 8), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, 8)."""
+        x = self.first(x)
+        y = self.second(x)
+        if self.how == "added":
+            return F.relu(F.dropout(y, 0.5, self.training) + x)
+        if self.how == "in place":
+            y += x
+            return y.relu()
+        if self.how == "into the branch":
+            z = x * 1
+            z += y
+            return z
+        if self.how == "in another shape":
+            return (y.view(-1, 2, 4) + x.view(-1, 2, 4)).relu().view(-1, 8)
+        if self.how == "twice":
+            return y + x + y
+        return y.relu() + x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["added", "in place", "into the branch", "in another shape", "twice", "not itself"])
+def test_an_operator_makes_up_for_the_branch_that_is_added_to_its_output(how: str, kind: str) -> None:
+    """If all that becomes of its output is the sum: then that comes back, up to a ridge, and else its output."""
+    torch.manual_seed(0)
+    model = Residual(how).double().eval()
+    other = copy.deepcopy(model)
+    other.first.weight.data += 0.3 * torch.randn(8, 6, dtype=torch.float64)
+    x = torch.randn(4096, 6, dtype=torch.float64)
+    now, changed = (as_kind(one, kind, x[:16]) for one in (model, other))
+    found = targets(now, changed, x[:1024], "second")["second"].operator
+    output = model.second(model.first(x)) + (0 if how in ("twice", "not itself") else model.first(x) - other.first(x))
+    assert relative_error(found(other.first(x)), output) < 0.01
+
+
+def test_additions_see_one_reading_alone() -> None:
+    seen: list[str] = []
+    x, y = torch.ones(2, 3), torch.ones(2, 3)
+    cases: dict[str, Callable[[], Any]] = {
+        "sum": lambda: x + y,
+        "more": lambda: y.add(x, alpha=2),
+        "wider": lambda: y + torch.ones(5, 2, 3),
+        "itself": lambda: y + y,
+        "nothing": lambda: x + x,
+        "paused": lambda: _paused(additions, lambda: y * 2),
+        "number": lambda: y + 1,
+    }
+    expected = {"sum": ["added"], "itself": ["added", "spoiled"], "nothing": [], "paused": []}
+    for name, call in cases.items():
+        seen.clear()
+        additions = Additions()
+        with additions:
+            additions.follow(y, lambda _: seen.append("added"), lambda: seen.append("spoiled"))
+            call()
+        assert seen == expected.get(name, ["spoiled"]), name
+
+
+def _paused(additions: Additions, call: Callable[[], Any]) -> None:
+    with additions.paused():
+        call()

@@ -2,7 +2,7 @@
 
 Damage is the expected squared relative error that an option alone would cause in the model's output,
 
-    positions * tr(G D C D^T)        D = W - W', C the second moment of the site's inputs, G the output's sensitivity
+    tr(G D C D^T)        D = W - W', C the second moment of the site's inputs, G the output's sensitivity
 
 and damages of different sites add up, as errors that are independent do. It is read off the spectra of ``G^(1/2) W
 C^(1/2)``: exact for a truncated SVD, a bound for the others, and good to rank options with. Absolute truth is measured
@@ -11,7 +11,6 @@ later, on the whole model. Without a sensitivity it is the relative error of the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -29,7 +28,7 @@ from surgery.ranks.candidates import Candidate, candidates_of
 from surgery.sites import FactoredSite, Site
 from surgery.solvers.weighted import roots, times_channels, triangle
 
-__all__ = ["Option", "Options", "options_of", "positions"]
+__all__ = ["Option", "Options", "options_of"]
 
 _JOINT = 576  # columns; above, the root over channels and taps at once costs more than it tells
 _SURE = 0.03  # of measured costs
@@ -158,11 +157,5 @@ def _whitened(site: Site, moments: Moments, *, centred: bool) -> tuple[Site, flo
         scale = float(rows.square().sum()) / total if total > 0 else 0.0
     else:
         rows = triangle(moments.sensitivity, RIDGE).mT @ rows
-        scale = float(rows.square().sum()) * positions(site)
+        scale = float(rows.square().sum())
     return replace(site, operator=operator.with_bias(None).with_kernel(rows.view_as(kernel))), scale
-
-
-def positions(site: Site) -> int:
-    """Return how many outputs of all channels the site has in one run."""
-    shapes = (site.operator.out_shape(shape) for shape in site.input_shapes)
-    return sum(math.prod(shape) for shape in shapes) // site.operator.out_channels

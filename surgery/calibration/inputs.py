@@ -93,7 +93,7 @@ class Calibration:
         return self if wanted >= self.count else self.take(slice(wanted))
 
     def passes(self, macs: float) -> int:
-        """Return in how many passes over all samples, at ``macs`` each, ``_PASSES`` times ``_WORK`` is done; 1 at least."""
+        """Return how many passes over all samples, at ``macs`` each, do ``_PASSES`` times ``_WORK``; 1 at least."""
         return max(1, int(_PASSES * _WORK / max(macs * self.count, 1.0)))
 
     def split(self, held_out: float = 0.25, *, seed: int = 0) -> tuple[Calibration, Calibration]:

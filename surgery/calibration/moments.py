@@ -46,12 +46,6 @@ class Moments:
     metric: Metric
     sensitivity: Tensor | None = None
 
-    def regularised(self, ridge: float) -> Moments:
-        """Return the moments with a ridge on C and G, as ``Metric.regularised`` adds it: few samples see too little."""
-        seen = self.sensitivity
-        seen = None if seen is None else Metric((seen,)).regularised(ridge).factors[0]
-        return Moments(self.count, self.mean, self.metric.regularised(ridge), seen)
-
     def narrow(self) -> Moments:
         """Return the moments in float32, enough to compare errors by."""
         seen = None if self.sensitivity is None else self.sensitivity.float()

@@ -4,13 +4,13 @@ For the model's output f and a random direction v, the gradient g of <v, f> with
 how much f moves: |df|^2 = E_v <v, df>^2 = E <g, dy>^2 to first order. With g taken as independent of the error dy and
 of itself at other positions (as K-FAC does: Martens and Grosse 2015, arXiv 1503.05671), that is tr(G E[dy dy^T]) for
 
-    G = E[g g^T]    (groups, O, O), the mean over positions and samples
+    G = E[sum g g^T]    (groups, O, O), the sum over the positions of a run, the mean over runs
 
-Of N gradients of O channels the share O / (O + N) of G is given to the identity of the same trace: what few gradients
-have not shown is not taken for harmless (Ledoit and Wolf 2004 shrink so).
+and f taken relative to its norm, so that tr(G E) is the squared relative error of the output; of several outputs the
+mean of theirs. Of N gradients of O channels the share O / (O + N) of G is given to the identity of the same trace: what
+few gradients have not shown is not taken for harmless (Ledoit and Wolf 2004 shrink so).
 
-Outputs of a model that are several tensors count by their relative error. One backward pass for each batch. Positions
-that a mask hides count neither in outputs nor at sites.
+One backward pass for each batch. Positions that a mask hides count neither in outputs nor at sites.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def with_sensitivity(
         leaves = _leaves(observed.run(batch, gradients=True))
         _backward(leaves, list(outputs.of(batch, leaves)), generator)
     return {
-        name: replace(m, sensitivity=found[name].mean if name in found and found[name].count else None)
+        name: replace(m, sensitivity=found[name].mean(len(few)) if name in found and found[name].count else None)
         for name, m in moments.items()
     }
 
@@ -88,12 +88,13 @@ def _leaves(output: object) -> list[Tensor]:
 
 def _backward(leaves: Sequence[Tensor], visible: Sequence[Tensor | None], generator: torch.Generator) -> None:
     total: Tensor | None = None
+    share = len(leaves) ** -0.5
     for leaf, mask in zip(leaves, visible, strict=True):
         if leaf.requires_grad:
             direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float32, device="cpu").to(leaf)
             shown = leaf if mask is None else leaf.masked_fill(~mask, 0.0)
             scale = torch.linalg.vector_norm(shown.detach().float()).clamp(min=1e-12)
-            part = (shown * direction).sum() / scale.to(leaf.dtype)
+            part = (shown * direction).sum() * (share / scale.to(leaf.dtype))
             total = part if total is None else total + part
     if total is None:
         raise InputError("the model has no output that depends on its operators by gradients")
@@ -120,10 +121,9 @@ class _Gram:
         self._axis = -1 - operator.geometry.dims if isinstance(operator, Conv) else -1
         self._sum = operator.weight.new_zeros(self._groups, self._out, self._out, dtype=torch.float64)
 
-    @property
-    def mean(self) -> Tensor:
-        """G, shrunk."""
-        mean, share = self._sum / self.count, self._out / (self._out + self.count)
+    def mean(self, runs: int) -> Tensor:
+        """Return G, shrunk."""
+        mean, share = self._sum / runs, self._out / (self._out + self.count)
         level = mean.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         return (1 - share) * mean + share * level * torch.eye(self._out, dtype=mean.dtype, device=mean.device)
 

@@ -129,9 +129,7 @@ class Workshop:
         What was seen of one rank of a site holds for its others, and the median of what was seen for sites without.
         """
         for _ in range(_ROUNDS):
-            looked_at = {site for site, _ in self._ratios}
-            pairs = zip(self.sites, choose(), strict=True)
-            options = [chosen if sites.site.name in looked_at or chosen.factorization is not None else sites.middle for sites, chosen in pairs]
+            options = [self._instead(site, chosen) for site, chosen in zip(self.sites, choose(), strict=True)]
             new = [option for option in options if self._unseen(option)]
             if not new:
                 break
@@ -145,6 +143,11 @@ class Workshop:
                 options.with_damages([self._corrected(option, typical) for option in options.options])
                 for options in self.sites
             ]
+
+    def _instead(self, site: Options, chosen: Option) -> Option:
+        """Return what is to be seen of a site: what is chosen, or if that is dense some chain, of a site unseen."""
+        seen = any(name == site.site.name for name, _ in self._ratios)
+        return chosen if seen or chosen.factorization is not None else site.middle
 
     def _corrected(self, option: Option, typical: float) -> float:
         if option.factorization is None:
