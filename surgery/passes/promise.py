@@ -129,7 +129,7 @@ def _for_quality(work: Workshop) -> tuple[list[Trial], list[Option], Timing | No
     kept = [trial.budget for trial in done if trial.kept]
     chosen = choose_least_cost(work.sites, max(kept, default=0.0))
     timed = work.terms.prices.measured and any(option.factorization is not None for option in chosen)
-    return done, chosen, work.clock.time(work.build(chosen), final=True) if timed else None
+    return done, chosen, work.clock.time(work.build(chosen), final=not work.made_up) if timed else None
 
 
 def _quality(work: Workshop) -> tuple[Callable[[Any], float], float, float, float]:
