@@ -19,8 +19,8 @@ was measured for `auto`.
 factors (or from what each site saves alone), over the one measured in the end.
 
 The table of stages has the same SVD ranks in each row, those of a share of all parameters: of the factors nearest to
-the weights, and of those fitted to calibration data in 1 and in 6 runs and in as many as is the default. What is worse
-than the factors without data is marked, with how sure that is: the difference over its standard error.
+the weights, and of those fitted to calibration data in 1 and in 6 runs and in as many as is the default. What is below
+the factors without data is shown with the difference over its standard error, and is WORSE if that is beyond two.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ SWEEPS: dict[str, tuple[float, ...]] = {
     "uniform": (0.7, 0.55, 0.4, 0.3, 0.2, 0.1),
 }
 SHARES = (0.7, 0.5, 0.25)  # of the parameters, in the table of stages
+SURE = 2.0  # standard errors
 PLAIN = "plain SVD"
 STAGES: dict[str, int | None] = {"stages=1": 1, "stages=6": 6, "default": None}
 
@@ -82,8 +83,8 @@ class Staged:
 
     @property
     def worse(self) -> bool:
-        """Whether it is worse than the factors without data."""
-        return self.gain < 0
+        """Whether it is worse than the factors without data, and surely so."""
+        return self.gain < 0 and self.deviations < -SURE
 
 
 def baseline_ranks(network: Network, rule: str, parameter: float) -> dict[str, Any]:
@@ -176,19 +177,20 @@ def show(console: Console, network: Network, original: float, points: list[Point
 
 
 def show_stages(console: Console, network: Network, original: float, rows: list[Staged]) -> None:
-    """Print the metric of each way to fit at each share of the parameters; red what is worse than plain SVD."""
+    """Print the metric of each way to fit at each share of the parameters; red what is surely worse than plain SVD."""
     table = Table("parameters", PLAIN, *STAGES)
     for share in dict.fromkeys(row.share for row in rows):
         cells = []
         for row in (row for row in rows if row.share == share):
             text = f"{100 * row.metric:.2f}"
-            cells.append(f"[red]{text} WORSE ({row.deviations:.1f} s.e.)[/red]" if row.worse else text)
+            text += f" ({row.deviations:.1f} s.e.)" if row.gain < 0 else ""
+            cells.append(f"[red]{text} WORSE[/red]" if row.worse else text)
         table.add_row(f"{share:g}", *cells)
-    worse = sum(row.worse for row in rows)
+    below, worse = sum(row.gain < 0 for row in rows), sum(row.worse for row in rows)
     console.print(f"\n{network.name}: {network.metric} at equal SVD ranks, in per cent; original {100 * original:.2f}")
     console.print(table)
     fitted = sum(row.way != PLAIN for row in rows)
-    console.print(f"{worse} of {fitted} fits to calibration data are worse than plain SVD")
+    console.print(f"{below} of {fitted} fits to calibration data are below plain SVD, {worse} of them surely")
 
 
 def main() -> None:
