@@ -133,6 +133,9 @@ def test_stages_pay_on_a_deep_network(kind: str) -> None:
     assert errors[1] < 0.95 * errors[0]
 
 
+HOW = ["added", "in place", "into the branch", "in another shape", "twice", "returned", "not itself"]
+
+
 class Residual(nn.Module):
     """Two layers, the second beside a branch; ``how`` says what becomes of its output."""
 
@@ -140,8 +143,8 @@ class Residual(nn.Module):
         super().__init__()
         self.first, self.second, self.how = nn.Linear(6, 8), nn.Linear(8, 8), how
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (N, 8)."""
+    def forward(self, x: Tensor) -> Any:
+        """Return (N, 8), or two of that."""
         x = self.first(x)
         y = self.second(x)
         if self.how == "added":
@@ -157,11 +160,15 @@ class Residual(nn.Module):
             return (y.view(-1, 2, 4) + x.view(-1, 2, 4)).relu().view(-1, 8)
         if self.how == "twice":
             return y + x + y
+        if self.how == "returned":
+            return y, y + x
         return y.relu() + x
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["added", "in place", "into the branch", "in another shape", "twice", "not itself"])
+@pytest.mark.parametrize(
+    "how", ["added", "in place", "into the branch", "in another shape", "twice", "returned", "not itself"]
+)
 def test_an_operator_makes_up_for_the_branch_that_is_added_to_its_output(how: str, kind: str) -> None:
     """If all that becomes of its output is the sum: then that comes back, up to a ridge, and else its output."""
     torch.manual_seed(0)
@@ -171,7 +178,8 @@ def test_an_operator_makes_up_for_the_branch_that_is_added_to_its_output(how: st
     x = torch.randn(4096, 6, dtype=torch.float64)
     now, changed = (as_kind(one, kind, x[:16]) for one in (model, other))
     found = targets(now, changed, x[:1024], "second")["second"].operator
-    output = model.second(model.first(x)) + (0 if how in ("twice", "not itself") else model.first(x) - other.first(x))
+    alone = how in ("twice", "returned", "not itself")
+    output = model.second(model.first(x)) + (0 if alone else model.first(x) - other.first(x))
     assert relative_error(found(other.first(x)), output) < 0.01
 
 

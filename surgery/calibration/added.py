@@ -46,6 +46,11 @@ class Additions(TorchDispatchMode):
         """Call ``add`` with what is added to a value, in its shape, and ``spoil`` if anything else reads it."""
         self._followed[value] = _Followed(value.shape, add, spoil)
 
+    def give(self, output: Any) -> None:
+        """See what a model returns: a value that it returns is read by whoever gets it."""
+        for _, followed in self._read((output,), {}):
+            followed.spoil()
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """See nothing for a while: what is done to values now is not the model's doing."""

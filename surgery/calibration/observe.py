@@ -97,7 +97,9 @@ class Observed(ABC):
             with torch.set_grad_enabled(gradients), _frozen(self.parameters), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch about itself
                 with self._additions if self._follows else nullcontext():
-                    return self.execute(inputs)
+                    output = self.execute(inputs)
+                self._additions.give(output)
+                return output
         except InputError:
             raise
         except Exception as error:  # a model may raise anything on inputs that do not fit

@@ -58,13 +58,11 @@ class Originals:
         observed = observe(model, next(iter(samples)))
         spots = _spots(observed, sites)
         self._visible = VisibleRows(observed, samples, spots)
-        records = {spot.site.name: _Record(spot, len(samples)) for spot in spots}
+        self._records = {spot.site.name: _Record(spot, len(samples)) for spot in spots}
         for spot in spots:
-            records[spot.site.name].follow(observed, spot, self._visible)
+            self._records[spot.site.name].follow(observed, spot, self._visible)
         for batch in samples:
             observed.run(batch)
-        self._summed = {name: record.summed for name, record in records.items()}
-        self._outputs = {name: record.outputs(summed=self._summed[name]) for name, record in records.items()}
 
     def targets(
         self, changed: Model, sites: Collection[str], norms: Reference, centred: Collection[str]
@@ -77,21 +75,16 @@ class Originals:
 
         def watch(observed: Observed) -> None:
             for spot in _spots(observed, sites):
-                if spot.site.name in self._outputs:
+                if spot.site.name in self._records:
                     records[spot.site.name] = record = _Record(spot, len(self._samples))
                     self._visible.watch(observed, spot, record.read)
                     record.follow(observed, spot, self._visible)
 
         reestimate_batch_norm(changed, self._samples, reference=norms, beside=watch)
-        found: dict[str, Target] = {}
-        for name, record in records.items():
-            lags = [
-                then.double() - now.double()
-                for then, now in zip(self._outputs[name], record.outputs(summed=self._summed[name]), strict=True)
-            ]
-            pairs = _Pairs(record.operator, record.columns, lags, record.calls)
-            found[name] = pairs.target(self._moments[name].sensitivity, centred=name in centred)
-        return found
+        return {
+            name: _Pairs(self._records[name], record).target(self._moments[name].sensitivity, centred=name in centred)
+            for name, record in records.items()
+        }
 
 
 def _spots(observed: Observed, sites: Collection[str]) -> list[Spot]:
@@ -148,16 +141,19 @@ class _Record:
 class _Pairs:
     """Sums over columns x' and what is to be made up for there, l, in float64, in two halves of the batches."""
 
-    def __init__(self, operator: Operator, columns: Sequence[Tensor], lags: Sequence[Tensor], calls: int) -> None:
+    def __init__(self, original: _Record, changed: _Record) -> None:
+        self._operator = operator = changed.operator
         groups, out, *rest = operator.kernel.shape
-        n = torch.Size(rest).numel()
-        self._operator, self._taps = operator, torch.Size(rest[1:]).numel()
+        n, self._taps = torch.Size(rest).numel(), torch.Size(rest[1:]).numel()
         self._counts = [0, 0]
         new = operator.weight.new_zeros
         self._lag, self._mean = (new(2, groups, size, dtype=torch.float64) for size in (out, n))
         self._crossed, self._second = (new(2, groups, size, n, dtype=torch.float64) for size in (out, n))
-        for number, (x, lag) in enumerate(zip(columns, lags, strict=True)):
-            half, now = number // calls % 2, x.double()  # a mean may be far above the deviation from it
+        summed = original.summed and changed.summed
+        calls = zip(changed.columns, original.outputs(summed=summed), changed.outputs(summed=summed), strict=True)
+        for number, (x, before, after) in enumerate(calls):
+            half = number // changed.calls % 2
+            now, lag = x.double(), before.double() - after.double()  # a mean may be far above the deviation from it
             self._counts[half] += now.shape[1]
             self._lag[half] += lag.sum(1)
             self._mean[half] += now.sum(1)
