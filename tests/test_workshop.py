@@ -17,15 +17,12 @@ from surgery.calibration import read_calibration
 from surgery.chain import Chain
 from surgery.cost.latency import Comparison, Latencies
 from surgery.cost.timing import Samples
-from surgery.factorizations import named
-from surgery.graphs import open_graph
 from surgery.inputs import normalise_inputs
 from surgery.operators import Operator, Shape
 from surgery.passes import clock as clocks
 from surgery.passes import promise
 from surgery.passes.decompose import DecomposeResult
-from surgery.passes.effects import Effects
-from surgery.passes.goals import Goal, HeldOut
+from surgery.passes.goals import Goal
 from surgery.passes.terms import Asked, Terms
 from surgery.passes.workshop import Workshop
 from tests.cases import decaying
@@ -170,20 +167,6 @@ def test_damages_are_corrected_by_what_chains_do_to_the_outputs(kind: str) -> No
     for option in after:
         alone = work.held_out.error(work.build([option]))[0] ** 2
         assert option.damage / 1.5 <= alone <= option.damage * 1.5  # on other samples, of another rank, perhaps
-
-
-def test_an_effect_is_that_of_the_changed_model() -> None:
-    x, model = samples(16), network()
-    spots = {spot.site.name: spot for spot in open_graph(model, (x,), {}).find().spots}
-    chain = named("svd").factor(spots["2"].site.operator, (3,))
-    assert isinstance(chain, Chain)
-    graph = open_graph(model, (x,), {})
-    graph.splice(next(spot for spot in graph.find().spots if spot.site.name == "2"), chain)
-    batches = read_calibration(x, model)
-    found = Effects(model, batches)
-    expected = HeldOut(model, batches).error(graph.finish())[0]
-    assert found.of("2", chain) == pytest.approx(expected, rel=1e-5)
-    assert found.of("2", chain) == pytest.approx(expected, rel=1e-5)  # again, and of the same model
 
 
 def test_a_target_out_of_reach_gives_the_original_and_says_what_is_within(

@@ -8,6 +8,7 @@ from surgery.calibration.inputs import Calibration
 from surgery.calibration.observe import observe
 from surgery.chain import Chain
 from surgery.graphs import Model
+from surgery.operators import Operator
 from surgery.passes.goals import Outputs
 
 __all__ = ["Effects"]
@@ -26,19 +27,23 @@ class Effects:
 
     def of(self, site: str, chain: Chain) -> float:
         """Return the relative error of the outputs with a chain at a site."""
-        place = _Place(chain)
+        spot = self._spots[site]
+        place = _Place(spot.site.operator, chain)
         self._observed.forget()
-        for call in self._spots[site].calls:
+        for call in spot.calls:
             self._observed.watch(call, place.see)
             self._observed.tap(call, place.change)
         return self._outputs.error(self._observed.run)[0]
 
 
 class _Place:
-    """A chain that is given what an operator reads, and whose output stands for the operator's."""
+    """What an operator reads and puts out is shown to it, and what its chain would put out comes back.
 
-    def __init__(self, chain: Chain) -> None:
-        self._chain = chain
+    The difference is added, since calls that share a weight may have a bias each.
+    """
+
+    def __init__(self, operator: Operator, chain: Chain) -> None:
+        self._operator, self._chain = operator, chain
         self._input: Tensor | None = None
 
     def see(self, x: Tensor) -> None:
@@ -46,4 +51,5 @@ class _Place:
 
     def change(self, y: Tensor) -> Tensor:
         assert self._input is not None  # it is shown just before
-        return self._chain(self._input).to(y.dtype).view_as(y)
+        difference = self._chain(self._input) - self._operator(self._input)
+        return y + difference.to(y.dtype).view_as(y)
