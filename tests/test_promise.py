@@ -17,7 +17,7 @@ from surgery.calibration.batch_norm import NormWatch, Reference
 from surgery.calibration.collect import collect
 from surgery.cli.commands import decompose as command
 from surgery.errors import InputError
-from surgery.passes.goals import Goal, HeldOut
+from surgery.passes.goals import Goal, HeldOut, drop_of
 from tests.cases import decaying
 
 KINDS = ("module", "graph", "program")
@@ -155,6 +155,32 @@ def test_the_upper_limit_is_above_the_error_and_falls_with_samples() -> None:
     assert few[0] < few[1]
     assert many[0] < many[1]
     assert many[1] - many[0] < few[1] - few[0]
+
+
+def test_what_several_outputs_say_of_a_sample_is_not_several_samples() -> None:
+    class Many(nn.Module):
+        def __init__(self, model: nn.Module, count: int) -> None:
+            super().__init__()
+            self.model, self.count = model, count
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return (self.model(x),) * self.count
+
+    model, x = network(), samples(40)
+    other = surgery.decompose(model, x[:4], ranks="keep_macs=0.5").model
+    once, often = (
+        HeldOut(Many(model, count), read_calibration(x, Many(model, count))).error(Many(other, count))
+        for count in (1, 9)
+    )
+    assert often == pytest.approx(once)
+
+
+def test_the_limit_holds_for_skewed_samples() -> None:
+    """Squares of normal numbers: less than a hundredth of the limits is below the mean, as is asked for."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(4000, 48, generator=generator, dtype=torch.float64).square()
+    limits = torch.tensor([drop_of(draw, torch.zeros_like(draw))[1] for draw in draws])
+    assert float((limits < 1).double().mean()) < 0.01
 
 
 def test_batch_norms_of_a_deep_network_are_corrected_together() -> None:

@@ -22,8 +22,8 @@ from surgery.graphs import open_graph
 from surgery.inputs import normalise_inputs
 from surgery.passes.decompose import decompose, find_sites
 from surgery.passes.factoring import gather
-from tests.test_calibration_models import KINDS, NETWORKS, as_kind, images, net
-from tests.zoo import graph
+from tests.test_calibration_models import KINDS, as_kind, images, net
+from tests.zoo import ZOO, graph
 
 EXACT = 1e-10
 FLOAT32 = 1e-5
@@ -107,17 +107,21 @@ def test_a_stage_for_each_site_as_long_as_it_costs_little(monkeypatch: pytest.Mo
     assert len(data.stages(3, None)) == 1
 
 
-@pytest.mark.law(8)
+@pytest.mark.law(16)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", sorted(set(ZOO) - {"functional"}))  # a module of which has no sites
 def test_every_site_of_the_zoo_gets_a_stage(name: str, kind: str) -> None:
     """Also where a module is called twice, and where packed projections are taken apart; full ranks change nothing."""
     model, inputs = graph(name, kind)
     sites = find_sites(model, inputs)[0]
     found = decompose(model, inputs, ranks="full", factorization="svd", calibration=[inputs] * 4, stages=len(sites))
     assert len(found.changes) > 1
-    outputs = (run_model(one, normalise_inputs(inputs)) for one in (found.model, model))
-    assert relative_error(*outputs) <= FLOAT32
+    pairs = zip(*(tensors(run_model(one, normalise_inputs(inputs))) for one in (found.model, model)), strict=True)
+    assert all(relative_error(now, before) <= FLOAT32 for now, before in pairs)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -123,7 +123,7 @@ def test_the_target_is_met_with_little_to_spare(target: float, tmp_path: Path, m
     result = decompose(tmp_path / "l", Clock(width=1.01), monkeypatch, target)  # a tenth of the sites' own seconds
     assert result.promise is not None
     assert result.promise.kept
-    assert target <= result.promise.measured < 1.05 * target
+    assert 1.02 * target <= result.promise.measured < 1.15 * target
 
 
 def test_out_of_reach_the_least_damaged_of_the_equally_fast_is_given(
