@@ -8,7 +8,7 @@ Of each network's samples some calibrate, some are for the metric, and the rest 
 the grid is asked for, and what is promised where nothing is asked for and no data are given, if anything is; what is
 returned is measured again:
 
-    max_error        relative error of the output on the unseen samples
+    max_error        relative error of the output on the unseen samples, without what their masks hide
     max_drop         what the metric (accuracy, cosine, agreement) loses on the unseen samples; each has a score
     target_speedup   both models as ONNX files of torch's own exporter, each in new processes: the median
 
@@ -108,7 +108,9 @@ def output_error(network: Network, changed: Model) -> float:
 def _outputs(model: Model, part: Network) -> list[Tensor]:
     module = model.module() if isinstance(model, ExportedProgram) else model
     leaves = pytree.tree_leaves(module(*part.inputs.values()))
-    return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    floats = [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    shown = part.inputs.get("attention_mask")
+    return [leaf if shown is None or leaf.shape[:2] != shown.shape else leaf[shown.bool()] for leaf in floats]
 
 
 def check(result: DecomposeResult, test: Network, name: str, options: argparse.Namespace, taken: float) -> Row:
