@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from surgery.calibration.inputs import read_calibration
 from surgery.chain import Chain
 from surgery.comparison import run_model
-from surgery.factorizations import fitting
+from surgery.factorizations import fitting, named
 from surgery.graphs import open_graph
 from surgery.inputs import normalise_inputs
 from surgery.passes.effects import Effects
@@ -17,9 +18,10 @@ from tests.test_calibration_models import KINDS
 from tests.zoo import ZOO, graph
 
 FLOAT32 = 1e-4
+_SITES = 12  # of a network
 
 
-@pytest.mark.law
+@pytest.mark.law(12)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ZOO)
 def test_an_effect_is_that_of_the_changed_model(name: str, kind: str) -> None:
@@ -29,7 +31,7 @@ def test_an_effect_is_that_of_the_changed_model(name: str, kind: str) -> None:
     before = run_model(model, (args, kwargs))
     effects, held_out = Effects(model, samples), HeldOut(model, samples)
     tried = 0
-    for at, spot in enumerate(open_graph(model, args, kwargs, copies=False).find().spots):
+    for at, spot in enumerate(open_graph(model, args, kwargs, copies=False).find().spots[:_SITES]):
         methods = fitting(spot.site.operator, "auto")
         if not isinstance(methods, list):
             continue
@@ -44,6 +46,23 @@ def test_an_effect_is_that_of_the_changed_model(name: str, kind: str) -> None:
         tried += 1
     assert tried or name == "functional"  # a module that calls functions alone has no sites
     assert all(map(torch.equal, leaves(run_model(model, (args, kwargs))), leaves(before)))
+
+
+def test_hooks_of_the_user_come_after_the_operator() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
+    model[0].register_forward_hook(lambda module, args, output: 10 * output.abs())
+    model[1].register_forward_pre_hook(lambda module, args: (args[0] / 2,))
+    x = torch.randn(64, 8)
+    samples = read_calibration(x, model)
+    for at, name in enumerate("01"):
+        operator = open_graph(model, (x,), {}).find().spots[at].site.operator
+        chain = named("svd").factor(operator, (3,))
+        assert isinstance(chain, Chain)
+        changed = open_graph(model, (x,), {})
+        changed.splice(changed.find().spots[at], chain)
+        expected = HeldOut(model, samples).error(changed.finish())[0]
+        assert Effects(model, samples).of(name, chain) == pytest.approx(expected, rel=FLOAT32)
 
 
 def leaves(value: object) -> list[torch.Tensor]:

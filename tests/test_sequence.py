@@ -182,9 +182,62 @@ def test_an_operator_makes_up_for_the_branch_that_is_added_to_its_output(how: st
     x = torch.randn(4096, 6, dtype=torch.float64)
     now, changed = (as_kind(one, kind, x[:16]) for one in (model, other))
     found = targets(now, changed, x[:1024], "second")["second"].operator
-    alone = how in ("twice", "returned", "not itself")
+    alone = how in ("twice", "returned", "not itself")  # of more than its sum
     output = model.second(model.first(x)) + (0 if alone else model.first(x) - other.first(x))
     assert relative_error(found(other.first(x)), output) < 0.01
+
+
+class Beside(nn.Module):
+    """Layers beside each other, or one after another, on one stream."""
+
+    def __init__(self, *, parallel: bool) -> None:
+        super().__init__()
+        self.first, self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.parallel = parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, 8)."""
+        x = self.first(x)
+        if self.parallel:
+            return self.one(x) + self.two(x)
+        x = x + self.one(x)
+        return x + self.two(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("parallel", [True, False])
+def test_what_two_sites_could_make_up_for_is_not_made_up_for_twice(kind: str, *, parallel: bool) -> None:
+    torch.manual_seed(0)
+    model = Beside(parallel=parallel).double().eval()
+    changed = copy.deepcopy(model)
+    changed.first.weight.data /= 2
+    x = torch.randn(4096, 6, dtype=torch.float64)
+    before, now = (as_kind(one, kind, x[:16]) for one in (model, changed))
+    found = targets(before, now, x[:1024], "one", "two")
+    then, here = model.first(x), changed.first(x)
+    branch = 0 if parallel else then - here
+    assert relative_error(found["one"].operator(here), model.one(then) + branch) < 0.01
+    if not parallel:
+        then, here = then + model.one(then), here + changed.one(here)
+    assert relative_error(found["two"].operator(here), model.two(then)) < 0.01
+
+
+def test_a_site_that_is_called_on_other_rows_has_no_target() -> None:
+    class Halt(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.loop, self.last = (nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            for _ in range(1 + int(h.abs().mean() * 37) % 4):
+                h = torch.tanh(self.loop(h) + h)
+            return self.last(h[h.sum(1) > 0]).sum(0)
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 16)
+    result = decompose(Halt().eval(), x[:8], ranks=4, calibration=x)
+    assert len(result.changes) == 3
 
 
 def test_additions_see_one_reading_alone() -> None:
@@ -204,7 +257,7 @@ def test_additions_see_one_reading_alone() -> None:
         seen.clear()
         additions = Additions()
         with additions:
-            additions.follow(y, lambda _: seen.append("added"), lambda: seen.append("spoiled"))
+            additions.follow(y, lambda *_: seen.append("added"), lambda: seen.append("spoiled"))
             call()
         assert seen == expected.get(name, ["spoiled"]), name
 

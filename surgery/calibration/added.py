@@ -13,26 +13,30 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Additions"]
+__all__ = ["Added", "Additions"]
 
 _ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _VIEW = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.alias.default)
 
 
+Added = Callable[[Tensor, bool], None]
+
+
 @dataclass(eq=False)
 class _Followed:
-    """A value, by its views too: who is told what is added to it, and who that something else reads it."""
+    """A value, known by its views too, with what to call when a tensor is added to it, or something else reads it."""
 
     shape: torch.Size
-    add: Callable[[Tensor], None]
+    add: Added
     spoil: Callable[[], None]
     added: bool = False
 
 
 class Additions(TorchDispatchMode):
-    """A mode that follows values: each is to be read once, by the addition of a tensor of its shape.
+    """A mode that follows values, and tells which of them are read once, by the addition of a tensor of their shape.
 
-    It sees the operators that torch runs, so that it serves modules, interpreted graphs and functions alike.
+    It sees the operators that torch runs, so that it serves modules, interpreted graphs and functions alike. A value
+    that is transposed first, or sliced, counts as read by something else.
     """
 
     supports_higher_order_operators = True
@@ -42,8 +46,11 @@ class Additions(TorchDispatchMode):
         self._followed: Any = WeakIdKeyDictionary()
         self._paused = False
 
-    def follow(self, value: Tensor, add: Callable[[Tensor], None], spoil: Callable[[], None]) -> None:
-        """Call ``add`` with what is added to a value, in its shape, and ``spoil`` if anything else reads it."""
+    def follow(self, value: Tensor, add: Added, spoil: Callable[[], None]) -> None:
+        """Call ``add`` with what is added to a value, in its shape, and ``spoil`` if anything else reads it.
+
+        ``add`` is also told whether what is added is a value that is followed itself.
+        """
         self._followed[value] = _Followed(value.shape, add, spoil)
 
     def give(self, output: Any) -> None:
@@ -84,13 +91,12 @@ class Additions(TorchDispatchMode):
         tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         return [(tensor, self._followed[tensor]) for tensor in tensors if tensor in self._followed]
 
-    @staticmethod
-    def _see(followed: _Followed, other: Tensor) -> None:
+    def _see(self, followed: _Followed, other: Tensor) -> None:
         if followed.added:
             followed.spoil()
         else:
             followed.added = True
-            followed.add(other.reshape(followed.shape))
+            followed.add(other.reshape(followed.shape), other in self._followed)
 
 
 def _alike(args: Sequence[Any]) -> bool:

@@ -22,7 +22,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from surgery.calibration.added import Additions
+from surgery.calibration.added import Added, Additions
 from surgery.errors import InputError
 from surgery.graphs import Call, GraphKind, Model, open_graph
 from surgery.graphs.around import watching
@@ -58,10 +58,11 @@ class Observed(ABC):
     def tap(self, call: Call, change: Change) -> None:
         """Put what ``change`` returns in the place of each output of an operator's call."""
 
-    def follow(self, call: Call, see: Callable[[Tensor], See], spoiled: Callable[[], None]) -> None:
-        """Show ``see`` each output of a call, and what it returns what is added to that output, in its shape.
+    def follow(self, call: Call, see: Callable[[Tensor], Added], spoiled: Callable[[], None]) -> None:
+        """Call ``see`` with each output of a call; what ``see`` returns is called with what is added to that output.
 
-        ``spoiled`` is called if the addition is not all that reads it. Takes the place of a tap.
+        It is also told whether that is the output of a call that is followed, too.
+        ``spoiled`` is called if anything but the addition reads the output. Takes the place of a tap.
         """
 
         def pass_on(y: Tensor) -> Tensor:
@@ -199,7 +200,8 @@ class _Hooks:
                     hook = layer.register_forward_pre_hook(self._hook(sees), with_kwargs=True)
                     stack.callback(hook.remove)
                 if change is not None:
-                    stack.callback(layer.register_forward_hook(_output_hook(change)).remove)
+                    hook = layer.register_forward_hook(_output_hook(change), prepend=True)  # before those of the user
+                    stack.callback(hook.remove)
             yield
 
     def _hook(self, sees: Iterable[See]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

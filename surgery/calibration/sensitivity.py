@@ -88,7 +88,7 @@ def _leaves(output: object) -> list[Tensor]:
 
 def _backward(leaves: Sequence[Tensor], visible: Sequence[Tensor | None], generator: torch.Generator) -> None:
     total: Tensor | None = None
-    share = len(leaves) ** -0.5
+    share = max(1, len(leaves)) ** -0.5
     for leaf, mask in zip(leaves, visible, strict=True):
         if leaf.requires_grad:
             direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float32, device="cpu").to(leaf)

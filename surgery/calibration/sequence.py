@@ -14,8 +14,10 @@ is b* = b + E[l] - (W* - W) m'. A ridge pulls W* towards W. So does a share that
 columns make a regression that holds for them alone, and how much of it holds in one half of the batches when it is
 found in the other is measured.
 
-There is an r where nothing reads the output but its addition to a tensor of the same shape. The outputs of the original
-are read once; those of the changed network at the same positions.
+There is an r where nothing reads the output but its addition to a tensor of the same shape. Of sites that are fitted at
+once the first such site alone has one, and only if r is not the output of another: what two sites make up for is made
+up for twice. The outputs of the original are read once; those of the changed network at the same positions. A site that
+is called on other numbers of rows there has no target.
 """
 
 from __future__ import annotations
@@ -27,13 +29,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from surgery.calibration.added import Added
 from surgery.calibration.batch_norm import Reference, reestimate_batch_norm
 from surgery.calibration.collect import rows_of
 from surgery.calibration.columns import output_reader, read_columns
 from surgery.calibration.factor import RIDGE
 from surgery.calibration.inputs import Calibration
 from surgery.calibration.moments import Moments
-from surgery.calibration.observe import Observed, See, observe
+from surgery.calibration.observe import Observed, observe
 from surgery.calibration.visible import Masks, VisibleRows
 from surgery.graphs import Model, Spot
 from surgery.operators import Operator
@@ -81,10 +84,14 @@ class Originals:
                     record.follow(observed, spot, self._visible)
 
         reestimate_batch_norm(changed, self._samples, reference=norms, beside=watch)
-        return {
-            name: _Pairs(self._records[name], record).target(self._moments[name].sensitivity, centred=name in centred)
-            for name, record in records.items()
-        }
+        alike = {name: record for name, record in records.items() if record.is_like(self._records[name])}
+        summed = (name for name, r in alike.items() if r.summed and self._records[name].summed and not r.beside)
+        first = next(summed, None)
+        found: dict[str, Target] = {}
+        for name, record in alike.items():
+            pairs = _Pairs(self._records[name], record, summed=name == first)
+            found[name] = pairs.target(self._moments[name].sensitivity, centred=name in centred)
+        return found
 
 
 def _spots(observed: Observed, sites: Collection[str]) -> list[Spot]:
@@ -102,6 +109,7 @@ class _Record:
         self._outputs: list[Tensor] = []  # likewise (groups, rows, outputs)
         self._added: dict[int, Tensor] = {}  # likewise, by the number of the call
         self._spoiled = False
+        self.beside = False  # whether what was added is the output of another site
 
     def read(self, x: Tensor, masks: Masks) -> None:
         """Keep what the site reads."""
@@ -111,14 +119,15 @@ class _Record:
     def follow(self, observed: Observed, spot: Spot, visible: VisibleRows) -> None:
         """Keep what the site puts out in runs from now on, and what is added to it."""
 
-        def see(y: Tensor) -> See:
+        def see(y: Tensor) -> Added:
             masks = visible.now(observed, spot)
             reader = output_reader(self.operator, y, rows=self._rows, generator=self._sees, masks=masks)
             call = len(self._outputs)
             self._outputs.append(reader(y))
 
-            def add(r: Tensor) -> None:
+            def add(r: Tensor, beside: bool) -> None:
                 self._added[call] = reader(r)
+                self.beside |= beside
 
             return add
 
@@ -133,6 +142,10 @@ class _Record:
         """Whether all that became of each output is that something was added to it."""
         return not self._spoiled and len(self._added) == len(self._outputs)
 
+    def is_like(self, other: _Record) -> bool:
+        """Whether both have the same calls, with as many rows in each; what data decide may differ."""
+        return [y.shape for y in self._outputs] == [y.shape for y in other._outputs] and bool(self._outputs)
+
     def outputs(self, *, summed: bool) -> list[Tensor]:
         """Return what the site put out at each call, with what was added to it if ``summed``."""
         return [y + self._added[call] if summed else y for call, y in enumerate(self._outputs)]
@@ -141,7 +154,7 @@ class _Record:
 class _Pairs:
     """Sums over columns x' and what is to be made up for there, l, in float64, in two halves of the batches."""
 
-    def __init__(self, original: _Record, changed: _Record) -> None:
+    def __init__(self, original: _Record, changed: _Record, *, summed: bool) -> None:
         self._operator = operator = changed.operator
         groups, out, *rest = operator.kernel.shape
         n, self._taps = torch.Size(rest).numel(), torch.Size(rest[1:]).numel()
@@ -149,7 +162,6 @@ class _Pairs:
         new = operator.weight.new_zeros
         self._lag, self._mean = (new(2, groups, size, dtype=torch.float64) for size in (out, n))
         self._crossed, self._second = (new(2, groups, size, n, dtype=torch.float64) for size in (out, n))
-        summed = original.summed and changed.summed
         calls = zip(changed.columns, original.outputs(summed=summed), changed.outputs(summed=summed), strict=True)
         for number, (x, before, after) in enumerate(calls):
             half = number // changed.calls % 2

@@ -6,7 +6,7 @@
         at each check: keep the staged ones if the model's output is nearer to the original's with them
     answer: staged, clean or, at the same ranks without any data, plain, whichever has the least output error
 
-So more data and more stages never make a model worse on held-out samples than fewer do.
+So data never make a model worse on held-out samples than none, nor stages than fits to the original's inputs.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class HeldOut:
     """The outputs of a model on held-out samples, to measure others against; what masks hide of them does not count."""
 
     def __init__(self, model: Model, samples: Calibration) -> None:
-        with running(model) as run:
+        with _running(model) as run:
             self._outputs = Outputs(run, samples)
 
     @property
@@ -116,12 +116,12 @@ class HeldOut:
 
     def error(self, model: Model) -> tuple[float, float]:
         """Return the relative error of the outputs, and its upper confidence limit."""
-        with running(model) as run:
+        with _running(model) as run:
             return self._outputs.error(run)
 
 
 @contextmanager
-def running(model: Model) -> Iterator[Run]:
+def _running(model: Model) -> Iterator[Run]:
     """Yield what runs a model as ``run_model`` does; it keeps nothing of that."""
     module = model.module() if isinstance(model, ExportedProgram) else model
     with untouched(module):
