@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import surgery
 from surgery.chain import relative_error
 from surgery.comparison import run_model
+from surgery.errors import InputError
 from surgery.inputs import normalise_inputs
 from tests.cases import decaying
 from tests.test_calibration_models import as_kind
@@ -125,3 +126,43 @@ def test_a_rule_without_data_says_how_far_the_outputs_are() -> None:
     assert "no longer" not in str(near.seen)
     assert far.seen.error > 0.3
     assert "the outputs are no longer those of the original" in repr(far)
+
+
+class InPlace(nn.Module):
+    """A residual connection in place, whose activation autograd would need as it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, 16)."""
+        h = self.first(x).relu()
+        return h.add_(self.second(h))
+
+
+class Inferring(InPlace):
+    """A model that turns gradients off for good."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, 16)."""
+        with torch.inference_mode():
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("network", [InPlace, Inferring])
+@pytest.mark.parametrize("asked", [{"ranks": 4}, {"max_error": 0.5, "cost": "macs"}])
+def test_what_cannot_be_differentiated_is_fitted_all_the_same(network: type[nn.Module], asked: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 4) @ torch.randn(4, 16)
+    assert surgery.decompose(network().eval(), x[:4], calibration=x, **asked).changes
+
+
+def test_a_model_without_numbers_to_compare_is_refused() -> None:
+    class Classes(InPlace):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).argmax(-1)
+
+    x = torch.randn(64, 16)
+    with pytest.raises(InputError, match="no floating-point output"):
+        surgery.decompose(Classes().eval(), x[:4], calibration=x, max_error=0.3, cost="macs")

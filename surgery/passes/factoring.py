@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -16,7 +17,7 @@ from surgery.calibration.moments import Moments
 from surgery.calibration.sensitivity import with_sensitivity
 from surgery.calibration.sequence import Originals, Target
 from surgery.chain import Chain, relative_error
-from surgery.errors import CheckError, Refusal
+from surgery.errors import CheckError, InputError, Refusal
 from surgery.factorizations import SOLVERS, Factorization, Ranks, named
 from surgery.factorizations.recut import recut
 from surgery.graphs import Model, open_graph
@@ -98,7 +99,7 @@ class Made:
 def gather(
     model: Model, inputs: Inputs, samples: Calibration, sites: Collection[str] | None, progress: Progress
 ) -> SiteData:
-    """Return what the samples say of some sites of a model, or of all, with the sensitivity of its output.
+    """Return what the samples say of some sites of a model, or of all, with sensitivities as far as there are any.
 
     Of a large model only the samples that ``Calibration.affordable`` says are read.
     """
@@ -108,7 +109,8 @@ def gather(
     samples = samples.affordable(macs)
     norms = NormWatch(model)
     moments = collect(model, samples, sites=sites, progress=progress, beside=norms)
-    moments = with_sensitivity(model, samples.affordable(_BACKWARD * macs, least=1), moments, progress=progress)
+    with suppress(InputError):  # what cannot be differentiated is fitted without: all errors of an output count alike
+        moments = with_sensitivity(model, samples.affordable(_BACKWARD * macs, least=1), moments, progress=progress)
     spots = [spot for spot in found.spots if spot.site.name in moments]
     biases = Counter(spot.site.operator.bias.data_ptr() for spot in found.spots if spot.site.operator.bias is not None)
     own = {
