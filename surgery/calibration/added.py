@@ -18,7 +18,6 @@ __all__ = ["Added", "Additions"]
 _ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _VIEW = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.alias.default)
 
-
 Added = Callable[[Tensor, bool], None]
 
 
