@@ -78,7 +78,7 @@ def main() -> None:
 
     run("export", MODEL, "-o", folder / "fashion.onnx", "--force")
     run("export", factored, "-o", folder / "fashion.decomposed.onnx", "--force")
-    run("bench", folder / "fashion.onnx", folder / "fashion.decomposed.onnx")
+    run("bench", "--apart", MODEL, factored)
 
     run("recompose", factored, "-o", recomposed, "--state-dict", weights, "--force")
     run("compare", factored, recomposed)
