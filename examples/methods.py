@@ -26,16 +26,16 @@ from rich.progress import track
 from rich.table import Table
 
 import surgery
-from surgery.benchmark import environment
-from surgery.chain import relative_error
-from surgery.cost.latency import Latencies, channel_multiple
-from surgery.cost.timing import Budget
+from surgery.algebra.chain import relative_error
+from surgery.cost.onnxruntime.latency import Latencies, channel_multiple
+from surgery.cost.onnxruntime.timing import Budget
 from surgery.errors import InputError, RankError, Refusal
 from surgery.factorizations import Ranks
-from surgery.ranks.auto import snap
-from surgery.ranks.budget import Keep
-from surgery.ranks.candidates import Candidate, candidates_of, say_ranks
-from surgery.sites import Site, Totals, describe
+from surgery.plans.automatic import snap
+from surgery.plans.candidates import Candidate, candidates_of, say_ranks
+from surgery.plans.keep import Keep
+from surgery.runtime.bench import environment
+from surgery.sites.site import Site, Totals, describe
 
 HERE = Path(__file__).parent
 MODEL, RESULTS, PAGE = HERE / "data" / "fashion_resnet.pt2", HERE / "results", HERE / "methods.md"

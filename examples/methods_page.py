@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.factorizations import Ranks
-from surgery.ranks.candidates import say_ranks
+from surgery.plans.candidates import say_ranks
 
 __all__ = ["COLUMNS", "ERROR", "STYLES", "Point", "Report", "cells", "fill", "page_table", "plot"]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from surgery.cost.latency import cpu_name
-from surgery.tables import table
+from surgery.cost.onnxruntime.latency import cpu_name
+from surgery.system.tables import table
 
 __all__ = ["ORDER", "Result", "Task", "plot", "read_results", "summary", "write_results"]
 

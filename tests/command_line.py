@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 
 from surgery.cli import main
-from surgery.interrupts import stopping_signals
+from surgery.system.interrupts import stopping_signals
 
 __all__ = ["Done", "Terminal", "run"]
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from surgery.chain import Chain, relative_error
+from surgery.algebra.chain import Chain, relative_error
+from surgery.algebra.operators import Conv, Operator
 from surgery.errors import InputError, RankError, Refusal
 from surgery.factorizations import FACTORIZATIONS, Factorization, Ranks, fitting, named
-from surgery.operators import Conv, Operator
 from tests.cases import CASES, Case
 from tests.tolerances import assert_close, reduction, tolerance
 

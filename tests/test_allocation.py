@@ -12,18 +12,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.allocation import choose
-from surgery.allocation.budget import largest_budget
-from surgery.allocation.choose import choose_damage, choose_least_cost, frontier
-from surgery.allocation.options import Option, Options, options_of
-from surgery.allocation.prices import Counted
-from surgery.calibration.factor import RIDGE
-from surgery.calibration.moments import Moments
+from surgery.algebra.operators import Linear
+from surgery.data.factor import RIDGE
+from surgery.data.moments import Moments
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import Ranks, named
-from surgery.operators import Linear
-from surgery.ranks.candidates import Candidate
-from surgery.sites import Site
+from surgery.plans.bisection import largest_budget
+from surgery.plans.candidates import Candidate
+from surgery.plans.choose import choose_damage, choose_least_cost, frontier
+from surgery.plans.options import Option, Options, options_of
+from surgery.plans.plan import choose
+from surgery.plans.prices import Counted
+from surgery.sites.site import Site
 from surgery.solvers.weighted import Metric
 
 SITE = Site("s", Linear(torch.ones(2, 2)), ((1, 2),))

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch._higher_order_ops import while_loop
 
-from surgery.archive_operators import GROUPS, REFUSED_CORE, check_operator, group_of, overloads
-from surgery.archive_rules import Held, check_sizes, check_values
 from surgery.errors import FileError, UnsafeFileError
-from surgery.loading import load
+from surgery.files.guard.operators import GROUPS, REFUSED_CORE, check_operator, group_of, overloads
+from surgery.files.guard.rules import Held, check_sizes, check_values
+from surgery.files.load import load
 from tests import zoo
 from tests.hostile import builder
 from tools.architectures import TORCHVISION

@@ -17,8 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.arrays import open_arrays
 from surgery.errors import FileError
+from surgery.system.arrays import open_arrays
 
 DTYPES = ["?", "u1", "<u2", ">u2", "<u4", "<u8", "i1", ">i2", "<i4", ">i8", "<f2", ">f4", "<f8", "<c8", ">c16"]
 SHAPES = [(), (0,), (5,), (4, 3), (2, 3, 4), (3, 0, 2)]

@@ -17,8 +17,8 @@ from torch.export import Dim
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from surgery.errors import InputError, Refusal
-from surgery.graphs.attention import UnpackedAttention, repack, unpack
-from surgery.graphs.unpacking import pack_all, unpack_all
+from surgery.kinds.layers.attention import UnpackedAttention, repack, unpack
+from surgery.kinds.layers.unpacking import pack_all, unpack_all
 from tests.tolerances import assert_close, tolerance
 
 WIDTH, HEADS, BATCH, TARGETS, SOURCES = 12, 4, 3, 5, 7

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from surgery.chain import Chain
-from surgery.cost.onnx_model import build_model
-from surgery.neighbours import Activation, BatchNorm
-from surgery.operators import Conv, Geometry, Linear, Operator
+from surgery.algebra.chain import Chain
+from surgery.algebra.operators import Conv, Geometry, Linear, Operator
+from surgery.cost.onnxruntime.model import build_model
 from surgery.passes.decompose import find_sites
-from surgery.ranks.candidates import Candidate, candidates_of
-from surgery.sites import Site
+from surgery.plans.candidates import Candidate, candidates_of
+from surgery.sites.epilogue import Activation, BatchNorm
+from surgery.sites.site import Site
 
 KINDS = ("module", "graph", "program")
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery.benchmark import bench, environment
-from surgery.cost.timing import Budget, Samples, interleave, physical_cores, waited
+from surgery.cost.onnxruntime.timing import Budget, Samples, interleave, physical_cores, waited
 from surgery.errors import FileError, InputError
-from surgery.export import export_onnx
+from surgery.runtime.bench import bench, environment
+from surgery.runtime.export import export_onnx
+from tests.command_line import run
 
 X = torch.ones(2, 6)
 
@@ -31,11 +32,11 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     seconds: list[float] = []
 
     def pretend(runs: Any, budget: Budget, **_: Any) -> tuple[Samples, ...]:
-        for run in runs:
-            run()
+        for once in runs:
+            once()
         return tuple(Samples((s,) * 20) for s, _ in zip(seconds, runs, strict=True))
 
-    monkeypatch.setattr(importlib.import_module("surgery.benchmark"), "interleave", pretend)
+    monkeypatch.setattr(importlib.import_module("surgery.runtime.bench"), "interleave", pretend)
     return seconds
 
 
@@ -132,3 +133,28 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
         bench([tmp_path / "no.onnx"], X)
     with pytest.raises(InputError, match="measuring budget"):
         bench([net()], X, seconds=-1)
+
+
+@pytest.mark.parametrize("apart", [(), ("--apart",)], ids=["together", "apart"])
+def test_bench_says_what_it_ran_on_and_takes_a_batch(apart: tuple[str, ...], tmp_path: Path) -> None:
+    program = torch.export.export(net(), (X,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, tmp_path / "net.pt2")
+    export_onnx(program, tmp_path / "net.onnx")
+    quick = ("--seconds", 0.01, "--threads", 1, *apart)
+    said = run("bench", tmp_path / "net.pt2", tmp_path / "net.onnx", *quick).stdout
+    assert "inputs: input float32 2x6" in said
+    for file in ("net.pt2", "net.onnx"):
+        done = run("bench", tmp_path / file, "--batch", 5, "--json", *quick)
+        assert json.loads(done.stdout)["inputs"] == ["input float32 5x6"]
+    done = run("bench", tmp_path / "net.onnx", "--input-shape", "input:3,6", "--json", *quick)
+    assert json.loads(done.stdout)["inputs"] == ["input float32 3x6"]
+    done = run("bench", tmp_path / "net.onnx", "--input-shape", "other:3,6", *quick)
+    assert done.status == 2
+    assert "the model has no input other" in done.stderr
+
+
+def test_a_batch_of_a_model_of_one_size_is_refused(tmp_path: Path) -> None:
+    torch.export.save(torch.export.export(net(), (X,)), tmp_path / "net.pt2")
+    done = run("bench", tmp_path / "net.pt2", "--batch", 5, "--seconds", 0.01)
+    assert done.status == 2
+    assert "2" in done.stderr

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery.calibration.factor import correct_bias, fit, output_error
-from surgery.calibration.moments import Accumulator, Moments, layout_bytes
-from surgery.chain import Chain, relative_error
+from surgery.algebra.chain import Chain, relative_error
+from surgery.algebra.operators import Conv, Embedding, Linear, Operator
+from surgery.data.factor import correct_bias, fit, output_error
+from surgery.data.moments import Accumulator, Moments, layout_bytes
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import FACTORIZATIONS, Factorization, Ranks
-from surgery.operators import Conv, Embedding, Linear, Operator
 from tests.cases import CASES, Case
 from tests.test_algebra import each
 from tests.tolerances import assert_close, reduction, tolerance

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 
 import surgery
-from surgery.calibration import tokens
-from surgery.calibration.collect import collect
-from surgery.calibration.files import read_file
-from surgery.calibration.inputs import Calibration, read_calibration
-from surgery.calibration.signature import read_signature
 from surgery.cli import cli
+from surgery.data import tokens
+from surgery.data.collect import collect
+from surgery.data.files import read_file
+from surgery.data.samples import Calibration, read_calibration
+from surgery.data.signature import read_signature
 from surgery.errors import FileError, InputError
 from tests.test_masks import IDS, LENGTHS, LONGEST, Encoder, as_kind, batch, encoder
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from surgery.calibration.collect import collect
-from surgery.calibration.inputs import Calibration, read_calibration
-from surgery.calibration.observe import observe
+from surgery.data.collect import collect
+from surgery.data.observe import observe
+from surgery.data.samples import Calibration, read_calibration
 from surgery.errors import FileError, InputError
 from tests.test_calibration_models import as_kind, images, net
 

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from surgery.calibration.batch_norm import reestimate_batch_norm
-from surgery.calibration.collect import collect
-from surgery.calibration.inputs import read_calibration
-from surgery.calibration.moments import layout_bytes
-from surgery.calibration.sensitivity import with_sensitivity
-from surgery.chain import relative_error
-from surgery.comparison import run_model
+from surgery.algebra.chain import relative_error
+from surgery.data.batch_norm import reestimate_batch_norm
+from surgery.data.collect import collect
+from surgery.data.moments import layout_bytes
+from surgery.data.samples import read_calibration
+from surgery.data.sensitivity import with_sensitivity
 from surgery.errors import InputError
 from surgery.passes.decompose import decompose, find_sites, plan
+from surgery.runtime.compare import run_model
 from tests.zoo import GRAPH_KINDS, ZOO, graph
 
 NETWORKS = ["resnet-basic", "called-twice", "attention", "recurrent"]

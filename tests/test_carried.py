@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgery
-from surgery.chain import relative_error
+from surgery.algebra.chain import relative_error
 from surgery.factorizations import FACTORIZATIONS
-from surgery.graphs.carried import CARRIED
+from surgery.kinds.layers.carried import CARRIED
 from tests.tolerances import tolerance
 
 Model = Any

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from surgery.operators import Embedding, Linear
+from surgery.algebra.operators import Embedding, Linear
 from tests.cases import CASES, Case
 from tests.tolerances import assert_close, reduction, tolerance
 

@@ -11,10 +11,10 @@ from hypothesis import assume, event, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from surgery.chain import Chain, relative_error
-from surgery.composition import compose
+from surgery.algebra.chain import Chain, relative_error
+from surgery.algebra.compose import compose
+from surgery.algebra.operators import Conv, Geometry, Linear, Operator, Shape
 from surgery.errors import Refusal
-from surgery.operators import Conv, Geometry, Linear, Operator, Shape
 from tests.cases import operator_of
 from tests.tolerances import assert_close
 

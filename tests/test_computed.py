@@ -17,15 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from surgery.chain import relative_error
+from surgery.algebra.chain import relative_error
 from surgery.errors import Refusal, UnsafeFileError
 from surgery.factorizations import FACTORIZATIONS, fitting
-from surgery.graphs.unhandled import function_name
-from surgery.loading import load
+from surgery.files.load import load
+from surgery.files.save import save
+from surgery.kinds.fx.unhandled import function_name
 from surgery.passes.decompose import decompose, find_sites
 from surgery.passes.recompose import recompose
-from surgery.saving import save
-from surgery.sites import Site
+from surgery.sites.site import Site
 from tests.cases import decaying
 from tests.tolerances import assert_close, tolerance
 from tests.zoo import GRAPH_KINDS, call, export

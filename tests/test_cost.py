@@ -17,11 +17,12 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from surgery.chain import Chain, relative_error
-from surgery.cost import latency
-from surgery.cost.latency import Latencies, cache_path, channel_multiple, cpu_name
-from surgery.cost.onnx_model import build_choice, build_model
-from surgery.cost.timing import (
+from surgery.algebra.chain import Chain, relative_error
+from surgery.algebra.operators import Conv, Geometry, Linear, Operator, Shape
+from surgery.cost.onnxruntime import latency
+from surgery.cost.onnxruntime.latency import Latencies, cache_path, channel_multiple, cpu_name
+from surgery.cost.onnxruntime.model import build_choice, build_model
+from surgery.cost.onnxruntime.timing import (
     Budget,
     Samples,
     Speedup,
@@ -33,7 +34,6 @@ from surgery.cost.timing import (
 )
 from surgery.errors import InputError
 from surgery.factorizations import named
-from surgery.operators import Conv, Geometry, Linear, Operator, Shape
 
 QUICK = Budget(seconds=0.0, min_rounds=2, warmup_rounds=0)
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from surgery.calibration.inputs import read_calibration
-from surgery.chain import Chain
-from surgery.comparison import run_model
+from surgery.algebra.chain import Chain
+from surgery.data.inputs import normalise_inputs
+from surgery.data.samples import read_calibration
 from surgery.factorizations import fitting, named
-from surgery.graphs import open_graph
-from surgery.inputs import normalise_inputs
+from surgery.kinds.registry import open_graph
 from surgery.passes.effects import Effects
 from surgery.passes.goals import HeldOut
+from surgery.runtime.compare import run_model
 from tests.test_calibration_models import KINDS
 from tests.zoo import ZOO, graph
 

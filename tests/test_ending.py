@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 from surgery.cli import main
 from surgery.cli.group import cli
-from surgery.outputs import text_writer, write_together
+from surgery.system.writing import text_writer, write_together
 
 class Deleted:
     def __del__(self):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from surgery.errors import FileError
-from surgery.files import check_regular, open_regular, read_regular
+from surgery.system.opening import check_regular, open_regular, read_regular
 
 
 def _socket(path: Path) -> None:

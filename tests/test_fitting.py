@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery.chain import relative_error
-from surgery.comparison import run_model
+from surgery.algebra.chain import relative_error
+from surgery.data.inputs import normalise_inputs
 from surgery.errors import InputError
-from surgery.inputs import normalise_inputs
+from surgery.runtime.compare import run_model
 from tests.cases import decaying
 from tests.test_calibration_models import as_kind
 

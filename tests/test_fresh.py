@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from surgery.cost.processes import Job, compare_generations, time_generations, without_waits
+from surgery.cost.onnxruntime.processes import Job, compare_generations, time_generations, without_waits
 from surgery.errors import InputError, SurgeryError
-from surgery.export import export_onnx
-from surgery.fresh import time_apart, time_batches
+from surgery.runtime.export import export_onnx
+from surgery.runtime.fresh import time_apart, time_batches
 
 X = torch.ones(2, 6)
 

@@ -15,17 +15,17 @@ from torch.fx import Interpreter
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from surgery.chain import relative_error
+from surgery.algebra.chain import relative_error
 from surgery.errors import Refusal
-from surgery.export import export_onnx
 from surgery.factorizations import FACTORIZATIONS, fitting
-from surgery.graphs.attention import UnpackedAttention
-from surgery.graphs.recurrent import UnpackedGRU, UnpackedLSTM
-from surgery.loading import load
+from surgery.files.load import load
+from surgery.files.save import save
+from surgery.kinds.layers.attention import UnpackedAttention
+from surgery.kinds.layers.recurrent import UnpackedGRU, UnpackedLSTM
 from surgery.passes.decompose import decompose, find_sites
 from surgery.passes.recompose import recompose
-from surgery.saving import save
-from surgery.sites import Site
+from surgery.runtime.export import export_onnx
+from surgery.sites.site import Site
 from tests.tolerances import reduction, tolerance
 from tests.zoo import GRAPH_KINDS, ZOO, Inputs, call, graph
 

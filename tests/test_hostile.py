@@ -21,12 +21,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from surgery.archive_expressions import NUMBER, TRUTH, check_expression
-from surgery.archive_guards import check_guard
-from surgery.comparison import compare
 from surgery.errors import CaptureError, FileError, InputError, SurgeryError, UnsafeFileError
-from surgery.loading import load
+from surgery.files.guard.expressions import NUMBER, TRUTH, check_expression
+from surgery.files.guard.guards import check_guard
+from surgery.files.load import load
 from surgery.passes.decompose import find_sites
+from surgery.runtime.compare import compare
 from tests.hostile import ATTACKS, PROVEN, builder, payloads
 
 SECONDS = 10.0  # many times what any of them takes
@@ -121,7 +121,7 @@ def test_torch_cannot_fall_back_to_a_full_unpickler(attacked: Path, monkeypatch:
     """Even if the guard let bad sample inputs pass, torch would not unpickle them."""
     file = attacked.with_name("model.pt2")
     file.write_bytes(payloads.pickled_samples(attacked))
-    monkeypatch.setattr("surgery.archive._check_samples", lambda data: None)
+    monkeypatch.setattr("surgery.files.guard.archive._check_samples", lambda data: None)
     with pytest.raises(FileError):
         load(file)
     assert not attacked.exists()

@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 import surgery
-from surgery.chain import Chain, relative_error
-from surgery.cost.latency import Comparison, Latencies
+from surgery.algebra.chain import Chain, relative_error
+from surgery.algebra.operators import Conv, Geometry, Linear, Operator
+from surgery.cost.onnxruntime.latency import Comparison, Latencies
 from surgery.errors import InputError, RankError, Refusal
-from surgery.export import export_onnx
 from surgery.factorizations import FACTORIZATIONS, named
-from surgery.joint import JointSite, split, stack
-from surgery.operators import Conv, Geometry, Linear, Operator
 from surgery.passes.decompose import decompose, find_sites, plan
 from surgery.passes.recompose import recompose
-from surgery.plans import Plan
-from surgery.sites import Site
+from surgery.plans.plan import Plan
+from surgery.runtime.export import export_onnx
+from surgery.sites.joint import JointSite, split, stack
+from surgery.sites.site import Site
 from tests.test_graphs import assert_same, counted_macs, every_graph, outputs, shapes, unique_parameters
 from tests.tolerances import reduction, tolerance
 from tests.zoo import graph

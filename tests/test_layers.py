@@ -14,43 +14,34 @@ import pytest
 import surgery
 
 ROOT = Path(surgery.__file__).parent
-# Lower layers first; a module may import modules of its own layer and of those below.
-LAYERS = [
-    {"errors", "text", "tables", "files", "leftover", "archive_operators", "archive_rules", "archive_arguments"}
-    | {"interrupts", "scratch", "outputs"},
-    {"operators", "steps", "neighbours", "composition", "chain", "inputs", "arrays"},
-    {"solvers", "factorizations", "sites", "joint", "plans"},
-    {"graphs"},
-    {"ranks", "cost", "calibration"},
-    {"record", "pretrained", "archive", "archive_expressions", "archive_guards", "archive_program", "archive_sizes"}
-    | {"archive_fit", "room"}
-    | {"loading", "saving", "export", "benchmark", "comparison", "onnx_file", "fresh", "rounding"},
-    {"allocation"},
-    {"passes"},
-    {"training", "report"},
-    {"cli"},
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# Lower rooms first; a module may import modules of its own room and of those below.
+_ROWS = (
+    "text errors system files.guard algebra solvers factorizations sites kinds",
+    "data plans cost files runtime passes training report cli",
+)
+ROOMS = [room for row in _ROWS for room in row.split()]
 TESTS = sorted(Path(__file__).parent.glob("*.py"))
 MODULES = [m.name for m in pkgutil.walk_packages([str(ROOT)], "surgery.") if not m.name.endswith("__main__")]
 
 
+def _room(module: str) -> str:
+    path = module.removeprefix("surgery.")
+    return next(room for room in sorted(ROOMS, key=len, reverse=True) if f"{path}.".startswith(f"{room}."))
+
+
 def _imports(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text())
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("surgery."):
-            found.add((node.module or "").split(".")[1])
-    return found
+    found = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    names = {f"{node.module}.{alias.name}" for node in found for alias in node.names}
+    return {_room(name) for name in names if name.startswith("surgery.") and name.count(".") > 1}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_one_way(path: Path) -> None:
-    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    if own in ("__init__", "__main__"):
+    if path.parent == ROOT and path.stem in ("__init__", "__main__"):
         return
-    above = {name for name in _imports(path) if LEVEL[name] > LEVEL[own]}
-    assert not above, f"{own} imports from layers above it: {sorted(above)}"
+    own = _room(".".join(["surgery", *path.relative_to(ROOT).with_suffix("").parts]))
+    above = {room for room in _imports(path) if ROOMS.index(room) > ROOMS.index(own)}
+    assert not above, f"{own} imports from rooms above it: {sorted(above)}"
 
 
 @pytest.mark.parametrize("name", MODULES)

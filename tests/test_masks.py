@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
-from surgery.calibration.collect import collect
-from surgery.calibration.columns import read_columns
-from surgery.calibration.inputs import Calibration, read_calibration
-from surgery.calibration.masks import find_masks, is_mask_name, read_masks, visible_rows
-from surgery.calibration.moments import Moments
-from surgery.calibration.observe import observe
-from surgery.calibration.sensitivity import with_sensitivity
-from surgery.calibration.visible import VisibleRows
+from surgery.algebra.operators import Conv, Geometry, Linear
+from surgery.data.collect import collect
+from surgery.data.columns import read_columns
+from surgery.data.masks import find_masks, is_mask_name, read_masks, visible_rows
+from surgery.data.moments import Moments
+from surgery.data.observe import observe
+from surgery.data.samples import Calibration, read_calibration
+from surgery.data.sensitivity import with_sensitivity
+from surgery.data.visible import VisibleRows
 from surgery.errors import InputError
-from surgery.operators import Conv, Geometry, Linear
 from surgery.passes.decompose import decompose
 from surgery.passes.goals import HeldOut
 from tests.tolerances import tolerance

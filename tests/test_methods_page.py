@@ -14,7 +14,7 @@ from torch import nn
 
 import surgery
 from surgery.errors import InputError
-from surgery.ranks.candidates import candidates_of
+from surgery.plans.candidates import candidates_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PAGE = EXAMPLES / "methods.md"

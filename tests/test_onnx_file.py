@@ -12,8 +12,8 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from surgery.comparison import compare
 from surgery.errors import FileError, InputError, UnsafeFileError
+from surgery.runtime.compare import compare
 from surgery.text import shown
 
 HERE = "weights.bin"

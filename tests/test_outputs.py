@@ -14,8 +14,8 @@ from typing import IO
 import pytest
 
 from surgery.errors import FileError
-from surgery.outputs import Writer, check_outputs, noting, text_writer, write_atomically, write_together
-from surgery.scratch import scratch_folder
+from surgery.system.scratch import scratch_folder
+from surgery.system.writing import Writer, check_outputs, noting, text_writer, write_atomically, write_together
 
 MARK = "0123456789ab"
 

@@ -13,13 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from surgery.algebra.operators import Conv, Geometry, Linear, Operator
 from surgery.errors import FileError, InputError, RankError
 from surgery.factorizations import FACTORIZATIONS, Spectrum
 from surgery.factorizations.svd import Svd
-from surgery.operators import Conv, Geometry, Linear, Operator
-from surgery.plans import Decision, Plan
-from surgery.ranks import complete_plan, make_plan
-from surgery.sites import Site, Totals
+from surgery.plans.plan import Decision, Plan
+from surgery.plans.planning import complete_plan, make_plan
+from surgery.sites.site import Site, Totals
 from tests.cases import decaying
 
 

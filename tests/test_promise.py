@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import surgery
-from surgery.calibration import read_calibration, reestimate_batch_norm
-from surgery.calibration.batch_norm import NormWatch, Reference
-from surgery.calibration.collect import collect
 from surgery.cli.commands import decompose as command
+from surgery.data.batch_norm import NormWatch, Reference, reestimate_batch_norm
+from surgery.data.collect import collect
+from surgery.data.samples import read_calibration
 from surgery.errors import InputError
 from surgery.passes.goals import Goal, HeldOut, drop_of
 from tests.cases import decaying

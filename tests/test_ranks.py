@@ -14,16 +14,19 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from surgery.chain import Chain, relative_error
+from surgery.algebra.chain import Chain, relative_error
+from surgery.algebra.operators import Conv, Geometry, Linear, Operator, Shape
 from surgery.errors import InputError, RankError, Refusal
 from surgery.factorizations import FACTORIZATIONS, Factorization, named
-from surgery.operators import Conv, Geometry, Linear, Operator, Shape
-from surgery.plans import Decision, Plan
-from surgery.ranks import AUTO_ENERGY, Auto, Energy, Fixed, Full, Keep, PerSite, Vbmf, make_plan, parse_ranks
-from surgery.ranks.auto import snap
-from surgery.ranks.candidates import Candidate, candidates_of
-from surgery.ranks.quality import energy_counts
-from surgery.sites import Site, Totals
+from surgery.plans.automatic import AUTO_ENERGY, Auto, snap
+from surgery.plans.candidates import Candidate, candidates_of
+from surgery.plans.keep import Keep
+from surgery.plans.named import PerSite
+from surgery.plans.plan import Decision, Plan
+from surgery.plans.planning import make_plan
+from surgery.plans.quality import Energy, Fixed, Full, Vbmf, energy_counts
+from surgery.plans.rules import parse_ranks
+from surgery.sites.site import Site, Totals
 from tests.cases import CASES, Case, decaying
 from tests.test_algebra import each
 

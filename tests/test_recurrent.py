@@ -22,18 +22,18 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils import _pytree as pytree
 
 import surgery
-from surgery.chain import Chain, relative_error
-from surgery.cost.latency import Latencies
-from surgery.cost.onnx_model import build_model
-from surgery.cost.timing import Budget
+from surgery.algebra.chain import Chain, relative_error
+from surgery.algebra.operators import Linear
+from surgery.cost.onnxruntime.latency import Latencies
+from surgery.cost.onnxruntime.model import build_model
+from surgery.cost.onnxruntime.timing import Budget
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import named
-from surgery.graphs.recurrent import UnpackedRecurrent
-from surgery.graphs.recurrent_forms import empty, repack, unpack
-from surgery.graphs.recurrent_forms import settings as settings_of
-from surgery.graphs.unpacking import pack_all, unpack_all
-from surgery.neighbours import Loop
-from surgery.operators import Linear
+from surgery.kinds.layers.recurrent import UnpackedRecurrent
+from surgery.kinds.layers.recurrent_forms import empty, repack, unpack
+from surgery.kinds.layers.recurrent_forms import settings as settings_of
+from surgery.kinds.layers.unpacking import pack_all, unpack_all
+from surgery.sites.epilogue import Loop
 from tests.tolerances import tolerance
 
 WIDE, H, T, N = 5, 6, 7, 3  # features, states, steps, batch

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import surgery
-from surgery.chain import Chain, relative_error
+from surgery.algebra.chain import Chain, relative_error
 from surgery.errors import CheckError, Refusal
 from surgery.factorizations import Factorization, Ranks
 from surgery.factorizations.recut import Cut, chain_spectra, recut
 from surgery.passes.decompose import decompose, find_sites
 from surgery.passes.recompose import recompose
-from surgery.sites import FactoredSite
+from surgery.sites.site import FactoredSite
 from tests.cases import Case
 from tests.test_algebra import EXACT, composed, each, factor, halved, slack
 from tests.test_graphs import assert_same, counted_macs, every_graph, lower_ranks, outputs, shapes, unique_parameters

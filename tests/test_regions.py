@@ -14,7 +14,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.export import ExportedProgram
 
 import surgery
-from surgery.graphs import open_graph
+from surgery.kinds.registry import open_graph
 from tests.zoo import export
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # of scan

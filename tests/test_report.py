@@ -20,16 +20,16 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import surgery
-from surgery.allocation.budget import Trial
-from surgery.benchmark import ModelComparison, ModelTiming, Timing, environment
 from surgery.cli import cli
-from surgery.cost.timing import Samples
+from surgery.cost.onnxruntime.timing import Samples
 from surgery.errors import FileError, InputError
 from surgery.passes.goals import Promise
 from surgery.passes.results import DecomposeResult, Search
+from surgery.plans.bisection import Trial
 from surgery.report import attach, collect, read, render, write
 from surgery.report.charts import ticks
 from surgery.report.content import read_content
+from surgery.runtime.bench import ModelComparison, ModelTiming, Timing, environment
 
 EVIL = "--></title></style></svg><script>alert(1)</script><img src=x onerror=alert(1)>\"'`&amp;\u202e\x00\ud800"
 PAGE = "html|head|meta|title|style|body|main|section|h1|h2|p|div|table|thead|tbody|tr|th|td|span|strong|details|summary"

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import surgery
-from surgery.chain import relative_error
+from surgery.algebra.chain import relative_error
+from surgery.algebra.operators import Linear
 from surgery.errors import CheckError, InputError, SurgeryError
 from surgery.factorizations import FACTORIZATIONS
-from surgery.graphs import open_graph
-from surgery.operators import Linear
+from surgery.kinds.registry import open_graph
 from tests.test_carried import KINDS, run, state
 from tests.tolerances import tolerance
 

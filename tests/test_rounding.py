@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery.cost.timing import open_session
+from surgery.cost.onnxruntime.timing import open_session
 from surgery.errors import CheckError
-from surgery.export import TOLERANCES, check_export, export_onnx
-from surgery.rounding import float64_outputs, shaken_outputs
+from surgery.runtime.export import TOLERANCES, check_export, export_onnx
+from surgery.runtime.rounding import float64_outputs, shaken_outputs
 
 
 class Cancelling(nn.Module):

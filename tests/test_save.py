@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from surgery.errors import FileError, InputError
-from surgery.loading import load
-from surgery.saving import model_writer, save
+from surgery.files.load import load
+from surgery.files.save import model_writer, save
 from tests.hostile import builder
 
 
@@ -58,8 +58,8 @@ def test_what_cannot_be_saved_is_a_clear_error(tmp_path: Path) -> None:
 
 _SAVER = """
 import os, shutil, signal, sys, time
-from surgery.loading import load
-from surgery.saving import save
+from surgery.files.load import load
+from surgery.files.save import save
 folder, *sources = sys.argv[1:]
 programs = [load(name) for name in sources]
 for round in range(20):

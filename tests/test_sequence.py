@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery.calibration.added import Additions
-from surgery.calibration.batch_norm import NormWatch
-from surgery.calibration.collect import collect
-from surgery.calibration.inputs import read_calibration
-from surgery.calibration.sequence import Originals, Target
-from surgery.chain import relative_error
-from surgery.comparison import run_model
-from surgery.graphs import open_graph
-from surgery.inputs import normalise_inputs
+from surgery.algebra.chain import relative_error
+from surgery.data.added import Additions
+from surgery.data.batch_norm import NormWatch
+from surgery.data.collect import collect
+from surgery.data.inputs import normalise_inputs
+from surgery.data.samples import read_calibration
+from surgery.data.sequence import Originals, Target
+from surgery.kinds.registry import open_graph
 from surgery.passes.decompose import decompose, find_sites
 from surgery.passes.factoring import gather
+from surgery.runtime.compare import run_model
 from tests.test_calibration_models import KINDS, as_kind, images, net
 from tests.zoo import ZOO, graph
 
@@ -100,10 +100,10 @@ def test_a_stage_for_each_site_as_long_as_it_costs_little(monkeypatch: pytest.Mo
     assert [list(stage) for stage in data.stages(3, None)] == [[0], [1], [2]]
     assert [list(stage) for stage in data.stages(5, 2)] == [[0, 1], [2, 3, 4]]
     assert data.stages(0, None) == data.stages(0, 3) == []
-    monkeypatch.setattr("surgery.calibration.inputs._PASSES", 1)
-    monkeypatch.setattr("surgery.calibration.inputs._WORK", 2.5 * data.macs * data.samples.count)
+    monkeypatch.setattr("surgery.data.samples._PASSES", 1)
+    monkeypatch.setattr("surgery.data.samples._WORK", 2.5 * data.macs * data.samples.count)
     assert len(data.stages(3, None)) == 2
-    monkeypatch.setattr("surgery.calibration.inputs._WORK", 1.0)
+    monkeypatch.setattr("surgery.data.samples._WORK", 1.0)
     assert len(data.stages(3, None)) == 1
 
 

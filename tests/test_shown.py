@@ -25,8 +25,8 @@ from surgery.errors import InputError
 from surgery.passes.bisect import Bisection, Blame
 from surgery.passes.goals import Promise, Seen
 from surgery.report import collect, render
-from surgery.sites import Skip
-from surgery.tables import layout, table
+from surgery.sites.site import Skip
+from surgery.system.tables import layout, table
 from surgery.text import cut, shown, width, wrap
 from surgery.training.history import Event
 from tests import command_line

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery.chain import relative_error
+from surgery.algebra.chain import relative_error
 from surgery.errors import InputError
 from surgery.solvers import eigen, gram, hooi, reference
 from tests.cases import decaying

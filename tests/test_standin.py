@@ -11,15 +11,15 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import surgery
-from surgery.calibration.batch_norm import NormDistances
-from surgery.calibration.observe import observe
-from surgery.calibration.standin import StandIn, stand_in
-from surgery.chain import relative_error
+from surgery.algebra.chain import relative_error
 from surgery.cli.commands import decompose as command
-from surgery.comparison import run_model
+from surgery.data.batch_norm import NormDistances
+from surgery.data.inputs import normalise_inputs
+from surgery.data.observe import observe
+from surgery.data.standin import StandIn, stand_in
 from surgery.errors import InputError, Refusal
-from surgery.graphs import open_graph
-from surgery.inputs import normalise_inputs
+from surgery.kinds.registry import open_graph
+from surgery.runtime.compare import run_model
 from tests.cases import decaying
 from tests.test_calibration_models import KINDS, as_kind
 from tests.test_workshop import ByMacs

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import surgery
 from surgery.errors import InputError, SurgeryError
 from surgery.factorizations import FACTORIZATIONS
-from surgery.saving import RECORD_KEY
+from surgery.files.save import RECORD_KEY
 from tests.zoo import ZOO, call
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import surgery
-from surgery.chain import relative_error
-from surgery.graphs.factored import Factored
+from surgery.algebra.chain import relative_error
+from surgery.kinds.layers.factored import Factored
 from surgery.passes.results import DecomposeResult
 
 ROUNDING = 64 * torch.finfo(torch.float32).eps

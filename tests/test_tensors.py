@@ -13,9 +13,9 @@ from torch.nn.parameter import is_lazy
 
 import surgery
 from surgery.errors import InputError
-from surgery.graphs import open_graph
-from surgery.graphs.tensors import count, memory, refuse_tensor
-from surgery.graphs.view import identity
+from surgery.kinds.fx.view import identity
+from surgery.kinds.layers.tensors import count, memory, refuse_tensor
+from surgery.kinds.registry import open_graph
 from tests.zoo import export
 
 pytestmark = [

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery.calibration import read_calibration
-from surgery.calibration.collect import collect
-from surgery.calibration.sensitivity import with_sensitivity
-from surgery.comparison import run_model
+from surgery.data.collect import collect
+from surgery.data.samples import read_calibration
+from surgery.data.sensitivity import with_sensitivity
 from surgery.errors import CaptureError, InputError, SurgeryError
-from surgery.export import export_onnx
 from surgery.passes.goals import scores_of
+from surgery.runtime.compare import run_model
+from surgery.runtime.export import export_onnx
 from surgery.text import first_line
 
 X = torch.zeros(4, 8)

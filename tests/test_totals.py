@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import surgery
-from surgery.graphs import open_graph
-from surgery.leftover import left_alone
+from surgery.kinds.registry import open_graph
 from surgery.report import collect, render
-from surgery.sites import Skip
+from surgery.sites.leftover import left_alone
+from surgery.sites.site import Skip
 
 
 class Exponential(nn.Conv2d):

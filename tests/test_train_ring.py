@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery.chain import Chain, relative_error
+from surgery.algebra.chain import Chain, relative_error
+from surgery.algebra.operators import Linear, Operator
+from surgery.algebra.steps import Flatten, Shift, Transpose, Unflatten
 from surgery.errors import InputError, Refusal
 from surgery.factorizations.base import Factorization, Ranks
 from surgery.factorizations.tr import Tr
 from surgery.factorizations.tt import Tt, balanced
-from surgery.operators import Linear, Operator
 from surgery.solvers import gram, reference
 from surgery.solvers.ring import ring_tensor, tensor_ring
 from surgery.solvers.train import cut, round_train, tensor_train, train_tensor
-from surgery.steps import Flatten, Shift, Transpose, Unflatten
 from tests.cases import CASES, decaying
 from tests.tolerances import tolerance
 

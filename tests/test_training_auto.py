@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from surgery.chain import Chain
-from surgery.cost.timing import Samples
+from surgery.algebra.chain import Chain
+from surgery.algebra.operators import Linear, Operator, Shape
+from surgery.cost.onnxruntime.timing import Samples
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import named
-from surgery.operators import Linear, Operator, Shape
-from surgery.ranks.candidates import Choice, candidates_of
-from surgery.sites import Site
+from surgery.plans.candidates import Choice, candidates_of
+from surgery.sites.site import Site
 from surgery.training import LowRankTraining, make_forecast, propose
 from surgery.training.measure import PassTimer, time_models
 from surgery.training.ranks import TrainingRanks

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from surgery.chain import relative_error
+from surgery.algebra.chain import relative_error
 from surgery.training import LowRankTraining
 from surgery.training.wrappers import unwrap
 from tests.tolerances import tolerance

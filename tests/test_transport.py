@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery.chain import Chain, relative_error
+from surgery.algebra.chain import Chain, relative_error
+from surgery.algebra.operators import Conv, Geometry, Linear, Operator
 from surgery.errors import Refusal
 from surgery.factorizations import FACTORIZATIONS, Factorization, named
-from surgery.operators import Conv, Geometry, Linear, Operator
 from surgery.training.frobenius import product_gradients
 from surgery.training.structure import with_weights
 from surgery.training.transport import Jacobian

@@ -13,7 +13,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from surgery.errors import InputError
-from surgery.ranks.vbmf import _edge, evbmf, evbmf_rank
+from surgery.plans.vbmf import _edge, evbmf, evbmf_rank
 from surgery.solvers.gram import singular_values
 
 Matrix = np.ndarray

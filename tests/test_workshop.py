@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import surgery
-from surgery.allocation.choose import choose_least_cost
-from surgery.benchmark import ModelComparison, ModelTiming, Timing, environment
-from surgery.calibration import read_calibration
-from surgery.chain import Chain
-from surgery.cost.latency import Comparison, Latencies
-from surgery.cost.timing import Samples
-from surgery.inputs import normalise_inputs
-from surgery.operators import Operator, Shape
+from surgery.algebra.chain import Chain
+from surgery.algebra.operators import Operator, Shape
+from surgery.cost.onnxruntime.latency import Comparison, Latencies
+from surgery.cost.onnxruntime.timing import Samples
+from surgery.data.inputs import normalise_inputs
+from surgery.data.samples import read_calibration
 from surgery.passes import clock as clocks
 from surgery.passes import promise
 from surgery.passes.decompose import DecomposeResult
 from surgery.passes.goals import Goal
 from surgery.passes.terms import Asked, Terms
 from surgery.passes.workshop import Workshop
+from surgery.plans.choose import choose_least_cost
+from surgery.runtime.bench import ModelComparison, ModelTiming, Timing, environment
 from tests.cases import decaying
 from tests.test_calibration_models import as_kind
 

@@ -41,11 +41,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
-from surgery.benchmark import environment
-from surgery.cost.latency import Latencies
+from surgery.cost.onnxruntime.latency import Latencies
 from surgery.errors import RankError
 from surgery.factorizations import fitting
 from surgery.passes.decompose import find_sites, plan
+from surgery.runtime.bench import environment
 from tools.trained import Network, open_network, option_parser, split
 
 TARGETS = (1.25, 1.3, 1.5, 2.0, 3.0)

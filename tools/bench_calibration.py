@@ -34,11 +34,11 @@ from torch.export import ExportedProgram
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
 import surgery
-from surgery.calibration.batch_norm import reestimate_batch_norm
-from surgery.calibration.inputs import Calibration, read_calibration
+from surgery.data.batch_norm import reestimate_batch_norm
+from surgery.data.samples import Calibration, read_calibration
 from surgery.errors import RankError
 from surgery.passes.decompose import decompose, plan
-from surgery.plans import Plan
+from surgery.plans.plan import Plan
 
 DATA = Path(__file__).resolve().parent.parent / "examples" / "data"
 METHODS = ("svd", "tucker", "spatial", "tt")

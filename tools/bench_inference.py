@@ -29,14 +29,14 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
 import surgery
-from surgery.benchmark import environment as measured_on
-from surgery.cost.latency import Latencies, channel_multiple
-from surgery.cost.timing import Budget
+from surgery.algebra.operators import Conv, Operator
+from surgery.cost.onnxruntime.latency import Latencies, channel_multiple
+from surgery.cost.onnxruntime.timing import Budget
 from surgery.errors import SurgeryError
 from surgery.factorizations import named
-from surgery.operators import Conv, Operator
 from surgery.passes.decompose import decompose, find_sites
-from surgery.sites import Site, describe
+from surgery.runtime.bench import environment as measured_on
+from surgery.sites.site import Site, describe
 from tools.networks import NETWORKS, build
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -47,7 +47,7 @@ def operator_of(shape: tuple[int, ...], *, double: bool) -> Any:
     """Return an operator of random weights."""
     import torch
 
-    from surgery.operators import Conv, Geometry, Linear
+    from surgery.algebra.operators import Conv, Geometry, Linear
 
     weight = torch.empty(shape, dtype=torch.float64 if double else torch.float32)
     weight.normal_(generator=torch.Generator().manual_seed(0))
@@ -76,7 +76,7 @@ def measure(method: str, shape: tuple[int, ...], *, double: bool, low_rank: bool
     """Factor a weight in this process; return bytes, seconds and error, or why there is nothing to measure."""
     import torch
 
-    from surgery.chain import relative_error
+    from surgery.algebra.chain import relative_error
     from surgery.errors import Refusal
     from surgery.factorizations import FACTORIZATIONS
     from surgery.solvers.memory import estimate

@@ -27,7 +27,7 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from surgery.cost.latency import cpu_name
+from surgery.cost.onnxruntime.latency import cpu_name
 from surgery.solvers.components import reduce_rank
 from surgery.solvers.cp import cp
 from surgery.solvers.overparameterized import Method, descend, symmetric_cp

@@ -32,7 +32,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
-from surgery.cost.latency import cpu_name
+from surgery.cost.onnxruntime.latency import cpu_name
 from surgery.solvers.cp import als_sweeps, start
 from surgery.solvers.cp_model import CpModel
 from surgery.solvers.dimension_tree import Array

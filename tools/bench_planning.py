@@ -36,9 +36,9 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
 import surgery
-from surgery.benchmark import environment
-from surgery.cost.latency import Latencies
+from surgery.cost.onnxruntime.latency import Latencies
 from surgery.passes.results import DecomposeResult
+from surgery.runtime.bench import environment
 from tools.networks import NETWORKS, build
 from tools.trained import Model, minilm
 

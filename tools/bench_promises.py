@@ -44,9 +44,9 @@ from torch.utils import _pytree as pytree
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
 import surgery
-from surgery.benchmark import environment
-from surgery.cost.latency import Latencies
+from surgery.cost.onnxruntime.latency import Latencies
 from surgery.passes.results import DecomposeResult
+from surgery.runtime.bench import environment
 from tools.fresh import fresh_speedups
 from tools.trained import Model, Network, open_network, option_parser, split
 

@@ -29,9 +29,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import surgery
-from surgery.benchmark import environment
-from surgery.chain import relative_error
-from surgery.cost.timing import Budget, bind, compare_samples, interleave, open_session
+from surgery.algebra.chain import relative_error
+from surgery.cost.onnxruntime.timing import Budget, bind, compare_samples, interleave, open_session
+from surgery.runtime.bench import environment
 
 TOLERANCE = 1e-4  # of float32 outputs over all steps
 FRACTIONS = (0.5, 0.25)

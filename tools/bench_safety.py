@@ -29,9 +29,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
-from surgery.benchmark import environment
-from surgery.cost.latency import Latencies
+from surgery.cost.onnxruntime.latency import Latencies
 from surgery.passes.results import DecomposeResult
+from surgery.runtime.bench import environment
 from tools.trained import NETWORKS, Network, Unavailable, open_network, option_parser
 
 LOST = 0.01  # of the metric: more is marked

@@ -29,8 +29,8 @@ from torch.export import ExportedProgram
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
-from surgery.archive_operators import GROUPS, check_operator, group_of
 from surgery.errors import SurgeryError
+from surgery.files.guard.operators import GROUPS, check_operator, group_of
 from surgery.text import first_line, wrap
 from tools.architectures import TORCHVISION, TRANSFORMERS, transformer
 

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgery
-from surgery.chain import relative_error
-from surgery.tables import table
+from surgery.algebra.chain import relative_error
+from surgery.system.tables import table
 
 VOCABULARY, LENGTH, ROWS = 50, 6, 8
 ALLOWED = 1e-5  # of the logits: float32 through a few dozen products

@@ -13,8 +13,8 @@ from torch.export import ExportedProgram
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
-from surgery.export import quiet
-from surgery.fresh import time_apart
+from surgery.runtime.export import quiet
+from surgery.runtime.fresh import time_apart
 
 __all__ = ["fresh_speedups"]
 

@@ -34,9 +34,9 @@ import surgery.passes.decompose
 import surgery.report  # noqa: F401  # as those above: so that no fork has to import them
 from surgery.cli import main as surgery_main
 from surgery.errors import SurgeryError
-from surgery.loading import load
-from surgery.plans import Plan
-from surgery.saving import save
+from surgery.files.load import load
+from surgery.files.save import save
+from surgery.plans.plan import Plan
 
 __all__ = ["SIGNALS", "Strike", "strikes"]
 

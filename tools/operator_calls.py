@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from surgery.archive_operators import overloads
-from surgery.archive_rules import check_values
 from surgery.errors import SurgeryError
+from surgery.files.guard.operators import overloads
+from surgery.files.guard.rules import check_values
 from tools.honest_calls import Call, honest_calls
 
 __all__ = ["call_randomly", "fuzz", "outcome"]

@@ -19,8 +19,8 @@ import tensorly
 import torch
 from torch import Tensor, nn
 
+from surgery.algebra.operators import Conv, Geometry, Linear, Operator
 from surgery.factorizations import FACTORIZATIONS
-from surgery.operators import Conv, Geometry, Linear, Operator
 from surgery.solvers import gram, hooi, reference
 from surgery.solvers.cp import cp
 from surgery.solvers.ring import ring_tensor, tensor_ring

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from surgery.interrupts import stopping_signals
+from surgery.system.interrupts import stopping_signals
 from surgery.text import first_line, shown
 
 __all__ = ["cli", "main"]
@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:
 
 def _run(written: list[Path]) -> int:
     from surgery.cli.group import cli
-    from surgery.outputs import noting
+    from surgery.system.writing import noting
 
     with noting(written):
         status = cli.main(standalone_mode=False) or 0

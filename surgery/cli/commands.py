@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.names import FILE
-from surgery.cli.options import as_json, default_output, load_function, model_options, open_program
+from surgery.cli.options import as_json, default_output, file_inputs, load_function, model_options, open_program
 from surgery.errors import InputError, SurgeryError
-from surgery.outputs import Writer, check_outputs, text_writer, write_together
+from surgery.system.writing import Writer, check_outputs, text_writer, write_together
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-    from surgery.benchmark import Timing
+    from surgery.runtime.bench import Timing
 
 __all__ = ["bench", "compare", "decompose", "export", "inspect", "recompose"]
 
@@ -27,7 +27,7 @@ __all__ = ["bench", "compare", "decompose", "export", "inspect", "recompose"]
 def inspect(model: Path, json_: bool, **options: Any) -> None:
     """List the sites of MODEL with their costs, and what is left alone and why."""
     from surgery.cli import show
-    from surgery.graphs import open_graph
+    from surgery.kinds.registry import open_graph
 
     program, inputs = open_program(model, **options)
     found = open_graph(program, *inputs).find()
@@ -117,11 +117,11 @@ def decompose(
 ) -> None:
     """Factor the sites of MODEL into chains of lower rank, and write the new model."""
     from surgery.cli import show
-    from surgery.cost.latency import Latencies
+    from surgery.cost.onnxruntime.latency import Latencies
+    from surgery.files.save import model_writer
     from surgery.passes import decompose as passes
-    from surgery.plans import Plan
+    from surgery.plans.plan import Plan
     from surgery.report import attach, collect
-    from surgery.saving import model_writer
 
     target = output or default_output(model, "decomposed.pt2")
     outputs = [None if dry_run else target, save_plan]
@@ -178,7 +178,7 @@ def _groups(joint: tuple[str, ...]) -> str | list[list[str]]:
 
 def _time(models: list[ExportedProgram], inputs: Any, progress: Any) -> Timing | str:
     """Return the timing of the models, or why it cannot be had: a model that ONNX cannot express is no failure here."""
-    from surgery.benchmark import bench
+    from surgery.runtime.bench import bench
 
     try:
         return bench(models, inputs, seconds=4.0, progress=lambda share: progress("time", round(100 * share), 100))
@@ -205,8 +205,8 @@ def recompose(
 ) -> None:
     """Fuse every chain of MODEL that is provably one operator back into that operator."""
     from surgery.cli import show
+    from surgery.files.save import model_writer, state_dict_writer
     from surgery.passes.recompose import recompose as run
-    from surgery.saving import model_writer, state_dict_writer
 
     target = output or default_output(model, "recomposed.pt2")
     check_outputs([path for path in (target, state_dict) if path is not None], [model], force=force)
@@ -234,7 +234,7 @@ def recompose(
 def export(model: Path, output: Path, force: bool, json_: bool, **options: Any) -> None:
     """Export MODEL to ONNX, and check onnxruntime's output against PyTorch's."""
     from surgery.cli import show
-    from surgery.export import export_onnx
+    from surgery.runtime.export import export_onnx
 
     check_outputs([output], [model], force=force)
     with show.progress(quiet=json_) as progress:
@@ -252,21 +252,30 @@ def export(model: Path, output: Path, force: bool, json_: bool, **options: Any) 
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of onnxruntime.  [default: physical cores]")
 @click.option("--seconds", type=click.FloatRange(min=0.01), default=5.0, show_default=True, help="Time to measure.")
 @click.option("--apart", is_flag=True, help="Time each model alone, in new processes of its own.")
+@click.option("--batch", type=click.IntRange(1, 2**20), help="Samples of each input.  [default: the model's own]")
 @model_options
 @as_json
 def bench(
-    models: tuple[Path, ...], threads: int | None, seconds: float, apart: bool, json_: bool, **options: Any
+    models: tuple[Path, ...],
+    threads: int | None,
+    seconds: float,
+    apart: bool,
+    batch: int | None,
+    json_: bool,
+    **options: Any,
 ) -> None:
     """Time models (.pt2 or .onnx) under onnxruntime on this CPU, interleaved; each later one against the first."""
-    from surgery.benchmark import bench as together
     from surgery.cli import show
-    from surgery.fresh import time_apart
+    from surgery.data.inputs import with_batch
+    from surgery.runtime.bench import bench as together
+    from surgery.runtime.fresh import time_apart
 
     run = time_apart if apart else together
 
     with show.progress(quiet=json_) as progress:
         progress("load", 0, 1)
         opened, inputs = _open_all(models, options)
+        inputs = inputs if batch is None else with_batch(inputs, batch)
         timing = run(
             opened,
             inputs,
@@ -283,7 +292,7 @@ def bench(
 
 
 def _open_all(paths: tuple[Path, ...], options: dict[str, Any]) -> tuple[list[Any], Any]:
-    """Return .onnx files as paths and all others as programs; and the inputs of the first program, if there is one."""
+    """Return .onnx files as paths and others as programs, and the inputs of the first program, or of the first file."""
     opened: list[Any] = []
     inputs: Any = None
     for path in paths:
@@ -293,7 +302,7 @@ def _open_all(paths: tuple[Path, ...], options: dict[str, Any]) -> tuple[list[An
         program, own = open_program(path, **options)
         opened.append(program)
         inputs = own if inputs is None else inputs
-    return opened, inputs
+    return opened, file_inputs(paths[0], options) if inputs is None else inputs
 
 
 @click.command()
@@ -305,11 +314,11 @@ def _open_all(paths: tuple[Path, ...], options: dict[str, Any]) -> tuple[list[An
 def compare(a: Path, b: Path, inputs_file: Path | None, json_: bool, **options: Any) -> None:
     """Show how far the outputs of A and B are apart on the same inputs."""
     from surgery.cli import show
-    from surgery.comparison import compare as run
+    from surgery.runtime.compare import compare as run
 
     models, inputs = _open_all((a, b), options)
     if inputs_file is not None:
-        from surgery.calibration.inputs import read_inputs
+        from surgery.data.samples import read_inputs
 
         known = next((model for model in models if not isinstance(model, Path)), None)
         inputs = read_inputs(inputs_file, known)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "as_json",
     "default_output",
+    "file_inputs",
     "load_function",
     "model_options",
     "open_program",
@@ -115,9 +116,9 @@ def open_program(
     """
     from torch.export import ExportedProgram
 
-    from surgery.export import capture
-    from surgery.inputs import program_inputs
-    from surgery.loading import load
+    from surgery.data.inputs import program_inputs
+    from surgery.files.load import load
+    from surgery.runtime.export import capture
 
     shapes = parse_shapes(input_shapes)
     samples = _random(shapes, {}, seed)[0] or None
@@ -129,6 +130,16 @@ def open_program(
         raise InputError(f"{path} is a module, which does not know its input shapes", next_step="pass --input-shape")
     inputs = _random(shapes, {}, seed)
     return capture(loaded, inputs)[0], inputs
+
+
+def file_inputs(path: Path, options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return random inputs for an .onnx file, of the shapes that are said, or else that it declares."""
+    from surgery.data.inputs import session_inputs
+    from surgery.runtime.compare import open_model
+
+    said = parse_shapes(options["input_shapes"])
+    shapes = {name or place: shape for place, (name, shape) in enumerate(said)}
+    return session_inputs(open_model(path), seed=options["seed"], shapes=shapes)
 
 
 def load_function(name: str) -> Callable[[Any], float]:
@@ -170,7 +181,7 @@ def _fill(
     from torch import Tensor
     from torch.utils import _pytree as pytree
 
-    from surgery.inputs import program_inputs, random_tensor
+    from surgery.data.inputs import program_inputs, random_tensor
 
     leaves, spec = pytree.tree_flatten(program_inputs(program, seed=seed))
     names = [str(name) for name in program.graph_signature.user_inputs]
@@ -191,7 +202,7 @@ def _random(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     import torch
 
-    from surgery.inputs import random_tensor
+    from surgery.data.inputs import random_tensor
 
     args = []
     for i, (name, shape) in enumerate(shapes):

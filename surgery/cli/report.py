@@ -10,7 +10,7 @@ import click
 from surgery.cli.names import FILE
 from surgery.cli.options import as_json, default_output, load_function, model_options, open_program
 from surgery.errors import InputError
-from surgery.outputs import check_outputs
+from surgery.system.writing import check_outputs
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -48,7 +48,7 @@ def _read_report(model: Path) -> dict[str, Any]:
     """Return the report in MODEL, with the name and the size that its file has now."""
     from torch.export import ExportedProgram
 
-    from surgery.loading import load
+    from surgery.files.load import load
     from surgery.report import read
 
     program = load(model)
@@ -75,7 +75,7 @@ def plan() -> None:
 def diff(a: Path, b: Path, json_: bool) -> None:
     """Show each site on which the plans A and B differ."""
     from surgery.cli import show
-    from surgery.plans import Plan
+    from surgery.plans.plan import Plan
 
     lines = Plan.read(a).diff(Plan.read(b))
     if json_:
@@ -136,7 +136,7 @@ def _second(
 ) -> ExportedProgram:
     """Return the decomposed program: from its file, or by carrying out the plan."""
     from surgery.passes.decompose import decompose
-    from surgery.plans import Plan
+    from surgery.plans.plan import Plan
 
     if decomposed is not None:
         return open_program(decomposed, **options)[0]

@@ -23,19 +23,19 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from surgery.leftover import left_alone
-from surgery.sites import Skip
-from surgery.tables import layout
+from surgery.sites.leftover import left_alone
+from surgery.sites.site import Skip
+from surgery.system.tables import layout
 from surgery.text import change, count, rank_text, seconds, shown, wrap
 
 if TYPE_CHECKING:
-    from surgery.benchmark import Timing
-    from surgery.comparison import Difference
-    from surgery.export import ExportReport
-    from surgery.graphs import Found
+    from surgery.kinds.base import Found
     from surgery.passes.bisect import Bisection
     from surgery.passes.decompose import DecomposeResult
     from surgery.passes.recompose import RecomposeResult
+    from surgery.runtime.bench import Timing
+    from surgery.runtime.compare import Difference
+    from surgery.runtime.export import ExportReport
 
 __all__ = [
     "STEPS",
@@ -339,6 +339,7 @@ def timing_tables(timing: Timing) -> None:
         rows.append([m.path, seconds(m.median_s), seconds(m.p90_s), f"{100 * m.spread:.1f} %", str(m.runs), *compared])
     table("Latency", rows if timing.comparisons else [row[:5] for row in rows])
     say()
+    say(f"inputs: {', '.join(timing.inputs)}")
     say(f"{_where(timing)}; spread is the interquartile range over the median")
 
 

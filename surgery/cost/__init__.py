@@ -1,1 +1,1 @@
-"""What an operator, a chain or a model costs in time: small ONNX models, the timing core, cached latencies."""
+"""What operators, chains and models cost in time."""

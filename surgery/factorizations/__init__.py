@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from surgery.algebra.operators import Operator
 from surgery.errors import InputError, Refusal
 from surgery.factorizations.base import SOLVERS, Factorization, Ranks, Spectrum
 from surgery.factorizations.cp import Cp
@@ -11,7 +12,6 @@ from surgery.factorizations.svd import Svd
 from surgery.factorizations.tr import Tr
 from surgery.factorizations.tt import Tt
 from surgery.factorizations.tucker import Tucker
-from surgery.operators import Operator
 
 __all__ = ["FACTORIZATIONS", "SOLVERS", "Factorization", "Ranks", "Spectrum", "fitting", "named"]
 

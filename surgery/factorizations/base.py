@@ -16,12 +16,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from surgery.chain import Chain
+from surgery.algebra.chain import Chain
+from surgery.algebra.operators import Conv, Embedding, Geometry, Linear, Operator, Shape
+from surgery.algebra.steps import Step
 from surgery.errors import InputError, RankError, Refusal
-from surgery.operators import Conv, Embedding, Geometry, Linear, Operator, Shape
 from surgery.solvers.gram import singular_values
 from surgery.solvers.memory import check_memory, estimate
-from surgery.steps import Step
 
 __all__ = ["SOLVERS", "Factorization", "Ranks", "Spectrum"]
 

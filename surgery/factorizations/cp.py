@@ -21,10 +21,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from surgery.algebra.operators import Geometry, Operator, Shape
 from surgery.errors import Refusal
 from surgery.factorizations.base import Factorization, Ranks
 from surgery.factorizations.kernels import along_each, only, refuse_channels, spatial_dims
-from surgery.operators import Geometry, Operator, Shape
 from surgery.solvers import reference
 from surgery.solvers.cp import cp
 

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from surgery.algebra.operators import Conv, Geometry, Operator, Shape
+from surgery.algebra.steps import Branches, Step
 from surgery.errors import Refusal
 from surgery.factorizations.base import Ranks
 from surgery.factorizations.matrix import MatrixFactorization
-from surgery.operators import Conv, Geometry, Operator, Shape
-from surgery.steps import Branches, Step
 
 __all__ = ["Depthwise"]
 

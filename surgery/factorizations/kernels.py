@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from surgery.algebra.operators import Geometry, Operator, Shape
 from surgery.errors import Refusal
-from surgery.operators import Geometry, Operator, Shape
 
 __all__ = ["along_each", "only", "refuse_channels", "spatial_dims"]
 

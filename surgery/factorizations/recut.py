@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgery.chain import Chain, relative_error
+from surgery.algebra.chain import Chain, relative_error
+from surgery.algebra.operators import Operator
 from surgery.errors import Refusal
 from surgery.factorizations.base import Factorization, Ranks, Spectrum
-from surgery.operators import Operator
 from surgery.solvers.gram import singular_values
 
 __all__ = ["Cut", "chain_spectra", "recut"]

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from surgery.algebra.operators import Geometry, Operator, Shape
 from surgery.errors import Refusal
 from surgery.factorizations.base import Ranks
 from surgery.factorizations.matrix import MatrixFactorization
-from surgery.operators import Geometry, Operator, Shape
 
 __all__ = ["Svd"]
 

@@ -25,14 +25,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from surgery.algebra.operators import Conv, Geometry, Linear, Operator, Shape
+from surgery.algebra.steps import Flatten, Step, Transpose, Unflatten
 from surgery.errors import Refusal
 from surgery.factorizations.base import Factorization, Ranks
 from surgery.factorizations.kernels import refuse_channels
 from surgery.factorizations.tt import balanced, refuse_prime
-from surgery.operators import Conv, Geometry, Linear, Operator, Shape
 from surgery.solvers import reference
 from surgery.solvers.ring import ring_tensor, tensor_ring
-from surgery.steps import Flatten, Step, Transpose, Unflatten
 
 __all__ = ["Tr"]
 

@@ -24,14 +24,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from surgery.algebra.operators import Geometry, Linear, Operator, Shape
+from surgery.algebra.steps import Flatten, Step, Transpose, Unflatten
 from surgery.errors import Refusal
 from surgery.factorizations.base import Factorization, Ranks
 from surgery.factorizations.kernels import along_each, only, refuse_channels, spatial_dims
 from surgery.factorizations.matrix import truncated_svd
-from surgery.operators import Geometry, Linear, Operator, Shape
 from surgery.solvers import reference
 from surgery.solvers.train import tensor_train, train_tensor
-from surgery.steps import Flatten, Step, Transpose, Unflatten
 
 __all__ = ["Tt", "balanced", "refuse_prime"]
 

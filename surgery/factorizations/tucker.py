@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from surgery.algebra.operators import Geometry, Operator, Shape
 from surgery.errors import Refusal
 from surgery.factorizations.base import Factorization, Ranks
 from surgery.factorizations.kernels import refuse_channels
-from surgery.operators import Geometry, Operator, Shape
 from surgery.solvers import hooi, reference
 
 __all__ = ["Tucker"]

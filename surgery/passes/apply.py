@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from surgery.errors import only_own_errors
-from surgery.graphs.structure import give_structure
-from surgery.plans import Plan
-from surgery.pretrained import note_record
-from surgery.ranks.joining import joint_groups
+from surgery.files.pretrained import note_record
+from surgery.kinds.module.structure import give_structure
+from surgery.plans.joining import joint_groups
+from surgery.plans.plan import Plan
 
 __all__ = ["apply"]
 

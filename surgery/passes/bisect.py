@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from surgery.errors import InputError
-from surgery.graphs.unpacking import packed_parameter
+from surgery.kinds.layers.unpacking import packed_parameter
 from surgery.passes.goals import Evaluate, metric_of
 from surgery.passes.recompose import recompose
-from surgery.sites import Skip
-from surgery.tables import table
+from surgery.sites.site import Skip
+from surgery.system.tables import table
 from surgery.text import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from surgery.graphs import Model
+    from surgery.kinds.registry import Model
 
 __all__ = ["Bisection", "Blame", "bisect"]
 

@@ -6,18 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from surgery.calibration.inputs import Calibration
-from surgery.calibration.standin import GLANCE, stand_in
+from surgery.data.inputs import Inputs
+from surgery.data.samples import Calibration
+from surgery.data.standin import GLANCE, stand_in
 from surgery.errors import InputError, Refusal
-from surgery.graphs import ChainSpot, Found, GraphKind, Model, open_graph
-from surgery.inputs import Inputs
+from surgery.kinds.base import Found, GraphKind
+from surgery.kinds.fx.chains import ChainSpot
+from surgery.kinds.registry import Model, open_graph
 from surgery.passes.factoring import Made, SiteData, factor_site, gather
 from surgery.passes.fitting import Fitting, judged
 from surgery.passes.goals import HeldOut, Seen
-from surgery.plans import Plan
-from surgery.ranks.joining import join, joint_groups
-from surgery.ranks.planning import Progress
-from surgery.sites import Site
+from surgery.plans.joining import join, joint_groups
+from surgery.plans.plan import Plan
+from surgery.plans.planning import Progress
+from surgery.sites.site import Site
 
 __all__ = ["CarriedOut", "Means", "carry_out"]
 

@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.benchmark import Timing
-from surgery.cost.latency import Latencies, Seconds
-from surgery.export import capture
-from surgery.fresh import Apart
-from surgery.graphs import Model
-from surgery.inputs import Inputs
-from surgery.ranks.planning import Progress
+from surgery.cost.onnxruntime.latency import Latencies, Seconds
+from surgery.data.inputs import Inputs
+from surgery.kinds.registry import Model
+from surgery.plans.planning import Progress
+from surgery.runtime.bench import Timing
+from surgery.runtime.export import capture
+from surgery.runtime.fresh import Apart
 
 __all__ = ["Clock"]
 

@@ -8,26 +8,27 @@ from typing import Any, TypeAlias
 
 from torch.export import ExportedProgram
 
-from surgery.calibration.inputs import Calibration, read_calibration
-from surgery.chain import Chain
-from surgery.cost.latency import Latencies, channel_multiple
+from surgery.algebra.chain import Chain
+from surgery.algebra.operators import Operator
+from surgery.cost.onnxruntime.latency import Latencies, channel_multiple
+from surgery.data.inputs import Inputs, normalise_inputs
+from surgery.data.samples import Calibration, read_calibration
 from surgery.errors import CheckError, InputError, only_own_errors
 from surgery.factorizations import named
-from surgery.graphs import Found, GraphKind, Model, open_graph
-from surgery.graphs.unpacking import check_inplace
-from surgery.inputs import Inputs, normalise_inputs
-from surgery.joint import form
-from surgery.operators import Operator
+from surgery.files.pretrained import note_record
+from surgery.kinds.base import Found, GraphKind
+from surgery.kinds.layers.unpacking import check_inplace
+from surgery.kinds.registry import Model, open_graph
 from surgery.passes.carry_out import Means, carry_out
 from surgery.passes.factoring import split_chain
 from surgery.passes.goals import Evaluate, Goal
 from surgery.passes.promise import Asked, Terms, negotiate, negotiate_blind
 from surgery.passes.results import Change, DecomposeResult
-from surgery.plans import Decision, Plan
-from surgery.pretrained import note_record
-from surgery.ranks import complete_plan, make_plan
-from surgery.ranks.joining import check_groups, join, joint_groups
-from surgery.sites import FactoredSite, Site, Skip, Totals, select
+from surgery.plans.joining import check_groups, join, joint_groups
+from surgery.plans.plan import Decision, Plan
+from surgery.plans.planning import complete_plan, make_plan
+from surgery.sites.joint import form
+from surgery.sites.site import FactoredSite, Site, Skip, Totals, select
 
 __all__ = ["Change", "DecomposeResult", "Progress", "RankSpec", "decompose", "find_sites", "plan", "preview"]
 
@@ -123,7 +124,7 @@ def decompose(
     """Replace operators by chains at the ranks of a plan, and return the new model with what was done.
 
     ``ranks="auto"`` keeps a promise: it returns the fastest model that was seen to keep it, or the original. Without
-    calibration data it is seen on made-up inputs (``surgery.calibration.standin``), and the promise is worth no more.
+    calibration data it is seen on made-up inputs (``surgery.data.standin``), and the promise is worth no more.
     Other ranks are carried out as they are, and the output error that they cause is measured.
 
     Args:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from surgery.calibration.inputs import Calibration
-from surgery.calibration.observe import observe
-from surgery.chain import Chain
-from surgery.graphs import Model
-from surgery.operators import Operator
+from surgery.algebra.chain import Chain
+from surgery.algebra.operators import Operator
+from surgery.data.observe import observe
+from surgery.data.samples import Calibration
+from surgery.kinds.registry import Model
 from surgery.passes.goals import Outputs
 
 __all__ = ["Effects"]

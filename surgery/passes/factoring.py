@@ -9,23 +9,23 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
-from surgery.calibration.batch_norm import NormWatch, Reference, feeds_batch_norm, reestimate_batch_norm
-from surgery.calibration.collect import Progress, collect
-from surgery.calibration.factor import fit
-from surgery.calibration.inputs import Calibration, samples_in
-from surgery.calibration.moments import Moments
-from surgery.calibration.sensitivity import with_sensitivity
-from surgery.calibration.sequence import Originals, Target
-from surgery.chain import Chain, relative_error
+from surgery.algebra.chain import Chain, relative_error
+from surgery.data.batch_norm import NormWatch, Reference, feeds_batch_norm, reestimate_batch_norm
+from surgery.data.collect import Progress, collect
+from surgery.data.factor import fit
+from surgery.data.inputs import Inputs
+from surgery.data.moments import Moments
+from surgery.data.samples import Calibration, samples_in
+from surgery.data.sensitivity import with_sensitivity
+from surgery.data.sequence import Originals, Target
 from surgery.errors import CheckError, InputError, Refusal
 from surgery.factorizations import SOLVERS, Factorization, Ranks, named
 from surgery.factorizations.recut import recut
-from surgery.graphs import Model, open_graph
-from surgery.inputs import Inputs
-from surgery.joint import JointSite, split
-from surgery.plans import Decision, Plan
-from surgery.ranks.candidates import Candidate
-from surgery.sites import FactoredSite, Site
+from surgery.kinds.registry import Model, open_graph
+from surgery.plans.candidates import Candidate
+from surgery.plans.plan import Decision, Plan
+from surgery.sites.joint import JointSite, split
+from surgery.sites.site import FactoredSite, Site
 from surgery.text import rank_text
 
 __all__ = ["Made", "SiteData", "factor_site", "gather", "plain", "split_chain", "weight_error"]

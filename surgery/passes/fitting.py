@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from surgery.calibration.collect import Progress
-from surgery.calibration.inputs import Calibration
-from surgery.chain import Chain
+from surgery.algebra.chain import Chain
+from surgery.data.collect import Progress
+from surgery.data.samples import Calibration
 from surgery.errors import InputError
 from surgery.passes.factoring import SiteData
 from surgery.passes.goals import HeldOut

@@ -25,13 +25,13 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from surgery.calibration.inputs import Calibration
-from surgery.calibration.visible import VisibleOutputs
-from surgery.comparison import evaluating, run_model
+from surgery.data.inputs import Inputs
+from surgery.data.samples import Calibration
+from surgery.data.visible import VisibleOutputs
 from surgery.errors import InputError
-from surgery.graphs import Model
-from surgery.graphs.shapes import untouched
-from surgery.inputs import Inputs
+from surgery.kinds.fx.shapes import untouched
+from surgery.kinds.registry import Model
+from surgery.runtime.compare import evaluating, run_model
 from surgery.text import FAR, first_line, shown
 
 __all__ = ["TRIALS", "Evaluate", "Goal", "HeldOut", "Outputs", "Promise", "Seen", "drop_of", "metric_of", "scores_of"]

@@ -15,22 +15,23 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from surgery.allocation.budget import Trial, largest_budget
-from surgery.allocation.choose import choose_damage, choose_least_cost, frontier
-from surgery.allocation.options import Option
-from surgery.benchmark import Timing
-from surgery.calibration.inputs import Calibration, samples_in
-from surgery.calibration.standin import StandIn, stand_in
-from surgery.cost.timing import MARGIN
+from surgery.cost.onnxruntime.timing import MARGIN
+from surgery.data.inputs import Inputs
+from surgery.data.samples import Calibration, samples_in
+from surgery.data.standin import StandIn, stand_in
 from surgery.errors import InputError
-from surgery.graphs import Found, Model
-from surgery.inputs import Inputs
+from surgery.kinds.base import Found
+from surgery.kinds.registry import Model
 from surgery.passes.goals import TRIALS, Goal, Promise, Seen, drop_of, scores_of
 from surgery.passes.results import Search
 from surgery.passes.terms import Asked, Terms
 from surgery.passes.workshop import Workshop
-from surgery.plans import Decision, Plan
-from surgery.ranks.planning import Progress
+from surgery.plans.bisection import Trial, largest_budget
+from surgery.plans.choose import choose_damage, choose_least_cost, frontier
+from surgery.plans.options import Option
+from surgery.plans.plan import Decision, Plan
+from surgery.plans.planning import Progress
+from surgery.runtime.bench import Timing
 
 __all__ = ["Asked", "Negotiated", "Terms", "negotiate", "negotiate_blind"]
 

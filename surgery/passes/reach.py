@@ -7,12 +7,13 @@ from collections.abc import Collection
 from torch import nn
 from torch.fx import GraphModule
 
-from surgery.chain import Chain
+from surgery.algebra.chain import Chain
+from surgery.algebra.operators import Operator
+from surgery.data.inputs import Inputs
 from surgery.errors import Refusal
 from surgery.factorizations import fitting
-from surgery.graphs import ChainSpot, Model, open_graph
-from surgery.inputs import Inputs
-from surgery.operators import Operator
+from surgery.kinds.fx.chains import ChainSpot
+from surgery.kinds.registry import Model, open_graph
 
 __all__ = ["unreached"]
 

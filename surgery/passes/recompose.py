@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from surgery.data.inputs import normalise_inputs
 from surgery.errors import only_own_errors
-from surgery.graphs import AnyRun, Model, open_graph
-from surgery.graphs.unpacking import check_inplace
-from surgery.inputs import normalise_inputs
-from surgery.pretrained import note_record
-from surgery.sites import Skip, describe
-from surgery.tables import table
+from surgery.files.pretrained import note_record
+from surgery.kinds.base import AnyRun
+from surgery.kinds.layers.unpacking import check_inplace
+from surgery.kinds.registry import Model, open_graph
+from surgery.sites.site import Skip, describe
+from surgery.system.tables import table
 from surgery.text import change, count, shown
 
 __all__ = ["Fusion", "RecomposeResult", "recompose"]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.allocation.budget import Trial
-from surgery.benchmark import Timing
 from surgery.factorizations import Ranks
-from surgery.leftover import left_alone
 from surgery.passes.goals import Promise, Seen
-from surgery.plans import Plan
-from surgery.sites import Skip, Totals
-from surgery.tables import table
+from surgery.plans.bisection import Trial
+from surgery.plans.plan import Plan
+from surgery.runtime.bench import Timing
+from surgery.sites.leftover import left_alone
+from surgery.sites.site import Skip, Totals
+from surgery.system.tables import table
 from surgery.text import change, count, rank_text, shown
 
 __all__ = ["Change", "DecomposeResult", "Search"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from surgery.allocation.prices import Counted, Measured, Prices, Ruled
-from surgery.cost.latency import Latencies
+from surgery.cost.onnxruntime.latency import Latencies
 from surgery.passes.goals import Evaluate, Goal
-from surgery.plans import Plan
+from surgery.plans.plan import Plan
+from surgery.plans.prices import Counted, Measured, Prices, Ruled
 
 __all__ = ["Asked", "Terms"]
 

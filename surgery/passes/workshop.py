@@ -15,17 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.allocation.options import Option, Options, options_of
-from surgery.benchmark import Timing
-from surgery.calibration.factor import correct_bias
-from surgery.calibration.inputs import Calibration
-from surgery.chain import Chain
-from surgery.cost.latency import Comparison
+from surgery.algebra.chain import Chain
+from surgery.algebra.operators import Operator
+from surgery.cost.onnxruntime.latency import Comparison
+from surgery.data.factor import correct_bias
+from surgery.data.inputs import Inputs
+from surgery.data.samples import Calibration
 from surgery.errors import Refusal
 from surgery.factorizations import Ranks, named
-from surgery.graphs import Found, Model, open_graph
-from surgery.inputs import Inputs
-from surgery.operators import Operator
+from surgery.kinds.base import Found
+from surgery.kinds.registry import Model, open_graph
 from surgery.passes.clock import Clock
 from surgery.passes.effects import Effects
 from surgery.passes.factoring import SiteData, gather, plain, weight_error
@@ -33,9 +32,11 @@ from surgery.passes.fitting import Fitted, Fitting, judged
 from surgery.passes.goals import HeldOut, scores_of
 from surgery.passes.reach import unreached
 from surgery.passes.terms import Terms
-from surgery.plans import Decision, Plan
-from surgery.ranks.planning import Progress
-from surgery.sites import select
+from surgery.plans.options import Option, Options, options_of
+from surgery.plans.plan import Decision, Plan
+from surgery.plans.planning import Progress
+from surgery.runtime.bench import Timing
+from surgery.sites.site import select
 
 __all__ = ["Workshop"]
 

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from surgery.benchmark import Environment, Timing, environment
 from surgery.passes.results import DecomposeResult, Search
 from surgery.report.content import VERSION
+from surgery.runtime.bench import Environment, Timing, environment
 
 __all__ = ["collect"]
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from surgery.outputs import text_writer, write_atomically
 from surgery.report.content import Content, Left, Replaced, read_content
 from surgery.report.figures import places, possible
 from surgery.report.markup import Markup, dotted, join, note, section, table, tag
@@ -23,6 +22,7 @@ from surgery.report.words import (
     summary,
     title,
 )
+from surgery.system.writing import text_writer, write_atomically
 from surgery.text import change, count
 
 __all__ = ["render", "write"]

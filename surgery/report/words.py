@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-from surgery.leftover import left_alone
 from surgery.report.content import Content, Kept, Latency
 from surgery.report.markup import shorten
+from surgery.sites.leftover import left_alone
 from surgery.text import FAR, count, seconds
 
 __all__ = [

@@ -24,7 +24,7 @@ from surgery.errors import InputError
 from surgery.passes.decompose import RankSpec, decompose
 from surgery.passes.decompose import plan as make_plan
 from surgery.passes.results import DecomposeResult
-from surgery.plans import Plan
+from surgery.plans.plan import Plan
 from surgery.training.closures import after_gradients, is_fused
 from surgery.training.constraints import PROJECTING, constrain
 from surgery.training.propose import sites_of

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from surgery.chain import relative_error
+from surgery.algebra.chain import relative_error
+from surgery.algebra.operators import Operator
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import Ranks, named
-from surgery.graphs.modules import stored_as
-from surgery.operators import Operator
-from surgery.plans import Plan
-from surgery.sites import Site
+from surgery.kinds.layers.modules import stored_as
+from surgery.plans.plan import Plan
+from surgery.sites.site import Site
 from surgery.training.trained import untrained
 
 __all__ = ["PROJECTING", "Constraint", "constrain"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from surgery.errors import InputError
 from surgery.passes.results import Change
-from surgery.tables import table
+from surgery.system.tables import table
 from surgery.text import rank_text, seconds, shown
 from surgery.training.forecast import Forecast
 

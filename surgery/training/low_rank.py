@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from surgery.errors import InputError
 from surgery.passes.decompose import RankSpec
 from surgery.passes.recompose import recompose
-from surgery.plans import Plan
+from surgery.plans.plan import Plan
 from surgery.training.copies import inputs_for
 from surgery.training.ending import Ending, warn_of_no_end
 from surgery.training.history import EpochRow, Event, History

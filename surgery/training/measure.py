@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from surgery.chain import Chain
-from surgery.cost.timing import Budget, Samples, interleave
-from surgery.graphs.factored import build_steps
-from surgery.graphs.modules import build_module
-from surgery.inputs import Inputs, random_tensor
-from surgery.operators import Conv, Embedding, Operator, Shape
+from surgery.algebra.chain import Chain
+from surgery.algebra.operators import Conv, Embedding, Operator, Shape
+from surgery.cost.onnxruntime.timing import Budget, Samples, interleave
+from surgery.data.inputs import Inputs, random_tensor
+from surgery.kinds.layers.factored import build_steps
+from surgery.kinds.layers.modules import build_module
 
 __all__ = ["PassTimer", "has_formats", "time_models"]
 

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.cost.latency import channel_multiple
-from surgery.graphs.unpacking import packed_parameter
-from surgery.inputs import normalise_inputs
+from surgery.cost.onnxruntime.latency import channel_multiple
+from surgery.data.inputs import normalise_inputs
+from surgery.kinds.layers.unpacking import packed_parameter
 from surgery.passes.decompose import RankSpec, decompose, find_sites
-from surgery.plans import Decision, Plan
-from surgery.ranks import RankRule, make_plan
-from surgery.sites import Site, Totals
+from surgery.plans.plan import Decision, Plan
+from surgery.plans.planning import make_plan
+from surgery.plans.quality import RankRule
+from surgery.sites.site import Site, Totals
 from surgery.text import seconds
 from surgery.training.forecast import Forecast, make_forecast
 from surgery.training.measure import PassTimer, has_formats, time_models

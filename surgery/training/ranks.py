@@ -17,12 +17,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from surgery.cost.timing import Samples, compare_samples
+from surgery.cost.onnxruntime.timing import Samples, compare_samples
 from surgery.errors import Refusal
 from surgery.factorizations import Ranks
-from surgery.ranks.auto import snap
-from surgery.ranks.candidates import Candidate, Choice, say_ranks
-from surgery.ranks.quality import SiteRule
+from surgery.plans.automatic import snap
+from surgery.plans.candidates import Candidate, Choice, say_ranks
+from surgery.plans.quality import SiteRule
 from surgery.training.measure import PassTimer
 from surgery.training.spectra import SpectrumLog
 

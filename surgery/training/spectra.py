@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from surgery.operators import Operator
+from surgery.algebra.operators import Operator
 from surgery.solvers.gram import gram
 
 __all__ = ["SETTLED", "SpectrumLog", "stable_rank"]

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.chain import Chain
+from surgery.algebra.chain import Chain
+from surgery.algebra.operators import Operator
+from surgery.algebra.steps import Branches, Shift, Step
+from surgery.data.inputs import normalise_inputs
 from surgery.errors import CheckError, InputError, Refusal
 from surgery.factorizations import Ranks, named
-from surgery.graphs import open_graph
-from surgery.graphs.modules import stored_as
-from surgery.inputs import normalise_inputs
-from surgery.operators import Operator
-from surgery.plans import Plan
-from surgery.sites import Site
-from surgery.steps import Branches, Shift, Step
+from surgery.kinds.layers.modules import stored_as
+from surgery.kinds.registry import open_graph
+from surgery.plans.plan import Plan
+from surgery.sites.site import Site
 from surgery.training.transport import Compose
 
 __all__ = [

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from surgery.graphs.within import Within, within_of
-from surgery.plans import Plan
-from surgery.sites import Site
+from surgery.kinds.layers.within import Within, within_of
+from surgery.plans.plan import Plan
+from surgery.sites.site import Site
 
 __all__ = ["Survey", "as_pattern", "hooked", "keep_dense", "untrained"]
 

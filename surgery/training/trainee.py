@@ -13,8 +13,8 @@ from surgery.errors import InputError
 from surgery.passes.decompose import find_sites
 from surgery.passes.recompose import recompose
 from surgery.passes.results import Change
-from surgery.plans import Plan
-from surgery.sites import Site
+from surgery.plans.plan import Plan
+from surgery.sites.site import Site
 from surgery.training.copies import inputs_for, is_copy
 from surgery.training.frobenius import FrobeniusDecay, can_decay
 from surgery.training.optimizer import Exchange, exchange_parameters

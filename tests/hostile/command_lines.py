@@ -138,14 +138,6 @@ def _import_all() -> None:
     import onnxscript  # noqa: F401
     import safetensors.torch  # noqa: F401
 
-    import surgery.benchmark
-    import surgery.calibration
-    import surgery.cli.show
-    import surgery.export
-    import surgery.passes.decompose
-    import surgery.passes.recompose
-    import surgery.report  # noqa: F401
-
 
 def _watch(asked: Asked) -> tuple[int, str, str, int]:
     """Run a command line in a fork; return its status, what it printed, and the most memory that it held."""

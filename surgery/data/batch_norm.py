@@ -1,0 +1,253 @@
+"""Re-estimate batch-norm statistics: what a factored network feeds its normalisations is no longer what they expect.
+
+Each running mean and variance is set from the activations that reach it, in passes over all calibration batches. In the
+first pass every normalisation uses the statistics of the batch at hand, as in training, so that all of them see inputs
+normalised already; with a single batch this gives exactly what one step in training mode at momentum 1 gives. Later
+passes normalise with what the one before has found, as inference does.
+
+With a reference, the moments of what reached the normalisations of the original network in the same batches, only the
+difference to it is corrected: mean' = mean + (m - m_ref), variance' = variance * v / v_ref. What calibration data and
+training data differ in, and the chance of few samples, is the same in both and cancels; a network that was not changed
+stays exactly as it is. Each normalisation is corrected by the batch at hand before that goes on, so that one pass does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from surgery.data.collect import Progress
+from surgery.data.observe import Observed, ObservedGraph, ObservedModule, observe
+from surgery.data.samples import Calibration
+from surgery.kinds.base import GraphKind
+from surgery.kinds.fx.behind import is_norm, is_tracked_norm, norm_buffers
+from surgery.kinds.fx.view import Spot
+from surgery.kinds.registry import Model
+
+__all__ = ["NormDistances", "NormWatch", "Reference", "feeds_batch_norm", "reestimate_batch_norm"]
+
+Pair = tuple[Tensor, Tensor]
+Reference = Mapping[str, "_Statistics"]
+
+_BUFFERS = ("running_mean", "running_var")
+
+
+class NormWatch:
+    """Mean and variance of what reaches each batch norm of a model, from the runs of whatever else observes it."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._norms: list[_Norm] = []
+
+    def __call__(self, observed: Observed) -> None:
+        """Watch the batch norms of the model when it is run."""
+        self._norms = _norms(observed, self._model)
+
+    @property
+    def reference(self) -> Reference:
+        """The moments of all that was seen, by the name of the batch norm."""
+        return {norm.name: norm.seen for norm in self._norms}
+
+
+def reestimate_batch_norm(
+    model: Model,
+    batches: Calibration,
+    *,
+    reference: Reference | None = None,
+    passes: int | None = None,
+    progress: Progress | None = None,
+    beside: Callable[[Observed], None] | None = None,
+) -> tuple[str, ...]:
+    """Set the running statistics of all batch norms of a model, in place, and return the names of those.
+
+    ``reference`` is that of the original on the same inputs, as ``NormWatch`` has it. Of a program the tensors of its
+    state dict are set; nothing else changes in any graph kind. There is one of the ``passes`` with a reference, and two
+    without, if no number is given. ``progress`` gets ("correct", batches done, of all), in each pass. ``beside`` may
+    watch more of the model, which is then run whether it has batch norms or not.
+
+    Raises:
+        InputError: as ``collect``.
+    """
+    observed = observe(model, next(iter(batches)))
+    norms = _norms(observed, model)
+    if reference is not None:
+        for norm in norms:
+            norm.reference = (norm.mean.clone(), norm.variance.clone()), reference[norm.name]
+    passes = passes or (2 if reference is None else 1)
+    if beside is not None:
+        beside(observed)
+    for number in range(passes if norms or beside is not None else 0):
+        for norm in norms:
+            norm.own_batch, norm.seen = number == 0, _Statistics()
+        for done, batch in enumerate(batches):
+            if progress is not None:
+                progress("correct", done, len(batches))
+            observed.run(batch)
+        for norm in norms:
+            norm.set((norm.seen.mean, norm.seen.variance))
+    if not isinstance(model, ExportedProgram):
+        _give_back(model, norms)
+    return tuple(norm.name for norm in norms)
+
+
+def _corrected(before: Pair, reference: Pair, now: Pair) -> Pair:
+    """Return the running mean and variance, moved by what has changed since the reference."""
+    tiny = torch.finfo(torch.float64).tiny
+    ratio = (now[1] / reference[1].clamp(min=tiny)).nan_to_num(nan=1.0, posinf=1.0)
+    return before[0].double() + now[0] - reference[0], before[1].double() * torch.where(reference[1] > 0, ratio, 1.0)
+
+
+def feeds_batch_norm(kind: GraphKind, spot: Spot) -> bool:
+    """Whether batch norms, and nothing else, read what a site puts out, so that they take up its mean."""
+    users = [user for call in spot.calls for user in call.node.users]
+    return bool(users) and all(is_norm(kind.view, user) for user in users)
+
+
+def _give_back(model: nn.Module, norms: Sequence[_Norm]) -> None:
+    """Copy the statistics into the model where a copy of it was run, as it is with packed attention."""
+    for norm in norms:
+        for leaf, value in zip(_BUFFERS, (norm.mean, norm.variance), strict=True):
+            target = model.get_buffer(f"{norm.name}.{leaf}")
+            if target is not value:
+                target.copy_(value)
+
+
+class _Statistics:
+    """Mean and variance of each channel, summed in float64; ``parts`` are those of each call."""
+
+    def __init__(self) -> None:
+        self._count, self._sum, self._squares = 0, torch.tensor(0.0, device="cpu"), torch.tensor(0.0, device="cpu")
+        self.parts: list[Pair] = []
+
+    def add(self, x: Tensor) -> Pair:
+        """Add a batch, and return its own mean and variance."""
+        wide = x.detach() if x.dtype == torch.float64 else x.detach().float()
+        mean, variance = (part.double() for part in torch.batch_norm_update_stats(wide, None, None, 0.0))
+        count = x.numel() // x.shape[1]
+        self._count += count
+        self._sum = self._sum + count * mean
+        self._squares = self._squares + count * (variance + mean.square())
+        self.parts.append((mean, variance))
+        return mean, variance
+
+    @property
+    def mean(self) -> Tensor:
+        return self._sum / self._count
+
+    @property
+    def variance(self) -> Tensor:
+        """The unbiased variance."""
+        return (self._squares - self._sum * self.mean).clamp(min=0) / max(1, self._count - 1)
+
+
+@dataclass(eq=False)
+class _Norm:
+    """One batch norm: its buffers, what has reached it, and what was in them and reached it in the original."""
+
+    name: str
+    mean: Tensor
+    variance: Tensor
+    own_batch: bool = False
+    reference: tuple[Pair, _Statistics] | None = None
+    seen: _Statistics = field(default_factory=_Statistics)
+
+    def see(self, x: Tensor) -> None:
+        """Add an input, and in a first pass normalise it by itself."""
+        alone = self.seen.add(x)
+        if self.own_batch:
+            self.set(alone, len(self.seen.parts) - 1)
+
+    def set(self, found: Pair, part: int | None = None) -> None:
+        """Take these as running statistics; with a reference what has changed since, in all or in one of its parts."""
+        if self.reference is not None:
+            before, known = self.reference
+            found = _corrected(before, (known.mean, known.variance) if part is None else known.parts[part], found)
+        for buffer, value in zip((self.mean, self.variance), found, strict=True):
+            buffer.copy_(value)
+
+
+@dataclass(eq=False)
+class _Distance(_Norm):
+    """One batch norm, and how far each input is from what it expects, as numbers that can be differentiated."""
+
+    distances: list[Tensor] = field(default_factory=list)
+
+    def see(self, x: Tensor) -> None:
+        """Add the squared distances of mean and deviation, in deviations."""
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        scale = self.variance.float() + 1e-5
+        variance, mean = torch.var_mean(x.float(), axes, correction=0)
+        off = (mean - self.mean.float()).square() + ((variance + 1e-8).sqrt() - scale.sqrt()).square()
+        self.distances.append((off / scale).mean())
+
+
+class NormDistances:
+    """How far the batch norms of a model are from their running statistics in each run that is observed."""
+
+    def __init__(self, observed: Observed, model: Model) -> None:
+        self._norms = _norms(observed, model, _Distance)
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._norms)
+
+    def take(self) -> Tensor | None:
+        """Return the mean distance in the runs since the last call, and forget them."""
+        found = [d for norm in self._norms if isinstance(norm, _Distance) for d in norm.distances]
+        for norm in self._norms:
+            if isinstance(norm, _Distance):
+                norm.distances = []
+        return torch.stack(found).mean() if found else None
+
+
+def _norms(observed: Observed, model: Model, kind: type[_Norm] = _Norm) -> list[_Norm]:
+    """Return the batch norms of a model, each watched already."""
+    if isinstance(observed, ObservedModule):
+        found = {id(m): path for path, m in observed.root.named_modules() if is_tracked_norm(m)}
+        norms = [_module_norm(path, observed.root, kind) for path in found.values()]
+        for norm in norms:
+            observed.watch_module(norm.name, norm.see)
+        return norms
+    assert isinstance(observed, ObservedGraph)  # there are these two
+    return _graph_norms(observed, model, kind)
+
+
+def _module_norm(path: str, root: nn.Module, kind: type[_Norm]) -> _Norm:
+    mean, variance = (root.get_buffer(f"{path}.{leaf}") for leaf in _BUFFERS)
+    return kind(path, mean, variance)
+
+
+def _graph_norms(observed: ObservedGraph, model: Model, kind: type[_Norm]) -> list[_Norm]:
+    """Return the batch norms that a graph calls as modules or as functions, one for each pair of buffers."""
+    view = observed.kind.view
+    norms: dict[str, _Norm] = {}
+    for node in view.graph.nodes:
+        if node.op == "call_module" and view.module is not None and is_tracked_norm(view.module(str(node.target))):
+            root = view.graph.owning_module
+            assert root is not None  # each kind keeps the module of its graph
+            norm = _module_norm(str(node.target), root, kind)
+        else:
+            buffers = norm_buffers(node)
+            if buffers is None:
+                continue
+            names = [_buffer_name(buffer, model) for buffer in buffers]
+            mean, variance = (_buffer(name, model) for name in names)
+            norm = kind(names[0].removesuffix(".running_mean"), mean, variance)
+        norm = norms.setdefault(norm.name, norm)
+        observed.watch_node(node, node.all_input_nodes[0], norm.see)
+    return list(norms.values())
+
+
+def _buffer_name(node: Node, model: Model) -> str:
+    if isinstance(model, ExportedProgram):
+        return model.graph_signature.inputs_to_buffers[node.name]
+    return str(node.target)
+
+
+def _buffer(name: str, model: Model) -> Tensor:
+    return model.state_dict[name] if isinstance(model, ExportedProgram) else model.get_buffer(name)

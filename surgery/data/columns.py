@@ -1,0 +1,131 @@
+"""The columns that an operator multiplies: tokens of a linear layer, patches of a convolution.
+
+Patches are a strided view of the padded input, indexed at some positions, so that none is copied that is not used. A
+transposed convolution is the plain one, of stride 1 and with the kernel mirrored, over the input with stride - 1 zeros
+stuffed between its values and d (k - 1) - padding around them; its patches are those, mirrored back.
+
+Where samples have masks, positions are drawn among the visible ones. A convolution along time has hidden positions if
+it puts out as many as it reads.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from surgery.algebra.operators import Conv, Linear, Operator
+from surgery.data.masks import visible_rows
+from surgery.errors import InputError
+
+__all__ = ["Columns", "output_reader", "read_columns"]
+
+Columns = Tensor  # (groups, rows, n): n values of each row, in the order (channel, taps) of the kernel
+_BLOCK = 2**24  # numbers in one block
+
+
+def read_columns(
+    operator: Operator, x: Tensor, *, rows: int, generator: torch.Generator, masks: Sequence[Tensor] = ()
+) -> Iterator[Columns]:
+    """Yield at most ``rows`` columns, in blocks of bounded size, of an input of a linear layer or a convolution.
+
+    In the dtype of the input, half precisions in float32. Positions are drawn without repetition, among those that the
+    ``masks`` (N, T) of the samples show; the same ones for the same masks and state of the generator.
+
+    Raises:
+        InputError: an operator of another kind.
+    """
+    x = x.detach()
+    x = x if x.dtype == torch.float64 else x.float()
+    if isinstance(operator, Linear):
+        tokens = x.reshape(-1, x.shape[-1])
+        visible = visible_rows(masks, x.shape[:-1])
+        for chosen in _choose(len(tokens), rows, generator, width=tokens.shape[1], visible=visible):
+            yield tokens[chosen].unsqueeze(0)
+    elif isinstance(operator, Conv):
+        yield from _patches(operator, x, rows, generator, masks)
+    else:
+        raise InputError(f"no columns are known of {type(operator).__name__}")
+
+
+def output_reader(
+    operator: Operator, y: Tensor, *, rows: int, generator: torch.Generator, masks: Sequence[Tensor] = ()
+) -> Callable[[Tensor], Tensor]:
+    """Return what reads a value of the shape of an output where ``read_columns`` reads the input that it belongs to.
+
+    It gives (groups, rows, outputs of a group), in the order of the columns and with their dtypes. The generator has to
+    be in the state in which the other was, and the other arguments are the same.
+    """
+    dims = operator.geometry.dims if isinstance(operator, Conv) else 0
+
+    def positions(value: Tensor) -> Tensor:
+        value = value.detach()
+        value = value if value.dtype == torch.float64 else value.float()
+        return (value if value.dim() == dims + 2 else value.unsqueeze(0)).movedim(1, -1) if dims else value
+
+    shape = positions(y).shape[:-1]
+    visible = visible_rows(masks, shape) if dims < 2 else None
+    chosen = torch.cat(list(_choose(shape.numel(), rows, generator, width=1, visible=visible)))
+
+    def read(value: Tensor) -> Tensor:
+        tokens = positions(value).reshape(shape.numel(), -1)
+        return tokens[chosen].unflatten(1, (operator.kernel.shape[0], -1)).transpose(0, 1)
+
+    return read
+
+
+def _choose(
+    total: int, rows: int, generator: torch.Generator, *, width: int, visible: Tensor | None
+) -> Iterator[Tensor]:
+    places = torch.arange(total, device="cpu") if visible is None else visible.cpu().nonzero().flatten()
+    if len(places) > rows:
+        places = places[torch.randperm(len(places), generator=generator, device="cpu")[:rows]]
+    yield from places.split(max(1, _BLOCK // width))
+
+
+def _patches(
+    conv: Conv, x: Tensor, rows: int, generator: torch.Generator, masks: Sequence[Tensor]
+) -> Iterator[Columns]:
+    dims = conv.geometry.dims
+    x = x if x.dim() == dims + 2 else x.unsqueeze(0)
+    mirrored = conv.geometry.transposed
+    view = _stuffed_view(conv, x) if mirrored else _view(conv, x)
+    view = view.movedim(1, 1 + dims)  # (batch, *positions, channels, *taps)
+    positions = view.shape[: 1 + dims]
+    width = view.shape[1 + dims :].numel()
+    visible = visible_rows(masks, positions) if dims == 1 else None
+    for chosen in _choose(positions.numel(), rows, generator, width=width, visible=visible):
+        patches = view[torch.unravel_index(chosen, positions)]
+        patches = patches.flip(list(range(-dims, 0))) if mirrored else patches
+        yield patches.unflatten(1, (conv.groups, -1)).flatten(2).transpose(0, 1)
+
+
+def _view(conv: Conv, x: Tensor) -> Tensor:
+    """Return (batch, channels, *positions, *taps)."""
+    g = conv.geometry
+    if g.padded:
+        mode = "constant" if g.padding_mode == "zeros" else g.padding_mode
+        x = F.pad(x, [side for pair in reversed(g.padding) for side in pair], mode=mode)
+    return _windows(x, conv.kernel_size, g.stride, g.dilation)
+
+
+def _stuffed_view(conv: Conv, x: Tensor) -> Tensor:
+    g = conv.geometry
+    sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], g.stride, strict=True)]
+    stuffed = x.new_zeros(*x.shape[:2], *sizes)
+    places = [slice(None), slice(None), *(slice(None, None, s) for s in g.stride)]
+    stuffed[tuple(places)] = x
+    spans = [d * (k - 1) for d, k in zip(g.dilation, conv.kernel_size, strict=True)]
+    sides = zip(spans, g.padding, g.output_padding, strict=True)
+    pads = [(span - before, span - after + extra) for span, (before, after), extra in sides]
+    padded = F.pad(stuffed, list(itertools.chain.from_iterable(reversed(pads))))
+    return _windows(padded, conv.kernel_size, (1,) * g.dims, g.dilation)
+
+
+def _windows(x: Tensor, size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
+    for dim, (k, s, d) in enumerate(zip(size, stride, dilation, strict=True), start=2):
+        x = x.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
+    return x

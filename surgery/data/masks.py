@@ -1,0 +1,104 @@
+"""Masks: which inputs say what positions of sequences are padding, and which rows of a value these positions are.
+
+A mask is an input (N, T) of zeros and ones (or of whole numbers: all but 0 count as 1) whose name has "mask" in it,
+beside another input (N, T, ...). A position with 0 is hidden, as in "attention_mask"; in torch's "key_padding_mask" it
+is one with 1. Other conventions have names of their own, and are no masks here: numbers of heads, tokens of a kind,
+positions to predict, and "padding_mask", of which either meaning is in use.
+
+Of a value only rows (N, T, ...) or (N*T, ...) can be hidden, or (T, N, ...) and (T*N, ...) with the mask's transpose.
+Which of these orders a value of such a shape has, if any, is for ``surgery.data.visible`` to see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from surgery.data.inputs import Inputs
+
+__all__ = ["Mask", "find_masks", "hides_with_ones", "is_mask_name", "leaf_names", "read_masks", "visible_rows"]
+
+_HIDES_WITH_ONES = "key_padding_mask"
+_OTHER = ("head_mask", "token_type", "global", "special", "masked", "pad", "mask_time", "mask_feature", "loss")
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Where a mask lies among the flat inputs; if ``inverted``, its ones are hidden and not its zeros."""
+
+    place: int
+    inverted: bool = False
+
+
+def hides_with_ones(name: str) -> bool:
+    """Whether an input of this name follows torch's convention for padding: True is hidden."""
+    return _HIDES_WITH_ONES in name
+
+
+def is_mask_name(name: str) -> bool:
+    """Whether an input of this name is a mask of positions.
+
+    >>> [is_mask_name(name) for name in ("attention_mask", "src_key_padding_mask", "head_mask", "bool_masked_pos")]
+    [True, True, False, False]
+    """
+    name = name.lower()
+    return "mask" in name and (hides_with_ones(name) or not any(word in name for word in _OTHER))
+
+
+def leaf_names(names: Sequence[str], inputs: Inputs) -> list[str]:
+    """Return a name for each flat input: its own, the innermost one if nested; ``names`` are those by position."""
+    found = []
+    for (_, *path), _ in pytree.tree_flatten_with_path(inputs)[0]:
+        by_name = [str(key.key) for key in path if isinstance(key, pytree.MappingKey)]
+        top = path[0]
+        place = top.idx if isinstance(top, pytree.SequenceKey) else len(names)
+        found.append(by_name[-1] if by_name else names[place] if place < len(names) else "")
+    return found
+
+
+def find_masks(names: Sequence[str], leaves: Sequence[Any]) -> tuple[Mask, ...]:
+    """Return the masks among flat inputs that hold all samples; none where they hide nothing."""
+    places = [at for at, (name, leaf) in enumerate(zip(names, leaves, strict=True)) if _is_mask(name, leaf)]
+    beside = [leaf.shape[:2] for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and at not in places]
+    masks = [Mask(at, hides_with_ones(names[at].lower())) for at in places if leaves[at].shape in beside]
+    return tuple(masks) if any(not bool(mask.all()) for mask in read_masks(masks, leaves)) else ()
+
+
+def _is_mask(name: str, leaf: Any) -> bool:
+    if not isinstance(leaf, Tensor) or leaf.dim() != 2 or leaf.is_complex() or not is_mask_name(name):
+        return False
+    if leaf.is_floating_point():  # one that is added to scores has zeros alone where it hides nothing
+        return bool(((leaf == 0) | (leaf == 1)).all()) and bool(leaf.any())
+    return not bool((leaf < 0).any())
+
+
+def read_masks(masks: Iterable[Mask], leaves: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Return what is visible, (N, T) of bool, one for each length T.
+
+    Where two masks are of one length, it cannot be known whose rows a value has: what either shows is visible.
+    """
+    found: dict[tuple[int, ...], Tensor] = {}
+    for mask in masks:
+        leaf = leaves[mask.place]
+        shown = leaf == 0 if mask.inverted else leaf != 0
+        shape = tuple(shown.shape)
+        found[shape] = found[shape] | shown if shape in found else shown
+    return tuple(found.values())
+
+
+def visible_rows(masks: Sequence[Tensor], positions: Sequence[int]) -> Tensor | None:
+    """Return which rows of a value are visible, flat, for positions of this shape; None where all of them are.
+
+    Positions are (N, T, ...), or (N*T,); where T is among the other axes too, it is not known which one is meant.
+    """
+    positions = tuple(positions)
+    for mask in masks:
+        if positions[:2] == tuple(mask.shape) and not set(mask.shape) & set(positions[2:]):
+            return mask.reshape(*mask.shape, *(1 for _ in positions[2:])).expand(positions).flatten()
+        if positions == (mask.numel(),):
+            return mask.flatten()
+    return None

@@ -1,0 +1,144 @@
+"""How much the output of a model minds an error in the output of each site, from gradients on calibration inputs.
+
+For the model's output f and a random direction v, the gradient g of <v, f> with respect to a site's output y says by
+how much f moves: |df|^2 = E_v <v, df>^2 = E <g, dy>^2 to first order. With g taken as independent of the error dy and
+of itself at other positions (as K-FAC does: Martens and Grosse 2015, arXiv 1503.05671), that is tr(G E[dy dy^T]) for
+
+    G = E[sum g g^T]    (groups, O, O), the sum over the positions of a run, the mean over runs
+
+and f taken relative to its norm, so that tr(G E) is the squared relative error of the output; of several outputs the
+mean of theirs. Of N gradients of O channels the share O / (O + N) of G is given to the identity of the same trace: what
+few gradients have not shown is not taken for harmless (Ledoit and Wolf 2004 shrink so).
+
+One backward pass for each batch. Positions that a mask hides count neither in outputs nor at sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from surgery.algebra.operators import Conv, Operator
+from surgery.data.collect import Progress
+from surgery.data.masks import visible_rows
+from surgery.data.moments import Moments
+from surgery.data.observe import Observed, observe
+from surgery.data.samples import Calibration
+from surgery.data.visible import Masks, VisibleOutputs, VisibleRows
+from surgery.errors import InputError
+from surgery.kinds.fx.view import Spot
+from surgery.kinds.registry import Model
+from surgery.text import first_line
+
+__all__ = ["with_sensitivity"]
+
+_SAMPLES, _BATCH = 512, 8
+
+
+def with_sensitivity(
+    model: Model,
+    batches: Calibration,
+    moments: Mapping[str, Moments],
+    *,
+    samples: int = _SAMPLES,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Mapping[str, Moments]:
+    """Return the moments with the sensitivity of each site, from at most so many samples in small batches.
+
+    A site that no gradient reaches keeps its moments without one.
+    ``progress`` gets ("differentiate", batches done, of all).
+
+    Raises:
+        InputError: the model has no output to differentiate, or cannot be differentiated.
+    """
+    observed = observe(model, next(iter(batches)))
+    few = _small(batches, samples)
+    spots = [spot for spot in observed.kind.find().spots if spot.site.name in moments]
+    visible = VisibleRows(observed, few, spots)
+    outputs = VisibleOutputs(lambda batch: _leaves(observed.run(batch)), few)
+    found = {spot.site.name: _tapped(observed, spot, visible) for spot in spots}
+    generator = torch.Generator().manual_seed(seed)
+    for done, batch in enumerate(few):
+        if progress is not None:
+            progress("differentiate", done, len(few))
+        leaves = _leaves(observed.run(batch, gradients=True))
+        _backward(leaves, list(outputs.of(batch, leaves)), generator)
+    return {
+        name: replace(m, sensitivity=found[name].mean(len(few)) if name in found and found[name].count else None)
+        for name, m in moments.items()
+    }
+
+
+def _small(batches: Calibration, samples: int) -> Calibration:
+    if batches.exact:
+        whole = max(1, samples // batches.batch_size) * batches.batch_size
+        return batches.take(slice(min(whole, batches.count)))
+    few = batches.take(slice(min(samples, batches.count)))
+    return replace(few, batch_size=min(_BATCH, few.batch_size))
+
+
+def _leaves(output: object) -> list[Tensor]:
+    leaves = pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _backward(leaves: Sequence[Tensor], visible: Sequence[Tensor | None], generator: torch.Generator) -> None:
+    total: Tensor | None = None
+    share = max(1, len(leaves)) ** -0.5
+    for leaf, mask in zip(leaves, visible, strict=True):
+        if leaf.requires_grad:
+            direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float32, device="cpu").to(leaf)
+            shown = leaf if mask is None else leaf.masked_fill(~mask, 0.0)
+            scale = torch.linalg.vector_norm(shown.detach().float()).clamp(min=1e-12)
+            part = (shown * direction).sum() * (share / scale.to(leaf.dtype))
+            total = part if total is None else total + part
+    if total is None:
+        raise InputError("the model has no output that depends on its operators by gradients")
+    try:
+        total.backward()
+    except RuntimeError as error:
+        raise InputError(f"the model cannot be differentiated: {first_line(error)}") from error
+
+
+def _tapped(observed: Observed, spot: Spot, visible: VisibleRows) -> _Gram:
+    """Return the sums over gradients at a site's calls, in runs from now on."""
+    gram = _Gram(spot.site.operator)
+    for call in spot.calls:
+        observed.tap(call, lambda y: gram.tap(y, visible.now(observed, spot)))
+    return gram
+
+
+class _Gram:
+    """The sum of g g^T over the positions of a site's outputs, those that masks show."""
+
+    def __init__(self, operator: Operator) -> None:
+        self.count = 0
+        self._groups, self._out = operator.kernel.shape[:2]
+        self._axis = -1 - operator.geometry.dims if isinstance(operator, Conv) else -1
+        self._sum = operator.weight.new_zeros(self._groups, self._out, self._out, dtype=torch.float64)
+
+    def mean(self, runs: int) -> Tensor:
+        """Return G, shrunk."""
+        mean, share = self._sum / runs, self._out / (self._out + self.count)
+        level = mean.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        return (1 - share) * mean + share * level * torch.eye(self._out, dtype=mean.dtype, device=mean.device)
+
+    def tap(self, y: Tensor, masks: Masks) -> Tensor:
+        """Return the output as a value of its own, whose gradient is added when it is known."""
+        own = y.detach().requires_grad_().clone() if not y.requires_grad else y.clone()
+        own.register_hook(lambda gradient: self._add(gradient, masks))
+        return own
+
+    def _add(self, gradient: Tensor, masks: Masks) -> None:
+        rows = gradient.detach().movedim(self._axis, -1)
+        visible = visible_rows(masks, rows.shape[:-1]) if self._axis >= -2 else None
+        rows = rows.reshape(-1, self._groups, self._out)
+        rows = (rows if visible is None else rows[visible]).transpose(0, 1)
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        self._sum += rows.mT @ rows
+        self.count += rows.shape[1]

@@ -1,0 +1,1 @@
+"""Files of models: loaded, saved, and what is recorded in them."""

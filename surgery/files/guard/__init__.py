@@ -1,0 +1,1 @@
+"""The guard: files of others are checked before any library opens them."""

@@ -1,0 +1,56 @@
+"""ONNX files of others: what one may name outside itself, checked before onnxruntime opens it.
+
+An ONNX file may keep weights in other files. They must be regular files in its own folder: onnxruntime would else read
+into a model whatever this user may read, wait for a pipe, or take a place in its own memory for one in a file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import Message  # type: ignore[import-untyped]
+
+from surgery.errors import FileError, UnsafeFileError
+from surgery.system.opening import check_regular, read_regular, shown_name, shown_path
+
+__all__ = ["check_onnx"]
+
+_LARGEST = 2**31  # that of any protobuf message
+
+
+def check_onnx(path: Path) -> None:
+    """Raise FileError for what is no ONNX model, UnsafeFileError for one whose weights are not in its folder."""
+    raw = read_regular(path, most=_LARGEST)
+    try:
+        model = onnx.ModelProto.FromString(raw)
+    except Exception as error:  # protobuf's own, which differ from version to version
+        raise FileError(f"{shown_path(path)}: is no ONNX model, or is cut off", next_step="get it again") from error
+    for location in dict.fromkeys(_locations(model)):
+        _check_location(path, location)
+
+
+def _locations(model: Message) -> Iterator[str]:
+    """Yield where the tensors in any part of a model have their numbers, if it is not in the model."""
+    pending = [model]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, onnx.TensorProto):
+            yield from (entry.value for entry in part.external_data if entry.key == "location")
+            continue
+        for _, value in part.ListFields():
+            if isinstance(value, Message):
+                pending.append(value)
+            elif not isinstance(value, str | bytes | int | float):
+                pending.extend(item for item in value if isinstance(item, Message))
+
+
+def _check_location(path: Path, location: str) -> None:
+    weights, folder = path.parent / location, os.path.realpath(path.parent)
+    plain = location.isprintable() and not os.path.isabs(location) and ".." not in Path(location).parts
+    if not plain or not Path(os.path.realpath(weights)).is_relative_to(folder):
+        what = f"{shown_path(path)}: has weights in {shown_name(location)}, outside its folder"
+        raise UnsafeFileError(what, allowed="regular files beside it, and no links out", next_step="copy them there")
+    check_regular(weights)

@@ -1,0 +1,148 @@
+"""Follow the sizes through a program from a file, where an operator of it trusts them. Computes no numbers.
+
+The sizes that a file claims are not believed: torch's own rules of shapes are applied from the inputs on, whose sizes
+are held against the data. Only programs with operators of ``archive_rules.BY_SIZES`` are followed. Such a call must be
+reached with sizes that fit; where something in front of it cannot be followed, it is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from surgery.errors import UnsafeFileError
+from surgery.files.guard.rules import BY_SIZES, UNKNOWN, Held, check_sizes
+
+__all__ = ["check_program_sizes"]
+
+_ATEN = torch.ops.aten
+_LOOPS = frozenset(
+    getattr(torch.ops.higher_order, name, None)
+    for name in ("while_loop", "scan", "associative_scan", "map_impl", "map")
+)
+_CONVOLUTIONS = frozenset(
+    [getattr(_ATEN, f"conv{n}d").default for n in (1, 2, 3)]
+    + [_ATEN.conv_transpose1d.default, _ATEN.conv_transpose2d.input, _ATEN.conv_transpose3d.input]
+    + [_ATEN.convolution.default]
+)
+
+
+def _name(target: Any) -> str:
+    if isinstance(target, OpOverload):
+        return f"torch.ops.{target.namespace}.{target._opname}.{target._overloadname}"
+    return ""
+
+
+def _nodes(module: torch.nn.Module) -> list[Node]:
+    """All nodes, also those in regions."""
+    return [node for each in module.modules() if isinstance(each, GraphModule) for node in each.graph.nodes]
+
+
+def _held(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_held(each) for each in value]
+    if isinstance(value, Tensor):
+        return Held(tuple(size if type(size) is int else str(size) for size in value.shape))
+    return value if value is None or isinstance(value, bool | int | float) else UNKNOWN
+
+
+def _is_not_one(guard: Any) -> bool:
+    return guard.is_Relational and guard.rel_op in ("!=", ">") and guard.rhs == 1
+
+
+class _Follower:
+    """Runs a graph on tensors without data; ``None`` stands for what could not be followed.
+
+    The body of a loop is run once, and says nothing of the sizes that a later pass would meet.
+
+    A rule of torch that decides by a size adds a guard, and from there on what was found may hold for some inputs
+    alone: ``seen`` are the calls that were checked before. "Not 1" is no such guard, unless something is squeezed: what
+    holds for sizes that are broadcast otherwise holds for 1.
+    """
+
+    def __init__(self, sizes: ShapeEnv | None, *, squeezes: bool) -> None:
+        self.seen: set[Node] = set()
+        self._loops = 0  # that are around
+        self._sizes, self._guards, self._squeezes = sizes, 0 if sizes is None else len(sizes.guards), squeezes
+
+    def _holds(self) -> bool:
+        """Whether what was found until now holds for all inputs."""
+        added = [] if self._sizes is None else self._sizes.guards[self._guards :]
+        return not added or (not self._squeezes and all(_is_not_one(each.expr) for each in added))
+
+    def run(self, module: GraphModule, inputs: Sequence[Any]) -> Any:
+        made: dict[Node, Any] = {}
+        given = iter(inputs)
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                made[node] = next(given)
+            elif node.op == "get_attr":
+                found = getattr(module, str(node.target))
+                made[node] = functools.partial(self._region, found) if isinstance(found, GraphModule) else None
+            elif node.op == "output":
+                return torch.fx.map_arg(node.args[0], lambda each: made[each])
+            else:
+                made[node] = self._call(node, made)
+        return None
+
+    def _region(self, module: GraphModule, *inputs: Any) -> Any:
+        return self.run(module, inputs)
+
+    def _call(self, node: Node, made: dict[Node, Any]) -> Any:
+        if any(made[each] is None for each in node.all_input_nodes):
+            return None
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda each: made[each])
+        target: Any = node.target
+        if _name(target) in BY_SIZES:
+            names = [each.name for each in target._schema.arguments]
+            call = dict(zip(names, args, strict=False)) | kwargs
+            check_sizes(_name(target), {key: _held(value) for key, value in call.items()})
+            if self._holds() and not self._loops:
+                self.seen.add(node)
+        loop = target in _LOOPS
+        self._loops += loop
+        try:
+            with self._undecided(target):
+                return target(*args, **kwargs)
+        except UnsafeFileError:
+            raise
+        except Exception:  # torch has no rule for it, or the call is wrong: what depends on it is not known
+            return None
+        finally:
+            self._loops -= loop
+
+    def _undecided(self, target: Any) -> AbstractContextManager[None]:
+        """What a convolution decides by a size is the kernel that is best for it, and never what comes out."""
+        if self._sizes is None or target not in _CONVOLUTIONS:
+            return nullcontext()
+        return self._sizes.suppress_guards()
+
+
+def check_program_sizes(program: ExportedProgram) -> None:
+    """Refuse a program in which an operator would read past the end of a tensor.
+
+    Raises UnsafeFileError where sizes do not fit, or cannot be followed.
+    """
+    nodes = _nodes(program.graph_module)
+    trusting = {node for node in nodes if _name(node.target) in BY_SIZES}
+    if not trusting:
+        return
+    inputs = [node.meta.get("val") for node in program.graph_module.graph.nodes if node.op == "placeholder"]
+    mode = detect_fake_mode(inputs)
+    squeezes = any("squeeze" in _name(node.target).replace("unsqueeze", "") for node in nodes)
+    follower = _Follower(None if mode is None else mode.shape_env, squeezes=squeezes)
+    if mode is not None:
+        with mode, torch.no_grad():
+            follower.run(program.graph_module, inputs)
+    if missed := sorted(_name(node.target) for node in trusting - follower.seen):
+        raise UnsafeFileError(f"it calls {missed[0]!r}, and the sizes there cannot be followed")

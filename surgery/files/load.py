@@ -1,0 +1,402 @@
+"""Load a model from a file that is recognised by its content, whatever its suffix, and run none of its code.
+
+A file that would run code is refused, unless the caller trusts it. What is loaded is what was checked: the file is read
+once, and torch reads from memory. Every failure is one SurgeryError that names the file, the fault and the next step.
+
+====================================  =================================================================================
+content                               what comes back
+====================================  =================================================================================
+``torch.export.save`` archive         the ExportedProgram, after the guard of ``archive.py``
+the same from torch 2.7 and earlier   the ExportedProgram, with ``trust`` only: its weights are pickles
+state dict: torch.save, safetensors   the module that ``model`` makes, with structure and weights, in eval mode
+pickled module: torch.save            the module, with ``trust`` only
+TorchScript                           the ExportedProgram, with ``trust`` and ``example_inputs`` only
+ONNX, text, anything else             FileError
+====================================  =================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import logging
+import os
+import pickle
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.export.pt2_archive._package import load_pt2
+
+from surgery.errors import FileError, InputError, SurgeryError, UnsafeFileError
+from surgery.files.guard.archive import check_archive, entry_names, rewrite
+from surgery.files.guard.fit import check_fit
+from surgery.files.guard.sizes import check_program_sizes
+from surgery.files.memory import check_room, file_need, program_need
+from surgery.files.pretrained import note_record
+from surgery.files.record import Record
+from surgery.files.save import RECORD_KEY
+from surgery.kinds.layers.copying import copy_module
+from surgery.kinds.module.structure import give_structure, tie
+from surgery.system.opening import check_regular, read_regular, shown_path
+
+__all__ = ["load"]
+
+_TRUST = "if you trust who made it, pass --trust (in Python trust=True)"
+_EXPORT = "export it again with torch.export.export(model, inputs) and torch.export.save"
+_FACTORY = "pass --model package.module:factory (in Python model=...), a function that makes the module"
+_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before torch 1.6
+_SAMPLE_KEYS = 3
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A file read into memory, and what its reader said about it."""
+
+    raw: bytes
+    trust: bool
+    model: str | Callable[[], nn.Module] | nn.Module | None
+    example_inputs: tuple[Any, ...] | None
+    memory: int | None
+
+
+def _zip_kind(raw: bytes) -> str:
+    names = entry_names(raw)
+    if "archive_format" in names:
+        return "program"
+    if "serialized_exported_program.json" in names:
+        return "old program"
+    if "constants.pkl" in names or any(name.startswith("code/") for name in names):
+        return "torchscript"
+    return "pickle" if "data.pkl" in names else "zip"
+
+
+def _is_safetensors(raw: bytes) -> bool:
+    length = int.from_bytes(raw[:8], "little")
+    if len(raw) < 10 or length > len(raw) - 8 or raw[8:9] != b"{":
+        return False
+    with contextlib.suppress(ValueError, RecursionError):
+        return isinstance(json.loads(raw[8 : 8 + length]), dict)
+    return False
+
+
+def _is_onnx(raw: bytes) -> bool:
+    """A ModelProto starts with field 1, ir_version, a small varint, and goes on with a field of known length."""
+    return (
+        len(raw) > 4 and raw[0] == 0x08 and 0 < raw[1] < 0x40 and raw[2] in (0x12, 0x1A, 0x22, 0x2A, 0x32, 0x3A, 0x42)
+    )
+
+
+def _is_text(raw: bytes) -> bool:
+    with contextlib.suppress(UnicodeDecodeError):
+        start = raw[:4096].decode("utf-8", errors="strict" if len(raw) <= 4096 else "ignore")
+        return all(character.isprintable() or character.isspace() for character in start)
+    return False
+
+
+def _kind(raw: bytes) -> str:
+    if raw.startswith(b"PK"):
+        return _zip_kind(raw)
+    if raw.startswith(_LEGACY_MAGIC):
+        return "pickle"
+    for kind, test in (("safetensors", _is_safetensors), ("onnx", _is_onnx), ("text", _is_text)):
+        if test(raw):
+            return kind
+    return "plain pickle" if raw[:1] == b"\x80" and raw[-1:] == b"." else "unknown"
+
+
+@contextlib.contextmanager
+def _only_weights() -> Iterator[None]:
+    """Force ``weights_only=True`` inside torch: it would fall back to a full unpickler where a safe one fails."""
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[names[0]]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Silence torch, which warns of its own deprecations and logs what fails inside it, beside the error it raises."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _tie_again(program: ExportedProgram) -> None:
+    """Let names that share one tensor share one object again, as they did before saving."""
+    seen: dict[tuple[Any, ...], torch.Tensor] = {}
+    for name, tensor in program.state_dict.items():
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or not tensor.numel() or tensor.is_meta:
+            continue
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        same = seen.setdefault((*place, type(tensor), tensor.requires_grad), tensor)
+        program.state_dict[name] = same
+
+
+def _load_program(source: _Source) -> ExportedProgram:
+    archive = check_archive(source.raw, trust=source.trust)
+    with contextlib.nullcontext() if source.trust else _only_weights():
+        programs = load_pt2(archive.stream).exported_programs
+    if list(programs) != ["model"]:
+        raise FileError(f"holds the programs {list(programs)}", allowed="one, named model", next_step=_EXPORT)
+    program: ExportedProgram = programs["model"]
+    if not source.trust:
+        check_program_sizes(program)
+    if not source.trust:
+        check_fit(program)
+    check_room(program_need(program), source.memory)
+    _tie_again(program)
+    if archive.record is not None:
+        program.graph_module.meta["surgery"] = archive.record
+    return program
+
+
+def _load_old_program(source: _Source) -> ExportedProgram:
+    if not source.trust:
+        raise UnsafeFileError(
+            "is a program saved by torch 2.7 or earlier, as pickles", next_step=f"{_EXPORT}, or {_TRUST}"
+        )
+    return torch.export.load(io.BytesIO(source.raw))
+
+
+def _load_torchscript(source: _Source) -> ExportedProgram:
+    if not source.trust:
+        raise UnsafeFileError("is TorchScript, which carries code", next_step=f"{_EXPORT}; {_TRUST}")
+    if source.example_inputs is None:
+        raise InputError("is TorchScript, whose conversion needs example_inputs=(...)", next_step=_EXPORT)
+    from torch._export.converter import TS2EPConverter
+
+    try:
+        script = torch.jit.load(io.BytesIO(source.raw), map_location="cpu")
+        return TS2EPConverter(script, source.example_inputs).convert()
+    except Exception as error:
+        raise FileError(f"is TorchScript that does not convert: {_reason(error)}", next_step=_EXPORT) from error
+
+
+def _load_pickle(source: _Source) -> nn.Module | ExportedProgram:
+    raw = rewrite(source.raw)[0].getvalue() if source.raw.startswith(b"PK") else source.raw
+    try:
+        found = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if not source.trust:
+            raise _not_weights(error) from None
+        found = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=False)
+    if isinstance(found, nn.Module | ExportedProgram):
+        return found
+    return _with_weights(source, _unwrap(found))
+
+
+def _not_weights(error: pickle.UnpicklingError) -> FileError:
+    called = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if called is None:
+        return FileError(
+            f"cannot be read as weights ({_reason(error)})", next_step="get the file again from its source"
+        )
+    what = f"holds pickled objects ({called[1]}), which run code when they are loaded"
+    return UnsafeFileError(what, next_step=f"save the module's state_dict() and {_FACTORY}; {_TRUST}")
+
+
+def _load_safetensors(source: _Source) -> nn.Module:
+    import safetensors.torch
+
+    header = json.loads(source.raw[8 : 8 + int.from_bytes(source.raw[:8], "little")])
+    metadata = header.get("__metadata__")
+    said = metadata.get(RECORD_KEY) if isinstance(metadata, dict) else None
+    return _with_weights(source, safetensors.torch.load(source.raw), None if said is None else _record(said))
+
+
+def _record(said: Any) -> Record:
+    try:
+        return Record.from_json(json.loads(said))
+    except (TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, SurgeryError):
+            raise
+        raise FileError("has a damaged record of factored layers", next_step="save the model again") from error
+
+
+def _unwrap(found: Any) -> dict[str, torch.Tensor]:
+    """The state dict inside a checkpoint, without the prefixes that DistributedDataParallel and compile add."""
+    if isinstance(found, Mapping):
+        for key in ("state_dict", "model_state_dict", "model"):
+            if isinstance(found.get(key), Mapping):
+                found = found[key]
+                break
+    if not isinstance(found, Mapping) or not found or not all(isinstance(key, str) for key in found):
+        raise FileError(
+            f"holds a {type(found).__name__}", allowed="a state dict, or a dict with one under 'state_dict'"
+        )
+    tensors = dict(found)
+    for prefix in ("module.", "_orig_mod."):
+        if all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
+
+
+def _make(model: str | Callable[[], nn.Module] | nn.Module) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    try:
+        made = (_import(model) if isinstance(model, str) else model)()
+    except SurgeryError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f"has a model factory {model!r} that failed: {_reason(error)}") from error
+    if not isinstance(made, nn.Module):
+        raise InputError(f"has a model factory {model!r} that returned a {type(made).__name__}", allowed="nn.Module")
+    return made
+
+
+def _import(name: str) -> Callable[[], nn.Module]:
+    """Import ``package.module:factory``, also from the current folder."""
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise InputError(f"has a model factory named {name!r}", allowed="package.module:factory")
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module_name)
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(here)
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    if not callable(found):
+        raise InputError(
+            f"has a model factory {name!r} that is a {type(found).__name__}", allowed="a function or class"
+        )
+    factory: Callable[[], nn.Module] = found
+    return factory
+
+
+def _sample(keys: list[str]) -> str:
+    rest = f" and {len(keys) - _SAMPLE_KEYS} more" if len(keys) > _SAMPLE_KEYS else ""
+    return ", ".join(keys[:_SAMPLE_KEYS]) + rest
+
+
+def _with_weights(source: _Source, tensors: Mapping[str, Any], record: Record | None = None) -> nn.Module:
+    if source.model is None:
+        raise InputError("is a state dict, weights without a model", next_step=_FACTORY)
+    made = _make(source.model)
+    if record is None or not record.sites:
+        return _filled(made, tensors, record)
+    given = isinstance(source.model, nn.Module)
+    _filled(give_structure(copy_module(made), record.sites), tensors, record, fill=False)  # nothing is half changed
+    module = give_structure(made, record.sites)
+    if given and module is not made:
+        raise InputError(f"is of a model that is nothing but {type(made).__name__}", next_step="give a factory")
+    return _filled(module, tensors, record)
+
+
+def _filled(module: nn.Module, tensors: Mapping[str, Any], record: Record | None, *, fill: bool = True) -> nn.Module:
+    own = module.state_dict()
+    faults = {
+        "missing": [key for key in own if key not in tensors],
+        "unexpected": [key for key in tensors if key not in own],
+        "of another shape": [
+            f"{key} {_shape(tensors[key])} for {_shape(own[key])}"
+            for key in own
+            if key in tensors and _shape(tensors[key]) != _shape(own[key])
+        ],
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{what}: {_sample(keys)}" for what, keys in faults.items() if keys)
+        raise FileError(
+            f"does not fit {type(module).__name__}: {listed}", next_step="pass the factory it was made with"
+        )
+    if fill:
+        module.load_state_dict(dict(tensors), strict=True)
+        tie(module, () if record is None else record.ties)
+        note_record(module)
+    return module.eval() if fill else module
+
+
+def _shape(value: Any) -> Any:
+    return list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _reason(error: BaseException) -> str:
+    """One line about what went wrong at the root."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = "".join(character for character in lines[0][:160] if character.isprintable()) if lines else ""
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _refusal(what: str, **extra: str) -> Callable[[_Source], nn.Module]:
+    def refuse(_: _Source) -> nn.Module:
+        raise FileError(what, **extra)
+
+    return refuse
+
+
+_LOADERS: dict[str, Callable[[_Source], ExportedProgram | nn.Module]] = {
+    "program": _load_program,
+    "old program": _load_old_program,
+    "torchscript": _load_torchscript,
+    "pickle": _load_pickle,
+    "safetensors": _load_safetensors,
+    "onnx": _refusal("is an ONNX model", allowed="PyTorch files", next_step="read it with onnx.load"),
+    "zip": _refusal("is a zip file, but no model", next_step=_EXPORT),
+    "text": _refusal("is a text file", allowed="a model file"),
+    "plain pickle": _refusal("is a pickle that torch.save did not write", next_step=_EXPORT),
+    "unknown": _refusal("is no model file, or is cut off", allowed=".pt2, .pt, .safetensors", next_step=_EXPORT),
+}
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    trust: bool = False,
+    model: str | Callable[[], nn.Module] | nn.Module | None = None,
+    example_inputs: tuple[Any, ...] | None = None,
+    memory: int | None = None,
+) -> ExportedProgram | nn.Module | torch.fx.GraphModule:
+    """Return the model in a file: an ExportedProgram, or an ``nn.Module`` for a state dict or a pickled module.
+
+    ``trust`` allows files that run code. ``model`` makes the module for a state dict: ``"package.module:factory"``, or
+    a function without arguments; or it is a dense module itself, which is changed in place. A module that was saved by
+    ``surgery.save`` gets its factored layers again. ``example_inputs`` are needed to convert TorchScript, and unused
+    otherwise. A model whose work may need more than ``memory`` bytes is refused before they are taken; by default more
+    than nine tenths of what is free. The record of earlier surgery on a program is in
+    ``program.graph_module.meta["surgery"]``.
+
+    Raises UnsafeFileError for a file that would run code, FileError for one that is no model, and InputError where
+    ``model`` or ``example_inputs`` is missing or does not work; the text is one line.
+
+    >>> program = load("model.pt2")  # doctest: +SKIP
+    """
+    check_regular(path)
+    try:
+        check_room(file_need(os.path.getsize(path)), memory)
+        raw = read_regular(path)
+        if not raw:
+            raise FileError("is empty", next_step="get the file again from its source")
+        with _quietly():
+            return _LOADERS[_kind(raw)](_Source(raw, trust, model, example_inputs, memory))
+    except SurgeryError as error:
+        next_step = error.next_step
+        if isinstance(error, UnsafeFileError) and not next_step:
+            next_step = _TRUST
+        what = f"{shown_path(path)}: {' '.join(error.what.split())}"
+        raise type(error)(what, allowed=error.allowed, next_step=next_step) from error.__cause__
+    except (Exception, SystemExit) as error:
+        raise FileError(f"{os.fspath(path)}: cannot be loaded: {_reason(error)}", next_step=_EXPORT) from error

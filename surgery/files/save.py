@@ -1,0 +1,150 @@
+"""Save a model: an ExportedProgram as a .pt2 archive, a module as safetensors, each with its record."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from typing import IO, Any
+
+import safetensors.torch
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.nn.parameter import is_lazy
+
+from surgery.errors import InputError
+from surgery.files.guard.archive import RECORD
+from surgery.files.record import record_of
+from surgery.system.writing import Writer, write_atomically
+from surgery.text import first_line
+
+__all__ = ["RECORD_KEY", "model_writer", "save", "state_dict_writer"]
+
+RECORD_KEY = "surgery"  # of the metadata of a safetensors file
+_PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
+
+_SAVABLE = "change the model so that torch.export.save takes it, or save its state_dict()"
+
+
+def _extra_files(program: ExportedProgram) -> dict[str, str] | None:
+    record = program.graph_module.meta.get("surgery")
+    if not isinstance(record, dict):
+        return None
+    try:
+        return {RECORD: json.dumps(record, allow_nan=False)}
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the record in graph_module.meta['surgery'] is not JSON: {error}") from error
+
+
+def save(
+    model: ExportedProgram | nn.Module | torch.fx.GraphModule,
+    path: str | os.PathLike[str],
+    *,
+    force: bool = True,
+) -> None:
+    """Save an ExportedProgram as a .pt2 archive with its record, or a module as safetensors with its record.
+
+    The record of a program is ``program.graph_module.meta["surgery"]``, a dict of JSON values. That of a module says
+    which layers are factored and how: ``surgery.load(path, model=factory)`` gives a fresh module the same structure,
+    and the numbers. Nothing is pickled. Folders are not made. Raises FileError where the file cannot be written, and
+    InputError for a model that cannot be saved; the file that was there stays as it was.
+
+    >>> save(program, "model.pt2")  # doctest: +SKIP
+    """
+    write_atomically(path, model_writer(model, path), force=force)
+
+
+def model_writer(model: ExportedProgram | nn.Module, path: str | os.PathLike[str]) -> Writer:
+    """Return what writes a model as ``save`` does; ``path`` is how errors call the file. Raises InputError likewise."""
+    if isinstance(model, ExportedProgram):
+        return _program_writer(model, os.fspath(path))
+    if isinstance(model, nn.Module):
+        return _module_writer(model, os.fspath(path))
+    raise InputError(f"cannot save a {type(model).__name__}", allowed="ExportedProgram, nn.Module, GraphModule")
+
+
+def _program_writer(model: ExportedProgram, name: str) -> Writer:
+    def write(file: IO[bytes]) -> None:
+        guarded = _Guarded(file)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns of its own deprecations while it pickles
+                torch.export.save(model, guarded, extra_files=_extra_files(model))  # type: ignore[arg-type]
+        except InputError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)[:160]}"
+            what = f"{name}: torch cannot save this {type(model).__name__}: {reason}"
+            raise (guarded.error or InputError(what, next_step=_SAVABLE)) from error
+        if guarded.error is not None:
+            raise guarded.error
+
+    return write
+
+
+class _Guarded(io.RawIOBase):
+    """A file that keeps its first error and takes no more from then on.
+
+    An error that passes through torch's writer of archives, which is C++, ends the process.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._place = 0
+        self.error: BaseException | None = None
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        try:
+            if self.error is None:
+                if self._file.tell() != self._place:
+                    self._file.seek(self._place)
+                self._file.write(data)
+        except BaseException as error:
+            self.error = error
+        self._place += size
+        return size
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._place = offset if whence == 0 else self._place + offset
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+def _module_writer(model: nn.Module, name: str) -> Writer:
+    if isinstance(model, torch.fx.GraphModule) and model.meta.get("surgery"):
+        what = f"{name}: a graph with factored functions cannot be saved as a state"
+        raise InputError(what, next_step="decompose the module it was made from, or its exported program")
+    lazy = [key for key, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        what = f"{name}: {lazy[0]} of the state is a weight that is not made yet"
+        raise InputError(what, next_step="run the model once")
+    state = model.state_dict()
+    others = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
+    plain = [key for key, value in state.items() if key not in others and type(value) not in _PLAIN]
+    if others or plain:
+        first = (others + plain)[0]
+        what = f"{name}: {first} of the state is a {type(state[first]).__name__}"
+        raise InputError(what, allowed="tensors", next_step="save it before it is quantized, or by its own tool")
+    return state_dict_writer(state, metadata={RECORD_KEY: json.dumps(record_of(model).to_json())})
+
+
+def state_dict_writer(state: Mapping[str, torch.Tensor], *, metadata: dict[str, str] | None = None) -> Writer:
+    """Return what writes a state dict as safetensors; tied weights under each of their names, for strict loading."""
+
+    def write(file: IO[bytes]) -> None:
+        own = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+        file.write(safetensors.torch.save(own, metadata))
+
+    return write

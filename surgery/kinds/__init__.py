@@ -1,0 +1,1 @@
+"""Kinds of models: where sites are found and changes are written."""

@@ -1,0 +1,1 @@
+"""torch.fx graphs: read, changed, and the kind of a GraphModule."""

@@ -1,0 +1,248 @@
+"""Weights that a graph computes from parameters and constants alone, found and computed once: sites in evaluation.
+
+Left alone, with the reason: what is random, what changes or reads a state that the model updates, and what shares its
+parameters with other parts of the graph.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Node
+
+from surgery.errors import Refusal
+from surgery.kinds.fx.functional import Parts, read_call
+from surgery.kinds.fx.lifted import Lifted
+from surgery.kinds.fx.recipe import Recipe, read_recipe, run_recipe
+from surgery.kinds.fx.view import View, identity
+from surgery.kinds.layers.tensors import refuse_tensor
+from surgery.text import first_line
+
+__all__ = ["Constants", "Values", "lift"]
+
+Values = MutableMapping[Node, nn.Parameter | Refusal]
+
+_PARAMETRIZED = re.compile(r"((?:.*\.)?)parametrizations\.(\w+)\.original\d*")
+_RAW = re.compile(r"((?:.*\.)?weight)_(?:v|g|orig|raw)")
+_MOST = 4096  # numbers of a parameter beside the main one that are kept in any case
+
+
+@dataclass(frozen=True, eq=False)
+class Constants:
+    """How a graph kind finds the name and the tensor of a buffer or constant by its node.
+
+    ``updated`` are names of those that a run changes, beside what nodes write to.
+    """
+
+    find: Callable[[Node], tuple[str, Tensor] | None]
+    updated: frozenset[str] = frozenset()
+
+
+def lift(view: View, constants: Constants, values: Values) -> View:
+    """Return the view with each computed weight as a parameter, in the place of those that it is computed from.
+
+    ``values`` has what was computed before, by node; it is added to.
+    """
+    found: dict[Node, Lifted] = {}
+    refused: dict[Node, str] = {}
+    weights = _weights(view)
+    constants = replace(constants, updated=_updated(view, constants)) if weights else constants
+    for node in weights:
+        one = _Finder(view, constants, values).find(node)
+        if isinstance(one, Lifted):
+            found[node] = one
+        elif one is not None:
+            refused[node] = one.reason
+    hidden = {name for one in found.values() for names in one.names.values() for name in names}
+    parameters: dict[str, Tensor] = {}
+    heads = {one.names[one.main][0]: one for one in found.values()}
+    for name, tensor in view.parameters.items():
+        if name in heads:
+            one = heads[name]
+            free = one.name not in view.parameters or one.name in hidden
+            heads[name] = one = one if free else replace(one, name=name)
+            parameters[one.name] = one.value
+        elif name not in hidden:
+            parameters[name] = tensor
+    kept = {node: name for node, name in view.providers.items() if name not in hidden}
+    lifted = {one.name: one for one in heads.values()}
+    inside = {node for one in lifted.values() for node in one.own}
+    return replace(
+        view,
+        parameters=parameters,
+        providers=kept | {one.node: name for name, one in lifted.items()},
+        outlined=view.outlined | inside,
+        lifted=lifted,
+        refused=refused,
+    )
+
+
+def _updated(view: View, constants: Constants) -> frozenset[str]:
+    """Return the names of the buffers and constants that a run changes."""
+    inputs = (read for node in view.graph.nodes if _writes(node) for read in node.all_input_nodes)
+    return frozenset(found[0] for read in inputs if (found := constants.find(read)) is not None) | constants.updated
+
+
+def _writes(node: Node) -> bool:
+    """Whether a node changes one of its inputs, by its schema or its name."""
+    if isinstance(node.target, OpOverload):
+        return node.target._schema.is_mutable
+    name = str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", ""))
+    return "out" in node.kwargs or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+
+
+def _weights(view: View) -> list[Node]:
+    """Return the nodes that give calls of operators a weight that is no parameter and no buffer."""
+    nodes = (node for node in view.graph.nodes if node not in view.outlined)
+    parts = [found for node in nodes if isinstance(found := read_call(node), Parts)]
+    weights = dict.fromkeys(each.weight for each in parts)
+    return [node for node in weights if node not in view.providers and node not in view.buffers]
+
+
+@dataclass(frozen=True, eq=False)
+class _Finder:
+    view: View
+    constants: Constants
+    values: Values
+
+    def find(self, weight: Node) -> Lifted | Refusal | None:
+        """Return a computed weight, why it is left alone, or None for what depends on the inputs or on no parameter."""
+        nodes = self._ancestors(weight)
+        names = [self.view.providers[node] for node in nodes if node in self.view.providers]
+        if not names:
+            return None
+        own = _own(nodes, weight)
+        parameters = {name: self.view.parameters[name] for name in dict.fromkeys(names)}
+        recipe = self._recipe(nodes)
+        refusal = self._refuse(nodes, parameters, own)
+        if refusal is not None or isinstance(recipe, Refusal):
+            return refusal or (recipe if isinstance(recipe, Refusal) else None)
+        value = self._value(nodes, recipe, parameters)
+        if isinstance(value, Refusal):
+            return value
+        main = _main(parameters, value)
+        if isinstance(main, Refusal):
+            return main
+        aliases = {name: tuple(self.view.names[identity(tensor)]) for name, tensor in parameters.items()}
+        return Lifted(_weight_name(main), weight, own, recipe, parameters, aliases, main, value)
+
+    def _ancestors(self, weight: Node) -> list[Node]:
+        """Return all nodes that a weight is computed by, in graph order; none if it depends on an input."""
+        found: set[Node] = set()
+        pending = [weight]
+        while pending:
+            node = pending.pop()
+            if node in found:
+                continue
+            found.add(node)
+            if node in self.view.providers or self.constants.find(node) is not None:
+                continue
+            if node.op in ("placeholder", "get_attr") or node in self.view.outlined:
+                return []
+            pending += node.all_input_nodes
+        nodes = list(self.view.graph.nodes)
+        before = nodes[: nodes.index(weight)]
+        idle = {node for node in before if _idle(node) and found.issuperset(node.all_input_nodes)}
+        found |= idle
+        return [*(node for node in before if node in found), weight]
+
+    def _recipe(self, nodes: Sequence[Node]) -> Recipe | Refusal:
+        leaf = {node: ("parameter", self.view.providers[node]) for node in nodes if node in self.view.providers}
+        constants = {node: found for node in nodes if (found := self.constants.find(node)) is not None}
+        return read_recipe(nodes, leaf | {node: ("buffer", name) for node, (name, _) in constants.items()})
+
+    def _refuse(self, nodes: Sequence[Node], parameters: Mapping[str, Tensor], own: Collection[Node]) -> Refusal | None:
+        """Refuse parameters that others use too, and state that changes."""
+        for name, tensor in parameters.items():
+            if (reason := refuse_tensor(tensor, f"parameter {name}")) is not None:
+                return Refusal(reason)
+            strangers = self.view.uses[identity(tensor)] - set(own) - set(nodes[-1].users)
+            if strangers:
+                users = ", ".join(sorted(node.name for node in strangers))
+                return Refusal(f"its weight is computed from {name}, which is also used by {users}")
+        for node in nodes:
+            constant = self.constants.find(node)
+            if constant is not None and constant[0] in self.constants.updated:
+                return Refusal(f"its weight is computed from {constant[0]}, which the model updates")
+            if node.op == "call_module" and self.view.module is not None:
+                module = self.view.module(str(node.target))
+                if any(True for _ in (*module.parameters(), *module.buffers())):
+                    return Refusal(f"its weight is computed by {node.target}, a module with parameters of its own")
+        return None
+
+    def _value(self, nodes: Sequence[Node], recipe: Recipe, parameters: Mapping[str, Tensor]) -> nn.Parameter | Refusal:
+        weight = nodes[-1]
+        if weight not in self.values:
+            constants = dict(found for node in nodes if (found := self.constants.find(node)) is not None)
+            value = _compute(recipe, {**parameters, **constants}, self.view.module)
+            if isinstance(value, Tensor):
+                trains = any(tensor.requires_grad for tensor in parameters.values())
+                value = nn.Parameter(value, requires_grad=trains)
+            self.values[weight] = value
+        return self.values[weight]
+
+
+def _idle(node: Node) -> bool:
+    """Whether nothing uses what a node gives: it asserts what its input is, as before a cast, or was only looked at."""
+    return not node.users and bool(node.all_input_nodes) and node.op in ("call_function", "call_method")
+
+
+def _own(nodes: Sequence[Node], weight: Node) -> tuple[Node, ...]:
+    """Return the nodes that nothing but the weight uses, in order."""
+    own = {weight, *filter(_idle, nodes)}
+    for node in reversed(nodes):
+        if all(user in own for user in node.users):
+            own.add(node)
+    return tuple(node for node in nodes if node in own)
+
+
+def _compute(recipe: Recipe, tensors: Mapping[str, Tensor], module: Any) -> Tensor | Refusal:
+    """Return the value of a weight; refuse one that is random, or whose computation changes what it reads."""
+    copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    devices = sorted({tensor.device.index or 0 for tensor in copies.values() if tensor.is_cuda})
+    with torch.random.fork_rng(devices):
+        before = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+        try:
+            value = run_recipe(recipe, copies, module)
+        except Exception as error:  # operators may raise anything
+            return Refusal(f"its weight cannot be computed alone: {first_line(error)}")
+        after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+    if not all(map(torch.equal, before, after)):
+        return Refusal("its weight is computed from random numbers")
+    fake = any(isinstance(tensor, FakeTensor) for tensor in copies.values())
+    if not fake and not all(torch.equal(copies[name], tensors[name]) for name in copies):
+        return Refusal("what computes its weight changes its parameters or buffers")
+    if (reason := refuse_tensor(value)) is not None:
+        return Refusal(reason)
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _main(parameters: Mapping[str, Tensor], value: Tensor) -> str | Refusal:
+    """Return the name of the parameter that is as large as the weight; all others are to be small."""
+    sizes = {name: tensor.numel() for name, tensor in parameters.items()}
+    mains = [name for name, size in sizes.items() if size == value.numel()]
+    mains.sort(key=lambda name: parameters[name].shape != value.shape)
+    if not mains:
+        return Refusal("its weight is computed from parameters of other sizes, which could not be put back")
+    large = [name for name in sizes if name != mains[0] and sizes[name] > max(_MOST, value.numel() // 2)]
+    if large:
+        return Refusal(f"its weight is computed from several large parameters: {', '.join([mains[0], *large])}")
+    return mains[0]
+
+
+def _weight_name(main: str) -> str:
+    """Return what a computed weight is called, by its main parameter.
+
+    >>> _weight_name("conv.parametrizations.weight.original1"), _weight_name("conv.weight")
+    ('conv.weight', 'conv.weight')
+    """
+    if (match := _PARAMETRIZED.fullmatch(main)) is not None:
+        return f"{match[1]}{match[2]}"
+    return match[1] if (match := _RAW.fullmatch(main)) is not None else main

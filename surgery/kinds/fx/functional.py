@@ -1,0 +1,253 @@
+"""Function calls in fx graphs that are operators (torch or ATen), read and written.
+
+``read_call`` turns a call node into the parts of an operator; ``write_call`` inserts the call of an operator. What the
+one writes, the other reads.
+"""
+
+from __future__ import annotations
+
+import operator as python_operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from surgery.algebra.operators import Conv, Embedding, Geometry, Linear, Operator
+from surgery.errors import Refusal
+
+__all__ = ["Parts", "conv_geometry", "is_aten", "read_call", "stored_weight", "transposed_source", "write_call"]
+
+aten = torch.ops.aten
+
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_CONVOLUTION = (*_CONV[:6], "transposed", "output_padding", "groups")
+_LINEAR = ("input", "weight", "bias")
+_ADDMM = ("bias", "input", "weight")
+_MATMUL = ("input", "weight")
+
+_EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+_EMBEDDING_ATEN = ("weight", "input", "padding_idx", "scale_grad_by_freq", "sparse")
+_EMBEDDINGS = (F.embedding, aten.embedding.default)
+
+# target -> (argument names, number of spatial dimensions; 0 for linear maps, None where the weight tells)
+_CALLS: dict[Any, tuple[tuple[str, ...], int | None]] = {
+    torch.conv1d: (_CONV, 1),
+    torch.conv2d: (_CONV, 2),
+    torch.conv3d: (_CONV, 3),
+    torch.conv_transpose1d: (_TRANSPOSED, 1),
+    torch.conv_transpose2d: (_TRANSPOSED, 2),
+    torch.conv_transpose3d: (_TRANSPOSED, 3),
+    aten.conv1d.default: (_CONV, 1),
+    aten.conv2d.default: (_CONV, 2),
+    aten.conv3d.default: (_CONV, 3),
+    aten.conv1d.padding: (_CONV, 1),
+    aten.conv2d.padding: (_CONV, 2),
+    aten.conv3d.padding: (_CONV, 3),
+    aten.conv_transpose1d.default: (_TRANSPOSED, 1),
+    aten.conv_transpose2d.input: (_TRANSPOSED, 2),
+    aten.conv_transpose3d.input: (_TRANSPOSED, 3),
+    aten.convolution.default: (_CONVOLUTION, None),
+    F.linear: (_LINEAR, 0),
+    aten.linear.default: (_LINEAR, 0),
+    torch.addmm: (_ADDMM, 0),
+    aten.addmm.default: (_ADDMM, 0),
+    torch.mm: (_MATMUL, 0),
+    aten.mm.default: (_MATMUL, 0),
+    torch.matmul: (_MATMUL, 0),
+    python_operator.matmul: (_MATMUL, 0),
+    aten.matmul.default: (_MATMUL, 0),
+}
+_WRITE_TORCH: dict[tuple[bool, int], Any] = {
+    (False, 1): torch.conv1d,
+    (False, 2): torch.conv2d,
+    (False, 3): torch.conv3d,
+    (True, 1): torch.conv_transpose1d,
+    (True, 2): torch.conv_transpose2d,
+    (True, 3): torch.conv_transpose3d,
+}
+_WRITE_ATEN: dict[tuple[bool, int], Any] = {
+    (False, 1): aten.conv1d,
+    (False, 2): aten.conv2d,
+    (False, 3): aten.conv3d,
+    (True, 1): aten.conv_transpose1d.default,
+    (True, 2): aten.conv_transpose2d.input,
+    (True, 3): aten.conv_transpose3d.input,
+}
+_TRANSPOSES: dict[Any, tuple[Any, ...]] = {
+    torch.t: (),
+    aten.t.default: (),
+    aten.permute.default: ([1, 0],),
+    aten.transpose.int: (0, 1),
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A call taken apart: its input, the nodes of weight and bias, and what makes the operator of their tensors.
+
+    ``stored`` is "in_out" for a linear weight that is stored as (in, out), as GPT-2's Conv1D does.
+    """
+
+    input: Node
+    weight: Node
+    bias: Node | None
+    build: Callable[[Tensor, Tensor | None], Operator | Refusal]
+    stored: str = "out_in"
+
+
+def transposed_source(node: Node) -> Node | None:
+    """Return what a two-dimensional transpose node transposes, or None if it is no such node."""
+    if node.op == "call_method" and node.target == "t" and isinstance(node.args[0], Node):
+        return node.args[0]
+    wanted = _TRANSPOSES.get(node.target) if node.op == "call_function" else None
+    if wanted is None or not isinstance(node.args[0], Node):
+        return None
+    return node.args[0] if tuple(node.args[1:]) == wanted and not node.kwargs else None
+
+
+def stored_weight(operator: Operator, stored: str) -> Tensor:
+    """Return the weight as the graph stores it."""
+    return operator.weight.t().contiguous() if stored == "in_out" else operator.weight
+
+
+def _read_embedding(node: Node) -> Parts | Refusal | None:
+    """Return the parts of an embedding's call; torch and ATen have their arguments in different orders."""
+    names = _EMBEDDING_ATEN if node.target is aten.embedding.default else _EMBEDDING
+    values: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
+    source, weight, padding = values["input"], values["weight"], values.get("padding_idx")
+    if not isinstance(source, Node) or not isinstance(weight, Node):
+        return None
+    if values.get("max_norm") is not None or values.get("scale_grad_by_freq") or values.get("sparse"):
+        return Refusal("it renormalises its rows, or has gradients of its own (max_norm, scale_grad_by_freq, sparse)")
+    index = None if padding in (None, -1) else padding
+    return Parts(source, weight, None, lambda w, b: Embedding(w, padding_index=index))
+
+
+def read_call(node: Node) -> Parts | Refusal | None:
+    """Return the parts of an operator's call, why it cannot be one, or None for any other node."""
+    if node.op == "call_function" and node.target in _EMBEDDINGS:
+        return _read_embedding(node)
+    if node.op != "call_function" or node.target not in _CALLS:
+        return None
+    names, dims = _CALLS[node.target]
+    values: dict[str, Any] = dict(zip(names, node.args, strict=False))
+    values.update(node.kwargs)
+    if any(values.pop(scalar, 1) != 1 for scalar in ("alpha", "beta")):
+        return Refusal("it scales its terms (alpha, beta)")
+    source, weight, bias = values.get("input"), values.get("weight"), values.get("bias")
+    if not isinstance(source, Node) or not isinstance(weight, Node) or not isinstance(bias, Node | None):
+        return None
+    if dims == 0:
+        return _linear_parts(names, source, weight, bias)
+    values.setdefault("transposed", names is _TRANSPOSED)
+    return Parts(source, weight, bias, lambda w, b: _build_conv(values, dims, w, b))
+
+
+def _linear_parts(names: tuple[str, ...], source: Node, weight: Node, bias: Node | None) -> Parts:
+    stored = "out_in" if names is _LINEAR else "in_out"
+    origin = transposed_source(weight)
+    if origin is not None:
+        weight, stored = origin, "in_out" if stored == "out_in" else "out_in"
+
+    def build(w: Tensor, b: Tensor | None) -> Operator | Refusal:
+        if w.dim() != 2 or (b is not None and b.dim() != 1):
+            return Refusal("its weight is not a matrix, or its bias not a vector")
+        return Linear(w.t() if stored == "in_out" else w, bias=b)
+
+    return Parts(source, weight, bias, build, stored)
+
+
+def _build_conv(values: dict[str, Any], dims: int | None, weight: Tensor, bias: Tensor | None) -> Operator | Refusal:
+    dims = weight.dim() - 2 if dims is None else dims
+    geometry = conv_geometry(
+        tuple(weight.shape[2:]),
+        stride=values.get("stride", 1),
+        padding=values.get("padding", 0),
+        dilation=values.get("dilation", 1),
+        output_padding=values.get("output_padding", 0),
+        transposed=bool(values["transposed"]),
+    )
+    if isinstance(geometry, Refusal):
+        return geometry
+    groups = values.get("groups", 1)
+    if not isinstance(groups, int) or dims not in (1, 2, 3):
+        return Refusal("its groups or its number of dimensions are not fixed")
+    return Conv(weight, geometry, groups, bias=bias)
+
+
+def conv_geometry(
+    kernel_size: tuple[int, ...],
+    *,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    output_padding: Any,
+    transposed: bool,
+    padding_mode: str = "zeros",
+) -> Geometry | Refusal:
+    """Return the geometry that torch's arguments (numbers, sequences, 'same', 'valid') mean, or why there is none."""
+    dims = len(kernel_size)
+    spread = [_spread(value, dims) for value in (stride, dilation, output_padding)]
+    if any(value is None for value in spread):
+        return Refusal("its stride, dilation or output padding is computed by the graph")
+    strides, dilations, output_paddings = (value or () for value in spread)
+    if isinstance(padding, str):
+        spans = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, kernel_size, strict=True)]
+        pads = tuple((span // 2, span - span // 2) for span in spans)
+    else:
+        sides = _spread(padding, dims)
+        if sides is None:
+            return Refusal("its padding is computed by the graph")
+        pads = tuple((side, side) for side in sides)
+    return Geometry(strides, pads, dilations, output_paddings, transposed, padding_mode)
+
+
+def _spread(value: Any, dims: int) -> tuple[int, ...] | None:
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    values = values * dims if len(values) == 1 else values
+    return values if len(values) == dims and all(isinstance(v, int) for v in values) else None
+
+
+def is_aten(node: Node) -> bool:
+    """Whether the node calls an ATen operator."""
+    return isinstance(node.target, torch._ops.OpOverload)
+
+
+def write_call(
+    graph: Graph, operator: Operator, *, source: Node, weight: Node, bias: Node | None, style: Node, stored: str
+) -> Node:
+    """Insert the call of an operator at the graph's insertion point, in the style (torch or ATen) of another call."""
+    aten_style = is_aten(style)
+    if isinstance(operator, Conv):
+        return _write_conv(graph, operator, source, weight, bias, is_aten=aten_style)
+    if isinstance(operator, Embedding):
+        index = operator.padding_index
+        if aten_style:
+            return graph.call_function(aten.embedding.default, (weight, source, -1 if index is None else index))
+        return graph.call_function(F.embedding, (source, weight, index))
+    if stored == "out_in":
+        return graph.call_function(aten.linear.default if aten_style else F.linear, (source, weight, bias))
+    if bias is not None:
+        return graph.call_function(aten.addmm.default if aten_style else torch.addmm, (bias, source, weight))
+    return graph.call_function(aten.matmul.default if aten_style else torch.matmul, (source, weight))
+
+
+def _write_conv(graph: Graph, conv: Conv, source: Node, weight: Node, bias: Node | None, *, is_aten: bool) -> Node:
+    g = conv.geometry
+    key = (g.transposed, g.dims)
+    if g.transposed:
+        padding = [before for before, _ in g.padding]
+        target = (_WRITE_ATEN if is_aten else _WRITE_TORCH)[key]
+        rest = (list(g.stride), padding, list(g.output_padding), conv.groups, list(g.dilation))
+        return graph.call_function(target, (source, weight, bias, *rest))
+    symmetric = g.symmetric
+    said = [before for before, _ in g.padding] if symmetric else "same"
+    target = _WRITE_TORCH[key]
+    if is_aten:
+        target = _WRITE_ATEN[key].default if symmetric else _WRITE_ATEN[key].padding
+    return graph.call_function(target, (source, weight, bias, list(g.stride), said, list(g.dilation), conv.groups))

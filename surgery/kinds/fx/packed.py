@@ -1,0 +1,107 @@
+"""The packed projections of attention in graphs of functions: taken apart when a graph is opened, packed at the end.
+
+    linear(x, in_proj_weight (3E, I), in_proj_bias)  <->  cat(linear(x, q), linear(x, k), linear(x, v)) + in_proj_bias
+
+with the rows of in_proj_weight as parameters in_proj_q.weight, in_proj_k.weight and in_proj_v.weight, so that each is
+a site. What is packed again has the original node, name and shape; a record of the packed weight says where to do so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from surgery.algebra.operators import Linear
+from surgery.kinds.fx.functional import is_aten
+from surgery.kinds.fx.view import Call, View, identity
+from surgery.kinds.fx.write import FunctionalKind, current_source
+
+__all__ = ["pack", "unpack"]
+
+_PACKED = "in_proj_weight"
+_PARTS = ("in_proj_q", "in_proj_k", "in_proj_v")
+_CATS = (torch.cat, torch.ops.aten.cat.default)
+_SUMS = (torch.add, torch.ops.aten.add.Tensor)
+
+
+def unpack(kind: FunctionalKind) -> bool:
+    """Take all packed projections apart of which one call alone uses the weight; return whether there were any.
+
+    Cross attention splits the packed weight itself before it is used; that is left alone.
+    """
+    calls = [call for call in kind.view.packed_calls if _is_alone(kind, call)]
+    for call in calls:
+        _unpack_call(kind, call)
+    return bool(calls)
+
+
+def _is_alone(kind: FunctionalKind, call: Call) -> bool:
+    tensor = kind.view.parameters[call.weight]
+    key = identity(tensor)
+    alone = kind.view.uses[key] == {call.node} and len(kind.view.names[key]) == 1
+    alone = alone and call.computed_bias is None and call.weight not in kind.view.lifted
+    return alone and isinstance(call.operator, Linear) and call.stored == "out_in" and tensor.shape[0] % 3 == 0
+
+
+def _unpack_call(kind: FunctionalKind, call: Call) -> None:
+    tensor, source = kind.view.parameters[call.weight], current_source(call)
+    prefix = call.weight.removesuffix(_PACKED)
+    rows = []
+    for part, weight in zip(_PARTS, tensor.detach().chunk(3), strict=True):
+        name = f"{prefix}{part}.weight"
+        kind.add_parameter([name], nn.Parameter(weight.clone(), requires_grad=tensor.requires_grad))
+        rows.append(kind.insert(Linear(weight), source, (name, None), like=call.node, stored="out_in"))
+    with kind.graph.inserting_before(call.node):
+        node = kind.graph.call_function(_CATS[is_aten(call.node)], (rows, -1))
+    kind.stamp(node, call.node)
+    if call.bias is not None:
+        node = kind.write_sum(node, kind.parameter_node(call.bias, call.node), like=call.node)
+    kind.drop_parameter(call.weight)
+    kind.replace(call.node, node)
+    kind.sweep()
+    kind.record[call.weight] = {"parts": list(_PARTS)}
+
+
+def pack(kind: FunctionalKind) -> None:
+    """Put the packed projection back wherever the three parts are single linear layers again."""
+    if not any(name.endswith(_PACKED) for name in kind.record):
+        return
+    view = kind.look()
+    calls = {call.node: call for call in view.calls}
+    for node in [node for node in kind.graph.nodes if node.target in _CATS]:
+        rows = node.args[0]
+        if isinstance(rows, list | tuple) and len(rows) == len(_PARTS) and all(row in calls for row in rows):
+            _pack_rows(kind, view, node, [calls[row] for row in rows])
+
+
+def _pack_rows(kind: FunctionalKind, view: View, node: Node, calls: Sequence[Call]) -> None:
+    prefix = calls[0].weight.removesuffix(f"{_PARTS[0]}.weight")
+    packed, names = f"{prefix}{_PACKED}", [f"{prefix}{part}.weight" for part in _PARTS]
+    plain = all(call.bias is None and len(call.node.users) == 1 for call in calls)
+    if packed not in kind.record or [call.weight for call in calls] != names or not plain:
+        return
+    weights = [view.parameters[name] for name in names]
+    rows, source = torch.cat(weights).detach(), calls[0].source
+    kind.add_parameter([packed], nn.Parameter(rows, requires_grad=weights[0].requires_grad))
+    last, bias = _with_bias(view, node, f"{prefix}in_proj_bias")
+    new = kind.insert(Linear(rows), source, (packed, bias), like=last, stored="out_in", style=calls[0].node)
+    kind.replace(last, new)
+    for old in (*([node] if last is not node else []), *(call.node for call in reversed(calls))):
+        kind.graph.erase_node(old)
+    for name in names:
+        kind.drop_parameter(name)
+    kind.sweep()
+    del kind.record[packed]
+
+
+def _with_bias(view: View, node: Node, name: str) -> tuple[Node, str | None]:
+    """Return the addition of the packed bias with its name, or the node itself where there is none."""
+    users = list(node.users)
+    if len(users) == 1 and users[0].target in _SUMS and len(users[0].args) == 2:
+        other = users[0].args[1]
+        if isinstance(other, Node) and view.providers.get(other) == name:
+            return users[0], name
+    return node, None

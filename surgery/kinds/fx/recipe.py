@@ -1,0 +1,193 @@
+"""How a graph computes a value from parameters and constants alone, as plain values: read, run, and written again.
+
+A recipe is a list of steps; each is a parameter, a buffer, or a call on the values of earlier steps:
+
+    {"op": "parameter", "target": "conv.weight"}    {"op": "call_function", "target": "torch.ops.aten.mul.Tensor",
+                                                     "args": {"tuple": [{"step": 0}, 2.0]}, "kwargs": {"dict": {}}}
+
+The recipe of a program is JSON. What a file says is held to the same list of operators as the program in it. Methods,
+and functions that are no operators of a program, stand in the recipe of a traced graph as they are, in memory alone: no
+name in a file leads to them.
+"""
+
+from __future__ import annotations
+
+import math
+import operator as python_operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx import Graph, Node
+
+from surgery.errors import Refusal
+from surgery.files.guard.operators import PLAIN_OPERATORS, check_operator
+from surgery.files.guard.rules import check_values
+
+__all__ = ["Recipe", "leaves", "read_recipe", "run_recipe", "write_recipe"]
+
+Recipe = Sequence[Mapping[str, Any]]
+
+_KINDS: dict[str, type] = {
+    "dtype": torch.dtype,
+    "device": torch.device,
+    "layout": torch.layout,
+    "memory_format": torch.memory_format,
+}
+
+
+def read_recipe(nodes: Sequence[Node], leaf: Mapping[Node, tuple[str, str]]) -> list[dict[str, Any]] | Refusal:
+    """Return the steps of nodes in graph order; ``leaf`` says which are a "parameter" or a "buffer", and its name."""
+    place = {node: at for at, node in enumerate(nodes)}
+    steps: list[dict[str, Any]] = []
+    for node in nodes:
+        if node in leaf:
+            op, name = leaf[node]
+            steps.append({"op": op, "target": name})
+            continue
+        target = _name_target(node)
+        args, kwargs = _encode(tuple(node.args), place), _encode(dict(node.kwargs), place)
+        for part in (target, args, kwargs):
+            if isinstance(part, Refusal):
+                return part
+        steps.append({"op": node.op, "target": target, "args": args, "kwargs": kwargs})
+    return steps
+
+
+def _name_target(node: Node) -> Any:
+    """Return an operator's name as an archive has it; a function or a method of tensors as it is."""
+    target: Any = node.target
+    if isinstance(target, HigherOrderOperator):
+        return Refusal("its weight is computed in a region with a graph of its own")
+    if node.op == "call_method":
+        found = getattr(Tensor, target, None)
+        return Refusal(f"its weight is computed by {target}, which is no method of tensors") if found is None else found
+    if isinstance(target, OpOverload):
+        return f"torch.ops.{target.namespace}.{target._opname}.{target._overloadname}"
+    name = f"_operator.{target.__name__}" if getattr(target, "__module__", "") == "_operator" else ""
+    return name if name in PLAIN_OPERATORS else target
+
+
+def _encode(value: Any, place: Mapping[Node, int]) -> Any:
+    if isinstance(value, Node):
+        return {"step": place[value]}
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, tuple | list | slice):
+        given = [value.start, value.stop, value.step] if isinstance(value, slice) else value
+        parts = [_encode(part, place) for part in given]
+        refused = next((part for part in parts if isinstance(part, Refusal)), None)
+        kind = "slice" if isinstance(value, slice) else "tuple" if isinstance(value, tuple) else "list"
+        return refused or {kind: parts}
+    if isinstance(value, dict):
+        named = {str(key): _encode(part, place) for key, part in value.items()}
+        refused = next((part for part in named.values() if isinstance(part, Refusal)), None)
+        return refused or {"dict": named}
+    if value is Ellipsis:
+        return {"ellipsis": True}
+    for name, cls in _KINDS.items():
+        if isinstance(value, cls):
+            return {name: str(value).removeprefix("torch.")}
+    return Refusal(f"its weight is computed with a {type(value).__name__} among the arguments")
+
+
+def _decode(value: Any, made: Sequence[Any]) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "step":
+        return made[inner]
+    if kind == "dict":
+        return {key: _decode(part, made) for key, part in inner.items()}
+    if kind in ("tuple", "list", "slice"):
+        parts = [_decode(part, made) for part in inner]
+        return parts if kind == "list" else tuple(parts) if kind == "tuple" else slice(*parts)
+    if kind == "device":
+        return torch.device(inner)
+    if kind in _KINDS:
+        found = getattr(torch, inner)
+        if not isinstance(found, _KINDS[kind]):
+            raise ValueError(f"{inner} is no {kind}")
+        return found
+    return Ellipsis if kind == "ellipsis" else float(inner)
+
+
+def _resolve(target: Any) -> Any:
+    """Return the operator of a name; a name that a program may not have is refused, as in an archive.
+
+    Raises:
+        UnsafeFileError: the name is not on the list of those that a program may call.
+    """
+    if not isinstance(target, str):
+        return target
+    check_operator(target)
+    if target.startswith("_operator."):
+        return getattr(python_operator, target.removeprefix("_operator."))
+    _, _, namespace, name, overload = target.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+
+
+def leaves(recipe: Recipe, op: str) -> list[str]:
+    """Return the names of the parameters or buffers (``op``) of a recipe, each once."""
+    return list(dict.fromkeys(str(step["target"]) for step in recipe if step["op"] == op))
+
+
+def run_recipe(
+    recipe: Recipe, tensors: Mapping[str, Tensor], module: Callable[[str], nn.Module] | None = None
+) -> Tensor:
+    """Return the value of the last step, without gradients; ``module`` resolves the submodules that are called.
+
+    Raises whatever the steps raise on these tensors.
+    """
+    made: list[Any] = []
+    with torch.no_grad():
+        for step in recipe:
+            op, target = step["op"], step["target"]
+            if op in ("parameter", "buffer"):
+                made.append(tensors[target])
+                continue
+            args, kwargs = _decode(step["args"], made), _decode(step["kwargs"], made)
+            callee = _callee(op, target, module)
+            if op == "call_function" and isinstance(target, str):
+                check_values(target, args, kwargs)
+            made.append(callee(*args, **kwargs))
+    value = made[-1]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"it is a {type(value).__name__}, not a tensor")
+    return value
+
+
+def _callee(op: str, target: Any, module: Callable[[str], nn.Module] | None) -> Callable[..., Any]:
+    if op == "call_module" and module is not None:
+        return module(target)
+    if op == "call_function" or (op == "call_method" and not isinstance(target, str)):
+        return _resolve(target)
+    raise ValueError(f"{op} of {target} is no step")  # a file may say anything
+
+
+def write_recipe(
+    graph: Graph, recipe: Recipe, leaf: Callable[[str, str], Node], stamp: Callable[[Node, Node], None], *, like: Node
+) -> list[Node]:
+    """Insert the steps before ``like`` and return their nodes; ``leaf`` gives those of parameters and buffers.
+
+    ``stamp`` is called on each new node and ``like``.
+    """
+    made: list[Node] = []
+    for step in recipe:
+        op, target = step["op"], step["target"]
+        if op in ("parameter", "buffer"):
+            made.append(leaf(op, target))
+            continue
+        args, kwargs = _decode(step["args"], made), _decode(step["kwargs"], made)
+        if op == "call_function":
+            target = _resolve(target)
+        elif op == "call_method":
+            target = target.__name__
+        with graph.inserting_before(like):
+            made.append(graph.create_node(op, target, args, kwargs))
+        stamp(made[-1], like)
+    return made

@@ -1,0 +1,143 @@
+"""Run a layer around something else than its operator: a chain, or the operator itself while it is watched."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Proxy
+
+from surgery.algebra.operators import Operator, Shape
+from surgery.errors import InputError, Refusal
+from surgery.kinds.fx.shapes import evaluation
+from surgery.kinds.layers.follow import Beside, Instead, Parts, without_modes
+from surgery.kinds.layers.layer_call import follow, operator_of, trials
+from surgery.kinds.layers.within import Within
+from surgery.text import first_line
+
+__all__ = ["inner_of_chain", "inner_shape", "read_within", "run_within", "watching"]
+
+
+def read_within(module: nn.Module, within: Within) -> Operator | Refusal:
+    """Return the operator inside a layer, with the weight and the bias that it computes now."""
+    found = follow(module, trials(module)[0])
+    return found if isinstance(found, Refusal) else operator_of(found[0], pads=within.pads)
+
+
+def inner_shape(module: nn.Module, within: Within, shape: Shape) -> Shape:
+    """Return the shape of the operator's input inside a layer, for one of the layer's.
+
+    Raises:
+        InputError: the layer's forward does not run at that shape.
+    """
+    try:
+        found = follow(module, shape)
+    except Exception as error:  # a forward may raise anything
+        raise InputError(f"a layer cannot be followed at the shape {shape}: {first_line(error)}") from error
+    if isinstance(found, Refusal):
+        raise InputError(f"a layer cannot be followed at the shape {shape}: {found.reason}")
+    pads = _pads(found[0].parts) if within.pads else ()
+    return tuple(
+        size + (2 * pads[at - len(found[0].shape)] if len(found[0].shape) - at <= len(pads) else 0)
+        for at, size in enumerate(found[0].shape)
+    )
+
+
+def _pads(parts: Parts) -> tuple[Any, ...]:
+    """Return the padding that a call has, on each side of each axis."""
+    padding = dict(zip(parts.rest[0][2:], parts.rest[1:], strict=True))["padding"]
+    dims = parts.weight.dim() - 2
+    return padding if isinstance(padding, tuple) and len(padding) == dims else (padding,) * dims
+
+
+class _Reached(Exception):
+    """The operator is reached, which is all that was wanted."""
+
+
+def inner_of_chain(layer: Any, within: Within, shape: Shape) -> Shape:
+    """Return the shape of the chain's input in a factored layer, for one of the layer's.
+
+    Raises:
+        InputError: the layer's forward does not run at that shape.
+    """
+    found: list[Shape] = []
+    like = next(iter(layer.parameters()))
+    whole = issubclass(within.kind, nn.Embedding)
+
+    def reach(source: Tensor) -> Tensor:
+        found.append(tuple(int(size) for size in source.shape))
+        raise _Reached
+
+    try:
+        with torch.no_grad(), evaluation(layer), FakeTensorMode(allow_non_fake_inputs=True):
+            source = torch.zeros(shape, dtype=torch.int64 if whole else like.dtype, device=like.device)
+            run_within(layer, within, source, reach, like)
+    except _Reached:
+        return found[0]
+    except Exception as error:  # a forward may raise anything
+        raise InputError(f"a layer cannot be followed at the shape {shape}: {first_line(error)}") from error
+    raise InputError(f"a layer does not call its operator at the shape {shape}")
+
+
+def run_within(layer: nn.Module, within: Within, source: Any, run: Callable[[Any], Any], like: Tensor) -> Any:
+    """Run the forward of a layer that has the attributes of another, with ``run`` in the place of its operator.
+
+    ``like`` is a tensor of the dtype and on the device of the weight.
+    """
+    with without_modes():
+        ghosts = {name: torch.empty(shape, dtype=like.dtype, device="meta") for name, shape in within.ghosts}
+    made: Any = object.__new__(within.kind)
+    own, theirs = vars(made), vars(layer)
+    own.update(theirs)
+    own.update(ghosts)
+    ran = []
+
+    def instead(parts: Parts) -> Any:
+        ran.append(parts)
+        return run(_padded(within, parts))
+
+    with Instead(ghosts.values(), like.device, instead):
+        result = within.kind.forward(made, source)
+    if not ran and isinstance(source, Proxy):
+        raise InputError("torch.fx cannot see a factored layer call its operator", next_step="use torch.export")
+    for name, value in own.items():  # what the forward keeps in its layer
+        if theirs.get(name, own) is not value and name not in ghosts:
+            theirs[name] = value
+    return result
+
+
+def _padded(within: Within, parts: Parts) -> Any:
+    """Return the input of an operator, padded by hand where its padding changes."""
+    if within.pads:
+        return F.pad(parts.source, [side for pad in reversed(_pads(parts)) for side in (pad, pad)])
+    if parts.rest != within.rest:
+        raise InputError(
+            "a factored layer calls its operator with another stride, padding or dilation than it was factored for",
+            next_step="factor the model with example inputs of this kind, or recompose it first",
+        )
+    return parts.source
+
+
+@contextlib.contextmanager
+def watching(
+    layer: nn.Module, within: Within, see: Callable[[Any], None], change: Callable[[Any], Any] | None = None
+) -> Iterator[None]:
+    """Show ``see`` each input of the operator inside a layer, and put what ``change`` makes of its outputs in place."""
+
+    def forward(source: Any) -> Any:
+        def show(parts: Parts) -> None:
+            see(_padded(within, parts))
+
+        with Beside(within.at, show, change):
+            return type(layer).forward(layer, source)
+
+    vars(layer)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(layer)["forward"]

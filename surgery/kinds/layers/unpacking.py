@@ -1,0 +1,119 @@
+"""Take apart all modules below a root whose weights only a kernel reads, and put together what stayed whole."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from surgery.errors import InputError, Refusal
+from surgery.kinds.layers import attention, recurrent_forms
+from surgery.kinds.layers.attention import UnpackedAttention
+from surgery.kinds.layers.modules import replace_module
+from surgery.kinds.layers.recurrent import UnpackedRecurrent
+
+__all__ = ["Originals", "check_inplace", "has_packed", "pack_all", "packed_parameter", "unpack_all"]
+
+_Packed = nn.MultiheadAttention | nn.RNNBase
+_Unpacked = UnpackedAttention | UnpackedRecurrent
+Originals = dict[int, _Packed]
+
+
+def has_packed(root: nn.Module) -> bool:
+    """Whether there is anything to unpack or to pack."""
+    return any(isinstance(module, _Packed | _Unpacked) for module in root.modules())
+
+
+def check_inplace(model: object) -> None:
+    """Raise InputError for a model that can only be changed by another in its place."""
+    if isinstance(model, ExportedProgram):
+        raise InputError("an exported program cannot be changed in place", next_step="use the returned one")
+    if isinstance(model, _Packed | _Unpacked):
+        what = f"a model that is nothing but {type(model).__name__} cannot be changed in place"
+        raise InputError(what, next_step="use the returned one")
+
+
+def packed_parameter(site: str) -> tuple[str, int, int] | None:
+    """Return the parameter that has the weight of a site as rows, which part of how many it is; None for other names.
+
+    >>> packed_parameter("block.attention.in_proj_k"), packed_parameter("lstm.hh_l0"), packed_parameter("head")
+    (('block.attention.in_proj_weight', 1, 3), ('lstm.weight_hh_l0', 0, 1), None)
+    """
+    prefix, dot, last = site.rpartition(".")
+    if last in attention.PROJECTIONS:
+        return f"{prefix}{dot}in_proj_weight", attention.PROJECTIONS.index(last), len(attention.PROJECTIONS)
+    return (f"{prefix}{dot}weight_{last}", 0, 1) if recurrent_forms.is_part(last) else None
+
+
+def unpack_all(root: nn.Module) -> Originals:
+    """Unpack all below a module, in place; return the originals by the id of what took their place.
+
+    Attention whose packed weight is tied to that of another is left alone: its parts would come apart.
+    """
+    originals: Originals = {}
+    users = Counter(id(m._parameters.get("in_proj_weight")) for m in root.modules() if _is_packed(m))
+    made: dict[int, _Unpacked | Refusal] = {}
+    for path, module in list(root.named_modules(remove_duplicate=False)):
+        if not path or not _is_packed(module):
+            continue
+        weight = module._parameters.get("in_proj_weight")
+        if weight is None or users[id(weight)] < 2:
+            if id(module) not in made:
+                made[id(module)] = _unpack(module)
+            new = made[id(module)]
+            if not isinstance(new, Refusal):
+                originals[id(new)] = module
+                replace_module(root, path, new)
+    return originals
+
+
+def pack_all(root: nn.Module, originals: Originals) -> None:
+    """Pack all below a module whose parts are whole again, in place; what has not changed comes back as it was.
+
+    ``originals`` are those that ``unpack_all`` gave for the same module.
+    """
+    packed: dict[int, _Packed] = {}
+    for path, module in list(root.named_modules(remove_duplicate=False)):
+        if not path or not isinstance(module, _Unpacked):
+            continue
+        if id(module) not in packed:
+            found = _packed(module, originals.get(id(module)))
+            if found is None:
+                continue
+            packed[id(module)] = found
+        replace_module(root, path, packed[id(module)])
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return isinstance(module, _Packed) and not isinstance(module, _Unpacked)
+
+
+def _unpack(module: Any) -> _Unpacked | Refusal:
+    return attention.unpack(module) if isinstance(module, nn.MultiheadAttention) else recurrent_forms.unpack(module)
+
+
+def _packed(module: _Unpacked, original: _Packed | None) -> _Packed | None:
+    new: _Packed
+    try:
+        new = attention.repack(module) if isinstance(module, UnpackedAttention) else recurrent_forms.repack(module)
+    except InputError:  # a part is factored
+        return None
+    return original if original is not None and _same(module, original, new) else new
+
+
+def _same(module: _Unpacked, original: _Packed, new: _Packed) -> bool:
+    """Whether what was packed again is the original: in what it holds, and in the parameters that were shared."""
+    if isinstance(module, UnpackedAttention):
+        if module.out_proj is not original.out_proj:
+            return False
+        old = original.state_dict()
+        return all(_equal(old[name], tensor) for name, tensor in new.state_dict().items())
+    return all(new._parameters[name] is parameter for name, parameter in original._parameters.items())
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same numbers, or have none."""
+    return first.is_meta or torch.equal(first, second)

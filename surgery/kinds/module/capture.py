@@ -1,0 +1,304 @@
+"""The calls of a module's layers, however they can be had: by torch.fx, by torch.export, or by watching a run.
+
+A graph serves to find the calls and to prove the dataflow; it is thrown away. Where neither torch.fx nor torch.export
+captures the model, one run on the example inputs shows which modules it calls, and nothing is proved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+from torch.nn.parameter import is_lazy
+
+from surgery.algebra.operators import Conv, Operator, Shape
+from surgery.errors import CaptureError, InputError, Refusal
+from surgery.kinds.fx.links import is_link_module
+from surgery.kinds.fx.shapes import fake_shapes, kept_random
+from surgery.kinds.fx.trace import export_program, trace_module
+from surgery.kinds.fx.view import Call, View, site_name
+from surgery.kinds.fx.watch import watch
+from surgery.kinds.layers.carried import CARRIED, refuse_carrying
+from surgery.kinds.layers.copying import copy_module
+from surgery.kinds.layers.factored import is_chain
+from surgery.kinds.layers.known import ModuleCall
+from surgery.kinds.layers.modules import is_operator_module, read_module, weight_of, weight_path
+from surgery.kinds.layers.within import Within, within_of
+from surgery.kinds.program.kind import program_shapes, program_view
+from surgery.sites.site import Skip, describe
+
+__all__ = ["Captured", "capture", "has_lazy", "hung_skip", "trace_only"]
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """The view of a module's graph, the shapes of its values, and the calls of chains; ``proves`` dataflow, or not."""
+
+    view: View
+    shape: Callable[[Node], Shape]
+    chains: tuple[ModuleCall, ...]
+    proves: bool = True
+
+
+def capture(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+    """Return the calls of a module's layers.
+
+    Raises:
+        InputError: the model does not run on the example inputs, or there are none and they are needed.
+    """
+    with kept_random(root):  # user code may draw random numbers while it is traced
+        return _captured(root, args, kwargs)
+
+
+def _captured(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+    given = bool(args or kwargs)
+    if not (given and has_lazy(root)):
+        traced = trace_only(root, args, kwargs)
+        if traced is not None:
+            return traced
+        if not given:
+            raise InputError("torch.fx cannot trace this model", next_step="give example_inputs")
+        try:
+            return _exported(root, args, kwargs)
+        except CaptureError:
+            pass  # a run shows what can be seen, or why the inputs do not fit
+    return _watched(root, args, kwargs)
+
+
+def trace_only(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured | None:
+    """Return what torch.fx's tracing gives; None where it fails, or where what it gives does not run on the inputs."""
+    traced = trace_module(root, args, kwargs)
+    if traced is None:
+        return None
+    module, values = traced
+    parameters = dict(root.named_parameters(remove_duplicate=False))
+    reads = {node: str(node.target) for node in module.graph.find_nodes(op="get_attr")}
+    view = View(
+        module.graph,
+        parameters,
+        {node: name for node, name in reads.items() if name in parameters},
+        frozenset(node for node, name in reads.items() if name not in parameters),
+        root.get_submodule,
+        lambda call: _whole_call(root, call) if call.path is not None else _functional_skip(root, call),
+    )
+    if args or kwargs:
+        try:
+            shape = fake_shapes(module, values)
+        except InputError:
+            return None
+    else:
+        shape = _no_shape
+    return Captured(view, shape, _chain_calls(root, view))
+
+
+def _no_shape(node: Node) -> Shape:
+    raise InputError("sites have no costs without input shapes", next_step="give example_inputs")
+
+
+def _chain_calls(root: nn.Module, view: View) -> tuple[ModuleCall, ...]:
+    nodes = [node for node in view.graph.find_nodes(op="call_module") if is_chain(root.get_submodule(str(node.target)))]
+    return tuple(ModuleCall(node, node.all_input_nodes[0], str(node.target)) for node in nodes)
+
+
+def _whole_call(root: nn.Module, call: Call) -> Call | Skip:
+    """Refuse the call of a layer with what cannot be carried, or with more than its input."""
+    more = call.node.op == "call_module" and len(call.node.args) + len(call.node.kwargs) != 1
+    reason = "it is called with more than its input" if more else None
+    return hung_skip(root, call, reason) or call
+
+
+def hung_skip(root: nn.Module, call: Call, reason: str | None = None) -> Skip | None:
+    """Return why the module of a call has to stay, or None."""
+    module = root.get_submodule(str(call.path))
+    reason = reason or refuse_carrying(module) or _held_elsewhere(root, module)
+    path, operator = str(call.path), call.operator
+    return None if reason is None else Skip(path, describe(operator), reason, operator.parameters)
+
+
+def _functional_skip(root: nn.Module, call: Call) -> Skip:
+    try:
+        layer = within_of(root.get_submodule(site_name(call.weight)))
+    except AttributeError:  # it is no layer's
+        layer = None
+    why = "a function in forward() uses it, not a module of its own"
+    reason = f"{layer.reason if isinstance(layer, Refusal) else why}; factor an exported program instead"
+    return Skip(site_name(call.weight), describe(call.operator), reason, call.operator.parameters)
+
+
+def has_lazy(root: nn.Module) -> bool:
+    """Whether the weights of any layer are not made yet."""
+    return any(map(is_lazy, root.parameters()))
+
+
+def _watched(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+    seen = watch(copy_module(root) if has_lazy(root) else root, args, kwargs)
+    parameters = dict(root.named_parameters(remove_duplicate=False))
+    view = View(seen.graph, parameters, {}, frozenset(), root.get_submodule, lambda call: _whole_call(root, call))
+    return Captured(view, seen.shapes.__getitem__, _chain_calls(root, view), proves=False)
+
+
+def _exported(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+    program = export_program(root, args, kwargs)
+    parameters = dict(root.named_parameters(remove_duplicate=False))
+    groups = _groups(root, program.graph.nodes, is_chain)
+    calls = [ModuleCall(rows[0], source, path) for path, rows, source in groups if source is not None]
+    given = _within_calls(root, _groups(root, program.graph.nodes, _is_within))
+    inside = frozenset(node for _, rows, _ in groups for node in rows)
+    inside |= {node for call in given.values() for node in call.nodes}
+    reader = _Exported(root, parameters, inside)
+    view = replace(
+        program_view(program),
+        parameters=parameters,
+        adapt=reader.own_call,
+        owner=reader.link_path,
+        outlined=inside,
+        given=given,
+        module=root.get_submodule,
+    )
+    return Captured(view, program_shapes(program, None), tuple(calls))
+
+
+_Group = tuple[str, list[Node], Node | None]
+
+
+def _groups(root: nn.Module, nodes: Any, wanted: Callable[[nn.Module], bool]) -> list[_Group]:
+    """Return the paths of wanted modules with the nodes that a call of theirs has made, and the node of its input."""
+    groups: dict[tuple[str, str], list[Node]] = {}
+    for node in nodes:
+        key = next((key for key in _stack(node).items() if _is_at(root, key[1], wanted)), None)
+        if key is not None:
+            groups.setdefault(key, []).append(node)
+    found = []
+    for (_, path), group in groups.items():
+        outside = (n for node in group for n in node.all_input_nodes if n not in group)
+        sources = [n for n in outside if n.op != "placeholder" or not n.name.startswith(("p_", "b_", "c_"))]
+        found.append((path, group, next(iter(sources), None)))
+    return found
+
+
+def _is_within(module: nn.Module) -> bool:
+    return isinstance(within_of(module), Within)
+
+
+def _within_calls(root: nn.Module, groups: Sequence[_Group]) -> dict[Node, Call]:
+    """Return the calls of layers that do more than their operator, each as one, by their last nodes."""
+    found = {}
+    for path, rows, source in groups:
+        module = root.get_submodule(path)
+        operator = read_module(module)
+        if source is None or not isinstance(operator, Operator):
+            continue
+        bias = None if operator.bias is None else f"{path}.bias"
+        weight = f"{path}.{weight_path(module)}"
+        found[rows[-1]] = Call(rows[-1], source, operator, weight, bias, "out_in", path, within=tuple(rows[:-1]))
+    return found
+
+
+def _stack(node: Node) -> dict[str, str]:
+    """Return the paths of the modules in whose forward a node was made, from the outside in, by the call."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return {str(call): str(path).split("@")[0] for call, (path, _) in stack.items()}
+
+
+def _is_at(root: nn.Module, path: str, wanted: Callable[[nn.Module], bool]) -> bool:
+    try:
+        return wanted(root.get_submodule(path))
+    except AttributeError:
+        return False
+
+
+@dataclass(frozen=True, eq=False)
+class _Exported:
+    """Reads the calls of an exported graph as those of the modules that made them."""
+
+    root: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    inside: frozenset[Node]
+
+    def link_path(self, node: Node) -> str | None:
+        """Return the path of the link module whose forward made a node."""
+        path = _caller(self.root, node)
+        return path if path is not None and is_link_module(self.root.get_submodule(path)) else None
+
+    def own_call(self, call: Call) -> Call | Skip:
+        """Turn a call of an exported graph into that of the module whose forward made it."""
+        if call.path is not None:
+            return _whole_call(self.root, call)
+        path = _caller(self.root, call.node)
+        owner = None if path is None else self.root.get_submodule(path)
+        owns = owner is not None and owner._parameters.get("weight") is self.parameters[call.weight]
+        if path is None or owner is None or not is_operator_module(owner) or not owns:
+            return _functional_skip(self.root, call)
+        operator = read_module(owner)
+        reason = operator.reason if isinstance(operator, Refusal) else _refuse(operator, call.operator)
+        if reason is not None:
+            return Skip(path, describe(call.operator), reason, call.operator.parameters)
+        assert isinstance(operator, Operator)  # else there is a reason
+        weight = f"{path}.weight"  # torch.export calls weights that are tied by the name of one of them
+        call = replace(call, operator=operator, weight=weight, path=path, weight_node=None, bias_node=None)
+        skip = hung_skip(self.root, call)
+        return skip or (_without_views(call) if call.stored == "in_out" else call)
+
+
+def _refuse(operator: Operator, called: Operator) -> str | None:
+    if not isinstance(operator, Conv) or not isinstance(called, Conv):
+        return None
+    if operator.geometry.padding_mode != "zeros" and operator.geometry.padded:
+        return f"its padding mode {operator.geometry.padding_mode} is a node of its own in an exported graph"
+    other = operator.geometry.output_padding != called.geometry.output_padding
+    return "it is called with more than its input" if other else None
+
+
+def _without_views(call: Call) -> Call:
+    """Widen a Conv1D's product of matrices to the whole module, which flattens its input and shapes its output."""
+    users = list(call.node.users)
+    if _is_view(call.source) and len(users) == 1 and _is_view(users[0]):
+        within = (call.source, call.node)
+        return replace(call, source=call.source.all_input_nodes[0], node=users[0], inner=call.node, within=within)
+    return call
+
+
+def _is_view(node: Node) -> bool:
+    return node.target in (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
+
+
+def _caller(root: nn.Module, node: Node) -> str | None:
+    """Return the path of the innermost module in whose forward the node was made."""
+    path = next(reversed(_stack(node).values()), None)
+    try:
+        return None if path is None or root.get_submodule(path) is None else path
+    except AttributeError:
+        return None
+
+
+def _held_elsewhere(root: nn.Module, layer: nn.Module) -> str | None:
+    """Return where else the weight of a layer is held, if anywhere: there it would go on as it was, unused."""
+    weight, within = weight_of(layer), within_of(layer)
+    names = within.names - within.exact if isinstance(within, Within) else ()
+    computed = [layer.get_parameter(name) for name in names]
+    inside = set(layer.modules())
+    for path, module in root.named_modules():
+        shared = is_operator_module(module) and weight_of(module) is weight
+        for name, parameter in module._parameters.items() if module not in inside else ():
+            if parameter is not None and any(parameter is other for other in computed):
+                return f"its weight is computed from the parameter {name} of {path or 'the model'}"
+            if parameter is not None and parameter is weight and not shared and not path.startswith("_"):
+                return f"its weight is the parameter {name} of {path or 'the model'} too"
+        attributes = {} if isinstance(module, nn.RNNBase) else vars(module)  # recurrent layers keep rows of weights
+        for name, value in attributes.items():
+            if name not in CARRIED and any(_holds(value, own) for own in (weight, *computed)):
+                return f"its weight is held in {name} of {path or 'the model'} too"
+    return None
+
+
+def _holds(value: Any, weight: Any) -> bool:
+    """Whether a value is a tensor, or a list or dict has it."""
+    if isinstance(value, list | tuple):
+        return any(_holds(item, weight) for item in value)
+    if type(value) is dict:
+        return any(_holds(item, weight) for item in value.values())
+    return value is weight

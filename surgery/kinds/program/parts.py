@@ -1,0 +1,58 @@
+"""Parts of an exported program that are copied, renamed and untied from the old one when a new one is built."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.export import ModuleCallEntry
+from torch.export.graph_signature import ConstantArgument
+from torch.fx import Graph
+
+from surgery.kinds.fx.view import identity
+
+__all__ = ["copy_graph", "final_names", "own_state", "rename_entry"]
+
+
+def copy_graph(graph: Graph) -> Graph:
+    """Copy a graph with the names of its nodes, to which the signature refers; fx would rename an ``input``."""
+    copied = copy.deepcopy(graph)
+    for old, new in zip(graph.nodes, copied.nodes, strict=True):
+        new.name = old.name
+    return copied
+
+
+def final_names(renamed: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return the last name of each node that was replaced; what took its place may have been replaced as well."""
+    names: dict[str, str] = {}
+    for before, after in reversed(renamed):
+        names[before] = names.get(after, after)
+    return names
+
+
+def rename_entry(entry: ModuleCallEntry, names: dict[str, str]) -> ModuleCallEntry:
+    """Copy the part of a call's signature that names nodes, with the new names."""
+    if entry.signature is None:
+        return entry
+    inputs, outputs = copy.deepcopy((entry.signature.inputs, entry.signature.outputs))
+    for argument in (*inputs, *outputs):
+        if not isinstance(argument, ConstantArgument):
+            argument.name = names.get(argument.name, argument.name)
+    return replace(entry, signature=replace(entry.signature, inputs=inputs, outputs=outputs))
+
+
+def own_state(state: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy the tensors that the old program has too, each once, so that tied weights stay tied."""
+    copies: dict[tuple[Any, ...], Tensor] = {}
+    others = {identity(tensor) for tensor in old.values()}
+    for name, tensor in state.items():
+        key = identity(tensor)
+        if key not in copies:
+            mine = tensor.detach().clone() if key in others else tensor
+            trains = isinstance(tensor, nn.Parameter)
+            copies[key] = nn.Parameter(mine, requires_grad=tensor.requires_grad) if trains else mine
+        state[name] = copies[key]
+    return state

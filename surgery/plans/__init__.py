@@ -1,0 +1,1 @@
+"""Plans: rank rules, what each site could become, and the one choice."""

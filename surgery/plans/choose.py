@@ -1,0 +1,105 @@
+"""One option for each site: the least cost within a budget of damage, or the least damage within a budget of cost.
+
+A multiple-choice knapsack, solved by SciPy's HiGHS as an integer programme to a relative gap that is below what
+measuring can tell: minimise sum c_ij x_ij with sum_j x_ij = 1 for each site i and sum d_ij x_ij <= budget, x in {0, 1}.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import scipy.sparse
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from surgery.plans.options import Option, Options
+
+__all__ = ["choose_damage", "choose_least_cost", "frontier"]
+
+_GAP = 1e-3
+_SECONDS = 10.0
+_PRICES = 96  # of damage, on the frontier
+
+
+def choose_least_cost(sites: Sequence[Options], damage: float) -> list[Option]:
+    """Return the options of least cost whose damages sum to at most ``damage``; dense everywhere where that is 0."""
+    costs, damages = _columns(sites)
+    return _solve(sites, costs, damages, damage) or [site.dense for site in sites]
+
+
+def choose_damage(sites: Sequence[Options], cost: float) -> list[Option] | None:
+    """Return the options of least damage whose costs sum to at most ``cost``; None where the cheapest cost more."""
+    cheapest = [min(site.options, key=lambda option: option.cost) for site in sites]
+    if sum(option.cost for option in cheapest) > cost:
+        return None
+    costs, damages = _columns(sites)
+    return _solve(sites, damages, costs, cost) or cheapest
+
+
+def frontier(sites: Sequence[Options]) -> list[tuple[float, float]]:
+    """Return (damage, cost) of the best choices from dense to the cheapest, by increasing damage.
+
+    For each price of damage every site takes its best option by itself (Lagrange), which is exact on the convex hull.
+    """
+    prices = np.geomspace(1e-6, 1e6, _PRICES)
+    scale = sum(s.dense.cost for s in sites) / max(1e-30, sum(max(o.damage for o in s.options) for s in sites))
+    found: dict[tuple[float, float], None] = {}
+    for price in prices * scale:
+        chosen = [min(site.options, key=lambda option: option.cost + price * option.damage) for site in sites]
+        found[sum(o.damage for o in chosen), sum(o.cost for o in chosen)] = None
+    return sorted(found)
+
+
+def _columns(sites: Sequence[Options]) -> tuple[list[float], list[float]]:
+    """Return the costs and the damages of all options, site by site."""
+    options = [option for site in sites for option in site.options]
+    return [option.cost for option in options], [option.damage for option in options]
+
+
+def _solve(
+    sites: Sequence[Options], goal: Sequence[float], weight: Sequence[float], limit: float
+) -> list[Option] | None:
+    """Return the choice of the least goal whose weights sum to at most the limit; None if time was up before any."""
+    options = [option for site in sites for option in site.options]
+    if not options:
+        return []
+    owner = np.repeat(np.arange(len(sites)), [len(site.options) for site in sites])
+    one_each = scipy.sparse.csr_array((np.ones(len(options)), (owner, np.arange(len(options)))))
+    goals, weights = np.array(goal) / (max(goal) or 1.0), np.array(weight) / (limit or 1.0)
+    budget = LinearConstraint(weights[None], -np.inf, 1.0 if limit else 0.0)
+    with _silence():
+        result = milp(
+            goals,
+            constraints=[LinearConstraint(one_each, 1, 1), budget],
+            integrality=np.ones(len(options)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+        )
+    if result.x is None:
+        return None
+    picked = np.flatnonzero(result.x > 0.5)
+    return [options[index] for index in picked]
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Drop what C code prints: HiGHS may leave a line of its own on the output, whatever its options."""
+    if os.name != "posix":
+        yield
+        return
+    flush = ctypes.CDLL(None).fflush
+    sys.stdout.flush()
+    flush(None)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        flush(None)  # while there is nowhere to print to
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

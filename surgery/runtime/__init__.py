@@ -1,0 +1,1 @@
+"""Running models: whole-model timing, export to ONNX, and differences between outputs."""

@@ -1,0 +1,285 @@
+"""Time whole models under onnxruntime, interleaved, on the same inputs, and say which is faster with what certainty."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy.typing as npt
+import onnxruntime as ort
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from surgery.cost.onnxruntime.latency import cpu_name
+from surgery.cost.onnxruntime.timing import (
+    Budget,
+    Samples,
+    bind,
+    check_threads,
+    compare_samples,
+    interleave,
+    open_session,
+    physical_cores,
+    waited,
+)
+from surgery.data.inputs import Inputs, default_inputs, feed, normalise_inputs
+from surgery.errors import InputError
+from surgery.runtime.compare import Model, open_model
+from surgery.runtime.export import capture, export_onnx
+from surgery.system.scratch import scratch_folder
+
+__all__ = [
+    "Environment",
+    "ModelComparison",
+    "ModelTiming",
+    "Ready",
+    "Timing",
+    "bench",
+    "check_models",
+    "describe_feeds",
+    "environment",
+    "make_ready",
+    "name_of",
+    "shared_inputs",
+    "time_ready",
+]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where it was measured: what a latency depends on.
+
+    ``load`` is the number of processes that wanted a core in the minute before (None where the system does not say).
+    On a busy machine expect wide intervals, and do not trust a comparison with more than one thread.
+    """
+
+    threads: int
+    load: float | None
+    cpu: str
+    instruction_set: str
+    python: str
+    torch: str
+    onnxruntime: str
+    surgery: str
+
+
+@dataclass(frozen=True)
+class ModelTiming:
+    """Latency of one model; ``path`` is its file, or the class of a model in memory."""
+
+    path: str
+    samples: Samples = field(repr=False)
+
+    @property
+    def median_s(self) -> float:
+        """Median seconds of one run."""
+        return self.samples.median
+
+    @property
+    def p90_s(self) -> float:
+        """Seconds that nine runs in ten stay below."""
+        return self.samples.p90
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median."""
+        return self.samples.spread
+
+    @property
+    def runs(self) -> int:
+        """Number of timed runs."""
+        return self.samples.runs
+
+
+@dataclass(frozen=True)
+class ModelComparison:
+    """Speed-up of one model over the first, with its 95 % interval, and "faster", "slower" or "no difference"."""
+
+    path: str
+    speedup: float
+    low: float
+    high: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Latencies of all models, each later one compared with the first, and the environment.
+
+    ``inputs`` say what they ran on, as ``x float32 8x3x224x224``.
+    """
+
+    models: tuple[ModelTiming, ...]
+    comparisons: tuple[ModelComparison, ...]
+    environment: Environment
+    inputs: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the timing as JSON values; times in seconds."""
+        keys = ("path", "median_s", "p90_s", "spread", "runs")
+        return {
+            "models": [{key: getattr(model, key) for key in keys} for model in self.models],
+            "comparisons": [asdict(comparison) for comparison in self.comparisons],
+            "inputs": list(self.inputs),
+            "environment": asdict(self.environment),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A model that onnxruntime has taken, with its inputs in place: each call of ``run`` is one run."""
+
+    path: str
+    run: Callable[[], None]
+    inputs: tuple[str, ...]
+
+
+def bench(
+    models: Sequence[nn.Module | ExportedProgram | str | os.PathLike[str]],
+    example_inputs: Any = None,
+    *,
+    names: Sequence[str] | None = None,
+    threads: int | None = None,
+    seconds: float = 5.0,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> Timing:
+    """Time models under onnxruntime on the same inputs, interleaved, for about ``seconds`` in all.
+
+    Models are modules, programs, or paths of .pt2 and .onnx files; those of PyTorch are exported to temporary files and
+    checked first. Without ``example_inputs`` those that the first model brings along are used, or random ones of the
+    shapes it declares, with 1 for dynamic sizes of an .onnx file. ``names`` stand for the models in the result,
+    not their paths. ``threads`` defaults to the physical cores. ``progress`` gets the share of the time that is over.
+
+    Models that run in turn find their weights evicted from the caches, as in a program that does other things between
+    two runs. ``time_apart`` times each as it runs by itself, again and again, in processes of its own: there a model
+    whose weights fit in the cache is faster, while one whose weights do not is as fast as here.
+
+    Raises:
+        InputError: no models, or models that do not take the same inputs.
+        CaptureError, CheckError: a model that cannot be exported, as ``export_onnx`` says.
+
+    >>> bench([nn.Linear(8, 8)], torch.ones(1, 8), seconds=0.01).models[0].runs >= 11
+    True
+    """
+    check_models(models, names)
+    ready = make_ready(models, example_inputs, names=names, threads=threads, seed=seed)
+    return time_ready(ready, threads=threads, seconds=seconds, seed=seed, progress=progress)
+
+
+def make_ready(
+    models: Sequence[nn.Module | ExportedProgram | str | os.PathLike[str]],
+    example_inputs: Any = None,
+    *,
+    names: Sequence[str] | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+) -> list[Ready]:
+    """Return models to be timed, perhaps more than once; arguments and exceptions are those of ``bench``."""
+    check_threads(threads)
+    threads = threads or physical_cores()
+    opened = [open_model(model, threads=threads) for model in models]
+    inputs = shared_inputs(opened, example_inputs, seed)
+    ready = []
+    for path, model in zip(names or map(name_of, models), opened, strict=True):
+        try:
+            ready.append(Ready(path, *_prepare(model, inputs, threads)))
+        except InputError as error:
+            raise InputError(f"{path}: {error.what}", allowed=error.allowed, next_step=error.next_step) from error
+    return ready
+
+
+def time_ready(
+    ready: Sequence[Ready],
+    *,
+    threads: int | None = None,
+    seconds: float = 5.0,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> Timing:
+    """Time models that are ready, interleaved, for about ``seconds`` in all, with the threads they were made for.
+
+    With one thread, what a run waits for a core that other programs have does not count, where the system tells.
+    """
+    where = environment(threads)
+    runs = [model.run for model in ready]
+    budget, waits = Budget(seconds, max_rounds=10_000), waited if where.threads == 1 else float
+    samples = interleave(runs, budget, seed=seed, progress=progress, waited=waits)
+    rows = [(model.path, sample) for model, sample in zip(ready, samples, strict=True)]
+    return Timing(
+        tuple(ModelTiming(path, sample) for path, sample in rows),
+        tuple(_compare(path, samples[0], later, seed) for path, later in rows[1:]),
+        where,
+        ready[0].inputs,
+    )
+
+
+def check_models(models: Any, names: Sequence[str] | None) -> None:
+    """Raise InputError for what is no list of models, or other than as many names."""
+    if isinstance(models, str | os.PathLike | nn.Module | ExportedProgram) or not models:
+        raise InputError("timing needs a list of models", allowed="one or more")
+    if names is not None and len(names) != len(models):
+        raise InputError(f"{len(names)} names for {len(models)} models", allowed="one name for each model")
+
+
+def name_of(model: Any) -> str:
+    """Return what a model is called in results: its path, or the class of a model in memory."""
+    return os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__
+
+
+def shared_inputs(models: Sequence[Model], example_inputs: Any, seed: int) -> Inputs:
+    """Return the example inputs, or those of the first model that knows any; raises InputError where none does."""
+    if example_inputs is not None:
+        return normalise_inputs(example_inputs)
+    for model in models:
+        inputs = default_inputs(model, seed=seed)
+        if inputs is not None:
+            return inputs
+    raise InputError("no model knows the shape of its inputs", next_step="give example_inputs")
+
+
+def describe_feeds(feeds: Mapping[str, npt.NDArray[Any]]) -> tuple[str, ...]:
+    """Return a word on each input of a session: its name, type and shape."""
+    return tuple(f"{name} {a.dtype} {'x'.join(map(str, a.shape)) or 'scalar'}" for name, a in feeds.items())
+
+
+def _prepare(model: Model, inputs: Inputs, threads: int) -> tuple[Callable[[], None], tuple[str, ...]]:
+    """Return what runs a model once on its inputs, and these in words."""
+    if isinstance(model, ort.InferenceSession):
+        feeds = feed(model, inputs)
+        return bind(model, feeds), describe_feeds(feeds)
+    program, _ = capture(model, inputs)
+    with scratch_folder() as folder:
+        file = folder / "model.onnx"
+        export_onnx(program, file, inputs)
+        session = open_session(file, threads=threads)
+        feeds = feed(session, inputs, program)
+        return bind(session, feeds), describe_feeds(feeds)
+
+
+def _compare(path: str, first: Samples, later: Samples, seed: int) -> ModelComparison:
+    speedup = compare_samples(first, later, seed=seed)
+    return ModelComparison(path, speedup.value, speedup.low, speedup.high, speedup.verdict)
+
+
+def environment(threads: int | None = None) -> Environment:
+    """Return this machine, these versions and the number of threads (by default the physical cores)."""
+    try:
+        ours = version("model-surgery")
+    except PackageNotFoundError:
+        ours = "not installed"
+    return Environment(
+        threads=threads or physical_cores(),
+        load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        cpu=cpu_name(),
+        instruction_set=torch.backends.cpu.get_cpu_capability(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        onnxruntime=ort.__version__,
+        surgery=ours,
+    )

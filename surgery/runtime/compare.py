@@ -1,0 +1,236 @@
+"""How far the outputs of two models are apart on the same inputs.
+
+Outputs may be nested (tuples, dicts, dataclasses such as those of transformers); they are compared tensor by tensor,
+each as a whole: the largest absolute difference, and the Frobenius norm of the difference over that of the first
+model's output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from surgery.algebra.chain import relative_error
+from surgery.cost.onnxruntime.timing import open_session
+from surgery.data.inputs import Inputs, default_inputs, feed, normalise_inputs
+from surgery.errors import InputError
+from surgery.files.guard.onnx import check_onnx
+from surgery.files.load import load
+from surgery.text import first_line
+
+__all__ = [
+    "Difference",
+    "Model",
+    "OutputDifference",
+    "compare",
+    "compare_outputs",
+    "evaluating",
+    "flatten_outputs",
+    "open_model",
+    "run_model",
+]
+
+Model: TypeAlias = nn.Module | ExportedProgram | ort.InferenceSession
+_GIVE = "give inputs: a tensor, a tuple, or a dict by name"
+
+
+@dataclass(frozen=True)
+class OutputDifference:
+    """Differences of one output tensor; ``name`` is its place in the first model's outputs: ``[0]``, ``.logits``."""
+
+    name: str
+    shape: tuple[int, ...]
+    max_abs: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Differences of all outputs; ``max_abs`` and ``relative`` are the largest of any output."""
+
+    outputs: tuple[OutputDifference, ...]
+
+    @property
+    def max_abs(self) -> float:
+        """Largest absolute difference of two numbers."""
+        return max(output.max_abs for output in self.outputs)
+
+    @property
+    def relative(self) -> float:
+        """Largest relative Frobenius error of an output."""
+        return max(output.relative for output in self.outputs)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the differences as JSON values."""
+        rows = [dataclasses.asdict(output) for output in self.outputs]
+        return {"max_abs": self.max_abs, "relative": self.relative, "outputs": rows}
+
+
+def compare(
+    a: Model | str | os.PathLike[str], b: Model | str | os.PathLike[str], inputs: Any = None, *, seed: int = 0
+) -> Difference:
+    """Return the differences of the outputs of ``b`` from those of ``a``; modules run in evaluation mode.
+
+    Models are modules, exported programs, or paths to .pt2 and .onnx files. Without ``inputs``, those that the first
+    model brings along are used, or those of the second, or random ones of their shapes.
+
+    Raises:
+        InputError: no inputs are known, or they do not fit, or the outputs differ in number, kind or shape, or hold no
+            finite number that could be compared.
+
+    >>> layer = nn.Linear(3, 2)
+    >>> compare(layer, layer, torch.ones(1, 3)).max_abs
+    0.0
+    """
+    models = [open_model(a), open_model(b)]
+    if inputs is None:
+        found = (default_inputs(model, seed=seed) for model in models)
+        given = next((candidate for candidate in found if candidate is not None), None)
+        if given is None:
+            raise InputError("neither model knows the shape of its inputs", next_step=_GIVE)
+    else:
+        given = normalise_inputs(inputs)
+    first, second = (run_model(model, given) for model in models)
+    difference = compare_outputs(first, second)
+    numbers = [tensor for _, tensor in flatten_outputs(first) if tensor.numel()]
+    if numbers and not any(torch.isfinite(tensor).any() for tensor in numbers):
+        raise InputError("the outputs hold no finite number, and nothing can be compared", next_step=_GIVE)
+    return difference
+
+
+def open_model(model: Model | str | os.PathLike[str], *, threads: int | None = None) -> Model:
+    """Return a model as it is, or from its file: an .onnx file becomes a session, any other is loaded.
+
+    Raises:
+        InputError: no such kind of model, or a file that is unreadable, or has weights outside of its folder.
+    """
+    if isinstance(model, nn.Module | ExportedProgram | ort.InferenceSession):
+        return model
+    if not isinstance(model, str | os.PathLike):
+        allowed = "nn.Module, GraphModule, ExportedProgram, or the path of a .pt2 or .onnx file"
+        raise InputError(f"a model of type {type(model).__name__}", allowed=allowed)
+    path = Path(model)
+    if path.suffix != ".onnx":
+        return load(path)
+    check_onnx(path)
+    return open_session(path, threads=threads)
+
+
+def run_model(model: Model, inputs: Inputs) -> Any:
+    """Return the outputs, without gradients and in evaluation mode; a session's as a tuple of tensors.
+
+    Raises:
+        InputError: the model does not take these inputs.
+    """
+    if isinstance(model, ort.InferenceSession):
+        feeds = feed(model, inputs)
+        return tuple(_from_onnx(value) for value in _call(lambda: model.run(None, feeds)))
+    args, kwargs = inputs
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of torch about itself; what matters here are the outputs
+        if isinstance(model, ExportedProgram):
+            return _call(lambda: model.module()(*args, **kwargs))
+        with evaluating(model):
+            return _call(lambda: model(*args, **kwargs))
+
+
+def _call(run: Callable[[], Any]) -> Any:
+    try:
+        return run()
+    except Exception as error:  # whatever a model raises
+        raise InputError(f"the model does not run on these inputs: {first_line(error)}", next_step=_GIVE) from error
+
+
+def _from_onnx(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype != object else value
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put all submodules in evaluation mode, and each back in its own mode afterwards."""
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False  # not eval(): exported modules refuse it
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def compare_outputs(first: Any, second: Any) -> Difference:
+    """Return the differences of two nests of tensors.
+
+    Raises:
+        InputError: they have different numbers of tensors, or different shapes, or none.
+    """
+    a, b = list(flatten_outputs(first)), list(flatten_outputs(second))
+    shapes = [[tuple(tensor.shape) for _, tensor in side] for side in (a, b)]
+    if shapes[0] != shapes[1]:
+        said = [", ".join("x".join(map(str, shape)) or "scalar" for shape in side) or "none" for side in shapes]
+        raise InputError(f"the outputs differ in structure: {said[0]} against {said[1]}", allowed="equal shapes")
+    if not a:
+        raise InputError("the models return no tensors", allowed="models with at least one output")
+    return Difference(tuple(_differ(name, x, y) for (name, x), (_, y) in zip(a, b, strict=True)))
+
+
+def _differ(name: str, first: Tensor, second: Tensor) -> OutputDifference:
+    x, y = (_real(tensor.detach().cpu()) for tensor in (first, second))
+    if torch.equal(torch.isnan(x), torch.isnan(y)):
+        same = (x == y) | torch.isnan(x)  # infinities and NaN in the same places are no difference
+        x, y = x.masked_fill(same & ~torch.isfinite(x), 0), y.masked_fill(same & ~torch.isfinite(y), 0)
+    max_abs = float((x - y).abs().max()) if x.numel() else 0.0
+    relative = relative_error(y, x)
+    return OutputDifference(
+        name or "output",
+        tuple(first.shape),
+        max_abs if math.isfinite(max_abs) else math.inf,
+        relative if math.isfinite(relative) else math.inf,
+    )
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor).double() if tensor.is_complex() else tensor.double()
+
+
+def flatten_outputs(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield all tensors of a nest, each with its place: ``[0]``, ``.logits``; a number counts as a tensor.
+
+    Raises:
+        InputError: the nest has something else in it.
+    """
+    if value is None:
+        return
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, bool | int | float):
+        yield name, torch.tensor(value)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from flatten_outputs(item, f"{name}.{key}")
+    elif isinstance(value, tuple | list):
+        for index, item in enumerate(value):
+            yield from flatten_outputs(item, f"{name}[{index}]")
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from flatten_outputs(getattr(value, field.name), f"{name}.{field.name}")
+    elif type(value) in pytree.SUPPORTED_NODES:
+        for index, leaf in enumerate(pytree.tree_leaves(value)):
+            yield from flatten_outputs(leaf, f"{name}[{index}]")
+    else:
+        allowed = "tensors and numbers in tuples, lists, dicts and dataclasses"
+        raise InputError(f"the output{name} is a {type(value).__name__}", allowed=allowed)

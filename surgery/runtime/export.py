@@ -1,0 +1,275 @@
+"""Export to ONNX: quietly, whole or not at all, and only what onnxruntime was seen to compute as PyTorch does."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from surgery.cost.onnxruntime.timing import open_session
+from surgery.data.inputs import Inputs, default_inputs, feed, flatten_inputs, normalise_inputs
+from surgery.errors import CaptureError, CheckError, InputError
+from surgery.runtime.compare import Difference, compare_outputs, evaluating, flatten_outputs, run_model
+from surgery.runtime.rounding import float64_outputs, shaken_outputs
+from surgery.system.scratch import scratch_folder
+from surgery.system.writing import Writer, check_outputs, write_together
+from surgery.text import first_line
+
+__all__ = [
+    "MAX_ROUNDING",
+    "ROUNDING_SLACK",
+    "TOLERANCES",
+    "ExportReport",
+    "capture",
+    "check_export",
+    "export_onnx",
+    "quiet",
+]
+
+TOLERANCES = {  # relative Frobenius error of a whole output, by the coarsest float type in it
+    torch.float64: 1e-6,  # not 1e-12: exporters keep some constants in float32
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
+# Of badly conditioned models, onnxruntime's error was 0.9 to 1.5 times PyTorch's: both round as often, in other orders.
+# A sum of n random terms is off by u sqrt(n / 2) if taken one by one, u sqrt(log2 n) in a tree: 7 apart at 1000 terms.
+ROUNDING_SLACK = 8.0
+MAX_ROUNDING = 0.1  # relative: where float32 has no digit left, no export can be checked
+_SHAKES = 3
+_SINGLE_FILE_BYTES = 2**31 - 2**24  # protobuf takes less than 2 GiB in one message; leave room for the nodes
+_LOUD = ("torch.onnx", "torch.export", "torch._export", "onnxscript", "onnx_ir")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and how it was checked.
+
+    ``inputs`` has each input as ``name type shape``, with letters for dynamic sizes. The errors are the largest of any
+    output, against PyTorch, on the example inputs. ``data`` is the file of weights beside a model of 2 GiB or more.
+    """
+
+    path: Path
+    size: int
+    opset: int
+    inputs: tuple[str, ...]
+    dynamic: bool
+    max_abs_error: float
+    relative_error: float
+    data: Path | None = None
+
+
+def export_onnx(
+    model: nn.Module | ExportedProgram,
+    path: str | os.PathLike[str],
+    example_inputs: Any = None,
+    *,
+    force: bool = True,
+    seed: int = 0,
+) -> ExportReport:
+    """Write a module (in evaluation mode) or program as ONNX, after onnxruntime gave PyTorch's outputs on the inputs.
+
+    ``example_inputs`` are a tensor, a tuple or list, or a dict by name; a program brings its own along, and its dynamic
+    sizes stay dynamic. Weights of 2 GiB or more go to a second file, ``NAME.onnx.data``.
+
+    Raises:
+        FileError: the file cannot be written, or exists and ``force`` is False.
+        InputError: no inputs, inputs that do not fit, or types that onnxruntime cannot run.
+        CaptureError: torch cannot capture the model or write it as ONNX.
+        CheckError: onnxruntime computes something else; nothing is written.
+    """
+    target = Path(path)
+    check_outputs([target], force=force)
+    program, inputs = capture(model, example_inputs, seed=seed)
+    exported = _to_onnx(program)
+    with scratch_folder() as folder:
+        draft = folder / target.name
+        _write_draft(exported, draft)
+        session = _open_draft(draft)
+        difference = check_export(program, session, inputs)
+        data = _publish(draft, target, force=force)
+    declared = session.get_inputs()
+    return ExportReport(
+        path=target,
+        size=target.stat().st_size + (data.stat().st_size if data else 0),
+        opset=exported.model.opset_imports[""],
+        inputs=tuple(f"{d.name} {d.type[7:-1]} {'x'.join(map(str, d.shape)) or 'scalar'}" for d in declared),
+        dynamic=any(isinstance(size, str) for d in declared for size in d.shape),
+        max_abs_error=difference.max_abs,
+        relative_error=difference.relative,
+        data=data,
+    )
+
+
+def capture(
+    model: nn.Module | ExportedProgram, example_inputs: Any = None, *, seed: int = 0
+) -> tuple[ExportedProgram, Inputs]:
+    """Return the model as a program (a module's, in evaluation mode), and inputs that it runs on.
+
+    Raises:
+        InputError: no inputs are given and the model knows none.
+        CaptureError: torch.export cannot capture the module.
+    """
+    if not isinstance(model, nn.Module | ExportedProgram):
+        raise InputError(f"a model of type {type(model).__name__}", allowed="nn.Module, GraphModule, ExportedProgram")
+    inputs = default_inputs(model, seed=seed) if example_inputs is None else normalise_inputs(example_inputs)
+    if inputs is None:
+        raise InputError(f"{type(model).__name__} needs example inputs", next_step="give example_inputs")
+    if isinstance(model, ExportedProgram):
+        return model, inputs
+    args, kwargs = inputs
+    run_model(model, inputs)  # inputs that do not fit are an InputError, not a failure of the capture
+    with quiet(), evaluating(model):
+        return _capturing("captured", lambda: torch.export.export(model, args, kwargs)), inputs
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the warnings and log lines of torch's exporters, which speak of themselves."""
+    loggers = [logging.getLogger(name) for name in _LOUD]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _capturing(done: str, run: Callable[[], _Result]) -> _Result:
+    try:
+        return run()
+    except Exception as error:  # torch's exporters raise all kinds
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        what = f"the model cannot be {done}: {first_line(root)}"
+        raise CaptureError(what, next_step="see torch.export's guide") from error
+
+
+def _to_onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
+    def run() -> torch.onnx.ONNXProgram:
+        with torch.no_grad():  # torch differentiates loops while it looks at them, and stumbles over dynamic sizes
+            exported = torch.onnx.export(program, dynamo=True, verbose=False)
+        if exported is None:
+            raise InputError("torch.onnx.export returned nothing")
+        return exported
+
+    with quiet():
+        return _capturing("written as ONNX", run)
+
+
+def _write_draft(exported: torch.onnx.ONNXProgram, draft: Path) -> None:
+    size = sum(value.const_value.nbytes for value in exported.model.graph.initializers.values() if value.const_value)
+    with quiet():
+        exported.save(draft, external_data=size > _SINGLE_FILE_BYTES)
+
+
+def _open_draft(draft: Path) -> Any:
+    try:
+        return open_session(draft)
+    except InputError as error:
+        reason = error.what.partition(": ")[2]
+        what = f"onnxruntime's CPU kernels do not take the exported model, so that it cannot be checked: {reason}"
+        raise InputError(what, next_step="convert it with model.float()") from error
+
+
+def check_export(program: ExportedProgram, session: Any, inputs: Inputs) -> Difference:
+    """Return the differences of an onnxruntime session from the program that was exported to it, on inputs.
+
+    An output is right within ``TOLERANCES``. One that is not is judged by what rounding does to this program: its error
+    against a run of the program in float64 may be ``ROUNDING_SLACK`` times that of the program itself, or times what
+    the program changes by where its weights and inputs move by their last place, whichever is more; never above
+    ``MAX_ROUNDING``, where a wrong export could no longer be told from rounding. Outputs are judged one by one.
+
+    Raises:
+        InputError: the inputs do not fit the session.
+        CheckError: the session fails, or computes something else.
+    """
+    feeds = feed(session, inputs, program)
+    try:
+        found = tuple(torch.from_numpy(array) for array in session.run(None, feeds))
+    except Exception as error:  # onnxruntime's exceptions have no common base but this
+        raise CheckError(f"onnxruntime cannot run the exported model: {first_line(error)}") from error
+    expected = run_model(program, inputs)
+    try:
+        difference = compare_outputs(expected, found)
+    except InputError as error:
+        raise CheckError(f"the exported model has other outputs: {error.what}") from error
+    floats = [*flatten_inputs(inputs, program), *found, *program.state_dict.values()]
+    tolerance = max((TOLERANCES[t.dtype] for t in floats if t.dtype in TOLERANCES), default=0.0)
+    if difference.relative <= tolerance:
+        return difference
+    wrong = f"onnxruntime's outputs differ from PyTorch's by a relative error of {difference.relative:.2g}"
+    if not math.isfinite(difference.relative):  # infinities or NaN in other places
+        raise CheckError(wrong, allowed=f"at most {tolerance:g}", next_step="nothing was written")
+    plain = [tensor for _, tensor in flatten_outputs(expected)]
+    if not compare_outputs(expected, run_model(program, inputs)).relative <= tolerance:
+        raise CheckError(f"{wrong}, whose own differ from run to run", next_step="nothing was written")
+    errors, allowed = _beside_rounding(program, inputs, plain, found, tolerance)
+    worst = max(range(len(errors)), key=lambda output: errors[output] / max(allowed[output], 1e-300))
+    if not errors[worst] <= allowed[worst]:
+        most = f"at most {allowed[worst]:.2g}, with regard to rounding, and it is {errors[worst]:.2g}"
+        raise CheckError(wrong, allowed=most, next_step="nothing was written")
+    return difference
+
+
+def _beside_rounding(
+    program: ExportedProgram, inputs: Inputs, expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float
+) -> tuple[list[float], list[float]]:
+    """Return the error of each output that was found, and the largest that rounding can explain."""
+    exact = float64_outputs(program, inputs)
+    if exact is not None:
+        exact = [_where_finite(value, wanted) for value, wanted in zip(exact, expected, strict=True)]
+        rounding = _relative(exact, expected)
+    if exact is None or not all(map(math.isfinite, rounding)):
+        exact, rounding = list(expected), [0.0] * len(expected)
+    for seed in range(_SHAKES):
+        shaken = shaken_outputs(program, inputs, seed=seed)
+        if shaken is not None:
+            rounding = [max(pair) for pair in zip(rounding, _relative(expected, shaken), strict=True)]
+    allowed = [max(tolerance, min(ROUNDING_SLACK * value, MAX_ROUNDING)) for value in rounding]
+    return _relative(exact, found), allowed
+
+
+def _where_finite(exact: Tensor, expected: Tensor) -> Tensor:
+    """Return exact numbers, but what the program gave where that is infinite or NaN, since a narrow type overflows."""
+    return exact if not expected.is_floating_point() else torch.where(torch.isfinite(expected), exact, expected)
+
+
+def _relative(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[float]:
+    """Return the relative error of each output; infinite where shapes differ."""
+    if [a.shape for a in first] != [b.shape for b in second]:
+        return [math.inf] * len(first)
+    return [output.relative for output in compare_outputs(list(first), list(second)).outputs]
+
+
+def _publish(draft: Path, target: Path, *, force: bool) -> Path | None:
+    """Copy the checked draft to its place; the weights first, so that a model is never without them."""
+    source, data = draft.with_name(draft.name + ".data"), target.with_name(target.name + ".data")
+    files = [(data, _copier(source))] if source.exists() else []
+    write_together([*files, (target, _copier(draft))], force=force)
+    return data if files else None
+
+
+def _copier(source: Path) -> Writer:
+    def copy(file: IO[bytes]) -> None:
+        with source.open("rb") as opened:
+            shutil.copyfileobj(opened, file)
+
+    return copy

@@ -1,0 +1,276 @@
+"""Whole models timed as a user runs them: each exported once, alone in new processes, under default sessions.
+
+``bench`` times models beside each other in the calling process, which is quick, and in which they share caches, memory
+and cores. A model that would keep its weights in the cache when it runs alone, and pays for the other's there, is
+faster for its user than ``bench`` says. Here each has processes to itself (see ``cost.onnxruntime.processes``), and a
+program's dynamic sizes stay dynamic, which some of the runtime's fusions depend on.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+from torch import nn
+from torch.export import ExportedProgram
+
+from surgery.cost.onnxruntime.processes import Blocks, Job, compare_generations, time_generations
+from surgery.cost.onnxruntime.timing import Samples, Speedup, check_threads, open_session
+from surgery.data.inputs import Inputs, feed
+from surgery.errors import InputError
+from surgery.runtime.bench import (
+    ModelComparison,
+    ModelTiming,
+    Timing,
+    check_models,
+    describe_feeds,
+    environment,
+    name_of,
+    shared_inputs,
+)
+from surgery.runtime.compare import open_model
+from surgery.runtime.export import capture, export_onnx
+from surgery.system.scratch import scratch_folder
+
+__all__ = ["Apart", "time_apart", "time_batches"]
+
+_WIDE = 1.1  # times its lower end, an interval that leaves the search for a speed-up in the dark
+
+_Given: TypeAlias = nn.Module | ExportedProgram | str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A model as its user has it: a file, what goes in by name, and the sizes that the file declares, in its order."""
+
+    name: str
+    file: Path
+    feeds: dict[str, npt.NDArray[Any]]
+    shapes: tuple[tuple[int | str | None, ...], ...]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Whether a speed-up is reached, if any is asked for, and how many times as long a timing may try to tell.
+
+    A search goes on from a speed-up, so that its interval is to be narrow, too.
+    """
+
+    goal: float | None
+    patience: int
+
+    def answered(self, found: Speedup) -> bool:
+        return self.goal is None or not (found.low < self.goal <= found.high or found.high > _WIDE * found.low)
+
+
+def time_apart(
+    models: Sequence[_Given],
+    example_inputs: Any = None,
+    *,
+    names: Sequence[str] | None = None,
+    threads: int | None = None,
+    seconds: float = 5.0,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> Timing:
+    """Time models under onnxruntime, each alone in new processes, for about ``seconds`` in all after their export.
+
+    Models, inputs and names are those of ``bench``. Processes of all models take turns of a quarter of a second, in
+    four to eight generations; models that are slow to load take longer than the seconds. A process opens one
+    session with default options, except for the ``threads`` if they are given, and runs it with plain arrays. What it
+    waits for a core that others use does not count, as far as the system tells (``without_waits``). Intervals are those
+    of ``compare_generations``: they know how far processes differ.
+
+    Raises:
+        InputError: as ``bench``, or a process failed.
+        CaptureError, CheckError: a model that cannot be exported, as ``export_onnx`` says.
+
+    >>> import torch
+    >>> time_apart([nn.Linear(8, 8)], torch.ones(1, 8), seconds=0.0).models[0].runs >= 6
+    True
+    """
+    with _written(models, example_inputs, names, seed) as (folder, written):
+        return _time(folder, written, threads=threads, seconds=seconds, seed=seed, progress=progress)
+
+
+class Apart:
+    """A model that others are timed against, one after another, as ``time_apart`` does; it is exported once."""
+
+    def __init__(self, model: nn.Module | ExportedProgram, example_inputs: Any = None) -> None:
+        self._inputs = shared_inputs([model], example_inputs, 0)
+        held = ExitStack()
+        weakref.finalize(self, held.close)  # also when Python ends
+        self._folder = held.enter_context(scratch_folder())
+        self._first = _write(model, model, self._inputs, self._folder / "first.onnx", name_of(model))
+
+    def against(
+        self,
+        model: nn.Module | ExportedProgram,
+        *,
+        goal: float | None = None,
+        patience: int = 1,
+        threads: int | None = None,
+        seconds: float = 5.0,
+        progress: Callable[[float], None] | None = None,
+    ) -> Timing:
+        """Return the timing of both; arguments and exceptions are those of ``time_apart``.
+
+        Where the interval leaves open whether the ``goal``, a speed-up, is reached, or is wider than a tenth, it takes
+        longer, up to ``patience`` times as long.
+        """
+        later = _write(model, model, self._inputs, self._folder / "later.onnx", name_of(model))
+        asked = _Asked(goal, patience)
+        both = [self._first, later]
+        return _time(self._folder, both, asked, threads=threads, seconds=seconds, seed=0, progress=progress)
+
+    def alone(
+        self,
+        *,
+        threads: int | None = None,
+        seconds: float = 5.0,
+        progress: Callable[[float], None] | None = None,
+    ) -> ModelTiming:
+        """Return the timing of the model itself."""
+        timing = _time(self._folder, [self._first], threads=threads, seconds=seconds, seed=0, progress=progress)
+        return timing.models[0]
+
+
+def time_batches(
+    models: Sequence[_Given],
+    example_inputs: Any = None,
+    *,
+    batches: Sequence[int] = (1, 8, 64),
+    names: Sequence[str] | None = None,
+    threads: int | None = None,
+    seconds: float = 5.0,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> dict[int, Timing]:
+    """Time models as ``time_apart`` does, at several sizes of their dynamic batch axis; the seconds are shared out.
+
+    The batch axis is the first dynamic size of the first input that has one, and every other axis of that name; inputs
+    are repeated along it, or cut.
+
+    Raises:
+        InputError: as ``time_apart``, or a model has no dynamic size, or ``batches`` are not above 0.
+    """
+    if not batches or not all(isinstance(batch, int) and batch >= 1 for batch in batches):
+        raise InputError(f"batches={tuple(batches)}", allowed="one or more whole numbers above 0")
+    found: dict[int, Timing] = {}
+    with _written(models, example_inputs, names, seed) as (folder, written):
+        for batch in batches:
+            found[batch] = _time(
+                folder,
+                [_resized(model, batch) for model in written],
+                threads=threads,
+                seconds=seconds / len(batches),
+                seed=seed,
+                progress=None if progress is None else _part(progress, len(found), len(batches)),
+            )
+    return found
+
+
+def _part(progress: Callable[[float], None], done: int, parts: int) -> Callable[[float], None]:
+    return lambda share: progress((done + share) / parts)
+
+
+@contextmanager
+def _written(
+    models: Sequence[_Given], example_inputs: Any, names: Sequence[str] | None, seed: int
+) -> Iterator[tuple[Path, list[_Written]]]:
+    """Yield a folder, and the models as files in it or where they were; the folder is removed whatever happens."""
+    check_models(models, names)
+    opened = [open_model(model) for model in models]
+    inputs = shared_inputs(opened, example_inputs, seed)
+    with scratch_folder() as folder:
+        written = []
+        for index, (model, given) in enumerate(zip(opened, models, strict=True)):
+            called = name_of(given) if names is None else names[index]
+            try:
+                written.append(_write(model, given, inputs, folder / f"{index}.onnx", called))
+            except InputError as error:
+                raise InputError(f"{called}: {error.what}", allowed=error.allowed, next_step=error.next_step) from error
+        del opened, model  # sessions hold their weights in memory
+        yield folder, written
+
+
+def _write(model: Any, given: _Given, inputs: Inputs, file: Path, name: str) -> _Written:
+    if isinstance(model, ort.InferenceSession):
+        session, file, feeds = model, Path(os.fspath(given)), feed(model, inputs)  # type: ignore[arg-type]  # a path
+    else:
+        program, _ = capture(model, inputs)
+        export_onnx(program, file, inputs)
+        session = open_session(file)
+        feeds = feed(session, inputs, program)
+    return _Written(name, file, feeds, tuple(tuple(d.shape) for d in session.get_inputs()))
+
+
+def _resized(model: _Written, batch: int) -> _Written:
+    names = [size for shape in model.shapes for size in shape if not isinstance(size, int)]
+    if not names or names[0] is None:
+        what = f"{model.name} has no dynamic batch axis"
+        raise InputError(what, next_step="export it with dynamic_shapes, or time it at its one size with time_apart")
+    feeds = {}
+    for (name, array), shape in zip(model.feeds.items(), model.shapes, strict=True):
+        for axis, size in enumerate(shape):
+            if size == names[0]:
+                array = np.take(array, np.arange(batch) % array.shape[axis], axis)
+        feeds[name] = np.ascontiguousarray(array)
+    return _Written(model.name, model.file, feeds, model.shapes)
+
+
+def _time(
+    folder: Path,
+    models: Sequence[_Written],
+    asked: _Asked | None = None,
+    *,
+    threads: int | None,
+    seconds: float,
+    seed: int,
+    progress: Callable[[float], None] | None,
+) -> Timing:
+    check_threads(threads)
+    where = environment(threads)
+    jobs = []
+    for index, model in enumerate(models):
+        inputs = folder / f"{index}.npz"
+        np.savez(inputs, *model.feeds.values())  # by place: names of inputs need not be names of files
+        jobs.append(Job(model.name, model.file, inputs, threads))
+
+    def settled(found: Sequence[Sequence[Blocks]]) -> bool:
+        return asked is None or all(asked.answered(compare_generations(*pair)) for pair in _pairs(found))
+
+    patience = 1 if asked is None else asked.patience
+    generations = time_generations(
+        jobs, seconds=seconds, seed=seed, settled=settled, patience=patience, progress=progress
+    )
+    blocks = list(zip(*generations, strict=True))  # of each model, those of its processes
+    return Timing(
+        tuple(ModelTiming(m.name, _pooled(processes)) for m, processes in zip(models, blocks, strict=True)),
+        tuple(_compared(m.name, *pair) for m, pair in zip(models[1:], _pairs(generations), strict=True)),
+        where,
+        describe_feeds(models[0].feeds),
+    )
+
+
+def _pairs(generations: Sequence[Sequence[Blocks]]) -> list[tuple[Sequence[Blocks], Sequence[Blocks]]]:
+    """Return the blocks of the first model's processes with those of each other's."""
+    first, *others = zip(*generations, strict=True)
+    return [(first, later) for later in others]
+
+
+def _pooled(processes: Sequence[Blocks]) -> Samples:
+    return Samples(tuple(seconds for blocks in processes for block in blocks for seconds in block))
+
+
+def _compared(name: str, first: Sequence[Blocks], later: Sequence[Blocks]) -> ModelComparison:
+    found = compare_generations(first, later)
+    return ModelComparison(name, found.value, found.low, found.high, found.verdict)

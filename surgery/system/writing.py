@@ -1,0 +1,242 @@
+"""Write files so that each is always whole, the old or the new, and several appear together or not at all.
+
+The bytes go to a draft in the target's folder, are flushed to the disk, and take the target's name in one step. An
+error, Ctrl-C or SIGTERM removes the drafts and leaves the targets as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import IO, TypeAlias
+
+from surgery.errors import FileError
+from surgery.system.interrupts import put_off
+from surgery.system.opening import shown_path
+from surgery.system.scratch import FULL, draft_name, open_draft, reason
+
+__all__ = ["Writer", "check_outputs", "noting", "text_writer", "write_atomically", "write_together"]
+
+Writer: TypeAlias = Callable[[IO[bytes]], object]
+_Path: TypeAlias = str | os.PathLike[str]
+
+_EXISTS = "pass --force (in Python force=True) to overwrite it, or choose another name"
+_NOTED: ContextVar[list[Path] | None] = ContextVar("_NOTED", default=None)
+
+
+@contextlib.contextmanager
+def noting(names: list[Path]) -> Iterator[None]:
+    """Add to a list the names of all files that are written in the block, at the moment when they appear."""
+    token = _NOTED.set(names)
+    try:
+        yield
+    finally:
+        _NOTED.reset(token)
+
+
+def check_outputs(outputs: Sequence[_Path], inputs: Sequence[_Path] = (), *, force: bool) -> list[Path]:
+    """Return the files that the names of outputs stand for, links followed; to be called before any work is done.
+
+    Raises:
+        FileError: one cannot be written, is no regular file, exists without ``force``, is another output, or an input.
+    """
+    targets = [_checked(output, force=force) for output in outputs]
+    read = [_identity(path) for path in inputs]
+    seen: list[object] = []
+    for output, target in zip(outputs, targets, strict=True):
+        own = _identity(target)
+        if own in read:
+            raise FileError(f"{shown_path(output)}: is an input too", next_step="choose another name for the output")
+        if own in seen:
+            raise FileError(f"{shown_path(output)}: two outputs have this name", next_step="choose another for one")
+        seen.append(own)
+    return targets
+
+
+def _identity(path: _Path) -> object:
+    """Return what is equal for all names of one file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return os.path.realpath(path)
+    except ValueError:  # no file has such a name
+        return path
+    return found.st_dev, found.st_ino
+
+
+def _checked(output: _Path, *, force: bool) -> Path:
+    name = shown_path(output)
+    if os.fspath(output) == "-":
+        raise FileError("-: nothing is written to a stream", allowed="the name of a file", next_step="./- is one")
+    try:
+        target = Path(os.path.realpath(output))
+        mode = _mode(target)
+    except (OSError, ValueError) as error:
+        raise _cannot_be_written(output, error) from error
+    folder = target.parent
+    if stat.S_ISDIR(mode):
+        raise FileError(f"{name}: is a folder", allowed="the name of a file")
+    if not folder.is_dir():
+        raise FileError(f"{name}: the folder {shown_path(folder)} does not exist", next_step="make it first")
+    if mode and not stat.S_ISREG(mode):
+        raise FileError(f"{name}: is no regular file", allowed="a new name, or that of a regular file")
+    if mode and not force:
+        raise FileError(f"{name}: exists already", next_step=_EXISTS)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise FileError(f"{name}: nothing can be written to the folder {shown_path(folder)}")
+    return target
+
+
+def _mode(target: Path) -> int:
+    """Return the mode of a file, or 0 if there is none; raises OSError if it or its draft could have no such name."""
+    mode = 0
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        mode = os.lstat(target).st_mode  # links were followed, but for those that turn in a circle
+    if not stat.S_ISDIR(mode):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(draft_name(target))
+    return mode
+
+
+def _cannot_be_written(path: _Path, error: OSError | ValueError) -> FileError:
+    what = f"{shown_path(path)}: cannot be written: {reason(error, Path(path).parent)}"
+    full = isinstance(error, OSError) and error.errno in FULL
+    return FileError(what, next_step="make room, or choose another folder" if full else None)
+
+
+def text_writer(text: str) -> Writer:
+    """Return what writes a text, as UTF-8."""
+    return lambda file: file.write(text.encode())
+
+
+def write_atomically(path: _Path, write: Writer, *, force: bool = True) -> None:
+    """Let ``write`` fill a file that appears at ``path`` only when it is complete and on the disk.
+
+    ``force=False`` refuses a target that exists. A link is followed; only a regular file is replaced. Whatever
+    ``write`` raises passes through, after the draft was removed; an OSError becomes a FileError.
+    """
+    write_together([(path, write)], force=force)
+
+
+def write_together(files: Sequence[tuple[_Path, Writer]], *, force: bool = True) -> None:
+    """Write several files as ``write_atomically`` does: all are complete before the first appears.
+
+    If one cannot take its place, those before it are taken back. Ctrl-C and its like are put off: nothing is written
+    if they come before the first appears, all is if they come later. Only where the process is killed, or the machine
+    stops, between two of them is one new and the other old, and both are whole.
+    """
+    targets = check_outputs([path for path, _ in files], force=force)
+    with put_off() as interrupts, contextlib.ExitStack() as stack:
+        drafts = []
+        for (output, write), target in zip(files, targets, strict=True):
+            with _telling(output):
+                drafts.append(draft := _Draft(output, target))
+                stack.callback(draft.discard)
+                draft.fill(write)
+        if not interrupts:
+            _publish(drafts, force=force)
+
+
+@contextlib.contextmanager
+def _telling(output: _Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _cannot_be_written(output, error) from error
+
+
+class _Draft:
+    """A file beside its target, which is to take the target's name."""
+
+    def __init__(self, output: _Path, target: Path) -> None:
+        self.output, self.target = output, target
+        self._path, self._file = open_draft(target)
+        self._old: Path | None = None  # a second name of the file that is replaced, to take it back
+
+    def fill(self, write: Writer) -> None:
+        """Write all of it to the disk."""
+        write(self._file)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if os.name == "nt":
+            self._file.close()  # Windows moves no open files
+
+    def publish(self, *, force: bool, keep: bool) -> None:
+        """Give it the name of the target; with ``keep`` it can be taken back afterwards."""
+        _checked(self.target, force=force)  # what stands there may have changed meanwhile
+        if not force:
+            _move_to_new(self._path, self.target)
+            return
+        if self.target.exists():
+            self._path.chmod(self.target.stat().st_mode & 0o777)
+            if keep:
+                self._old = draft_name(self.target)
+                _second_name(self.target, self._old)
+        os.replace(self._path, self.target)
+
+    def take_back(self) -> None:
+        """Put the old file in its place again, or none."""
+        if self._old is None:
+            self.target.unlink()
+        else:
+            os.replace(self._old, self.target)
+
+    def discard(self) -> None:
+        """Remove what is not in its place; an error here must not hide the one that led here."""
+        with contextlib.suppress(OSError):  # of what was left to write to a full disk
+            self._file.close()
+        for path in (self._path, self._old):
+            if path is not None:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+
+
+def _move_to_new(path: Path, target: Path) -> None:
+    """Rename a file; unlike ``os.replace`` it fails if someone else has made the target meanwhile."""
+    try:
+        os.link(path, target)
+    except FileExistsError:
+        raise FileError(f"{shown_path(target)}: exists already", next_step=_EXISTS) from None
+    except OSError:  # a file system without second names: the check just now has to do
+        os.replace(path, target)
+
+
+def _second_name(path: Path, other: Path) -> None:
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copy2(path, other)
+
+
+def _publish(drafts: Sequence[_Draft], *, force: bool) -> None:
+    done: list[_Draft] = []
+    try:
+        for draft in drafts:
+            with _telling(draft.output):
+                draft.publish(force=force, keep=len(drafts) > 1)
+            done.append(draft)
+    except BaseException:
+        for draft in reversed(done):
+            with contextlib.suppress(OSError):
+                draft.take_back()
+        raise
+    noted = _NOTED.get()
+    if noted is not None:
+        noted += [Path(draft.output) for draft in drafts]
+    for folder in {draft.target.parent for draft in drafts}:
+        _sync(folder)
+
+
+def _sync(folder: Path) -> None:
+    """Make the new names themselves durable, where the system can open folders."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
