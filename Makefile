@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST ?= # more options for pytest
+SMOKE := tests/test_house.py tests/test_algebra.py tests/test_graphs.py -k "house or conv2d-3x3 or resnet-basic or mlp"
 
-.PHONY: demo test laws check
+.PHONY: demo smoke test laws check
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -13,11 +15,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed ## the main job on the network that the repository ships
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.installed ## all tests, with some of the cases of each law
-	$(BIN)/python -m pytest --numprocesses 2
+smoke: $(VENV)/.installed ## in half a minute: the order of the house, and a few cases and networks through everything
+	$(BIN)/python -m pytest --numprocesses 2 $(SMOKE) $(PYTEST)
 
-laws: $(VENV)/.installed ## all tests, with all cases of each law; takes several times as long
-	SURGERY_LAWS=1 $(BIN)/python -m pytest --numprocesses 2
+test: $(VENV)/.installed ## all tests, with a covering choice of what crosses networks, kinds and methods
+	$(BIN)/python -m pytest --numprocesses 2 $(PYTEST)
+
+laws: $(VENV)/.installed ## all tests, with all combinations; takes several times as long
+	SURGERY_LAWS=1 $(BIN)/python -m pytest --numprocesses 2 $(PYTEST)
 
 check: $(VENV)/.installed ## lint and types
 	$(BIN)/ruff check .

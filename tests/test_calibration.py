@@ -18,7 +18,7 @@ from surgery.data.moments import Accumulator, Moments, layout_bytes
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import FACTORIZATIONS, Factorization, Ranks
 from tests.cases import CASES, Case
-from tests.test_algebra import each
+from tests.fitted import each
 from tests.tolerances import assert_close, reduction, tolerance
 
 ALL = 10**9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -239,13 +240,22 @@ WEIGHTS = {
 CASES = BIASES | WEIGHTS
 KINDS = [kind for kind in GRAPH_KINDS if kind != "module"]
 PAIRS = [(name, kind) for name in CASES for kind in KINDS if kind != "graph" or CASES[name].traced]
+
+
+def of(name: str) -> pytest.MarkDecorator:
+    """Mark a test for the process that takes all of a case."""
+    return pytest.mark.xdist_group(f"computed {name}")
+
+
 every_graph = pytest.mark.parametrize(
-    ("name", "kind"), [pytest.param(*pair, id="-".join(pair), marks=pytest.mark.law) for pair in PAIRS]
+    ("name", "kind"), [pytest.param(*pair, id="-".join(pair), marks=[pytest.mark.law, of(pair[0])]) for pair in PAIRS]
 )
-every_program = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.law) for name in CASES])
+every_program = pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.law, of(n)]) for n in CASES])
 
 
+@functools.cache
 def graph(name: str, kind: str) -> tuple[Any, tuple[Tensor, ...]]:
+    """Return the case as this graph kind, made once a session: what it gives is not to be changed."""
     model, inputs = CASES[name].make()
     return GRAPH_KINDS[kind](model, inputs), inputs
 

@@ -1,9 +1,13 @@
-"""The laws of the design over whole networks, on every graph kind: decompose, recompose, and what must not change."""
+"""The laws of the design over whole networks, on every graph kind: decompose, recompose, and what must not change.
+
+Each combination is one test, with the laws as its subtests: they look at one factored model and one that was put back.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +27,17 @@ from surgery.files.save import save
 from surgery.kinds.layers.attention import UnpackedAttention
 from surgery.kinds.layers.recurrent import UnpackedGRU, UnpackedLSTM
 from surgery.passes.decompose import decompose, find_sites
-from surgery.passes.recompose import recompose
+from surgery.passes.recompose import RecomposeResult, recompose
+from surgery.passes.results import DecomposeResult
 from surgery.runtime.export import export_onnx
 from surgery.sites.site import Site
+from tests.covering import grouped, tried
 from tests.tolerances import reduction, tolerance
-from tests.zoo import GRAPH_KINDS, ZOO, Inputs, call, graph
+from tests.zoo import KINDS_OF, ZOO, Inputs, call, graph
 
-PAIRS = [
-    pytest.param(name, kind, id=f"{name}-{kind}", marks=[pytest.mark.xdist_group(name), pytest.mark.law])
-    for name in ZOO
-    for kind in GRAPH_KINDS
-]
+PAIRS = [grouped(name, kind) for name, kinds in KINDS_OF.items() for kind in kinds]
 every_graph = pytest.mark.parametrize(("name", "kind"), PAIRS)
+ROWS = [grouped(*row) for row in tried(KINDS_OF, ["auto", *FACTORIZATIONS])]
 
 
 def state(model: Any) -> dict[str, Tensor]:
@@ -92,30 +95,59 @@ def test_full_rank_is_the_identity(name: str, kind: str) -> None:
     assert_same(outputs(back.model, inputs), before, sites, steps=8)
 
 
-@every_graph
-def test_recompose_gives_back_the_architecture(name: str, kind: str) -> None:
+@dataclass(frozen=True)
+class Factored:
+    """A graph, what decompose made of it at lower ranks, and what recompose made of that."""
+
+    name: str
+    model: Any
+    inputs: Inputs
+    sites: tuple[Site, ...]
+    factorization: str
+    result: DecomposeResult
+    back: RecomposeResult
+
+
+@pytest.mark.parametrize(("name", "kind", "factorization"), ROWS)
+def test_the_laws_of_a_factored_graph(name: str, kind: str, factorization: str, subtests: pytest.Subtests) -> None:
     model, inputs = graph(name, kind)
     sites, _ = find_sites(model, inputs)
-    result = decompose(model, inputs, ranks=lower_ranks(sites))
-    assert len(result.changes) == len(lower_ranks(sites))
-    back = recompose(result.model, inputs)
-    assert shapes(back.model) == shapes(model)
-    assert_same(outputs(back.model, inputs), outputs(result.model, inputs), sites)
-    original, _ = ZOO[name]()
-    trained = {k: v for k, v in state(back.model).items() if k in original.state_dict()}
-    assert set(trained) == set(state(model)) & set(original.state_dict())
+    ranks = lower_ranks(sites, factorization)
+    if not ranks:
+        assert all(isinstance(fitting(site.operator, factorization), Refusal) for site in sites)
+        return
+    result = decompose(model, inputs, ranks=ranks, factorization=factorization)
+    assert len(result.changes) == len(ranks)
+    it = Factored(name, model, inputs, sites, factorization, result, recompose(result.model, inputs))
+    for law in (the_method_is_the_one_asked_for, the_architecture_comes_back, costs_are_real, only_sites_change):
+        with subtests.test(law.__name__):
+            law(it)
+
+
+def the_method_is_the_one_asked_for(it: Factored) -> None:
+    plain = {c.factorization for c in it.result.changes if not c.note}
+    assert it.factorization == "auto" or plain <= {it.factorization}
+    noted = [(c.factorization, it.factorization) for c in it.result.changes if c.note]
+    assert all(pair == ("tucker", "cp") for pair in noted)
+
+
+def the_architecture_comes_back(it: Factored) -> None:
+    assert shapes(it.back.model) == shapes(it.model)
+    factored = outputs(it.result.model, it.inputs)
+    assert_same(outputs(it.back.model, it.inputs), factored, it.sites)
+    original, _ = ZOO[it.name]()
+    trained = {k: v for k, v in state(it.back.model).items() if k in original.state_dict()}
+    assert set(trained) == set(state(it.model)) & set(original.state_dict())
     original.load_state_dict({**original.state_dict(), **trained}, strict=True)
-    assert_same(outputs(original, inputs), outputs(result.model, inputs), sites)
+    assert_same(outputs(original, it.inputs), factored, it.sites)
 
 
-@every_graph
-def test_costs_are_real(name: str, kind: str) -> None:
-    model, inputs = graph(name, kind)
-    sites, _ = find_sites(model, inputs)
-    result = decompose(model, inputs, ranks=lower_ranks(sites))
-    assert unique_parameters(model) == result.before.parameters
+def costs_are_real(it: Factored) -> None:
+    result = it.result
+    assert unique_parameters(it.model) == result.before.parameters
     assert unique_parameters(result.model) == result.after.parameters
-    assert counted_macs(model, inputs) - counted_macs(result.model, inputs) == result.before.macs - result.after.macs
+    saved = counted_macs(it.model, it.inputs) - counted_macs(result.model, it.inputs)
+    assert saved == result.before.macs - result.after.macs
     for change, decision in zip(result.changes, [d for d in result.plan if not d.dense], strict=True):
         assert (change.parameters, change.macs) == (decision.parameters, decision.macs)
 
@@ -142,19 +174,15 @@ def counted_macs(model: Any, inputs: Inputs) -> int:
     return counter.get_total_flops() // 2
 
 
-@every_graph
-def test_only_sites_change(name: str, kind: str) -> None:
-    model, inputs = graph(name, kind)
-    if not hasattr(model, "graph"):
-        untouched_modules(model, inputs)
+def only_sites_change(it: Factored) -> None:
+    if not hasattr(it.model, "graph"):
+        untouched_modules(it)
         return
-    sites, _ = find_sites(model, inputs)
-    result = decompose(model, inputs, ranks=lower_ranks(sites))
-    result.model.graph.lint()
-    old = [(n.op, str(n.target)) for n in model.graph.nodes]
-    new = [(n.op, str(n.target)) for n in result.model.graph.nodes]
-    names = {c.site for c in result.changes}
-    calls = sum(site.calls for site in sites if site.name in names)
+    it.result.model.graph.lint()
+    old = [(n.op, str(n.target)) for n in it.model.graph.nodes]
+    new = [(n.op, str(n.target)) for n in it.result.model.graph.nodes]
+    names = {c.site for c in it.result.changes}
+    calls = sum(site.calls for site in it.sites if site.name in names)
     kept = [row for row in old if row in new]
     assert len(old) - len(kept) <= 4 * calls  # call, weight, bias, transpose
     words = ("conv", "linear", "mm", "matmul", "lstm.", "gru.", "getitem", "weight_norm")
@@ -168,12 +196,11 @@ def test_only_sites_change(name: str, kind: str) -> None:
 UNPACKED = {nn.MultiheadAttention: UnpackedAttention, nn.LSTM: UnpackedLSTM, nn.GRU: UnpackedGRU}
 
 
-def untouched_modules(model: nn.Module, inputs: Inputs) -> None:
-    sites, _ = find_sites(model, inputs)
-    result = decompose(model, inputs, ranks=lower_ranks(sites))
-    paths = {path for c in result.changes for s in sites if s.name == c.site for path in (s.name, *s.aliases)}
-    new = dict(result.model.named_modules(remove_duplicate=False))
-    for path, module in model.named_modules(remove_duplicate=False):
+def untouched_modules(it: Factored) -> None:
+    changed = {c.site for c in it.result.changes}
+    paths = {path for s in it.sites if s.name in changed for path in (s.name, *s.aliases)}
+    new = dict(it.result.model.named_modules(remove_duplicate=False))
+    for path, module in it.model.named_modules(remove_duplicate=False):
         if path not in paths and not any(path.startswith(f"{p}.") for p in paths):
             packed = any(p.startswith(f"{path}.{part}_") for p in paths for part in ("in_proj", "ih", "hh"))
             assert type(new[path]) is (UNPACKED[type(module)] if packed else type(module))
@@ -193,24 +220,6 @@ class Loops(Interpreter):
             *state, row = body(*state, *step, *others)
             rows.append(row)
         return [*state, torch.stack(rows)]
-
-
-@pytest.mark.law(10)
-@pytest.mark.parametrize("factorization", FACTORIZATIONS)
-@every_graph
-def test_each_factorization(name: str, kind: str, factorization: str) -> None:
-    model, inputs = graph(name, kind)
-    sites, _ = find_sites(model, inputs)
-    ranks = lower_ranks(sites, factorization)
-    if not ranks:
-        assert all(isinstance(fitting(site.operator, factorization), Refusal) for site in sites)
-        return
-    result = decompose(model, inputs, ranks=ranks, factorization=factorization)
-    assert {c.factorization for c in result.changes if not c.note} <= {factorization}
-    assert all((c.factorization, factorization) == ("tucker", "cp") for c in result.changes if c.note)
-    back = recompose(result.model, inputs)
-    assert shapes(back.model) == shapes(model)
-    assert_same(outputs(back.model, inputs), outputs(result.model, inputs), sites)
 
 
 @pytest.mark.law

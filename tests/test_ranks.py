@@ -28,7 +28,7 @@ from surgery.plans.quality import Energy, Fixed, Full, Vbmf, energy_counts
 from surgery.plans.rules import parse_ranks
 from surgery.sites.site import Site, Totals
 from tests.cases import CASES, Case, decaying
-from tests.test_algebra import each
+from tests.fitted import each
 
 EXACT = [(c, f) for c in CASES if c.dtype == torch.float64 for f in FACTORIZATIONS.values() if not f.refuse(c.operator)]
 CLOSED_FORM = ("svd", "spatial")  # one unfolding: the predicted error is the error

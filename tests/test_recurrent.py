@@ -34,6 +34,7 @@ from surgery.kinds.layers.recurrent_forms import empty, repack, unpack
 from surgery.kinds.layers.recurrent_forms import settings as settings_of
 from surgery.kinds.layers.unpacking import pack_all, unpack_all
 from surgery.sites.epilogue import Loop
+from tests.covering import ALL
 from tests.tolerances import tolerance
 
 WIDE, H, T, N = 5, 6, 7, 3  # features, states, steps, batch
@@ -628,10 +629,11 @@ def test_projections_are_planned_too() -> None:
 
 
 def test_a_deep_layer_is_read_again() -> None:
-    model = Net(nn.GRU(H, H, num_layers=90, batch_first=True)).eval()
+    layers = 90 if ALL else 36
+    model = Net(nn.GRU(H, H, num_layers=layers, batch_first=True)).eval()
     program = torch.export.export(model, (torch.randn(1, 2, H),))
     done = surgery.decompose(program, ranks={"rnn.*": 1}, factorization="svd", include=["rnn.*"])
-    assert len(surgery.recompose(done.model).changes) == 180
+    assert len(surgery.recompose(done.model).changes) == 2 * layers
 
 
 def test_packing_restores_the_very_layer() -> None:

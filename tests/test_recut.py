@@ -17,7 +17,7 @@ from surgery.passes.decompose import decompose, find_sites
 from surgery.passes.recompose import recompose
 from surgery.sites.site import FactoredSite
 from tests.cases import Case
-from tests.test_algebra import EXACT, composed, each, factor, halved, slack
+from tests.fitted import EXACT, composed, each, factor, halved, slack
 from tests.test_graphs import assert_same, counted_macs, every_graph, lower_ranks, outputs, shapes, unique_parameters
 from tests.zoo import graph
 
@@ -34,7 +34,7 @@ def cut(method: Factorization, case: Case, chain: Chain, ranks: Ranks) -> Cut:
 
 @each(EXACT)
 def test_a_cut_at_its_own_ranks_changes_nothing(case: Case, method: Factorization) -> None:
-    chain = factor(method, case.operator, halved(method.max_ranks(case.operator)))
+    chain = factor(case, method, halved(method.max_ranks(case.operator)))
     assert chain.origin is not None
     again = cut(method, case, chain, chain.origin[1])
     assert again.chain is chain
@@ -43,13 +43,13 @@ def test_a_cut_at_its_own_ranks_changes_nothing(case: Case, method: Factorizatio
 
 @each(EXACT)
 def test_the_error_of_a_cut_is_measured_and_what_is_possible(case: Case, method: Factorization) -> None:
-    chain = factor(method, case.operator, halved(method.max_ranks(case.operator)))
+    chain = factor(case, method, halved(method.max_ranks(case.operator)))
     assert chain.origin is not None
     lower = halved(chain.origin[1])
     found = cut(method, case, chain, lower)
     before, after = composed(chain).weight, composed(found.chain).weight
     assert found.error == pytest.approx(relative_error(after, before), abs=slack(case, chain))
-    direct = factor(method, case.operator, lower)
+    direct = factor(case, method, lower)
     if method.name in NESTED:
         assert relative_error(after, composed(direct).weight) <= 1e-6  # a gap between singular values may be small
     assert found.chain.parameters == direct.parameters or direct.origin != found.chain.origin
@@ -57,7 +57,7 @@ def test_the_error_of_a_cut_is_measured_and_what_is_possible(case: Case, method:
 
 @each(EXACT)
 def test_spectra_are_those_of_the_composed_weight(case: Case, method: Factorization) -> None:
-    chain = factor(method, case.operator, halved(method.max_ranks(case.operator)))
+    chain = factor(case, method, halved(method.max_ranks(case.operator)))
     expected = method.spectra(composed(chain))
     for found, whole in zip(chain_spectra(method, case.operator, chain), expected, strict=True):
         assert (found.rows, found.columns) == (whole.rows, whole.columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from surgery.errors import InputError, Refusal
 from surgery.kinds.registry import open_graph
 from surgery.runtime.compare import run_model
 from tests.cases import decaying
+from tests.covering import in_turns
 from tests.test_calibration_models import KINDS, as_kind
 from tests.test_workshop import ByMacs
 
@@ -51,9 +53,9 @@ def normed() -> nn.Sequential:
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("example", [torch.zeros(2, 3, 10, 10), torch.randn(2, 3, 10, 10)])
-def test_noise_is_moved_to_what_batch_norms_expect(kind: str, example: Tensor) -> None:
+@pytest.mark.parametrize(("kind", "make"), in_turns(KINDS, [torch.zeros, torch.randn]))
+def test_noise_is_moved_to_what_batch_norms_expect(kind: str, make: Callable[..., Tensor]) -> None:
+    example = make(2, 3, 10, 10)
     model = as_kind(normed(), kind, example)
     found = made(model, example)
     assert isinstance(found, StandIn)
@@ -106,8 +108,7 @@ def network(decay: float) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("decay", [0.7, 0.9, 0.97, 1.0])
-@pytest.mark.parametrize("kind", ["module", "program-dynamic"])
+@pytest.mark.parametrize(("kind", "decay"), in_turns(["module", "program-dynamic"], [0.7, 0.9, 0.97, 1.0]))
 def test_auto_without_data_never_ruins_a_network(kind: str, decay: float, tmp_path: Path) -> None:
     example, fresh = torch.randn(2, 64), torch.randn(400, 64)
     model = as_kind(network(decay), kind, example)

@@ -19,7 +19,7 @@ from surgery.training.frobenius import product_gradients
 from surgery.training.structure import with_weights
 from surgery.training.transport import Jacobian
 from tests.cases import CASES, Case
-from tests.test_algebra import each
+from tests.fitted import each
 from tests.tolerances import tolerance
 
 ROWS = [

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from tests import zoo
+from tests.covering import grouped
 from tests.tolerances import assert_close, tolerance
 
-PAIRS = [(name, kind) for name in zoo.ZOO for kind in zoo.GRAPH_KINDS]
+PAIRS = [grouped(name, kind) for name, kinds in zoo.KINDS_OF.items() for kind in kinds]
+each_network = pytest.mark.parametrize("name", [grouped(name) for name in zoo.ZOO])
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -39,7 +41,7 @@ def test_each_graph_kind_computes_what_the_module_does(name: str, kind: str) -> 
         assert float(one.std()) > 1e-4  # an output that says nothing tests nothing
 
 
-@pytest.mark.parametrize("name", zoo.ZOO)
+@each_network
 def test_a_dynamic_program_takes_another_batch(name: str) -> None:
     model, inputs = zoo.graph(name, "module")
     program, _ = zoo.graph(name, "program-dynamic")
@@ -48,10 +50,10 @@ def test_a_dynamic_program_takes_another_batch(name: str) -> None:
         assert_close(one, other, tolerance(torch.float32, length=100))
 
 
-@pytest.mark.parametrize("name", zoo.ZOO)
+@each_network
 def test_graphs_have_the_type_that_their_kind_says(name: str) -> None:
-    graph = zoo.graph(name, "graph")[0].graph
-    atens = any(isinstance(node.target, torch._ops.OpOverload) for node in graph.nodes)
+    traced = zoo.graph(name, "graph")[0] if name in zoo.TRACEABLE else zoo.trace(*zoo.ZOO[name]())
+    atens = any(isinstance(node.target, torch._ops.OpOverload) for node in traced.graph.nodes)
     assert atens == (name not in zoo.TRACEABLE)
     assert isinstance(zoo.graph(name, "aten-graph")[0], torch.fx.GraphModule)
     assert isinstance(zoo.graph(name, "program")[0], ExportedProgram)

@@ -264,14 +264,29 @@ def weight_normed() -> tuple[nn.Module, Inputs]:
 # --- from transformers (random weights; nothing is downloaded) -----------------------------------------------------
 
 
-def architecture(model: str, config: str, inputs: Callable[[], Inputs], **options: Any) -> Builder:
+def architecture(
+    model: str,
+    config: str,
+    inputs: Callable[[], Inputs],
+    change: Callable[[Any], object] = lambda network: None,
+    **options: Any,
+) -> Builder:
     def built() -> tuple[nn.Module, Inputs]:
         import transformers
 
         with seeded(model):
-            return season(getattr(transformers, model)(getattr(transformers, config)(**options))), inputs()
+            network = getattr(transformers, model)(getattr(transformers, config)(**options))
+            change(network)
+            return season(network), inputs()
 
     return built
+
+
+def without_repeats(model: Any) -> None:
+    """Leave out the blocks of a MobileNetV2 that are like the one before, all but the first: they show nothing new."""
+    layers = model.mobilenet_v2.layer
+    first = next(block for block in layers if block.use_residual)
+    model.mobilenet_v2.layer = nn.ModuleList(b for b in layers if b is first or not b.use_residual)
 
 
 _CNN_STAGES: dict[str, Any] = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 5}
@@ -341,7 +356,7 @@ ZOO: dict[str, Builder] = {
         embedding_size=8, layer_type="basic", **_CNN_STAGES,
     ),
     "hf-mobilenet": architecture(
-        "MobileNetV2ForImageClassification", "MobileNetV2Config", lambda: images(3, 32, 32),
+        "MobileNetV2ForImageClassification", "MobileNetV2Config", lambda: images(3, 32, 32), without_repeats,
         depth_multiplier=0.1, min_depth=4, depth_divisible_by=4, finegrained_output=False, num_labels=5,
     ),
     "hf-convnext": architecture(
@@ -406,10 +421,15 @@ GRAPH_KINDS: dict[str, Callable[[nn.Module, Inputs], Any]] = {
 
 # The networks whose "graph" is a graph of modules; the others' is that of torch.export, with ATen calls.
 TRACEABLE = {name for name in ZOO if not name.startswith("hf-")} - {"control-flow"}
+# The kinds of each network that differ from one another: what cannot be traced comes as its ATen graph once.
+KINDS_OF = {name: [kind for kind in GRAPH_KINDS if kind != "graph" or name in TRACEABLE] for name in ZOO}
 
 
 @functools.cache
 def graph(name: str, kind: str) -> tuple[Any, Inputs]:
     """Return the network as this graph kind, and its example inputs; made once a session, not to be mutated."""
+    if kind == "aten-graph" or (kind == "graph" and name not in TRACEABLE):
+        program, inputs = graph(name, "program")
+        return program.module(), inputs
     model, inputs = ZOO[name]()
     return GRAPH_KINDS[kind](model, inputs), inputs
