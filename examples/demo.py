@@ -17,10 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fashion_resnet import build
 from safetensors.torch import load_file
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in examples/ only
+
 import surgery
+from examples.fashion_resnet import build
 
 HERE = Path(__file__).parent
 MODEL = HERE / "data" / "fashion_resnet.pt2"

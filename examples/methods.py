@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from datetime import date
@@ -20,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from methods_page import COLUMNS, Point, Report, cells, fill, page_table, plot
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in examples/ only
+
 import surgery
+from examples.methods_page import COLUMNS, Point, Report, cells, fill, page_table, plot
 from surgery.algebra.chain import relative_error
 from surgery.cost.onnxruntime.latency import Latencies, channel_multiple
 from surgery.cost.onnxruntime.timing import Budget
