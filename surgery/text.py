@@ -28,7 +28,7 @@ def cut(text: str, columns: int) -> str:
     """Return a text of at most so many columns, cut in the middle: the end says more than the start.
 
     >>> cut("encoder.layer.11.attention.output.dense", 20)
-    'encoder…utput.dense'
+    'encoder…output.dense'
     """
     if width(text) <= columns:
         return text
