@@ -69,10 +69,10 @@ def operator_of(module: nn.Module) -> Operator:
     """Return the operator of a torch layer: the tests' own reading of it, apart from that of the graph code."""
     if isinstance(module, nn.Embedding):
         return Embedding(module.weight.data, padding_index=module.padding_idx)
+    assert isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
     bias = None if module.bias is None else module.bias.data
     if isinstance(module, nn.Linear):
         return Linear(module.weight.data, bias=bias)
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or module.transposed
     geometry = Geometry(
         stride=tuple(module.stride),
         padding=_padding_of(module),
@@ -84,10 +84,10 @@ def operator_of(module: nn.Module) -> Operator:
     return Conv(module.weight.data, geometry, module.groups, bias=bias)
 
 
-def _padding_of(module: nn.Module) -> tuple[tuple[int, int], ...]:
+def _padding_of(module: nn.modules.conv._ConvNd) -> tuple[tuple[int, int], ...]:
     if module.padding == "valid":
         return ((0, 0),) * len(module.kernel_size)
-    if module.padding == "same":  # the odd one goes after
+    if isinstance(module.padding, str):  # "same": the odd one goes after
         totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
     return tuple((p, p) for p in module.padding)

@@ -144,7 +144,7 @@ def _node(target: str, *arguments: dict[str, Any], names: str = "", kinds: int =
 
 
 ATEN = "torch.ops.aten"
-FULL = {"outputs": [{"as_tensor": {"name": "p_linear_weight"}}]}
+FULL: dict[str, Any] = {"outputs": [{"as_tensor": {"name": "p_linear_weight"}}]}
 HOSTILE = {
     "power": [_node("_operator.pow", _number(10), _number(10**9))],
     "power of a size": [_node("_operator.pow", _number(10), {"as_sym_int": {"as_name": "nothing"}})],

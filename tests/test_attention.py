@@ -6,7 +6,7 @@ import copy
 import itertools
 import pickle
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -20,6 +20,8 @@ from surgery.errors import InputError, Refusal
 from surgery.kinds.layers.attention import UnpackedAttention, repack, unpack
 from surgery.kinds.layers.unpacking import pack_all, unpack_all
 from tests.tolerances import assert_close, tolerance
+
+M = TypeVar("M", bound=nn.Module)
 
 WIDTH, HEADS, BATCH, TARGETS, SOURCES = 12, 4, 3, 5, 7
 DTYPES = (torch.float32, torch.float64)
@@ -46,7 +48,7 @@ MASKS: dict[str, tuple[str | None, str | None]] = {
     "causal": ("causal", None),
     "causal and padding": ("causal", "bool"),
 }
-WEIGHTS = ({"need_weights": False}, {}, {"average_attn_weights": False})
+WEIGHTS: tuple[dict[str, bool], ...] = ({"need_weights": False}, {}, {"average_attn_weights": False})
 options = pytest.mark.parametrize("kwargs", OPTIONS.values(), ids=OPTIONS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -154,11 +156,12 @@ def test_any_shape(
     attention = nn.MultiheadAttention(heads * head_dim, heads, kdim=kdim, vdim=vdim, dtype=torch.float64, **flags)
     shapes = ((lengths[0], attention.embed_dim), (lengths[1], attention.kdim), (lengths[1], attention.vdim))
     given_ = [sequence(attention, length, width, batch=batch) for length, width in shapes]
-    actual = unpack(attention)(*given_, need_weights=need_weights)
+    unpacked = unpacked_of(attention)
+    actual = unpacked(*given_, need_weights=need_weights)
     expected = attention(*given_, need_weights=need_weights)
     length = heads * head_dim + sum(lengths) + (kdim or 0) + (vdim or 0)
     assert_close(actual[0], expected[0], tolerance(torch.float64, length=length, steps=4))
-    assert repack(unpack(attention)).state_dict().keys() == attention.state_dict().keys()
+    assert repack(unpacked).state_dict().keys() == attention.state_dict().keys()
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -196,14 +199,19 @@ def test_gradients_are_those_of_the_original(kwargs: dict[str, Any]) -> None:
     assert all(parameter.grad is not None for parameter in unpacked.parameters())
     expected = {name: parameter.grad for name, parameter in attention.named_parameters()}
     for name, parameter in repack_gradients(unpacked).items():
-        assert_close(parameter, expected[name], 10 * allowed(torch.float64))
+        assert_close(parameter, gradient_of(expected[name]), 10 * allowed(torch.float64))
+
+
+def gradient_of(found: Tensor | None) -> Tensor:
+    assert found is not None
+    return found
 
 
 def repack_gradients(unpacked: UnpackedAttention) -> dict[str, Tensor]:
     """Return the gradients under the names of the original."""
     gradients = copy.deepcopy(unpacked)
     for new, old in zip(gradients.parameters(), unpacked.parameters(), strict=True):
-        new.data = old.grad
+        new.data = gradient_of(old.grad)
     return {name: parameter.detach() for name, parameter in repack(gradients).named_parameters()}
 
 
@@ -235,7 +243,7 @@ def test_repack_is_the_original(kwargs: dict[str, Any], trains: bool, dtype: tor
     attention, unpacked = make(dtype, dropout=0.1, batch_first=True, **kwargs)
     attention.requires_grad_(trains).eval()
     with torch.no_grad():
-        unpacked = copy.deepcopy(unpack(attention))
+        unpacked = copy.deepcopy(unpacked_of(attention))
     again = repack(unpacked)
     assert type(again) is nn.MultiheadAttention
     assert type(again.out_proj) is NonDynamicallyQuantizableLinear
@@ -253,7 +261,7 @@ def test_repack_is_the_original(kwargs: dict[str, Any], trains: bool, dtype: tor
 
 def test_attributes_buffers_and_hooks_go_along() -> None:
     attention = nn.MultiheadAttention(WIDTH, HEADS)
-    attention.note = "kept"
+    attention.note = "kept"  # type: ignore[assignment]  # torch has tensors and modules alone in mind
     attention.register_buffer("steps", torch.zeros(3), persistent=False)
     seen: list[nn.Module] = []
     attention.register_forward_hook(lambda module, *_: seen.append(module))
@@ -262,7 +270,8 @@ def test_attributes_buffers_and_hooks_go_along() -> None:
     again = repack(unpacked)
     x = torch.randn(SOURCES, BATCH, WIDTH)
     for module in (unpacked, again):
-        assert (module.note, module.steps.shape) == ("kept", (3,))
+        assert vars(module)["note"] == "kept"
+        assert tuple(module.get_buffer("steps").shape) == (3,)
         assert "steps" not in module.state_dict()
         module(x, x, x)
     assert [type(module) for module in seen] == [UnpackedAttention, nn.MultiheadAttention]
@@ -272,7 +281,7 @@ def test_a_plain_output_projection_gets_its_class_back() -> None:
     attention, unpacked = make()
     plain = nn.Linear(WIDTH, WIDTH)
     plain.load_state_dict(attention.out_proj.state_dict())
-    unpacked.out_proj = plain
+    unpacked.add_module("out_proj", plain)
     again = repack(unpacked)
     assert type(again.out_proj) is NonDynamicallyQuantizableLinear
     assert again.out_proj.weight is plain.weight
@@ -351,11 +360,11 @@ class Wrapped(nn.Module):
 
 
 def patched(attention: nn.MultiheadAttention) -> None:
-    attention.forward = lambda *_: None
+    vars(attention)["forward"] = lambda *_: None
 
 
 def wrapped(attention: nn.MultiheadAttention) -> None:
-    attention.out_proj = Wrapped(attention.out_proj)
+    attention.add_module("out_proj", Wrapped(attention.out_proj))
 
 
 def parametrized(attention: nn.MultiheadAttention) -> None:
@@ -409,7 +418,13 @@ def test_wrong_calls_fail() -> None:
         nn.functional.linear(x[0], unpacked.in_proj_weight)
 
 
-def swap(module: nn.Module) -> nn.Module:
+def unpacked_of(attention: nn.MultiheadAttention) -> UnpackedAttention:
+    unpacked = unpack(attention)
+    assert isinstance(unpacked, UnpackedAttention)
+    return unpacked
+
+
+def swap(module: M) -> M:
     """Return a copy with each attention unpacked."""
     module = copy.deepcopy(module)
     for parent in list(module.modules()):
@@ -479,7 +494,11 @@ class Model(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
-class Masked(Model):
+class Masked(nn.Module):
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
     def forward(self, x: Tensor, hidden: Tensor, padding: Tensor) -> Tensor:
         output, weights = self.attention(x, x, x, attn_mask=hidden, key_padding_mask=padding)
         return output + weights.mean()

@@ -46,7 +46,7 @@ def test_models_of_all_kinds_are_timed_on_the_same_inputs(tmp_path: Path, script
     export_onnx(program, tmp_path / "net.onnx")
     scripted += [1.0, 0.5, 2.0, 1.005, 1.0]
     traced = torch.fx.symbolic_trace(net())  # fx names its class after the module
-    models = [program, tmp_path / "net.pt2", str(tmp_path / "net.onnx"), traced, net(8)]
+    models: list[Any] = [program, tmp_path / "net.pt2", str(tmp_path / "net.onnx"), traced, net(8)]
     timing = bench(models, threads=1)
     assert [m.path for m in timing.models] == [
         "ExportedProgram",

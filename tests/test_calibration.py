@@ -188,16 +188,18 @@ def test_what_does_not_fit_is_approximated(name: str, shape: list[tuple[int, ...
     assert sum(f.nbytes for f in rough.metric.factors) == layout_bytes(operator, limit)
     assert layout_bytes(operator, ALL) == whole.metric.factors[0].nbytes
     assert not rough.dense
-    trace = [m.second.diagonal(dim1=1, dim2=2).sum() for m in (rough, whole)]
-    assert torch.allclose(*trace)
-    centred = [
+    first, other = (m.second.diagonal(dim1=1, dim2=2).sum() for m in (rough, whole))
+    assert torch.allclose(first, other)
+    first, other = (
         m.centred.times(torch.eye(len(whole.mean[0]), dtype=torch.float64).unsqueeze(0)).diagonal(dim1=1, dim2=2).sum()
         for m in (rough, whole)
-    ]
-    assert torch.allclose(*centred)
+    )
+    assert torch.allclose(first, other)
     chain = fit(FACTORIZATIONS["svd"], operator, (3,), rough)
     assert isinstance(chain, Chain)
-    plain = correct_bias(FACTORIZATIONS["svd"].factor(operator, (3,)), operator, rough)
+    truncated = FACTORIZATIONS["svd"].factor(operator, (3,))
+    assert isinstance(truncated, Chain)
+    plain = correct_bias(truncated, operator, rough)
     assert output_error(chain, operator, whole) < output_error(plain, operator, whole)
 
 

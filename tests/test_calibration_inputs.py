@@ -62,7 +62,7 @@ def test_files_are_read_without_pickle(tmp_path: Path, suffix: str, kind: str) -
     x, path = images(5), tmp_path / f"inputs{suffix}"
     named = {"x": x, "labels": torch.arange(5)}
     if suffix == ".npz":
-        np.savez(path, **{name: value.numpy() for name, value in named.items()})
+        np.savez(path, x=x.numpy(), labels=named["labels"].numpy())
     else:
         torch.save(named, path)
     model = as_kind(net(), kind, x[:2])

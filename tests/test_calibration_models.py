@@ -196,7 +196,8 @@ def test_a_plan_without_changes_leaves_the_model_as_it_is(kind: str) -> None:
 
 
 def test_stages_need_data() -> None:
-    for settings in ({"ranks": 2}, {"calibration": images(4), "stages": 0}):
+    given: list[dict[str, Any]] = [{"ranks": 2}, {"calibration": images(4), "stages": 0}]
+    for settings in given:
         with pytest.raises(InputError, match="stages="):
             decompose(net(), images(2), **{"stages": 2, **settings})
 

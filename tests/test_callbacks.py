@@ -40,7 +40,7 @@ def lightning() -> Any:
 
 
 def lightning_module(pytorch: Any, seed: int = 0) -> Any:
-    class Classifier(pytorch.LightningModule):  # type: ignore[misc, name-defined]
+    class Classifier(pytorch.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def average_of(network: nn.Module, *, plain: bool) -> Any:
 
 
 def classifier(pytorch: Any, *, average: bool = False, plain: bool = False) -> Any:
-    class Classifier(pytorch.LightningModule):  # type: ignore[misc, name-defined]
+    class Classifier(pytorch.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
@@ -115,13 +116,12 @@ def loss_of(pytorch: Any, state: dict[str, Tensor], **made: bool) -> float:
 def averaging(pytorch: Any, kind: str) -> list[Any]:
     from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 
-    kinds = {
+    kinds: dict[str, Callable[[], list[Any]]] = {
         "none": list,
         "ema": lambda: [EMAWeightAveraging(decay=0.8)],
         "mean": lambda: [WeightAveraging(use_buffers=False)],
     }
-    made: list[Any] = kinds[kind]()  # type: ignore[operator]
-    return made
+    return kinds[kind]()
 
 
 def scores(trainer: Any) -> dict[str, float]:
@@ -191,11 +191,11 @@ def keepers(pytorch: Any) -> list[Any]:
     """Callbacks with copies that cannot be taken along."""
     from lightning.pytorch.callbacks import StochasticWeightAveraging
 
-    class Shadows(pytorch.Callback):  # type: ignore[misc, name-defined]
+    class Shadows(pytorch.Callback):  # type: ignore[misc]
         def on_fit_start(self, trainer: Any, module: Any) -> None:
             self.shadows = {name: p.detach().clone() for name, p in module.named_parameters()}
 
-    class Copies(pytorch.Callback):  # type: ignore[misc, name-defined]
+    class Copies(pytorch.Callback):  # type: ignore[misc]
         def on_train_start(self, trainer: Any, module: Any) -> None:
             self.kept = copy.deepcopy(module.network)
 

@@ -112,7 +112,7 @@ def test_handles_still_remove_hooks_after_work_in_place() -> None:
     net, x, seen = mlp(), torch.randn(4, 16), list[int]()
     handle = net[0].register_forward_hook(lambda m, a, o: seen.append(1))
     for change in (surgery.decompose, surgery.recompose):
-        options = {"ranks": 3, "factorization": "svd"} if change is surgery.decompose else {}
+        options: dict[str, Any] = {"ranks": 3, "factorization": "svd"} if change is surgery.decompose else {}
         change(net, x, inplace=True, **options)
         seen.clear()
         net(x)
@@ -148,7 +148,7 @@ def test_shared_biases_stay_shared(kind: str) -> None:
 
 @pytest.mark.parametrize("factorization", FACTORIZATIONS)
 def test_the_memory_format_of_weights_is_kept(factorization: str) -> None:
-    net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).to(memory_format=torch.channels_last)
+    net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # of modules, torch types it for four axes by position alone
     small, back = both_ways(net, torch.randn(2, 8, 9, 9), ranks=4, factorization=factorization)
     maps = [parameter for parameter in small.parameters() if parameter.dim() == 4]
     assert all(parameter.is_contiguous(memory_format=torch.channels_last) for parameter in maps)
@@ -208,8 +208,8 @@ def test_extras_of_a_layer_come_along_with_their_hooks(add: Callable[[nn.Module]
     assert surgery_layer._non_persistent_buffers_set == net[0]._non_persistent_buffers_set
 
 
-def patch(layer: nn.Module) -> None:
-    layer.forward = lambda x: F.linear(x, layer.weight, layer.bias) * 2  # type: ignore[method-assign]
+def patch(layer: Any) -> None:
+    layer.forward = lambda x: F.linear(x, layer.weight, layer.bias) * 2
 
 
 def hook_the_old_way(layer: nn.Module) -> None:

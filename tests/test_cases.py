@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from surgery.algebra.operators import Embedding, Linear
+from surgery.algebra.operators import Conv, Embedding
 from tests.cases import CASES, Case
 from tests.tolerances import assert_close, reduction, tolerance
 
@@ -24,6 +24,6 @@ def test_the_operator_is_the_module(case: Case) -> None:
     if isinstance(case.operator, Embedding):
         assert (case.operator.in_channels, case.operator.out_channels) == case.module.weight.shape
         return
-    axis = -1 if isinstance(case.operator, Linear) else -1 - case.operator.geometry.dims
+    axis = -1 - (case.operator.geometry.dims if isinstance(case.operator, Conv) else 0)
     assert case.operator.in_channels == case.shape[axis]
     assert case.operator.out_channels == expected.shape[axis]

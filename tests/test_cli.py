@@ -92,7 +92,7 @@ def _steps(path: Path) -> set[str]:
     """The names of steps that a file reports: calls with a word and two numbers of what calls itself so."""
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     called = [c for c in calls if ast.unparse(c.func).split(".")[-1] in ("progress", "report") and len(c.args) == 3]
-    return {c.args[0].value for c in called if isinstance(c.args[0], ast.Constant)}
+    return {str(c.args[0].value) for c in called if isinstance(c.args[0], ast.Constant)}
 
 
 def test_each_step_has_words() -> None:

@@ -167,7 +167,7 @@ def test_is_refused(name: str) -> None:
 
 def test_an_all_zero_bias_before_zero_padding_composes() -> None:
     first, second = operator(_C2(4, 3, 1)), operator(_C2(3, 5, 3, padding=1))
-    chain = Chain((first.with_bias(torch.zeros_like(first.bias)), second))
+    chain = Chain((first.with_bias(torch.zeros(first.out_channels, dtype=torch.float64)), second))
     composed = chain.compose()
     assert isinstance(composed, Operator), composed
     x = inputs(chain, (8, 9))
@@ -197,13 +197,14 @@ def axis_pairs(draw: st.DrawFn, *, transposed: bool) -> dict[str, list[Any]]:
     before = draw(st.sampled_from([0, 0, 1, 2]))
     after = before if transposed else draw(st.sampled_from([before, before, 0, 1]))
     rest = draw(st.integers(0, max(stride, dilation) - 1)) if transposed else 0
-    return {
+    found: dict[str, Any] = {
         "kernel_size": kernel,
         "stride": stride,
         "padding": (before, after),
         "dilation": dilation,
         "output_padding": rest,
     }
+    return found
 
 
 @st.composite
@@ -212,7 +213,7 @@ def convs(draw: st.DrawFn, *, dims: int, columns: int) -> Conv:
     transposed = draw(st.sampled_from([False, False, True]))
     mode = "zeros" if transposed else draw(st.sampled_from(["zeros", "zeros", *MODES]))
     axes = [draw(axis_pairs(transposed=transposed)) for _ in range(dims)]
-    table = {key: tuple(axis[key] for axis in axes) for key in axes[0]}
+    table: dict[str, Any] = {key: tuple(axis[key] for axis in axes) for key in axes[0]}
     groups = draw(st.sampled_from([g for g in (1, 1, 2, 3, 6) if columns % g == 0]))
     rows = groups * draw(st.integers(1, 6 // groups))
     size = table.pop("kernel_size")
@@ -252,6 +253,7 @@ def check(chain: Chain, x: Tensor) -> None:
         return
     expected = run(chain, x)
     assume(expected is not None)
+    assert expected is not None
     event("composed")
     actual = composed(x)
     assert actual.shape == expected.shape == composed.out_shape(tuple(x.shape)) == chain.out_shape(tuple(x.shape))
@@ -276,6 +278,7 @@ def test_with_a_trivial_neighbour_only_bias_and_border_stop_it(
     chain, x = drawn
     index = 0 if which == "first" else 1
     conv = chain.operators[index]
+    assert isinstance(conv, Conv)
     kernel = conv.kernel[(..., *[slice(0, 1)] * conv.geometry.dims)]
     pointwise = Conv.from_kernel(kernel, Geometry.pointwise(conv.geometry.dims), conv.bias)
     parts = list(chain.operators)
@@ -284,6 +287,7 @@ def test_with_a_trivial_neighbour_only_bias_and_border_stop_it(
         parts[0] = pointwise.with_bias(None)
     chain = Chain(tuple(parts))
     other = parts[1 - index]
+    assert isinstance(other, Conv)
     borders = other.geometry.transposed or (other.geometry.padded and other.geometry.padding_mode == "zeros")
     stops = which == "first" and parts[0].bias is not None and borders and not other.pointwise
     assert isinstance(chain.compose(), Refusal) == stops
@@ -318,7 +322,10 @@ def test_the_bias_of_the_second_alone_is_kept_bit_for_bit() -> None:
     chain, _ = COMPOSES["1x1, 3x3"]
     composed = chain.compose()
     assert isinstance(composed, Conv)
-    assert torch.equal(composed.bias, chain.operators[1].bias)
+    kept = chain.operators[1].bias
+    assert composed.bias is not None
+    assert kept is not None
+    assert torch.equal(composed.bias, kept)
 
 
 def test_a_chain_without_numbers_composes_to_the_shapes() -> None:

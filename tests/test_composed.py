@@ -127,9 +127,9 @@ def test_it_compiles_in_one_graph(factored: tuple[Net, Any, Tensor]) -> None:
     net, small, x = factored
 
     class Reads(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
+        def __init__(self, inner: Any) -> None:
             super().__init__()
-            self.inner = inner
+            self.inner: Any = inner
 
         def forward(self, x: Tensor) -> Tensor:
             return self.inner(x.to(self.inner.a.weight.dtype)) + self.inner.prototypes(x)[:, :8]

@@ -44,6 +44,7 @@ class Beit(nn.Module):
         super().__init__()
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
         self.q_bias, self.v_bias = nn.Parameter(torch.randn(WIDTH)), nn.Parameter(torch.randn(WIDTH))
+        self.k_bias: Tensor
         self.register_buffer("k_bias", torch.zeros(WIDTH), persistent=False)
         self.out = nn.Linear(WIDTH, WIDTH)
 

@@ -10,7 +10,9 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -38,9 +40,7 @@ from surgery.factorizations import named
 QUICK = Budget(seconds=0.0, min_rounds=2, warmup_rounds=0)
 
 
-def conv(
-    dims: int = 2, *, channels: tuple[int, int] = (6, 4), size: int = 3, groups: int = 1, **changes: object
-) -> Conv:
+def conv(dims: int = 2, *, channels: tuple[int, int] = (6, 4), size: int = 3, groups: int = 1, **changes: Any) -> Conv:
     """Return a convolution of odd geometry unless ``changes`` say otherwise."""
     padding = ((size // 2, size // 2),) * dims
     geometry = replace(Geometry((1,) * dims, padding, (1,) * dims, (0,) * dims), **changes)
@@ -52,7 +52,9 @@ def conv(
 
 
 def chain(operator: Operator, ranks: tuple[int, ...] = (2, 2), name: str = "tucker") -> Chain:
-    return named(name).factor(operator, ranks)
+    found = named(name).factor(operator, ranks)
+    assert isinstance(found, Chain)
+    return found
 
 
 LINEAR = Linear(torch.randn(5, 7, generator=torch.Generator().manual_seed(1)), bias=torch.arange(5.0))
@@ -196,7 +198,7 @@ def test_interleaving_runs_each_once_a_round_in_changing_order() -> None:
     assert all(sorted(r) == [0, 1, 2] for r in rounds)
     assert len(set(rounds)) > 1
     again: list[int] = []
-    interleave([lambda i=i: again.append(i) for i in range(3)], Budget(0, min_rounds=8, warmup_rounds=2), seed=3)
+    interleave([partial(again.append, i) for i in range(3)], Budget(0, min_rounds=8, warmup_rounds=2), seed=3)
     assert again == calls
 
 
@@ -209,7 +211,7 @@ def test_interleaving_stops_at_the_most_rounds_and_tells_its_progress() -> None:
 
 
 @pytest.mark.parametrize("bad", [{"seconds": -1.0}, {"min_rounds": 0}, {"min_rounds": 9, "max_rounds": 8}])
-def test_a_budget_is_checked(bad: dict[str, float]) -> None:
+def test_a_budget_is_checked(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="measuring budget"):
         Budget(**bad)
 
@@ -230,7 +232,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """All sessions that latencies open from now on."""
     sessions: list[object] = []
 
-    def count(*args: object, **kwargs: object) -> object:
+    def count(*args: Any, **kwargs: Any) -> object:
         sessions.append(open_session(*args, **kwargs))
         return sessions[-1]
 
@@ -238,7 +240,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return sessions
 
 
-def latencies(path: Path, **changes: object) -> Latencies:
+def latencies(path: Path, **changes: Any) -> Latencies:
     return Latencies(**{"threads": 1, "budget": QUICK, "path": path, **changes})
 
 

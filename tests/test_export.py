@@ -273,7 +273,7 @@ def test_other_structures_are_refused() -> None:
     with pytest.raises(InputError, match="neither model knows"):
         compare(Net(), Net())
     with pytest.raises(InputError, match="a model of type int"):
-        compare(3, Net())  # type: ignore[arg-type]
+        compare(3, Net())
     with pytest.raises(InputError, match="does not run"):
         compare(Net(), Net(), torch.ones(1))
 
@@ -282,7 +282,8 @@ def test_a_session_is_fed_by_name_or_in_order(tmp_path: Path) -> None:
     ids, mask = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 0, 1]])
     path = export_onnx(Tokens(), tmp_path / "a.onnx", (ids, mask)).path
     session = open_session(path)
-    for inputs in (((ids, mask), {}), ((ids,), {"mask": mask}), ((), {"mask": mask, "ids": ids})):
+    given: list[Any] = [((ids, mask), {}), ((ids,), {"mask": mask}), ((), {"mask": mask, "ids": ids})]
+    for inputs in given:
         assert feed(session, inputs)["ids"].tolist() == ids.tolist()
     with pytest.raises(InputError, match="inputs named idx, mask"):
         feed(session, ((), {"idx": ids, "mask": mask}))

@@ -167,7 +167,7 @@ def test_what_is_open_is_timed_for_longer(tmp_path: Path) -> None:
         asked.append(len(found))
         return len(asked) == 2
 
-    how = {"seconds": 0.0, "settled": settled, "progress": shares.append}
+    how: dict[str, Any] = {"seconds": 0.0, "settled": settled, "progress": shares.append}
     assert len(time_generations(jobs(tmp_path, SCRIPTED), patience=5, **how)) == 8
     assert asked == [4, 8]
     assert shares[-1] == 1.0
@@ -188,7 +188,7 @@ def test_batches_follow_the_dynamic_axis(tmp_path: Path) -> None:
     ("call", "said"),
     [
         (lambda: time_apart([]), "a list of models"),
-        (lambda: time_apart("net.onnx"), "a list of models"),  # type: ignore[arg-type]
+        (lambda: time_apart("net.onnx"), "a list of models"),
         (lambda: time_apart([net()]), "no model knows the shape of its inputs"),
         (lambda: time_apart([net()], X, names=["a", "b"]), "2 names for 1 models"),
         (lambda: time_apart([net()], X, threads=0), "threads=0"),

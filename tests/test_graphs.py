@@ -235,6 +235,7 @@ def test_a_factored_program_is_saved_loaded_exported_and_fused(name: str, factor
     save(result.model, tmp_path / "factored.pt2")
     loaded = load(tmp_path / "factored.pt2")
     assert_same(outputs(loaded, inputs), expected, ())
+    assert isinstance(inputs, tuple)
     larger = tuple(torch.cat([x] * 16) for x in inputs)  # torch guards that a batch is below 16 for some convolutions
     assert_same([torch.cat([y] * 16) for y in expected], outputs(loaded, larger), sites)
     assert_same(outputs(result.model, larger), outputs(loaded, larger), ())

@@ -12,7 +12,7 @@ from torch import nn
 import surgery
 from examples import methods, methods_page
 from examples.methods_page import Point, Report
-from surgery.errors import InputError
+from surgery.errors import InputError, Refusal
 from surgery.plans.candidates import candidates_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -48,7 +48,9 @@ def test_every_method_is_on_the_page_and_was_measured() -> None:
 @pytest.mark.parametrize("name", surgery.FACTORIZATIONS)
 def test_a_sweep_rises_and_never_needs_more_than_dense(name: str) -> None:
     sites, _ = surgery.find_sites(nn.Sequential(nn.Conv2d(64, 48, 3, padding=1)), torch.ones(1, 64, 8, 8))
-    [candidate] = candidates_of(sites[0], name)
+    candidates = candidates_of(sites[0], name)
+    assert not isinstance(candidates, Refusal)
+    [candidate] = candidates
     found = methods.sweep(candidate, 16)
     costs = [candidate.cost(ranks).macs for ranks in found]
     assert len(set(found)) == len(found) >= 3

@@ -74,8 +74,9 @@ def test_more_components_recover_where_plain_descent_on_the_rank_does_not() -> N
     truth = orthonormal(6, (6,), 6) * 4
     tensor = tensor_of(truth)
     errors: dict[Method, float] = {}
-    for method, components in (("overparameterized", 12), ("plain", 6)):
-        vectors, weights = symmetric_cp(tensor, 6, components=components, method=method)
+    components: dict[Method, int] = {"overparameterized": 12, "plain": 6}
+    for method, count in components.items():
+        vectors, weights = symmetric_cp(tensor, 6, components=count, method=method)
         errors[method] = relative_error(tensor_of([vectors * weights[:, None], *[vectors] * 3]), tensor)
     assert errors["overparameterized"] <= TOLERANCE[torch.float64]
     assert errors["plain"] > 0.1

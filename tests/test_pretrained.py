@@ -124,7 +124,7 @@ def test_factors_are_quantized_and_compiled(gpt2: Any) -> None:
 
     _, small, batch = gpt2
     expected = tool.logits(small, batch)
-    compiled = torch.compile(small, backend="eager")
+    compiled: Any = torch.compile(small, backend="eager")
     assert relative_error(tool.logits(compiled, batch), expected) <= tool.ALLOWED
     coarse = copy.deepcopy(small)
     quantize_(coarse, Int8WeightOnlyConfig())

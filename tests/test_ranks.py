@@ -384,7 +384,7 @@ class FakeLatencies:
 
 def auto_plan(one: Site, latencies: FakeLatencies | None, *, only: str = "auto") -> Decision:
     totals = totals_of([one])
-    return make_plan([one], factorization=only, totals=totals, latencies=latencies, multiple=4)[one.name]
+    return make_plan([one], factorization=only, totals=totals, latencies=latencies, multiple=4)[one.name]  # type: ignore[arg-type]
 
 
 def test_auto_keeps_what_is_measured_faster() -> None:

@@ -183,12 +183,12 @@ def test_dropout_is_between_the_layers_and_in_training_alone() -> None:
 def test_repack_gives_back_the_layer(mode: str, form: str) -> None:
     layer = MODES[mode](WIDE, H, **FORMS[form]).eval()
     layer.requires_grad_(False)
-    layer.note = "kept"  # type: ignore[assignment]
+    layer.note = "kept"
     layer.register_buffer("steps", torch.zeros(3), persistent=False)
     module = unpacked(layer)
     again = repack(module)
     assert type(again) is type(layer)
-    assert (again.note, again.training) == ("kept", False)
+    assert not again.training
     assert {k: v for k, v in vars(again).items() if not k.startswith("_")} == {
         k: v for k, v in vars(layer).items() if not k.startswith("_")
     }
@@ -206,7 +206,8 @@ def test_repack_gives_back_the_layer(mode: str, form: str) -> None:
 
 
 def kept(mode: str) -> dict[str, Any]:
-    return {"projected": {"proj_size": 4}, "relu": {"nonlinearity": "relu"}}.get(mode, {})
+    known: dict[str, dict[str, Any]] = {"projected": {"proj_size": 4}, "relu": {"nonlinearity": "relu"}}
+    return known.get(mode, {})
 
 
 def test_hooks_copies_and_pickles() -> None:
@@ -228,8 +229,8 @@ def test_watched_parts_are_called() -> None:
     module, calls = unpacked(nn.LSTM(WIDE, H)), []
     x = torch.randn(T, N, WIDE)
     expected = module(x)[0]
-    module.ih_l0.register_forward_hook(lambda *_: calls.append("ih"))  # type: ignore[union-attr]
-    module.hh_l0.register_forward_pre_hook(lambda *_: calls.append("hh"))  # type: ignore[union-attr]
+    module.ih_l0.register_forward_hook(lambda *_: calls.append("ih"))
+    module.hh_l0.register_forward_pre_hook(lambda *_: calls.append("hh"))
     assert_same(module(x)[0], expected, 1e-6)
     assert calls == ["ih"] + ["hh"] * T
 
@@ -257,7 +258,7 @@ def test_what_is_not_torchs_own_is_refused() -> None:
     assert isinstance(unpack(Mine(WIDE, H)), Refusal)
     normed = nn.utils.parametrizations.weight_norm(nn.LSTM(WIDE, H), "weight_hh_l0")
     assert isinstance(unpack(normed), Refusal)
-    assert "weight norm" in unpack(normed).reason  # type: ignore[union-attr]
+    assert "weight norm" in unpack(normed).reason
 
 
 def test_a_factored_part_cannot_be_packed() -> None:
@@ -269,7 +270,8 @@ def test_a_factored_part_cannot_be_packed() -> None:
 def test_settings_of_no_layer() -> None:
     good = settings_of(unpacked(nn.LSTM(WIDE, H)))
     assert json.loads(json.dumps(good)) == good
-    for bad in (None, [], {}, good | {"mode": "CNN"}, good | {"num_layers": 10**9}, good | {"hidden_size": "6"}):
+    wrong: list[Any] = [None, [], {}, good | {"mode": "CNN"}, good | {"num_layers": 10**9}, good | {"hidden_size": "6"}]
+    for bad in wrong:
         assert empty(bad) is None
     assert empty(good | {"hidden_size": 0}) is None
 
@@ -675,7 +677,7 @@ def test_the_loop_that_is_timed_computes_what_the_kernel_does(mode: str, shape: 
     x = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     outs = []
     for method in (None, "svd", "tt"):
-        steps = (weight,) if method is None else named(method).factor(weight, named(method).max_ranks(weight)).steps  # type: ignore[union-attr]
+        steps = (weight,) if method is None else named(method).factor(weight, named(method).max_ranks(weight)).steps
         session = ort.InferenceSession(build_model(Chain((*steps, loop)), shape))
         outs.append(torch.from_numpy(session.run(None, {"input": x})[0]))
     assert all(out.shape == shape for out in outs)

@@ -191,7 +191,7 @@ def test_custom_operators() -> None:
         return x @ weight
 
     @product.register_fake
-    def _(x: Tensor, weight: Tensor) -> Tensor:
+    def shape_of(x: Tensor, weight: Tensor) -> Tensor:
         return x.new_empty(x.shape[0], weight.shape[1])
 
     _, skips = surgery.find_sites(export(Uses((16, 8), product), (X,)))

@@ -118,7 +118,7 @@ def test_report_has_what_the_result_has(full: dict[str, Any]) -> None:
     result = decomposed()
     assert [change["site"] for change in full["changes"]] == [change.site for change in result.changes]
     assert full["before"]["macs"] == result.before.macs
-    assert full["search"]["frontier"] == [list(point) for point in result.search.frontier]  # type: ignore[union-attr]
+    assert full["search"]["frontier"] == [list(point) for point in result.search.frontier]
     assert full["search"]["cost"] == "latency"
     assert full["timing"]["comparisons"][0]["speedup"] == 2.0
     assert surgery.Plan.from_json(json.dumps(full["plan"])).decisions == result.plan.decisions
@@ -136,6 +136,7 @@ def test_it_travels_with_the_model(tmp_path: Path) -> None:
     attach(result.model, report)
     surgery.save(result.model, tmp_path / "a.pt2")
     loaded = surgery.load(tmp_path / "a.pt2")
+    assert isinstance(loaded, ExportedProgram)
     assert read(loaded) == report
     back = surgery.recompose(loaded)  # the rest of the record is still there
     assert [change.site for change in back.changes] == ["0"]

@@ -95,7 +95,7 @@ class PatchedAround(Layers):
     def __init__(self) -> None:
         super().__init__()
         self.block = nn.Sequential(nn.Linear(16, 16))
-        self.block.forward = lambda x: F.linear(x, self.block[0].weight) * 2  # type: ignore[method-assign]
+        vars(self.block)["forward"] = lambda x: F.linear(x, self.block.get_parameter("0.weight")) * 2
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.a(self.block(x)).relu())
@@ -159,6 +159,7 @@ def test_a_probe_leaves_buffers_and_random_numbers_as_they_were() -> None:
     class Counts(Layers):
         def __init__(self) -> None:
             super().__init__()
+            self.runs: Tensor
             self.register_buffer("runs", torch.zeros(()))
 
         def forward(self, x: Tensor) -> Tensor:
@@ -175,7 +176,7 @@ def test_a_probe_leaves_buffers_and_random_numbers_as_they_were() -> None:
 class Packs(nn.Module):
     """A recurrent layer that packs its batch."""
 
-    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+    def __init__(self, kind: Callable[..., nn.RNNBase], **options: Any) -> None:
         super().__init__()
         self.rnn = kind(10, 16, batch_first=True, **options)
         self.head = nn.Linear(16 * (2 if self.rnn.bidirectional else 1), 5)
@@ -339,11 +340,13 @@ class Keeps(Layers2):
         super().__init__()
         self.last: Any = None
         self.seen: list[Any] = []
+        self.mean: Tensor
         self.register_buffer("mean", torch.zeros(16))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
-        self.last, self.mean = x.detach(), self.mean * 0.9 + x.detach().mean(0)
+        self.last = x.detach()
+        self.mean = self.mean * 0.9 + x.detach().mean(0)
         self.seen.append(self.last)
         return self.b(x)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.cost.onnxruntime.timing import open_session
+from surgery.data.inputs import Inputs
 from surgery.errors import CheckError
 from surgery.runtime.export import TOLERANCES, check_export, export_onnx
 from surgery.runtime.rounding import float64_outputs, shaken_outputs
@@ -103,7 +104,8 @@ def test_without_a_float64_kernel_the_weights_are_moved(tmp_path: Path) -> None:
             return super().forward(only_narrow(x))
 
     path = export_onnx(Cancelling().eval(), tmp_path / "net.onnx", Z).path
-    given, inputs = torch.export.export(Custom().eval(), (Z,)), ((Z,), {})
+    inputs: Inputs = ((Z,), {})
+    given = torch.export.export(Custom().eval(), *inputs)
     assert float64_outputs(given, inputs) is None
     assert check_export(given, open_session(path), inputs).relative > TOLERANCES[torch.float32]
     with pytest.raises(CheckError, match="with regard to rounding"):
@@ -113,7 +115,8 @@ def test_without_a_float64_kernel_the_weights_are_moved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_reference_is_float64_throughout(dtype: torch.dtype) -> None:
     model = Cancelling(0.1).eval().to(dtype)
-    given, inputs = torch.export.export(model, (Z.to(dtype),)), ((Z.to(dtype),), {})
+    inputs: Inputs = ((Z.to(dtype),), {})
+    given = torch.export.export(model, *inputs)
     before = {name: value.clone() for name, value in given.state_dict.items()}
     found = float64_outputs(given, inputs)
     assert found is not None

@@ -43,7 +43,7 @@ def test_what_cannot_be_saved_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="is a folder"):
         save(module, tmp_path)
     quantized = nn.Linear(2, 2)
-    quantized.register_parameter("weight", torch.nn.parameter.UninitializedParameter())
+    vars(quantized)["_parameters"]["weight"] = torch.nn.parameter.UninitializedParameter()
     for other in (quantized, Extra()):
         with pytest.raises(InputError, match="of the state is a"):
             save(other, tmp_path / "model.pt")

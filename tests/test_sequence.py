@@ -46,7 +46,9 @@ def test_behind_what_was_not_changed_a_site_is_its_own_target(kind: str) -> None
     for name, operator in own.items():
         assert relative_error(found[name].operator.weight, operator.weight) <= EXACT
         if operator.bias is not None:
-            assert relative_error(found[name].operator.bias, operator.bias) <= EXACT
+            corrected = found[name].operator.bias
+            assert corrected is not None
+            assert relative_error(corrected, operator.bias) <= EXACT
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -57,7 +59,7 @@ def test_what_can_be_told_from_the_inputs_is_taken_back(bias: bool) -> None:
     changed = copy.deepcopy(model)
     turn = torch.eye(8, dtype=torch.float64) + 0.3 * torch.randn(8, 8, dtype=torch.float64)
     changed[0].weight.data = turn @ model[0].weight
-    changed[0].bias.data = model[0].bias + 1.0
+    changed.get_parameter("0.bias").data += 1.0
     x = torch.randn(4096, 6, dtype=torch.float64)
     found = targets(model, changed, x[:512], "1", centred=bias)["1"].operator
     wanted, now = model(x), changed[0](x)
@@ -74,7 +76,7 @@ def test_few_samples_move_it_little() -> None:
     changed[0].weight.data += 0.2 * torch.randn(40, 40, dtype=torch.float64) / 40**0.5
     x = torch.randn(2000, 40, dtype=torch.float64)
     few, many = (targets(model, changed, x[:count], "1")["1"].operator for count in (20, 2000))
-    moved = [relative_error(operator.weight, model[1].weight) for operator in (few, many)]
+    moved = [relative_error(operator.weight, model.get_parameter("1.weight")) for operator in (few, many)]
     errors = [relative_error(operator(changed[0](x)), model(x)) for operator in (few, model[1], many)]
     assert moved[0] > 0
     assert errors[2] < errors[1]

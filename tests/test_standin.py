@@ -77,7 +77,7 @@ def test_noise_is_moved_to_what_batch_norms_expect(kind: str, make: Callable[...
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_those_of_their_table_and_masks_stay(kind: str) -> None:
     example = (torch.ones(2, 5, dtype=torch.long), torch.tensor([[1, 1, 1, 0, 0]] * 2))
-    model = Tokens().eval()
+    model: Any = Tokens().eval()
     model = torch.export.export(model, example) if kind.startswith("program") else model
     found = made(model, example)
     assert isinstance(found, StandIn)
@@ -103,7 +103,7 @@ def test_inputs_without_tensors_are_refused() -> None:
 def network(decay: float) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 10))
-    for layer in (model[0], model[2], model[4]):
+    for layer in (layer for layer in model if isinstance(layer, nn.Linear)):
         layer.weight.data = decaying(layer.weight.data.double(), decay).float()
     return model.eval()
 

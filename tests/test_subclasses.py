@@ -32,7 +32,7 @@ class StaticSame(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.static_padding(x)
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class DynamicSame(nn.Conv2d):
@@ -79,7 +79,7 @@ class Standardised(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         centred = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
         spread = centred.view(centred.size(0), -1).std(dim=1).view(-1, 1, 1, 1) + 1e-5
-        return F.conv2d(x, centred / spread, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
+        return F.conv2d(x, centred / spread, self.bias, self.stride, self.padding)
 
 
 class GainStandardised(nn.Conv2d):
@@ -93,7 +93,7 @@ class GainStandardised(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         flat, gain = self.weight.reshape(1, self.out_channels, -1), (self.gain * self.scale).view(-1)
         weight = F.batch_norm(flat, None, None, weight=gain, training=True, momentum=0.0, eps=1e-6)
-        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, self.stride, self.padding)  # type: ignore[arg-type]
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, self.stride, self.padding)
 
 
 class EqualLinear(nn.Linear):
@@ -115,7 +115,7 @@ class EqualConv(nn.Conv2d):
         self.register_buffer("factor", torch.tensor(0.3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight * self.factor, self.bias, self.stride, self.padding)  # type: ignore[operator, arg-type]
+        return F.conv2d(x, self.weight * self.factor, self.bias, self.stride, self.padding)
 
 
 class Named(nn.Linear):
@@ -209,7 +209,7 @@ class Net(nn.Module):
         self.layer, self.act = layer, nn.Tanh()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.layer(x))  # type: ignore[no-any-return]
+        return self.act(self.layer(x))
 
 
 class Branching(Net):

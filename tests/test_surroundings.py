@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,7 +140,7 @@ def test_rows_that_nobody_has_measured_do_no_harm(
     fields: str | bytes, seeds: Path, command_lines: CommandLines
 ) -> None:
     words = ("decompose", "big.pt2", "--dry-run", "--ranks", "auto")
-    variables = {"SURGERY_CACHE": str(seeds / "cache")}
+    variables: dict[str, Any] = {"SURGERY_CACHE": str(seeds / "cache")}
     assert not command_lines.run(seeds, *words, **variables).faults(allowed=(0,))
     with contextlib.closing(sqlite3.connect(seeds / "cache" / "latencies.sqlite3")) as connection, connection:
         assert connection.execute("UPDATE latencies SET fields = ?", (fields,)).rowcount
@@ -147,7 +148,7 @@ def test_rows_that_nobody_has_measured_do_no_harm(
     assert not done.faults(allowed=(0,), notes=1), done
 
 
-PLACES: dict[str, dict[str, str | None]] = {
+PLACES: dict[str, dict[str, Any]] = {
     "no home": {"HOME": "/proc/nowhere", "SURGERY_CACHE": None, "XDG_CACHE_HOME": None},
     "home is a file": {"HOME": "/etc/passwd", "SURGERY_CACHE": None, "XDG_CACHE_HOME": None},
     "long name": {"SURGERY_CACHE": "/proc/" + "x" * 5000},
@@ -168,7 +169,7 @@ def test_a_user_without_a_home(seeds: Path, command_lines: CommandLines) -> None
         folder = Path(name)
         folder.chmod(0o755)
         shutil.copy(seeds / "mlp.pt2", folder)
-        unset = dict.fromkeys(("HOME", "SURGERY_CACHE", "XDG_CACHE_HOME"))
+        unset: dict[str, Any] = dict.fromkeys(("HOME", "SURGERY_CACHE", "XDG_CACHE_HOME"))
         done = command_lines.run(folder, *MEASURES, user=54321, **unset)
         assert not done.faults(allowed=(0,), notes=1), done
 

@@ -21,7 +21,7 @@ class Exponential(nn.Conv2d):
     """Computes its weight in a way that cannot be undone."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight.exp(), self.bias, self.stride, self.padding)  # type: ignore[arg-type]
+        return F.conv2d(x, self.weight.exp(), self.bias, self.stride, self.padding)
 
 
 class Twice(nn.Linear):
@@ -45,7 +45,7 @@ class Mixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(self.second(self.first(x)).relu()).mean((2, 3))
-        return self.last(self.twice(x @ self.table))  # type: ignore[no-any-return]
+        return self.last(self.twice(x @ self.table))
 
 
 class Branching(Mixed):
@@ -88,7 +88,7 @@ def test_a_recurrent_layer_and_attention_count_as_their_products_with_weights() 
             self.lstm, self.last = lstm, nn.Linear(16, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.lstm(x)[0])  # type: ignore[no-any-return]
+            return self.last(self.lstm(x)[0])
 
     model, x = Whole().eval(), torch.randn(2, 5, 8)
     matrices = sum(p.numel() for p in lstm.parameters() if p.dim() > 1)
@@ -111,7 +111,8 @@ def test_the_first_line_says_that_most_is_left_alone_and_what_to_do() -> None:
 def test_nothing_is_said_where_most_is_factored_or_left_by_choice() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).eval()
     x = torch.randn(2, 16)
-    for more in ({}, {"include": ["0"]}, {"exclude": ["*"]}):
+    given: list[dict[str, Any]] = [{}, {"include": ["0"]}, {"exclude": ["*"]}]
+    for more in given:
         result = surgery.decompose(model, x, ranks=2, factorization="svd", **more)
         assert "of the MACs are left alone" not in repr(result)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,10 @@ def test_groups_keep_their_order_options_and_names() -> None:
     model = Net()
     decayed = {n: p for n, p in model.named_parameters() if p.dim() > 1}
     rest = {n: p for n, p in model.named_parameters() if p.dim() == 1}
-    groups = [{"params": list(decayed.items()), "lr": 0.1, "weight_decay": 0.1}, {"params": list(rest.items())}]
+    groups: list[dict[str, Any]] = [
+        {"params": list(decayed.items()), "lr": 0.1, "weight_decay": 0.1},
+        {"params": list(rest.items())},
+    ]
     optimizer = SGD(groups, lr=0.2, momentum=0.5)
     scheduler = CosineAnnealingLR(optimizer, T_max=10)
     run = LowRankTraining(model, optimizer, batch()[0], decompose_at=1, ranks=RANKS, recompose_at=2)

@@ -224,7 +224,7 @@ def test_the_format_of_a_channels_last_model_is_not_measured(monkeypatch: pytest
         raise AssertionError("measured")
 
     monkeypatch.setattr(propose, "time_models", fail)
-    model = Net(32).to(memory_format=torch.channels_last)
+    model = Net(32).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # of modules, torch types it for four axes by position alone
     run = LowRankTraining(model, OPTIMIZERS["sgd"](model.parameters()), batch()[0], epochs=10)
     assert run._formats == [True]
 

@@ -78,10 +78,10 @@ def test_what_is_frozen_in_mid_run_stays_composed() -> None:
     assert event is not None
     assert "does not train" in str(run.plan["hidden"].reason)
     assert torch.allclose(run.model.eval()(x), before, atol=1e-5)
-    frozen = run.model.hidden.weight.detach().clone()
+    frozen = run.model.get_parameter("hidden.weight").detach().clone()
     train(run)
     run.end_epoch(2)
-    assert torch.equal(run.model.hidden.weight, frozen)
+    assert torch.equal(run.model.get_parameter("hidden.weight"), frozen)
     assert not run.model.hidden.weight.requires_grad
 
 
@@ -112,7 +112,7 @@ def step_in_backward(model: Net) -> None:
     steps = {parameter: SGD([parameter], lr=0.05) for parameter in model.parameters()}
 
     def act(parameter: Tensor) -> None:
-        steps[parameter].step()  # type: ignore[index]
+        steps[parameter].step()
         parameter.grad = None
 
     for parameter in model.parameters():

@@ -91,7 +91,7 @@ def test_a_state_without_the_factored_sites_changes_nothing_else() -> None:
     run, state = factored()
     run.model.load_state_dict({name: value for name, value in state.items() if name.startswith("head")}, strict=False)
     assert run.phase == "factored"
-    assert torch.equal(run.model.head.weight, state["head.weight"])
+    assert torch.equal(run.model.get_parameter("head.weight"), state["head.weight"])
     run.finish()
 
 

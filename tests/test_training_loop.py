@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def test_where_the_decay_is_not_known_it_is_that_of_the_factors(kind: type[torch
     torch.manual_seed(0)
     model = Net()
     optimizer = kind(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3, fused=fused)
-    settings = {"decompose_at": 1, "ranks": RANKS, "recompose_at": None}
+    settings: dict[str, Any] = {"decompose_at": 1, "ranks": RANKS, "recompose_at": None}
     with pytest.raises(InputError, match="fused" if fused else "OwnSGD"):
         LowRankTraining(model, optimizer, batch()[0], frobenius_decay=True, **settings)
     run = LowRankTraining(model, optimizer, batch()[0], **settings)
@@ -162,7 +163,7 @@ def test_history_shows_what_happened(tmp_path: object) -> None:
 
 def test_channels_last_weights_stay_so() -> None:
     torch.manual_seed(0)
-    model = Net().to(memory_format=torch.channels_last)
+    model = Net().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # of modules, torch types it for four axes by position alone
     optimizer = OPTIMIZERS["adam"](model.parameters())
     run = LowRankTraining(model, optimizer, batch()[0], decompose_at=1, ranks=RANKS, recompose_at=2, memory_format=None)
     for epoch in range(2):

@@ -17,7 +17,7 @@ from surgery.errors import InputError
 from surgery.training import LowRankTraining
 from tests.training_cases import OPTIMIZERS, Net, batch, loss_of, make_run, train
 
-RANKS = {"first": (4, 2), "second": (4, 3), "hidden": 3}
+RANKS: dict[str, int | tuple[int, ...] | None] = {"first": (4, 2), "second": (4, 3), "hidden": 3}
 Update = Callable[[nn.Module], None]
 
 

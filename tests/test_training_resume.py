@@ -95,7 +95,7 @@ def test_a_factorization_that_fell_back_is_rebuilt_as_it_was() -> None:
 @pytest.mark.parametrize("factorization", ["spatial", "cp", "tt", "tr", "depthwise", "svd"])
 def test_every_factorization_is_rebuilt(factorization: str) -> None:
     fits = {"second": 3, "hidden": 3} if factorization in ("svd", "cp") else {"second": 3}
-    settings = {"ranks": fits, "factorization": factorization}
+    settings: dict[str, Any] = {"ranks": fits, "factorization": factorization}
     if factorization in ("tt", "tr"):
         settings["ranks"] = "keep_params=0.6"
     run = make_run(recompose_at=2, **settings)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from surgery.algebra.chain import relative_error
@@ -103,7 +103,7 @@ def train_together(rank: int, folder: str) -> None:
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo")
 def test_all_processes_switch_to_the_same_weights_and_stay_together(tmp_path: Path) -> None:
-    mp.start_processes(work, args=(str(tmp_path),), nprocs=WORLD, start_method="spawn")
+    start_processes(work, args=(str(tmp_path),), nprocs=WORLD, start_method="spawn")
     for epoch in range(4):
         first, second = (torch.load(tmp_path / f"{epoch}-{rank}.pt", weights_only=True) for rank in range(WORLD))
         trained = {

@@ -115,7 +115,7 @@ def test_refinement_never_goes_back_and_finds_the_best_nearby(rank: int, seed: i
     weight, metric = matrix(1, 6, 5, seed), as_metric(moment(1, 5, 5, seed + 1)).regularised(1e-2)
     left, right = low_rank(weight, rank, metric)
     middle = torch.eye(rank, dtype=torch.float64).unsqueeze(0)
-    start = [part + 0.02 * matrix(1, *part.shape[1:], seed + 2) for part in (left, middle, right)]
+    start = [part + 0.02 * matrix(1, part.shape[1], part.shape[2], seed + 2) for part in (left, middle, right)]
     before = float(metric.energy(weight - product(start)))
     once = float(metric.energy(weight - product(refine(product, start, weight, metric, steps=1, iterations=2))))
     found = float(metric.energy(weight - product(refine(product, start, weight, metric, steps=20, iterations=20))))

@@ -40,8 +40,8 @@ class Net(nn.Module):
         return self.head(torch.relu(self.hidden(self.drop(x))))
 
 
-RANKS = {"first": (4, 2), "second": (4, 3), "hidden": 3, "head": None}
-FULL = {"first": (8, 2), "second": (8, 8), "hidden": 8}
+RANKS: dict[str, int | tuple[int, ...] | None] = {"first": (4, 2), "second": (4, 3), "hidden": 3, "head": None}
+FULL: dict[str, int | tuple[int, ...] | None] = {"first": (8, 2), "second": (8, 8), "hidden": 8}
 
 
 def batch(dtype: torch.dtype = torch.float32, *, size: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:

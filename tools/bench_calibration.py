@@ -86,6 +86,7 @@ def load(samples: int, seed: int) -> Setting:
         images = torch.from_numpy(sample["images"]).float().div(255).unsqueeze(1)
         labels = torch.from_numpy(sample["labels"]).long()
     program = surgery.load(DATA / "fashion_resnet.pt2")
+    assert isinstance(program, ExportedProgram)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     calibration = read_calibration(images[order[:samples]], program)
     rest = order[samples:]

@@ -183,7 +183,8 @@ def run_all(console: Console, options: argparse.Namespace) -> dict[str, Any]:
     """Measure and print all methods and networks; end with the rows in which we are behind."""
     rows = []
     for method in options.methods:
-        found, title = [], TITLES[method]
+        found: list[Any] = []
+        title = TITLES[method]
         for case in cases(method, kind=options.kernels, quick=options.quick):
             if not found:
                 case.ours(), case.tensorly()  # warm up, outside of the measurement

@@ -20,6 +20,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def architectures() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]
     for name, build in TORCHVISION.items():
         yield f"torchvision: {name}", build
     for name in TRANSFORMERS:
-        yield f"transformers: {name}", lambda name=name: transformer(name)
+        yield f"transformers: {name}", partial(transformer, name)
 
 
 def operators(program: ExportedProgram) -> set[str]:
@@ -133,7 +134,7 @@ def table(only: list[str]) -> int:
     for name, build in architectures():
         if only and not any(word in name for word in only):
             continue
-        found = _apart(lambda build=build: _export(build))
+        found = _apart(partial(_export, build))
         if isinstance(found, str):
             print(f"{name}: not exported: {found}", flush=True)
             continue

@@ -17,7 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -54,12 +54,12 @@ def make(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     if name == "T5":
         options = {"num_layers": 2, "num_heads": 2, "d_model": 16, "d_ff": 32, "d_kv": 8, "decoder_start_token_id": 0}
         return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=VOCABULARY, **options)), tokens
-    labels = torch.arange(ROWS) % 3
+    labels, classes = torch.arange(ROWS) % 3, cast("dict[str, Any]", {"num_labels": 3})
     if name == "BERT":
-        config = hf.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=16, num_labels=3, **_SMALL)
-        return hf.BertForSequenceClassification(config), {"input_ids": ids(), "labels": labels}
-    config = hf.ViTConfig(image_size=16, patch_size=4, num_labels=3, **_SMALL)
-    return hf.ViTForImageClassification(config), {"pixel_values": torch.randn(ROWS, 3, 16, 16), "labels": labels}
+        small = hf.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=16, **_SMALL, **classes)
+        return hf.BertForSequenceClassification(small), {"input_ids": ids(), "labels": labels}
+    vision = hf.ViTConfig(image_size=16, patch_size=4, **_SMALL, **classes)
+    return hf.ViTForImageClassification(vision), {"pixel_values": torch.randn(ROWS, 3, 16, 16), "labels": labels}
 
 
 MODELS = ("Llama", "GPT-2", "T5", "BERT", "ViT")

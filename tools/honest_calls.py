@@ -33,8 +33,8 @@ _CORNERS: list[Rows] = [
     lambda x: F.grid_sample(_X5, torch.rand(1, 3, 3, 3, 3), mode="nearest", align_corners=True),
     lambda x: F.affine_grid(torch.randn(2, 2, 3), [2, 4, 3, 3], align_corners=False),
     lambda x: F.fold(F.unfold(x, 3, padding=1), (8, 8), 3, padding=1),
-    lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
-    lambda x: F.max_unpool3d(*F.max_pool3d(_X5, 2, return_indices=True), 2),
+    lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), [2, 2]),
+    lambda x: F.max_unpool3d(*F.max_pool3d(_X5, 2, return_indices=True), [2, 2, 2]),
     lambda x: F.max_pool1d(_X3, 2) + F.avg_pool1d(_X3, 2) + F.adaptive_max_pool1d(_X3, 3),
     lambda x: [F.interpolate(x, scale_factor=2.0, mode=mode) for mode in ("nearest-exact", "bicubic", "bilinear")],
     lambda x: [F.interpolate(x, size=(5, 5), mode=mode, antialias=True) for mode in ("bicubic", "bilinear")],
@@ -111,7 +111,7 @@ class _Recorder(TorchFunctionMode):
 def honest_calls() -> dict[str, list[Call]]:
     """Return calls by operator, of small networks and of what their layers, indices and losses do at the edges."""
     torch.manual_seed(0)
-    models = [build() for build in TORCHVISION.values()]
+    models: list[Any] = [build() for build in TORCHVISION.values()]
     models += [(_Corner(function), (torch.randn(2, 4, 8, 8),)) for function in _CORNERS]
     recorder = _Recorder()
     for model, inputs in models:

@@ -62,7 +62,7 @@ class Trace:
             yield
         finally:
             sys.setprofile(None)
-            threading.setprofile(None)  # type: ignore[arg-type]  # None switches it off, as sys.setprofile's does
+            threading.setprofile(None)
 
 
 def _network() -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -67,7 +68,7 @@ def problems(*, quick: bool, data: Path) -> list[Problem]:
         found.append(
             Problem(
                 name,
-                lambda c=cosine, s=size, r=rank: synthetic((s,) * 3, r, noise=0.01, collinearity=c),
+                partial(synthetic, (size,) * 3, rank, noise=0.01, collinearity=cosine),
                 rank,
             )
         )
@@ -75,7 +76,7 @@ def problems(*, quick: bool, data: Path) -> list[Problem]:
         found.append(
             Problem(
                 "collinearity 0.5",
-                lambda s=size, o=order, r=rank: synthetic((s,) * o, r, noise=0.01, collinearity=0.5),
+                partial(synthetic, (size,) * order, rank, noise=0.01, collinearity=0.5),
                 rank,
             )
         )

@@ -66,8 +66,8 @@ def minilm(limit: int | None) -> tuple[nn.Module, dict[str, Tensor]]:
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     model = AutoModel.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     settings = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import tensorly
@@ -101,6 +102,10 @@ def _tucker(kernel: Tensor) -> Iterator[Case]:
     )
 
 
+def _factors(tensor: Tensor, rank: int) -> Sequence[Tensor]:
+    return cp(tensor, rank, sweeps=SWEEPS, tolerance=0, restarts=0).factors
+
+
 def _cp(kernel: Tensor) -> Iterator[Case]:
     tensor = kernel.unflatten(3, (3, 3)).contiguous()
     for rank in RANKS:
@@ -110,10 +115,10 @@ def _cp(kernel: Tensor) -> Iterator[Case]:
             _named(kernel),
             str(rank),
             tensor,
-            lambda rank=rank: cp(tensor, rank, sweeps=SWEEPS, tolerance=0, restarts=0).factors,
-            lambda rank=rank, init=init, backend=backend: _parafac(tensor, rank, init, backend),
+            partial(_factors, tensor, rank),
+            partial(_parafac, tensor, rank, init, backend),
             lambda factors: torch.einsum("gar,gbr,gcr,gdr->gabcd", *factors),
-            lambda rank=rank, init=other, backend=backend: _parafac(tensor, rank, init, backend),
+            partial(_parafac, tensor, rank, other, backend),
         )
 
 
@@ -176,8 +181,8 @@ def _svd(kernel: Tensor) -> Iterator[Case]:
             _named(kernel),
             str(rank),
             matrix,
-            lambda rank=rank: gram.low_rank(matrix, rank),
-            lambda rank=rank: reference.low_rank(matrix, rank),
+            partial(gram.low_rank, matrix, rank),
+            partial(reference.low_rank, matrix, rank),
             lambda pair: pair[0] @ pair[1],
         )
 

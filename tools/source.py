@@ -136,10 +136,10 @@ class Source:
 
     def public_functions(self) -> dict[str, Function]:
         """What the package's own table of names gives: its functions, and the public methods of its classes."""
-        found = {}
+        found: dict[str, Function] = {}
         init = self.modules[self.package]
-        for node in ast.walk(init.tree):
-            for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+        for node in _froms(init.tree):
+            for alias in node.names:
                 if alias.asname == alias.name and node.module:  # as the type-checking block writes them
                     found |= self._public(node.module, alias.name)
         return found
@@ -153,11 +153,15 @@ class Source:
 
     def _home(self, module: str, name: str) -> str:
         """Where a name is defined, when a package passes it on."""
-        for node in ast.walk(self.modules[module].tree):
-            passed = isinstance(node, ast.ImportFrom) and name in [alias.asname or alias.name for alias in node.names]
+        for node in _froms(self.modules[module].tree):
+            passed = name in [alias.asname or alias.name for alias in node.names]
             if passed and node.module in self.modules:
                 return self._home(node.module, name)
         return module
+
+
+def _froms(tree: ast.Module) -> list[ast.ImportFrom]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
 
 
 def _private(name: str) -> bool:

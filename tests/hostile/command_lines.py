@@ -90,7 +90,7 @@ class CommandLines:
         """Run a command line in a folder, from which modules can be imported; temporary files come into its ``tmp``."""
         (folder / "tmp").mkdir(exist_ok=True)
         before = set(folder.rglob("*"))
-        own = {"TMPDIR": str(folder / "tmp"), "SURGERY_CACHE": "off"}
+        own: dict[str, str | None] = {"TMPDIR": str(folder / "tmp"), "SURGERY_CACHE": "off"}
         asked = Asked(list(words), str(folder), own | variables, user, seconds)
         assert self._server.stdin is not None
         assert self._server.stdout is not None
@@ -99,7 +99,8 @@ class CommandLines:
         answer = self._server.stdout.readline()
         assert answer, "the server of command lines has ended"
         made = sorted(path.name for path in set(folder.rglob("*")) - before)
-        return Done(words, *json.loads(answer), tuple(made))
+        status, stdout, stderr, memory = json.loads(answer)
+        return Done(words, status, stdout, stderr, memory, tuple(made))
 
 
 @contextlib.contextmanager
@@ -148,8 +149,8 @@ def _watch(asked: Asked) -> tuple[int, str, str, int]:
         _, status, usage = os.wait4(child, 0)
         with contextlib.suppress(ProcessLookupError):  # what it has started
             os.killpg(child, signal.SIGKILL)
-        said = [_read(file) for file in (stdout, stderr)]
-    return os.waitstatus_to_exitcode(status), *said, usage.ru_maxrss >> 10
+        out, err = (_read(file) for file in (stdout, stderr))
+    return os.waitstatus_to_exitcode(status), out, err, usage.ru_maxrss >> 10
 
 
 def _read(file: IO[bytes]) -> str:

@@ -189,7 +189,7 @@ def constant_input_as_number(marker: Path) -> bytes:
 def input_key(marker: Path) -> bytes:
     """The keys of dict inputs end up in the text of generated assertions."""
     evil = f'" + {touch_unquoted(marker)} + "'
-    samples = ((torch.ones(4, 4), {evil: torch.ones(4, 4)}, "mode"), {})
+    samples: Any = ((torch.ones(4, 4), {evil: torch.ones(4, 4)}, "mode"), {})
 
     def change(data: bytes) -> bytes:
         parsed = json.loads(data)
