@@ -106,7 +106,7 @@ class Factored(nn.Sequential):
 def _bias_holder(factored: Factored) -> nn.Module:
     """Return the module whose bias is that of the layer: the last one with weights or the shift behind it."""
     *_, last = (module for module in factored.steps if any(True for _ in module.parameters()))
-    while isinstance(last, nn.Sequential):
+    while isinstance(last, nn.Sequential | layers.Sum):  # of the last branch, where there are branches
         last = last[-1]
     return last
 
