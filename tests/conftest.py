@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.covering import ALL
 from tests.hostile import command_lines as hostile
 from tests.hostile.seeds import write_seeds
 
@@ -20,7 +21,8 @@ torch.set_num_threads(1)  # pytest-xdist runs several workers; more threads each
 
 # Derandomised, so that a red run is red again; HYPOTHESIS_PROFILE=hunt looks for new counterexamples.
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
-settings.register_profile("laws", deadline=None, derandomize=True, max_examples=100, suppress_health_check=_SLOW)
+_EXAMPLES = 100 if ALL else 40
+settings.register_profile("laws", deadline=None, derandomize=True, max_examples=_EXAMPLES, suppress_health_check=_SLOW)
 settings.register_profile("hunt", deadline=None, max_examples=2000, suppress_health_check=_SLOW)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "laws"))
 
@@ -66,7 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     Each law is tried on other cases, so that each case is tried by some.
     """
-    if os.environ.get("SURGERY_LAWS"):
+    if ALL:
         return
     laws = defaultdict(list)
     for item in items:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,17 +98,18 @@ def test_lightning_switches_and_keeps_its_optimizer(lightning: Any, tmp_path: Pa
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
-def test_lightning_resumes_bit_for_bit(lightning: Any, tmp_path: Path, stop: int) -> None:
+def test_lightning_resumes_bit_for_bit(lightning: Any, tmp_path: Path, subtests: pytest.Subtests) -> None:
     whole, done, _ = fit(lightning, tmp_path / "whole")
-    path = tmp_path / "whole" / f"epoch={stop - 1}.ckpt"
-    checkpoint = torch.load(path, weights_only=True)
-    strict = lightning_module(lightning, 5)
-    strict.load_state_dict(checkpoint["state_dict"], strict=True)
-    again, callback, _ = fit(lightning, tmp_path / "again", seed=7, path=path)
-    assert same(again, whole)
-    assert [row.phase for row in callback.run.history] == [row.phase for row in done.run.history]
-    assert callback.run.history.events[0].changes == done.run.history.events[0].changes
+    for stop in (1, 2, 3):
+        with subtests.test(stop=stop):
+            path = tmp_path / "whole" / f"epoch={stop - 1}.ckpt"
+            checkpoint = torch.load(path, weights_only=True)
+            strict = lightning_module(lightning, 5)
+            strict.load_state_dict(checkpoint["state_dict"], strict=True)
+            again, callback, _ = fit(lightning, tmp_path / f"from {stop}", seed=7, path=path)
+            assert same(again, whole)
+            assert [row.phase for row in callback.run.history] == [row.phase for row in done.run.history]
+            assert callback.run.history.events[0].changes == done.run.history.events[0].changes
 
 
 def test_lightning_checkpoints_compose_the_factors(lightning: Any, tmp_path: Path) -> None:
@@ -187,15 +189,17 @@ def test_huggingface_switches_and_keeps_its_optimizer(transformers: Any, tmp_pat
     bert(transformers, 4).load_state_dict(model.state_dict(), strict=True)
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
-def test_huggingface_resumes_bit_for_bit(transformers: Any, tmp_path: Path, stop: int) -> None:
-    whole, done, _ = huggingface(transformers, tmp_path)
-    checkpoint = tmp_path / f"checkpoint-{3 * stop}"
-    loaded = transformers.BertForSequenceClassification.from_pretrained(checkpoint)
-    assert loaded.state_dict().keys() == whole.state_dict().keys()
-    again, callback, _ = huggingface(transformers, tmp_path, seed=7, path=checkpoint)
-    assert same(again, whole)
-    assert [row.phase for row in callback.run.history] == [row.phase for row in done.run.history]
+def test_huggingface_resumes_bit_for_bit(transformers: Any, tmp_path: Path, subtests: pytest.Subtests) -> None:
+    whole, done, _ = huggingface(transformers, tmp_path / "whole")
+    for stop in (1, 2, 3):
+        with subtests.test(stop=stop):
+            folder = shutil.copytree(tmp_path / "whole", tmp_path / f"from {stop}")
+            checkpoint = folder / f"checkpoint-{3 * stop}"
+            loaded = transformers.BertForSequenceClassification.from_pretrained(checkpoint)
+            assert loaded.state_dict().keys() == whole.state_dict().keys()
+            again, callback, _ = huggingface(transformers, folder, seed=7, path=checkpoint)
+            assert same(again, whole)
+            assert [row.phase for row in callback.run.history] == [row.phase for row in done.run.history]
 
 
 def test_huggingface_refusals_are_clear(transformers: Any, tmp_path: Path) -> None:
