@@ -139,6 +139,14 @@ def _import_all() -> None:
     import onnxscript  # noqa: F401
     import safetensors.torch  # noqa: F401
 
+    import surgery.cli.show
+    import surgery.data.samples
+    import surgery.passes.decompose
+    import surgery.passes.recompose
+    import surgery.report
+    import surgery.runtime.bench
+    import surgery.runtime.export  # noqa: F401
+
 
 def _watch(asked: Asked) -> tuple[int, str, str, int]:
     """Run a command line in a fork; return its status, what it printed, and the most memory that it held."""
