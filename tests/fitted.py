@@ -45,7 +45,8 @@ def rank_choices(method: Factorization, operator: Operator) -> list[Ranks]:
 
 
 @functools.cache
-def _solved(case: Case, method: str, ranks: Ranks, solver: str) -> Chain | Refusal:
+def solved(case: Case, method: str, ranks: Ranks, solver: str = "auto") -> Chain | Refusal:
+    """Return the chain of a case, or why the method finds no good factors."""
     return named(method).factor(case.operator, ranks, solver=solver)
 
 
@@ -56,7 +57,7 @@ def lowered(ranks: Ranks) -> Ranks:
 
 def factor(case: Case, method: Factorization, ranks: Ranks, *, solver: str = "auto") -> Chain:
     """Return the chain at these ranks or, where the method finds no good factors, at the next lower ones."""
-    chain = _solved(case, method.name, ranks, solver)
+    chain = solved(case, method.name, ranks, solver)
     if isinstance(chain, Chain):
         return chain
     assert len(chain.reason) > 10
@@ -72,7 +73,7 @@ def factor_operator(method: Factorization, operator: Operator, ranks: Ranks, *, 
 def chains(case: Case, method: Factorization, choices: list[Ranks]) -> Iterator[tuple[Ranks, Chain]]:
     """Yield the chains at several ranks, without those at which the method finds no good factors."""
     for ranks in choices:
-        chain = _solved(case, method.name, ranks, "auto")
+        chain = solved(case, method.name, ranks)
         if isinstance(chain, Chain):
             yield ranks, chain
 
