@@ -13,8 +13,7 @@ from torch.nn.parameter import is_lazy
 
 import surgery
 from surgery.errors import InputError
-from surgery.kinds.fx.view import identity
-from surgery.kinds.layers.tensors import count, memory, refuse_tensor
+from surgery.kinds.layers.tensors import count, key_of, memory, refuse_tensor
 from surgery.kinds.registry import open_graph
 from tests.zoo import export
 
@@ -84,13 +83,13 @@ def test_not_refused(name: str) -> None:
 def test_all_can_be_counted_and_told_apart(name: str) -> None:
     tensor = REFUSED[name][0]() if name in REFUSED else PLAIN[name]()
     assert count([tensor]) == (0 if name == "lazy" else 12)
-    assert identity(tensor) == identity(tensor)
+    assert key_of(tensor) == key_of(tensor)
     assert isinstance(memory(tensor), int)
 
 
 def test_tied_parameters_have_one_identity() -> None:
     weight = nn.Parameter(torch.ones(3, 4))
-    assert identity(weight) == identity(nn.Parameter(weight.data)) != identity(weight.detach()[:2])
+    assert key_of(weight) == key_of(nn.Parameter(weight.data)) != key_of(weight.detach()[:2])
 
 
 def test_a_lazy_module_counts_what_it_has() -> None:

@@ -29,7 +29,7 @@ def time_find(model: Model, inputs: tuple[torch.Tensor, ...]) -> tuple[float, in
     graph = open_graph(model, inputs, {}, copies=False)
     start = time.perf_counter()
     found = graph.find()
-    return time.perf_counter() - start, len(found.spots)
+    return time.perf_counter() - start, len(found.placements)
 
 
 def main() -> None:

@@ -107,6 +107,11 @@ class Operator:
         """Number of parameters, the bias included."""
         return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
 
+    @property
+    def form(self) -> object:
+        """All but the numbers."""
+        return type(self), tuple(self.kernel.shape), getattr(self, "geometry", None), getattr(self, "padding_index", None)
+
     def with_bias(self, bias: Tensor | None) -> Operator:
         """Return the same operator with another bias."""
         return replace(self, bias=bias)

@@ -29,13 +29,13 @@ from surgery.system.tables import layout
 from surgery.text import change, count, rank_text, seconds, shown, wrap
 
 if TYPE_CHECKING:
-    from surgery.kinds.base import Found
     from surgery.passes.bisect import Bisection
     from surgery.passes.decompose import DecomposeResult
     from surgery.passes.recompose import RecomposeResult
     from surgery.runtime.bench import Timing
     from surgery.runtime.compare import Difference
     from surgery.runtime.export import ExportReport
+    from surgery.sites.placement import Found
 
 __all__ = [
     "STEPS",
@@ -191,7 +191,7 @@ def found_json(found: Found) -> dict[str, Any]:
             "macs": spot.site.macs,
             "share": spot.site.macs / total,
         }
-        for spot in found.spots
+        for spot in found.placements
     ]
     return {"sites": sites, "skips": [asdict(skip) for skip in found.skips], "totals": asdict(found.totals)}
 
@@ -200,7 +200,7 @@ def found_tables(path: Path, found: Found) -> None:
     """Print the sites, skips and totals of a model."""
     if (left := left_alone(found.skips, found.totals.macs, exported=_is_program(path))) is not None:
         say(left)
-    sites = [spot.site for spot in found.spots]
+    sites = [spot.site for spot in found.placements]
     calls = any(site.calls != 1 for site in sites)
     rows = [["name", "operator", "weight", "input", *["calls"] * calls, "parameters", "MACs", "share of MACs"]]
     total = found.totals.macs or 1
@@ -212,7 +212,7 @@ def found_tables(path: Path, found: Found) -> None:
     _skips("Left alone", found.skips)
     say()
     say(
-        f"{len(found.spots)} sites, {len(found.skips)} left alone; "
+        f"{len(found.placements)} sites, {len(found.skips)} left alone; "
         f"{count(found.totals.parameters)} parameters and {count(found.totals.macs)} MACs in all"
     )
 

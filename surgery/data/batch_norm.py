@@ -24,10 +24,11 @@ from torch.fx import Node
 from surgery.data.collect import Progress
 from surgery.data.observe import Observed, ObservedGraph, ObservedModule, observe
 from surgery.data.samples import Calibration
-from surgery.kinds.base import GraphKind
-from surgery.kinds.fx.behind import is_norm, is_tracked_norm, norm_buffers
-from surgery.kinds.fx.view import Spot
+from surgery.kinds.fx.epilogues import is_tracked_norm, norm_buffers
 from surgery.kinds.registry import Model
+from surgery.sites.epilogue import BatchNorm
+from surgery.sites.flow import Flow, Other
+from surgery.sites.placement import Placement
 
 __all__ = ["NormDistances", "NormWatch", "Reference", "feeds_batch_norm", "reestimate_batch_norm"]
 
@@ -102,10 +103,10 @@ def _corrected(before: Pair, reference: Pair, now: Pair) -> Pair:
     return before[0].double() + now[0] - reference[0], before[1].double() * torch.where(reference[1] > 0, ratio, 1.0)
 
 
-def feeds_batch_norm(kind: GraphKind, spot: Spot) -> bool:
+def feeds_batch_norm(flow: Flow, placement: Placement) -> bool:
     """Whether batch norms, and nothing else, read what a site puts out, so that they take up its mean."""
-    users = [user for call in spot.calls for user in call.node.users]
-    return bool(users) and all(is_norm(kind.view, user) for user in users)
+    users = [flow.at[user] for call in placement.calls for user in flow.users[call.value]]
+    return bool(users) and all(isinstance(user, Other) and isinstance(user.epilogue, BatchNorm) for user in users)
 
 
 def _give_back(model: nn.Module, norms: Sequence[_Norm]) -> None:
@@ -224,12 +225,10 @@ def _module_norm(path: str, root: nn.Module, kind: type[_Norm]) -> _Norm:
 
 def _graph_norms(observed: ObservedGraph, model: Model, kind: type[_Norm]) -> list[_Norm]:
     """Return the batch norms that a graph calls as modules or as functions, one for each pair of buffers."""
-    view = observed.kind.view
     norms: dict[str, _Norm] = {}
-    for node in view.graph.nodes:
-        if node.op == "call_module" and view.module is not None and is_tracked_norm(view.module(str(node.target))):
-            root = view.graph.owning_module
-            assert root is not None  # each kind keeps the module of its graph
+    root = observed.module
+    for node in root.graph.nodes:
+        if node.op == "call_module" and is_tracked_norm(root.get_submodule(str(node.target))):
             norm = _module_norm(str(node.target), root, kind)
         else:
             buffers = norm_buffers(node)

@@ -13,8 +13,8 @@ from surgery.data.observe import Observed, observe
 from surgery.data.samples import Calibration
 from surgery.data.visible import VisibleRows
 from surgery.errors import InputError
-from surgery.kinds.fx.view import Spot
 from surgery.kinds.registry import Model
+from surgery.sites.placement import Placement
 
 __all__ = ["Progress", "collect", "rows_of"]
 
@@ -45,7 +45,7 @@ def collect(
         CaptureError: the graph of an nn.Module can be neither traced nor exported.
     """
     observed = observe(model, next(iter(batches)))
-    found = observed.kind.find().spots
+    found = observed.kind.find().placements
     spots = [spot for spot in found if sites is None or spot.site.name in sites]
     shared = _shared(spots)
     accumulators = _accumulators([group[0] for group in shared], len(batches), budget_bytes, seed)
@@ -72,16 +72,16 @@ def _run(observed: Observed, batches: Calibration, progress: Progress | None) ->
         progress("calibrate", len(batches), len(batches))
 
 
-def _finish(accumulator: Accumulator, spot: Spot) -> Moments:
+def _finish(accumulator: Accumulator, spot: Placement) -> Moments:
     try:
         return accumulator.moments()
     except InputError as error:
         raise InputError(f"{spot.site.name}: {error.what}", next_step=error.next_step) from None
 
 
-def _shared(spots: Sequence[Spot]) -> list[list[Spot]]:
+def _shared(spots: Sequence[Placement]) -> list[list[Placement]]:
     """Group the sites that read the same columns of the same values."""
-    groups: dict[tuple[Any, ...], list[Spot]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[Placement]] = defaultdict(list)
     for spot in spots:
         sources = tuple(call.source for call in spot.calls)
         groups[(sources, *_columns_key(spot.site.operator))].append(spot)
@@ -94,7 +94,7 @@ def _columns_key(operator: Operator) -> tuple[Any, ...]:
     return type(operator), groups, channels, tuple(size), geometry
 
 
-def _accumulators(spots: Sequence[Spot], batches: int, budget_bytes: int, seed: int) -> list[Accumulator]:
+def _accumulators(spots: Sequence[Placement], batches: int, budget_bytes: int, seed: int) -> list[Accumulator]:
     limit = next((n for n in _LIMITS if _total(spots, n) <= budget_bytes), _LIMITS[-1])
     made = []
     for spot in spots:
@@ -103,11 +103,11 @@ def _accumulators(spots: Sequence[Spot], batches: int, budget_bytes: int, seed: 
     return made
 
 
-def rows_of(spot: Spot, batches: int) -> int:
+def rows_of(spot: Placement, batches: int) -> int:
     """Return how many columns of each input are used: enough for moments, of all batches and runs together."""
     wanted = max(_LEAST_ROWS, _ROWS * spot.site.operator.kernel[0, 0].numel())
     return -(-wanted // (batches * spot.site.runs))
 
 
-def _total(spots: Sequence[Spot], limit: int) -> int:
+def _total(spots: Sequence[Placement], limit: int) -> int:
     return sum(layout_bytes(spot.site.operator, limit) for spot in spots)

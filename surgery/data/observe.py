@@ -25,16 +25,19 @@ from torch.utils import _pytree as pytree
 from surgery.data.added import Added, Additions
 from surgery.data.inputs import Inputs
 from surgery.errors import InputError
-from surgery.kinds.base import GraphKind
+from surgery.kinds.base import Kind
+from surgery.kinds.fx.graph import GraphKind
+from surgery.kinds.fx.kind import GraphModuleKind
 from surgery.kinds.fx.outline import in_outline
 from surgery.kinds.fx.recurrence import Recurrence
-from surgery.kinds.fx.shapes import evaluation
-from surgery.kinds.fx.view import Call
 from surgery.kinds.layers.around import watching
 from surgery.kinds.layers.copying import copy_module
 from surgery.kinds.layers.unpacking import has_packed, unpack_all
+from surgery.kinds.layers.untouched import evaluation
 from surgery.kinds.layers.within import Within, within_of
+from surgery.kinds.program.kind import ProgramKind
 from surgery.kinds.registry import Model, open_graph
+from surgery.sites.flow import Call
 from surgery.text import first_line
 
 __all__ = ["Change", "Observed", "ObservedGraph", "ObservedModule", "See", "observe"]
@@ -46,7 +49,7 @@ Change = Callable[[Tensor], Tensor]
 class Observed(ABC):
     """A model that can be run while something watches its calls; ``batch`` is what it runs on, or has run on last."""
 
-    def __init__(self, kind: GraphKind) -> None:
+    def __init__(self, kind: Kind) -> None:
         self.kind = kind
         self._additions = Additions()
         self._follows = False
@@ -130,16 +133,16 @@ def observe(model: Model, inputs: Inputs) -> Observed:
         InputError, CaptureError: as ``open_graph``.
     """
     if isinstance(model, ExportedProgram):
-        return ObservedGraph(open_graph(model, *inputs), lambda kind, given: _bind_program(model, kind, given))
+        return ObservedGraph(ProgramKind(model, *inputs), lambda kind, given: _bind_program(model, kind, given))
     if isinstance(model, GraphModule):
-        return ObservedGraph(open_graph(model, *inputs, copies=False), _bind_graph)
+        return ObservedGraph(GraphModuleKind(model, *inputs, copies=False, inplace=False), _bind_graph)
     return ObservedModule(model, open_graph(model, *inputs, copies=False))
 
 
 class ObservedModule(Observed):
     """An nn.Module whose submodules have hooks while it runs."""
 
-    def __init__(self, model: nn.Module, kind: GraphKind) -> None:
+    def __init__(self, model: nn.Module, kind: Kind) -> None:
         super().__init__(kind)
         packed = has_packed(model)
         holder = nn.ModuleList([copy_module(model) if packed else model])
@@ -227,6 +230,7 @@ class ObservedGraph(Observed):
 
     def __init__(self, kind: GraphKind, bind: Callable[[GraphKind, Inputs], Mapping[Node, Any]]) -> None:
         super().__init__(kind)
+        self.graph = kind
         self._bind = bind
         self._watchers: dict[Node, list[tuple[Node, See]]] = defaultdict(list)
         self._taps: dict[Node, Change] = {}
@@ -234,10 +238,10 @@ class ObservedGraph(Observed):
 
     def watch(self, call: Call, see: See) -> None:
         """Show the input of a call."""
-        if in_outline(call.node):
+        if in_outline(self.graph.node(call.value)):
             self._hooks.watch(str(call.path), see)
         else:
-            self.watch_node(call.nodes[0], call.source, see)
+            self.watch_node(self.graph.node(call.values[0]), self.graph.node(call.source), see)
 
     def watch_node(self, node: Node, source: Node, see: See) -> None:
         """Show ``see`` the value of one of a node's inputs, just before the node runs."""
@@ -250,10 +254,11 @@ class ObservedGraph(Observed):
 
     def tap(self, call: Call, change: Change) -> None:
         """Change the output of a call."""
-        if in_outline(call.node):
+        node = self.graph.node(call.value)
+        if in_outline(node):
             self._hooks.taps[str(call.path)] = change
         else:
-            self._taps[call.node] = change
+            self._taps[node] = change
 
     def forget(self) -> None:
         """Interpret the graph as it is."""
@@ -269,15 +274,15 @@ class ObservedGraph(Observed):
     @property
     def module(self) -> GraphModule:
         """The module of the graph."""
-        module = self.kind.view.graph.owning_module
+        module = self.graph.graph.owning_module
         assert module is not None  # each kind keeps the module of its graph
         return module
 
     def execute(self, inputs: Inputs) -> Any:
         """Interpret the graph."""
         with self._hooks.on(self.module), evaluation(self.module):
-            interpreter = _Interpreter(self.module, self._watchers, self._taps, self.kind.recurrences)
-            return interpreter.run(initial_env=dict(self._bind(self.kind, inputs)), enable_io_processing=False)
+            interpreter = _Interpreter(self.module, self._watchers, self._taps, self.graph.recurrences)
+            return interpreter.run(initial_env=dict(self._bind(self.graph, inputs)), enable_io_processing=False)
 
 
 class _Interpreter(Interpreter):
@@ -317,10 +322,10 @@ def _bind_program(program: ExportedProgram, kind: GraphKind, inputs: Inputs) -> 
     given = iter(_leaves(inputs, program.call_spec.in_spec))
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     values: dict[Node, Any] = {}
-    for node in kind.view.graph.find_nodes(op="placeholder"):
+    for node in kind.graph.find_nodes(op="placeholder"):
         spec = specs.get(node.name)
-        if node in kind.view.providers:
-            values[node] = kind.view.parameters[kind.view.providers[node]].detach()
+        if node in kind.reader.providers:
+            values[node] = kind.reader.parameters[kind.reader.providers[node]].detach()
         elif spec is None or spec.kind is InputKind.USER_INPUT:
             values[node] = next(given)
         else:
@@ -332,7 +337,7 @@ def _bind_program(program: ExportedProgram, kind: GraphKind, inputs: Inputs) -> 
 
 def _bind_graph(kind: GraphKind, inputs: Inputs) -> dict[Node, Any]:
     """Return the inputs by placeholder: flattened if the graph was exported with a tree, else by place and by name."""
-    graph = kind.view.graph
+    graph = kind.graph
     nodes = list(graph.find_nodes(op="placeholder"))
     if hasattr(graph._codegen, "pytree_info"):
         return dict(zip(nodes, _leaves(inputs, graph._codegen.pytree_info.in_spec), strict=True))

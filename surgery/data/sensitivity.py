@@ -30,8 +30,8 @@ from surgery.data.observe import Observed, observe
 from surgery.data.samples import Calibration
 from surgery.data.visible import Masks, VisibleOutputs, VisibleRows
 from surgery.errors import InputError
-from surgery.kinds.fx.view import Spot
 from surgery.kinds.registry import Model
+from surgery.sites.placement import Placement
 from surgery.text import first_line
 
 __all__ = ["with_sensitivity"]
@@ -58,7 +58,7 @@ def with_sensitivity(
     """
     observed = observe(model, next(iter(batches)))
     few = _small(batches, samples)
-    spots = [spot for spot in observed.kind.find().spots if spot.site.name in moments]
+    spots = [spot for spot in observed.kind.find().placements if spot.site.name in moments]
     visible = VisibleRows(observed, few, spots)
     outputs = VisibleOutputs(lambda batch: _leaves(observed.run(batch)), few)
     found = {spot.site.name: _tapped(observed, spot, visible) for spot in spots}
@@ -105,7 +105,7 @@ def _backward(leaves: Sequence[Tensor], visible: Sequence[Tensor | None], genera
         raise InputError(f"the model cannot be differentiated: {first_line(error)}") from error
 
 
-def _tapped(observed: Observed, spot: Spot, visible: VisibleRows) -> _Gram:
+def _tapped(observed: Observed, spot: Placement, visible: VisibleRows) -> _Gram:
     """Return the sums over gradients at a site's calls, in runs from now on."""
     gram = _Gram(spot.site.operator)
     for call in spot.calls:

@@ -29,9 +29,9 @@ from surgery.data.observe import observe
 from surgery.data.samples import Calibration, read_calibration, samples_in
 from surgery.data.signature import Signature, declared_inputs, read_signature
 from surgery.errors import InputError, Refusal
-from surgery.kinds.base import Found
-from surgery.kinds.fx.shapes import untouched
+from surgery.kinds.layers.untouched import untouched
 from surgery.kinds.registry import Model
+from surgery.sites.placement import Found
 
 __all__ = ["GLANCE", "Effort", "StandIn", "stand_in"]
 
@@ -125,7 +125,7 @@ def _ids(model: Model, example: Inputs, signature: Signature, found: Found) -> l
     """Return for each flat input how many ids its table has; 0 for whole numbers that are to stay as they are."""
     declared = declared_inputs(model, example, signature)
     tables: dict[tuple[int, ...], int] = {}
-    for spot in found.spots:
+    for spot in found.placements:
         operator = spot.site.operator
         if isinstance(operator, Embedding):
             rows = len(operator.weight)

@@ -23,7 +23,7 @@ from surgery.data.inputs import Inputs
 from surgery.data.masks import read_masks
 from surgery.data.observe import Observed
 from surgery.data.samples import Calibration
-from surgery.kinds.fx.view import Spot
+from surgery.sites.placement import Placement
 
 __all__ = ["Masks", "SeeRows", "VisibleOutputs", "VisibleRows"]
 
@@ -38,13 +38,13 @@ class VisibleRows:
     ``observed`` is run on a batch if samples have masks, before anything watches it.
     """
 
-    def __init__(self, observed: Observed, samples: Calibration, spots: Iterable[Spot]) -> None:
+    def __init__(self, observed: Observed, samples: Calibration, spots: Iterable[Placement]) -> None:
         self._samples = samples
         self._orders = _orders(observed, samples, list(spots)) if samples.masks else {}
         self._batch: Inputs | None = None
         self._masks: Masks = ()
 
-    def watch(self, observed: Observed, spot: Spot, see: SeeRows) -> None:
+    def watch(self, observed: Observed, spot: Placement, see: SeeRows) -> None:
         """Show ``see`` what a site reads, with the masks of the batch; of this model, or of one made from it."""
 
         def show(x: Tensor) -> None:
@@ -53,7 +53,7 @@ class VisibleRows:
         for call in spot.calls:
             observed.watch(call, show)
 
-    def now(self, observed: Observed, spot: Spot) -> Masks:
+    def now(self, observed: Observed, spot: Placement) -> Masks:
         """Return the masks that apply to a site's rows in the batch that runs; none where all are visible.
 
         They are (T, N) for rows with positions in front.
@@ -64,7 +64,7 @@ class VisibleRows:
         return [mask if order == 0 else mask.T for order in orders for mask in self._masks]
 
 
-def _orders(observed: Observed, samples: Calibration, spots: Sequence[Spot]) -> dict[str, tuple[int, ...]]:
+def _orders(observed: Observed, samples: Calibration, spots: Sequence[Placement]) -> dict[str, tuple[int, ...]]:
     """Return the axis of the samples, 0 or 1, in the rows of each site, for those that have them at one of these."""
     batch = next(iter(samples))
     masks = read_masks(samples.masks, pytree.tree_leaves(batch))

@@ -11,8 +11,8 @@ from torch import nn
 
 from surgery.errors import FileError
 from surgery.factorizations import FACTORIZATIONS, Ranks
-from surgery.kinds.fx.view import identity
 from surgery.kinds.layers.factored import Factored
+from surgery.kinds.layers.tensors import key_of
 
 __all__ = ["Record", "record_of"]
 
@@ -72,5 +72,5 @@ def record_of(model: nn.Module) -> Record:
     }
     groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups[identity(parameter)].append(name)
+        groups[key_of(parameter)].append(name)
     return Record(sites, tuple(tuple(names) for names in groups.values() if len(names) > 1))

@@ -10,14 +10,12 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from surgery.errors import InputError
-from surgery.kinds.base import AnyRun, Found, GraphKind
-from surgery.kinds.fx.chains import ChainSpot
+from surgery.kinds.base import Kind
 from surgery.kinds.fx.kind import GraphModuleKind
-from surgery.kinds.fx.view import Call, Spot
 from surgery.kinds.module.kind import ModuleKind
 from surgery.kinds.program.kind import ProgramKind
 
-__all__ = ["AnyRun", "Call", "ChainSpot", "Found", "GraphKind", "Model", "Spot", "open_graph"]
+__all__ = ["Model", "open_graph"]
 
 Model = nn.Module | GraphModule | ExportedProgram
 
@@ -30,7 +28,7 @@ def open_graph(
     copies: bool = True,
     inplace: bool = False,
     known: bool = False,
-) -> GraphKind:
+) -> Kind:
     """Return the adapter of a model, on a copy of it unless told otherwise (a program is never changed itself).
 
     Without ``copies`` nothing may be changed through it, unless ``inplace`` says so. With ``known`` only the chains

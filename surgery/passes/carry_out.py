@@ -10,8 +10,7 @@ from surgery.data.inputs import Inputs
 from surgery.data.samples import Calibration
 from surgery.data.standin import GLANCE, stand_in
 from surgery.errors import InputError, Refusal
-from surgery.kinds.base import Found, GraphKind
-from surgery.kinds.fx.chains import ChainSpot
+from surgery.kinds.base import Kind
 from surgery.kinds.registry import Model, open_graph
 from surgery.passes.factoring import Made, SiteData, factor_site, gather
 from surgery.passes.fitting import Fitting, judged
@@ -19,11 +18,13 @@ from surgery.passes.goals import HeldOut, Seen
 from surgery.plans.joining import join, joint_groups
 from surgery.plans.plan import Plan
 from surgery.plans.planning import Progress
+from surgery.sites.edit import Replace
+from surgery.sites.placement import Found
 from surgery.sites.site import Site
 
 __all__ = ["CarriedOut", "Means", "carry_out"]
 
-Prepared = tuple[GraphKind, Found, Plan]
+Prepared = tuple[Kind, Found, Plan]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def carry_out(model: Model, inputs: Inputs, prepared: Prepared, means: Means) ->
     With data, most of the samples are fitted to, and the others decide what of the fit stays.
     """
     graph, found, plan = prepared
-    work = join([spot.site for spot in found.spots if not plan[spot.site.name].dense], joint_groups(plan))
+    work = join([spot.site for spot in found.placements if not plan[spot.site.name].dense], joint_groups(plan))
     held = _HeldOut.of(model, inputs, found, means) if work else None
     job = _Job(model, inputs, plan, work, means)
     data = None
@@ -79,12 +80,12 @@ def carry_out(model: Model, inputs: Inputs, prepared: Prepared, means: Means) ->
     return CarriedOut(changed, found, plan, made, seen)
 
 
-def _spliced(graph: GraphKind, found: Found, made: Mapping[str, Made]) -> GraphKind:
+def _spliced(graph: Kind, found: Found, made: Mapping[str, Made]) -> Kind:
     """Put chains in the places of their sites, and return the graph."""
-    spots = {spot.site.name: spot for spot in found.spots}
-    spots |= graph.reopen([spot for spot in found.spots if isinstance(spot, ChainSpot) and spot.site.name in made])
+    spots = {spot.site.name: spot for spot in found.placements}
+    spots |= graph.reopen([spot for spot in found.placements if spot.chain is not None and spot.site.name in made])
     for name, one in made.items():
-        graph.splice(spots[name], one.chain)
+        graph.apply(Replace(spots[name], one.chain))
     return graph
 
 

@@ -16,7 +16,7 @@ from surgery.data.samples import Calibration, read_calibration
 from surgery.errors import CheckError, InputError, only_own_errors
 from surgery.factorizations import named
 from surgery.files.pretrained import note_record
-from surgery.kinds.base import Found, GraphKind
+from surgery.kinds.base import Kind
 from surgery.kinds.layers.unpacking import check_inplace
 from surgery.kinds.registry import Model, open_graph
 from surgery.passes.carry_out import Means, carry_out
@@ -28,6 +28,7 @@ from surgery.plans.joining import check_groups, join, joint_groups
 from surgery.plans.plan import Decision, Plan
 from surgery.plans.planning import complete_plan, make_plan
 from surgery.sites.joint import form
+from surgery.sites.placement import Found
 from surgery.sites.site import FactoredSite, Site, Skip, Totals, select
 
 __all__ = ["Change", "DecomposeResult", "Progress", "RankSpec", "decompose", "find_sites", "plan", "preview"]
@@ -51,7 +52,7 @@ def find_sites(model: Model, example_inputs: Any = None) -> tuple[tuple[Site, ..
         CaptureError: the graph cannot be captured.
     """
     found = open_graph(model, *normalise_inputs(example_inputs), copies=False).find()
-    return tuple(spot.site for spot in found.spots), found.skips
+    return tuple(spot.site for spot in found.placements), found.skips
 
 
 @only_own_errors
@@ -92,7 +93,9 @@ def preview(
     """Return what ``decompose`` would do, with predicted errors, and the model as it is."""
     rules = _Rules(ranks, factorization, tuple(include), tuple(exclude), latencies, progress or _silent, joint)
     _, found, plan = _prepare(model, example_inputs, plan, rules, copies=False)
-    changes = [_change(spot.site, d, d.error or 0.0) for spot, d in zip(found.spots, plan, strict=True) if not d.dense]
+    changes = [
+        _change(spot.site, d, d.error or 0.0) for spot, d in zip(found.placements, plan, strict=True) if not d.dense
+    ]
     return _result(model, plan, changes, found)
 
 
@@ -187,7 +190,7 @@ def decompose(
     prepared = _prepare(model, example_inputs, plan, rules, copies=not inplace)
     done = carry_out(model, inputs, prepared, Means(samples, solver, stages, report, inplace=inplace))
     note_record(done.model)
-    order = [spot.site.name for spot in done.found.spots if spot.site.name in done.made]
+    order = [spot.site.name for spot in done.found.placements if spot.site.name in done.made]
     changes = [_change(done.made[name].site, done.plan[name], done.made[name].error) for name in order]
     return replace(_result(done.model, done.plan, changes, done.found), seen=done.seen)
 
@@ -218,7 +221,7 @@ def _promise(model: Model, inputs: Inputs, samples: Calibration | None, asked: A
         done = negotiate_blind(model, inputs, ruled, terms, rules.progress)
     else:
         done = negotiate(model, inputs, samples, terms, rules.progress)
-    sites = {spot.site.name: spot.site for spot in done.found.spots}
+    sites = {spot.site.name: spot.site for spot in done.found.placements}
     changes = [_change(sites[name], done.plan[name], error) for name, error in done.errors.items()]
     note_record(done.model)
     result = _result(done.model, done.plan, changes, done.found)
@@ -248,11 +251,11 @@ def _silent(step: str, done: int, total: int) -> None:
 
 def _prepare(
     model: Model, example_inputs: Any, plan: Plan | None, rules: _Rules, *, copies: bool
-) -> tuple[GraphKind, Found, Plan]:
+) -> tuple[Kind, Found, Plan]:
     """Open the model, find its sites, and make the plan or check the given one."""
     graph = open_graph(model, *normalise_inputs(example_inputs), copies=copies)
     found = graph.find()
-    sites = [spot.site for spot in found.spots]
+    sites = [spot.site for spot in found.placements]
     latencies = rules.latencies
     if plan is not None:
         left_out = select([site.name for site in sites], rules.include, rules.exclude)
@@ -282,13 +285,13 @@ def _groups(found: Found, joint: Joint) -> Sequence[Sequence[str]]:
         if joint != "inputs":
             raise InputError(f"joint={joint!r}", allowed='"inputs", or groups of site names')
         groups: dict[tuple[object, ...], list[str]] = {}
-        for spot in found.spots:
+        for spot in found.placements:
             if isinstance(spot.site, FactoredSite):
                 continue
             key = (tuple(call.source for call in spot.calls), form(spot.site.operator))
             groups.setdefault(key, []).append(spot.site.name)
         return [names for names in groups.values() if len(names) > 1]
-    check_groups(joint, [spot.site.name for spot in found.spots])
+    check_groups(joint, [spot.site.name for spot in found.placements])
     return joint
 
 
@@ -322,7 +325,7 @@ def _skeletons(unit: Site, decision: Decision) -> tuple[Chain, ...]:
 
 def _without_skips(plan: Plan, found: Found) -> Plan:
     """Return the plan without the places that were left alone, which the result lists with their reasons."""
-    names, left = {spot.site.name for spot in found.spots}, {skip.name for skip in found.skips}
+    names, left = {spot.site.name for spot in found.placements}, {skip.name for skip in found.skips}
     return replace(plan, decisions=tuple(d for d in plan if d.site in names or d.site not in left))
 
 
@@ -354,7 +357,7 @@ def _change(site: Site, decision: Decision, error: float) -> Change:
 
 
 def _result(model: Model, plan: Plan, changes: Sequence[Change], found: Found) -> DecomposeResult:
-    sites = {spot.site.name: spot.site for spot in found.spots}
+    sites = {spot.site.name: spot.site for spot in found.placements}
     dense = [
         Skip(d.site, sites[d.site].description, d.reason or "", sites[d.site].parameters, sites[d.site].macs)
         for d in plan

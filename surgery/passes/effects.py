@@ -22,7 +22,7 @@ class Effects:
 
     def __init__(self, model: Model, samples: Calibration) -> None:
         self._observed = observe(model, next(iter(samples)))
-        self._spots = {spot.site.name: spot for spot in self._observed.kind.find().spots}
+        self._spots = {spot.site.name: spot for spot in self._observed.kind.find().placements}
         self._outputs = Outputs(self._observed.run, samples)
 
     def of(self, site: str, chain: Chain) -> float:

@@ -111,12 +111,14 @@ def gather(
     moments = collect(model, samples, sites=sites, progress=progress, beside=norms)
     with suppress(InputError):  # what cannot be differentiated is fitted without: all errors of an output count alike
         moments = with_sensitivity(model, samples.affordable(_BACKWARD * macs, least=1), moments, progress=progress)
-    spots = [spot for spot in found.spots if spot.site.name in moments]
-    biases = Counter(spot.site.operator.bias.data_ptr() for spot in found.spots if spot.site.operator.bias is not None)
+    spots = [spot for spot in found.placements if spot.site.name in moments]
+    biases = Counter(
+        spot.site.operator.bias.data_ptr() for spot in found.placements if spot.site.operator.bias is not None
+    )
     own = {
         s.site.name: s.site.operator.bias is not None and biases[s.site.operator.bias.data_ptr()] == 1 for s in spots
     }
-    centred = frozenset(spot.site.name for spot in spots if own[spot.site.name] or feeds_batch_norm(graph, spot))
+    centred = frozenset(spot.site.name for spot in spots if own[spot.site.name] or feeds_batch_norm(graph.flow, spot))
     tied = frozenset(s.site.name for s in spots if s.site.operator.bias is not None and not own[s.site.name])
     return SiteData(model, samples, macs, moments, centred, norms.reference, tied)
 

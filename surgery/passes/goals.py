@@ -29,7 +29,7 @@ from surgery.data.inputs import Inputs
 from surgery.data.samples import Calibration
 from surgery.data.visible import VisibleOutputs
 from surgery.errors import InputError
-from surgery.kinds.fx.shapes import untouched
+from surgery.kinds.layers.untouched import untouched
 from surgery.kinds.registry import Model
 from surgery.runtime.compare import evaluating, run_model
 from surgery.text import FAR, first_line, shown

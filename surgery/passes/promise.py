@@ -20,7 +20,6 @@ from surgery.data.inputs import Inputs
 from surgery.data.samples import Calibration, samples_in
 from surgery.data.standin import StandIn, stand_in
 from surgery.errors import InputError
-from surgery.kinds.base import Found
 from surgery.kinds.registry import Model
 from surgery.passes.goals import TRIALS, Goal, Promise, Seen, drop_of, scores_of
 from surgery.passes.results import Search
@@ -32,6 +31,7 @@ from surgery.plans.options import Option
 from surgery.plans.plan import Decision, Plan
 from surgery.plans.planning import Progress
 from surgery.runtime.bench import Timing
+from surgery.sites.placement import Found
 
 __all__ = ["Asked", "Negotiated", "Terms", "negotiate", "negotiate_blind"]
 

@@ -12,8 +12,8 @@ from surgery.algebra.operators import Operator
 from surgery.data.inputs import Inputs
 from surgery.errors import Refusal
 from surgery.factorizations import fitting
-from surgery.kinds.fx.chains import ChainSpot
 from surgery.kinds.registry import Model, open_graph
+from surgery.sites.edit import Replace
 
 __all__ = ["unreached"]
 
@@ -26,10 +26,10 @@ def unreached(model: Model, inputs: Inputs, names: Collection[str]) -> dict[str,
     if not isinstance(model, nn.Module) or isinstance(model, GraphModule):
         return {}
     graph = open_graph(model, *inputs)
-    for spot in graph.find().spots:
-        chain = None if isinstance(spot, ChainSpot) or spot.site.name not in names else _least(spot.site.operator)
+    for spot in graph.find().placements:
+        chain = None if spot.chain is not None or spot.site.name not in names else _least(spot.site.operator)
         if chain is not None:
-            graph.splice(spot, chain)
+            graph.apply(Replace(spot, chain))
     return graph.verify()
 
 

@@ -9,9 +9,10 @@ from typing import Any
 from surgery.data.inputs import normalise_inputs
 from surgery.errors import only_own_errors
 from surgery.files.pretrained import note_record
-from surgery.kinds.base import AnyRun
 from surgery.kinds.layers.unpacking import check_inplace
 from surgery.kinds.registry import Model, open_graph
+from surgery.sites.edit import Fuse
+from surgery.sites.placement import Fusable
 from surgery.sites.site import Skip, describe
 from surgery.system.tables import table
 from surgery.text import change, count, shown
@@ -81,20 +82,20 @@ def recompose(
     graph = open_graph(
         model, *normalise_inputs(example_inputs), copies=not inplace, inplace=inplace, known=not everything
     )
-    runs, skips = graph.runs(everything=everything)
-    for run in runs:
-        graph.put_back(run)
+    chains, skips = graph.fusable(everything=everything)
+    for chain in chains:
+        graph.apply(Fuse(chain))
     back = graph.finish()
     note_record(back)
-    return RecomposeResult(back, tuple(_fusion(run, graph.notes) for run in runs), tuple(skips))
+    return RecomposeResult(back, tuple(_fusion(chain, graph.notes) for chain in chains), tuple(skips))
 
 
-def _fusion(run: AnyRun, notes: Mapping[str, str]) -> Fusion:
+def _fusion(chain: Fusable, notes: Mapping[str, str]) -> Fusion:
     return Fusion(
-        site=run.sites[0],
-        operator=describe(run.operators[0]),
-        parts=run.parts,
-        parameters_before=run.parameters_before,
-        parameters=run.operators[0].parameters,
-        note=notes.get(run.sites[0], ""),
+        site=chain.sites[0],
+        operator=describe(chain.operators[0]),
+        parts=chain.weights,
+        parameters_before=chain.parameters,
+        parameters=chain.operators[0].parameters,
+        note=notes.get(chain.sites[0], ""),
     )

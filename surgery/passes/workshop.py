@@ -23,7 +23,6 @@ from surgery.data.inputs import Inputs
 from surgery.data.samples import Calibration
 from surgery.errors import Refusal
 from surgery.factorizations import Ranks, named
-from surgery.kinds.base import Found
 from surgery.kinds.registry import Model, open_graph
 from surgery.passes.clock import Clock
 from surgery.passes.effects import Effects
@@ -36,6 +35,8 @@ from surgery.plans.options import Option, Options, options_of
 from surgery.plans.plan import Decision, Plan
 from surgery.plans.planning import Progress
 from surgery.runtime.bench import Timing
+from surgery.sites.edit import Replace
+from surgery.sites.placement import Found
 from surgery.sites.site import select
 
 __all__ = ["Workshop"]
@@ -82,7 +83,7 @@ class Workshop:
     def __post_init__(self) -> None:
         fit, self._held = judged(self.samples, promised=self.terms.goal.kind == "max_error")
         self.found: Found = open_graph(self.model, *self.inputs, copies=False).find()
-        self._spots = {spot.site.name: spot for spot in self.found.spots}
+        self._spots = {spot.site.name: spot for spot in self.found.placements}
         left_out = select(list(self._spots), self.terms.include, self.terms.exclude)
         self.reasons = {name: reason for name, reason in left_out.items() if reason is not None}
         if self.terms.ruled is not None:
@@ -272,9 +273,9 @@ class Workshop:
 
     def _spliced(self, chains: Mapping[str, Chain], *, inplace: bool = False) -> Any:
         graph = open_graph(self.model, *self.inputs, copies=not inplace, inplace=inplace)
-        spots = {spot.site.name: spot for spot in graph.find().spots}
+        spots = {spot.site.name: spot for spot in graph.find().placements}
         for name, chain in chains.items():
-            graph.splice(spots[name], chain)
+            graph.apply(Replace(spots[name], chain))
         return graph.finish()
 
     def fitted(self, chosen: Sequence[Option]) -> Fitted[_Part]:

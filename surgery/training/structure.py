@@ -22,6 +22,7 @@ from surgery.factorizations import Ranks, named
 from surgery.kinds.layers.modules import stored_as
 from surgery.kinds.registry import open_graph
 from surgery.plans.plan import Plan
+from surgery.sites.edit import Replace
 from surgery.sites.site import Site
 from surgery.training.transport import Compose
 
@@ -120,7 +121,7 @@ def build(root: nn.Module, example_inputs: Any, plan: Plan) -> tuple[FactoredSit
         InputError: the plan was made for a model with other sites.
     """
     graph = open_graph(root, *normalise_inputs(example_inputs), copies=False, inplace=True)
-    spots = graph.find().spots
+    spots = graph.find().placements
     names = [spot.site.name for spot in spots]
     if names != [decision.site for decision in plan]:
         raise InputError(
@@ -130,7 +131,7 @@ def build(root: nn.Module, example_inputs: Any, plan: Plan) -> tuple[FactoredSit
     record = read_sites(sites, plan, layouts(root, sites))
     for spot, decision in zip(spots, plan, strict=True):
         if decision.factorization is not None and decision.rank is not None:
-            graph.splice(spot, _empty_chain(spot.site.operator, decision.factorization, decision.rank))
+            graph.apply(Replace(spot, _empty_chain(spot.site.operator, decision.factorization, decision.rank)))
     graph.finish()
     return record
 

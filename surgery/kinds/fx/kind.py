@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,15 +13,16 @@ from torch.fx import GraphModule, Node
 
 from surgery.errors import InputError
 from surgery.kinds.fx.computed import Constants, lift
+from surgery.kinds.fx.graph import read_record, write_record
 from surgery.kinds.fx.module_calls import ModuleCallsKind
 from surgery.kinds.fx.outline import add_outline, drop_outline
 from surgery.kinds.fx.packed import pack, unpack
+from surgery.kinds.fx.read import Reader
 from surgery.kinds.fx.recurrence import Recurrence, is_kernel, read_kernels
 from surgery.kinds.fx.shapes import lazy_shapes
-from surgery.kinds.fx.view import View
-from surgery.kinds.fx.write import read_record, write_record
 from surgery.kinds.layers.copying import copy_module
 from surgery.kinds.layers.modules import is_outlined
+from surgery.kinds.layers.recurrent_forms import loop_of
 from surgery.kinds.layers.unpacking import has_packed, pack_all, unpack_all
 from surgery.kinds.module.capture import hung_skip
 
@@ -30,7 +32,7 @@ __all__ = ["GraphModuleKind"]
 class GraphModuleKind(ModuleCallsKind):
     """Adapter of a GraphModule."""
 
-    kind = "graph"
+    name = "fx"
 
     def __init__(
         self, model: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool, inplace: bool
@@ -49,24 +51,26 @@ class GraphModuleKind(ModuleCallsKind):
         self.shape = lazy_shapes(self.root, lambda: _placeholder_values(self.root, args, kwargs))
         self.shared = {}
         self._dropped: set[str] = set()
-        self.view = self.look()
+        self.open()
         if unpack(self):
-            self.view = self.look()
+            self.open()
 
-    def look(self) -> View:
-        """Return a view of the graph as it is now."""
+    def look(self) -> Reader:
+        """Return a reader of the graph as it is now."""
         parameters, providers, others = self._reads()
         inside = frozenset(node for layer in self.recurrences for node in layer.inside)
-        view = View(
+        reader = Reader(
             self.graph,
             parameters,
             providers,
             others,
             self.root.get_submodule,
-            lambda call: call if call.path is None else hung_skip(self.root, call) or call,
+            lambda call, _: call if call.path is None else hung_skip(self.root, call) or call,
+            loop=partial(loop_of, self.root),
             outlined=inside,
+            start=self.start,
         )
-        return lift(view, Constants(self._read_constant), self.values)
+        return lift(reader, Constants(self._read_constant), self.values)
 
     def _read_constant(self, node: Node) -> tuple[str, Tensor] | None:
         """Return the name and the tensor of a buffer or another tensor that a node reads."""

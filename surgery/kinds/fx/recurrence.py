@@ -26,11 +26,11 @@ from torch.fx import Graph, GraphModule, Node
 
 from surgery.algebra.steps import Flatten, Transpose, Unflatten
 from surgery.errors import InputError, Refusal
-from surgery.kinds.fx.links import build_link, read_link_module
-from surgery.kinds.fx.view import identity
 from surgery.kinds.layers.factored import Factored, Origin
+from surgery.kinds.layers.links import build_link, read_link_module
 from surgery.kinds.layers.recurrent import UnpackedRecurrent
 from surgery.kinds.layers.recurrent_forms import empty, repack, settings, unpack
+from surgery.kinds.layers.tensors import key_of
 
 __all__ = [
     "Recurrence",
@@ -123,7 +123,7 @@ def _read_kernel(node: Node, providers: Mapping[Node, str], parameters: _Names) 
     layer = empty(wanted) if path else None
     if layer is None or [f"{path}.{name}" for name in layer._flat_weights_names] != names:
         return None
-    if any(set(row.users) != {node} for row in rows) or len({identity(parameters[n]) for n in names}) < len(names):
+    if any(set(row.users) != {node} for row in rows) or len({key_of(parameters[n]) for n in names}) < len(names):
         return None
     for name in layer._flat_weights_names:
         layer.register_parameter(name, parameters[f"{path}.{name}"])  # type: ignore[arg-type]

@@ -16,10 +16,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from surgery.algebra.operators import Conv, Embedding, Linear, Operator, Shape
 from surgery.errors import Refusal
-from surgery.kinds.fx.functional import conv_geometry, stored_weight
-from surgery.kinds.fx.links import is_link_module
 from surgery.kinds.layers.around import inner_shape, read_within
+from surgery.kinds.layers.geometry import conv_geometry, stored_weight
 from surgery.kinds.layers.layer_call import base_of
+from surgery.kinds.layers.links import is_link_module
 from surgery.kinds.layers.tensors import refuse_tensor
 from surgery.kinds.layers.within import Within, within_of
 

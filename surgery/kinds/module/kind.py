@@ -6,50 +6,40 @@ what the model does not reach by its registered name: the changed model is run o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from surgery.algebra.chain import Chain
-from surgery.errors import Refusal, SurgeryError
-from surgery.kinds.base import AnyRun, Found, GraphKind
-from surgery.kinds.fx.chains import ChainSpot
-from surgery.kinds.fx.items import Item
-from surgery.kinds.fx.view import Call, Spot
+from surgery.errors import SurgeryError
+from surgery.kinds.base import Kind
+from surgery.kinds.fx.flow import Extras, make_flow
 from surgery.kinds.layers.copying import copy_module
-from surgery.kinds.layers.edit import (
-    Replaced,
-    Shared,
-    fuse_modules,
-    is_whole_sequential,
-    refuse_hooks,
-    refuse_outside,
-    splice_modules,
-    swap_references,
-)
+from surgery.kinds.layers.edit import Replaced, Shared, fuse_modules, layers_of, splice_modules, swap_references
 from surgery.kinds.layers.factored import Factored
-from surgery.kinds.layers.known import ModuleRun, empty_known, find_known, known_spots, put_back_known
+from surgery.kinds.layers.known import empty_known, find_known, put_back_known
 from surgery.kinds.layers.modules import is_operator_module, refuse_module, replace_module
-from surgery.kinds.layers.recurrent_forms import loop_of
-from surgery.kinds.layers.tensors import count
+from surgery.kinds.layers.tensors import count, key_of
 from surgery.kinds.layers.unpacking import has_packed, pack_all, unpack_all
 from surgery.kinds.module.capture import Captured, capture, has_lazy, trace_only
 from surgery.kinds.module.probe import run_chains
-from surgery.sites.epilogue import Loop
+from surgery.sites.edit import Edit, Replace
+from surgery.sites.flow import Flow, Tensors, Unseen
+from surgery.sites.placement import FusableModule, Placement
 from surgery.sites.site import Skip
 
 __all__ = ["ModuleKind"]
 
 _UNSEEN = "no call of it is seen on the example inputs"
-_UNPROVED = "neither torch.fx nor torch.export captures the model, so that nothing is known of its dataflow"
 
 
-class ModuleKind(GraphKind):
+class ModuleKind(Kind):
     """Adapter of an nn.Module."""
 
-    kind = "module"
+    name = "module"
 
     def __init__(
         self,
@@ -71,8 +61,8 @@ class ModuleKind(GraphKind):
         self._notes: dict[str, str] = {}
         self._dense: dict[str, tuple[tuple[str, ...], nn.Module, nn.Module]] = {}
         try:
-            self._runs, self._changed = find_known(self._root)
-            self._captured = self._capture(known=known and bool(self._runs))
+            self._known, self._broken = find_known(self._root)
+            self._captured = self._capture(known=known and bool(self._known))
         except BaseException:
             self.finish()  # the model may be the caller's own
             raise
@@ -86,99 +76,51 @@ class ModuleKind(GraphKind):
                 found = trace_only(self._root, *self._inputs)
             except SurgeryError:
                 found = None
-        if found is not None:
-            self.view, self.shape = found.view, found.shape
         return found
 
-    def find(self) -> Found:
-        """Return all sites and skips, and the totals of the model; layers that nothing reaches are skips too."""
-        found = super().find()
-        named = {name for spot in found.spots for name in (spot.site.name, *spot.site.aliases)}
-        named |= {skip.name for skip in found.skips}
-        left = [*self._unreached(named), *self._changed]
-        return replace(found, skips=(*found.skips, *left))
+    @cached_property
+    def flow(self) -> Flow:
+        """The model as it was when it was opened."""
+        layers = layers_of(self._root, alone=True, unseen=tuple(_unseen(self._root)))
+        modules = self._root.named_modules(remove_duplicate=False)
+        recorded = frozenset(name for name, module in modules if isinstance(module, Factored))
+        if self._captured is None:  # only the chains that are modules are wanted
+            chains = tuple(known.chain for known in self._known)
+            tensors = Tensors({}, {})
+            return Flow((), {}, tensors, {}, {}, layers=layers, chains=chains, broken=self._broken, proved=False)
+        found = self._captured
+        extras = Extras(self._known, found.chains, self._broken, layers, {}, recorded, found.proves)
+        return make_flow(found.reader, found.shape, extras)
 
-    def _unreached(self, named: set[str]) -> list[Skip]:
-        """Return the layers of which nothing was said so far: those that no call reaches, and those of other kinds."""
-        skips = []
-        inside = tuple(f"{path}." for run in self._runs for path in run.sites)
-        modules = dict(self._root.named_modules())
-        said = {id(modules[name]._parameters.get("weight")) for name in named if name in modules}
-        for path, module in modules.items():
-            tied = module._parameters.get("weight") is not None and id(module._parameters["weight"]) in said
-            if tied or path in named or path.startswith(inside) or any(name.startswith(f"{path}.") for name in named):
-                continue
-            if is_operator_module(module):
-                skips.append(Skip(path, type(module).__name__, _UNSEEN, count(module)))
-            elif (
-                not any(path.startswith(f"{name}.") for name in named) and (reason := _refuse_whole(module)) is not None
-            ):
-                skips.append(Skip(path, type(module).__name__, reason, count(module)))
-        return skips
+    def apply(self, edit: Edit) -> None:
+        """Carry an edit out: replace modules, at all their names."""
+        if isinstance(edit, Replace):
+            self._replace(edit.placement, edit.chain)
+        elif isinstance(edit.chain, FusableModule):
+            known = next(known for known in self._known if known.chain.names == edit.chain.sites)
+            self._replaced |= put_back_known(self._root, known, edit.chain.operators, self._notes)
+        else:
+            self._replaced |= fuse_modules(self._root, edit.chain, self.flow.layers)
 
-    def chain_spots(self) -> tuple[list[ChainSpot], list[Skip]]:
-        """Return the chains that decompose has made, and those that cannot be cut again."""
-        assert self._captured is not None  # only recompose does without
-        return known_spots(self._runs, self._captured.chains, self.shape)
-
-    def loop(self, item: Any) -> Loop | None:
-        """Return the loop of a recurrent layer in which an item runs, if any."""
-        return loop_of(self._root, item.path)
-
-    def splice(self, spot: Spot, chain: Chain) -> None:
-        """Put a chain where an operator stands, at all its calls."""
-        made = splice_modules(self._root, spot, chain, self._shared)
+    def _replace(self, placement: Placement, chain: Chain) -> None:
+        made = splice_modules(self._root, placement.site, chain, self._shared)
         self._replaced |= made
         for old, new in made.items():
             paths = tuple(path for path, m in self._root.named_modules(remove_duplicate=False) if m is new)
             self._dense[paths[0]] = (paths, old, new)
-
-    def put_back(self, run: AnyRun) -> None:
-        """Put one operator where a run stands, at all its calls."""
-        if isinstance(run, ModuleRun):
-            self._replaced |= put_back_known(self._root, run, run.operators, self._notes)
-        else:
-            self._replaced |= fuse_modules(self._root, run)
-
-    def known_runs(self) -> tuple[list[ModuleRun], list[Skip]]:
-        """Return the chains that decompose has made."""
-        return self._runs, self._changed
-
-    def runs(self, *, everything: bool = False) -> tuple[list[AnyRun], list[Skip]]:
-        """Return the runs that are provably one operator, and why others that look like it are not."""
-        if self._captured is None:
-            return list(self._runs), self._changed
-        if not self._captured.proves:
-            return list(self._runs), [*self._changed, *([] if self._runs else [Skip("model", "chain", _UNPROVED)])]
-        return super().runs(everything=everything)
-
-    def refuse_run(self, runs: Sequence[Sequence[Item]]) -> Refusal | None:
-        """Refuse modules that are also called outside of the run, and reshapes that forward() makes itself."""
-        for items in runs:
-            paths = [str(item.path) for item in items]
-            if any(item.path is None for item in items):
-                return Refusal("a function in forward() is part of the chain; recompose an exported program instead")
-            if not all(isinstance(item, Call) for item in items) and not is_whole_sequential(self._root, paths):
-                return Refusal("its modules are not those of one nn.Sequential")
-        hooked = refuse_hooks(self._root, runs)
-        return hooked or super().refuse_run(runs) or refuse_outside(runs, self.view.calls)
 
     @property
     def notes(self) -> Mapping[str, str]:
         """What the user should know of layers that were put back, by name."""
         return self._notes
 
-    @property
-    def recorded(self) -> frozenset[str]:
-        """The sites that decompose has factored, by what stands there."""
-        modules = self._root.named_modules(remove_duplicate=False)
-        return frozenset(name for name, module in modules if isinstance(module, Factored))
-
-    def reopen(self, spots: Sequence[ChainSpot]) -> dict[str, Spot]:
-        """Put an operator without numbers where each chain stands, and return the spots for splicing, by name."""
-        for spot in spots:
-            self._replaced |= empty_known(self._root, spot)
-        return {spot.site.name: Spot(spot.site, ()) for spot in spots}
+    def reopen(self, placements: Sequence[Placement]) -> dict[str, Placement]:
+        """Put operators without numbers where chains stand, and return their sites by name."""
+        for placement in placements:
+            names = (placement.site.name, *placement.site.aliases)
+            known = next(known for known in self._known if known.chain.names == names)
+            self._replaced |= empty_known(self._root, known, placement.site.operator)
+        return {placement.site.name: Placement(placement.site, ()) for placement in placements}
 
     def verify(self) -> dict[str, str]:
         """Run the changed model once, and put the layers of chains that do not run in it back; say why, by name."""
@@ -214,6 +156,18 @@ class ModuleKind(GraphKind):
         swap_references(self._root, self._final())
         pack_all(self._holder, self._packed)
         return self._holder[0]
+
+
+def _unseen(root: nn.Module) -> Iterator[Unseen]:
+    """Yield what to say of each layer that no call reaches: of operators, and of other layers with weights."""
+    for path, module in root.named_modules():
+        weight = module._parameters.get("weight")
+        key = None if weight is None or is_lazy(weight) else key_of(weight)
+        name = type(module).__name__
+        if is_operator_module(module):
+            yield Unseen(Skip(path, name, _UNSEEN, count(module)), key, operator=True)
+        elif (reason := _refuse_whole(module)) is not None:
+            yield Unseen(Skip(path, name, reason, count(module)), key, operator=False)
 
 
 def _refuse_whole(module: nn.Module) -> str | None:

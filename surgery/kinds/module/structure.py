@@ -18,7 +18,6 @@ from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
 from surgery.errors import InputError, RankError, Refusal
 from surgery.factorizations import Ranks, named
-from surgery.kinds.fx.view import Spot
 from surgery.kinds.layers.carried import refuse_carrying
 from surgery.kinds.layers.edit import Shared, splice_modules, swap_references
 from surgery.kinds.layers.factored import Factored
@@ -69,7 +68,7 @@ def give_structure(model: nn.Module, sites: Mapping[str, Origin], joint: Iterabl
         replaced: dict[nn.Module, nn.Module] = {}
         for piece in pieces.values():
             site = Site(piece.names[0], piece.operator, (), piece.names[1:])
-            replaced |= splice_modules(root, Spot(site, ()), piece.chain, shared)
+            replaced |= splice_modules(root, site, piece.chain, shared)
         swap_references(root, replaced)
     finally:
         pack_all(holder, originals)

@@ -12,7 +12,7 @@ import itertools
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,9 +25,11 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from surgery.algebra.operators import Shape
 from surgery.errors import CheckError, InputError
 from surgery.kinds.fx.computed import Constants, lift
+from surgery.kinds.fx.graph import read_record, write_record
 from surgery.kinds.fx.module_calls import ModuleCallsKind
 from surgery.kinds.fx.outline import add_outline, drop_outline, in_outline
 from surgery.kinds.fx.packed import pack, unpack
+from surgery.kinds.fx.read import Reader
 from surgery.kinds.fx.recurrence import (
     Recurrence,
     describe,
@@ -38,15 +40,14 @@ from surgery.kinds.fx.recurrence import (
     read_kernels,
     write_kernel,
 )
-from surgery.kinds.fx.view import View
-from surgery.kinds.fx.write import read_record, write_record
+from surgery.kinds.layers.recurrent_forms import loop_of
 from surgery.kinds.program.parts import copy_graph, final_names, own_state, rename_entry
 
-__all__ = ["ProgramKind", "program_shapes", "program_view"]
+__all__ = ["ProgramKind", "program_shapes", "read_program"]
 
 
-def program_view(program: ExportedProgram, graph: Graph | None = None) -> View:
-    """Return the view of a program (or of a copy of its graph): its parameters are what its signature says."""
+def read_program(program: ExportedProgram, graph: Graph | None = None) -> Reader:
+    """Return the reader of a program (or of a copy of its graph): its parameters are what its signature says."""
     graph = program.graph if graph is None else graph
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
     providers, buffers = {}, set()
@@ -59,7 +60,7 @@ def program_view(program: ExportedProgram, graph: Graph | None = None) -> View:
         else:
             buffers.add(node)
     parameters = {name: program.state_dict[name] for name in program.graph_signature.parameters}
-    return View(graph, parameters, providers, frozenset(buffers))
+    return Reader(graph, parameters, providers, frozenset(buffers))
 
 
 def program_shapes(
@@ -119,7 +120,7 @@ def _match(dim: Any, size: int, values: dict[Any, int]) -> bool:
 class ProgramKind(ModuleCallsKind):
     """Adapter of an ExportedProgram; it works on a copy of the graph, and shares tensors until ``finish``."""
 
-    kind = "program"
+    name = "program"
 
     def __init__(self, program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._program = program
@@ -128,7 +129,7 @@ class ProgramKind(ModuleCallsKind):
         self.record = read_record(program.graph_module)
         self._state = dict(program.state_dict)
         self._specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-        self._first = program_view(program, self.graph)
+        self._first = read_program(program, self.graph)
         self._nodes = {name: node for node, name in self._first.providers.items()}
         self.shared = {}
         self._gone: set[Node] = set()
@@ -136,12 +137,12 @@ class ProgramKind(ModuleCallsKind):
         given = (args, kwargs) if args or kwargs else None
         self.shape = program_shapes(program, given)
         self.recurrences = self._find_recurrences()
-        self.view = self.look()
+        self.open()
         if unpack(self):
-            self.view = self.look()
+            self.open()
 
-    def look(self) -> View:
-        """Return a view of the graph as it is now; recurrent layers have the weights of their modules."""
+    def look(self) -> Reader:
+        """Return a reader of the graph as it is now; recurrent layers have the weights of their modules."""
         hidden = {name for layer in self.recurrences for name in layer.names}
         providers = {node: name for name, node in self._nodes.items() if name not in hidden}
         parameters = {name: self._state[name] for name in self._nodes if name not in hidden}
@@ -149,9 +150,12 @@ class ProgramKind(ModuleCallsKind):
             parameters |= layer.parameters
         inside = frozenset(node for layer in self.recurrences for node in layer.inside)
         buffers, module = self._first.buffers, self.root.get_submodule
-        view = View(self.graph, parameters, providers, buffers, module, outlined=inside)
+        loop = partial(loop_of, self.root)
+        reader = Reader(
+            self.graph, parameters, providers, buffers, module, loop=loop, outlined=inside, start=self.start
+        )
         updated = frozenset(self._program.graph_signature.buffers_to_mutate.values())
-        return lift(view, Constants(self._read_constant, updated), self.values)
+        return lift(reader, Constants(self._read_constant, updated), self.values)
 
     def _read_constant(self, node: Node) -> tuple[str, Tensor] | None:
         """Return the name and the tensor of a buffer or a constant that a placeholder stands for."""
