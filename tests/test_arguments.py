@@ -15,8 +15,8 @@ from torch.export import export
 
 import surgery
 from surgery.cli.group import cli
-from surgery.data.inputs import random_tensor
 from surgery.errors import FileError, InputError, SurgeryError
+from surgery.kinds.inputs import random_tensor
 
 
 class Kinds(nn.Module):

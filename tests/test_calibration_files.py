@@ -21,7 +21,7 @@ from surgery.data import tokens
 from surgery.data.collect import collect
 from surgery.data.files import read_file
 from surgery.data.samples import Calibration, read_calibration
-from surgery.data.signature import read_signature
+from surgery.kinds.module.inputs import read_signature
 from surgery.errors import FileError, InputError
 from tests.test_masks import IDS, LENGTHS, LONGEST, Encoder, as_kind, batch, encoder
 

@@ -14,11 +14,10 @@ import surgery
 from surgery.algebra.chain import relative_error
 from surgery.cli.commands import decompose as command
 from surgery.data.batch_norm import NormDistances
-from surgery.data.inputs import normalise_inputs
-from surgery.data.observe import observe
 from surgery.data.standin import StandIn, stand_in
 from surgery.errors import InputError, Refusal
-from surgery.kinds.registry import open_graph
+from surgery.kinds.inputs import normalise_inputs
+from surgery.kinds.registry import observe, open_model
 from surgery.runtime.compare import run_model
 from tests.cases import decaying
 from tests.test_calibration_models import KINDS, as_kind
@@ -27,7 +26,7 @@ from tests.test_workshop import ByMacs
 
 def made(model: Any, example: Any) -> StandIn | Refusal:
     inputs = normalise_inputs(example)
-    return stand_in(model, inputs, open_graph(model, *inputs, copies=False).find())
+    return stand_in(model, inputs, open_model(model, inputs, copies=False).find())
 
 
 class Tokens(nn.Module):

@@ -15,8 +15,8 @@ from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator, Shape
 from surgery.cost.onnxruntime.latency import Comparison, Latencies
 from surgery.cost.onnxruntime.timing import Samples
-from surgery.data.inputs import normalise_inputs
 from surgery.data.samples import read_calibration
+from surgery.kinds.inputs import normalise_inputs
 from surgery.passes import clock as clocks
 from surgery.passes import promise
 from surgery.passes.decompose import DecomposeResult

@@ -110,7 +110,12 @@ class Operator:
     @property
     def form(self) -> object:
         """All but the numbers."""
-        return type(self), tuple(self.kernel.shape), getattr(self, "geometry", None), getattr(self, "padding_index", None)
+        return (
+            type(self),
+            tuple(self.kernel.shape),
+            getattr(self, "geometry", None),
+            getattr(self, "padding_index", None),
+        )
 
     def with_bias(self, bias: Tensor | None) -> Operator:
         """Return the same operator with another bias."""

@@ -27,10 +27,10 @@ __all__ = ["bench", "compare", "decompose", "export", "inspect", "recompose"]
 def inspect(model: Path, json_: bool, **options: Any) -> None:
     """List the sites of MODEL with their costs, and what is left alone and why."""
     from surgery.cli import show
-    from surgery.kinds.registry import open_graph
+    from surgery.kinds.registry import open_model
 
     program, inputs = open_program(model, **options)
-    found = open_graph(program, *inputs).find()
+    found = open_model(program, inputs).find()
     if json_:
         show.print_json(show.found_json(found))
     else:
@@ -266,7 +266,7 @@ def bench(
 ) -> None:
     """Time models (.pt2 or .onnx) under onnxruntime on this CPU, interleaved; each later one against the first."""
     from surgery.cli import show
-    from surgery.data.inputs import with_batch
+    from surgery.kinds.inputs import with_batch
     from surgery.runtime.bench import bench as together
     from surgery.runtime.fresh import time_apart
 

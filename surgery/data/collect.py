@@ -9,11 +9,11 @@ from typing import Any
 
 from surgery.algebra.operators import Conv, Operator
 from surgery.data.moments import Accumulator, Moments, layout_bytes
-from surgery.data.observe import Observed, observe
 from surgery.data.samples import Calibration
 from surgery.data.visible import VisibleRows
 from surgery.errors import InputError
-from surgery.kinds.registry import Model
+from surgery.kinds.observed import Observed
+from surgery.kinds.registry import Model, observe
 from surgery.sites.placement import Placement
 
 __all__ = ["Progress", "collect", "rows_of"]
@@ -45,7 +45,7 @@ def collect(
         CaptureError: the graph of an nn.Module can be neither traced nor exported.
     """
     observed = observe(model, next(iter(batches)))
-    found = observed.kind.find().placements
+    found = observed.find().placements
     spots = [spot for spot in found if sites is None or spot.site.name in sites]
     shared = _shared(spots)
     accumulators = _accumulators([group[0] for group in shared], len(batches), budget_bytes, seed)

@@ -26,11 +26,11 @@ from surgery.algebra.operators import Conv, Operator
 from surgery.data.collect import Progress
 from surgery.data.masks import visible_rows
 from surgery.data.moments import Moments
-from surgery.data.observe import Observed, observe
 from surgery.data.samples import Calibration
 from surgery.data.visible import Masks, VisibleOutputs, VisibleRows
 from surgery.errors import InputError
-from surgery.kinds.registry import Model
+from surgery.kinds.observed import Observed
+from surgery.kinds.registry import Model, observe
 from surgery.sites.placement import Placement
 from surgery.text import first_line
 
@@ -58,7 +58,7 @@ def with_sensitivity(
     """
     observed = observe(model, next(iter(batches)))
     few = _small(batches, samples)
-    spots = [spot for spot in observed.kind.find().placements if spot.site.name in moments]
+    spots = [spot for spot in observed.find().placements if spot.site.name in moments]
     visible = VisibleRows(observed, few, spots)
     outputs = VisibleOutputs(lambda batch: _leaves(observed.run(batch)), few)
     found = {spot.site.name: _tapped(observed, spot, visible) for spot in spots}

@@ -30,16 +30,16 @@ import torch
 from torch import Tensor
 
 from surgery.algebra.operators import Operator
-from surgery.data.added import Added
 from surgery.data.batch_norm import Reference, reestimate_batch_norm
 from surgery.data.collect import rows_of
 from surgery.data.columns import output_reader, read_columns
 from surgery.data.factor import RIDGE
 from surgery.data.moments import Moments
-from surgery.data.observe import Observed, observe
 from surgery.data.samples import Calibration
 from surgery.data.visible import Masks, VisibleRows
-from surgery.kinds.registry import Model
+from surgery.kinds.added import Added
+from surgery.kinds.observed import Observed
+from surgery.kinds.registry import Model, observe
 from surgery.sites.placement import Placement
 from surgery.solvers.weighted import Metric, triangles
 
@@ -96,7 +96,7 @@ class Originals:
 
 
 def _spots(observed: Observed, sites: Collection[str]) -> list[Placement]:
-    return [spot for spot in observed.kind.find().placements if spot.site.name in sites]
+    return [spot for spot in observed.find().placements if spot.site.name in sites]
 
 
 class _Record:

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from surgery.algebra.operators import Conv, Embedding, Operator
-from surgery.data.inputs import Inputs
 from surgery.data.masks import read_masks
-from surgery.data.observe import Observed
 from surgery.data.samples import Calibration
+from surgery.kinds.inputs import Inputs
+from surgery.kinds.observed import Observed
 from surgery.sites.placement import Placement
 
 __all__ = ["Masks", "SeeRows", "VisibleOutputs", "VisibleRows"]

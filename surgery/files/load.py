@@ -46,6 +46,7 @@ from surgery.files.record import Record
 from surgery.files.save import RECORD_KEY
 from surgery.kinds.layers.copying import copy_module
 from surgery.kinds.module.structure import give_structure, tie
+from surgery.kinds.registry import is_model
 from surgery.system.opening import check_regular, read_regular, shown_path
 
 __all__ = ["load"]
@@ -199,7 +200,7 @@ def _load_pickle(source: _Source) -> nn.Module | ExportedProgram:
         if not source.trust:
             raise _not_weights(error) from None
         found = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=False)
-    if isinstance(found, nn.Module | ExportedProgram):
+    if is_model(found):
         return found
     return _with_weights(source, _unwrap(found))
 

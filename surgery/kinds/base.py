@@ -7,8 +7,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import nn
+from torch.export import ExportedProgram
+
+from surgery.kinds.inputs import Inputs
+from surgery.kinds.observed import Observed
+from surgery.kinds.signature import Declared, Signature
 from surgery.sites.edit import Edit
 from surgery.sites.find import find
 from surgery.sites.flow import Flow
@@ -16,13 +23,97 @@ from surgery.sites.fusable import fusable
 from surgery.sites.placement import Found, Fusable, Placement
 from surgery.sites.site import Skip
 
-__all__ = ["Kind"]
+__all__ = ["Access", "Kind"]
+
+
+@dataclass(frozen=True)
+class Access:
+    """What may be done with a model that is opened.
+
+    ``copies`` says that a copy is changed, and ``inplace`` that the model itself is; with neither, nothing is changed.
+    With ``known`` only the chains that decompose has made are wanted, if there are any: nothing is captured for them.
+    """
+
+    copies: bool = True
+    inplace: bool = False
+    known: bool = False
 
 
 class Kind(ABC):
     """An open model; one subclass for each kind of models."""
 
     name: ClassVar[str]
+    models: ClassVar[type]  # whose instances it opens
+
+    @classmethod
+    @abstractmethod
+    def open_model(cls, model: Any, inputs: Inputs, access: Access) -> Kind:
+        """Open a model; ``inputs`` are example inputs, empty ones for none.
+
+        Raises:
+            InputError: the model does not run on the example inputs, or needs some.
+            CaptureError: its graph cannot be captured.
+        """
+
+    @classmethod
+    def runnable(cls, model: Any) -> nn.Module:
+        """Return the module that runs a model."""
+        found: nn.Module = model
+        return found
+
+    @classmethod
+    def program(cls, model: Any) -> ExportedProgram | None:
+        """Return the exported program that a model is, or None if it would have to be exported."""
+        return None
+
+    @classmethod
+    def tensors(cls, model: Any) -> Mapping[str, Any]:
+        """Return the parameters and buffers of a model by name."""
+        return cls.runnable(model).state_dict()
+
+    @classmethod
+    def brought_inputs(cls, model: Any, *, seed: int = 0) -> Inputs | None:
+        """Return example inputs that a model brings along, or random ones of its shapes; None where it knows none."""
+        return None
+
+    @classmethod
+    def brings_inputs(cls) -> bool:
+        """Whether models of this kind always know inputs that they can be run on."""
+        return False
+
+    @classmethod
+    @abstractmethod
+    def signature(cls, model: Any, example: Inputs) -> Signature:
+        """Return how a model is called."""
+
+    @classmethod
+    @abstractmethod
+    def declared_inputs(cls, model: Any, example: Inputs, signature: Signature) -> dict[str, Declared]:
+        """Return what is known of the inputs that are tensors, by name."""
+
+    @classmethod
+    def fixed_batch(cls, model: Any) -> int | None:
+        """Return the only batch size that a model takes, or None if it takes any."""
+        return None
+
+    @classmethod
+    def refuse_inplace(cls, model: Any) -> str | None:
+        """Return why a model cannot be changed in place, or None."""
+        return None
+
+    @classmethod
+    def refuse_structure(cls) -> str | None:
+        """Return why a model cannot be given the structure of factored layers without numbers, or None."""
+        return None
+
+    @classmethod
+    def says_what_runs(cls) -> bool:
+        """Whether a model says itself which of its operators run; else a run has to show it."""
+        return True
+
+    @abstractmethod
+    def observe(self) -> Observed:
+        """Return the open model to be run and watched."""
 
     @property
     @abstractmethod

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from surgery.data.inputs import Inputs
 from surgery.data.samples import Calibration
 from surgery.data.standin import GLANCE, stand_in
 from surgery.errors import InputError, Refusal
 from surgery.kinds.base import Kind
-from surgery.kinds.registry import Model, open_graph
+from surgery.kinds.inputs import Inputs
+from surgery.kinds.registry import Model, open_model
 from surgery.passes.factoring import Made, SiteData, factor_site, gather
 from surgery.passes.fitting import Fitting, judged
 from surgery.passes.goals import HeldOut, Seen
@@ -67,7 +67,7 @@ def carry_out(model: Model, inputs: Inputs, prepared: Prepared, means: Means) ->
         made, way = dict(fitted.made), fitted.way
     plan = job.plan_of(made)
     if means.inplace:  # nothing of the model has changed so far
-        graph = open_graph(model, *inputs, copies=False, inplace=True)
+        graph = open_model(model, inputs, copies=False, inplace=True)
         found = graph.find()
     graph = _spliced(graph, found, made)
     for name, reason in graph.verify().items():
@@ -148,7 +148,7 @@ class _Job:
 
     def build(self, made: Mapping[str, Made]) -> Any:
         """Return a copy of the model with chains."""
-        graph = open_graph(self.model, *self.inputs)
+        graph = open_model(self.model, self.inputs)
         return _spliced(graph, graph.find(), made).finish()
 
     def plan_of(self, made: Mapping[str, Made]) -> Plan:

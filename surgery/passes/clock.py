@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from surgery.cost.onnxruntime.latency import Latencies, Seconds
-from surgery.data.inputs import Inputs
+from surgery.kinds.inputs import Inputs
 from surgery.kinds.registry import Model
 from surgery.plans.planning import Progress
 from surgery.runtime.bench import Timing

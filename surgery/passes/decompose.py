@@ -6,19 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from torch.export import ExportedProgram
-
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
 from surgery.cost.onnxruntime.latency import Latencies, channel_multiple
-from surgery.data.inputs import Inputs, normalise_inputs
 from surgery.data.samples import Calibration, read_calibration
 from surgery.errors import CheckError, InputError, only_own_errors
 from surgery.factorizations import named
 from surgery.files.pretrained import note_record
 from surgery.kinds.base import Kind
-from surgery.kinds.layers.unpacking import check_inplace
-from surgery.kinds.registry import Model, open_graph
+from surgery.kinds.inputs import Inputs, normalise_inputs
+from surgery.kinds.registry import Model, check_inplace, kind_of, open_model
 from surgery.passes.carry_out import Means, carry_out
 from surgery.passes.factoring import split_chain
 from surgery.passes.goals import Evaluate, Goal
@@ -51,7 +48,7 @@ def find_sites(model: Model, example_inputs: Any = None) -> tuple[tuple[Site, ..
         InputError: inputs that are missing or do not fit.
         CaptureError: the graph cannot be captured.
     """
-    found = open_graph(model, *normalise_inputs(example_inputs), copies=False).find()
+    found = open_model(model, normalise_inputs(example_inputs), copies=False).find()
     return tuple(spot.site for spot in found.placements), found.skips
 
 
@@ -231,7 +228,7 @@ def _promise(model: Model, inputs: Inputs, samples: Calibration | None, asked: A
 def _inputs(model: Model, example_inputs: Any, samples: Calibration) -> Inputs:
     """Return the example inputs; where there are none and the model brings none, a batch of samples."""
     inputs = normalise_inputs(example_inputs)
-    return inputs if any(inputs) or isinstance(model, ExportedProgram) else next(iter(samples))
+    return inputs if any(inputs) or kind_of(model).brings_inputs() else next(iter(samples))
 
 
 @dataclass(frozen=True)
@@ -253,7 +250,7 @@ def _prepare(
     model: Model, example_inputs: Any, plan: Plan | None, rules: _Rules, *, copies: bool
 ) -> tuple[Kind, Found, Plan]:
     """Open the model, find its sites, and make the plan or check the given one."""
-    graph = open_graph(model, *normalise_inputs(example_inputs), copies=copies)
+    graph = open_model(model, normalise_inputs(example_inputs), copies=copies)
     found = graph.find()
     sites = [spot.site for spot in found.placements]
     latencies = rules.latencies

@@ -13,7 +13,6 @@ from surgery.algebra.chain import Chain, relative_error
 from surgery.data.batch_norm import NormWatch, Reference, feeds_batch_norm, reestimate_batch_norm
 from surgery.data.collect import Progress, collect
 from surgery.data.factor import fit
-from surgery.data.inputs import Inputs
 from surgery.data.moments import Moments
 from surgery.data.samples import Calibration, samples_in
 from surgery.data.sensitivity import with_sensitivity
@@ -21,7 +20,8 @@ from surgery.data.sequence import Originals, Target
 from surgery.errors import CheckError, InputError, Refusal
 from surgery.factorizations import SOLVERS, Factorization, Ranks, named
 from surgery.factorizations.recut import recut
-from surgery.kinds.registry import Model, open_graph
+from surgery.kinds.inputs import Inputs
+from surgery.kinds.registry import Model, open_model
 from surgery.plans.candidates import Candidate
 from surgery.plans.plan import Decision, Plan
 from surgery.sites.joint import JointSite, split
@@ -103,11 +103,11 @@ def gather(
 
     Of a large model only the samples that ``Calibration.affordable`` says are read.
     """
-    graph = open_graph(model, *inputs, copies=False)
+    graph = open_model(model, inputs, copies=False)
     found = graph.find()
     macs = found.totals.macs / samples_in(model, inputs)
     samples = samples.affordable(macs)
-    norms = NormWatch(model)
+    norms = NormWatch()
     moments = collect(model, samples, sites=sites, progress=progress, beside=norms)
     with suppress(InputError):  # what cannot be differentiated is fitted without: all errors of an output count alike
         moments = with_sensitivity(model, samples.affordable(_BACKWARD * macs, least=1), moments, progress=progress)

@@ -22,15 +22,14 @@ from typing import Any
 import torch
 from scipy import stats
 from torch import Tensor
-from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from surgery.data.inputs import Inputs
 from surgery.data.samples import Calibration
 from surgery.data.visible import VisibleOutputs
 from surgery.errors import InputError
+from surgery.kinds.inputs import Inputs
 from surgery.kinds.layers.untouched import untouched
-from surgery.kinds.registry import Model
+from surgery.kinds.registry import Model, kind_of
 from surgery.runtime.compare import evaluating, run_model
 from surgery.text import FAR, first_line, shown
 
@@ -123,7 +122,7 @@ class HeldOut:
 @contextmanager
 def _running(model: Model) -> Iterator[Run]:
     """Yield what runs a model as ``run_model`` does; it keeps nothing of that."""
-    module = model.module() if isinstance(model, ExportedProgram) else model
+    module = kind_of(model).runnable(model)
     with untouched(module):
         yield partial(run_model, module)
 
@@ -206,7 +205,7 @@ def scores_of(model: Model, evaluate: Evaluate) -> Tensor:
     Raises:
         InputError: the function fails, or returns neither a finite number nor a tensor (samples,) of them.
     """
-    module = model.module() if isinstance(model, ExportedProgram) else model
+    module = kind_of(model).runnable(model)
     try:
         with torch.no_grad(), evaluating(module):
             found = torch.as_tensor(evaluate(module)).detach().double().cpu()

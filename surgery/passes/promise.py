@@ -16,10 +16,10 @@ from functools import partial
 from typing import Any
 
 from surgery.cost.onnxruntime.timing import MARGIN
-from surgery.data.inputs import Inputs
 from surgery.data.samples import Calibration, samples_in
 from surgery.data.standin import StandIn, stand_in
 from surgery.errors import InputError
+from surgery.kinds.inputs import Inputs
 from surgery.kinds.registry import Model
 from surgery.passes.goals import TRIALS, Goal, Promise, Seen, drop_of, scores_of
 from surgery.passes.results import Search

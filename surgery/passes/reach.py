@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from torch import nn
-from torch.fx import GraphModule
-
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
-from surgery.data.inputs import Inputs
 from surgery.errors import Refusal
 from surgery.factorizations import fitting
-from surgery.kinds.registry import Model, open_graph
+from surgery.kinds.inputs import Inputs
+from surgery.kinds.registry import Model, kind_of, open_model
 from surgery.sites.edit import Replace
 
 __all__ = ["unreached"]
@@ -23,9 +20,9 @@ def unreached(model: Model, inputs: Inputs, names: Collection[str]) -> dict[str,
 
     Graphs say themselves what runs; of them none is refused here.
     """
-    if not isinstance(model, nn.Module) or isinstance(model, GraphModule):
+    if kind_of(model).says_what_runs():
         return {}
-    graph = open_graph(model, *inputs)
+    graph = open_model(model, inputs)
     for spot in graph.find().placements:
         chain = None if spot.chain is not None or spot.site.name not in names else _least(spot.site.operator)
         if chain is not None:

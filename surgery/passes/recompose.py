@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.data.inputs import normalise_inputs
 from surgery.errors import only_own_errors
 from surgery.files.pretrained import note_record
-from surgery.kinds.layers.unpacking import check_inplace
-from surgery.kinds.registry import Model, open_graph
+from surgery.kinds.inputs import normalise_inputs
+from surgery.kinds.registry import Model, check_inplace, open_model
 from surgery.sites.edit import Fuse
 from surgery.sites.placement import Fusable
 from surgery.sites.site import Skip, describe
@@ -79,8 +78,8 @@ def recompose(
     """
     if inplace:
         check_inplace(model)
-    graph = open_graph(
-        model, *normalise_inputs(example_inputs), copies=not inplace, inplace=inplace, known=not everything
+    graph = open_model(
+        model, normalise_inputs(example_inputs), copies=not inplace, inplace=inplace, known=not everything
     )
     chains, skips = graph.fusable(everything=everything)
     for chain in chains:

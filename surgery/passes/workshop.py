@@ -19,11 +19,11 @@ from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
 from surgery.cost.onnxruntime.latency import Comparison
 from surgery.data.factor import correct_bias
-from surgery.data.inputs import Inputs
 from surgery.data.samples import Calibration
 from surgery.errors import Refusal
 from surgery.factorizations import Ranks, named
-from surgery.kinds.registry import Model, open_graph
+from surgery.kinds.inputs import Inputs
+from surgery.kinds.registry import Model, open_model
 from surgery.passes.clock import Clock
 from surgery.passes.effects import Effects
 from surgery.passes.factoring import SiteData, gather, plain, weight_error
@@ -82,7 +82,7 @@ class Workshop:
 
     def __post_init__(self) -> None:
         fit, self._held = judged(self.samples, promised=self.terms.goal.kind == "max_error")
-        self.found: Found = open_graph(self.model, *self.inputs, copies=False).find()
+        self.found: Found = open_model(self.model, self.inputs, copies=False).find()
         self._spots = {spot.site.name: spot for spot in self.found.placements}
         left_out = select(list(self._spots), self.terms.include, self.terms.exclude)
         self.reasons = {name: reason for name, reason in left_out.items() if reason is not None}
@@ -272,7 +272,7 @@ class Workshop:
         return changed
 
     def _spliced(self, chains: Mapping[str, Chain], *, inplace: bool = False) -> Any:
-        graph = open_graph(self.model, *self.inputs, copies=not inplace, inplace=inplace)
+        graph = open_model(self.model, self.inputs, copies=not inplace, inplace=inplace)
         spots = {spot.site.name: spot for spot in graph.find().placements}
         for name, chain in chains.items():
             graph.apply(Replace(spots[name], chain))

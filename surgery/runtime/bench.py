@@ -27,10 +27,12 @@ from surgery.cost.onnxruntime.timing import (
     physical_cores,
     waited,
 )
-from surgery.data.inputs import Inputs, default_inputs, feed, normalise_inputs
 from surgery.errors import InputError
+from surgery.kinds.inputs import Inputs, normalise_inputs
+from surgery.kinds.registry import is_model
 from surgery.runtime.compare import Model, open_model
 from surgery.runtime.export import capture, export_onnx
+from surgery.runtime.feeds import default_inputs, feed
 from surgery.system.scratch import scratch_folder
 
 __all__ = [
@@ -221,7 +223,7 @@ def time_ready(
 
 def check_models(models: Any, names: Sequence[str] | None) -> None:
     """Raise InputError for what is no list of models, or other than as many names."""
-    if isinstance(models, str | os.PathLike | nn.Module | ExportedProgram) or not models:
+    if isinstance(models, str | os.PathLike) or is_model(models) or not models:
         raise InputError("timing needs a list of models", allowed="one or more")
     if names is not None and len(names) != len(models):
         raise InputError(f"{len(names)} names for {len(models)} models", allowed="one name for each model")

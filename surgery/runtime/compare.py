@@ -26,10 +26,12 @@ from torch.utils import _pytree as pytree
 
 from surgery.algebra.chain import relative_error
 from surgery.cost.onnxruntime.timing import open_session
-from surgery.data.inputs import Inputs, default_inputs, feed, normalise_inputs
 from surgery.errors import InputError
 from surgery.files.guard.onnx import check_onnx
 from surgery.files.load import load
+from surgery.kinds.inputs import Inputs, normalise_inputs
+from surgery.kinds.registry import is_model, kind_of
+from surgery.runtime.feeds import default_inputs, feed
 from surgery.text import first_line
 
 __all__ = [
@@ -118,7 +120,7 @@ def open_model(model: Model | str | os.PathLike[str], *, threads: int | None = N
     Raises:
         InputError: no such kind of model, or a file that is unreadable, or has weights outside of its folder.
     """
-    if isinstance(model, nn.Module | ExportedProgram | ort.InferenceSession):
+    if isinstance(model, ort.InferenceSession) or is_model(model):
         return model
     if not isinstance(model, str | os.PathLike):
         allowed = "nn.Module, GraphModule, ExportedProgram, or the path of a .pt2 or .onnx file"
@@ -142,10 +144,9 @@ def run_model(model: Model, inputs: Inputs) -> Any:
     args, kwargs = inputs
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch about itself; what matters here are the outputs
-        if isinstance(model, ExportedProgram):
-            return _call(lambda: model.module()(*args, **kwargs))
-        with evaluating(model):
-            return _call(lambda: model(*args, **kwargs))
+        module = kind_of(model).runnable(model)
+        with evaluating(module):
+            return _call(lambda: module(*args, **kwargs))
 
 
 def _call(run: Callable[[], Any]) -> Any:

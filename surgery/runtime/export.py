@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from surgery.cost.onnxruntime.timing import open_session
-from surgery.data.inputs import Inputs, default_inputs, feed, flatten_inputs, normalise_inputs
 from surgery.errors import CaptureError, CheckError, InputError
+from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs
+from surgery.kinds.registry import kind_of
 from surgery.runtime.compare import Difference, compare_outputs, evaluating, flatten_outputs, run_model
+from surgery.runtime.feeds import default_inputs, feed
 from surgery.runtime.rounding import float64_outputs, shaken_outputs
 from surgery.system.scratch import scratch_folder
 from surgery.system.writing import Writer, check_outputs, write_together
@@ -122,17 +124,17 @@ def capture(
         InputError: no inputs are given and the model knows none.
         CaptureError: torch.export cannot capture the module.
     """
-    if not isinstance(model, nn.Module | ExportedProgram):
-        raise InputError(f"a model of type {type(model).__name__}", allowed="nn.Module, GraphModule, ExportedProgram")
+    kind = kind_of(model)
     inputs = default_inputs(model, seed=seed) if example_inputs is None else normalise_inputs(example_inputs)
     if inputs is None:
         raise InputError(f"{type(model).__name__} needs example inputs", next_step="give example_inputs")
-    if isinstance(model, ExportedProgram):
-        return model, inputs
+    if (program := kind.program(model)) is not None:
+        return program, inputs
     args, kwargs = inputs
     run_model(model, inputs)  # inputs that do not fit are an InputError, not a failure of the capture
-    with quiet(), evaluating(model):
-        return _capturing("captured", lambda: torch.export.export(model, args, kwargs)), inputs
+    module = kind.runnable(model)
+    with quiet(), evaluating(module):
+        return _capturing("captured", lambda: torch.export.export(module, args, kwargs)), inputs
 
 
 @contextmanager

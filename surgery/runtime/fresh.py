@@ -24,8 +24,8 @@ from torch.export import ExportedProgram
 
 from surgery.cost.onnxruntime.processes import Blocks, Job, compare_generations, time_generations
 from surgery.cost.onnxruntime.timing import Samples, Speedup, check_threads, open_session
-from surgery.data.inputs import Inputs, feed
 from surgery.errors import InputError
+from surgery.kinds.inputs import Inputs
 from surgery.runtime.bench import (
     ModelComparison,
     ModelTiming,
@@ -38,6 +38,7 @@ from surgery.runtime.bench import (
 )
 from surgery.runtime.compare import open_model
 from surgery.runtime.export import capture, export_onnx
+from surgery.runtime.feeds import feed
 from surgery.system.scratch import scratch_folder
 
 __all__ = ["Apart", "time_apart", "time_batches"]

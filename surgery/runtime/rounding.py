@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from surgery.data.inputs import Inputs
+from surgery.kinds.inputs import Inputs
 from surgery.runtime.compare import flatten_outputs
 
 __all__ = ["float64_outputs", "shaken_outputs"]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from surgery.cost.onnxruntime.latency import channel_multiple
-from surgery.data.inputs import normalise_inputs
+from surgery.kinds.inputs import normalise_inputs
 from surgery.kinds.layers.unpacking import packed_parameter
 from surgery.passes.decompose import RankSpec, decompose, find_sites
 from surgery.plans.plan import Decision, Plan

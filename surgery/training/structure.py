@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
 from surgery.algebra.steps import Branches, Shift, Step
-from surgery.data.inputs import normalise_inputs
 from surgery.errors import CheckError, InputError, Refusal
 from surgery.factorizations import Ranks, named
+from surgery.kinds.inputs import normalise_inputs
 from surgery.kinds.layers.modules import stored_as
-from surgery.kinds.registry import open_graph
+from surgery.kinds.registry import open_model
 from surgery.plans.plan import Plan
 from surgery.sites.edit import Replace
 from surgery.sites.site import Site
@@ -120,7 +120,7 @@ def build(root: nn.Module, example_inputs: Any, plan: Plan) -> tuple[FactoredSit
     Raises:
         InputError: the plan was made for a model with other sites.
     """
-    graph = open_graph(root, *normalise_inputs(example_inputs), copies=False, inplace=True)
+    graph = open_model(root, normalise_inputs(example_inputs), copies=False, inplace=True)
     spots = graph.find().placements
     names = [spot.site.name for spot in spots]
     if names != [decision.site for decision in plan]:

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from surgery.kinds.layers.norms import is_tracked_norm
 from surgery.sites.epilogue import Activation, BatchNorm, Neighbour
 
-__all__ = ["epilogue_of", "is_norm", "is_tracked_norm", "norm_buffers"]
+__all__ = ["epilogue_of", "is_norm", "norm_buffers"]
 
 aten = torch.ops.aten
 
@@ -34,11 +35,6 @@ _FUNCTIONS: dict[Any, str] = {
 }
 _HARDTANH = (aten.hardtanh.default, aten.hardtanh_.default)  # what ReLU6 is exported as
 _METHODS = {"relu": "Relu", "relu_": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh"}
-
-
-def is_tracked_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch norm with running statistics."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
 
 
 def epilogue_of(node: Node, module: Callable[[str], nn.Module] | None) -> Neighbour | None:

@@ -12,19 +12,25 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from surgery.errors import InputError
+from surgery.kinds.base import Access
 from surgery.kinds.fx.computed import Constants, lift
 from surgery.kinds.fx.graph import read_record, write_record
+from surgery.kinds.fx.inputs import brought_inputs, declared_inputs, fixed_batch, read_signature
 from surgery.kinds.fx.module_calls import ModuleCallsKind
 from surgery.kinds.fx.outline import add_outline, drop_outline
 from surgery.kinds.fx.packed import pack, unpack
 from surgery.kinds.fx.read import Reader
 from surgery.kinds.fx.recurrence import Recurrence, is_kernel, read_kernels
+from surgery.kinds.fx.run import ObservedGraph, bind_graph
 from surgery.kinds.fx.shapes import lazy_shapes
+from surgery.kinds.inputs import Inputs
 from surgery.kinds.layers.copying import copy_module
 from surgery.kinds.layers.modules import is_outlined
 from surgery.kinds.layers.recurrent_forms import loop_of
 from surgery.kinds.layers.unpacking import has_packed, pack_all, unpack_all
 from surgery.kinds.module.capture import hung_skip
+from surgery.kinds.observed import Observed
+from surgery.kinds.signature import Declared, Signature
 
 __all__ = ["GraphModuleKind"]
 
@@ -33,12 +39,47 @@ class GraphModuleKind(ModuleCallsKind):
     """Adapter of a GraphModule."""
 
     name = "fx"
+    models = GraphModule
 
-    def __init__(
-        self, model: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool, inplace: bool
-    ) -> None:
+    @classmethod
+    def open_model(cls, model: GraphModule, inputs: Inputs, access: Access) -> GraphModuleKind:
+        """Open a graph."""
+        return cls(model, *inputs, access)
+
+    @classmethod
+    def brought_inputs(cls, model: GraphModule, *, seed: int = 0) -> Inputs | None:
+        """Return random inputs of the shapes that a traced graph knows."""
+        return brought_inputs(model, seed=seed)
+
+    @classmethod
+    def signature(cls, model: GraphModule, example: Inputs) -> Signature:
+        """Return how a graph is called."""
+        return read_signature(model, example)
+
+    @classmethod
+    def declared_inputs(cls, model: GraphModule, example: Inputs, signature: Signature) -> dict[str, Declared]:
+        """Return what the graph says of its inputs, else the example inputs."""
+        return declared_inputs(model, example, signature)
+
+    @classmethod
+    def fixed_batch(cls, model: GraphModule) -> int | None:
+        """Return the only batch size that a graph takes."""
+        return fixed_batch(model)
+
+    @classmethod
+    def refuse_structure(cls) -> str | None:
+        """Refuse: the chains of a graph are nodes, not layers."""
+        return "a graph"
+
+    def observe(self) -> Observed:
+        """Return the graph, interpreted."""
+        buffer = self.root.get_buffer
+        bind = partial(bind_graph, self.graph)
+        return ObservedGraph(self, self.root, bind, lambda node: (str(node.target), buffer(str(node.target))))
+
+    def __init__(self, model: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], access: Access) -> None:
         packed = has_packed(model) or _is_packed(model)
-        self.root = copy_module(model) if copies or (packed and not inplace) else model
+        self.root = copy_module(model) if access.copies or (packed and not access.inplace) else model
         self._packed = unpack_all(self.root)
         self.graph = self.root.graph
         for node in self.graph.find_nodes(op="call_module"):

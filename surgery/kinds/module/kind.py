@@ -15,17 +15,22 @@ from torch.nn.parameter import is_lazy
 
 from surgery.algebra.chain import Chain
 from surgery.errors import SurgeryError
-from surgery.kinds.base import Kind
+from surgery.kinds.base import Access, Kind
 from surgery.kinds.fx.flow import Extras, make_flow
+from surgery.kinds.inputs import Inputs
 from surgery.kinds.layers.copying import copy_module
 from surgery.kinds.layers.edit import Replaced, Shared, fuse_modules, layers_of, splice_modules, swap_references
 from surgery.kinds.layers.factored import Factored
 from surgery.kinds.layers.known import empty_known, find_known, put_back_known
 from surgery.kinds.layers.modules import is_operator_module, refuse_module, replace_module
 from surgery.kinds.layers.tensors import count, key_of
-from surgery.kinds.layers.unpacking import has_packed, pack_all, unpack_all
+from surgery.kinds.layers.unpacking import has_packed, pack_all, refuse_inplace, unpack_all
 from surgery.kinds.module.capture import Captured, capture, has_lazy, trace_only
+from surgery.kinds.module.inputs import declared_inputs, read_signature
 from surgery.kinds.module.probe import run_chains
+from surgery.kinds.module.run import ObservedModule
+from surgery.kinds.observed import Observed
+from surgery.kinds.signature import Declared, Signature
 from surgery.sites.edit import Edit, Replace
 from surgery.sites.flow import Flow, Tensors, Unseen
 from surgery.sites.placement import FusableModule, Placement
@@ -40,21 +45,43 @@ class ModuleKind(Kind):
     """Adapter of an nn.Module."""
 
     name = "module"
+    models = nn.Module
 
-    def __init__(
-        self,
-        model: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        copies: bool,
-        inplace: bool,
-        known: bool = False,
-    ) -> None:
-        root = copy_module(model) if copies or (has_packed(model) and not inplace) else model
+    @classmethod
+    def open_model(cls, model: nn.Module, inputs: Inputs, access: Access) -> ModuleKind:
+        """Open a module."""
+        return cls(model, *inputs, access)
+
+    @classmethod
+    def signature(cls, model: nn.Module, example: Inputs) -> Signature:
+        """Return how a module is called, by its ``forward``."""
+        return read_signature(model, example)
+
+    @classmethod
+    def declared_inputs(cls, model: nn.Module, example: Inputs, signature: Signature) -> dict[str, Declared]:
+        """Return what the example inputs say."""
+        return declared_inputs(model, example, signature)
+
+    @classmethod
+    def refuse_inplace(cls, model: nn.Module) -> str | None:
+        """Refuse a model that is nothing but a layer which is taken apart."""
+        return refuse_inplace(model)
+
+    @classmethod
+    def says_what_runs(cls) -> bool:
+        """False: a module may reach a layer by other ways than by its name."""
+        return False
+
+    def observe(self) -> Observed:
+        """Return the model, with hooks on its submodules."""
+        return ObservedModule(self._model, self.flow)
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], access: Access) -> None:
+        self._model = model
+        root = copy_module(model) if access.copies or (has_packed(model) and not access.inplace) else model
         self._inputs = (args, kwargs)
         self._holder = nn.ModuleList([root])  # in which the root can be replaced too, unless it is to stay the same
-        self._packed = unpack_all(root if inplace else self._holder)
+        self._packed = unpack_all(root if access.inplace else self._holder)
         self._root = self._holder[0]
         self._shared: Shared = {}
         self._replaced: Replaced = {}
@@ -62,7 +89,7 @@ class ModuleKind(Kind):
         self._dense: dict[str, tuple[tuple[str, ...], nn.Module, nn.Module]] = {}
         try:
             self._known, self._broken = find_known(self._root)
-            self._captured = self._capture(known=known and bool(self._known))
+            self._captured = self._capture(known=access.known and bool(self._known))
         except BaseException:
             self.finish()  # the model may be the caller's own
             raise

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
-from torch.export import ExportedProgram
-from torch.fx import GraphModule
 
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
@@ -23,6 +21,7 @@ from surgery.kinds.layers.edit import Shared, splice_modules, swap_references
 from surgery.kinds.layers.factored import Factored
 from surgery.kinds.layers.modules import is_operator_module, read_module, weight_of
 from surgery.kinds.layers.unpacking import pack_all, unpack_all
+from surgery.kinds.registry import is_model, kind_of
 from surgery.sites.site import Site
 
 __all__ = ["give_structure", "tie"]
@@ -50,8 +49,8 @@ def give_structure(model: nn.Module, sites: Mapping[str, Origin], joint: Iterabl
         InputError: the model is a graph, has no such layer, or is factored already.
         RankError: a rank that a layer cannot take.
     """
-    if isinstance(model, GraphModule | ExportedProgram) or not isinstance(model, nn.Module):
-        what = "a graph" if isinstance(model, GraphModule | ExportedProgram) else f"a {type(model).__name__}"
+    what = kind_of(model).refuse_structure() if is_model(model) else f"a {type(model).__name__}"
+    if what is not None:
         raise InputError(
             f"{what} cannot be given a structure",
             allowed="nn.Module",

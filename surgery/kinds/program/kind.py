@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any
@@ -24,6 +24,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from surgery.algebra.operators import Shape
 from surgery.errors import CheckError, InputError
+from surgery.kinds.base import Access
 from surgery.kinds.fx.computed import Constants, lift
 from surgery.kinds.fx.graph import read_record, write_record
 from surgery.kinds.fx.module_calls import ModuleCallsKind
@@ -40,8 +41,14 @@ from surgery.kinds.fx.recurrence import (
     read_kernels,
     write_kernel,
 )
+from surgery.kinds.fx.run import ObservedGraph
+from surgery.kinds.inputs import Inputs
 from surgery.kinds.layers.recurrent_forms import loop_of
+from surgery.kinds.observed import Observed
+from surgery.kinds.program.inputs import declared_inputs, fixed_batch, program_inputs, read_signature
 from surgery.kinds.program.parts import copy_graph, final_names, own_state, rename_entry
+from surgery.kinds.program.run import bind_program, buffer_of
+from surgery.kinds.signature import Declared, Signature
 
 __all__ = ["ProgramKind", "program_shapes", "read_program"]
 
@@ -121,6 +128,67 @@ class ProgramKind(ModuleCallsKind):
     """Adapter of an ExportedProgram; it works on a copy of the graph, and shares tensors until ``finish``."""
 
     name = "program"
+    models = ExportedProgram
+
+    @classmethod
+    def open_model(cls, model: ExportedProgram, inputs: Inputs, access: Access) -> ProgramKind:
+        """Open a program, which is never changed itself."""
+        return cls(model, *inputs)
+
+    @classmethod
+    def runnable(cls, model: ExportedProgram) -> nn.Module:
+        """Return the module of a program."""
+        return model.module()
+
+    @classmethod
+    def program(cls, model: ExportedProgram) -> ExportedProgram | None:
+        """Return the program itself."""
+        return model
+
+    @classmethod
+    def tensors(cls, model: ExportedProgram) -> Mapping[str, Any]:
+        """Return the state of a program."""
+        return model.state_dict
+
+    @classmethod
+    def brought_inputs(cls, model: ExportedProgram, *, seed: int = 0) -> Inputs | None:
+        """Return the example inputs of a program, else random ones."""
+        return program_inputs(model, seed=seed)
+
+    @classmethod
+    def brings_inputs(cls) -> bool:
+        """True."""
+        return True
+
+    @classmethod
+    def signature(cls, model: ExportedProgram, example: Inputs) -> Signature:
+        """Return how a program is called."""
+        return read_signature(model)
+
+    @classmethod
+    def declared_inputs(cls, model: ExportedProgram, example: Inputs, signature: Signature) -> dict[str, Declared]:
+        """Return what the program says of its inputs."""
+        return declared_inputs(model, signature)
+
+    @classmethod
+    def fixed_batch(cls, model: ExportedProgram) -> int | None:
+        """Return the only batch size that a program takes."""
+        return fixed_batch(model)
+
+    @classmethod
+    def refuse_inplace(cls, model: ExportedProgram) -> str | None:
+        """Refuse: a changed program is a new one."""
+        return "an exported program cannot be changed in place"
+
+    @classmethod
+    def refuse_structure(cls) -> str | None:
+        """Refuse: the chains of a program are nodes, not layers."""
+        return "a graph"
+
+    def observe(self) -> Observed:
+        """Return the program, interpreted."""
+        bind, buffer = partial(bind_program, self._program, self.reader), partial(buffer_of, self._program)
+        return ObservedGraph(self, self.root, bind, buffer)
 
     def __init__(self, program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._program = program
