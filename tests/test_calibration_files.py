@@ -21,8 +21,8 @@ from surgery.data import tokens
 from surgery.data.collect import collect
 from surgery.data.files import read_file
 from surgery.data.samples import Calibration, read_calibration
-from surgery.kinds.module.inputs import read_signature
 from surgery.errors import FileError, InputError
+from surgery.kinds.module.inputs import read_signature
 from tests.test_masks import IDS, LENGTHS, LONGEST, Encoder, as_kind, batch, encoder
 
 KINDS = ["module", "graph", "program", "program-dynamic"]

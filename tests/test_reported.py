@@ -24,6 +24,7 @@ from surgery.errors import CheckError, InputError, SurgeryError
 from surgery.factorizations import FACTORIZATIONS
 from surgery.kinds.registry import open_model
 from surgery.sites.edit import Replace
+from surgery.sites.record import Entry
 from tests.test_carried import KINDS, run, state
 from tests.tolerances import tolerance
 
@@ -271,7 +272,7 @@ def test_a_chain_that_no_node_calls_is_a_bug_and_said_so() -> None:
     graph.apply(Replace(graph.find().placements[0], FACTORIZATIONS["svd"].factor(nn_linear(), (2,))))
     assert graph.verify() == {}
     graph.add_parameter(["ghost.0.weight"], nn.Parameter(torch.zeros(2, 16)))
-    graph.record["ghost"] = {"weight": "ghost.weight"}
+    graph.record = graph.record.with_site("ghost", Entry(weight="ghost.weight"))
     with pytest.raises(CheckError, match="ghost"):
         graph.verify()
 

@@ -42,11 +42,11 @@ from surgery.files.guard.fit import check_fit
 from surgery.files.guard.sizes import check_program_sizes
 from surgery.files.memory import check_room, file_need, program_need
 from surgery.files.pretrained import note_record
-from surgery.files.record import Record
 from surgery.files.save import RECORD_KEY
 from surgery.kinds.layers.copying import copy_module
 from surgery.kinds.module.structure import give_structure, tie
 from surgery.kinds.registry import is_model
+from surgery.sites.record import Record
 from surgery.system.opening import check_regular, read_regular, shown_path
 
 __all__ = ["load"]
@@ -226,7 +226,7 @@ def _load_safetensors(source: _Source) -> nn.Module:
 
 def _record(said: Any) -> Record:
     try:
-        return Record.from_json(json.loads(said))
+        return Record.from_json(json.loads(said)).check()
     except (TypeError, ValueError, RecursionError) as error:
         if isinstance(error, SurgeryError):
             raise
@@ -299,8 +299,8 @@ def _with_weights(source: _Source, tensors: Mapping[str, Any], record: Record | 
     if record is None or not record.sites:
         return _filled(made, tensors, record)
     given = isinstance(source.model, nn.Module)
-    _filled(give_structure(copy_module(made), record.sites), tensors, record, fill=False)  # nothing is half changed
-    module = give_structure(made, record.sites)
+    _filled(give_structure(copy_module(made), record.origins), tensors, record, fill=False)  # nothing is half changed
+    module = give_structure(made, record.origins)
     if given and module is not made:
         raise InputError(f"is of a model that is nothing but {type(made).__name__}", next_step="give a factory")
     return _filled(module, tensors, record)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -17,29 +18,31 @@ from torch.fx import Graph, GraphModule, Node
 
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
+from surgery.errors import FileError
 from surgery.kinds.base import Kind
 from surgery.kinds.fx.computed import Values
 from surgery.kinds.fx.functional import is_aten, transposed_source, write_call
-from surgery.kinds.fx.nodes import read_origin
 from surgery.kinds.fx.read import Reader
 from surgery.kinds.fx.recurrence import Recurrence
 from surgery.kinds.layers.edit import Shared
-from surgery.sites.flow import Origin
+from surgery.sites.record import Entry, Record
 
 __all__ = ["GraphKind", "read_record", "write_record"]
 
 
-def read_record(module: GraphModule) -> dict[str, Any]:
-    """Return a copy of the record: for each factored site, what its weight was called."""
-    record = module.meta.get("surgery", {})
-    return dict(record.get("sites", {})) if isinstance(record, dict) else {}
+def read_record(module: GraphModule) -> Record:
+    """Return the record that a graph carries; an empty one if it has none that can be read."""
+    try:
+        return Record.from_json(module.meta.get("surgery"))
+    except FileError:
+        return Record()
 
 
-def write_record(module: GraphModule, sites: dict[str, Any]) -> None:
+def write_record(module: GraphModule, record: Record) -> None:
     """Store the record where ``surgery.save`` finds it; an empty one is no record."""
     module.meta.pop("surgery", None)
-    if sites:
-        module.meta["surgery"] = {"version": 1, "sites": sites}
+    if record:
+        module.meta["surgery"] = record.to_json()
 
 
 class GraphKind(Kind):
@@ -49,7 +52,7 @@ class GraphKind(Kind):
     """
 
     graph: Graph
-    record: dict[str, Any]
+    record: Record
     shared: Shared
     reader: Reader
     recurrences: Sequence[Recurrence] = ()
@@ -77,22 +80,9 @@ class GraphKind(Kind):
     def constant(self, name: str, user: Node) -> Node:
         """Return a node that provides a buffer or a constant, placed so that it comes before ``user``."""
 
-    @property
-    def recorded(self) -> frozenset[str]:
-        """The sites that decompose has factored, by the record."""
-        return frozenset(self.record)
-
-    @property
-    def origins(self) -> Mapping[str, Origin]:
-        """The factorization and the ranks of each site in the record."""
-        origins = {site: read_origin(entry) for site, entry in self.record.items()}
-        return {site: origin for site, origin in origins.items() if origin is not None}
-
-    def note(self, site: str, chain: Chain, **entry: Any) -> None:
+    def note(self, site: str, chain: Chain, entry: Entry) -> None:
         """Record that a site is factored, and what its weight was called."""
-        if chain.origin is not None:
-            entry |= {"factorization": chain.origin[0], "rank": list(chain.origin[1])}
-        self.record[site] = entry
+        self.record = self.record.with_site(site, replace(entry, origin=chain.origin))
 
     @cached_property
     def _readers(self) -> list[Reader]:

@@ -22,6 +22,7 @@ from surgery.sites.edit import Edit, Replace
 from surgery.sites.flow import Flow, Layers
 from surgery.sites.fusable import is_whole_sequential
 from surgery.sites.placement import FusableChain, FusableModule, Part, Placement
+from surgery.sites.record import Entry
 
 __all__ = ["ModuleCallsKind"]
 
@@ -40,8 +41,8 @@ class ModuleCallsKind(FunctionalKind):
         calls = [node for node in self.graph.find_nodes(op="call_module") if self._is_chain(node)]
         chain_calls = [ChainCall(node, node.all_input_nodes[0], str(node.target)) for node in calls]
         self._known = {each.chain.names: each for each in known}
-        recorded = self.recorded | _sites_by_stack(self.graph)
-        extras = Extras(known, chain_calls, broken, layers_of(self.root), self.origins, recorded)
+        recorded = self.record.factored | _sites_by_stack(self.graph)
+        extras = Extras(known, chain_calls, broken, layers_of(self.root), self.record.origins, recorded)
         return make_flow(self.reader, self.shape, extras)
 
     def _is_chain(self, node: Node) -> bool:
@@ -54,7 +55,7 @@ class ModuleCallsKind(FunctionalKind):
             return
         functions = isinstance(edit.chain, FusableChain) and edit.chain.calls[0][0].path is None
         for site in () if functions else edit.chain.sites:
-            self.record.pop(site, None)
+            self.record = self.record.without(site)
         if isinstance(edit.chain, FusableModule):
             put_back_known(self.root, self._known[edit.chain.sites], edit.chain.operators, self.notes)
         elif functions:
@@ -69,7 +70,7 @@ class ModuleCallsKind(FunctionalKind):
             return
         splice_modules(self.root, site, chain, self.shared)
         for name in (site.name, *site.aliases):
-            self.note(name, chain, weight=f"{name}.weight")
+            self.note(name, chain, Entry(weight=f"{name}.weight"))
 
     def _fuse_modules(self, chain: FusableChain) -> None:
         layers = self.flow.layers
@@ -109,10 +110,10 @@ class ModuleCallsKind(FunctionalKind):
         called = {str(node.target) for node in self.graph.find_nodes(op="call_module")}
         reader = self.look()
         used = {name for node, name in reader.providers.items() if node.users}
-        for site, entry in self.record.items():
+        for site in self.record.factored:
             factors = [name for name in reader.parameters if name.startswith(f"{site}.") and name.endswith(".weight")]
             tied = {alias for name in used for alias in reader.names[key_of(reader.parameters[name])]}
-            runs = site in called or "parts" in entry or any(name in tied for name in factors)
+            runs = site in called or site in self.record.layers or any(name in tied for name in factors)
             if not runs and factors:
                 raise CheckError(f"the chain of {site} is in the model, and nothing calls it")
         return {}

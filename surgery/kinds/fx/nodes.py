@@ -1,15 +1,13 @@
-"""Small readings of nodes and parts that edits of function calls need: biases, places and origins."""
+"""Small readings of nodes and parts that edits of function calls need: biases and places."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from surgery.kinds.fx.functional import transposed_source
-from surgery.sites.flow import Origin
 from surgery.sites.placement import BranchSum, Part
 
 __all__ = [
@@ -19,7 +17,6 @@ __all__ = [
     "erase_unused",
     "first_node",
     "last_place",
-    "read_origin",
     "through_transpose",
 ]
 
@@ -56,14 +53,6 @@ def added_bias(node: Node) -> tuple[Node, Node] | None:
     if first is not node or not isinstance(bias, Node) or (value is not None and value.dim() != 1):
         return None
     return users[0], bias
-
-
-def read_origin(entry: Any) -> Origin | None:
-    """Return what a record says of a chain's making; files may say anything there."""
-    name, rank = (entry.get("factorization"), entry.get("rank")) if isinstance(entry, dict) else (None, None)
-    if not isinstance(name, str) or not isinstance(rank, list):
-        return None
-    return (name, tuple(rank)) if all(isinstance(r, int) and r > 0 for r in rank) else None
 
 
 def through_transpose(user: Node, node: Node) -> list[Node]:

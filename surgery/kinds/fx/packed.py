@@ -65,12 +65,12 @@ def _unpack_call(kind: FunctionalKind, call: Call) -> None:
     kind.drop_parameter(call.weight)
     kind.replace(old, node)
     kind.sweep()
-    kind.record[call.weight] = {"parts": list(_PARTS)}
+    kind.record = kind.record.with_packed(call.weight, _PARTS)
 
 
 def pack(kind: FunctionalKind) -> None:
     """Put the packed projection back wherever the three parts are single linear layers again."""
-    if not any(name.endswith(_PACKED) for name in kind.record):
+    if not kind.record.packed:
         return
     reader = kind.look()
     calls = {reader.node(value): call for value, call in reader.calls.items()}
@@ -85,7 +85,7 @@ def _pack_rows(kind: FunctionalKind, reader: Reader, node: Node, calls: Sequence
     prefix = calls[0].weight.removesuffix(f"{_PARTS[0]}.weight")
     packed, names = f"{prefix}{_PACKED}", [f"{prefix}{part}.weight" for part in _PARTS]
     plain = all(call.bias is None for call in calls) and all(len(row.users) == 1 for row in nodes)
-    if packed not in kind.record or [call.weight for call in calls] != names or not plain:
+    if packed not in kind.record.packed or [call.weight for call in calls] != names or not plain:
         return
     weights = [reader.parameters[name] for name in names]
     rows, source = torch.cat(weights).detach(), reader.node(calls[0].source)
@@ -98,7 +98,7 @@ def _pack_rows(kind: FunctionalKind, reader: Reader, node: Node, calls: Sequence
     for name in names:
         kind.drop_parameter(name)
     kind.sweep()
-    del kind.record[packed]
+    kind.record = kind.record.without(packed)
 
 
 def _with_bias(reader: Reader, node: Node, name: str) -> tuple[Node, str | None]:

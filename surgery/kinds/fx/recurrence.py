@@ -31,6 +31,7 @@ from surgery.kinds.layers.links import build_link, read_link_module
 from surgery.kinds.layers.recurrent import UnpackedRecurrent
 from surgery.kinds.layers.recurrent_forms import empty, repack, settings, unpack
 from surgery.kinds.layers.tensors import key_of
+from surgery.sites.record import Record
 
 __all__ = [
     "Recurrence",
@@ -140,12 +141,11 @@ def read_factored(
     root: nn.Module,
     nodes: Mapping[str, Node],
     parameters: _Names,
-    record: Mapping[str, Any],
-    origins: Mapping[str, Origin],
+    record: Record,
 ) -> Iterator[Recurrence]:
     """Yield the layers of a record that are in the graph as they were written; ``nodes`` are those of parameters."""
-    for path, entry in record.items():
-        module = _rebuild(path, entry, parameters, origins)
+    for path, entry in record.layers.items():
+        module = _rebuild(path, entry, parameters, record.origins)
         if module is not None:
             found = _match(path, module, graph, root, nodes)
             if found is not None:

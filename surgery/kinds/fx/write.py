@@ -6,7 +6,8 @@ The factors of site P are named P.0.weight, P.1.weight, ...; the bias P.bias mov
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -35,6 +36,7 @@ from surgery.kinds.layers.tensors import key_of
 from surgery.sites.edit import Fuse
 from surgery.sites.flow import Call, Key, Reshape
 from surgery.sites.placement import FusableChain, Part, Placement, calls_of
+from surgery.sites.record import Entry
 from surgery.sites.site import Site
 
 __all__ = ["FunctionalKind"]
@@ -51,12 +53,12 @@ class FunctionalKind(GraphKind):
         """Put operators without numbers where chains stand, and return their sites by name."""
         if not placements:
             return {}
-        names = {p.site.name: self.record[p.site.name]["weight"] for p in placements}
-        for site, name in names.items():
-            entry = dict(self.record[site])
-            if "computed" in entry:
-                self.waiting[name] = entry.pop("computed")
-            self.record[site] = entry
+        entries = {p.site.name: self.record.sites[p.site.name] for p in placements}
+        names = {site: entry.weight or f"{site}.weight" for site, entry in entries.items()}
+        for site, entry in entries.items():
+            if entry.computed is not None:
+                self.waiting[names[site]] = entry.computed
+                self.record = self.record.with_site(site, replace(entry, computed=None))
         for placement in placements:
             assert placement.chain is not None  # it is the site of a chain
             self.apply(Fuse(placement.chain))
@@ -109,13 +111,12 @@ class FunctionalKind(GraphKind):
         sites = (site.name, *site.aliases)
         first = calls[0]
         added = [call.computed_bias is not None and _ends_with_link(chain) for call in calls]
-        entry: dict[str, Any] = {"stored": first.stored} | ({"added": added} if any(added) else {})
         old, lifted = self.reader.parameters[first.weight], self.reader.lifted.get(first.weight)
         kept = self.waiting.pop(first.weight, None) if lifted is None else keep(lifted)
-        entry |= {} if kept is None else {"computed": kept}
+        entry = Entry(stored=first.stored, added=tuple(added) if any(added) else (), computed=kept)
         names = self.reader.names[key_of(old)]
         for alias, name in zip(sites, names, strict=True):
-            self.note(alias, chain, weight=name, **entry)
+            self.note(alias, chain, replace(entry, weight=name))
         for name in names if lifted is None else [name for row in lifted.names.values() for name in row]:
             self.drop_parameter(name)
         for place, part in chain.places:
@@ -154,42 +155,52 @@ class FunctionalKind(GraphKind):
             moved[key] = names[0]
         return moved[key]
 
-    def fuse_functions(self, run: FusableChain) -> None:
+    def fuse_functions(self, chain: FusableChain) -> None:
         """Replace each row of parts by one call."""
-        recorded = [self.record.pop(site, {}) for site in run.sites]
-        weights = [entry.get("weight") or f"{site}.weight" for site, entry in zip(run.sites, recorded, strict=True)]
-        every = [item for items in run.rows for item in items]
-        calls = calls_of(every)
-        kept = {items[-1].bias for items in run.rows if self._keeps_bias(items, every, run.sites[0])}
-        stored = recorded[0].get("stored") or calls[-1].stored
-        trains = self.reader.parameters[calls[0].weight].requires_grad
-        biases = {bias for item in every for bias in biases_of(item)} - kept
-        for name in [call.weight for call in calls] + sorted(biases):
-            self._retire(name, every)
-        numbers = stored_weight(run.operators[0], stored).detach()
-        weight: str | Node | None = None
-        if (computed := recorded[0].get("computed")) is not None:
-            first = first_node(self.graph, self._nodes_of(every))
-            weight, self.notes[run.sites[0]] = put_back_computed(self, computed, numbers, like=first)
-        if weight is None:
-            self.add_parameter(weights, nn.Parameter(numbers, requires_grad=trains))
-            weight = weights[0]
+        entries = [self.record.sites.get(site, Entry()) for site in chain.sites]
+        for site in chain.sites:
+            self.record = self.record.without(site)
+        every = [part for row in chain.rows for part in row]
+        kept = {row[-1].bias for row in chain.rows if self._keeps_bias(row, every, chain.sites[0])}
+        stored = entries[0].stored or calls_of(every)[-1].stored
+        weight = self._fused_weight(chain, entries, stored, kept)
         moved: dict[tuple[Any, ...], str] = {}
-        added = recorded[0].get("added")
-        added = added if isinstance(added, list) and len(added) == len(run.rows) else [False] * len(run.rows)
-        for items, operator, behind in zip(run.rows, run.operators, added, strict=True):
-            own = items[-1].bias
-            bias: str | Node | None = own if own in kept else self._add_bias(items, operator, run.sites[0], moved)
-            like = self.node(items[-1].value)
-            if behind is True and (found := added_bias(like)) is not None:
+        known = len(entries[0].added) == len(chain.rows)
+        added = entries[0].added if known else (False,) * len(chain.rows)
+        for row, operator, behind in zip(chain.rows, chain.operators, added, strict=True):
+            own = row[-1].bias
+            bias: str | Node | None = own if own in kept else self._add_bias(row, operator, chain.sites[0], moved)
+            like = self.node(row[-1].value)
+            if behind and (found := added_bias(like)) is not None:
                 like, bias = found
-            elif items[-1].calls:
-                bias = bias or self._bias(items[-1].calls[-1])
-            node = self.insert(operator, self._source(items), (weight, bias), like=like, stored=stored)
-            inside = self._nodes_of(items)
+            elif row[-1].calls:
+                bias = bias or self._bias(row[-1].calls[-1])
+            node = self.insert(operator, self._source(row), (weight, bias), like=like, stored=stored)
+            inside = self._nodes_of(row)
             self.replace(like, node)
             erase(self.graph, inside, keep=like)
         self.sweep()
+
+    def _fused_weight(
+        self, chain: FusableChain, entries: Sequence[Entry], stored: str, kept: Collection[str | None]
+    ) -> str | Node:
+        """Drop the parameters of a chain but for ``kept``, and return the name or the node of its one weight."""
+        every = [part for row in chain.rows for part in row]
+        calls = calls_of(every)
+        trains = self.reader.parameters[calls[0].weight].requires_grad
+        biases = {bias for part in every for bias in biases_of(part)} - set(kept)
+        for name in [call.weight for call in calls] + sorted(biases):
+            self._retire(name, every)
+        numbers = stored_weight(chain.operators[0], stored).detach()
+        if (computed := entries[0].computed) is not None:
+            first = first_node(self.graph, self._nodes_of(every))
+            weight, self.notes[chain.sites[0]] = put_back_computed(self, computed, numbers, like=first)
+            if weight is not None:
+                return weight
+        pairs = zip(chain.sites, entries, strict=True)
+        names = [entry.weight or f"{site}.weight" for site, entry in pairs]
+        self.add_parameter(names, nn.Parameter(numbers, requires_grad=trains))
+        return names[0]
 
     def _retire(self, name: str, items: Sequence[Part]) -> None:
         """Drop a parameter under all its names but those by which others than these items still use it."""

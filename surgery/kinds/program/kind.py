@@ -245,7 +245,7 @@ class ProgramKind(ModuleCallsKind):
         parameters = {name: self._state[name] for name in self._nodes}
         found = [
             *read_kernels(self.graph, self._first.providers, parameters),
-            *read_factored(self.graph, self.root, self._nodes, parameters, self.record, self.origins),
+            *read_factored(self.graph, self.root, self._nodes, parameters, self.record),
         ]
         for layer in found:
             self.root.add_submodule(layer.path, layer.module)
@@ -256,7 +256,7 @@ class ProgramKind(ModuleCallsKind):
     def _write(self, layer: Recurrence) -> None:
         """Write a layer that has changed: the call of a kernel, or what torch exports of its module."""
         like = next(node for node in layer.inside if node in layer.outputs)
-        self.record.pop(layer.path, None)
+        self.record = self.record.without(layer.path)
         made: Sequence[Node | None]
         used: set[str] = set()
         parameter = self._layer_parameter(layer, used)
@@ -265,7 +265,7 @@ class ProgramKind(ModuleCallsKind):
             made = [self._insert_item(kernel, at, like) for at in range(len(layer.outputs))]
         else:
             made = self._write_export(layer, parameter, like)
-            self.record[layer.path] = describe(layer.module)
+            self.record = self.record.with_layer(layer.path, describe(layer.module))
         for old, new in zip(layer.outputs, made, strict=True):
             if old is not None and new is not None:
                 self.replace(old, new)
