@@ -15,6 +15,7 @@ from surgery.passes.effects import Effects
 from surgery.passes.goals import HeldOut
 from surgery.runtime.compare import run_model
 from surgery.sites.edit import Replace
+from surgery.sites.find import find
 from tests.test_calibration_models import KINDS
 from tests.zoo import ZOO, graph
 
@@ -32,7 +33,7 @@ def test_an_effect_is_that_of_the_changed_model(name: str, kind: str) -> None:
     before = run_model(model, (args, kwargs))
     effects, held_out = Effects(model, samples), HeldOut(model, samples)
     tried = 0
-    for at, spot in enumerate(open_model(model, args, kwargs, copies=False).find().placements[:_SITES]):
+    for at, spot in enumerate(find(open_model(model, args, kwargs, copies=False).flow).placements[:_SITES]):
         methods = fitting(spot.site.operator, "auto")
         if not isinstance(methods, list):
             continue
@@ -41,7 +42,7 @@ def test_an_effect_is_that_of_the_changed_model(name: str, kind: str) -> None:
         if not isinstance(chain, Chain):
             continue
         changed = open_model(model, args, kwargs, copies=True)
-        changed.apply(Replace(changed.find().placements[at], chain))
+        changed.apply(Replace(find(changed.flow).placements[at], chain))
         expected = held_out.error(changed.finish())[0]
         assert effects.of(spot.site.name, chain) == pytest.approx(expected, rel=FLOAT32, abs=FLOAT32)
         tried += 1
@@ -57,11 +58,11 @@ def test_hooks_of_the_user_come_after_the_operator() -> None:
     x = torch.randn(64, 8)
     samples = read_calibration(x, model)
     for at, name in enumerate("01"):
-        operator = open_model(model, ((x,), {})).find().placements[at].site.operator
+        operator = find(open_model(model, ((x,), {})).flow).placements[at].site.operator
         chain = named("svd").factor(operator, (3,))
         assert isinstance(chain, Chain)
         changed = open_model(model, ((x,), {}))
-        changed.apply(Replace(changed.find().placements[at], chain))
+        changed.apply(Replace(find(changed.flow).placements[at], chain))
         expected = HeldOut(model, samples).error(changed.finish())[0]
         assert Effects(model, samples).of(name, chain) == pytest.approx(expected, rel=FLOAT32)
 

@@ -24,6 +24,7 @@ from surgery.errors import CheckError, InputError, SurgeryError
 from surgery.factorizations import FACTORIZATIONS
 from surgery.kinds.registry import open_model
 from surgery.sites.edit import Replace
+from surgery.sites.find import find
 from surgery.sites.record import Entry
 from tests.test_carried import KINDS, run, state
 from tests.tolerances import tolerance
@@ -269,7 +270,7 @@ def test_a_graph_that_was_captured_of_a_factored_module_knows_its_chains(capture
 
 def test_a_chain_that_no_node_calls_is_a_bug_and_said_so() -> None:
     graph: Any = open_model(torch.export.export(Layers2(), (X,)), ((), {}))
-    graph.apply(Replace(graph.find().placements[0], FACTORIZATIONS["svd"].factor(nn_linear(), (2,))))
+    graph.apply(Replace(find(graph.flow).placements[0], FACTORIZATIONS["svd"].factor(nn_linear(), (2,))))
     assert graph.verify() == {}
     graph.add_parameter(["ghost.0.weight"], nn.Parameter(torch.zeros(2, 16)))
     graph.record = graph.record.with_site("ghost", Entry(weight="ghost.weight"))

@@ -19,6 +19,7 @@ from surgery.errors import InputError, Refusal
 from surgery.kinds.inputs import normalise_inputs
 from surgery.kinds.registry import observe, open_model
 from surgery.runtime.compare import run_model
+from surgery.sites.find import find
 from tests.cases import decaying
 from tests.test_calibration_models import KINDS, as_kind
 from tests.test_workshop import ByMacs
@@ -26,7 +27,7 @@ from tests.test_workshop import ByMacs
 
 def made(model: Any, example: Any) -> StandIn | Refusal:
     inputs = normalise_inputs(example)
-    return stand_in(model, inputs, open_model(model, inputs, copies=False).find())
+    return stand_in(model, inputs, find(open_model(model, inputs, copies=False).flow))
 
 
 class Tokens(nn.Module):

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from surgery.cost.onnxruntime.latency import cpu_name
 from surgery.kinds.registry import Model, open_model
+from surgery.sites.find import find
 from tools.networks import build
 
 
@@ -28,7 +29,7 @@ def time_find(model: Model, inputs: tuple[torch.Tensor, ...]) -> tuple[float, in
     """Return the seconds of one search and the number of sites; the graph is traced before."""
     graph = open_model(model, (inputs, {}), copies=False)
     start = time.perf_counter()
-    found = graph.find()
+    found = find(graph.flow)
     return time.perf_counter() - start, len(found.placements)
 
 

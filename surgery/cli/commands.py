@@ -28,9 +28,10 @@ def inspect(model: Path, json_: bool, **options: Any) -> None:
     """List the sites of MODEL with their costs, and what is left alone and why."""
     from surgery.cli import show
     from surgery.kinds.registry import open_model
+    from surgery.sites.find import find
 
     program, inputs = open_program(model, **options)
-    found = open_model(program, inputs).find()
+    found = find(open_model(program, inputs).flow)
     if json_:
         show.print_json(show.found_json(found))
     else:

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from surgery.errors import InputError
-from surgery.kinds.base import Access, Kind
+from surgery.kinds.base import Access, Kind, OpenModel
 from surgery.kinds.fx.kind import GraphModuleKind
 from surgery.kinds.inputs import Inputs
 from surgery.kinds.module.kind import ModuleKind
@@ -23,7 +23,7 @@ __all__ = ["KINDS", "Model", "check_inplace", "is_model", "kind_of", "observe", 
 Model: TypeAlias = nn.Module | GraphModule | ExportedProgram
 
 # a model is opened by the first kind that knows its class
-KINDS: dict[str, type[Kind]] = {"program": ProgramKind, "fx": GraphModuleKind, "module": ModuleKind}
+KINDS: dict[str, Kind] = {"program": ProgramKind(), "fx": GraphModuleKind(), "module": ModuleKind()}
 
 
 def is_model(value: Any) -> bool:
@@ -31,7 +31,7 @@ def is_model(value: Any) -> bool:
     return any(isinstance(value, kind.models) for kind in KINDS.values())
 
 
-def kind_of(model: Any) -> type[Kind]:
+def kind_of(model: Any) -> Kind:
     """Return the kind of a model.
 
     Raises:
@@ -56,14 +56,14 @@ def _allowed() -> str:
 
 def open_model(
     model: Any, inputs: Inputs = ((), {}), *, copies: bool = True, inplace: bool = False, known: bool = False
-) -> Kind:
+) -> OpenModel:
     """Open a model, on a copy of it unless told otherwise; see ``Access``.
 
     Raises:
         InputError: the object is not a model, or it does not run on the example inputs.
         CaptureError: its graph cannot be captured.
     """
-    return kind_of(model).open_model(model, inputs, Access(copies, inplace, known))
+    return kind_of(model).open(model, inputs, Access(copies, inplace, known))
 
 
 def observe(model: Any, inputs: Inputs) -> Observed:

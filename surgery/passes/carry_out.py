@@ -9,7 +9,7 @@ from typing import Any
 from surgery.data.samples import Calibration
 from surgery.data.standin import GLANCE, stand_in
 from surgery.errors import InputError, Refusal
-from surgery.kinds.base import Kind
+from surgery.kinds.base import OpenModel
 from surgery.kinds.inputs import Inputs
 from surgery.kinds.registry import Model, open_model
 from surgery.passes.factoring import Made, SiteData, factor_site, gather
@@ -19,12 +19,13 @@ from surgery.plans.joining import join, joint_groups
 from surgery.plans.plan import Plan
 from surgery.plans.planning import Progress
 from surgery.sites.edit import Replace
+from surgery.sites.find import find
 from surgery.sites.placement import Found
 from surgery.sites.site import Site
 
 __all__ = ["CarriedOut", "Means", "carry_out"]
 
-Prepared = tuple[Kind, Found, Plan]
+Prepared = tuple[OpenModel, Found, Plan]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def carry_out(model: Model, inputs: Inputs, prepared: Prepared, means: Means) ->
     plan = job.plan_of(made)
     if means.inplace:  # nothing of the model has changed so far
         graph = open_model(model, inputs, copies=False, inplace=True)
-        found = graph.find()
+        found = find(graph.flow)
     graph = _spliced(graph, found, made)
     for name, reason in graph.verify().items():
         plan, made = plan.edit(name, rank=None, reason=reason), {key: one for key, one in made.items() if key != name}
@@ -80,7 +81,7 @@ def carry_out(model: Model, inputs: Inputs, prepared: Prepared, means: Means) ->
     return CarriedOut(changed, found, plan, made, seen)
 
 
-def _spliced(graph: Kind, found: Found, made: Mapping[str, Made]) -> Kind:
+def _spliced(graph: OpenModel, found: Found, made: Mapping[str, Made]) -> OpenModel:
     """Put chains in the places of their sites, and return the graph."""
     spots = {spot.site.name: spot for spot in found.placements}
     spots |= graph.reopen([spot for spot in found.placements if spot.chain is not None and spot.site.name in made])
@@ -149,7 +150,7 @@ class _Job:
     def build(self, made: Mapping[str, Made]) -> Any:
         """Return a copy of the model with chains."""
         graph = open_model(self.model, self.inputs)
-        return _spliced(graph, graph.find(), made).finish()
+        return _spliced(graph, find(graph.flow), made).finish()
 
     def plan_of(self, made: Mapping[str, Made]) -> Plan:
         """Return the plan as it went."""

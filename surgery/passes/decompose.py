@@ -13,7 +13,7 @@ from surgery.data.samples import Calibration, read_calibration
 from surgery.errors import CheckError, InputError, only_own_errors
 from surgery.factorizations import named
 from surgery.files.pretrained import note_record
-from surgery.kinds.base import Kind
+from surgery.kinds.base import OpenModel
 from surgery.kinds.inputs import Inputs, normalise_inputs
 from surgery.kinds.registry import Model, check_inplace, kind_of, open_model
 from surgery.passes.carry_out import Means, carry_out
@@ -24,6 +24,7 @@ from surgery.passes.results import Change, DecomposeResult
 from surgery.plans.joining import check_groups, join, joint_groups
 from surgery.plans.plan import Decision, Plan
 from surgery.plans.planning import complete_plan, make_plan
+from surgery.sites.find import find
 from surgery.sites.joint import form
 from surgery.sites.placement import Found
 from surgery.sites.site import FactoredSite, Site, Skip, Totals, select
@@ -48,7 +49,7 @@ def find_sites(model: Model, example_inputs: Any = None) -> tuple[tuple[Site, ..
         InputError: inputs that are missing or do not fit.
         CaptureError: the graph cannot be captured.
     """
-    found = open_model(model, normalise_inputs(example_inputs), copies=False).find()
+    found = find(open_model(model, normalise_inputs(example_inputs), copies=False).flow)
     return tuple(spot.site for spot in found.placements), found.skips
 
 
@@ -248,10 +249,10 @@ def _silent(step: str, done: int, total: int) -> None:
 
 def _prepare(
     model: Model, example_inputs: Any, plan: Plan | None, rules: _Rules, *, copies: bool
-) -> tuple[Kind, Found, Plan]:
+) -> tuple[OpenModel, Found, Plan]:
     """Open the model, find its sites, and make the plan or check the given one."""
     graph = open_model(model, normalise_inputs(example_inputs), copies=copies)
-    found = graph.find()
+    found = find(graph.flow)
     sites = [spot.site for spot in found.placements]
     latencies = rules.latencies
     if plan is not None:

@@ -24,6 +24,7 @@ from surgery.kinds.inputs import Inputs
 from surgery.kinds.registry import Model, open_model
 from surgery.plans.candidates import Candidate
 from surgery.plans.plan import Decision, Plan
+from surgery.sites.find import find
 from surgery.sites.joint import JointSite, split
 from surgery.sites.site import FactoredSite, Site
 from surgery.text import rank_text
@@ -104,7 +105,7 @@ def gather(
     Of a large model only the samples that ``Calibration.affordable`` says are read.
     """
     graph = open_model(model, inputs, copies=False)
-    found = graph.find()
+    found = find(graph.flow)
     macs = found.totals.macs / samples_in(model, inputs)
     samples = samples.affordable(macs)
     norms = NormWatch()

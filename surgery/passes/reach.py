@@ -11,6 +11,7 @@ from surgery.factorizations import fitting
 from surgery.kinds.inputs import Inputs
 from surgery.kinds.registry import Model, kind_of, open_model
 from surgery.sites.edit import Replace
+from surgery.sites.find import find
 
 __all__ = ["unreached"]
 
@@ -23,7 +24,7 @@ def unreached(model: Model, inputs: Inputs, names: Collection[str]) -> dict[str,
     if kind_of(model).says_what_runs():
         return {}
     graph = open_model(model, inputs)
-    for spot in graph.find().placements:
+    for spot in find(graph.flow).placements:
         chain = None if spot.chain is not None or spot.site.name not in names else _least(spot.site.operator)
         if chain is not None:
             graph.apply(Replace(spot, chain))

@@ -11,6 +11,7 @@ from surgery.files.pretrained import note_record
 from surgery.kinds.inputs import normalise_inputs
 from surgery.kinds.registry import Model, check_inplace, open_model
 from surgery.sites.edit import Fuse
+from surgery.sites.fusable import fusable
 from surgery.sites.placement import Fusable
 from surgery.sites.site import Skip, describe
 from surgery.system.tables import table
@@ -81,7 +82,7 @@ def recompose(
     graph = open_model(
         model, normalise_inputs(example_inputs), copies=not inplace, inplace=inplace, known=not everything
     )
-    chains, skips = graph.fusable(everything=everything)
+    chains, skips = fusable(graph.flow, everything=everything)
     for chain in chains:
         graph.apply(Fuse(chain))
     back = graph.finish()

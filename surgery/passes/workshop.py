@@ -36,6 +36,7 @@ from surgery.plans.plan import Decision, Plan
 from surgery.plans.planning import Progress
 from surgery.runtime.bench import Timing
 from surgery.sites.edit import Replace
+from surgery.sites.find import find
 from surgery.sites.placement import Found
 from surgery.sites.site import select
 
@@ -82,7 +83,7 @@ class Workshop:
 
     def __post_init__(self) -> None:
         fit, self._held = judged(self.samples, promised=self.terms.goal.kind == "max_error")
-        self.found: Found = open_model(self.model, self.inputs, copies=False).find()
+        self.found: Found = find(open_model(self.model, self.inputs, copies=False).flow)
         self._spots = {spot.site.name: spot for spot in self.found.placements}
         left_out = select(list(self._spots), self.terms.include, self.terms.exclude)
         self.reasons = {name: reason for name, reason in left_out.items() if reason is not None}
@@ -273,7 +274,7 @@ class Workshop:
 
     def _spliced(self, chains: Mapping[str, Chain], *, inplace: bool = False) -> Any:
         graph = open_model(self.model, self.inputs, copies=not inplace, inplace=inplace)
-        spots = {spot.site.name: spot for spot in graph.find().placements}
+        spots = {spot.site.name: spot for spot in find(graph.flow).placements}
         for name, chain in chains.items():
             graph.apply(Replace(spots[name], chain))
         return graph.finish()

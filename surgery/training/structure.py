@@ -23,6 +23,7 @@ from surgery.kinds.layers.modules import stored_as
 from surgery.kinds.registry import open_model
 from surgery.plans.plan import Plan
 from surgery.sites.edit import Replace
+from surgery.sites.find import find
 from surgery.sites.site import Site
 from surgery.training.transport import Compose
 
@@ -121,7 +122,7 @@ def build(root: nn.Module, example_inputs: Any, plan: Plan) -> tuple[FactoredSit
         InputError: the plan was made for a model with other sites.
     """
     graph = open_model(root, normalise_inputs(example_inputs), copies=False, inplace=True)
-    spots = graph.find().placements
+    spots = find(graph.flow).placements
     names = [spot.site.name for spot in spots]
     if names != [decision.site for decision in plan]:
         raise InputError(

@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
 from surgery.errors import FileError
-from surgery.kinds.base import Kind
+from surgery.kinds.base import OpenModel
 from surgery.kinds.fx.computed import Values
 from surgery.kinds.fx.functional import is_aten, transposed_source, write_call
 from surgery.kinds.fx.read import Reader
@@ -27,7 +27,7 @@ from surgery.kinds.fx.recurrence import Recurrence
 from surgery.kinds.layers.edit import Shared
 from surgery.sites.record import Entry, Record
 
-__all__ = ["GraphKind", "read_record", "write_record"]
+__all__ = ["OpenGraph", "read_record", "write_record"]
 
 
 def read_record(module: GraphModule) -> Record:
@@ -45,7 +45,7 @@ def write_record(module: GraphModule, record: Record) -> None:
         module.meta["surgery"] = record.to_json()
 
 
-class GraphKind(Kind):
+class OpenGraph(OpenModel):
     """Base of the kinds whose models are fx graphs.
 
     ``recurrences`` are layers whose module runs in the place of the nodes that compute them, where these are observed.
@@ -94,7 +94,7 @@ class GraphKind(Kind):
         """The first number that no value has."""
         return self._readers[-1].start + len(self._readers[-1].nodes) if self._readers else 0
 
-    def open(self) -> None:
+    def reread(self) -> None:
         """Read the graph as it is now; values that are known from before stay known."""
         self.reader = self.look()
         self._readers.append(self.reader)

@@ -13,7 +13,7 @@ from surgery.algebra.operators import Shape
 from surgery.errors import CheckError
 from surgery.kinds.fx.flow import ChainCall, Extras, make_flow
 from surgery.kinds.fx.nodes import erase
-from surgery.kinds.fx.write import FunctionalKind
+from surgery.kinds.fx.write import FunctionEdits
 from surgery.kinds.layers.edit import fuse_modules, layers_of, splice_modules
 from surgery.kinds.layers.factored import Factored, is_chain
 from surgery.kinds.layers.known import Known, empty_known, find_known, put_back_known
@@ -24,10 +24,10 @@ from surgery.sites.fusable import is_whole_sequential
 from surgery.sites.placement import FusableChain, FusableModule, Part, Placement
 from surgery.sites.record import Entry
 
-__all__ = ["ModuleCallsKind"]
+__all__ = ["GraphEdits"]
 
 
-class ModuleCallsKind(FunctionalKind):
+class GraphEdits(FunctionEdits):
     """Base of the kinds in whose graphs submodules of ``root`` are called, too."""
 
     root: GraphModule
@@ -91,7 +91,7 @@ class ModuleCallsKind(FunctionalKind):
             empty_known(self.root, self._known[(placement.site.name, *placement.site.aliases)], placement.site.operator)
         found = super().reopen([placement for placement in placements if placement not in modules])
         if modules:
-            self.open()
+            self.reread()
         calls = {call.path: call for call in self.reader.calls.values()}
         for placement in modules:
             site = placement.site

@@ -17,7 +17,7 @@ from torch.fx import Node
 from surgery.algebra.operators import Linear
 from surgery.kinds.fx.functional import is_aten
 from surgery.kinds.fx.read import Reader
-from surgery.kinds.fx.write import FunctionalKind
+from surgery.kinds.fx.write import FunctionEdits
 from surgery.kinds.layers.tensors import key_of
 from surgery.sites.flow import Call
 
@@ -29,7 +29,7 @@ _CATS = (torch.cat, torch.ops.aten.cat.default)
 _SUMS = (torch.add, torch.ops.aten.add.Tensor)
 
 
-def unpack(kind: FunctionalKind) -> bool:
+def unpack(kind: FunctionEdits) -> bool:
     """Take all packed projections apart of which one call alone uses the weight; return whether there were any.
 
     Cross attention splits the packed weight itself before it is used; that is left alone.
@@ -40,7 +40,7 @@ def unpack(kind: FunctionalKind) -> bool:
     return bool(calls)
 
 
-def _is_alone(kind: FunctionalKind, call: Call) -> bool:
+def _is_alone(kind: FunctionEdits, call: Call) -> bool:
     tensor = kind.reader.parameters[call.weight]
     key = key_of(tensor)
     alone = kind.reader.uses[key] == {kind.node(call.value)} and len(kind.reader.names[key]) == 1
@@ -48,7 +48,7 @@ def _is_alone(kind: FunctionalKind, call: Call) -> bool:
     return alone and isinstance(call.operator, Linear) and call.stored == "out_in" and tensor.shape[0] % 3 == 0
 
 
-def _unpack_call(kind: FunctionalKind, call: Call) -> None:
+def _unpack_call(kind: FunctionEdits, call: Call) -> None:
     tensor, source = kind.reader.parameters[call.weight], kind.node(call.source)
     old = kind.node(call.value)
     prefix = call.weight.removesuffix(_PACKED)
@@ -68,7 +68,7 @@ def _unpack_call(kind: FunctionalKind, call: Call) -> None:
     kind.record = kind.record.with_packed(call.weight, _PARTS)
 
 
-def pack(kind: FunctionalKind) -> None:
+def pack(kind: FunctionEdits) -> None:
     """Put the packed projection back wherever the three parts are single linear layers again."""
     if not kind.record.packed:
         return
@@ -80,7 +80,7 @@ def pack(kind: FunctionalKind) -> None:
             _pack_rows(kind, reader, node, [calls[row] for row in rows])
 
 
-def _pack_rows(kind: FunctionalKind, reader: Reader, node: Node, calls: Sequence[Call]) -> None:
+def _pack_rows(kind: FunctionEdits, reader: Reader, node: Node, calls: Sequence[Call]) -> None:
     nodes = [reader.node(call.value) for call in calls]
     prefix = calls[0].weight.removesuffix(f"{_PARTS[0]}.weight")
     packed, names = f"{prefix}{_PACKED}", [f"{prefix}{part}.weight" for part in _PARTS]

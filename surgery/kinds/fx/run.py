@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import InputError
 from surgery.kinds.fx.epilogues import norm_buffers
-from surgery.kinds.fx.graph import GraphKind
+from surgery.kinds.fx.graph import OpenGraph
 from surgery.kinds.fx.outline import in_outline
 from surgery.kinds.fx.recurrence import Recurrence
 from surgery.kinds.inputs import Inputs
@@ -33,7 +33,7 @@ class ObservedGraph(Observed):
 
     def __init__(
         self,
-        kind: GraphKind,
+        kind: OpenGraph,
         module: GraphModule,
         bind: Callable[[Inputs], Mapping[Node, Any]],
         buffer: Callable[[Node], tuple[str, Tensor]],

@@ -18,7 +18,7 @@ from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
 from surgery.algebra.steps import Branches, Link, Shift, Step
 from surgery.kinds.fx.functional import is_aten
-from surgery.kinds.fx.graph import GraphKind
+from surgery.kinds.fx.graph import OpenGraph
 from surgery.kinds.fx.lifted import keep
 from surgery.kinds.fx.links import write_link
 from surgery.kinds.fx.nodes import (
@@ -39,14 +39,14 @@ from surgery.sites.placement import FusableChain, Part, Placement, calls_of
 from surgery.sites.record import Entry
 from surgery.sites.site import Site
 
-__all__ = ["FunctionalKind"]
+__all__ = ["FunctionEdits"]
 
 
 # the weight and the bias at each place of a chain, by name; a bias that the graph computes is a node
 _Names: TypeAlias = Mapping[str, tuple[str, str | Node | None]]
 
 
-class FunctionalKind(GraphKind):
+class FunctionEdits(OpenGraph):
     """Base of the kinds whose function calls are rewritten."""
 
     def reopen(self, placements: Sequence[Placement]) -> dict[str, Placement]:
@@ -62,7 +62,7 @@ class FunctionalKind(GraphKind):
         for placement in placements:
             assert placement.chain is not None  # it is the site of a chain
             self.apply(Fuse(placement.chain))
-        self.open()
+        self.reread()
         calls: dict[Key, list[Call]] = defaultdict(list)
         for call in self.reader.calls.values():
             calls[key_of(self.reader.parameters[call.weight])].append(call)

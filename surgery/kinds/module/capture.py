@@ -31,7 +31,7 @@ from surgery.kinds.layers.modules import is_operator_module, read_module, weight
 from surgery.kinds.layers.recurrent_forms import loop_of
 from surgery.kinds.layers.untouched import kept_random
 from surgery.kinds.layers.within import Within, within_of
-from surgery.kinds.program.kind import program_shapes, read_program
+from surgery.kinds.program.read import program_shapes, read_program
 from surgery.sites.flow import Call, site_name
 from surgery.sites.site import Skip, describe
 
