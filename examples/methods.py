@@ -35,7 +35,7 @@ from surgery.plans.automatic import snap
 from surgery.plans.candidates import Candidate, candidates_of, say_ranks
 from surgery.plans.keep import Keep
 from surgery.runtime.bench import environment
-from surgery.sites.site import Site, Totals, describe
+from surgery.sites.site import Site, Totals
 
 HERE = Path(__file__).parent
 MODEL, RESULTS, PAGE = HERE / "data" / "fashion_resnet.pt2", HERE / "results", HERE / "methods.md"
@@ -123,7 +123,7 @@ def study(site: Site, latencies: Latencies, show: Callable[[list[Any]], Iterable
     where = asdict(environment(latencies.threads))
     weight, today = tuple(site.operator.weight.shape), date.today().isoformat()
     shape, macs = site.input_shape, site.operator.macs(site.input_shape)
-    return Report(site.name, describe(site.operator), weight, shape, macs, today, where, tuple(points), refused)
+    return Report(site.name, site.description, weight, shape, macs, today, where, tuple(points), refused)
 
 
 def print_table(report: Report, console: Console) -> None:

@@ -36,7 +36,7 @@ from surgery.errors import SurgeryError
 from surgery.factorizations import named
 from surgery.passes.decompose import decompose, find_sites
 from surgery.runtime.bench import environment as measured_on
-from surgery.sites.site import Site, describe
+from surgery.sites.site import Site
 from tools.networks import NETWORKS, build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,7 +123,7 @@ def measure_layers(sites: tuple[Site, ...], latencies: Latencies) -> list[Gain]:
                 c = latencies.compare(site.operator, chain, shape)
                 reduction = site.operator.macs(shape) / chain.macs(shape)
                 channels = f"{site.operator.in_channels}->{site.operator.out_channels}"
-                what = f"{describe(site.operator)} {channels} at {shape[-1]}"
+                what = f"{site.description} {channels} at {shape[-1]}"
                 row = (what, method, ",".join(map(str, ranks)), reduction, c.dense_s, c.chain_s)
                 gains.append(Gain(*row, c.speedup, c.low, c.high, c.verdict))
     return gains

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgery.algebra.operators import Conv, Embedding, Geometry, Linear, Operator
+from surgery.algebra.operators import Conv, Embedding, Geometry, Linear, Operator, PaddingMode
 from surgery.algebra.steps import Branches, Flatten, Link, Shift, Step, Transpose, Unflatten
 from surgery.errors import Refusal
 
@@ -68,8 +68,7 @@ def add(operators: Sequence[Operator | Refusal]) -> Operator | Refusal:
     if len(found) < len(operators):
         return next(operator for operator in operators if isinstance(operator, Refusal))
     first = found[0]
-    forms = {(type(o), tuple(o.weight.shape), *((o.geometry, o.groups) if isinstance(o, Conv) else ())) for o in found}
-    if len(forms) > 1 or not isinstance(first, Linear | Conv):
+    if len({operator.form.unbiased for operator in found}) > 1 or first.reads_indices:
         return Refusal("the branches of a sum differ in their form")
     weight = sum((operator.weight.double() for operator in found[1:]), first.weight.double())
     biases = [operator.bias.double() for operator in found if operator.bias is not None]
@@ -281,7 +280,7 @@ def _merge_transposed(first: Conv, second: Conv) -> bool | Refusal:
     return first.geometry.transposed
 
 
-def _merge_mode(first: Geometry, second: Geometry) -> str | Refusal:
+def _merge_mode(first: Geometry, second: Geometry) -> PaddingMode | Refusal:
     modes = {g.padding_mode for g in (first, second) if g.padded}
     if len(modes) > 1:
         return Refusal(f"the convolutions pad in different modes ({', '.join(sorted(modes))})")

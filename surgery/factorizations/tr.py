@@ -44,7 +44,7 @@ class Tr(Factorization):
 
     def refuse(self, operator: Operator) -> Refusal | None:
         """Refuse what tt refuses, and convolutions over three dimensions."""
-        if isinstance(operator, Conv) and operator.geometry.dims > 2:
+        if operator.spatial_dims > 2:
             return Refusal("it is a convolution over three dimensions, whose ring needs one over four")
         return refuse_prime(operator) if isinstance(operator, Linear) else refuse_channels(operator)
 

@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
+from surgery.algebra.stack import stack_key
 from surgery.cost.onnxruntime.latency import Latencies, channel_multiple
 from surgery.data.inputs import Inputs, normalise_inputs
 from surgery.data.samples import Calibration, read_calibration
@@ -27,7 +28,6 @@ from surgery.passes.results import Change, DecomposeResult
 from surgery.plans.joining import check_groups, join, joint_groups
 from surgery.plans.plan import Decision, Plan
 from surgery.plans.planning import complete_plan, make_plan
-from surgery.sites.joint import form
 from surgery.sites.site import FactoredSite, Site, Skip, Totals, select
 
 __all__ = ["Change", "DecomposeResult", "Progress", "RankSpec", "decompose", "find_sites", "plan", "preview"]
@@ -285,7 +285,7 @@ def _groups(found: Found, joint: Joint) -> Sequence[Sequence[str]]:
         for spot in found.spots:
             if isinstance(spot.site, FactoredSite):
                 continue
-            key = (tuple(call.source for call in spot.calls), form(spot.site.operator))
+            key = (tuple(call.source for call in spot.calls), stack_key(spot.site.operator))
             groups.setdefault(key, []).append(spot.site.name)
         return [names for names in groups.values() if len(names) > 1]
     check_groups(joint, [spot.site.name for spot in found.spots])

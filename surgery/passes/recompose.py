@@ -12,7 +12,7 @@ from surgery.files.pretrained import note_record
 from surgery.kinds.base import AnyRun
 from surgery.kinds.layers.unpacking import check_inplace
 from surgery.kinds.registry import Model, open_graph
-from surgery.sites.site import Skip, describe
+from surgery.sites.site import Skip
 from surgery.system.tables import table
 from surgery.text import change, count, shown
 
@@ -92,7 +92,7 @@ def recompose(
 def _fusion(run: AnyRun, notes: Mapping[str, str]) -> Fusion:
     return Fusion(
         site=run.sites[0],
-        operator=describe(run.operators[0]),
+        operator=run.operators[0].description,
         parts=run.parts,
         parameters_before=run.parameters_before,
         parameters=run.operators[0].parameters,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Conv, Linear, Operator, Shape
+from surgery.algebra.operators import Operator, Shape
 from surgery.errors import CheckError, InputError
 from surgery.sites.epilogue import Loop, Neighbour
 
@@ -127,17 +127,7 @@ class Totals:
 
 def describe(operator: Operator) -> str:
     """Return the operator in words, as ``Conv2d 3x3 /2 groups=4`` or ``Linear``."""
-    if isinstance(operator, Linear):
-        return "Linear"
-    if not isinstance(operator, Conv):
-        return type(operator).__name__
-    g = operator.geometry
-    words = [f"Conv{'Transpose' if g.transposed else ''}{g.dims}d", "x".join(map(str, operator.kernel_size))]
-    if set(g.stride) != {1}:
-        words.append("/" + ",".join(map(str, sorted(set(g.stride)) if len(set(g.stride)) == 1 else g.stride)))
-    if operator.groups > 1:
-        words.append(f"groups={operator.groups}")
-    return " ".join(words)
+    return operator.description
 
 
 def select(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> dict[str, str | None]:

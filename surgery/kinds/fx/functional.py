@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from surgery.algebra.operators import Conv, Embedding, Geometry, Linear, Operator
+from surgery.algebra.operators import Conv, Embedding, Geometry, Layout, Linear, Operator, PaddingMode
 from surgery.errors import Refusal
 
 __all__ = ["Parts", "conv_geometry", "is_aten", "read_call", "stored_weight", "transposed_source", "write_call"]
@@ -97,7 +97,7 @@ class Parts:
     weight: Node
     bias: Node | None
     build: Callable[[Tensor, Tensor | None], Operator | Refusal]
-    stored: str = "out_in"
+    stored: Layout = "out_in"
 
 
 def transposed_source(node: Node) -> Node | None:
@@ -110,7 +110,7 @@ def transposed_source(node: Node) -> Node | None:
     return node.args[0] if tuple(node.args[1:]) == wanted and not node.kwargs else None
 
 
-def stored_weight(operator: Operator, stored: str) -> Tensor:
+def stored_weight(operator: Operator, stored: Layout) -> Tensor:
     """Return the weight as the graph stores it."""
     return operator.weight.t().contiguous() if stored == "in_out" else operator.weight
 
@@ -188,7 +188,7 @@ def conv_geometry(
     dilation: Any,
     output_padding: Any,
     transposed: bool,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
 ) -> Geometry | Refusal:
     """Return the geometry that torch's arguments (numbers, sequences, 'same', 'valid') mean, or why there is none."""
     dims = len(kernel_size)
@@ -219,7 +219,7 @@ def is_aten(node: Node) -> bool:
 
 
 def write_call(
-    graph: Graph, operator: Operator, *, source: Node, weight: Node, bias: Node | None, style: Node, stored: str
+    graph: Graph, operator: Operator, *, source: Node, weight: Node, bias: Node | None, style: Node, stored: Layout
 ) -> Node:
     """Insert the call of an operator at the graph's insertion point, in the style (torch or ATen) of another call."""
     aten_style = is_aten(style)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.nn.parameter import is_lazy
 
-from surgery.algebra.operators import Conv, Operator, Shape
+from surgery.algebra.operators import Conv, Layout, Operator, Shape
 from surgery.errors import Refusal
 from surgery.kinds.fx.functional import Parts, read_call, transposed_source
 from surgery.kinds.fx.lifted import Lifted
@@ -70,7 +70,7 @@ class Call:
     operator: Operator
     weight: str
     bias: str | None
-    stored: str
+    stored: Layout
     path: str | None = None
     weight_node: Node | None = None
     bias_node: Node | None = None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Operator
+from surgery.algebra.operators import Layout, Operator
 from surgery.algebra.steps import Branches, Link, Shift, Step
 from surgery.kinds.fx.chains import ChainSpot, Origin
 from surgery.kinds.fx.computed_kind import ComputedKind
@@ -286,7 +286,7 @@ class FunctionalKind(ComputedKind):
         names: _Names,
         *,
         like: Node,
-        stored: str,
+        stored: Layout,
     ) -> Node:
         """Insert the nodes of one step before ``like``; ``names`` has the weight and the bias at each place."""
         if isinstance(step, Operator):
@@ -335,7 +335,7 @@ class FunctionalKind(ComputedKind):
         names: tuple[str | Node, str | Node | None],
         *,
         like: Node,
-        stored: str,
+        stored: Layout,
         style: Node | None = None,
     ) -> Node:
         """Insert the call of an operator before ``like``, in the style of a call.
