@@ -5,8 +5,26 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
 
-__all__ = ["FAR", "change", "count", "cut", "first_line", "lines", "rank_text", "seconds", "shown", "width", "wrap"]
+__all__ = [
+    "FAR",
+    "VERDICTS",
+    "Verdict",
+    "change",
+    "count",
+    "cut",
+    "first_line",
+    "lines",
+    "rank_text",
+    "seconds",
+    "shown",
+    "width",
+    "wrap",
+]
+
+Verdict: TypeAlias = Literal["faster", "slower", "no difference"]  # what one thing is, timed against another
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 FAR = 0.3  # an output error above which the outputs are no longer those of the original
 

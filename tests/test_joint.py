@@ -14,7 +14,8 @@ import surgery
 from surgery.algebra.chain import Chain, relative_error
 from surgery.algebra.operators import Conv, Geometry, Linear, Operator
 from surgery.algebra.stack import split
-from surgery.cost.onnxruntime.latency import Comparison, Latencies
+from surgery.cost.base import Comparison
+from surgery.cost.onnxruntime.backend import OnnxRuntime
 from surgery.errors import InputError, RankError, Refusal
 from surgery.factorizations import FACTORIZATIONS, named
 from surgery.passes.decompose import decompose, find_sites, plan
@@ -122,7 +123,7 @@ def test_a_joint_program_is_saved_loaded_exported_and_fused(tmp_path: Path) -> N
     assert shapes(recompose(loaded).model) == shapes(program)
 
 
-class Fixed(Latencies):
+class Fixed(OnnxRuntime):
     """Latencies that are known: 2 s for dense, 1 s for any chain, a quarter for what is timed alone."""
 
     def compare(self, dense: Operator, chain: Chain, shape: tuple[int, ...]) -> Comparison:

@@ -15,23 +15,15 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from surgery.cost.onnxruntime.latency import cpu_name
-from surgery.cost.onnxruntime.timing import (
-    Budget,
-    Samples,
-    bind,
-    check_threads,
-    compare_samples,
-    interleave,
-    open_session,
-    physical_cores,
-    waited,
-)
+from surgery.cost.onnxruntime.sessions import bind, check_threads, open_session
+from surgery.cost.timing import Budget, Samples, compare_samples, interleave, waited
 from surgery.data.inputs import Inputs, default_inputs, feed, normalise_inputs
 from surgery.errors import InputError
 from surgery.runtime.compare import Model, open_model
 from surgery.runtime.export import capture, export_onnx
+from surgery.system.machine import cpu_name, physical_cores
 from surgery.system.scratch import scratch_folder
+from surgery.text import Verdict
 
 __all__ = [
     "Environment",
@@ -104,7 +96,7 @@ class ModelComparison:
     speedup: float
     low: float
     high: float
-    verdict: str
+    verdict: Verdict
 
 
 @dataclass(frozen=True)

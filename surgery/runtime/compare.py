@@ -25,7 +25,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from surgery.algebra.chain import relative_error
-from surgery.cost.onnxruntime.timing import open_session
+from surgery.cost.onnxruntime.sessions import open_session
 from surgery.data.inputs import Inputs, default_inputs, feed, normalise_inputs
 from surgery.errors import InputError
 from surgery.files.guard.onnx import check_onnx

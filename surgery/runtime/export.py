@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from surgery.cost.onnxruntime.timing import open_session
+from surgery.cost.onnxruntime.sessions import open_session
 from surgery.data.inputs import Inputs, default_inputs, feed, flatten_inputs, normalise_inputs
 from surgery.errors import CaptureError, CheckError, InputError
 from surgery.runtime.compare import Difference, compare_outputs, evaluating, flatten_outputs, run_model

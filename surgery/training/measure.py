@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Form, Operator, Shape
-from surgery.cost.onnxruntime.timing import Budget, Samples, interleave
+from surgery.cost.timing import Budget, Samples, interleave
 from surgery.data.inputs import Inputs, random_tensor
 from surgery.kinds.layers.factored import build_steps
 from surgery.kinds.layers.modules import build_module

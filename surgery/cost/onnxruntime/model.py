@@ -71,7 +71,7 @@ def _input(branch: Operator | Chain, shape: Shape) -> onnx.ValueInfoProto:
 def entries(branch: Operator | Chain) -> int:
     """Return how many entries an embedding has that comes first; 0 where the input is activations."""
     first = branch.operators[0] if isinstance(branch, Chain) else branch
-    return first.in_channels if isinstance(first, Embedding) else 0
+    return first.in_channels if first.reads_indices else 0
 
 
 def _float(name: str, shape: Shape) -> onnx.ValueInfoProto:

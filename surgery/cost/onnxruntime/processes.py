@@ -31,7 +31,7 @@ from typing import IO, Any
 import numpy as np
 from scipy import stats
 
-from surgery.cost.onnxruntime.timing import Speedup
+from surgery.cost.timing import Speedup
 from surgery.errors import InputError
 
 __all__ = ["Blocks", "Job", "compare_generations", "time_generations", "without_waits"]
