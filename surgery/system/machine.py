@@ -15,7 +15,7 @@ _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 @cache
 def cpu_name() -> str:
-    """Return the processor's model with its family and stepping: virtual machines hide all but these."""
+    """Return the processor's model with its family and stepping, which is all that virtual machines show."""
     fields: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines():
