@@ -106,7 +106,7 @@ def test_a_skeleton_gets_random_weights() -> None:
 
 
 def test_onnx_model_refuses_what_it_cannot_build() -> None:
-    with pytest.raises(InputError, match="no ONNX node is known for Operator"):
+    with pytest.raises(InputError, match="there is no known ONNX node for Operator"):
         build_model(Operator(torch.ones(1)), (1,))
     huge = Linear(torch.empty(40_000, 40_000, device="meta"))
     with pytest.raises(InputError, match=r"6\.0 GiB"):

@@ -3,7 +3,7 @@
 A backend times operators against chains, for the choice of ranks, and whole models against an original, for promises.
 A new one is a subclass of ``Backend`` in a folder of its own and a row in ``surgery.cost.registry.BACKENDS``. It says
 
-- ``key``: all that its numbers depend on beside the model: versions, the machine, the number of threads;
+- ``key``: all that its numbers depend on besides the model: versions, the machine, the number of threads;
 - ``channel_multiple``: the number of channels that its kernels like;
 - ``time_pair``, ``time_one`` and ``time_models``: how it measures.
 
@@ -87,7 +87,7 @@ class Backend(ABC):
     @property
     @abstractmethod
     def key(self) -> dict[str, Any]:
-        """All that the numbers depend on beside what is measured, as JSON values."""
+        """All that the numbers depend on besides what is measured, as JSON values."""
 
     @property
     @abstractmethod
@@ -146,6 +146,6 @@ class Backend(ABC):
         """Return what this backend has measured before of ``what``, else measure it now, and keep it.
 
         ``what`` describes in JSON values all that the numbers depend on, but for the backend's own ``key``. ``kind`` is
-        a dataclass of numbers and verdicts. A value of which ``keep`` says no is not kept.
+        a dataclass of numbers and verdicts. A value that ``keep`` turns down is returned, but not kept.
         """
         return self._cache.recall(kind, {**what, **self.key, "backend": self.name}, measure, keep=keep)

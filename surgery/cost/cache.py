@@ -49,7 +49,7 @@ class Cache:
     ) -> _Value:
         """Return the value that is known for ``what``, which is JSON values; else measure it, and keep it.
 
-        ``kind`` is a dataclass of numbers and verdicts. A value of which ``keep`` says no is not kept.
+        ``kind`` is a dataclass of numbers and verdicts. A value that ``keep`` turns down is returned, but not kept.
         """
         key = json.dumps(what, sort_keys=True, separators=(",", ":"))
         found = self._look_up(key, kind)
@@ -128,7 +128,7 @@ def _warn(what: str) -> None:
 
 
 def cache_path() -> Path | None:
-    """Return the file of stored latencies; None if ``SURGERY_CACHE`` is ``off``, or there is no home to have it in."""
+    """Return the file of stored latencies; None if ``SURGERY_CACHE`` is ``off``, or there is no home folder for it."""
     chosen = os.environ.get("SURGERY_CACHE", "")
     if chosen.lower() == "off":
         return None

@@ -48,7 +48,7 @@ _WAITS = "/proc/thread-self/schedstat"  # nanoseconds on a core, and ready witho
 class Budget:
     """How long to measure: rounds until ``seconds`` are over, but at least ``min_rounds`` and at most ``max_rounds``.
 
-    Before that come ``warmup_rounds``, which are not counted; in each round every session runs once.
+    ``warmup_rounds`` come first and are not counted. In each round everything runs once.
     """
 
     seconds: float = 1.0
@@ -64,7 +64,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds of each run of one session, in the order of the rounds."""
+    """Seconds of each run of one thing, in the order of the rounds."""
 
     seconds: tuple[float, ...] = field(repr=False)
 
@@ -80,7 +80,7 @@ class Samples:
 
     @cached_property
     def p90(self) -> float:
-        """Seconds that nine runs in ten stay below."""
+        """The seconds that nine runs in ten stay below."""
         return float(np.quantile(self.seconds, 0.9))
 
     @cached_property
@@ -112,7 +112,7 @@ def compare_samples(first: Samples, second: Samples, *, seed: int = 0, confidenc
     """Return how much faster the second ran than the first, from samples of the same rounds.
 
     Raises:
-        InputError: the two have different numbers of rounds, or none.
+        InputError: the two have different numbers of rounds, or none at all.
 
     >>> compare_samples(Samples((2.0, 2.1, 2.0)), Samples((1.0, 1.0, 1.0))).verdict
     'faster'
@@ -128,6 +128,8 @@ def compare_samples(first: Samples, second: Samples, *, seed: int = 0, confidenc
 
 def _resample_rounds(rounds: int, seed: int) -> npt.NDArray[np.intp]:
     """Return (resamples, rounds) indices, drawn in circular blocks of about the cube root of the rounds."""
+    # Invariant: each row is whole blocks of neighbouring rounds, cut to the number of rounds. For example 8 rounds have
+    # blocks of 2, and a row may be [6 7, 0 1, 6 7, 3 4]: what disturbed two rounds in a row stays together.
     generator = np.random.default_rng(seed)
     length = max(1, round(rounds ** (1 / 3)))
     blocks = -(-rounds // length)
@@ -145,10 +147,11 @@ def interleave(
     progress: Callable[[float], None] | None = None,
     waited: Callable[[], float] = float,
 ) -> tuple[Samples, ...]:
-    """Time callables round by round, in a new random order in each round; one Samples for each, all equally long.
+    """Time callables round by round, in a new random order in each round; return equally many samples of each.
 
     ``progress`` is called after each round with the share of the budget that is used, 0 to 1. ``waited`` returns the
-    seconds so far that shall not count: 0, or what the function of this name says where one thread does all the work.
+    seconds so far that are not to count: by default 0. The function of this name counts right if one thread does all
+    the work.
     """
     budget = budget or Budget()
     generator = np.random.default_rng(seed)
@@ -182,7 +185,7 @@ def _time_round(
 
 
 def waited() -> float:
-    """Return how many seconds of its life the calling thread has waited for a core; 0 where the system counts none."""
+    """Return how many seconds the calling thread has waited for a core in its life; 0 if the system does not count."""
     try:
         return int(Path(_WAITS).read_bytes().split()[1]) / 1e9
     except (OSError, IndexError, ValueError):

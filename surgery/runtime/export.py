@@ -194,9 +194,9 @@ def check_export(program: ExportedProgram, session: Any, inputs: Inputs) -> Diff
     """Return the differences of an onnxruntime session from the program that was exported to it, on inputs.
 
     An output within ``TOLERANCES`` is right. Any other is judged by what rounding does to this program. Its error
-    against a run of the program in float64 may be ``ROUNDING_SLACK`` times the larger of two numbers: the error of the program
-    itself, and the change of its outputs when its weights and inputs move by their last place. It may never be above
-    ``MAX_ROUNDING``, where a wrong export could not be told from rounding. Outputs are judged one by one.
+    against a run of the program in float64 may be ``ROUNDING_SLACK`` times the larger of two numbers: the error of the
+    program itself, and the change of its outputs when its weights and inputs move by their last place. It may never be
+    above ``MAX_ROUNDING``, where a wrong export could not be told from rounding. Outputs are judged one by one.
 
     Raises:
         InputError: the inputs do not fit the session.

@@ -21,9 +21,9 @@ def channel_multiple() -> int:
     """Return the channel block of onnxruntime's fast convolution here: ranks that are multiples of it waste nothing.
 
     onnxruntime asks MLAS (``MlasNchwcGetBlockSize``): 16 with AVX-512, 8 with other vector units of x86-64, 16 with
-    NEON in recent versions. So it is not guessed: onnxruntime optimises a convolution to one channel, and its filter
-    comes back padded to a whole block. Where there is no blocked convolution, or no room for a temporary file, 16 with
-    AVX-512, otherwise 8.
+    NEON in recent versions. This number is found, not guessed: onnxruntime optimises a convolution to one channel, and
+    its filter comes back padded to a whole block. Without blocked convolutions, or room for a temporary file, the
+    number is 16 with AVX-512 and 8 otherwise.
     """
     graph = _optimised(build_model(Conv(torch.ones(1, 64, 3, 3), geometry=Geometry.pointwise(2)), (1, 64, 3, 3)))
     if graph is not None and any(node.domain == "com.microsoft.nchwc" for node in graph.node):
@@ -32,7 +32,7 @@ def channel_multiple() -> int:
 
 
 def _optimised(model: bytes) -> onnx.GraphProto | None:
-    """Return the graph that onnxruntime makes of a model; None where there is no room for the file it needs."""
+    """Return the graph that onnxruntime makes of a model; None if there is no room for the file that this takes."""
     try:
         with scratch_folder() as folder:
             file = folder / "optimised.onnx"

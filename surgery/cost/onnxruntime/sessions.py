@@ -34,7 +34,7 @@ _MOST_THREADS = 256  # or as many as there are cores
 
 
 def check_threads(threads: int | None) -> None:
-    """Raise InputError for a number of threads that cannot be had."""
+    """Raise InputError for a number of threads that is out of bounds."""
     most = max(_MOST_THREADS, os.cpu_count() or 1)
     if threads is not None and not 1 <= threads <= most:
         raise InputError(f"threads={threads}", allowed=f"1 to {most}")
@@ -46,7 +46,7 @@ def open_session(model: bytes | str | Path, *, threads: int | None = None, spin:
     ``spin`` lets its threads spin between runs, which disturbs other sessions.
 
     Raises:
-        InputError: onnxruntime cannot load the model, or there cannot be so many threads.
+        InputError: onnxruntime cannot load the model, or the number of threads is out of bounds.
     """
     check_threads(threads)
     options = ort.SessionOptions()
@@ -59,7 +59,7 @@ def open_session(model: bytes | str | Path, *, threads: int | None = None, spin:
     source = model if isinstance(model, bytes) else str(model)
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
-    except Exception as error:  # onnxruntime's exceptions have no common base but this
+    except Exception as error:  # onnxruntime's exceptions share no other base
         name = "the model" if isinstance(model, bytes) else str(model)
         raise InputError(f"onnxruntime cannot load {name}: {first_line(error)}") from error
 
