@@ -149,7 +149,7 @@ def read_call(node: Node) -> Parts | Refusal | None:
 
 
 def _linear_parts(names: tuple[str, ...], source: Node, weight: Node, bias: Node | None) -> Parts:
-    stored = "out_in" if names is _LINEAR else "in_out"
+    stored: Layout = "out_in" if names is _LINEAR else "in_out"
     origin = transposed_source(weight)
     if origin is not None:
         weight, stored = origin, "in_out" if stored == "out_in" else "out_in"
