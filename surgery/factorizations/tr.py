@@ -61,7 +61,7 @@ class Tr(Factorization):
         return split.permute(0, 4, 3, 1, 2)
 
     def matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Return a matrix of each mode against all others; a ring's rank there is at most the product of its two bonds."""
+        """Return a matrix of each mode against the others; a ring's rank there is at most the product of its bonds."""
         return tuple(tensor.movedim(k, 1).flatten(2) for k in range(1, tensor.dim()))
 
     def max_ranks(self, operator: Operator) -> Ranks:

@@ -23,7 +23,7 @@ _SQUARES = 4
 
 
 def estimate(method: str, kernel: Sequence[int], itemsize: int) -> int:
-    """Return about how many bytes a method needs at most beside a kernel (g, O, I, *size) of ``itemsize`` a number.
+    """Return about how many bytes a method needs at most besides a kernel (g, O, I, *size) of ``itemsize`` a number.
 
     A method that is not known counts as the most demanding one.
 
