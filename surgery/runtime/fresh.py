@@ -43,14 +43,14 @@ from surgery.system.scratch import scratch_folder
 
 __all__ = ["Apart", "time_apart", "time_batches"]
 
-_WIDE = 1.1  # times its lower end, an interval that leaves the search for a speed-up in the dark
+_WIDE = 1.1  # an interval whose upper end is more than this times the lower one says too little for a search
 
 _Given: TypeAlias = nn.Module | ExportedProgram | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class _Written:
-    """A model as its user has it: a file, what goes in by name, and the sizes that the file declares, in its order."""
+    """A model as its user has it: a file with its inputs, and the sizes that the file declares for each input."""
 
     file: ModelFile
     shapes: tuple[tuple[int | str | None, ...], ...]
@@ -58,9 +58,9 @@ class _Written:
 
 @dataclass(frozen=True)
 class _Asked:
-    """Whether a speed-up is reached, if any is asked for, and how many times as long a timing may try to tell.
+    """The speed-up that is asked for, if any, and how many times as long a timing may take to tell whether it is reached.
 
-    A search goes on from a speed-up, so that its interval is to be narrow, too.
+    A search goes on from the speed-up that was measured, so that its interval must be narrow, too.
     """
 
     goal: float | None
@@ -166,13 +166,13 @@ def time_batches(
     backend: Backend | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> dict[int, Timing]:
-    """Time models as ``time_apart`` does, at several sizes of their dynamic batch axis; the seconds are shared out.
+    """Time models as ``time_apart`` does, at several sizes of their dynamic batch axis, which share the seconds.
 
-    The batch axis is the first dynamic size of the first input that has one, and every other axis of that name; inputs
+    The batch axis is the first dynamic size of the first input that has one, and every other axis of that name. Inputs
     are repeated along it, or cut.
 
     Raises:
-        InputError: as ``time_apart``, or a model has no dynamic size, or ``batches`` are not above 0.
+        InputError: as ``time_apart``, or a model does not have a dynamic size, or ``batches`` are not above 0.
     """
     if not batches or not all(isinstance(batch, int) and batch >= 1 for batch in batches):
         raise InputError(f"batches={tuple(batches)}", allowed="one or more whole numbers above 0")
