@@ -58,7 +58,7 @@ class _Written:
 
 @dataclass(frozen=True)
 class _Asked:
-    """The speed-up that is asked for, if any, and how many times as long a timing may take to tell whether it is reached.
+    """The speed-up asked for, if any, and how many times as long a timing may take to tell whether it is reached.
 
     A search goes on from the speed-up that was measured, so that its interval must be narrow, too.
     """
