@@ -46,7 +46,7 @@ def cut(text: str, columns: int) -> str:
     """Return a text of at most ``columns`` columns, cut in the middle; more is kept of its end, which says more.
 
     >>> cut("encoder.layer.11.attention.output.dense", 20)
-    'encoder…utput.dense'
+    'encoder…output.dense'
     """
     if width(text) <= columns:
         return text
