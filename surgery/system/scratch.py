@@ -19,6 +19,7 @@ from typing import IO
 
 from surgery.errors import FileError
 from surgery.system.interrupts import put_off
+from surgery.text import first_line
 
 try:
     import fcntl
@@ -99,7 +100,7 @@ def _make_folder() -> tuple[Path, int | None]:
 def reason(error: OSError | ValueError, folder: Path) -> str:
     """Return why nothing can be written to a folder; the text names the disk if the disk is full."""
     if not isinstance(error, OSError) or error.errno not in FULL:
-        return getattr(error, "strerror", None) or str(error)
+        return getattr(error, "strerror", None) or first_line(error)
     disk = folder.resolve()
     while not os.path.ismount(disk):
         disk = disk.parent
