@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery.cost.onnxruntime.timing import open_session
+from surgery.cost.onnxruntime.sessions import open_session
 from surgery.errors import CaptureError, CheckError, FileError, InputError
 from surgery.kinds.inputs import flatten_inputs, normalise_inputs, random_tensor
 from surgery.runtime import export

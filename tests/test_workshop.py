@@ -13,8 +13,9 @@ from torch.export import ExportedProgram
 import surgery
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator, Shape
-from surgery.cost.onnxruntime.latency import Comparison, Latencies
-from surgery.cost.onnxruntime.timing import Samples
+from surgery.cost.base import Comparison
+from surgery.cost.onnxruntime.backend import OnnxRuntime
+from surgery.cost.timing import Samples
 from surgery.data.samples import read_calibration
 from surgery.kinds.inputs import normalise_inputs
 from surgery.passes import clock as clocks
@@ -43,8 +44,10 @@ def samples(count: int = 64) -> Tensor:
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-class ByMacs(Latencies):
-    """Sites take a nanosecond for each multiply-accumulate."""
+class ByMacs(OnnxRuntime):
+    """Sites take a nanosecond for each multiply-accumulate; ranks go in fine steps, on each processor."""
+
+    channel_multiple = 1
 
     def compare(self, dense: Operator | Chain, chain: Operator | Chain, shape: Shape) -> Comparison:
         first, second = (1e-9 * (o if isinstance(o, Chain) else Chain((o,))).macs(shape) for o in (dense, chain))
@@ -84,7 +87,6 @@ def decompose(
     path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, target: float = 1.5, **others: Any
 ) -> DecomposeResult:
     monkeypatch.setattr(clocks, "Apart", clock.apart)
-    monkeypatch.setattr("surgery.passes.decompose.channel_multiple", lambda: 1)  # fine steps, on each processor
     others |= {"target_speedup": target, "latencies": ByMacs(threads=1, path=path)}
     return surgery.decompose(network(), samples(2), calibration=samples(), **others)
 
@@ -158,7 +160,7 @@ def test_damages_are_corrected_by_what_chains_do_to_the_outputs(kind: str) -> No
     x = samples()
     model = as_kind(network(), kind, x[:2])
     asked = Asked(Goal.of(0.2, None, None, metric=False), cost="macs")
-    terms = Terms(asked, Latencies(threads=1, keep=False))
+    terms = Terms(asked, OnnxRuntime(threads=1, keep=False))
     work = Workshop(model, normalise_inputs(x[:2]), read_calibration(x, model), terms, lambda *_: None)
     budget = 0.1 * sum(max(option.damage for option in site.options) for site in work.sites)
     work.settle(lambda: choose_least_cost(work.sites, budget))

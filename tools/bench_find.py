@@ -19,9 +19,9 @@ import torch._dynamo  # fake tensors import it when the first one is made
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
-from surgery.cost.onnxruntime.latency import cpu_name
 from surgery.kinds.registry import Model, open_model
 from surgery.sites.find import find
+from surgery.system.machine import cpu_name
 from tools.networks import build
 
 

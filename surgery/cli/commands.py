@@ -118,7 +118,7 @@ def decompose(
 ) -> None:
     """Factor the sites of MODEL into chains of lower rank, and write the new model."""
     from surgery.cli import show
-    from surgery.cost.onnxruntime.latency import Latencies
+    from surgery.cost.registry import make_backend
     from surgery.files.save import model_writer
     from surgery.passes import decompose as passes
     from surgery.plans.plan import Plan
@@ -134,7 +134,7 @@ def decompose(
             "--dry-run with calibration or a promise, which is known by factoring", next_step="leave --dry-run out"
         )
     given = None if plan_file is None else Plan.read(plan_file)
-    rules: dict[str, Any] = {"include": include, "exclude": exclude, "latencies": Latencies() if timing else None}
+    rules: dict[str, Any] = {"include": include, "exclude": exclude, "latencies": make_backend() if timing else None}
     if given is None:
         rules |= {"ranks": ranks, "factorization": factorization, "joint": _groups(joint)}
     with show.progress(quiet=json_) as progress:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from surgery.cli.names import TypedPath
 from surgery.errors import FileError, InputError
+from surgery.system.importing import import_function
 from surgery.text import cut, first_line
 
 if TYPE_CHECKING:
@@ -149,30 +145,13 @@ def load_function(name: str) -> Callable[[Any], float]:
     Raises:
         InputError: there is none of this name.
     """
-    module, _, attribute = name.partition(":")
     allowed = "module:function, as metrics:accuracy for accuracy(module) in metrics.py"
-    if not module or not attribute:
-        raise InputError(f"--eval {name!r}", allowed=allowed)
     try:
-        found: Any = _import(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
+        return import_function(name, what="--eval", allowed=allowed)
+    except InputError:
+        raise
     except (Exception, SystemExit) as error:  # importing runs the user's own code
         raise InputError(f"--eval {name!r}: {type(error).__name__}: {first_line(error)}", allowed=allowed) from error
-    if not callable(found):
-        raise InputError(f"--eval {name!r} is a {type(found).__name__}", allowed=allowed)
-    function: Callable[[Any], float] = found
-    return function
-
-
-def _import(module: str) -> ModuleType:
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        return importlib.import_module(module)
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(here)
 
 
 def _fill(

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from surgery.algebra.operators import Conv, Operator
 from surgery.data.moments import Accumulator, Moments, layout_bytes
 from surgery.data.samples import Calibration
 from surgery.data.visible import VisibleRows
@@ -84,14 +83,8 @@ def _shared(spots: Sequence[Placement]) -> list[list[Placement]]:
     groups: dict[tuple[Any, ...], list[Placement]] = defaultdict(list)
     for spot in spots:
         sources = tuple(call.source for call in spot.calls)
-        groups[(sources, *_columns_key(spot.site.operator))].append(spot)
+        groups[(sources, spot.site.operator.form.reading)].append(spot)
     return list(groups.values())
-
-
-def _columns_key(operator: Operator) -> tuple[Any, ...]:
-    groups, _, channels, *size = operator.kernel.shape
-    geometry = operator.geometry if isinstance(operator, Conv) else None
-    return type(operator), groups, channels, tuple(size), geometry
 
 
 def _accumulators(spots: Sequence[Placement], batches: int, budget_bytes: int, seed: int) -> list[Accumulator]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.algebra.operators import Conv, Operator
+from surgery.algebra.operators import Operator
 from surgery.data.collect import Progress
 from surgery.data.masks import visible_rows
 from surgery.data.moments import Moments
@@ -119,7 +119,7 @@ class _Gram:
     def __init__(self, operator: Operator) -> None:
         self.count = 0
         self._groups, self._out = operator.kernel.shape[:2]
-        self._axis = -1 - operator.geometry.dims if isinstance(operator, Conv) else -1
+        self._axis = -1 - operator.spatial_dims
         self._sum = operator.weight.new_zeros(self._groups, self._out, self._out, dtype=torch.float64)
 
     def mean(self, runs: int) -> Tensor:

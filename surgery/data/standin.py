@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.algebra.operators import Embedding
 from surgery.data.batch_norm import NormDistances
 from surgery.data.collect import Progress
 from surgery.data.masks import is_mask_name, leaf_names
@@ -127,7 +126,7 @@ def _ids(model: Model, example: Inputs, signature: Signature, found: Found) -> l
     tables: dict[tuple[int, ...], int] = {}
     for spot in found.placements:
         operator = spot.site.operator
-        if isinstance(operator, Embedding):
+        if operator.reads_indices:
             rows = len(operator.weight)
             for shape in spot.site.input_shapes:
                 tables[tuple(shape)] = min(rows, tables.get(tuple(shape), rows))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.algebra.operators import Conv, Embedding, Operator
+from surgery.algebra.operators import Operator
 from surgery.data.masks import read_masks
 from surgery.data.samples import Calibration
 from surgery.kinds.inputs import Inputs
@@ -75,7 +75,7 @@ def _orders(observed: Observed, samples: Calibration, spots: Sequence[Placement]
 
         def see(x: Tensor, operator: Operator = spot.site.operator, name: str = spot.site.name) -> None:
             front = _by_sample(operator, x, masks)
-            behind = x.new_empty(0) if isinstance(operator, Conv) else _by_sample(operator, x, [m.T for m in masks])
+            behind = x.new_empty(0) if operator.spatial_dims else _by_sample(operator, x, [m.T for m in masks])
             seen[-1][name].append((front, behind))
 
         for call in spot.calls:
@@ -105,10 +105,10 @@ def _by_sample(operator: Operator, x: Tensor, masks: Masks) -> Tensor:
 
     Else an empty tensor.
     """
-    axis = {Embedding: None, Conv: 1}.get(type(operator), -1)
+    axis = None if operator.reads_indices else 1 if operator.spatial_dims else -1
     wide = x.detach() if axis is None or x.dim() < 3 else x.detach().movedim(axis, -1)
     shape = wide.shape if axis is None else wide.shape[:-1]
-    along_time = isinstance(operator, Conv) and x.dim() == 3
+    along_time = bool(operator.spatial_dims) and x.dim() == 3
     for mask in masks:
         in_front = shape[:2] == mask.shape or (along_time and len(x) == len(mask))
         if in_front or shape == (mask.numel(),):

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.cost.onnxruntime.latency import Latencies, Seconds
+from surgery.cost.base import Backend, Seconds
 from surgery.kinds.inputs import Inputs
 from surgery.kinds.registry import Model
 from surgery.plans.planning import Progress
@@ -31,7 +31,7 @@ class Clock:
 
     model: Model
     inputs: Inputs
-    latencies: Latencies
+    latencies: Backend
     run_s: float
     progress: Progress
 
@@ -40,7 +40,7 @@ class Clock:
         """The median seconds of a run of the original; known from another time, perhaps."""
 
         def measure() -> Seconds:
-            timing = self._original.alone(threads=self.latencies.threads, seconds=self.run_s, progress=self._show)
+            timing = self._original.alone(seconds=self.run_s, progress=self._show)
             return Seconds(timing.median_s)
 
         return self.latencies.recall(Seconds, self.structure, measure).seconds
@@ -63,14 +63,13 @@ class Clock:
             changed,
             goal=goal,
             patience=_PATIENCE * (_FINAL if final else 1),
-            threads=self.latencies.threads,
             seconds=(_FINAL if final else 1) * self.run_s,
             progress=self._show,
         )
 
     @cached_property
     def _original(self) -> Apart:
-        return Apart(self.model, self._given)
+        return Apart(self.model, self._given, self.latencies)
 
     @property
     def _given(self) -> Inputs | None:

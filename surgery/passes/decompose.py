@@ -8,7 +8,9 @@ from typing import Any, TypeAlias
 
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
-from surgery.cost.onnxruntime.latency import Latencies, channel_multiple
+from surgery.algebra.stack import stack_key
+from surgery.cost.base import Backend
+from surgery.cost.registry import make_backend
 from surgery.data.samples import Calibration, read_calibration
 from surgery.errors import CheckError, InputError, only_own_errors
 from surgery.factorizations import named
@@ -25,7 +27,6 @@ from surgery.plans.joining import check_groups, join, joint_groups
 from surgery.plans.plan import Decision, Plan
 from surgery.plans.planning import complete_plan, make_plan
 from surgery.sites.find import find
-from surgery.sites.joint import form
 from surgery.sites.placement import Found
 from surgery.sites.site import FactoredSite, Site, Skip, Totals, select
 
@@ -63,7 +64,7 @@ def plan(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     joint: Joint = (),
-    latencies: Latencies | None = None,
+    latencies: Backend | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Return the plan that ``decompose`` would carry out with the same arguments, and change nothing.
@@ -85,7 +86,7 @@ def preview(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     joint: Joint = (),
-    latencies: Latencies | None = None,
+    latencies: Backend | None = None,
     progress: Progress | None = None,
 ) -> DecomposeResult:
     """Return what ``decompose`` would do, with predicted errors, and the model as it is."""
@@ -119,7 +120,7 @@ def decompose(
     cost: str = "latency",
     promise: bool = True,
     best_effort: bool = False,
-    latencies: Latencies | None = None,
+    latencies: Backend | None = None,
     progress: Progress | None = None,
 ) -> DecomposeResult:
     """Replace operators by chains at the ranks of a plan, and return the new model with what was done.
@@ -158,7 +159,7 @@ def decompose(
         promise: False for ``ranks="auto"`` without calibration data as a rule like any other, with no promise.
         best_effort: where a promised speed-up is out of reach, return the nearest model, not the original.
         latencies: measures each site's operator and chain, for the plan's latencies. ``ranks="auto"`` needs it, and
-            takes ``Latencies()``, with its cache on disk, if none is given.
+            takes ``make_backend()``, onnxruntime with its cache on disk, if none is given.
         progress: called with a step's name, the number of sites done, and the number of all.
 
     Raises:
@@ -205,14 +206,14 @@ def _check_asked(wanted: Sequence[str], *, automatic: bool, promise: bool, data:
 
 def _promise(model: Model, inputs: Inputs, samples: Calibration | None, asked: Asked, rules: _Rules) -> DecomposeResult:
     """Carry out ``auto`` for a goal: with calibration data, or with made-up ones for the sites of the plan by rule."""
-    latencies = rules.latencies or Latencies()
+    latencies = rules.latencies or make_backend()
     terms = Terms(
         asked,
         latencies,
         rules.factorization,
         rules.include,
         rules.exclude,
-        multiple=channel_multiple(),
+        multiple=latencies.channel_multiple,
     )
     if samples is None:
         ruled = _prepare(model, inputs, None, replace(rules, latencies=latencies), copies=False)[1:]
@@ -238,7 +239,7 @@ class _Rules:
     factorization: str
     include: tuple[str, ...]
     exclude: tuple[str, ...]
-    latencies: Latencies | None
+    latencies: Backend | None
     progress: Progress
     joint: Joint = ()
 
@@ -260,7 +261,7 @@ def _prepare(
         plan = complete_plan(_without_skips(_narrow(plan, left_out), found), sites, found.totals)
     else:
         if latencies is None and rules.ranks == "auto":
-            latencies = Latencies()
+            latencies = make_backend()
         plan = make_plan(
             sites,
             ranks=rules.ranks,
@@ -269,7 +270,7 @@ def _prepare(
             exclude=rules.exclude,
             totals=found.totals,
             latencies=latencies,
-            multiple=channel_multiple(),
+            multiple=None if latencies is None else latencies.channel_multiple,
             progress=rules.progress,
             joint=_groups(found, rules.joint),
             skipped=[skip.name for skip in found.skips],
@@ -286,14 +287,14 @@ def _groups(found: Found, joint: Joint) -> Sequence[Sequence[str]]:
         for spot in found.placements:
             if isinstance(spot.site, FactoredSite):
                 continue
-            key = (tuple(call.source for call in spot.calls), form(spot.site.operator))
+            key = (tuple(call.source for call in spot.calls), stack_key(spot.site.operator))
             groups.setdefault(key, []).append(spot.site.name)
         return [names for names in groups.values() if len(names) > 1]
     check_groups(joint, [spot.site.name for spot in found.placements])
     return joint
 
 
-def _measure(plan: Plan, sites: Sequence[Site], latencies: Latencies, progress: Progress) -> Plan:
+def _measure(plan: Plan, sites: Sequence[Site], latencies: Backend, progress: Progress) -> Plan:
     """Fill in the latencies of the factored sites that have none yet.
 
     What joint sites share runs once: its time is that of the first of them.

@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from surgery.algebra.chain import Chain, relative_error
+from surgery.algebra.stack import split
 from surgery.data.batch_norm import NormWatch, Reference, feeds_batch_norm, reestimate_batch_norm
 from surgery.data.collect import Progress, collect
 from surgery.data.factor import fit
@@ -25,7 +26,7 @@ from surgery.kinds.registry import Model, open_model
 from surgery.plans.candidates import Candidate
 from surgery.plans.plan import Decision, Plan
 from surgery.sites.find import find
-from surgery.sites.joint import JointSite, split
+from surgery.sites.joint import JointSite
 from surgery.sites.site import FactoredSite, Site
 from surgery.text import rank_text
 
@@ -185,7 +186,8 @@ def _fallback(unit: Site, plan: Plan, refusal: Refusal) -> Plan:
 
 def split_chain(chain: Chain, unit: Site) -> tuple[Chain, ...]:
     """Return the chain of each member of a site from that of the whole."""
-    chains = split(chain, unit.members) if isinstance(unit, JointSite) else (chain,)
+    members = [member.operator for member in unit.members]
+    chains = split(chain, members) if isinstance(unit, JointSite) else (chain,)
     if isinstance(chains, Refusal):
         raise CheckError(f"the joint sites of {unit.name} cannot share factors: {chains.reason}")
     return chains

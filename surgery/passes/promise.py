@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from surgery.cost.onnxruntime.timing import MARGIN
+from surgery.cost.timing import MARGIN
 from surgery.data.samples import Calibration, samples_in
 from surgery.data.standin import StandIn, stand_in
 from surgery.errors import InputError

@@ -13,7 +13,7 @@ from surgery.kinds.registry import Model, check_inplace, open_model
 from surgery.sites.edit import Fuse
 from surgery.sites.fusable import fusable
 from surgery.sites.placement import Fusable
-from surgery.sites.site import Skip, describe
+from surgery.sites.site import Skip
 from surgery.system.tables import table
 from surgery.text import change, count, shown
 
@@ -93,7 +93,7 @@ def recompose(
 def _fusion(chain: Fusable, notes: Mapping[str, str]) -> Fusion:
     return Fusion(
         site=chain.sites[0],
-        operator=describe(chain.operators[0]),
+        operator=chain.operators[0].description,
         parts=chain.weights,
         parameters_before=chain.parameters,
         parameters=chain.operators[0].parameters,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from surgery.cost.onnxruntime.latency import Latencies
+from surgery.cost.base import Backend
 from surgery.passes.goals import Evaluate, Goal
 from surgery.plans.plan import Plan
 from surgery.plans.prices import Counted, Measured, Prices, Ruled
@@ -35,7 +35,7 @@ class Terms:
     """
 
     asked: Asked
-    latencies: Latencies
+    latencies: Backend
     factorization: str = "auto"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
-from surgery.cost.onnxruntime.latency import Comparison
+from surgery.cost.base import Comparison
 from surgery.data.factor import correct_bias
 from surgery.data.samples import Calibration
 from surgery.errors import Refusal

@@ -11,7 +11,7 @@ from surgery.sites.epilogues import epilogues
 from surgery.sites.flow import Call, Flow, Key, site_name
 from surgery.sites.placement import Found, FusableModule, Placement
 from surgery.sites.recut import placed_chain, placed_chains
-from surgery.sites.site import Site, Skip, Totals, describe
+from surgery.sites.site import Site, Skip, Totals
 
 __all__ = ["find"]
 
@@ -66,7 +66,7 @@ def _placed(flow: Flow, key: Key, calls: tuple[Call, ...]) -> Placement | Skip:
     first, names = calls[0], [site_name(name) for name in flow.tensors.names[key]]
     shapes = tuple(flow.shapes[call.source] for call in calls)
     refusal = _refuse(flow, key, calls) or _refuse_biases(flow, calls)
-    words = describe(first.operator)
+    words = first.operator.description
     if refusal is not None:
         macs = sum(call.operator.macs(shape) for call, shape in zip(calls, shapes, strict=True))
         return Skip(site_name(first.weight), words, refusal.reason, first.operator.parameters, macs)
@@ -105,8 +105,7 @@ def _refuse_biases(flow: Flow, calls: Sequence[Call]) -> Refusal | None:
 
 def _form(call: Call) -> tuple[object, ...]:
     """Everything but the tensors: what calls must have in common to share one chain."""
-    operator = call.operator
-    return (operator.form, call.stored, call.path is None, operator.bias is None)
+    return (call.operator.form, call.stored, call.path is None)
 
 
 def _with_macs(flow: Flow, skips: Sequence[Skip]) -> list[Skip]:

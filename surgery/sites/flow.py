@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import TypeAlias
 
 from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Operator, Shape
+from surgery.algebra.operators import Layout, Operator, Shape
 from surgery.algebra.steps import Link
 from surgery.sites.epilogue import Loop, Neighbour
 from surgery.sites.site import Skip
@@ -73,7 +73,7 @@ class Call:
     operator: Operator
     weight: str
     bias: str | None = None
-    stored: str = "out_in"
+    stored: Layout = "out_in"
     path: str | None = None
     computed_bias: int | None = None
     inside: tuple[int, ...] = ()

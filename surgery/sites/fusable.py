@@ -73,7 +73,7 @@ def _refuse_rows(flow: Flow, rows: Sequence[Sequence[Part]]) -> Refusal | None:
     bound = next((path for path in paths if flow.layers.bound.get(path)), None)
     if bound is not None:
         return Refusal(f"{bound} {flow.layers.bound[bound]}")
-    forms = {tuple((call.operator.form, tuple(call.operator.weight.shape)) for call in calls_of(row)) for row in rows}
+    forms = {tuple(call.operator.form.unbiased for call in calls_of(row)) for row in rows}
     if len(forms) > 1:
         return Refusal("its weights are shared by runs of different geometry")
     inside = {call.value for row in rows for call in calls_of(row)}

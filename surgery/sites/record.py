@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from surgery.algebra.operators import Layout
 from surgery.errors import FileError
 from surgery.factorizations import FACTORIZATIONS
 from surgery.sites.flow import Origin
@@ -34,7 +35,7 @@ class Entry:
 
     origin: Origin | None = None
     weight: str | None = None
-    stored: str | None = None
+    stored: Layout | None = None
     added: tuple[bool, ...] = ()
     computed: Any = None
 

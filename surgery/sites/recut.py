@@ -19,7 +19,7 @@ from surgery.factorizations import FACTORIZATIONS, named
 from surgery.sites.flow import Flow, Key, ModuleChain, Origin
 from surgery.sites.placement import FusableChain, FusableModule, Part, Placement, calls_of
 from surgery.sites.segments import find_segments, sites_of
-from surgery.sites.site import FactoredSite, Skip, describe
+from surgery.sites.site import FactoredSite, Skip
 
 __all__ = ["agrees", "placed_chain", "placed_chains"]
 
@@ -71,7 +71,7 @@ def placed_chain(flow: Flow, made: ModuleChain) -> Placement | Skip:
     meta = compose_steps([step.to(device="meta") for step in chain.steps])
     assert isinstance(meta, Operator)  # else the kind would have called it broken
     operator = without_numbers(meta, like=chain.operators[0].weight).with_bias(chain.bias)
-    words = f"{describe(operator)}, factored"
+    words = f"{operator.description}, factored"
     if not made.calls:
         return Skip(name, words, "the example inputs do not reach it", chain.parameters)
     shapes = tuple(flow.input_shapes[value] for value in made.calls)

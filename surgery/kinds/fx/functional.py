@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from surgery.algebra.operators import Conv, Embedding, Linear, Operator
+from surgery.algebra.operators import Conv, Embedding, Layout, Linear, Operator
 from surgery.errors import Refusal
 from surgery.kinds.layers.geometry import conv_geometry
 
@@ -98,7 +98,7 @@ class Parts:
     weight: Node
     bias: Node | None
     build: Callable[[Tensor, Tensor | None], Operator | Refusal]
-    stored: str = "out_in"
+    stored: Layout = "out_in"
 
 
 def transposed_source(node: Node) -> Node | None:
@@ -145,7 +145,7 @@ def read_call(node: Node) -> Parts | Refusal | None:
 
 
 def _linear_parts(names: tuple[str, ...], source: Node, weight: Node, bias: Node | None) -> Parts:
-    stored = "out_in" if names is _LINEAR else "in_out"
+    stored: Layout = "out_in" if names is _LINEAR else "in_out"
     origin = transposed_source(weight)
     if origin is not None:
         weight, stored = origin, "in_out" if stored == "out_in" else "out_in"
@@ -182,7 +182,7 @@ def is_aten(node: Node) -> bool:
 
 
 def write_call(
-    graph: Graph, operator: Operator, *, source: Node, weight: Node, bias: Node | None, style: Node, stored: str
+    graph: Graph, operator: Operator, *, source: Node, weight: Node, bias: Node | None, style: Node, stored: Layout
 ) -> Node:
     """Insert the call of an operator at the graph's insertion point, in the style (torch or ATen) of another call."""
     aten_style = is_aten(style)

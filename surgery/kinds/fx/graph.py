@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Operator
+from surgery.algebra.operators import Layout, Operator
 from surgery.errors import FileError
 from surgery.kinds.base import OpenModel
 from surgery.kinds.fx.computed import Values
@@ -139,7 +139,7 @@ class OpenGraph(OpenModel):
         names: tuple[str | Node, str | Node | None],
         *,
         like: Node,
-        stored: str,
+        stored: Layout,
         style: Node | None = None,
     ) -> Node:
         """Insert the call of an operator before ``like``, in the style of a call.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Operator
+from surgery.algebra.operators import Layout, Operator
 from surgery.algebra.steps import Branches, Link, Shift, Step
 from surgery.kinds.fx.functional import is_aten
 from surgery.kinds.fx.graph import OpenGraph
@@ -182,7 +182,7 @@ class FunctionEdits(OpenGraph):
         self.sweep()
 
     def _fused_weight(
-        self, chain: FusableChain, entries: Sequence[Entry], stored: str, kept: Collection[str | None]
+        self, chain: FusableChain, entries: Sequence[Entry], stored: Layout, kept: Collection[str | None]
     ) -> str | Node:
         """Drop the parameters of a chain but for ``kept``, and return the name or the node of its one weight."""
         every = [part for row in chain.rows for part in row]
@@ -258,7 +258,7 @@ class FunctionEdits(OpenGraph):
         names: _Names,
         *,
         like: Node,
-        stored: str,
+        stored: Layout,
     ) -> Node:
         """Insert the nodes of one step before ``like``; ``names`` has the weight and the bias at each place."""
         if isinstance(step, Operator):

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from surgery.algebra.operators import Geometry, Operator
+from surgery.algebra.operators import Geometry, Layout, Operator, PaddingMode
 from surgery.errors import Refusal
 
 __all__ = ["conv_geometry", "stored_weight"]
 
 
-def stored_weight(operator: Operator, stored: str) -> Tensor:
+def stored_weight(operator: Operator, stored: Layout) -> Tensor:
     """Return the weight as the graph stores it."""
     return operator.weight.t().contiguous() if stored == "in_out" else operator.weight
 
@@ -25,7 +25,7 @@ def conv_geometry(
     dilation: Any,
     output_padding: Any,
     transposed: bool,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
 ) -> Geometry | Refusal:
     """Return the geometry that torch's arguments (numbers, sequences, 'same', 'valid') mean, or why there is none."""
     dims = len(kernel_size)

@@ -33,7 +33,7 @@ from surgery.kinds.layers.untouched import kept_random
 from surgery.kinds.layers.within import Within, within_of
 from surgery.kinds.program.read import program_shapes, read_program
 from surgery.sites.flow import Call, site_name
-from surgery.sites.site import Skip, describe
+from surgery.sites.site import Skip
 
 __all__ = ["Captured", "capture", "has_lazy", "hung_skip", "trace_only"]
 
@@ -127,7 +127,7 @@ def hung_skip(root: nn.Module, call: Call, reason: str | None = None) -> Skip | 
     module = root.get_submodule(str(call.path))
     reason = reason or refuse_carrying(module) or _held_elsewhere(root, module)
     path, operator = str(call.path), call.operator
-    return None if reason is None else Skip(path, describe(operator), reason, operator.parameters)
+    return None if reason is None else Skip(path, operator.description, reason, operator.parameters)
 
 
 def _functional_skip(root: nn.Module, call: Call) -> Skip:
@@ -137,7 +137,7 @@ def _functional_skip(root: nn.Module, call: Call) -> Skip:
         layer = None
     why = "a function in forward() uses it, not a module of its own"
     reason = f"{layer.reason if isinstance(layer, Refusal) else why}; factor an exported program instead"
-    return Skip(site_name(call.weight), describe(call.operator), reason, call.operator.parameters)
+    return Skip(site_name(call.weight), call.operator.description, reason, call.operator.parameters)
 
 
 def has_lazy(root: nn.Module) -> bool:
@@ -255,7 +255,7 @@ class _Exported:
         operator = read_module(owner)
         reason = operator.reason if isinstance(operator, Refusal) else _refuse(operator, call.operator)
         if reason is not None:
-            return Skip(path, describe(call.operator), reason, call.operator.parameters)
+            return Skip(path, call.operator.description, reason, call.operator.parameters)
         assert isinstance(operator, Operator)  # else there is a reason
         weight = f"{path}.weight"  # torch.export calls weights that are tied by the name of one of them
         call = replace(call, operator=operator, weight=weight, path=path, computed_bias=None)
