@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Linear
 from surgery.kinds.base import Access, Kind, OpenModel
-from surgery.kinds.inputs import Inputs
+from surgery.kinds.inputs import Declared, Inputs, Signature
 from surgery.kinds.observed import Change, Norm, Observed, See
-from surgery.kinds.signature import Declared, Signature
 from surgery.sites.edit import Edit, Replace
 from surgery.sites.flow import Call, Element, Flow, ModuleChain, Other, Tensors
 from surgery.sites.placement import FusableModule, Placement

@@ -13,7 +13,7 @@ from surgery.algebra.operators import Operator, Shape
 from surgery.algebra.steps import Branches, Shift, Step
 from surgery.errors import Refusal
 
-__all__ = ["Chain", "relative_error"]
+__all__ = ["Chain", "relative_error", "without_numbers"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,3 +97,15 @@ def relative_error(approximation: Tensor, reference: Tensor) -> float:
     difference = torch.linalg.vector_norm(approximation.detach().double() - reference)
     scale = torch.linalg.vector_norm(reference)
     return float(difference / scale) if scale > 0 else float(difference)
+
+
+def without_numbers(operator: Operator, like: Tensor) -> Operator:
+    """Return the operator without its bias, with a weight of zeros of the dtype and on the device of a tensor.
+
+    >>> from surgery.algebra.operators import Linear
+    >>> blank = without_numbers(Linear(torch.ones(3, 4)), like=torch.ones(1))
+    >>> tuple(blank.weight.shape), blank.weight.untyped_storage().size()
+    ((3, 4), 4)
+    """
+    weight = torch.zeros((), dtype=like.dtype, device=like.device).expand(operator.weight.shape)
+    return replace(operator, weight=weight, bias=None)

@@ -25,10 +25,9 @@ from surgery.data.collect import Progress
 from surgery.data.masks import is_mask_name, leaf_names
 from surgery.data.samples import Calibration, read_calibration, samples_in
 from surgery.errors import InputError, Refusal
-from surgery.kinds.inputs import Inputs
+from surgery.kinds.inputs import Inputs, Signature
 from surgery.kinds.layers.untouched import untouched
 from surgery.kinds.registry import Model, kind_of, observe
-from surgery.kinds.signature import Signature
 from surgery.sites.placement import Found
 
 __all__ = ["GLANCE", "Effort", "StandIn", "stand_in"]

@@ -14,6 +14,7 @@ Everything else follows here, once for all methods.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,10 +27,23 @@ from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Conv, Embedding, Geometry, Linear, Operator, Shape
 from surgery.algebra.steps import Step
 from surgery.errors import InputError, RankError, Refusal
+from surgery.solvers import gram, reference
 from surgery.solvers.gram import singular_values
 from surgery.solvers.memory import check_memory, estimate
 
-__all__ = ["SOLVERS", "Factorization", "Ranks", "Spectrum"]
+__all__ = [
+    "Factorization",
+    "MatrixFactorization",
+    "Ranks",
+    "SOLVERS",
+    "Spectrum",
+    "along_each",
+    "only",
+    "refuse_channels",
+    "spatial_dims",
+    "truncated_svd",
+]
+
 
 Ranks = tuple[int, ...]
 SOLVERS = ("auto", "als", "pp", "gd", "tensorly")
@@ -210,3 +224,56 @@ def _own(factor: Tensor) -> Tensor:
     """Return the factor in its own memory: a view would keep, save and train what it is cut from."""
     alone = factor.is_contiguous() and factor.untyped_storage().nbytes() == factor.nbytes
     return factor if alone else factor.clone(memory_format=torch.contiguous_format)
+
+
+def spatial_dims(kernel: Shape) -> list[int]:
+    """Return the dimensions along which a kernel (g, O, I, *size) extends."""
+    return [dim for dim, size in enumerate(kernel[3:]) if size > 1]
+
+
+def along_each(geometry: Geometry, kernel: Shape) -> list[Geometry]:
+    """Return the geometry along each dimension that extends; the first one also has that of those that do not."""
+    dims = spatial_dims(kernel)
+    flat = set(range(geometry.dims)) - set(dims)
+    return [geometry.along({dim} | flat if dim == dims[0] else {dim}) for dim in dims]
+
+
+def only(size: Sequence[int], dim: int) -> Shape:
+    """Return the size along one dimension, and 1 along the others."""
+    return tuple(n if i == dim else 1 for i, n in enumerate(size))
+
+
+def refuse_channels(operator: Operator) -> Refusal | None:
+    """Refuse linear and 1x1 (svd is the same with fewer operators) and depthwise convolutions."""
+    _, out, columns, *size = operator.kernel.shape
+    if math.prod(size) == 1:
+        return Refusal("it has a single kernel position, where svd is the same with fewer operators")
+    if out == 1 and columns == 1:
+        return Refusal("it is depthwise: one input and one output channel in each group")
+    return None
+
+
+def truncated_svd(matrix: Tensor, rank: int, solver: str) -> tuple[Tensor, Tensor]:
+    """Return left (batch, m, r) and right (batch, r, n) of the truncated SVD."""
+    low_rank = reference.low_rank if solver == "tensorly" else gram.low_rank
+    return low_rank(matrix, rank)
+
+
+class MatrixFactorization(Factorization):
+    """Base of the methods with one rank, whose cores are left and right."""
+
+    def matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Return the matrices themselves."""
+        return (tensor,)
+
+    def fit(self, tensor: Tensor, ranks: Ranks, solver: str) -> Sequence[Tensor]:
+        """Return left and right."""
+        return truncated_svd(tensor, ranks[0], solver)
+
+    def expand(self, cores: Sequence[Tensor]) -> Tensor:
+        """Return left @ right."""
+        return cores[0] @ cores[1]
+
+    def axes(self, cores: Sequence[Tensor]) -> tuple[int | None, ...]:
+        """Return the rows of left and the columns of right."""
+        return 1, 2

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from surgery.algebra.operators import Geometry, Operator, Shape
 from surgery.errors import Refusal
-from surgery.factorizations.base import Factorization, Ranks
-from surgery.factorizations.kernels import along_each, only, refuse_channels, spatial_dims
+from surgery.factorizations.base import Factorization, Ranks, along_each, only, refuse_channels, spatial_dims
 from surgery.solvers import reference
 from surgery.solvers.cp import cp
 

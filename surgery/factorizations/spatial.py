@@ -19,8 +19,7 @@ from torch import Tensor
 
 from surgery.algebra.operators import Geometry, Operator, Shape
 from surgery.errors import Refusal
-from surgery.factorizations.base import Ranks
-from surgery.factorizations.matrix import MatrixFactorization
+from surgery.factorizations.base import MatrixFactorization, Ranks
 
 __all__ = ["Spatial"]
 

@@ -28,9 +28,15 @@ from torch import Tensor
 from surgery.algebra.operators import Geometry, Linear, Operator, Shape
 from surgery.algebra.steps import Flatten, Step, Transpose, Unflatten
 from surgery.errors import Refusal
-from surgery.factorizations.base import Factorization, Ranks
-from surgery.factorizations.kernels import along_each, only, refuse_channels, spatial_dims
-from surgery.factorizations.matrix import truncated_svd
+from surgery.factorizations.base import (
+    Factorization,
+    Ranks,
+    along_each,
+    only,
+    refuse_channels,
+    spatial_dims,
+    truncated_svd,
+)
 from surgery.solvers import reference
 from surgery.solvers.train import tensor_train, train_tensor
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from surgery.algebra.operators import Geometry, Operator, Shape
 from surgery.errors import Refusal
-from surgery.factorizations.base import Factorization, Ranks
-from surgery.factorizations.kernels import refuse_channels
+from surgery.factorizations.base import Factorization, Ranks, refuse_channels
 from surgery.solvers import hooi, reference
 
 __all__ = ["Tucker"]

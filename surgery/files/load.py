@@ -41,8 +41,8 @@ from surgery.files.guard.sizes import check_program_sizes
 from surgery.files.memory import check_room, file_need, program_need
 from surgery.files.pretrained import note_record
 from surgery.files.save import RECORD_KEY
-from surgery.kinds.layers.copying import copy_module
-from surgery.kinds.module.structure import give_structure, tie
+from surgery.files.structure import give_structure, tie
+from surgery.kinds.layers.carried import copy_module
 from surgery.kinds.registry import is_model
 from surgery.sites.record import Record
 from surgery.system.importing import import_function

@@ -142,7 +142,7 @@ def _register(registry: ModuleType) -> None:
         requires_calibration = False
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            from surgery.kinds.module.structure import give_structure
+            from surgery.files.structure import give_structure
             from surgery.sites.record import Record
 
             record = Record.from_json(self.quantization_config.record).check()

@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
-    from surgery.kinds.inputs import Inputs
+    from surgery.kinds.inputs import Declared, Inputs, Signature
     from surgery.kinds.observed import Observed
-    from surgery.kinds.signature import Declared, Signature
     from surgery.sites.edit import Edit
     from surgery.sites.flow import Flow
     from surgery.sites.placement import Placement

@@ -1,4 +1,4 @@
-"""Example inputs in one form, ``(args, kwargs)``, and inputs for those who give none.
+"""Inputs of models: in one form, ``(args, kwargs)``; made up for those who give none; and how models are called.
 
 Users give a tensor, a tuple or list of positional inputs, a dict of inputs by name, or the pair ``(args, kwargs)`` that
 ``torch.export`` keeps in a program. Made-up inputs are normal random numbers; whole numbers are 0 or 1, which is a
@@ -7,14 +7,16 @@ valid token, segment or class in any vocabulary; masks are all ones.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
@@ -22,7 +24,20 @@ from torch.utils import _pytree as pytree
 from surgery.errors import InputError
 from surgery.system.arrays import MOST_BYTES
 
-__all__ = ["Inputs", "flatten_inputs", "input_like", "normalise_inputs", "random_tensor", "with_batch"]
+__all__ = [
+    "Declared",
+    "Inputs",
+    "Signature",
+    "example_forms",
+    "flatten_inputs",
+    "forward_signature",
+    "given_inputs",
+    "input_like",
+    "normalise_inputs",
+    "random_tensor",
+    "with_batch",
+]
+
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 _ALLOWED = "a tensor, a tuple or list of positional inputs, a dict of inputs by name, or a pair (tuple, dict) of both"
@@ -147,3 +162,98 @@ def flatten_inputs(inputs: Inputs, program: ExportedProgram | None = None) -> li
 
 def _show(shape: Sequence[Any]) -> str:
     return "x".join(map(str, shape)) or "scalar"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The names of a model's inputs in order, of which the first ``positional`` cannot be given by name.
+
+    ``taken`` is how many values of a sequence are inputs: what follows is labels. ``required`` are inputs that must be
+    there; ``open_ended`` models take other names too.
+    """
+
+    names: tuple[str, ...]
+    taken: int
+    required: frozenset[str]
+    positional: int = 0
+    open_ended: bool = False
+
+    def arrange(self, item: Any) -> Inputs:
+        """Return one item of the user's as inputs ``(args, kwargs)``, without labels.
+
+        Raises:
+            InputError: too few values, or names that the model does not have.
+        """
+        if isinstance(item, Mapping):
+            return self._by_name(item)
+        args, kwargs = normalise_inputs(item)
+        if isinstance(item, Tensor) or kwargs:
+            return args, kwargs
+        if len(args) < len(self.required):
+            what = f"a calibration input has {len(args)} values"
+            raise InputError(what, allowed=f"{', '.join(self.names)}, and labels, which are left out")
+        return args[: self.taken], {}
+
+    def _by_name(self, item: Mapping[Any, Any]) -> Inputs:
+        _, given = normalise_inputs(item)
+        if len(given) == 1 and len(self.required) == 1 and not set(given) & set(self.names) and not self.open_ended:
+            return tuple(given.values()), {}  # one array, one input: its name says nothing
+        missing = [name for name in self.names if name in self.required and name not in given]
+        if missing:
+            what = f"the calibration inputs have no {', '.join(missing)} (they have {', '.join(given) or 'none'})"
+            raise InputError(what, allowed=", ".join(self.names))
+        first = self.names[: self.positional]
+        known = given if self.open_ended else {name: given[name] for name in self.names if name in given}
+        args = tuple(known[name] for name in first if name in known)
+        return args, {name: value for name, value in known.items() if name not in first}
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What is known of an input: its dtype, its sizes (None where they may vary), and how many ids it knows, if any.
+
+    ``shape`` is that of the example inputs, with the names of sizes that vary where there are names. ``longest`` is the
+    largest size that the second axis may have, where there is a limit.
+    """
+
+    dtype: torch.dtype
+    sizes: tuple[int | None, ...]
+    shape: tuple[int | str, ...]
+    ids: int | None = None
+    longest: int | None = None
+
+
+def forward_signature(model: nn.Module, example: Inputs) -> Signature:
+    """Return how a module is called."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    plain = [p for p in parameters if p.kind not in variadic]
+    names = [p.name for p in plain]
+    needed = [p.name for p in plain if p.default is p.empty]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    taken = len(example[0]) or len(needed) or len(names)
+    return Signature(tuple(names), taken, frozenset(needed), open_ended=open_ended)
+
+
+def given_inputs(example: Inputs, signature: Signature) -> dict[str, Any]:
+    """Return example inputs by name."""
+    args, kwargs = example
+    return dict(zip(signature.names, args, strict=False)) | kwargs
+
+
+def example_forms(model: nn.Module, example: Inputs, signature: Signature) -> dict[str, Declared]:
+    """Return what is known of the inputs that are tensors, by name, from the example inputs."""
+    return {
+        name: Declared(value.dtype, (None,) * value.dim(), tuple(value.shape), _ids(model, name))
+        for name, value in given_inputs(example, signature).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _ids(model: nn.Module, name: str) -> int | None:
+    """Return how many ids a model of Hugging Face transformers knows."""
+    embeddings: Any = getattr(model, "get_input_embeddings", None)
+    if name != "input_ids" or embeddings is None:
+        return None
+    known = getattr(embeddings(), "num_embeddings", None)
+    return known if isinstance(known, int) else None

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from surgery.errors import InputError, Refusal
-from surgery.sites.epilogues import epilogues
-from surgery.sites.flow import Call, Flow, Key, site_name
+from surgery.sites.epilogue import Activation, BatchNorm, Neighbour
+from surgery.sites.flow import Call, Flow, Key, Other, site_name
 from surgery.sites.placement import Found, FusableModule, Placement
 from surgery.sites.recut import placed_chain, placed_chains
 from surgery.sites.site import Site, Skip, Totals
 
-__all__ = ["find"]
+__all__ = ["epilogues", "find"]
 
 
 def find(flow: Flow) -> Found:
@@ -134,3 +134,28 @@ def _unseen(flow: Flow, placements: Sequence[Placement], skips: Sequence[Skip]) 
             continue
         found.append(layer.skip)
     return found
+
+
+def epilogues(flow: Flow, calls: tuple[Call, ...]) -> tuple[Neighbour, ...]:
+    """Return a batch norm, an activation, or one after the other, if nothing else reads what the calls give.
+
+    Calls of one site that are followed by different things have none.
+    """
+    found = {tuple(_after(flow, call.value)) for call in calls}
+    return found.pop() if len(found) == 1 else ()
+
+
+def _after(flow: Flow, value: int) -> Iterator[Neighbour]:
+    user = flow.only_user(value)
+    epilogue = _epilogue(flow, user)
+    if isinstance(epilogue, BatchNorm):
+        assert user is not None  # it has an epilogue
+        yield epilogue
+        epilogue = _epilogue(flow, flow.only_user(user))
+    if isinstance(epilogue, Activation):
+        yield epilogue
+
+
+def _epilogue(flow: Flow, value: int | None) -> Neighbour | None:
+    element = None if value is None else flow.at.get(value)
+    return element.epilogue if isinstance(element, Other) else None

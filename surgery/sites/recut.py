@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from surgery.algebra.blank import without_numbers
-from surgery.algebra.chain import Chain
+from surgery.algebra.chain import Chain, without_numbers
 from surgery.algebra.compose import compose_steps
 from surgery.algebra.operators import Operator
 from surgery.algebra.steps import Shift, Step

@@ -15,10 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from surgery.algebra.compose import add, compose_steps
 from surgery.errors import Refusal
 from surgery.sites.flow import Call, Flow, Reshape, Sum, site_name
-from surgery.sites.naming import common, owners, parents, place_of
 from surgery.sites.placement import BranchSum, Part, calls_of
 
-__all__ = ["find_segments", "sites_of"]
+__all__ = ["common", "find_segments", "owners", "parents", "place_of", "sites_of"]
 
 
 def sites_of(flow: Flow, parts: Sequence[Part]) -> tuple[str, ...]:
@@ -160,3 +159,36 @@ def _site_of_first(flow: Flow, carriers: Sequence[Part]) -> tuple[tuple[str, ...
         above = shared
         mine.append(part)
     return above, mine
+
+
+def parents(flow: Flow, part: Part) -> tuple[str, ...]:
+    """Return the P of each name P.<step>.weight, or P.<step>.<row>.<call>.weight in a sum; none for other names."""
+    branches = isinstance(part, BranchSum)
+    found = {tuple(_parent(name, branches) for name in flow.tensors.aliases(call.weight)) for call in part.calls}
+    return found.pop() if len(found) == 1 and all(all(names) for names in found) else ()
+
+
+def _parent(name: str, branches: bool) -> str:
+    *above, leaf = name.split(".")
+    depth = 3 if branches else 1
+    numbers = above[-depth:]
+    fits = leaf == "weight" and len(above) > depth and all(number.isdecimal() for number in numbers)
+    return ".".join(above[:-depth]) if fits else ""
+
+
+def common(rows: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the names that are in all rows: a factor that several sites share stands below each of them."""
+    return tuple(name for name in rows[0] if all(name in row for row in rows[1:]))
+
+
+def place_of(flow: Flow, part: Part, above: tuple[str, ...]) -> int:
+    """Return which step of its chain a part with a weight is, by its name below the first name in ``above``."""
+    names = flow.tensors.aliases(part.calls[0].weight)
+    name = next(alias for alias in names if alias.startswith(f"{above[0]}."))
+    return int(name.removeprefix(f"{above[0]}.").split(".")[0])
+
+
+def owners(flow: Flow, call: Call) -> frozenset[str]:
+    """Return the factored sites, by the record, of which a call is a factor."""
+    names = flow.tensors.aliases(call.weight)
+    return frozenset(site for site in flow.recorded if any(name.startswith(f"{site}.") for name in names))

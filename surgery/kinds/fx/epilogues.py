@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from surgery.kinds.layers.norms import is_tracked_norm
+from surgery.kinds.layers.modules import is_tracked_norm
 from surgery.sites.epilogue import Activation, BatchNorm, Neighbour
 
 __all__ = ["epilogue_of", "is_norm", "norm_buffers"]

@@ -14,14 +14,14 @@ from torch.fx import Node
 from surgery.algebra.operators import Shape
 from surgery.algebra.steps import Shift
 from surgery.kinds.fx.epilogues import epilogue_of
-from surgery.kinds.fx.links import read_link
+from surgery.kinds.fx.functional import read_link
 from surgery.kinds.fx.macs import macs_of
 from surgery.kinds.fx.read import Reader
 from surgery.kinds.layers import steps as layers
 from surgery.kinds.layers.around import inner_of_chain
-from surgery.kinds.layers.known import Known
-from surgery.kinds.layers.links import read_link_module
+from surgery.kinds.layers.edit import Known
 from surgery.kinds.layers.modules import called_shape
+from surgery.kinds.layers.steps import read_link_module
 from surgery.kinds.lazy import Lazy
 from surgery.sites.flow import Call, Element, Flow, Layers, ModuleChain, Origin, Other, Reshape, Sum
 from surgery.sites.site import Skip

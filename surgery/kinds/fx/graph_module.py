@@ -22,11 +22,11 @@ from surgery.kinds.fx.read import Reader
 from surgery.kinds.fx.recurrence import Recurrence, is_kernel, read_kernels
 from surgery.kinds.fx.run import ObservedGraph, bind_graph
 from surgery.kinds.fx.shapes import lazy_shapes
-from surgery.kinds.layers.copying import copy_module
+from surgery.kinds.layers.carried import copy_module
+from surgery.kinds.layers.held import hung_skip
 from surgery.kinds.layers.modules import is_outlined
 from surgery.kinds.layers.recurrent_forms import loop_of
 from surgery.kinds.layers.unpacking import has_packed, pack_all, unpack_all
-from surgery.kinds.module.capture import hung_skip
 from surgery.kinds.observed import Observed
 
 __all__ = ["OpenGraphModule"]

@@ -8,10 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from surgery.kinds.inputs import Inputs, input_like
-from surgery.kinds.module.inputs import declared_inputs as declared_by_example
-from surgery.kinds.module.inputs import read_signature as signature_of_forward
-from surgery.kinds.signature import Declared, Signature
+from surgery.kinds.inputs import Declared, Inputs, Signature, example_forms, forward_signature, input_like
 
 __all__ = ["brought_inputs", "declare", "declared_inputs", "first_size", "fixed_batch", "flattens", "read_signature"]
 
@@ -23,7 +20,7 @@ def flattens(model: GraphModule) -> bool:
 
 def read_signature(model: GraphModule, example: Inputs) -> Signature:
     """Return how a graph is called."""
-    found = signature_of_forward(model, example)
+    found = forward_signature(model, example)
     if not flattens(model):
         return found
     inner = model.graph._codegen.pytree_info.in_spec.child(0)  # type: ignore[attr-defined]
@@ -57,7 +54,7 @@ def first_size(placeholders: Iterable[Node]) -> int | None:
 
 def declared_inputs(model: GraphModule, example: Inputs, signature: Signature) -> dict[str, Declared]:
     """Return what is known of the inputs that are tensors, by name: from the graph, else from the example inputs."""
-    found = declared_by_example(model, example, signature)
+    found = example_forms(model, example, signature)
     nodes = list(model.graph.find_nodes(op="placeholder"))
     return found | declare(signature.names, nodes, _no_limit)
 

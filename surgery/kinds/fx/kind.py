@@ -7,8 +7,7 @@ from torch.fx import GraphModule
 from surgery.kinds.base import Access, Kind
 from surgery.kinds.fx.graph_module import OpenGraphModule
 from surgery.kinds.fx.inputs import brought_inputs, declared_inputs, fixed_batch, read_signature
-from surgery.kinds.inputs import Inputs
-from surgery.kinds.signature import Declared, Signature
+from surgery.kinds.inputs import Declared, Inputs, Signature
 
 __all__ = ["GraphModuleKind"]
 

@@ -14,9 +14,16 @@ from surgery.errors import CheckError
 from surgery.kinds.fx.flow import ChainCall, Extras, make_flow
 from surgery.kinds.fx.nodes import erase
 from surgery.kinds.fx.write import FunctionEdits
-from surgery.kinds.layers.edit import fuse_modules, layers_of, splice_modules
+from surgery.kinds.layers.edit import (
+    Known,
+    empty_known,
+    find_known,
+    fuse_modules,
+    layers_of,
+    put_back_known,
+    splice_modules,
+)
 from surgery.kinds.layers.factored import Factored, is_chain
-from surgery.kinds.layers.known import Known, empty_known, find_known, put_back_known
 from surgery.kinds.layers.tensors import key_of
 from surgery.sites.edit import Edit, Replace
 from surgery.sites.flow import Flow, Layers

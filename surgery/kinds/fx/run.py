@@ -20,7 +20,7 @@ from surgery.kinds.fx.graph import OpenGraph
 from surgery.kinds.fx.outline import in_outline
 from surgery.kinds.fx.recurrence import Recurrence
 from surgery.kinds.inputs import Inputs
-from surgery.kinds.layers.norms import buffers_of, is_tracked_norm
+from surgery.kinds.layers.modules import buffers_of, is_tracked_norm
 from surgery.kinds.layers.untouched import evaluation
 from surgery.kinds.observed import Change, Hooks, Norm, Observed, See
 from surgery.sites.flow import Call

@@ -17,10 +17,9 @@ from torch.fx import Node
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Layout, Operator
 from surgery.algebra.steps import Branches, Link, Shift, Step
-from surgery.kinds.fx.functional import is_aten
+from surgery.kinds.fx.functional import is_aten, write_link
 from surgery.kinds.fx.graph import OpenGraph
 from surgery.kinds.fx.lifted import keep
-from surgery.kinds.fx.links import write_link
 from surgery.kinds.fx.nodes import (
     added_bias,
     biases_of,

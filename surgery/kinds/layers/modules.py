@@ -19,16 +19,18 @@ from surgery.errors import Refusal
 from surgery.kinds.layers.around import inner_shape, read_within
 from surgery.kinds.layers.geometry import conv_geometry, stored_weight
 from surgery.kinds.layers.layer_call import base_of
-from surgery.kinds.layers.links import is_link_module
+from surgery.kinds.layers.steps import is_link_module
 from surgery.kinds.layers.tensors import refuse_tensor
 from surgery.kinds.layers.within import Within, within_of
 
 __all__ = [
+    "buffers_of",
     "build_module",
     "called_shape",
     "ends_with_operator",
     "is_operator_module",
     "is_outlined",
+    "is_tracked_norm",
     "read_module",
     "refuse_module",
     "replace_module",
@@ -36,6 +38,7 @@ __all__ = [
     "weight_of",
     "weight_path",
 ]
+
 
 _CONVS: dict[type[nn.Module], tuple[bool, int]] = {
     nn.Conv1d: (False, 1),
@@ -228,3 +231,13 @@ def replace_module(root: nn.Module, path: str, new: nn.Module) -> None:
     """Put a module in the place of the one at a dotted path."""
     parent, _, name = path.rpartition(".")
     root.get_submodule(parent).register_module(name, new)
+
+
+def is_tracked_norm(module: nn.Module) -> bool:
+    """Whether a module is a batch norm with running statistics."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+
+
+def buffers_of(root: nn.Module, path: str) -> tuple[Tensor, Tensor]:
+    """Return the running mean and variance of the batch norm at a path."""
+    return root.get_buffer(f"{path}.running_mean"), root.get_buffer(f"{path}.running_var")

@@ -5,11 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from surgery.kinds.base import Access, Kind
-from surgery.kinds.inputs import Inputs
+from surgery.kinds.inputs import Declared, Inputs, Signature, example_forms, forward_signature
 from surgery.kinds.layers.unpacking import refuse_inplace
-from surgery.kinds.module.inputs import declared_inputs, read_signature
 from surgery.kinds.module.write import OpenModule
-from surgery.kinds.signature import Declared, Signature
 
 __all__ = ["ModuleKind"]
 
@@ -26,11 +24,11 @@ class ModuleKind(Kind):
 
     def signature(self, model: nn.Module, example: Inputs) -> Signature:
         """Return how a module is called, by its ``forward``."""
-        return read_signature(model, example)
+        return forward_signature(model, example)
 
     def declared_inputs(self, model: nn.Module, example: Inputs, signature: Signature) -> dict[str, Declared]:
         """Return what the example inputs say."""
-        return declared_inputs(model, example, signature)
+        return example_forms(model, example, signature)
 
     def refuse_inplace(self, model: nn.Module) -> str | None:
         """Refuse a model that is nothing but a layer which is taken apart."""

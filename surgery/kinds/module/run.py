@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from surgery.kinds.inputs import Inputs
-from surgery.kinds.layers.copying import copy_module
-from surgery.kinds.layers.norms import buffers_of, is_tracked_norm
+from surgery.kinds.layers.carried import copy_module
+from surgery.kinds.layers.modules import buffers_of, is_tracked_norm
 from surgery.kinds.layers.unpacking import has_packed, unpack_all
 from surgery.kinds.layers.untouched import evaluation
 from surgery.kinds.observed import Change, Hooks, Norm, Observed, See

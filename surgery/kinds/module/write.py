@@ -6,26 +6,36 @@ what the model does not reach by its registered name: the changed model is run o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from surgery.algebra.chain import Chain
-from surgery.errors import SurgeryError
+from surgery.errors import InputError, SurgeryError
 from surgery.kinds.base import Access, OpenModel
 from surgery.kinds.fx.flow import Extras, make_flow
-from surgery.kinds.layers.copying import copy_module
-from surgery.kinds.layers.edit import Replaced, Shared, fuse_modules, layers_of, splice_modules, swap_references
+from surgery.kinds.fx.watch import run_once
+from surgery.kinds.layers.carried import copy_module
+from surgery.kinds.layers.edit import (
+    Replaced,
+    Shared,
+    empty_known,
+    find_known,
+    fuse_modules,
+    layers_of,
+    put_back_known,
+    splice_modules,
+    swap_references,
+)
 from surgery.kinds.layers.factored import Factored
-from surgery.kinds.layers.known import empty_known, find_known, put_back_known
 from surgery.kinds.layers.modules import is_operator_module, refuse_module, replace_module
+from surgery.kinds.layers.recurrent import UnpackedRecurrent
 from surgery.kinds.layers.tensors import count, key_of
 from surgery.kinds.layers.unpacking import has_packed, pack_all, unpack_all
 from surgery.kinds.module.capture import Captured, capture, has_lazy, trace_only
-from surgery.kinds.module.probe import run_chains
 from surgery.kinds.module.run import ObservedModule
 from surgery.kinds.observed import Observed
 from surgery.sites.edit import Edit, Replace
@@ -33,7 +43,8 @@ from surgery.sites.flow import Flow, Tensors, Unseen
 from surgery.sites.placement import FusableModule, Placement
 from surgery.sites.site import Skip
 
-__all__ = ["OpenModule"]
+__all__ = ["OpenModule", "run_chains"]
+
 
 _UNSEEN = "no call of it is seen on the example inputs"
 
@@ -170,3 +181,81 @@ def _refuse_whole(module: nn.Module) -> str | None:
     """Return why a layer of another kind is no site; None for containers, of which the parts are looked at."""
     whole = type(module).__module__.startswith("torch.ao.nn") or not list(module.children())
     return refuse_module(module) if whole else None
+
+
+_UNREACHED = "the model does not call it by its registered name, and what would take its place does not run"
+
+
+class _Put(Protocol):
+    def __call__(self, name: str, *, dense: bool) -> None: ...
+
+
+def run_chains(
+    root: nn.Module, dense: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], *, put: _Put
+) -> dict[str, str]:
+    """Return why chains have to give way to their layers, by name; ``put`` exchanges the two in the root.
+
+    ``dense`` has the layers, which are not to run any more.
+
+    It costs one forward pass, unless the changed model raises an error: then chains are tried one after another.
+    """
+    try:
+        reached = _run(root, dense, args, kwargs)
+    except InputError:
+        return _failing(root, dense, args, kwargs, put)
+    return {name: _UNREACHED for name in dense if name not in reached}
+
+
+def _run(root: nn.Module, dense: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
+    """Run the model; return the names of chains that were called, and whose layers were not.
+
+    A part of a recurrent layer runs with it: a hook on the part would keep it from torch's kernel.
+    """
+    reached: set[str] = set()
+    kept: set[str] = set()
+    handles = []
+    for name, layer in dense.items():
+        see = _seer(name, layer, reached, kept)
+        parent = root.get_submodule(name.rpartition(".")[0])
+        module = parent if isinstance(parent, UnpackedRecurrent) else root.get_submodule(name)
+        handles += [module.register_forward_pre_hook(see), layer.register_forward_pre_hook(see)]
+    try:
+        run_once(root, args, kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return reached - kept
+
+
+def _seer(name: str, layer: nn.Module, reached: set[str], kept: set[str]) -> Callable[[nn.Module, Any], None]:
+    """Return a hook for both a layer and what stands in its place: their hooks are in one dictionary."""
+
+    def see(module: nn.Module, args: Any) -> None:
+        (kept if module is layer else reached).add(name)
+
+    return see
+
+
+def _failing(
+    root: nn.Module, dense: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], put: _Put
+) -> dict[str, str]:
+    """Return which chains a model does not run with: all are taken out, and come back one by one."""
+    reasons: dict[str, str] = {}
+    for name in dense:
+        put(name, dense=True)
+    run_once(root, args, kwargs)  # if the model does not run without any either, its inputs are wrong
+    good: dict[str, nn.Module] = {}
+    for name, layer in dense.items():
+        put(name, dense=False)
+        try:
+            reached = _run(root, {**good, name: layer}, args, kwargs)
+        except InputError as error:
+            reasons[name] = f"the model does not run with it factored: {error.what.partition(': ')[2]}"
+            put(name, dense=True)
+            continue
+        if name in reached:
+            good[name] = layer
+        else:
+            reasons[name] = _UNREACHED
+            put(name, dense=True)
+    return reasons

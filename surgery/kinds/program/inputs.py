@@ -12,9 +12,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import InputError
 from surgery.kinds.fx.inputs import declare, first_size
-from surgery.kinds.inputs import Inputs, input_like
-from surgery.kinds.module.inputs import given_inputs
-from surgery.kinds.signature import Declared, Signature
+from surgery.kinds.inputs import Declared, Inputs, Signature, given_inputs, input_like
 
 __all__ = ["declared_inputs", "fixed_batch", "program_inputs", "read_signature"]
 

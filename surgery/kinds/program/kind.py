@@ -9,10 +9,9 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from surgery.kinds.base import Access, Kind
-from surgery.kinds.inputs import Inputs
+from surgery.kinds.inputs import Declared, Inputs, Signature
 from surgery.kinds.program.inputs import declared_inputs, fixed_batch, program_inputs, read_signature
 from surgery.kinds.program.write import OpenProgram
-from surgery.kinds.signature import Declared, Signature
 
 __all__ = ["ProgramKind"]
 
