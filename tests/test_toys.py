@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,8 +10,12 @@ import torch
 from torch import nn
 
 import surgery
+from surgery.algebra.chain import Chain, relative_error
+from surgery.algebra.operators import Linear, Operator
+from surgery.factorizations import FACTORIZATIONS
 from surgery.kinds.registry import KINDS, kind_of
 from tests.tolerances import tolerance
+from tests.toy_factorization import Turned
 from tests.toy_kind import LayersKind
 
 X = torch.linspace(-1, 1, 24 * 16).view(24, 16).sin()
@@ -59,3 +64,38 @@ def test_the_promise_holds_for_a_toy_kind() -> None:
     done: Any = surgery.decompose(model, X, calibration=X)
     assert done.promise is not None
     assert done.promise.kept
+
+
+@pytest.fixture
+def turned(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(FACTORIZATIONS, "turned", Turned())
+    return "turned"
+
+
+def test_a_toy_factorization_keeps_the_laws(turned: str) -> None:
+    method, operator = FACTORIZATIONS[turned], Linear(X[:12].clone(), bias=X[0, :12].clone())
+    errors = []
+    for rank in range(1, 13):
+        chain = method.factor(operator, (rank,))
+        assert isinstance(chain, Chain)
+        whole = chain.compose()
+        assert isinstance(whole, Operator)
+        errors.append(relative_error(whole.weight, operator.weight))
+        assert whole.bias is not None
+        assert torch.equal(whole.bias, X[0, :12])
+    allowed = tolerance(torch.float32, length=16, steps=4)
+    assert all(after <= before + allowed for before, after in itertools.pairwise(errors))
+    assert errors[-1] <= allowed
+
+
+@pytest.mark.parametrize("kind", ["module", "program"])
+def test_a_toy_factorization_goes_through_every_kind(turned: str, kind: str) -> None:
+    module = nn.Sequential(*layers().values()).eval()
+    model: Any = module if kind == "module" else torch.export.export(module, (X,))
+    done = surgery.decompose(model, X, ranks=4, factorization=turned)
+    assert [change.factorization for change in done.changes] == [turned, turned]
+    back = surgery.recompose(done.model, X).model
+    names = back.state_dict if kind == "program" else back.state_dict()
+    assert {name: value.shape for name, value in names.items()} == {
+        name: value.shape for name, value in module.state_dict().items()
+    }
