@@ -91,7 +91,7 @@ BAD = {
     "bench m.pt2 --seconds nan": "measuring budget",
     f"decompose m.pt2 --calibration c.npz --max-error nan {OUT}": "max_error",
     f"decompose m.pt2 --calibration c.npz --target-speedup nan {OUT}": "target_speedup",
-    f"decompose m.pt2 --calibration c.npz --stages -1 {OUT}": "stages",
+    f"decompose m.pt2 --calibration c.npz --groups -1 {OUT}": "groups",
     f"decompose m.pt2 --ranks {10**30} {OUT}": "rank",
     f"decompose m.pt2 --ranks energy=nan {OUT}": "energy",
     f"decompose m.pt2 --ranks 2 --include [ {OUT}": "no site matches '['",

@@ -12,7 +12,7 @@ from surgery.data.samples import read_calibration
 from surgery.factorizations import fitting, named
 from surgery.kinds.registry import open_graph
 from surgery.passes.effects import Effects
-from surgery.passes.goals import HeldOut
+from surgery.passes.held_out import HeldOut
 from surgery.runtime.compare import run_model
 from tests.test_calibration_models import KINDS
 from tests.zoo import ZOO, graph

@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from surgery.cost.onnxruntime.latency import Latencies
 from surgery.errors import RankError
 from surgery.factorizations import fitting
-from surgery.passes.decompose import find_sites, plan
+from surgery.passes.preview import find_sites, plan
 from surgery.runtime.bench import environment
 from tools.trained import Network, open_network, option_parser, split
 

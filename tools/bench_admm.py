@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from examples.image_data import Data, batches, read_data
 from surgery.cost.onnxruntime.latency import cpu_name
 from surgery.errors import FileError, SurgeryError
-from surgery.passes.decompose import decompose, plan
+from surgery.passes.decompose import decompose
+from surgery.passes.preview import plan
 from surgery.passes.results import DecomposeResult
 from surgery.training.admm import ADMM
 from tools.trained import ResNet20
@@ -174,7 +175,7 @@ def measure(weights: Path, data: Data, task: Task, seed: int, method: str, share
         result, left = run.finish(), task.epochs - task.admm_epochs
         residual = sum(run.residuals[-1].values()) / len(run.residuals[-1])
     elif way == "decompose":
-        result = decompose(model, inputs, plan=plan(model, inputs, ranks=ranks, factorization=method))
+        result = decompose(model, inputs, ranks=plan(model, inputs, ranks=ranks, factorization=method))
     if way != "dense":
         model, error = result.model.to(memory_format=torch.channels_last), mean_error(result)
     cut = accuracy(model, data)

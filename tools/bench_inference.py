@@ -34,7 +34,8 @@ from surgery.cost.onnxruntime.latency import Latencies, channel_multiple
 from surgery.cost.onnxruntime.timing import Budget
 from surgery.errors import SurgeryError
 from surgery.factorizations import named
-from surgery.passes.decompose import decompose, find_sites
+from surgery.passes.decompose import decompose
+from surgery.passes.preview import find_sites
 from surgery.runtime.bench import environment as measured_on
 from surgery.sites.site import Site, describe
 from tools.networks import NETWORKS, build

@@ -31,8 +31,8 @@ from surgery.text import change, count, rank_text, seconds, shown, wrap
 if TYPE_CHECKING:
     from surgery.kinds.base import Found
     from surgery.passes.bisect import Bisection
-    from surgery.passes.decompose import DecomposeResult
     from surgery.passes.recompose import RecomposeResult
+    from surgery.passes.results import DecomposeResult
     from surgery.runtime.bench import Timing
     from surgery.runtime.compare import Difference
     from surgery.runtime.export import ExportReport
@@ -225,7 +225,9 @@ def _size(path: Path | None) -> int | None:
     return None if path is None or not path.exists() else path.stat().st_size
 
 
-def decompose_tables(files: tuple[Path, Path | None], result: DecomposeResult, timing: Timing | str | None) -> None:
+def decompose_tables(
+    files: tuple[Path, Path | None], result: DecomposeResult[Any], timing: Timing | str | None
+) -> None:
     """Print a row for each site that was factored, the reasons for the others, the whole model, then the verdict."""
     if (left := left_alone(result.skips, result.before.macs, exported=_is_program(files[0]))) is not None:
         say(left)
@@ -248,7 +250,7 @@ def decompose_tables(files: tuple[Path, Path | None], result: DecomposeResult, t
 
 
 def _totals(
-    files: tuple[Path, Path | None], result: DecomposeResult, timing: Timing | str | None
+    files: tuple[Path, Path | None], result: DecomposeResult[Any], timing: Timing | str | None
 ) -> list[tuple[str, ...]]:
     rows: list[tuple[str, float | None, float | None, Callable[[Any], str]]] = [
         ("parameters", result.before.parameters, result.after.parameters, count),
@@ -262,7 +264,7 @@ def _totals(
     return [("", "before", "after", "change"), *told]
 
 
-def _verdict(output: Path | None, result: DecomposeResult, timing: Timing | str | None) -> Iterator[str]:
+def _verdict(output: Path | None, result: DecomposeResult[Any], timing: Timing | str | None) -> Iterator[str]:
     if isinstance(timing, str):
         yield f"latency was not measured: {timing}"
     elif timing is not None:
@@ -281,7 +283,7 @@ def _verdict(output: Path | None, result: DecomposeResult, timing: Timing | str 
         yield "no site was factored: the model is the original"
         for speedup, error in [] if result.search is None else result.search.reached:
             yield f"within reach: {speedup:.2f}x at an output error of {error:.3g} (--best-effort takes the nearest)"
-    if output is None and result.plan.ranks == "auto":
+    if output is None and result.plan.ranks == "measured":
         yield "a plan without a promise: to keep one, auto may take higher ranks, or leave sites dense"
     yield "dry run: nothing was written" if output is None else f"wrote {output}"
 
@@ -291,7 +293,7 @@ def _where(timing: Timing) -> str:
     return f"onnxruntime {e.onnxruntime}, {e.threads} threads, {e.cpu} {e.instruction_set}, torch {e.torch}"
 
 
-def recompose_json(files: tuple[Path, Path], result: RecomposeResult) -> dict[str, Any]:
+def recompose_json(files: tuple[Path, Path], result: RecomposeResult[Any]) -> dict[str, Any]:
     """Return what was fused and what was refused."""
     return {
         "input": str(files[0]),
@@ -301,7 +303,7 @@ def recompose_json(files: tuple[Path, Path], result: RecomposeResult) -> dict[st
     }
 
 
-def recompose_tables(files: tuple[Path, Path, Path | None], result: RecomposeResult) -> None:
+def recompose_tables(files: tuple[Path, Path, Path | None], result: RecomposeResult[Any]) -> None:
     """Print each fused chain and each refusal, and the files."""
     rows = [["site", "operator", "parts", "parameters before", "after"]]
     for c in result.changes:

@@ -9,7 +9,7 @@ from surgery.algebra.operators import Operator
 from surgery.data.observe import observe
 from surgery.data.samples import Calibration
 from surgery.kinds.registry import Model
-from surgery.passes.goals import Outputs
+from surgery.passes.held_out import Outputs
 
 __all__ = ["Effects"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from surgery.data.inputs import normalise_inputs
 from surgery.errors import only_own_errors
@@ -17,6 +17,9 @@ from surgery.system.tables import table
 from surgery.text import change, count, shown
 
 __all__ = ["Fusion", "RecomposeResult", "recompose"]
+
+M = TypeVar("M", bound=Model)
+_Result = TypeVar("_Result", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,10 @@ class Fusion:
 
 
 @dataclass(frozen=True, repr=False)
-class RecomposeResult:
+class RecomposeResult(Generic[_Result]):
     """The new model, each fused chain, and each chain that is not provably one operator, with its reason."""
 
-    model: Any
+    model: _Result
     changes: tuple[Fusion, ...]
     skips: tuple[Skip, ...]
 
@@ -57,8 +60,8 @@ class RecomposeResult:
 
 @only_own_errors
 def recompose(
-    model: Model, example_inputs: Any = None, *, everything: bool = False, inplace: bool = False
-) -> RecomposeResult:
+    model: M, example_inputs: Any = None, *, everything: bool = False, inplace: bool = False
+) -> RecomposeResult[M]:
     """Fuse every maximal chain that is provably one linear operator; exact up to the rounding of the dtype.
 
     Chains are found by dataflow (single-use values, no nonlinearity between), so that chains made by others fuse too.

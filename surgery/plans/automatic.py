@@ -1,4 +1,4 @@
-"""``auto``: ranks from the spectrum, rounded to what the kernels like, kept only where the chain measures faster."""
+"""The rule ``measured``: ranks from the spectrum, rounded to what kernels like, kept where chains measure faster."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Auto(SiteRule):
     latencies: Latencies | None = None
 
     def __str__(self) -> str:
-        return "auto"
+        return "measured"
 
     def choose(self, candidates: Sequence[Candidate]) -> Choice | Refusal:
         """Return the choice with the fewest MACs that is faster than dense; refuse if none is."""

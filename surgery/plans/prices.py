@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 
@@ -18,9 +18,10 @@ from surgery.plans.automatic import Latencies
 from surgery.plans.candidates import Candidate
 from surgery.plans.plan import Plan
 
-__all__ = ["COSTS", "Counted", "Measured", "Prices", "Ruled"]
+__all__ = ["COSTS", "Cost", "Counted", "Measured", "Prices", "Ruled"]
 
-COSTS = ("latency", "macs", "params")
+Cost: TypeAlias = Literal["latency", "macs", "params"]
+COSTS: tuple[str, ...] = get_args(Cost)
 
 
 class Prices(Protocol):

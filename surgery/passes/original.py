@@ -1,0 +1,91 @@
+"""The model as it was given: its sites, and other models with chains in their places.
+
+Passes read sites and splice chains through this file alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.algebra.chain import Chain
+from surgery.data.batch_norm import feeds_batch_norm
+from surgery.data.inputs import Inputs
+from surgery.kinds.base import Found, GraphKind
+from surgery.kinds.fx.chains import ChainSpot
+from surgery.kinds.registry import Model, open_graph
+from surgery.sites.site import Site, Skip, Totals
+
+__all__ = ["Original", "Spliced"]
+
+
+@dataclass(frozen=True, eq=False)
+class Spliced:
+    """A model with chains in it, and the sites whose chains did not run, so that they are as before, with reasons."""
+
+    model: Any
+    refused: Mapping[str, str]
+
+
+class Original:
+    """A model, the inputs that it runs on, and all that was found in it.
+
+    With ``copies`` the model is copied at once, for the one result that will be made; else a copy is made when chains
+    are spliced.
+    """
+
+    def __init__(self, model: Model, inputs: Inputs, *, copies: bool = False) -> None:
+        self.model, self.inputs = model, inputs
+        self._graph = open_graph(model, *inputs, copies=copies)
+        self._unused = copies
+        self.found: Found = self._graph.find()
+        self._spots = {spot.site.name: spot for spot in self.found.spots}
+        self.sites: Mapping[str, Site] = {name: spot.site for name, spot in self._spots.items()}
+
+    @property
+    def skips(self) -> tuple[Skip, ...]:
+        """The places that were left alone."""
+        return self.found.skips
+
+    @property
+    def totals(self) -> Totals:
+        """The costs of the whole model."""
+        return self.found.totals
+
+    def sources(self, site: str) -> tuple[object, ...]:
+        """Return the values that a site reads, one for each call."""
+        return tuple(call.source for call in self._spots[site].calls)
+
+    def feeds_batch_norm(self, site: str) -> bool:
+        """Whether all that a site puts out goes into batch norms, which take up its mean."""
+        return feeds_batch_norm(self._graph, self._spots[site])
+
+    def with_chains(self, chains: Mapping[str, Chain]) -> Any:
+        """Return a copy of the model with these chains in the places of their sites."""
+        graph = open_graph(self.model, *self.inputs)
+        _splice(graph, graph.find(), chains)
+        return graph.finish()
+
+    def spliced(self, chains: Mapping[str, Chain], *, inplace: bool = False) -> Spliced:
+        """Return a copy of the model, or the model itself, with those chains that were seen to run in it."""
+        graph, found = self._take(inplace=inplace)
+        _splice(graph, found, chains)
+        refused = graph.verify()
+        return Spliced(graph.finish(), refused)
+
+    def _take(self, *, inplace: bool) -> tuple[GraphKind, Found]:
+        """Return a graph that may be changed, and what was found in it."""
+        if self._unused and not inplace:
+            self._unused = False
+            return self._graph, self.found
+        graph = open_graph(self.model, *self.inputs, copies=not inplace, inplace=inplace)
+        return graph, graph.find()
+
+
+def _splice(graph: GraphKind, found: Found, chains: Mapping[str, Chain]) -> None:
+    """Put chains in the places of their sites; what is a chain already is made an operator first."""
+    spots = {spot.site.name: spot for spot in found.spots}
+    spots |= graph.reopen([spot for spot in found.spots if isinstance(spot, ChainSpot) and spot.site.name in chains])
+    for name, chain in chains.items():
+        graph.splice(spots[name], chain)
