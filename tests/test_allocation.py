@@ -17,11 +17,11 @@ from surgery.data.factor import RIDGE
 from surgery.data.moments import Moments
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import Ranks, named
+from surgery.plans import choose
 from surgery.plans.bisection import largest_budget
 from surgery.plans.candidates import Candidate
 from surgery.plans.choose import choose_damage, choose_least_cost, frontier
 from surgery.plans.options import Option, Options, options_of
-from surgery.plans.plan import choose
 from surgery.plans.prices import Counted
 from surgery.sites.site import Site
 from surgery.solvers.weighted import Metric

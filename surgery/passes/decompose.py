@@ -20,12 +20,12 @@ from surgery.plans.planner import Progress
 
 __all__ = ["decompose"]
 
-M = TypeVar("M", bound=Model)
+_Model = TypeVar("_Model", bound=Model)
 
 
 @only_own_errors
 def decompose(
-    model: M,
+    model: _Model,
     example_inputs: Any = None,
     *,
     ranks: Asked = "auto",
@@ -38,7 +38,7 @@ def decompose(
     calibration: Any = None,
     groups: int | None = None,
     progress: Progress | None = None,
-) -> DecomposeResult[M]:
+) -> DecomposeResult[_Model]:
     """Replace operators by chains of lower rank, and return the new model with what was done.
 
     With a ``Goal`` the result is the fastest model that was seen to keep the promise, or the original. Without

@@ -23,7 +23,7 @@ from surgery.sites.site import Site, Skip
 
 __all__ = ["find_sites", "plan", "preview"]
 
-M = TypeVar("M", bound=Model)
+_Model = TypeVar("_Model", bound=Model)
 
 
 @only_own_errors
@@ -89,7 +89,7 @@ def plan(
 
 @only_own_errors
 def preview(
-    model: M,
+    model: _Model,
     example_inputs: Any = None,
     *,
     ranks: Asked = "measured",
@@ -99,7 +99,7 @@ def preview(
     joint: Joint = (),
     latencies: Any = None,
     progress: Progress | None = None,
-) -> DecomposeResult[M]:
+) -> DecomposeResult[_Model]:
     """Return what ``decompose`` would do by a rule or a plan, with predicted errors, and the model as it is.
 
     Arguments and errors are those of ``plan``. What a goal comes to is known by measuring models alone: see the result

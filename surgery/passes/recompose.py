@@ -18,7 +18,7 @@ from surgery.text import change, count, shown
 
 __all__ = ["Fusion", "RecomposeResult", "recompose"]
 
-M = TypeVar("M", bound=Model)
+_Model = TypeVar("_Model", bound=Model)
 _Result = TypeVar("_Result", covariant=True)
 
 
@@ -60,8 +60,8 @@ class RecomposeResult(Generic[_Result]):
 
 @only_own_errors
 def recompose(
-    model: M, example_inputs: Any = None, *, everything: bool = False, inplace: bool = False
-) -> RecomposeResult[M]:
+    model: _Model, example_inputs: Any = None, *, everything: bool = False, inplace: bool = False
+) -> RecomposeResult[_Model]:
     """Fuse every maximal chain that is provably one linear operator; exact up to the rounding of the dtype.
 
     Chains are found by dataflow (single-use values, no nonlinearity between), so that chains made by others fuse too.

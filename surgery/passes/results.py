@@ -17,7 +17,7 @@ from surgery.text import change, count, rank_text, shown
 
 __all__ = ["Change", "DecomposeResult", "Search"]
 
-M = TypeVar("M", covariant=True)
+_Model = TypeVar("_Model", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Search:
 
 
 @dataclass(frozen=True, repr=False)
-class DecomposeResult(Generic[M]):
+class DecomposeResult(Generic[_Model]):
     """The new model, the plan that made it, each change, each place left alone, and the totals before and after.
 
     ``seen`` is the measured output error, on calibration samples or made-up ones; None where nothing was factored or
@@ -74,7 +74,7 @@ class DecomposeResult(Generic[M]):
     searched for.
     """
 
-    model: M
+    model: _Model
     plan: Plan
     changes: tuple[Change, ...]
     skips: tuple[Skip, ...]

@@ -70,8 +70,7 @@ class Goal:
         if number and math.isfinite(self.limit) and self.limit >= least and (self.limit > 0 or self.kind == "max_drop"):
             return
         said = f"{self.limit:g}" if number else repr(self.limit)
-        what = f"{_CALLS[self.kind]}({said})"
-        raise InputError(what, allowed=_ALLOWED[self.kind], next_step="give another limit")
+        raise InputError(f"{self.kind}={said}", allowed=_ALLOWED[self.kind], next_step="give another limit")
 
     @classmethod
     def error(
