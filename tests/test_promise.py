@@ -249,6 +249,31 @@ def test_the_plan_of_a_promise_gives_the_same_model_again(goal: Goal, kind: str)
     assert torch.equal(run(again.model, x), run(result.model, x))
 
 
+class Heads(nn.Module):
+    """Two layers that read the same value, of which the first has nothing to leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(48, 48), nn.Linear(48, 48)
+        self.first.weight.data = torch.linalg.qr(torch.randn(48, 48)).Q
+        self.second.weight.data = decaying(torch.randn(48, 48, dtype=torch.float64), 0.6).float()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x), self.second(x)
+
+
+def test_the_plan_of_a_promise_gives_the_same_model_where_sites_read_the_same_value() -> None:
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.linalg.qr(torch.randn(48, 48, generator=generator)).Q * torch.linspace(1.5, 0.9, 48)
+    x = torch.randn(160, 60, 48, generator=generator) @ mixing  # more positions than are used
+    result = surgery.decompose(Heads().eval(), x[:4], calibration=x, ranks=Goal.error(0.1, cost="macs"))
+    assert [change.site for change in result.changes] == ["second"]
+    again = surgery.decompose(Heads().eval(), x[:4], calibration=x, ranks=result.plan)
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
+
+
 def test_the_plan_of_a_promise_is_known_before_the_model() -> None:
     x = samples()
     made = surgery.plan(network(), x[:4], ranks=Goal.error(0.2, cost="macs"), calibration=x)
