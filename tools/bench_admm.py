@@ -158,7 +158,7 @@ def constrain(model: nn.Module, data: Data, task: Task, generator: torch.Generat
     return run
 
 
-def mean_error(result: DecomposeResult) -> float:
+def mean_error(result: DecomposeResult[Any]) -> float:
     """Return the mean of the weights' errors, each weighed by its parameters."""
     total = sum(change.dense_parameters for change in result.changes)
     return sum(change.error * change.dense_parameters for change in result.changes) / total
