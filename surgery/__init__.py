@@ -15,7 +15,10 @@ if TYPE_CHECKING:  # the table below, for type checkers; a test compares the two
     from surgery.algebra.chain import Chain as Chain
     from surgery.algebra.operators import Conv as Conv
     from surgery.algebra.operators import Embedding as Embedding
+    from surgery.algebra.operators import Geometry as Geometry
     from surgery.algebra.operators import Linear as Linear
+    from surgery.algebra.operators import Operator as Operator
+    from surgery.cost.onnxruntime.latency import Comparison as Comparison
     from surgery.cost.onnxruntime.latency import Latencies as Latencies
     from surgery.cost.onnxruntime.timing import Budget as Budget
     from surgery.errors import CaptureError as CaptureError
@@ -23,6 +26,7 @@ if TYPE_CHECKING:  # the table below, for type checkers; a test compares the two
     from surgery.errors import FileError as FileError
     from surgery.errors import InputError as InputError
     from surgery.errors import RankError as RankError
+    from surgery.errors import Refusal as Refusal
     from surgery.errors import SurgeryError as SurgeryError
     from surgery.errors import UnsafeFileError as UnsafeFileError
     from surgery.factorizations import FACTORIZATIONS as FACTORIZATIONS
@@ -76,8 +80,8 @@ __version__ = "0.1.0"
 # module -> the public names that come from it
 _PUBLIC: dict[str, tuple[str, ...]] = {
     "surgery.algebra.chain": ("Chain",),
-    "surgery.algebra.operators": ("Conv", "Embedding", "Linear"),
-    "surgery.cost.onnxruntime.latency": ("Latencies",),
+    "surgery.algebra.operators": ("Conv", "Embedding", "Geometry", "Linear", "Operator"),
+    "surgery.cost.onnxruntime.latency": ("Comparison", "Latencies"),
     "surgery.cost.onnxruntime.timing": ("Budget",),
     "surgery.errors": (
         "CaptureError",
@@ -85,6 +89,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "FileError",
         "InputError",
         "RankError",
+        "Refusal",
         "SurgeryError",
         "UnsafeFileError",
     ),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from dataclasses import is_dataclass
 from typing import Any
 
 import pytest
@@ -17,7 +15,6 @@ from surgery.errors import InputError, RankError
 from surgery.plans.rules import parse_ranks
 
 X = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-MOST = 12  # arguments of a public function
 
 
 def network() -> nn.Module:
@@ -132,27 +129,3 @@ def test_a_plan_with_latencies_is_carried_out_with_them() -> None:
     result = surgery.decompose(network(), X[:2], ranks=shown.plan)
     assert result.plan == shown.plan
     assert [change.latency for change in result.changes] == [1.0, 1.0]
-
-
-def _public() -> list[Callable[..., Any]]:
-    """Return all functions and methods that a user may call, and the constructors that are written by hand."""
-    found: list[Callable[..., Any]] = []
-    for name in surgery.__all__:
-        value = getattr(surgery, name)
-        if inspect.isclass(value):
-            members = [m for n, m in inspect.getmembers(value, inspect.isroutine) if n[0] != "_" and _is_own(m)]
-            own = [] if is_dataclass(value) or issubclass(value, Exception) else [value.__init__]
-            found += [*members, *own]
-        elif callable(value):
-            found.append(value)
-    return found
-
-
-def _is_own(function: Any) -> bool:
-    return str(getattr(function, "__module__", "")).startswith("surgery.")
-
-
-@pytest.mark.parametrize("function", _public(), ids=lambda f: getattr(f, "__qualname__", str(f)))
-def test_no_public_function_takes_more_than_twelve_arguments(function: Callable[..., Any]) -> None:
-    names = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
-    assert len(names) <= MOST, names

@@ -21,14 +21,14 @@ __all__ = ["bench", "compare", "export", "inspect", "recompose"]
 def inspect(model: Path, json_: bool, **options: Any) -> None:
     """List the sites of MODEL with their costs, and what is left alone and why."""
     from surgery.cli import show
-    from surgery.kinds.registry import open_graph
+    from surgery.passes.original import Original
 
     program, inputs = open_program(model, **options)
-    found = open_graph(program, *inputs).find()
+    original = Original(program, inputs)
     if json_:
-        show.print_json(show.found_json(found))
+        show.print_json(show.found_json(original))
     else:
-        show.found_tables(model, found)
+        show.found_tables(model, original)
 
 
 @click.command()

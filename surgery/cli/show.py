@@ -29,8 +29,8 @@ from surgery.system.tables import layout
 from surgery.text import change, count, rank_text, seconds, shown, wrap
 
 if TYPE_CHECKING:
-    from surgery.kinds.base import Found
     from surgery.passes.bisect import Bisection
+    from surgery.passes.original import Original
     from surgery.passes.recompose import RecomposeResult
     from surgery.passes.results import DecomposeResult
     from surgery.runtime.bench import Timing
@@ -176,44 +176,44 @@ def _shape(shape: Any) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def found_json(found: Found) -> dict[str, Any]:
+def found_json(original: Original) -> dict[str, Any]:
     """Return the sites, skips and totals of a model."""
-    total = found.totals.macs or 1
+    total = original.totals.macs or 1
     sites = [
         {
-            "name": spot.site.name,
-            "aliases": list(spot.site.aliases),
-            "operator": spot.site.description,
-            "weight_shape": list(spot.site.operator.weight.shape),
-            "input_shape": list(spot.site.input_shape),
-            "calls": spot.site.calls,
-            "parameters": spot.site.parameters,
-            "macs": spot.site.macs,
-            "share": spot.site.macs / total,
+            "name": site.name,
+            "aliases": list(site.aliases),
+            "operator": site.description,
+            "weight_shape": list(site.operator.weight.shape),
+            "input_shape": list(site.input_shape),
+            "calls": site.calls,
+            "parameters": site.parameters,
+            "macs": site.macs,
+            "share": site.macs / total,
         }
-        for spot in found.spots
+        for site in original.sites.values()
     ]
-    return {"sites": sites, "skips": [asdict(skip) for skip in found.skips], "totals": asdict(found.totals)}
+    return {"sites": sites, "skips": [asdict(skip) for skip in original.skips], "totals": asdict(original.totals)}
 
 
-def found_tables(path: Path, found: Found) -> None:
+def found_tables(path: Path, original: Original) -> None:
     """Print the sites, skips and totals of a model."""
-    if (left := left_alone(found.skips, found.totals.macs, exported=_is_program(path))) is not None:
+    if (left := left_alone(original.skips, original.totals.macs, exported=_is_program(path))) is not None:
         say(left)
-    sites = [spot.site for spot in found.spots]
+    sites = list(original.sites.values())
     calls = any(site.calls != 1 for site in sites)
     rows = [["name", "operator", "weight", "input", *["calls"] * calls, "parameters", "MACs", "share of MACs"]]
-    total = found.totals.macs or 1
+    total = original.totals.macs or 1
     for site in sites:
         shapes = (_shape(site.operator.weight.shape), _shape(site.input_shape), *[str(site.calls)] * calls)
         costs = (count(site.parameters), count(site.macs), f"{100 * site.macs / total:.1f} %")
         rows.append([site.name, site.description, *shapes, *costs])
     table(f"Sites of {path}", rows, words=2)
-    _skips("Left alone", found.skips)
+    _skips("Left alone", original.skips)
     say()
     say(
-        f"{len(found.spots)} sites, {len(found.skips)} left alone; "
-        f"{count(found.totals.parameters)} parameters and {count(found.totals.macs)} MACs in all"
+        f"{len(original.sites)} sites, {len(original.skips)} left alone; "
+        f"{count(original.totals.parameters)} parameters and {count(original.totals.macs)} MACs in all"
     )
 
 

@@ -61,9 +61,9 @@ class Original:
         """Whether all that a site puts out goes into batch norms, which take up its mean."""
         return feeds_batch_norm(self._graph, self._spots[site])
 
-    def with_chains(self, chains: Mapping[str, Chain]) -> Any:
-        """Return a copy of the model with these chains in the places of their sites."""
-        graph = open_graph(self.model, *self.inputs)
+    def with_chains(self, chains: Mapping[str, Chain], *, inplace: bool = False) -> Any:
+        """Return a copy of the model, or the model itself, with these chains in the places of their sites."""
+        graph = open_graph(self.model, *self.inputs, copies=not inplace, inplace=inplace)
         _splice(graph, graph.find(), chains)
         return graph.finish()
 

@@ -20,7 +20,7 @@ from surgery.data.inputs import normalise_inputs
 from surgery.errors import CheckError, InputError, Refusal
 from surgery.factorizations import Ranks, named
 from surgery.kinds.layers.modules import stored_as
-from surgery.kinds.registry import open_graph
+from surgery.passes.original import Original
 from surgery.plans.plan import Plan
 from surgery.sites.site import Site
 from surgery.training.transport import Compose
@@ -119,19 +119,20 @@ def build(root: nn.Module, example_inputs: Any, plan: Plan) -> tuple[FactoredSit
     Raises:
         InputError: the plan was made for a model with other sites.
     """
-    graph = open_graph(root, *normalise_inputs(example_inputs), copies=False, inplace=True)
-    spots = graph.find().spots
-    names = [spot.site.name for spot in spots]
+    original = Original(root, normalise_inputs(example_inputs))
+    names = list(original.sites)
     if names != [decision.site for decision in plan]:
         raise InputError(
             "the plan is of a model with other sites", allowed=", ".join(names), next_step="make the same model, dense"
         )
-    sites = [spot.site for spot in spots]
+    sites = list(original.sites.values())
     record = read_sites(sites, plan, layouts(root, sites))
-    for spot, decision in zip(spots, plan, strict=True):
-        if decision.factorization is not None and decision.rank is not None:
-            graph.splice(spot, _empty_chain(spot.site.operator, decision.factorization, decision.rank))
-    graph.finish()
+    chains = {
+        site.name: _empty_chain(site.operator, decision.factorization, decision.rank)
+        for site, decision in zip(sites, plan, strict=True)
+        if decision.factorization is not None and decision.rank is not None
+    }
+    original.with_chains(chains, inplace=True)
     return record
 
 
