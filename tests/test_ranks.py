@@ -18,9 +18,9 @@ from surgery.algebra.chain import Chain, relative_error
 from surgery.algebra.operators import Conv, Geometry, Linear, Operator, Shape
 from surgery.errors import InputError, RankError, Refusal
 from surgery.factorizations import FACTORIZATIONS, Factorization, named
-from surgery.plans.automatic import AUTO_ENERGY, Auto, snap
 from surgery.plans.by_rule import ByRule, ModelFacts
 from surgery.plans.candidates import Candidate, candidates_of
+from surgery.plans.faster import FALLBACK_ENERGY, KeepFaster, snap
 from surgery.plans.keep import Keep
 from surgery.plans.named import PerSite
 from surgery.plans.plan import Decision, Plan
@@ -88,7 +88,7 @@ def site_sets(draw: st.DrawFn) -> list[Site]:
 @pytest.mark.parametrize(
     ("spec", "rule"),
     [
-        ("measured", Auto()),
+        ("measured", KeepFaster()),
         (" vbmf ", Vbmf()),
         ("full", Full()),
         ("energy=0.9", Energy(0.9)),
@@ -433,14 +433,14 @@ def test_auto_without_a_signal_goes_by_energy() -> None:
     assert "would cost more than dense" in (auto_plan(fresh, None).reason or "")
     candidates = candidates_of(fresh, "svd")
     assert not isinstance(candidates, Refusal)
-    assert Auto().ranks(candidates[0]) == energy_counts(candidates[0], AUTO_ENERGY)
+    assert KeepFaster().ranks(candidates[0]) == energy_counts(candidates[0], FALLBACK_ENERGY)
 
 
 def test_auto_ranks_are_never_above_the_full_rank() -> None:
     for case in (c for c in CASES if c.dtype == torch.float64):
         candidates = candidates_of(site("it", case.operator, case.shape), "auto")
         for candidate in [] if isinstance(candidates, Refusal) else candidates:
-            ranks = Auto(multiple=16).ranks(candidate)
+            ranks = KeepFaster(multiple=16).ranks(candidate)
             assert all(1 <= r <= m for r, m in zip(ranks, candidate.max_ranks, strict=True))
 
 

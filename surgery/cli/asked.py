@@ -94,7 +94,9 @@ def asked_for(options: DecomposeOptions) -> Asked:
     if options.no_promise and (options.of_goals or not automatic):
         what = options.of_goals[0] if options.of_goals else "other ranks than auto, which promise nothing"
         raise InputError(f"--no-promise with {what}", allowed="--ranks auto alone", next_step=_LEAVE_OUT)
-    if options.dry_run and (options.calibration is not None or options.limits or options.metric is not None):
+    if options.groups is not None and options.calibration is None:
+        raise InputError("--groups without --calibration", next_step="give inputs to fit to, or leave --groups out")
+    if options.dry_run and (options.calibration is not None or options.of_goals):
         raise InputError(
             "--dry-run with calibration or a promise, which is known by factoring", next_step="leave --dry-run out"
         )

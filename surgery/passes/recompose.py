@@ -1,4 +1,4 @@
-"""recompose: find runs that are provably one operator, by dataflow, and put that operator back."""
+"""recompose: find chains that are provably one operator, by dataflow, and put that operator back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _Result = TypeVar("_Result", covariant=True)
 
 @dataclass(frozen=True)
 class Fusion:
-    """One run of operators that became one operator; parameters before and after.
+    """One chain of operators that became one operator; parameters before and after.
 
     ``note`` says what the user should know of it, as that parameters give a computed weight only nearly.
     """

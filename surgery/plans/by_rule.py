@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import named
-from surgery.plans.automatic import Auto, Latencies
 from surgery.plans.candidates import Candidate, Choice, candidates_of
+from surgery.plans.faster import KeepFaster, Latencies
 from surgery.plans.joining import join
 from surgery.plans.named import PerSite
 from surgery.plans.plan import Decision, Plan
@@ -85,7 +85,7 @@ def _configure(rule: RankRule, evidence: ModelFacts) -> RankRule:
     multiple = evidence.multiple
     if multiple is not None and (not isinstance(multiple, int) or multiple < 1):
         raise InputError(f"multiple={multiple!r}", allowed="whole numbers from 1, or None", next_step="say 8 or 16")
-    if not isinstance(rule, Auto):
+    if not isinstance(rule, KeepFaster):
         return rule
     return dataclasses.replace(rule, multiple=multiple, latencies=evidence.latencies)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from torch import Tensor
 
 from surgery.errors import InputError
-from surgery.plans.automatic import Latencies
+from surgery.plans.faster import Latencies
 from surgery.plans.prices import COSTS, Cost
 
 __all__ = ["DEFAULT_ERROR", "Goal", "GoalKind", "Metric"]

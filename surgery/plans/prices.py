@@ -14,8 +14,8 @@ import numpy as np
 
 from surgery.errors import InputError
 from surgery.factorizations import Ranks
-from surgery.plans.automatic import Latencies
 from surgery.plans.candidates import Candidate
+from surgery.plans.faster import Latencies
 from surgery.plans.plan import Plan
 
 __all__ = ["COSTS", "Cost", "Counted", "Measured", "Prices", "Ruled"]

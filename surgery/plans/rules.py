@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 from surgery.errors import RankError
 from surgery.factorizations import Ranks
-from surgery.plans.automatic import Auto
+from surgery.plans.faster import KeepFaster
 from surgery.plans.keep import Keep
 from surgery.plans.named import PerSite
 from surgery.plans.quality import Energy, Fixed, Full, RankRule, Vbmf
@@ -29,7 +29,7 @@ __all__ = ["RankSpec", "parse_ranks"]
 
 RankSpec: TypeAlias = str | int | tuple[int, ...] | Mapping[str, "int | tuple[int, ...] | None"]
 
-_WORDS: dict[str, Callable[[], RankRule]] = {"measured": Auto, "vbmf": Vbmf, "full": Full}
+_WORDS: dict[str, Callable[[], RankRule]] = {"measured": KeepFaster, "vbmf": Vbmf, "full": Full}
 _FRACTIONS: dict[str, Callable[[float], RankRule]] = {
     "energy": Energy,
     "keep_params": lambda fraction: Keep("parameters", fraction),
