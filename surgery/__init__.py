@@ -18,9 +18,16 @@ if TYPE_CHECKING:  # the table below, for type checkers; a test compares the two
     from surgery.algebra.operators import Geometry as Geometry
     from surgery.algebra.operators import Linear as Linear
     from surgery.algebra.operators import Operator as Operator
-    from surgery.cost.onnxruntime.latency import Comparison as Comparison
-    from surgery.cost.onnxruntime.latency import Latencies as Latencies
-    from surgery.cost.onnxruntime.timing import Budget as Budget
+    from surgery.cost.base import Backend as Backend
+    from surgery.cost.base import Comparison as Comparison
+    from surgery.cost.base import ModelFile as ModelFile
+    from surgery.cost.base import ModelTimes as ModelTimes
+    from surgery.cost.base import Seconds as Seconds
+    from surgery.cost.onnxruntime.backend import OnnxRuntime as OnnxRuntime
+    from surgery.cost.registry import make_backend as make_backend
+    from surgery.cost.timing import Budget as Budget
+    from surgery.cost.timing import Samples as Samples
+    from surgery.cost.timing import Speedup as Speedup
     from surgery.errors import CaptureError as CaptureError
     from surgery.errors import CheckError as CheckError
     from surgery.errors import FileError as FileError
@@ -81,8 +88,10 @@ __version__ = "0.1.0"
 _PUBLIC: dict[str, tuple[str, ...]] = {
     "surgery.algebra.chain": ("Chain",),
     "surgery.algebra.operators": ("Conv", "Embedding", "Geometry", "Linear", "Operator"),
-    "surgery.cost.onnxruntime.latency": ("Comparison", "Latencies"),
-    "surgery.cost.onnxruntime.timing": ("Budget",),
+    "surgery.cost.base": ("Backend", "Comparison", "ModelFile", "ModelTimes", "Seconds"),
+    "surgery.cost.onnxruntime.backend": ("OnnxRuntime",),
+    "surgery.cost.registry": ("make_backend",),
+    "surgery.cost.timing": ("Budget", "Samples", "Speedup"),
     "surgery.errors": (
         "CaptureError",
         "CheckError",

@@ -15,8 +15,8 @@ from torch.export import export
 
 import surgery
 from surgery.cli.group import cli
-from surgery.data.inputs import random_tensor
 from surgery.errors import FileError, InputError, SurgeryError
+from surgery.kinds.inputs import random_tensor
 
 
 class Kinds(nn.Module):
@@ -71,8 +71,8 @@ BAD = {
     "plan diff pipe.npz pipe.npz": "but a pipe",
     f"decompose m.pt2 --ranks 2 --no-timing -o {LONG}": "cannot be written: File name too long",
     f"decompose m.pt2 --ranks 2 --no-timing -o {'9' * 250}": "cannot be written: File name too long",
-    "decompose m.pt2 --ranks 2 --no-timing -o /dev/null": "is no regular file",
-    "decompose m.pt2 --ranks 2 --no-timing --force -o /dev/null": "is no regular file",
+    "decompose m.pt2 --ranks 2 --no-timing -o /dev/null": "is not a regular file",
+    "decompose m.pt2 --ranks 2 --no-timing --force -o /dev/null": "is not a regular file",
     "decompose m.pt2 --ranks 2 --no-timing --force -o o.pt2 --save-plan ./o.pt2": "two outputs",
     "recompose m.pt2 --force -o o.pt2 --state-dict ./o.pt2": "two outputs",
     "inspect m.pt2 --input-shape 1000000,1000000": "would take 4000000000000 bytes",

@@ -21,8 +21,8 @@ from surgery.data import tokens
 from surgery.data.collect import collect
 from surgery.data.files import read_file
 from surgery.data.samples import Calibration, read_calibration
-from surgery.data.signature import read_signature
 from surgery.errors import FileError, InputError
+from surgery.kinds.module.inputs import read_signature
 from tests.test_masks import IDS, LENGTHS, LONGEST, Encoder, as_kind, batch, encoder
 
 KINDS = ["module", "graph", "program", "program-dynamic"]
@@ -287,8 +287,8 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
     "lengths": ({"input_ids": ONES, "attention_mask": ONES[:, :4]}, r"shapes differ: input_ids \(6, 7\), attention_m"),
     "ids": ({"input_ids": ONES * IDS, "attention_mask": ONES}, f"input_ids holds {IDS}; allowed: 0 to {IDS - 1}"),
     "negative": ({"input_ids": -ONES, "attention_mask": ONES}, "input_ids holds -1; allowed"),
-    "texts": ({"input_ids": np.array(["a"]), "attention_mask": ONES}, "input_ids holds <U1, no numbers"),
-    "objects": ({"input_ids": np.array([{}]), "attention_mask": ONES}, "input_ids holds object, no numbers"),
+    "texts": ({"input_ids": np.array(["a"]), "attention_mask": ONES}, "input_ids holds <U1, not numbers"),
+    "objects": ({"input_ids": np.array([{}]), "attention_mask": ONES}, "input_ids holds object, not numbers"),
     "nothing": ({"input_ids": ONES[:0], "attention_mask": ONES[:0]}, "input_ids has no samples"),
 }
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.algebra.chain import relative_error
-from surgery.data.inputs import normalise_inputs
 from surgery.errors import InputError
+from surgery.kinds.inputs import normalise_inputs
 from surgery.plans.goal import Goal
 from surgery.runtime.compare import run_model
 from tests.cases import decaying

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery import Goal, Latencies, Plan
+from surgery import Goal, OnnxRuntime, Plan
 from surgery.errors import InputError, RankError
 from surgery.plans.rules import parse_ranks
 
@@ -71,10 +71,10 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     ({"ranks": 4, "calibration": X, "groups": 1.5}, "groups=1.5; allowed"),
     ({"ranks": 4, "solver": "magic"}, "the solver 'magic' is not known; allowed"),
     ({"ranks": MADE, "solver": "magic"}, "the solver 'magic' is not known; allowed"),
-    ({"ranks": Goal.error(latencies=3)}, "latencies is a int; allowed: surgery.Latencies"),
+    ({"ranks": Goal.error(backend=3)}, "backend is a int; allowed: surgery.Backend"),
     (
-        {"ranks": Goal.error(cost="macs", latencies=Latencies(keep=False)), "calibration": X},
-        "latencies with cost='macs' and calibration data, for which nothing is timed",
+        {"ranks": Goal.error(cost="macs", backend=OnnxRuntime(keep=False)), "calibration": X},
+        "a backend with cost='macs' and calibration data, for which nothing is timed",
     ),
 ]
 
@@ -91,8 +91,8 @@ def test_what_cannot_be_said_together_is_one_clear_error(arguments: dict[str, An
     [
         ({"ranks": 4, "calibration": X}, "calibration for the plan of a rule, which does not look at it"),
         ({"ranks": 4, "solver": "als"}, "solver for the plan of a rule"),
-        ({"ranks": Goal.error(), "latencies": Latencies(keep=False)}, "latencies with a Goal, which brings its own"),
-        ({"ranks": 4, "latencies": 3}, "latencies is a int"),
+        ({"ranks": Goal.error(), "backend": OnnxRuntime(keep=False)}, "a backend with a Goal, which has its own"),
+        ({"ranks": 4, "backend": 3}, "backend is a int"),
     ],
 )
 def test_a_plan_ignores_nothing_that_it_is_given(arguments: dict[str, Any], message: str) -> None:
@@ -119,13 +119,12 @@ def test_a_plan_is_still_narrowed() -> None:
 
 
 def test_a_plan_with_latencies_is_carried_out_with_them() -> None:
-    class Known(Latencies):
+    class Known(OnnxRuntime):
         def compare(self, dense: Any, chain: Any, shape: Any) -> Any:
-            from surgery.cost.onnxruntime.latency import Comparison
 
-            return Comparison(2.0, 1.0, 2.0, 2.0, 2.0, "faster")
+            return surgery.Comparison(2.0, 1.0, 2.0, 2.0, 2.0, "faster")
 
-    shown = surgery.preview(network(), X[:2], ranks=8, latencies=Known(keep=False))
+    shown = surgery.preview(network(), X[:2], ranks=8, backend=Known(keep=False))
     result = surgery.decompose(network(), X[:2], ranks=shown.plan)
     assert result.plan == shown.plan
     assert [change.latency for change in result.changes] == [1.0, 1.0]

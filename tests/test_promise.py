@@ -202,7 +202,7 @@ def test_batch_norms_of_a_deep_network_are_corrected_together() -> None:
     samples = read_calibration(x[:64], model)
 
     def reach(network: nn.Module) -> Reference:
-        watch = NormWatch(network)
+        watch = NormWatch()
         collect(network, samples, sites=(), beside=watch)
         return watch.reference
 
@@ -219,7 +219,7 @@ def test_batch_norms_of_what_was_not_changed_stay_as_they_are() -> None:
     x = torch.randn(48, 8, 5, 5)
     model.train()(x)
     samples = read_calibration(x + 1, model.eval(), batch_size=16)
-    watch = NormWatch(model)
+    watch = NormWatch()
     collect(model, samples, sites=(), beside=watch)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     reestimate_batch_norm(model, samples, reference=watch.reference)

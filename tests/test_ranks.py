@@ -210,7 +210,7 @@ def test_a_named_factorization_leaves_what_it_refuses_dense() -> None:
     plan = plan_of([site("conv", conv(32, 16)), site("fc", linear(64, 32))], 8, factorization="spatial")
     assert plan["conv"].factorization == "spatial"
     assert plan["fc"].dense
-    assert "spatial: it has no kernel that extends" in (plan["fc"].reason or "")
+    assert "spatial: its kernel does not extend" in (plan["fc"].reason or "")
 
 
 def test_a_dict_names_sites_and_patterns() -> None:

@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 
 import surgery
 from surgery.cli import cli
-from surgery.cost.onnxruntime.timing import Samples
+from surgery.cost.timing import Samples
 from surgery.errors import FileError, InputError
 from surgery.passes.promised import Promise
 from surgery.passes.results import DecomposeResult, Search

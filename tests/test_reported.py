@@ -22,7 +22,10 @@ from surgery.algebra.chain import relative_error
 from surgery.algebra.operators import Linear
 from surgery.errors import CheckError, InputError, SurgeryError
 from surgery.factorizations import FACTORIZATIONS
-from surgery.kinds.registry import open_graph
+from surgery.kinds.registry import open_model
+from surgery.sites.edit import Replace
+from surgery.sites.find import find
+from surgery.sites.record import Entry
 from tests.test_carried import KINDS, run, state
 from tests.tolerances import tolerance
 
@@ -266,11 +269,11 @@ def test_a_graph_that_was_captured_of_a_factored_module_knows_its_chains(capture
 
 
 def test_a_chain_that_no_node_calls_is_a_bug_and_said_so() -> None:
-    graph: Any = open_graph(torch.export.export(Layers2(), (X,)), (), {})
-    graph.splice(graph.find().spots[0], FACTORIZATIONS["svd"].factor(nn_linear(), (2,)))
+    graph: Any = open_model(torch.export.export(Layers2(), (X,)), ((), {}))
+    graph.apply(Replace(find(graph.flow).placements[0], FACTORIZATIONS["svd"].factor(nn_linear(), (2,))))
     assert graph.verify() == {}
     graph.add_parameter(["ghost.0.weight"], nn.Parameter(torch.zeros(2, 16)))
-    graph.record["ghost"] = {"weight": "ghost.weight"}
+    graph.record = graph.record.with_site("ghost", Entry(weight="ghost.weight"))
     with pytest.raises(CheckError, match="ghost"):
         graph.verify()
 

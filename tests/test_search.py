@@ -12,10 +12,11 @@ from torch.export import ExportedProgram
 
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator, Shape
-from surgery.cost.onnxruntime.latency import Comparison, Latencies
-from surgery.cost.onnxruntime.timing import Samples
-from surgery.data.inputs import normalise_inputs
+from surgery.cost.base import Comparison
+from surgery.cost.onnxruntime.backend import OnnxRuntime
+from surgery.cost.timing import Samples
 from surgery.data.samples import read_calibration
+from surgery.kinds.inputs import normalise_inputs
 from surgery.passes.choices import ChoicePlans
 from surgery.passes.damages import Damages
 from surgery.passes.evidence import read_evidence
@@ -49,8 +50,10 @@ def samples(count: int = 64) -> Tensor:
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-class ByMacs(Latencies):
-    """Sites take a nanosecond for each multiply-accumulate."""
+class ByMacs(OnnxRuntime):
+    """Sites take a nanosecond for each multiply-accumulate; ranks go in fine steps, on each processor."""
+
+    channel_multiple = 1
 
     def compare(self, dense: Operator | Chain, chain: Operator | Chain, shape: Shape) -> Comparison:
         first, second = (1e-9 * (o if isinstance(o, Chain) else Chain((o,))).macs(shape) for o in (dense, chain))
@@ -89,10 +92,9 @@ def _timed(model: Any) -> ModelTiming:
 def decompose(
     path: Path, clock: Clock, target: float = 1.5, *, best_effort: bool = False, **how: float
 ) -> DecomposeResult[nn.Module]:
-    """Ranks go in fine steps, on each processor."""
     goal = Goal.speedup(target, best_effort=best_effort)
     job = read_job(network(), samples(2), goal, Selection(), FitOptions(), calibration=samples())
-    return by_goal(job, goal, Instruments(ByMacs(threads=1, path=path), clock.apart, multiple=1, **how))
+    return by_goal(job, goal, Instruments(ByMacs(threads=1, path=path), clock.apart, **how))
 
 
 def test_whole_models_are_timed_once_and_the_finished_one_each_time(tmp_path: Path) -> None:

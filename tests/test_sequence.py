@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery.algebra.chain import relative_error
-from surgery.data.added import Additions
 from surgery.data.batch_norm import NormWatch
 from surgery.data.collect import collect
-from surgery.data.inputs import normalise_inputs
 from surgery.data.samples import read_calibration
 from surgery.data.sequence import Originals, Target
-from surgery.kinds.registry import open_graph
+from surgery.kinds.added import Additions
+from surgery.kinds.inputs import normalise_inputs
+from surgery.kinds.registry import open_model
 from surgery.passes.decompose import decompose
 from surgery.passes.original import Original
 from surgery.passes.preview import find_sites
@@ -43,7 +43,7 @@ def test_behind_what_was_not_changed_a_site_is_its_own_target(kind: str) -> None
     x = images(48)
     model = as_kind(net(), kind, x[:16])
     own = {site.name: site.operator for site in find_sites(model, x[:16])[0]}
-    found = targets(model, open_graph(model, (x[:16],), {}).finish(), x, *own)
+    found = targets(model, open_model(model, ((x[:16],), {})).finish(), x, *own)
     assert set(found) == set(own)
     for name, operator in own.items():
         assert relative_error(found[name].operator.weight, operator.weight) <= EXACT

@@ -14,12 +14,12 @@ import surgery
 from surgery.algebra.chain import relative_error
 from surgery.cli.decompose import decompose as command
 from surgery.data.batch_norm import NormDistances
-from surgery.data.inputs import normalise_inputs
-from surgery.data.observe import observe
 from surgery.data.standin import StandIn, stand_in
 from surgery.errors import Refusal
-from surgery.kinds.registry import open_graph
+from surgery.kinds.inputs import normalise_inputs
+from surgery.kinds.registry import observe, open_model
 from surgery.runtime.compare import run_model
+from surgery.sites.find import find
 from tests.cases import decaying
 from tests.test_calibration_models import KINDS, as_kind
 from tests.test_search import ByMacs
@@ -27,7 +27,7 @@ from tests.test_search import ByMacs
 
 def made(model: Any, example: Any) -> StandIn | Refusal:
     inputs = normalise_inputs(example)
-    return stand_in(model, inputs, open_graph(model, *inputs, copies=False).find())
+    return stand_in(model, inputs, find(open_model(model, inputs, copies=False).flow))
 
 
 class Tokens(nn.Module):
@@ -111,9 +111,7 @@ def network(decay: float) -> nn.Module:
 def test_auto_without_data_never_ruins_a_network(kind: str, decay: float, tmp_path: Path) -> None:
     example, fresh = torch.randn(2, 64), torch.randn(400, 64)
     model = as_kind(network(decay), kind, example)
-    result = surgery.decompose(
-        model, example, ranks=surgery.Goal.error(latencies=ByMacs(threads=1, path=tmp_path / "l"))
-    )
+    result = surgery.decompose(model, example, ranks=surgery.Goal.error(backend=ByMacs(threads=1, path=tmp_path / "l")))
     assert result.promise is not None
     assert result.promise.kept
     found, wanted = (run_model(m, normalise_inputs(fresh)) for m in (result.model, model))
@@ -128,7 +126,7 @@ def test_auto_without_data_never_ruins_a_network(kind: str, decay: float, tmp_pa
 
 def test_without_a_promise_it_is_a_rule_like_any_other(tmp_path: Path) -> None:
     example = torch.randn(2, 64)
-    plan = surgery.plan(network(1.0), example, latencies=ByMacs(threads=1, path=tmp_path / "l"))
+    plan = surgery.plan(network(1.0), example, backend=ByMacs(threads=1, path=tmp_path / "l"))
     assert plan.ranks == "measured"
     result = surgery.decompose(network(1.0), example, ranks=plan)
     assert result.promise is None

@@ -41,7 +41,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
-from surgery.cost.onnxruntime.latency import Latencies
+from surgery.cost.registry import make_backend
 from surgery.errors import RankError
 from surgery.factorizations import fitting
 from surgery.passes.preview import find_sites, plan
@@ -214,7 +214,7 @@ def main() -> None:
         rows = list(fits(network, calibration, test))
         show_groups(console, network, original, rows)
         report[name] = values | {"groups": [asdict(row) for row in rows]}
-    where = environment(Latencies().threads)
+    where = environment(make_backend().threads)
     console.print(f"{where.cpu}, {where.threads} threads, onnxruntime {where.onnxruntime}, torch {where.torch}")
     if options.json:
         options.json.write_text(json.dumps(report | {"environment": asdict(where)}, indent=2) + "\n")

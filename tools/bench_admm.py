@@ -37,11 +37,11 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
 from examples.image_data import Data, batches, read_data
-from surgery.cost.onnxruntime.latency import cpu_name
 from surgery.errors import FileError, SurgeryError
 from surgery.passes.decompose import decompose
 from surgery.passes.preview import plan
 from surgery.passes.results import DecomposeResult
+from surgery.system.machine import cpu_name
 from surgery.training.admm import ADMM
 from tools.trained import ResNet20
 

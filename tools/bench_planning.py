@@ -36,7 +36,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
 import surgery
-from surgery.cost.onnxruntime.latency import Latencies
+from surgery.cost.registry import make_backend
 from surgery.passes.results import DecomposeResult
 from surgery.plans.goal import Goal
 from surgery.runtime.bench import environment
@@ -134,7 +134,7 @@ def main() -> None:
         table.add_row(step, *(f"{clock.seconds[step]:.1f} s" for _, _, clock in runs.values()))
     table.add_row("all", *(f"{seconds:.1f} s" for _, seconds, _ in runs.values()))
     console.print(table)
-    where = environment(Latencies().threads)
+    where = environment(make_backend().threads)
     console.print(f"{where.cpu}, {where.threads} threads, onnxruntime {where.onnxruntime}, torch {where.torch}")
     if options.json:
         times = {

@@ -44,7 +44,7 @@ from torch.utils import _pytree as pytree
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
 import surgery
-from surgery.cost.onnxruntime.latency import Latencies
+from surgery.cost.registry import make_backend
 from surgery.passes.results import DecomposeResult
 from surgery.plans.goal import Goal, GoalKind
 from surgery.runtime.bench import environment
@@ -235,7 +235,7 @@ def main() -> None:
             console.print(f"{row.network} {row.asked}: {row.seconds:.0f} s")
     show(console, found)
     show_unpaying(console)
-    where = environment(Latencies().threads)
+    where = environment(make_backend().threads)
     console.print(f"{where.cpu}, {where.threads} threads, onnxruntime {where.onnxruntime}, torch {where.torch}")
     if options.json:
         values = {"rows": [asdict(row) for row in found], "environment": asdict(where)}

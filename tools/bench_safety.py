@@ -29,7 +29,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
-from surgery.cost.onnxruntime.latency import Latencies
+from surgery.cost.registry import make_backend
 from surgery.passes.results import DecomposeResult
 from surgery.runtime.bench import environment
 from tools.trained import NETWORKS, Network, Unavailable, open_network, option_parser
@@ -120,7 +120,7 @@ def main() -> None:
     show(console, rows)
     for text in missing:
         console.print(f"not here: {text}")
-    where = environment(Latencies().threads)
+    where = environment(make_backend().threads)
     console.print(f"{where.cpu}, {where.threads} threads, onnxruntime {where.onnxruntime}, torch {where.torch}")
     if options.json:
         values = {"rows": [asdict(row) for row in rows], "missing": missing, "environment": asdict(where)}

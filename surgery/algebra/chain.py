@@ -1,4 +1,4 @@
-"""Chains: what stands in the place of one operator: operators in order, with reshapes between them where needed."""
+"""Chains: operators in order, with reshapes between them where needed, in the place of one operator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Chain", "relative_error"]
 class Chain:
     """What replaces one operator: steps applied in order, with the bias on the last operator or in a final shift.
 
-    ``origin`` is the factorization that made it and its ranks, where one did.
+    ``origin`` is the factorization that made the chain, with its ranks; None if none did.
     """
 
     steps: tuple[Step, ...]
@@ -28,13 +28,13 @@ class Chain:
 
     @property
     def operators(self) -> tuple[Operator, ...]:
-        """All operators, those of branches too: what has a weight."""
+        """All operators, those of branches included: everything that has a weight."""
         rows = (step.operators if isinstance(step, Branches) else (step,) for step in self.steps)
         return tuple(step for row in rows for step in row if isinstance(step, Operator))
 
     @property
     def places(self) -> list[tuple[str, Operator | Shift]]:
-        """All that has parameters, with the path below the site: ``2`` for a step, ``2.row.call`` in branches."""
+        """All that has parameters, with its path below the site: ``2`` for a step, ``2.row.call`` in branches."""
         found: list[tuple[str, Operator | Shift]] = []
         for i, step in enumerate(self.steps):
             if isinstance(step, Operator | Shift):
@@ -87,7 +87,7 @@ class Chain:
         return replace(self, steps=(*kept, *([] if bias is None else [Shift(bias)])))
 
     def compose(self) -> Operator | Refusal:
-        """Contract the chain into the one operator that it is, or say why it is none."""
+        """Contract the chain into the one operator that it is, or say why it is not one."""
         return compose_steps(self.steps)
 
 

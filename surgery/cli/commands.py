@@ -111,7 +111,7 @@ def bench(
 ) -> None:
     """Time models (.pt2 or .onnx) under onnxruntime on this CPU, interleaved; each later one against the first."""
     from surgery.cli import show
-    from surgery.data.inputs import with_batch
+    from surgery.kinds.inputs import with_batch
     from surgery.runtime.bench import bench as together
     from surgery.runtime.fresh import time_apart
 

@@ -110,7 +110,7 @@ def _result(
     options: DecomposeOptions, asked: Asked, program: ExportedProgram, inputs: Any, progress: Progress
 ) -> DecomposeResult[Any]:
     """Return what is asked for; of a dry run with the model as it is."""
-    from surgery.cost.onnxruntime.latency import Latencies
+    from surgery.cost.registry import make_backend
     from surgery.passes.decompose import decompose as run
     from surgery.passes.preview import preview
     from surgery.plans.goal import Goal
@@ -120,8 +120,7 @@ def _result(
     fits: dict[str, Any] = {"solver": options.solver, "calibration": options.calibration, "groups": options.groups}
     if isinstance(asked, Goal):
         return run(program, inputs, ranks=asked, joint=options.joint_groups, progress=progress, **chosen, **fits)
-    latencies = Latencies() if options.timing else None
-    chosen |= {"joint": options.joint_groups, "latencies": latencies}
+    chosen |= {"joint": options.joint_groups, "backend": make_backend() if options.timing else None}
     planned = preview(program, inputs, ranks=asked, progress=progress, **chosen)
     if options.dry_run:
         return planned

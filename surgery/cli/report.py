@@ -46,13 +46,14 @@ def report(model: Path, output: Path | None, force: bool, json_: bool) -> None:
 
 def _read_report(model: Path) -> dict[str, Any]:
     """Return the report in MODEL, with the name and the size that its file has now."""
-    from torch.export import ExportedProgram
 
     from surgery.files.load import load
+    from surgery.kinds.registry import kind_of
     from surgery.report import read
 
-    program = load(model)
-    if not isinstance(program, ExportedProgram):
+    loaded = load(model)
+    program = kind_of(loaded).program(loaded)
+    if program is None:
         raise InputError(
             f"{model} is not an exported program", next_step="give the .pt2 that surgery decompose has written"
         )

@@ -1,4 +1,4 @@
-"""What methods that take a kernel apart along its dimensions share: which dimensions extend, and their geometries."""
+"""Shared by methods that take a kernel apart along its dimensions: which dimensions extend, and their geometries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def spatial_dims(kernel: Shape) -> list[int]:
 
 
 def along_each(geometry: Geometry, kernel: Shape) -> list[Geometry]:
-    """Return the geometry along each dimension of extent; what the others have goes with the first."""
+    """Return the geometry along each dimension that extends; the first one also has that of those that do not."""
     dims = spatial_dims(kernel)
     flat = set(range(geometry.dims)) - set(dims)
     return [geometry.along({dim} | flat if dim == dims[0] else {dim}) for dim in dims]

@@ -1,4 +1,4 @@
-"""What the methods share that see a kernel as a batch of matrices: ``M (m, n) ~ left (m, r) right (r, n)``, an SVD."""
+"""Shared by methods that see a kernel as a batch of matrices: ``M (m, n) ~ left (m, r) right (r, n)``, an SVD."""
 
 from __future__ import annotations
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from surgery.errors import InputError
 from surgery.kinds.layers.unpacking import packed_parameter
+from surgery.kinds.registry import kind_of
 from surgery.passes.metrics import metric_of
 from surgery.passes.recompose import recompose
 from surgery.plans.goal import Metric
@@ -105,7 +105,7 @@ def bisect(
 
 def _module(model: Model) -> nn.Module:
     try:
-        return model.module() if isinstance(model, ExportedProgram) else model
+        return kind_of(model).runnable(model)
     except Exception as error:  # whatever torch makes of odd names
         what = f"the exported program cannot be made a module: {first_line(error)}"
         raise InputError(what, next_step="export it again with torch.export.export(model, inputs)") from error

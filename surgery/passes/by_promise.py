@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from surgery.cost.onnxruntime.timing import MARGIN
+from surgery.cost.timing import MARGIN
 from surgery.passes.choices import ChoicePlans
 from surgery.passes.clock import Clock
 from surgery.passes.damages import Damages, OpenEffects, open_effects

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.cost.onnxruntime.latency import Latencies, Seconds
-from surgery.data.inputs import Inputs
+from surgery.cost.base import Backend, Seconds
+from surgery.kinds.inputs import Inputs
 from surgery.kinds.registry import Model
 from surgery.passes.instruments import ModelTimer, OpenTimer
 from surgery.plans.planner import Progress
@@ -34,13 +34,13 @@ class Clock:
         self,
         model: Model,
         inputs: Inputs,
-        latencies: Latencies,
+        backend: Backend,
         open_timer: OpenTimer,
         *,
         run_s: float,
         progress: Progress,
     ) -> None:
-        self._model, self._inputs, self.latencies = model, inputs, latencies
+        self._model, self._inputs, self.backend = model, inputs, backend
         self._open, self._run_s, self._progress = open_timer, run_s, progress
 
     @cached_property
@@ -48,10 +48,10 @@ class Clock:
         """The median seconds of a run of the original; known from another time, perhaps."""
 
         def measure() -> Seconds:
-            timing = self._original.alone(threads=self.latencies.threads, seconds=self._run_s, progress=self._show)
+            timing = self._original.alone(seconds=self._run_s, progress=self._show)
             return Seconds(timing.median_s)
 
-        return self.latencies.recall(Seconds, self.structure, measure).seconds
+        return self.backend.recall(Seconds, self.structure, measure).seconds
 
     @cached_property
     def structure(self) -> dict[str, Any]:
@@ -71,14 +71,13 @@ class Clock:
             changed,
             goal=goal,
             patience=_PATIENCE * (_FINAL if final else 1),
-            threads=self.latencies.threads,
             seconds=(_FINAL if final else 1) * self._run_s,
             progress=self._show,
         )
 
     @cached_property
     def _original(self) -> ModelTimer:
-        return self._open(self._model, self._given)
+        return self._open(self._model, self._given, self.backend)
 
     @property
     def _given(self) -> Inputs | None:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from surgery.errors import only_own_errors
-from surgery.kinds.layers.unpacking import check_inplace
-from surgery.kinds.registry import Model
+from surgery.kinds.registry import Model, check_inplace
 from surgery.passes.fitter import FitOptions
 from surgery.passes.instruments import instruments_of
 from surgery.passes.job import Asked, Joint, Selection, read_job

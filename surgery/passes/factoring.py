@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from surgery.algebra.chain import Chain, relative_error
+from surgery.algebra.stack import split
 from surgery.errors import CheckError, Refusal
 from surgery.factorizations import Ranks, named
 from surgery.factorizations.recut import recut
 from surgery.passes.site_data import SiteData, known_solver
 from surgery.plans.candidates import Candidate, Cost
 from surgery.plans.plan import Decision
-from surgery.sites.joint import JointSite, split
+from surgery.sites.joint import JointSite
 from surgery.sites.site import FactoredSite, Site
 from surgery.text import rank_text
 
@@ -106,7 +107,8 @@ def weight_error(site: Site, chain: Chain) -> float:
 
 def split_chain(chain: Chain, unit: Site) -> tuple[Chain, ...]:
     """Return the chain of each member of a site from that of the whole."""
-    chains = split(chain, unit.members) if isinstance(unit, JointSite) else (chain,)
+    members = [member.operator for member in unit.members]
+    chains = split(chain, members) if isinstance(unit, JointSite) else (chain,)
     if isinstance(chains, Refusal):
         raise CheckError(f"the joint sites of {unit.name} cannot share factors: {chains.reason}")
     return chains

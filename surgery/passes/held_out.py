@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from surgery.data.inputs import Inputs
 from surgery.data.samples import Calibration
 from surgery.data.visible import VisibleOutputs
 from surgery.errors import InputError
-from surgery.kinds.fx.shapes import untouched
-from surgery.kinds.registry import Model
+from surgery.kinds.inputs import Inputs
+from surgery.kinds.layers.untouched import untouched
+from surgery.kinds.registry import Model, kind_of
 from surgery.passes.confidence import beyond
 from surgery.runtime.compare import run_model
 
@@ -48,7 +47,7 @@ class HeldOut:
 @contextmanager
 def _running(model: Model) -> Iterator[Run]:
     """Yield what runs a model as ``run_model`` does; it keeps nothing of that."""
-    module = model.module() if isinstance(model, ExportedProgram) else model
+    module = kind_of(model).runnable(model)
     with untouched(module):
         yield partial(run_model, module)
 

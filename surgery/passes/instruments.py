@@ -1,4 +1,4 @@
-"""What a promise is measured with: latencies of sites, whole models in new processes, and what kernels like."""
+"""What a promise is measured with: a backend for sites, and what times whole models in new processes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
-from surgery.cost.onnxruntime.latency import Latencies, channel_multiple
-from surgery.cost.onnxruntime.timing import MARGIN
+from surgery.cost.base import Backend
+from surgery.cost.registry import make_backend
+from surgery.cost.timing import MARGIN
 from surgery.errors import InputError
 from surgery.plans.goal import Goal
 from surgery.runtime.bench import ModelTiming, Timing
 from surgery.runtime.fresh import Apart
 
-__all__ = ["Instruments", "ModelTimer", "OpenTimer", "instruments_of", "latencies_of"]
+__all__ = ["Instruments", "ModelTimer", "OpenTimer", "backend_of", "instruments_of"]
 
 _SECONDS = 3.0
 
@@ -21,7 +22,7 @@ _SECONDS = 3.0
 class ModelTimer(Protocol):
     """Times other models against one; ``surgery.runtime.fresh.Apart`` does so in new processes."""
 
-    def alone(self, *, threads: int | None, seconds: float, progress: Callable[[float], None] | None) -> ModelTiming:
+    def alone(self, *, seconds: float, progress: Callable[[float], None] | None) -> ModelTiming:
         """Return the timing of the model itself."""
 
     def against(
@@ -30,27 +31,24 @@ class ModelTimer(Protocol):
         *,
         goal: float | None,
         patience: int,
-        threads: int | None,
         seconds: float,
         progress: Callable[[float], None] | None,
     ) -> Timing:
         """Return the timing of both; longer where it is open whether the ``goal``, a speed-up, is reached."""
 
 
-OpenTimer: TypeAlias = Callable[[Any, Any], ModelTimer]
+OpenTimer: TypeAlias = Callable[[Any, Any, Backend], ModelTimer]
 
 
 @dataclass(frozen=True)
 class Instruments:
-    """``open_timer(model, inputs)`` opens what times whole models, for ``seconds`` each time.
+    """What measures sites, and ``open_timer(model, inputs, backend)``, which opens what times whole models with it.
 
-    ``multiple`` is the number of channels that kernels like. A speed-up that differs by less than ``margin`` is the
-    same.
+    Whole models are timed for ``seconds`` each time. A speed-up that differs by less than ``margin`` is the same.
     """
 
-    latencies: Latencies = field(default_factory=Latencies)
+    backend: Backend = field(default_factory=make_backend)
     open_timer: OpenTimer = Apart
-    multiple: int = field(default_factory=channel_multiple)
     seconds: float = _SECONDS
     margin: float = MARGIN
 
@@ -59,18 +57,18 @@ def instruments_of(goal: Goal) -> Instruments:
     """Return the instruments that a goal names, or the usual ones.
 
     Raises:
-        InputError: its latencies are not ``Latencies``.
+        InputError: its backend is not a ``Backend``.
     """
-    return Instruments() if goal.latencies is None else Instruments(latencies_of(goal.latencies))
+    return Instruments() if goal.backend is None else Instruments(backend_of(goal.backend))
 
 
-def latencies_of(given: Any) -> Latencies:
-    """Return the latencies that were given.
+def backend_of(given: Any) -> Backend:
+    """Return the backend that was given.
 
     Raises:
-        InputError: they are something else.
+        InputError: it is something else.
     """
-    if isinstance(given, Latencies):
+    if isinstance(given, Backend):
         return given
-    what = f"latencies is a {type(given).__name__}"
-    raise InputError(what, allowed="surgery.Latencies", next_step="give surgery.Latencies(), or leave it out")
+    what = f"backend is a {type(given).__name__}"
+    raise InputError(what, allowed="surgery.Backend", next_step="give surgery.make_backend(), or leave it out")

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from torch.export import ExportedProgram
-
-from surgery.data.inputs import Inputs, normalise_inputs
 from surgery.data.samples import Calibration, read_calibration
 from surgery.errors import InputError
 from surgery.factorizations import SOLVERS
-from surgery.kinds.registry import Model
+from surgery.kinds.inputs import Inputs, normalise_inputs
+from surgery.kinds.registry import Model, kind_of
 from surgery.passes.fitter import FitOptions
-from surgery.passes.instruments import latencies_of
+from surgery.passes.instruments import backend_of
 from surgery.plans.goal import Goal
 from surgery.plans.plan import Plan
 from surgery.plans.planner import Progress, silent
@@ -70,7 +68,7 @@ def read_job(
     _check_fits(fits, data=calibration is not None)
     samples = None if calibration is None else read_calibration(calibration, model, example_inputs)
     inputs = normalise_inputs(example_inputs)
-    if samples is not None and not any(inputs) and not isinstance(model, ExportedProgram):
+    if samples is not None and not any(inputs) and not kind_of(model).brings_inputs():
         inputs = next(iter(samples))
     return Job(model, inputs, samples, asked, selection, fits, progress or silent)
 
@@ -104,12 +102,12 @@ def _check_together(ranks: Asked, selection: Selection, *, data: bool) -> None:
                 allowed="joint with a rule for ranks",
                 next_step="give ranks, as 'measured' (--no-promise), or carry out a plan with joint sites",
             )
-        if ranks.latencies is not None:
-            latencies_of(ranks.latencies)
-        if ranks.latencies is not None and ranks.cost != "latency" and data:
+        if ranks.backend is not None:
+            backend_of(ranks.backend)
+        if ranks.backend is not None and ranks.cost != "latency" and data:
             raise InputError(
-                f"latencies with cost={ranks.cost!r} and calibration data, for which nothing is timed",
-                allowed="latencies with cost='latency'",
+                f"a backend with cost={ranks.cost!r} and calibration data, for which nothing is timed",
+                allowed="a backend with cost='latency'",
                 next_step="leave one of them out",
             )
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 
 from surgery.errors import InputError
-from surgery.kinds.registry import Model
+from surgery.kinds.registry import Model, kind_of
 from surgery.passes.confidence import beyond
 from surgery.plans.goal import Metric
 from surgery.runtime.compare import evaluating
@@ -24,7 +23,7 @@ def scores_of(model: Model, evaluate: Metric) -> Tensor:
     Raises:
         InputError: the function fails, or returns neither a finite number nor a tensor (samples,) of them.
     """
-    module = model.module() if isinstance(model, ExportedProgram) else model
+    module = kind_of(model).runnable(model)
     try:
         with torch.no_grad(), evaluating(module):
             found = torch.as_tensor(evaluate(module)).detach().double().cpu()

@@ -11,10 +11,12 @@ from typing import Any
 
 from surgery.algebra.chain import Chain
 from surgery.data.batch_norm import feeds_batch_norm
-from surgery.data.inputs import Inputs
-from surgery.kinds.base import Found, GraphKind
-from surgery.kinds.fx.chains import ChainSpot
-from surgery.kinds.registry import Model, open_graph
+from surgery.kinds.base import OpenModel
+from surgery.kinds.inputs import Inputs
+from surgery.kinds.registry import Model, open_model
+from surgery.sites.edit import Replace
+from surgery.sites.find import find
+from surgery.sites.placement import Found
 from surgery.sites.site import Site, Skip, Totals
 
 __all__ = ["Original", "Spliced"]
@@ -37,11 +39,11 @@ class Original:
 
     def __init__(self, model: Model, inputs: Inputs, *, copies: bool = False) -> None:
         self.model, self.inputs = model, inputs
-        self._graph = open_graph(model, *inputs, copies=copies)
+        self._opened = open_model(model, inputs, copies=copies)
         self._unused = copies
-        self.found: Found = self._graph.find()
-        self._spots = {spot.site.name: spot for spot in self.found.spots}
-        self.sites: Mapping[str, Site] = {name: spot.site for name, spot in self._spots.items()}
+        self.found: Found = find(self._opened.flow)
+        self._placements = {placement.site.name: placement for placement in self.found.placements}
+        self.sites: Mapping[str, Site] = {name: placement.site for name, placement in self._placements.items()}
 
     @property
     def skips(self) -> tuple[Skip, ...]:
@@ -55,37 +57,37 @@ class Original:
 
     def sources(self, site: str) -> tuple[object, ...]:
         """Return the values that a site reads, one for each call."""
-        return tuple(call.source for call in self._spots[site].calls)
+        return tuple(call.source for call in self._placements[site].calls)
 
     def feeds_batch_norm(self, site: str) -> bool:
         """Whether all that a site puts out goes into batch norms, which take up its mean."""
-        return feeds_batch_norm(self._graph, self._spots[site])
+        return feeds_batch_norm(self._opened.flow, self._placements[site])
 
     def with_chains(self, chains: Mapping[str, Chain], *, inplace: bool = False) -> Any:
         """Return a copy of the model, or the model itself, with these chains in the places of their sites."""
-        graph = open_graph(self.model, *self.inputs, copies=not inplace, inplace=inplace)
-        _splice(graph, graph.find(), chains)
-        return graph.finish()
+        opened = open_model(self.model, self.inputs, copies=not inplace, inplace=inplace)
+        _splice(opened, find(opened.flow), chains)
+        return opened.finish()
 
     def spliced(self, chains: Mapping[str, Chain], *, inplace: bool = False) -> Spliced:
         """Return a copy of the model, or the model itself, with those chains that were seen to run in it."""
-        graph, found = self._take(inplace=inplace)
-        _splice(graph, found, chains)
-        refused = graph.verify()
-        return Spliced(graph.finish(), refused)
+        opened, found = self._take(inplace=inplace)
+        _splice(opened, found, chains)
+        refused = opened.verify()
+        return Spliced(opened.finish(), refused)
 
-    def _take(self, *, inplace: bool) -> tuple[GraphKind, Found]:
-        """Return a graph that may be changed, and what was found in it."""
+    def _take(self, *, inplace: bool) -> tuple[OpenModel, Found]:
+        """Return an open model that may be changed, and what was found in it."""
         if self._unused and not inplace:
             self._unused = False
-            return self._graph, self.found
-        graph = open_graph(self.model, *self.inputs, copies=not inplace, inplace=inplace)
-        return graph, graph.find()
+            return self._opened, self.found
+        opened = open_model(self.model, self.inputs, copies=not inplace, inplace=inplace)
+        return opened, find(opened.flow)
 
 
-def _splice(graph: GraphKind, found: Found, chains: Mapping[str, Chain]) -> None:
+def _splice(opened: OpenModel, found: Found, chains: Mapping[str, Chain]) -> None:
     """Put chains in the places of their sites; what is a chain already is made an operator first."""
-    spots = {spot.site.name: spot for spot in found.spots}
-    spots |= graph.reopen([spot for spot in found.spots if isinstance(spot, ChainSpot) and spot.site.name in chains])
+    places = {placement.site.name: placement for placement in found.placements}
+    places |= opened.reopen([p for name, p in places.items() if p.chain is not None and name in chains])
     for name, chain in chains.items():
-        graph.splice(spots[name], chain)
+        opened.apply(Replace(places[name], chain))

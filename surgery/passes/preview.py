@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from surgery.data.inputs import normalise_inputs
 from surgery.errors import InputError, only_own_errors
+from surgery.kinds.inputs import normalise_inputs
 from surgery.kinds.registry import Model
 from surgery.passes.fitter import FitOptions
-from surgery.passes.instruments import instruments_of, latencies_of
+from surgery.passes.instruments import backend_of, instruments_of
 from surgery.passes.job import Asked, Job, Joint, Selection, read_job
 from surgery.passes.original import Original
 from surgery.passes.result_of import result_of
@@ -56,7 +56,7 @@ def plan(
     solver: str = "auto",
     calibration: Any = None,
     groups: int | None = None,
-    latencies: Any = None,
+    backend: Any = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Return the plan that ``decompose`` would carry out, and change nothing.
@@ -68,7 +68,7 @@ def plan(
         model, example_inputs, factorization, include, exclude, joint, progress: as ``decompose`` takes them.
         ranks: a rule, or a ``Goal``; "measured" keeps a chain where it is measured faster than the site.
         solver, calibration, groups: how factors are fitted on the way to a goal. Rules do not look at data.
-        latencies: measures the latency of each site and of its chain, for the plan; a goal brings its own.
+        backend: measures the latency of each site and of its chain, for the plan; a goal has its own.
 
     Raises:
         InputError: arguments that cannot be used, or not together, with what is allowed.
@@ -81,10 +81,10 @@ def plan(
         _refuse_data(calibration, solver)
     job = read_job(model, example_inputs, ranks, selection, fits, calibration=calibration, progress=progress)
     if isinstance(job.ranks, Goal):
-        _refuse_latencies(latencies)
+        _refuse_backend(backend)
         proposal, _ = propose(job, job.ranks, instruments_of(job.ranks), Original(job.model, job.inputs))
         return proposal.plan
-    return _ruled(job, latencies)[1]
+    return _ruled(job, backend)[1]
 
 
 @only_own_errors
@@ -97,7 +97,7 @@ def preview(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     joint: Joint = (),
-    latencies: Any = None,
+    backend: Any = None,
     progress: Progress | None = None,
 ) -> DecomposeResult[_Model]:
     """Return what ``decompose`` would do by a rule or a plan, with predicted errors, and the model as it is.
@@ -110,16 +110,16 @@ def preview(
     if isinstance(job.ranks, Goal):
         what = f"preview of the promise {job.ranks}, which is known by building models"
         raise InputError(what, allowed="a rule or a plan", next_step="say 'measured', or call plan or decompose")
-    original, found = _ruled(job, latencies)
+    original, found = _ruled(job, backend)
     errors = {d.site: d.error or 0.0 for d in found if not d.dense}
     return result_of(model, found, errors, original)
 
 
-def _ruled(job: Job, latencies: Any) -> tuple[Original, Plan]:
+def _ruled(job: Job, backend: Any) -> tuple[Original, Plan]:
     assert not isinstance(job.ranks, Goal)  # the callers have seen to it
     original = Original(job.model, job.inputs)
-    measuring = None if latencies is None else latencies_of(latencies)
-    return original, plan_for(original, job.ranks, job.selection, latencies=measuring, progress=job.progress)
+    measuring = None if backend is None else backend_of(backend)
+    return original, plan_for(original, job.ranks, job.selection, backend=measuring, progress=job.progress)
 
 
 def _refuse_data(calibration: Any, solver: str) -> None:
@@ -132,10 +132,10 @@ def _refuse_data(calibration: Any, solver: str) -> None:
         )
 
 
-def _refuse_latencies(latencies: Any) -> None:
-    if latencies is not None:
+def _refuse_backend(backend: Any) -> None:
+    if backend is not None:
         raise InputError(
-            "latencies with a Goal, which brings its own",
-            allowed="latencies with a rule or a plan",
-            next_step="give them to the goal, as Goal.error(0.05, latencies=...)",
+            "a backend with a Goal, which has its own",
+            allowed="a backend with a rule or a plan",
+            next_step="give it to the goal, as Goal.error(0.05, backend=...)",
         )

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from torch import nn
-from torch.fx import GraphModule
-
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
 from surgery.errors import Refusal
 from surgery.factorizations import fitting
+from surgery.kinds.registry import kind_of
 from surgery.passes.original import Original
 from surgery.sites.site import FactoredSite
 
@@ -22,7 +20,7 @@ def unreached(original: Original, names: Collection[str]) -> Mapping[str, str]:
 
     Graphs say themselves what runs; of them none is refused here.
     """
-    if not isinstance(original.model, nn.Module) or isinstance(original.model, GraphModule):
+    if kind_of(original.model).says_what_runs():
         return {}
     sites = (original.sites[name] for name in names)
     chains = {site.name: _least(site.operator) for site in sites if not isinstance(site, FactoredSite)}

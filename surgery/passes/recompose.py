@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from surgery.data.inputs import normalise_inputs
 from surgery.errors import only_own_errors
 from surgery.files.pretrained import note_record
-from surgery.kinds.base import AnyRun
-from surgery.kinds.layers.unpacking import check_inplace
-from surgery.kinds.registry import Model, open_graph
-from surgery.sites.site import Skip, describe
+from surgery.kinds.inputs import normalise_inputs
+from surgery.kinds.registry import Model, check_inplace, open_model
+from surgery.sites.edit import Fuse
+from surgery.sites.fusable import fusable
+from surgery.sites.placement import Fusable
+from surgery.sites.site import Skip
 from surgery.system.tables import table
 from surgery.text import change, count, shown
 
@@ -81,23 +82,23 @@ def recompose(
     """
     if inplace:
         check_inplace(model)
-    graph = open_graph(
-        model, *normalise_inputs(example_inputs), copies=not inplace, inplace=inplace, known=not everything
+    graph = open_model(
+        model, normalise_inputs(example_inputs), copies=not inplace, inplace=inplace, known=not everything
     )
-    runs, skips = graph.runs(everything=everything)
-    for run in runs:
-        graph.put_back(run)
+    chains, skips = fusable(graph.flow, everything=everything)
+    for chain in chains:
+        graph.apply(Fuse(chain))
     back = graph.finish()
     note_record(back)
-    return RecomposeResult(back, tuple(_fusion(run, graph.notes) for run in runs), tuple(skips))
+    return RecomposeResult(back, tuple(_fusion(chain, graph.notes) for chain in chains), tuple(skips))
 
 
-def _fusion(run: AnyRun, notes: Mapping[str, str]) -> Fusion:
+def _fusion(chain: Fusable, notes: Mapping[str, str]) -> Fusion:
     return Fusion(
-        site=run.sites[0],
-        operator=describe(run.operators[0]),
-        parts=run.parts,
-        parameters_before=run.parameters_before,
-        parameters=run.operators[0].parameters,
-        note=notes.get(run.sites[0], ""),
+        site=chain.sites[0],
+        operator=chain.operators[0].description,
+        parts=chain.weights,
+        parameters_before=chain.parameters,
+        parameters=chain.operators[0].parameters,
+        note=notes.get(chain.sites[0], ""),
     )

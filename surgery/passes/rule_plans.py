@@ -7,7 +7,9 @@ from dataclasses import replace
 
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
-from surgery.cost.onnxruntime.latency import Latencies, channel_multiple
+from surgery.algebra.stack import stack_key
+from surgery.cost.base import Backend
+from surgery.cost.registry import make_backend
 from surgery.errors import CheckError, InputError
 from surgery.factorizations import named
 from surgery.passes.factoring import split_chain
@@ -19,7 +21,6 @@ from surgery.plans.joining import check_groups, join, joint_groups
 from surgery.plans.plan import Decision, Plan
 from surgery.plans.planner import Progress
 from surgery.plans.rules import RankSpec
-from surgery.sites.joint import form
 from surgery.sites.site import FactoredSite, Site, select
 
 __all__ = ["plan_for"]
@@ -30,10 +31,10 @@ def plan_for(
     ranks: RankSpec | Plan,
     selection: Selection,
     *,
-    latencies: Latencies | None = None,
+    backend: Backend | None = None,
     progress: Progress,
 ) -> Plan:
-    """Return the plan for a model, one decision for each site; latencies are measured where there is what does it.
+    """Return the plan for a model, one decision for each site; a backend measures its latencies.
 
     The rule "measured" measures in any case.
     """
@@ -42,13 +43,14 @@ def plan_for(
         left_out = select(list(original.sites), selection.include, selection.exclude)
         plan = complete_plan(_without_skips(_narrow(ranks, left_out), original), sites, original.totals)
     else:
-        if latencies is None and ranks == "measured":
-            latencies = Latencies()
+        if backend is None and ranks == "measured":
+            backend = make_backend()
         joint = _groups(original, selection.joint)
         rule = ByRule(ranks, selection.factorization, selection.include, selection.exclude, joint)
         skipped = [skip.name for skip in original.skips]
-        plan = rule.plan(sites, ModelFacts(original.totals, skipped, latencies, channel_multiple(), progress))
-    return plan if latencies is None else _measure(plan, sites, latencies, progress)
+        multiple = None if backend is None else backend.channel_multiple
+        plan = rule.plan(sites, ModelFacts(original.totals, skipped, backend, multiple, progress))
+    return plan if backend is None else _measure(plan, sites, backend, progress)
 
 
 def _groups(original: Original, joint: Joint) -> Sequence[Sequence[str]]:
@@ -61,11 +63,11 @@ def _groups(original: Original, joint: Joint) -> Sequence[Sequence[str]]:
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, site in original.sites.items():
         if not isinstance(site, FactoredSite):
-            groups.setdefault((original.sources(name), form(site.operator)), []).append(name)
+            groups.setdefault((original.sources(name), stack_key(site.operator)), []).append(name)
     return [names for names in groups.values() if len(names) > 1]
 
 
-def _measure(plan: Plan, sites: Sequence[Site], latencies: Latencies, progress: Progress) -> Plan:
+def _measure(plan: Plan, sites: Sequence[Site], backend: Backend, progress: Progress) -> Plan:
     """Fill in the latencies of the factored sites that have none yet.
 
     What joint sites share runs once: its time is that of the first of them.
@@ -76,12 +78,12 @@ def _measure(plan: Plan, sites: Sequence[Site], latencies: Latencies, progress: 
         progress("measure", done, len(units))
         for number, (site, chain) in enumerate(zip(unit.members, _skeletons(unit, plan[unit.name]), strict=True)):
             dense_step, chain_step = site.placed(site.operator), site.placed(chain)
-            times = [latencies.compare(dense_step, chain_step, shape) for shape in site.input_shapes]
+            times = [backend.compare(dense_step, chain_step, shape) for shape in site.input_shapes]
             dense, after = sum(t.dense_s for t in times), sum(t.chain_s for t in times)
             if number:
                 last = max(i for i, step in enumerate(chain.steps) if isinstance(step, Operator))
                 shared, own = (replace(chain, steps=part) for part in (chain.steps[:last], chain.steps[last:]))
-                after = sum(latencies.measure(site.placed(own), shared.out_shape(shape)) for shape in site.input_shapes)
+                after = sum(backend.measure(site.placed(own), shared.out_shape(shape)) for shape in site.input_shapes)
             plan = plan.replaced(replace(plan[site.name], dense_latency=dense, latency=after))
     return plan
 

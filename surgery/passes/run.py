@@ -82,7 +82,7 @@ def propose(
         left_out = select(list(original.sites), job.selection.include, job.selection.exclude)
         reasons = {name: reason for name, reason in left_out.items() if reason is not None}
         return _searched(job, goal, instruments, original, _Shown(job.samples, reasons))
-    ruled = plan_for(original, "measured", job.selection, latencies=instruments.latencies, progress=job.progress)
+    ruled = plan_for(original, "measured", job.selection, backend=instruments.backend, progress=job.progress)
     if all(decision.dense for decision in ruled):
         return _nothing_shown(ruled, goal, "no site has a chain that measured faster"), None
     made = stand_in(original.model, original.inputs, original.found, progress=job.progress)
@@ -120,14 +120,13 @@ def _searched(
     clock = Clock(
         job.model,
         job.inputs,
-        instruments.latencies,
+        instruments.backend,
         instruments.open_timer,
         run_s=instruments.seconds,
         progress=job.progress,
     )
-    pricing = Pricing(
-        _prices(goal, instruments, shown.ruled), job.selection.factorization, instruments.multiple, shown.ruled
-    )
+    prices, multiple = _prices(goal, instruments, shown.ruled), instruments.backend.channel_multiple
+    pricing = Pricing(prices, job.selection.factorization, multiple, shown.ruled)
     planner = ByPromise(goal, pricing, instruments.margin, job.progress)
     known = PromiseEvidence(original, evidence, fitter, clock, reasons)
     return planner.propose(list(original.sites.values()), known), known
@@ -136,7 +135,7 @@ def _searched(
 def _prices(goal: Goal, instruments: Instruments, ruled: Plan | None) -> Prices:
     if goal.cost != "latency":
         return Counted(goal.cost)
-    return Measured(instruments.latencies) if ruled is None else Ruled(ruled)
+    return Measured(instruments.backend) if ruled is None else Ruled(ruled)
 
 
 def _nothing_shown(ruled: Plan, goal: Goal, reason: str) -> Proposal:

@@ -90,7 +90,7 @@ def gather(original: Original, samples: Calibration, sites: Collection[str] | No
     model = original.model
     macs = original.totals.macs / samples_in(model, original.inputs)
     samples = samples.affordable(macs)
-    norms = NormWatch(model)
+    norms = NormWatch()
     moments = collect(model, samples, sites=sites, progress=progress, beside=norms)
     with suppress(InputError):  # what cannot be differentiated is fitted without: all errors of an output count alike
         moments = with_sensitivity(model, samples.affordable(_BACKWARD * macs, least=1), moments, progress=progress)

@@ -10,7 +10,7 @@ import torch
 
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
-from surgery.cost.onnxruntime.latency import Comparison
+from surgery.cost.base import Comparison
 from surgery.factorizations import Ranks, named
 from surgery.passes.clock import Clock
 from surgery.passes.damages import Damages
@@ -43,7 +43,7 @@ class Speeds:
             return _comparison(self._clock.time(self._sketch(chosen), goal=goal))
 
         changes = [[o.site, o.factorization, list(o.ranks or ())] for o in chosen if o.factorization is not None]
-        found = self._clock.latencies.recall(
+        found = self._clock.backend.recall(
             Comparison,
             self._clock.structure | {"changes": changes},
             measure,

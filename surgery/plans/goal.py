@@ -32,8 +32,8 @@ class Goal:
     """One promise. Make it with ``Goal.error``, ``Goal.speedup`` or ``Goal.drop``, and give it as ``ranks``.
 
     ``limit`` is the largest error or drop, or the least speed-up. ``metric(module)`` returns a number or the score of
-    each sample; higher is better. ``cost`` says what is to be low. ``latencies`` measures layers and, with its threads
-    and its cache, whole models; None is ``Latencies()``.
+    each sample; higher is better. ``cost`` says what is to be low. ``backend`` measures layers and whole models; None
+    is ``make_backend()``, onnxruntime with its cache on disk.
 
     >>> Goal.error(0.1), str(Goal.speedup(1.5))
     (Goal(kind='max_error', limit=0.1), 'target_speedup=1.5')
@@ -44,7 +44,7 @@ class Goal:
     metric: Metric | None = None
     cost: Cost = "latency"
     best_effort: bool = False
-    latencies: Latencies | None = None
+    backend: Latencies | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(GoalKind):
@@ -79,14 +79,14 @@ class Goal:
         *,
         metric: Metric | None = None,
         cost: Cost = "latency",
-        latencies: Latencies | None = None,
+        backend: Latencies | None = None,
     ) -> Goal:
         """Return the goal of a relative output error of at most ``limit``; a ``metric`` is only measured.
 
         Raises:
             InputError: a limit that is not above 0, or an unknown cost.
         """
-        return cls("max_error", limit, metric, cost, latencies=latencies)
+        return cls("max_error", limit, metric, cost, backend=backend)
 
     @classmethod
     def speedup(
@@ -95,7 +95,7 @@ class Goal:
         *,
         best_effort: bool = False,
         metric: Metric | None = None,
-        latencies: Latencies | None = None,
+        backend: Latencies | None = None,
     ) -> Goal:
         """Return the goal of a whole model at least ``target`` times as fast, with the least output error.
 
@@ -104,7 +104,7 @@ class Goal:
         Raises:
             InputError: a target below 1.
         """
-        return cls("target_speedup", target, metric, best_effort=best_effort, latencies=latencies)
+        return cls("target_speedup", target, metric, best_effort=best_effort, backend=backend)
 
     @classmethod
     def drop(
@@ -113,7 +113,7 @@ class Goal:
         metric: Metric,
         *,
         cost: Cost = "latency",
-        latencies: Latencies | None = None,
+        backend: Latencies | None = None,
     ) -> Goal:
         """Return the goal of a metric, ``metric(module)``, higher is better, that falls by at most ``limit``.
 
@@ -122,7 +122,7 @@ class Goal:
         Raises:
             InputError: a limit below 0, or a metric that cannot be called.
         """
-        return cls("max_drop", limit, metric, cost, latencies=latencies)
+        return cls("max_drop", limit, metric, cost, backend=backend)
 
     def __repr__(self) -> str:
         """Return the kind and the limit, with what else is not as usual."""

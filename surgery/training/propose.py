@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.cost.onnxruntime.latency import channel_multiple
-from surgery.data.inputs import normalise_inputs
+from surgery.cost.registry import make_backend
+from surgery.kinds.inputs import normalise_inputs
 from surgery.kinds.layers.unpacking import packed_parameter
 from surgery.passes.decompose import decompose
 from surgery.passes.preview import find_sites
@@ -139,8 +139,9 @@ def propose(
     start = time.perf_counter()
     sites = sites_of(root, example_inputs)
     plans: dict[bool, Plan] = {}
+    multiple = make_backend().channel_multiple
     for channels_last in formats:
-        rule = TrainingRanks(log, PassTimer(channels_last), channel_multiple()) if sought.automatic else None
+        rule = TrainingRanks(log, PassTimer(channels_last), multiple) if sought.automatic else None
         plan = ForTraining(sought).plan(sites, TrainingEvidence(untrained, rule))
         plans[channels_last] = _worthwhile(plan) if sought.automatic else plan
     factored = {form: plan for form, plan in plans.items() if not all(decision.dense for decision in plan)}

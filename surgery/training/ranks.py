@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from surgery.cost.onnxruntime.timing import Samples, compare_samples
+from surgery.cost.timing import Samples, compare_samples
 from surgery.errors import Refusal
 from surgery.factorizations import Ranks
 from surgery.plans.candidates import Candidate, Choice, say_ranks

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from surgery.algebra.operators import Conv, Embedding, Geometry, Linear, Operator
+from surgery.algebra.operators import Conv, Embedding, Layout, Linear, Operator
 from surgery.errors import Refusal
+from surgery.kinds.layers.geometry import conv_geometry
 
-__all__ = ["Parts", "conv_geometry", "is_aten", "read_call", "stored_weight", "transposed_source", "write_call"]
+__all__ = ["Parts", "is_aten", "read_call", "transposed_source", "write_call"]
 
 aten = torch.ops.aten
 
@@ -97,7 +98,7 @@ class Parts:
     weight: Node
     bias: Node | None
     build: Callable[[Tensor, Tensor | None], Operator | Refusal]
-    stored: str = "out_in"
+    stored: Layout = "out_in"
 
 
 def transposed_source(node: Node) -> Node | None:
@@ -108,11 +109,6 @@ def transposed_source(node: Node) -> Node | None:
     if wanted is None or not isinstance(node.args[0], Node):
         return None
     return node.args[0] if tuple(node.args[1:]) == wanted and not node.kwargs else None
-
-
-def stored_weight(operator: Operator, stored: str) -> Tensor:
-    """Return the weight as the graph stores it."""
-    return operator.weight.t().contiguous() if stored == "in_out" else operator.weight
 
 
 def _read_embedding(node: Node) -> Parts | Refusal | None:
@@ -149,7 +145,7 @@ def read_call(node: Node) -> Parts | Refusal | None:
 
 
 def _linear_parts(names: tuple[str, ...], source: Node, weight: Node, bias: Node | None) -> Parts:
-    stored = "out_in" if names is _LINEAR else "in_out"
+    stored: Layout = "out_in" if names is _LINEAR else "in_out"
     origin = transposed_source(weight)
     if origin is not None:
         weight, stored = origin, "in_out" if stored == "out_in" else "out_in"
@@ -180,46 +176,13 @@ def _build_conv(values: dict[str, Any], dims: int | None, weight: Tensor, bias: 
     return Conv(weight, geometry, groups, bias=bias)
 
 
-def conv_geometry(
-    kernel_size: tuple[int, ...],
-    *,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    output_padding: Any,
-    transposed: bool,
-    padding_mode: str = "zeros",
-) -> Geometry | Refusal:
-    """Return the geometry that torch's arguments (numbers, sequences, 'same', 'valid') mean, or why there is none."""
-    dims = len(kernel_size)
-    spread = [_spread(value, dims) for value in (stride, dilation, output_padding)]
-    if any(value is None for value in spread):
-        return Refusal("its stride, dilation or output padding is computed by the graph")
-    strides, dilations, output_paddings = (value or () for value in spread)
-    if isinstance(padding, str):
-        spans = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, kernel_size, strict=True)]
-        pads = tuple((span // 2, span - span // 2) for span in spans)
-    else:
-        sides = _spread(padding, dims)
-        if sides is None:
-            return Refusal("its padding is computed by the graph")
-        pads = tuple((side, side) for side in sides)
-    return Geometry(strides, pads, dilations, output_paddings, transposed, padding_mode)
-
-
-def _spread(value: Any, dims: int) -> tuple[int, ...] | None:
-    values = tuple(value) if isinstance(value, list | tuple) else (value,)
-    values = values * dims if len(values) == 1 else values
-    return values if len(values) == dims and all(isinstance(v, int) for v in values) else None
-
-
 def is_aten(node: Node) -> bool:
     """Whether the node calls an ATen operator."""
     return isinstance(node.target, torch._ops.OpOverload)
 
 
 def write_call(
-    graph: Graph, operator: Operator, *, source: Node, weight: Node, bias: Node | None, style: Node, stored: str
+    graph: Graph, operator: Operator, *, source: Node, weight: Node, bias: Node | None, style: Node, stored: Layout
 ) -> Node:
     """Insert the call of an operator at the graph's insertion point, in the style (torch or ATen) of another call."""
     aten_style = is_aten(style)

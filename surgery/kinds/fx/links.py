@@ -1,7 +1,7 @@
-"""Links in fx graphs: the nodes and modules that are steps of a chain without a weight matrix, read and written.
+"""Reshapes in fx graphs: the function calls that are steps of a chain without a weight matrix, read and written.
 
-What ``write_link`` and ``build_link`` make, ``read_link`` and ``read_link_module`` read; so they do a view or reshape
-that others made, whose sizes say that it splits or joins axes.
+What ``write_link`` makes, ``read_link`` reads. It also reads a view or reshape of others whose sizes say that it
+splits or joins axes.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.fx import Graph, Node
 
 from surgery.algebra.steps import Flatten, Link, Transpose, Unflatten
-from surgery.kinds.layers import steps as layers
+from surgery.kinds.layers.links import read_flatten, read_transpose, read_unflatten
 
-__all__ = ["build_link", "is_link_module", "read_link", "read_link_module", "write_link"]
+__all__ = ["read_link", "write_link"]
 
 aten = torch.ops.aten
 
@@ -25,24 +24,10 @@ _FLATTEN = (torch.flatten, aten.flatten.using_ints)
 _TRANSPOSE = (torch.transpose, aten.transpose.int)
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _MAKE: dict[Any, Callable[..., Link | None]] = {
-    **dict.fromkeys(_UNFLATTEN, lambda dim, sizes: _unflatten(dim, sizes)),
-    **dict.fromkeys(_FLATTEN, lambda start=0, end=-1: _flatten(start, end)),
-    **dict.fromkeys(_TRANSPOSE, lambda first, second: _transpose(first, second)),
+    **dict.fromkeys(_UNFLATTEN, lambda dim, sizes: read_unflatten(dim, sizes)),
+    **dict.fromkeys(_FLATTEN, lambda start=0, end=-1: read_flatten(start, end)),
+    **dict.fromkeys(_TRANSPOSE, lambda first, second: read_transpose(first, second)),
 }
-
-
-def _unflatten(dim: Any, sizes: Any) -> Link | None:
-    whole = all(isinstance(size, int) and size > 0 for size in sizes)
-    return Unflatten(dim, tuple(sizes)) if isinstance(dim, int) and dim < 0 and whole else None
-
-
-def _flatten(start: Any, end: Any) -> Link | None:
-    return Flatten(start, end) if isinstance(start, int) and start < end < 0 else None
-
-
-def _transpose(first: Any, second: Any) -> Link | None:
-    both = isinstance(first, int) and isinstance(second, int) and first < 0 and second < 0
-    return Transpose(min(first, second), max(first, second)) if both else None
 
 
 def read_link(node: Node) -> Link | None:
@@ -67,8 +52,8 @@ def _read_view(node: Node, source: Node) -> Link | None:
     head = min(_common(before, after), min(len(before), len(after)) - tail)
     old, new = before[head : len(before) - tail], after[head : len(after) - tail]
     if len(old) == 1 and len(new) > 1:
-        return _unflatten(-1 - tail, new)
-    return _flatten(-tail - len(old), -1 - tail) if len(new) == 1 and len(old) > 1 else None
+        return read_unflatten(-1 - tail, new)
+    return read_flatten(-tail - len(old), -1 - tail) if len(new) == 1 and len(old) > 1 else None
 
 
 def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
@@ -87,29 +72,4 @@ def write_link(graph: Graph, step: Link, source: Node, *, is_aten: bool) -> Node
         return graph.call_function(_FLATTEN[is_aten], (source, step.start, step.end))
     if isinstance(step, Transpose):
         return graph.call_function(_TRANSPOSE[is_aten], (source, step.first, step.second))
-    raise TypeError(f"{type(step).__name__} is no reshape")
-
-
-def is_link_module(module: nn.Module) -> bool:
-    """Whether the module's class is one of a step without a weight matrix."""
-    return type(module) in (nn.Unflatten, nn.Flatten, layers.Transpose, layers.Shift)
-
-
-def read_link_module(module: nn.Module) -> Link | None:
-    """Return the reshape or transpose that a module is, or None for any other module (a shift has a parameter)."""
-    if type(module) is nn.Unflatten:
-        return _unflatten(module.dim, module.unflattened_size)
-    if type(module) is nn.Flatten:
-        return _flatten(module.start_dim, module.end_dim)
-    return Transpose(module.first, module.second) if type(module) is layers.Transpose else None
-
-
-def build_link(step: Link) -> nn.Module:
-    """Return the module of a reshape or transpose."""
-    if isinstance(step, Unflatten):
-        return nn.Unflatten(step.dim, step.sizes)
-    if isinstance(step, Flatten):
-        return nn.Flatten(step.start, step.end)
-    if isinstance(step, Transpose):
-        return layers.Transpose(step.first, step.second)
     raise TypeError(f"{type(step).__name__} is no reshape")

@@ -12,22 +12,22 @@ from torch import Tensor, nn
 
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
-from surgery.errors import CheckError, Refusal
-from surgery.kinds.fx.items import Item, all_calls
-from surgery.kinds.fx.runs import Run
-from surgery.kinds.fx.view import Call, Spot
+from surgery.errors import CheckError
 from surgery.kinds.layers.carried import CARRIED, OWN, carry, is_watched
 from surgery.kinds.layers.factored import build_factored
 from surgery.kinds.layers.modules import build_module, is_operator_module, replace_module
 from surgery.kinds.layers.within import Within, within_of
+from surgery.kinds.lazy import Lazy
+from surgery.sites.flow import Layers, Unseen
+from surgery.sites.fusable import is_whole_sequential
+from surgery.sites.placement import FusableChain, Part, calls_of
+from surgery.sites.site import Site
 
 __all__ = [
     "Replaced",
     "Shared",
     "fuse_modules",
-    "is_whole_sequential",
-    "refuse_hooks",
-    "refuse_outside",
+    "layers_of",
     "splice_modules",
     "swap_references",
 ]
@@ -37,17 +37,17 @@ Shared = dict[int, tuple[Tensor, nn.Parameter]]  # by the id of a factor: itself
 Replaced = dict[nn.Module, nn.Module]  # what took the place of what
 
 
-def splice_modules(root: nn.Module, spot: Spot, chain: Chain, shared: Shared) -> Replaced:
+def splice_modules(root: nn.Module, site: Site, chain: Chain, shared: Shared) -> Replaced:
     """Replace the module at each name of a site by that of its chain; tied modules share its weights, not its bias.
 
     A factor that is the same tensor as one of an earlier chain in ``shared`` becomes the same parameter.
     """
     made: Replaced = {}
-    before, after = spot.site.operator.bias, chain.bias
+    before, after = site.operator.bias, chain.bias
     moved = None
     if before is not None and after is not None and not before.is_meta:  # a site that is cut again has no numbers
         moved = None if torch.equal(before, after) else (after - before).detach()
-    for path in (spot.site.name, *spot.site.aliases):
+    for path in (site.name, *site.aliases):
         module = root.get_submodule(path)
         if not is_operator_module(module):
             continue
@@ -60,7 +60,7 @@ def splice_modules(root: nn.Module, spot: Spot, chain: Chain, shared: Shared) ->
             made[module] = new
         replace_module(root, path, made[module])
     if not made:
-        raise CheckError(f"no layer at {spot.site.name} could be replaced by its chain")
+        raise CheckError(f"no layer at {site.name} could be replaced by its chain")
     return made
 
 
@@ -94,8 +94,8 @@ def _swapped(value: Any, replaced: Mapping[nn.Module, nn.Module]) -> Any:
     return value
 
 
-def fuse_modules(root: nn.Module, run: Run) -> Replaced:
-    """Replace a run's modules by one: in the place of their nn.Sequential, or of the first of them."""
+def fuse_modules(root: nn.Module, run: FusableChain, layers: Layers) -> Replaced:
+    """Replace the modules of a chain by one: in the place of their nn.Sequential, or of the first of them."""
     made: dict[int, nn.Module] = {}
     replaced: Replaced = {}
     paths = {tuple(str(item.path) for item in items): i for i, items in enumerate(run.rows)}
@@ -105,7 +105,7 @@ def fuse_modules(root: nn.Module, run: Run) -> Replaced:
         _keep_flags(new, [root.get_submodule(path) for path in modules])
         if made:
             _share_weights(next(iter(made.values())), new)
-        if is_whole_sequential(root, modules):
+        if is_whole_sequential(layers, modules):
             old = root.get_submodule(parent)
             carry(new, old, own=old._modules)
             for alias, module in list(root.named_modules(remove_duplicate=False)):
@@ -130,39 +130,27 @@ def _keep_flags(new: nn.Module, old: Sequence[nn.Module]) -> None:
         parameter.requires_grad_(any(part.requires_grad for part in parts))
 
 
-def _last_module(root: nn.Module, items: Sequence[Item]) -> nn.Module:
-    return root.get_submodule(str(all_calls(items)[-1].path))
+def _last_module(root: nn.Module, items: Sequence[Part]) -> nn.Module:
+    return root.get_submodule(str(calls_of(items)[-1].path))
 
 
-def is_whole_sequential(root: nn.Module, paths: Sequence[str]) -> bool:
-    """Whether these modules are all the children of one container below the root, in order."""
-    parent = paths[0].rpartition(".")[0]
-    if not parent or type(root.get_submodule(parent)) not in (nn.Sequential, nn.Module):  # fx makes plain containers
-        return False
-    children = [f"{parent}.{name}" for name, _ in root.get_submodule(parent).named_children()]
-    return children == list(paths)
+def layers_of(root: nn.Module, *, alone: bool = False, unseen: tuple[Unseen, ...] = ()) -> Layers:
+    """Return what a flow says of the modules below a root, by path."""
+    modules = dict(root.named_modules(remove_duplicate=False))
+    plain = {path: module for path, module in modules.items() if type(module) in (nn.Sequential, nn.Module)}
+    children = {
+        path: tuple(f"{path}.{name}" for name, _ in module.named_children()) for path, module in plain.items() if path
+    }
+    return Layers(children, Lazy(modules, lambda path: _bound(modules[path])), alone, unseen)
 
 
-def refuse_outside(runs: Sequence[Sequence[Item]], calls: Sequence[Call]) -> Refusal | None:
-    """Refuse runs whose modules are also called outside of them."""
-    inside = {call.node for run in runs for call in all_calls(run)}
-    paths = {call.path for run in runs for call in all_calls(run) if call.path is not None}
-    strangers = sorted({str(c.path) for c in calls if c.path in paths and c.node not in inside})
-    return Refusal(f"{', '.join(strangers)} is also called outside of the chain") if strangers else None
-
-
-def refuse_hooks(root: nn.Module, runs: Sequence[Sequence[Item]]) -> Refusal | None:
-    """Refuse runs of modules on which something is hooked, which may change the value between them."""
-    paths = sorted({str(item.path) for run in runs for item in run if item.path is not None})
-    watched = [path for path in paths if any(map(is_watched, root.get_submodule(path).modules()))]
-    if watched:
-        return Refusal(f"{watched[0]} has a hook, or a forward of its own")
-    layers = [(path, root.get_submodule(path)) for path in paths]
-    more = [path for path, layer in layers if is_operator_module(layer) and _has_more(layer)]
-    if more:
-        return Refusal(f"{more[0]} has parameters, buffers or children of its own")
-    around = [path for path, layer in layers if isinstance(within_of(layer), Within)]
-    return Refusal(f"{around[0]} does more than its operator") if around else None
+def _bound(module: nn.Module) -> str | None:
+    """Return why a module cannot become part of another, or None."""
+    if any(map(is_watched, module.modules())):
+        return "has a hook, or a forward of its own"
+    if is_operator_module(module) and _has_more(module):
+        return "has parameters, buffers or children of its own"
+    return "does more than its operator" if isinstance(within_of(module), Within) else None
 
 
 def _has_more(layer: nn.Module) -> bool:

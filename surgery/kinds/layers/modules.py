@@ -14,12 +14,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from surgery.algebra.operators import Conv, Embedding, Linear, Operator, Shape
+from surgery.algebra.operators import Conv, Embedding, Layout, Linear, Operator, Shape
 from surgery.errors import Refusal
-from surgery.kinds.fx.functional import conv_geometry, stored_weight
-from surgery.kinds.fx.links import is_link_module
 from surgery.kinds.layers.around import inner_shape, read_within
+from surgery.kinds.layers.geometry import conv_geometry, stored_weight
 from surgery.kinds.layers.layer_call import base_of
+from surgery.kinds.layers.links import is_link_module
 from surgery.kinds.layers.tensors import refuse_tensor
 from surgery.kinds.layers.within import Within, within_of
 
@@ -100,7 +100,7 @@ def is_outlined(module: nn.Module) -> bool:
     return getattr(module, "outlined", False)
 
 
-def stored_as(kind: type[nn.Module]) -> str:
+def stored_as(kind: type[nn.Module]) -> Layout:
     """Return how a class of modules stores its weight, "out_in" or "in_out"."""
     return "in_out" if _is_conv1d(kind) else "out_in"
 
@@ -182,7 +182,7 @@ def build_module(
     kwargs: dict[str, Any] = {"bias": operator.bias is not None, "device": "meta", "dtype": operator.weight.dtype}
     module: nn.Module
     kind = kind or type(like)
-    stored = "out_in"
+    stored: Layout = "out_in"
     if isinstance(operator, Conv):
         module = _build_conv(operator, kwargs)
     elif isinstance(operator, Embedding):

@@ -11,19 +11,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
-from torch.export import ExportedProgram
-from torch.fx import GraphModule
 
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
 from surgery.errors import InputError, RankError, Refusal
 from surgery.factorizations import Ranks, named
-from surgery.kinds.fx.view import Spot
 from surgery.kinds.layers.carried import refuse_carrying
 from surgery.kinds.layers.edit import Shared, splice_modules, swap_references
 from surgery.kinds.layers.factored import Factored
 from surgery.kinds.layers.modules import is_operator_module, read_module, weight_of
 from surgery.kinds.layers.unpacking import pack_all, unpack_all
+from surgery.kinds.registry import is_model, kind_of
 from surgery.sites.site import Site
 
 __all__ = ["give_structure", "tie"]
@@ -51,8 +49,8 @@ def give_structure(model: nn.Module, sites: Mapping[str, Origin], joint: Iterabl
         InputError: the model is a graph, has no such layer, or is factored already.
         RankError: a rank that a layer cannot take.
     """
-    if isinstance(model, GraphModule | ExportedProgram) or not isinstance(model, nn.Module):
-        what = "a graph" if isinstance(model, GraphModule | ExportedProgram) else f"a {type(model).__name__}"
+    what = kind_of(model).refuse_structure() if is_model(model) else f"a {type(model).__name__}"
+    if what is not None:
         raise InputError(
             f"{what} cannot be given a structure",
             allowed="nn.Module",
@@ -69,7 +67,7 @@ def give_structure(model: nn.Module, sites: Mapping[str, Origin], joint: Iterabl
         replaced: dict[nn.Module, nn.Module] = {}
         for piece in pieces.values():
             site = Site(piece.names[0], piece.operator, (), piece.names[1:])
-            replaced |= splice_modules(root, Spot(site, ()), piece.chain, shared)
+            replaced |= splice_modules(root, site, piece.chain, shared)
         swap_references(root, replaced)
     finally:
         pack_all(holder, originals)

@@ -1,8 +1,8 @@
-"""Which batch norm and which activation stand behind the calls of a site, as far as a runtime makes one with it."""
+"""Nodes that a runtime computes in one kernel with the operator before them: batch norms and activations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from surgery.kinds.fx.view import Spot, View
+from surgery.kinds.layers.norms import is_tracked_norm
 from surgery.sites.epilogue import Activation, BatchNorm, Neighbour
 
-__all__ = ["behind", "is_norm", "is_tracked_norm", "norm_buffers"]
+__all__ = ["epilogue_of", "is_norm", "norm_buffers"]
 
 aten = torch.ops.aten
 
@@ -37,35 +37,18 @@ _HARDTANH = (aten.hardtanh.default, aten.hardtanh_.default)  # what ReLU6 is exp
 _METHODS = {"relu": "Relu", "relu_": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh"}
 
 
-def is_tracked_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch norm with running statistics."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+def epilogue_of(node: Node, module: Callable[[str], nn.Module] | None) -> Neighbour | None:
+    """Return what a runtime makes of a node together with the operator before it: a batch norm or an activation."""
+    if is_norm(node, module):
+        return BatchNorm()
+    kind = _activation(node, module)
+    return None if kind is None else Activation(kind)
 
 
-def behind(view: View, spot: Spot) -> tuple[Neighbour, ...]:
-    """Return a batch norm, an activation, or one after the other, if nothing else reads what a site's calls put out."""
-    found = {tuple(_behind(view, call.node)) for call in spot.calls}
-    return found.pop() if len(found) == 1 else ()
-
-
-def _behind(view: View, node: Node) -> Iterable[Neighbour]:
-    user = _only_user(node)
-    if user is not None and is_norm(view, user):
-        yield BatchNorm()
-        user = _only_user(user)
-    if user is not None and (kind := _activation(view, user)) is not None:
-        yield Activation(kind)
-
-
-def _only_user(node: Node) -> Node | None:
-    users = list(node.users)
-    return users[0] if len(users) == 1 else None
-
-
-def is_norm(view: View, node: Node) -> bool:
+def is_norm(node: Node, module: Callable[[str], nn.Module] | None) -> bool:
     """Whether a node is a batch norm with running statistics, as a module or as a function."""
-    if node.op == "call_module" and view.module is not None:
-        return is_tracked_norm(view.module(str(node.target)))
+    if node.op == "call_module" and module is not None:
+        return is_tracked_norm(module(str(node.target)))
     return norm_buffers(node) is not None
 
 
@@ -81,9 +64,9 @@ def norm_buffers(node: Node) -> tuple[Node, Node] | None:
     return (mean, variance) if isinstance(mean, Node) and isinstance(variance, Node) else None
 
 
-def _activation(view: View, node: Node) -> str | None:
-    if node.op == "call_module" and view.module is not None:
-        return _MODULES.get(type(view.module(str(node.target))))
+def _activation(node: Node, module: Callable[[str], nn.Module] | None) -> str | None:
+    if node.op == "call_module" and module is not None:
+        return _MODULES.get(type(module(str(node.target))))
     if node.op == "call_method":
         return _METHODS.get(str(node.target))
     if node.op == "call_function" and node.target in _HARDTANH:

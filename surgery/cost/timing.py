@@ -1,36 +1,22 @@
-"""The one timing core: onnxruntime sessions run interleaved, in random order, and compared with an interval.
+"""The one timing core: callables run interleaved, in random order, and compared with an interval.
 
-Interleaved, because a machine drifts (clock, heat, neighbours): what runs in the same round is disturbed alike. In
-random order, because what runs after a large model finds its own weights evicted from the caches.
-
-Threads: the count is always set, so that it can be stated, and it is the number of physical cores by default, as
-onnxruntime itself chooses. After a run, onnxruntime's workers spin for milliseconds, waiting for the next; so those of
-the session that has just run would occupy the cores of the one that is being timed. Two answers:
-
-- whole models are sessions of their own, whose workers spin within a run, as in production, but stop at its end
-  (``session.force_spinning_stop``). The first nodes of a run then wait some tens of microseconds for their workers;
-- single operators are too short for that. A pair is the two branches of one model in one session
-  (``onnx_model.build_choice``), so that both use the same workers, which spin between runs (``spin=True``) and are
-  awake when an operator starts, as they are inside a network.
-
-Measured on two idle cores with two threads (a 3x3 convolution of 128 channels at 28x28; a linear layer of 512 at 16
-rows), in microseconds: each alone 1040 and 44; as a branch 1020 and 42; in a session beside another one whose workers
-spin up to 2010 and 41; stopped after each run 1050 and 56; never spinning 1050 and 64, and short chains twice as slow.
+Callables are interleaved because a machine drifts (clock, heat, neighbours): what runs in the same round is disturbed
+alike. Their order is random because what runs after a large model finds its own weights evicted from the caches.
 
 Busy machines: a thread that has used up its slice waits for a core, for milliseconds, whatever it works at, so that the
-median of short runs tells of the others' slices: two models, 3.8 and 2.6 ms alone, took 8.0 and 6.6 (load 8 on two
+median of short runs tells of the others' slices. Two models, 3.8 and 2.6 ms alone, took 8.0 and 6.6 (load 8 on two
 cores; 1.21x instead of 1.46x). What runs on the calling thread alone can be timed without those waits (``waited``).
 
-Intervals: round by round, samples of two sessions are a pair, so rounds are resampled, not samples, and in blocks of
-neighbouring rounds, since disturbances last longer than a round (moving-block bootstrap, Kunsch 1989).
+Intervals: samples of two callables are a pair round by round, so that rounds are resampled, not samples. They are
+resampled in blocks of neighbouring rounds, since disturbances last longer than a round (moving-block bootstrap, Kunsch
+1989).
 """
 
 from __future__ import annotations
 
 import gc
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,39 +24,31 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from surgery.errors import InputError
+from surgery.text import Verdict
 
 __all__ = [
     "MARGIN",
-    "VERDICTS",
     "Budget",
     "Samples",
     "Speedup",
-    "bind",
-    "check_threads",
     "compare_samples",
     "interleave",
-    "open_session",
-    "physical_cores",
     "waited",
 ]
 
 MARGIN = 0.02  # 96 pairs of equal operators: 89 within this, the worst 4 % apart; the interval misses such chance
-VERDICTS = ("faster", "slower", "no difference")
 _RESAMPLES = 1000
 _MAX_RESAMPLED = 2_000_000  # random indices in one bootstrap: bounds its memory
-_MOST_THREADS = 256  # or as many as there are cores
 _WAITS = "/proc/thread-self/schedstat"  # nanoseconds on a core, and ready without one
-_SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
 @dataclass(frozen=True)
 class Budget:
     """How long to measure: rounds until ``seconds`` are over, but at least ``min_rounds`` and at most ``max_rounds``.
 
-    Before that come ``warmup_rounds``, which are not counted; in each round every session runs once.
+    ``warmup_rounds`` come first and are not counted. In each round everything runs once.
     """
 
     seconds: float = 1.0
@@ -86,7 +64,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds of each run of one session, in the order of the rounds."""
+    """Seconds of each run of one thing, in the order of the rounds."""
 
     seconds: tuple[float, ...] = field(repr=False)
 
@@ -102,7 +80,7 @@ class Samples:
 
     @cached_property
     def p90(self) -> float:
-        """Seconds that nine runs in ten stay below."""
+        """The seconds that nine runs in ten stay below."""
         return float(np.quantile(self.seconds, 0.9))
 
     @cached_property
@@ -121,7 +99,7 @@ class Speedup:
     high: float
 
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> Verdict:
         """What the second is: "faster" or "slower" if the interval excludes 1 and the margin is passed."""
         if self.low > 1 and self.value > 1 + MARGIN:
             return "faster"
@@ -134,7 +112,7 @@ def compare_samples(first: Samples, second: Samples, *, seed: int = 0, confidenc
     """Return how much faster the second ran than the first, from samples of the same rounds.
 
     Raises:
-        InputError: the two have different numbers of rounds, or none.
+        InputError: the two have different numbers of rounds, or none at all.
 
     >>> compare_samples(Samples((2.0, 2.1, 2.0)), Samples((1.0, 1.0, 1.0))).verdict
     'faster'
@@ -150,6 +128,8 @@ def compare_samples(first: Samples, second: Samples, *, seed: int = 0, confidenc
 
 def _resample_rounds(rounds: int, seed: int) -> npt.NDArray[np.intp]:
     """Return (resamples, rounds) indices, drawn in circular blocks of about the cube root of the rounds."""
+    # Invariant: each row is whole blocks of neighbouring rounds, cut to the number of rounds. For example 8 rounds have
+    # blocks of 2, and a row may be [6 7, 0 1, 6 7, 3 4]: what disturbed two rounds in a row stays together.
     generator = np.random.default_rng(seed)
     length = max(1, round(rounds ** (1 / 3)))
     blocks = -(-rounds // length)
@@ -167,10 +147,11 @@ def interleave(
     progress: Callable[[float], None] | None = None,
     waited: Callable[[], float] = float,
 ) -> tuple[Samples, ...]:
-    """Time callables round by round, in a new random order in each round; one Samples for each, all equally long.
+    """Time callables round by round, in a new random order in each round; return equally many samples of each.
 
     ``progress`` is called after each round with the share of the budget that is used, 0 to 1. ``waited`` returns the
-    seconds so far that shall not count: 0, or what the function of this name says where one thread does all the work.
+    seconds so far that are not to count: by default 0. The function of this name counts right if one thread does all
+    the work.
     """
     budget = budget or Budget()
     generator = np.random.default_rng(seed)
@@ -204,7 +185,7 @@ def _time_round(
 
 
 def waited() -> float:
-    """Return how many seconds of its life the calling thread has waited for a core; 0 where the system counts none."""
+    """Return how many seconds the calling thread has waited for a core in its life; 0 if the system does not count."""
     try:
         return int(Path(_WAITS).read_bytes().split()[1]) / 1e9
     except (OSError, IndexError, ValueError):
@@ -221,68 +202,3 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def check_threads(threads: int | None) -> None:
-    """Raise InputError for a number of threads that cannot be had."""
-    most = max(_MOST_THREADS, os.cpu_count() or 1)
-    if threads is not None and not 1 <= threads <= most:
-        raise InputError(f"threads={threads}", allowed=f"1 to {most}")
-
-
-def open_session(model: bytes | str | Path, *, threads: int | None = None, spin: bool = False) -> ort.InferenceSession:
-    """Return a session on the CPU, all graph optimisations on, with a stated number of threads.
-
-    ``spin`` lets its threads spin between runs, which disturbs other sessions.
-
-    Raises:
-        InputError: onnxruntime cannot load the model, or there cannot be so many threads.
-    """
-    check_threads(threads)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = physical_cores() if threads is None else threads
-    options.inter_op_num_threads = 1
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 4  # fatal only: what goes wrong is raised
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
-    options.add_session_config_entry("session.force_spinning_stop", "0" if spin else "1")
-    source = model if isinstance(model, bytes) else str(model)
-    try:
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
-    except Exception as error:  # onnxruntime's exceptions have no common base but this
-        name = "the model" if isinstance(model, bytes) else str(model)
-        raise InputError(f"onnxruntime cannot load {name}: {_first_line(error)}") from error
-
-
-def bind(session: ort.InferenceSession, feeds: Mapping[str, npt.NDArray[np.generic]]) -> Callable[[], None]:
-    """Return a callable that runs the session on these inputs without copying tensors in or out of Python.
-
-    Raises:
-        InputError: onnxruntime cannot run the model on these inputs.
-    """
-    binding = session.io_binding()
-    try:
-        for name, array in feeds.items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        for output in session.get_outputs():
-            binding.bind_output(output.name, "cpu")
-        session.run_with_iobinding(binding)
-        for output, value in zip(session.get_outputs(), binding.get_outputs(), strict=True):
-            if value.is_tensor():
-                binding.bind_ortvalue_output(output.name, value)
-    except Exception as error:  # likewise
-        raise InputError(f"onnxruntime cannot run the model on these inputs: {_first_line(error)}") from error
-    return lambda: session.run_with_iobinding(binding)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
-
-
-def physical_cores() -> int:
-    """Return the number of physical cores that this process may use."""
-    try:
-        usable = os.sched_getaffinity(0)
-        return len({Path(_SIBLINGS.format(cpu)).read_text() for cpu in usable})
-    except (AttributeError, OSError):
-        return os.cpu_count() or 1

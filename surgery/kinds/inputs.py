@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -24,32 +22,11 @@ from torch.utils import _pytree as pytree
 from surgery.errors import InputError
 from surgery.system.arrays import MOST_BYTES
 
-__all__ = [
-    "Inputs",
-    "default_inputs",
-    "feed",
-    "flatten_inputs",
-    "normalise_inputs",
-    "program_inputs",
-    "random_tensor",
-    "session_inputs",
-    "with_batch",
-]
+__all__ = ["Inputs", "flatten_inputs", "input_like", "normalise_inputs", "random_tensor", "with_batch"]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 _ALLOWED = "a tensor, a tuple or list of positional inputs, a dict of inputs by name, or a pair (tuple, dict) of both"
 _GIVE = "give example_inputs"
-_DTYPES = {
-    "tensor(float)": torch.float32,
-    "tensor(double)": torch.float64,
-    "tensor(float16)": torch.float16,
-    "tensor(int64)": torch.int64,
-    "tensor(int32)": torch.int32,
-    "tensor(int16)": torch.int16,
-    "tensor(int8)": torch.int8,
-    "tensor(uint8)": torch.uint8,
-    "tensor(bool)": torch.bool,
-}
 
 
 def normalise_inputs(example_inputs: Any) -> Inputs:
@@ -123,45 +100,8 @@ def _check_random(shape: Sequence[int], dtype: torch.dtype, seed: int) -> None:
         raise InputError(what, allowed=f"{MOST_BYTES} bytes of made-up numbers", next_step="choose smaller sizes")
 
 
-def default_inputs(model: Any, *, seed: int = 0) -> Inputs | None:
-    """Return the inputs that a model brings along, or random ones of its shapes; None where it knows no shapes.
-
-    An ExportedProgram and a traced GraphModule know their shapes, an onnxruntime session too, other modules do not.
-    """
-    if isinstance(model, ExportedProgram):
-        return program_inputs(model, seed=seed)
-    if isinstance(model, ort.InferenceSession):
-        return session_inputs(model, seed=seed)
-    if isinstance(model, torch.fx.GraphModule):
-        nodes = [node for node in model.graph.nodes if node.op == "placeholder"]
-        values = [node.meta.get("val", node.meta.get("tensor_meta")) for node in nodes]
-        if nodes and all(hasattr(value, "shape") for value in values):
-            rows = enumerate(zip(nodes, values, strict=True))
-            return tuple(_like(value, node.name, seed + i) for i, (node, value) in rows), {}
-    return None
-
-
-def program_inputs(program: ExportedProgram, *, seed: int = 0) -> Inputs:
-    """Return the program's own example inputs, else random ones; a dynamic size is that of the export, or 2.
-
-    Raises:
-        InputError: the program has no example inputs, and takes something else than tensors.
-    """
-    if program.example_inputs is not None:
-        args, kwargs = program.example_inputs
-        return tuple(args), dict(kwargs)
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    leaves = []
-    for index, name in enumerate(program.graph_signature.user_inputs):
-        value = values.get(str(name))
-        if not isinstance(value, Tensor):
-            raise InputError(f"the input {name} of the program is no tensor", next_step=_GIVE)
-        leaves.append(_like(value, str(name), seed + index))
-    args, kwargs = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
-    return tuple(args), dict(kwargs)
-
-
-def _like(value: Any, name: str, seed: int) -> Tensor:
+def input_like(value: Any, name: str, seed: int) -> Tensor:
+    """Return made-up numbers of the form of a value of a graph; a dynamic size is that of the export, or 2."""
     return random_tensor([_size(size) for size in value.shape], value.dtype, seed=seed, name=name)
 
 
@@ -170,29 +110,6 @@ def _size(size: int | torch.SymInt) -> int:
         return size
     hint = size.node.hint
     return 2 if hint is None else int(hint)
-
-
-def session_inputs(
-    session: ort.InferenceSession, *, seed: int = 0, shapes: Mapping[str | int, Sequence[int]] = MappingProxyType({})
-) -> Inputs:
-    """Return random inputs by position, of the declared shapes; dynamic sizes are 1.
-
-    ``shapes`` are those of other inputs, by name or by place.
-
-    Raises:
-        InputError: an input that is no tensor of numbers.
-    """
-    made = []
-    known = [declared.name for declared in session.get_inputs()]
-    if unknown := [key for key in shapes if key not in known and key not in range(len(known))]:
-        raise InputError(f"the model has no input {unknown[0]}", allowed=", ".join(known))
-    for index, declared in enumerate(session.get_inputs()):
-        if declared.type not in _DTYPES:
-            raise InputError(f"the input {declared.name} is a {declared.type}", allowed=", ".join(_DTYPES))
-        plain = [size if isinstance(size, int) and size >= 0 else 1 for size in declared.shape]
-        shape = shapes.get(declared.name, shapes.get(index, plain))
-        made.append(random_tensor(shape, _DTYPES[declared.type], seed=seed + index, name=declared.name))
-    return tuple(made), {}
 
 
 def with_batch(inputs: Inputs, batch: int) -> Inputs:
@@ -226,44 +143,6 @@ def flatten_inputs(inputs: Inputs, program: ExportedProgram | None = None) -> li
         if set(order) == set(kwargs):
             kwargs = {name: kwargs[name] for name in order}
     return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-
-
-def feed(
-    session: ort.InferenceSession, inputs: Inputs, program: ExportedProgram | None = None
-) -> dict[str, npt.NDArray[Any]]:
-    """Return what the session takes: inputs by name by their names, the others in order.
-
-    ``program`` is the one that was exported to it, if there is one: it knows the place of nested inputs and names.
-
-    Raises:
-        InputError: another number of inputs, another shape or type; the message shows both sides.
-    """
-    declared = session.get_inputs()
-    tensors = flatten_inputs(inputs if program else _by_name(inputs, [d.name for d in declared]), program)
-    wanted = ", ".join(f"{d.name} {d.type} {_show(d.shape)}" for d in declared)
-    fits = len(tensors) == len(declared) and all(map(_fits, tensors, declared))
-    if not fits:
-        given = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {_show(t.shape)}" for t in tensors)
-        raise InputError(f"the inputs do not fit the model: given {given or 'none'}", allowed=wanted, next_step=_GIVE)
-    return {d.name: t.detach().cpu().contiguous().numpy() for d, t in zip(declared, tensors, strict=True)}
-
-
-def _by_name(inputs: Inputs, names: Sequence[str]) -> Inputs:
-    """Bring inputs by name into the session's order."""
-    args, kwargs = inputs
-    if len(names) == len(kwargs) == 1:
-        return args, kwargs  # nothing can be mistaken
-    rest = names[len(args) :]
-    if kwargs and set(kwargs) != set(rest):
-        raise InputError(f"inputs named {', '.join(kwargs)}", allowed=", ".join(rest) or "none by name")
-    return args, {name: kwargs[name] for name in rest if name in kwargs}
-
-
-def _fits(tensor: Tensor, declared: Any) -> bool:
-    if _DTYPES.get(declared.type) != tensor.dtype or len(declared.shape) != tensor.dim():
-        return False
-    pairs = zip(declared.shape, tensor.shape, strict=True)
-    return all(not isinstance(size, int) or size == got for size, got in pairs)
 
 
 def _show(shape: Sequence[Any]) -> str:

@@ -1,14 +1,13 @@
-"""The multiply-accumulates of places that are no sites, so that the totals are the whole model's.
+"""The multiply-accumulates of nodes that are not sites, so that the totals are those of the whole model.
 
 Only products with weights count, as for sites: convolutions, linear layers, recurrent kernels. A product of two
-activations, as in attention, is no layer.
+activations, as in attention, does not.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,13 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from surgery.algebra.operators import Shape
 from surgery.errors import SurgeryError
-from surgery.kinds.fx.shapes import evaluation, untouched
+from surgery.kinds.fx.read import Reader
 from surgery.kinds.fx.unhandled import function_name
-from surgery.kinds.fx.view import Call, View
 from surgery.kinds.layers.modules import called_shape
-from surgery.sites.site import Skip
+from surgery.kinds.layers.untouched import evaluation, untouched
+from surgery.sites.flow import Call
 
-__all__ = ["with_costs"]
+__all__ = ["macs_of"]
 
 _PRODUCTS = {"linear": 0, "matmul": 0, "mm": 0, "bmm": 0, "__matmul__": 0, "addmm": 1, "baddbmm": 1}  # first factor
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -34,32 +33,21 @@ _COUNTED = ("convolution", "mm", "addmm", "_convolution")
 ShapeOf = Callable[[Node], Shape]
 
 
-def with_costs(skips: Sequence[Skip], view: View, shape: ShapeOf) -> list[Skip]:
-    """Return the skips with the multiply-accumulates of their nodes, where they say none; each node counts once."""
-    done: set[Node] = set()
-    found = []
-    for skip in skips:
-        own = [node for node in view.skipped.get(skip.name, ()) if node not in done]
-        done.update(own)
-        macs = skip.macs or sum(_macs(node, view, shape) for node in own)
-        found.append(replace(skip, macs=macs))
-    return found
-
-
-def _macs(node: Node, view: View, shape: ShapeOf) -> int:
+def macs_of(value: int, node: Node, reader: Reader, shape: ShapeOf) -> int:
+    """Return the multiply-accumulates of a value, by its node; 0 where they are not known."""
     try:
-        if node in view.given:
-            return _of_call(view.given[node], view, shape)
-        if node.op == "call_module" and view.module is not None:
-            return _of_module(view.module(str(node.target)), [shape(n) for n in node.all_input_nodes])
+        if value in reader.given_calls:
+            return _of_call(reader.given_calls[value], reader, shape)
+        if node.op == "call_module" and reader.module is not None:
+            return _of_module(reader.module(str(node.target)), [shape(n) for n in node.all_input_nodes])
         return _of_function(node, shape)
     except (SurgeryError, LookupError, TypeError, AttributeError):  # a node without a shape has no known cost
         return 0
 
 
-def _of_call(call: Call, view: View, shape: ShapeOf) -> int:
-    assert view.module is not None  # calls that are given are those of modules
-    return call.operator.macs(called_shape(view.module(str(call.path)), shape(call.source)))
+def _of_call(call: Call, reader: Reader, shape: ShapeOf) -> int:
+    assert reader.module is not None  # the call is that of a module
+    return call.operator.macs(called_shape(reader.module(str(call.path)), shape(reader.node(call.source))))
 
 
 def _of_function(node: Node, shape: ShapeOf) -> int:
