@@ -120,6 +120,9 @@ def test_auto_without_data_never_ruins_a_network(kind: str, decay: float, tmp_pa
         assert result.seen is not None
         assert result.seen.error <= 0.05
         assert "noise" in result.promise.note
+        again = surgery.decompose(model, example, ranks=result.plan)
+        assert again.plan == result.plan
+        assert torch.equal(run_model(again.model, normalise_inputs(fresh)), found)
     else:
         assert result.after == result.before
 
