@@ -32,8 +32,8 @@ from surgery.cost.registry import make_backend
 from surgery.cost.timing import Budget
 from surgery.errors import InputError, RankError, Refusal
 from surgery.factorizations import Ranks
-from surgery.plans.automatic import snap
 from surgery.plans.candidates import Candidate, candidates_of, say_ranks
+from surgery.plans.faster import snap
 from surgery.plans.keep import Keep
 from surgery.runtime.bench import environment
 from surgery.sites.site import Site, Totals

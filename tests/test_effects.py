@@ -12,7 +12,7 @@ from surgery.factorizations import fitting, named
 from surgery.kinds.inputs import normalise_inputs
 from surgery.kinds.registry import open_model
 from surgery.passes.effects import Effects
-from surgery.passes.goals import HeldOut
+from surgery.passes.held_out import HeldOut
 from surgery.runtime.compare import run_model
 from surgery.sites.edit import Replace
 from surgery.sites.find import find

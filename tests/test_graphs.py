@@ -22,7 +22,8 @@ from surgery.files.load import load
 from surgery.files.save import save
 from surgery.kinds.layers.attention import UnpackedAttention
 from surgery.kinds.layers.recurrent import UnpackedGRU, UnpackedLSTM
-from surgery.passes.decompose import decompose, find_sites
+from surgery.passes.decompose import decompose
+from surgery.passes.preview import find_sites
 from surgery.passes.recompose import recompose
 from surgery.runtime.export import export_onnx
 from surgery.sites.site import Site

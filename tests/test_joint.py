@@ -18,7 +18,8 @@ from surgery.cost.base import Comparison
 from surgery.cost.onnxruntime.backend import OnnxRuntime
 from surgery.errors import InputError, RankError, Refusal
 from surgery.factorizations import FACTORIZATIONS, named
-from surgery.passes.decompose import decompose, find_sites, plan
+from surgery.passes.decompose import decompose
+from surgery.passes.preview import find_sites, plan
 from surgery.passes.recompose import recompose
 from surgery.plans.plan import Plan
 from surgery.runtime.export import export_onnx
@@ -138,7 +139,7 @@ class Fixed(OnnxRuntime):
 
 def test_what_is_shared_is_timed_once() -> None:
     joint = [("q", "k", "v")]
-    found = plan(Heads(), torch.randn(4, 96), ranks=8, joint=joint, latencies=Fixed(keep=False))
+    found = plan(Heads(), torch.randn(4, 96), ranks=8, joint=joint, backend=Fixed(keep=False))
     assert [(decision.dense_latency, decision.latency) for decision in found] == [(2.0, 1.0), (2.0, 0.25), (2.0, 0.25)]
 
 
@@ -157,12 +158,12 @@ def test_the_plan_keeps_the_groups_through_a_file_and_through_edits() -> None:
     again = Plan.from_json(made.to_json())
     assert again == made
     assert {d.site: d.joint for d in again} == {"q": "q", "k": "q", "v": "q", "o": None, "c": None}
-    without = decompose(model, x, plan=made.edit("q", rank=None))
+    without = decompose(model, x, ranks=made.edit("q", rank=None))
     assert [(c.site, c.joint) for c in without.changes] == [("k", "k"), ("v", "k")]
-    alone = decompose(model, x, plan=made, exclude=["q", "k"])
+    alone = decompose(model, x, ranks=made, exclude=["q", "k"])
     assert [(c.site, c.joint) for c in alone.changes] == [("v", None)]
     apart = made.edit("k", rank=4)
-    assert [(c.site, c.rank, c.joint) for c in decompose(model, x, plan=apart).changes] == [
+    assert [(c.site, c.rank, c.joint) for c in decompose(model, x, ranks=apart).changes] == [
         ("q", (8,), "q"),
         ("k", (4,), None),
         ("v", (8,), "q"),

@@ -23,7 +23,8 @@ from surgery.data.visible import VisibleRows
 from surgery.errors import InputError
 from surgery.kinds.registry import observe
 from surgery.passes.decompose import decompose
-from surgery.passes.goals import HeldOut
+from surgery.passes.held_out import HeldOut
+from surgery.plans.goal import Goal
 from tests.tolerances import tolerance
 
 EXACT = tolerance(torch.float64, length=256, steps=8)
@@ -429,7 +430,7 @@ def test_hidden_outputs_that_are_not_finite_do_not_matter() -> None:
 
 def test_a_promise_is_kept_on_visible_positions() -> None:
     model, lengths = encoder(), LENGTHS * 4
-    found = decompose(model, batch(lengths), calibration=batch(lengths), max_error=0.3, cost="params")
+    found = decompose(model, batch(lengths), calibration=batch(lengths), ranks=Goal.error(0.3, cost="params"))
     assert found.promise is not None
     assert found.promise.kept
     assert isinstance(as_kind(model, "program", batch()), ExportedProgram)

@@ -23,7 +23,7 @@ import surgery
 from surgery.cli import cli
 from surgery.cost.timing import Samples
 from surgery.errors import FileError, InputError
-from surgery.passes.goals import Promise
+from surgery.passes.promised import Promise
 from surgery.passes.results import DecomposeResult, Search
 from surgery.plans.bisection import Trial
 from surgery.report import attach, collect, read, render, write

@@ -214,7 +214,7 @@ def test_calibration_and_auto_work_on_what_is_watched() -> None:
     model, x = Depends().eval(), torch.randn(96, 16)
     fitted = surgery.decompose(model, X, ranks=4, factorization="svd", calibration=x)
     assert {change.site for change in fitted.changes} == {"a", "b"}
-    kept = surgery.decompose(model, X, calibration=x, max_error=0.2, cost="params")
+    kept = surgery.decompose(model, X, calibration=x, ranks=surgery.Goal.error(0.2, cost="params"))
     assert kept.promise is not None
 
 

@@ -35,7 +35,9 @@ from surgery.cost.registry import make_backend
 from surgery.cost.timing import Budget
 from surgery.errors import SurgeryError
 from surgery.factorizations import named
-from surgery.passes.decompose import decompose, find_sites
+from surgery.passes.decompose import decompose
+from surgery.passes.preview import find_sites
+from surgery.plans.goal import Goal
 from surgery.runtime.bench import environment as measured_on
 from surgery.sites.site import Site
 from tools.networks import NETWORKS, build
@@ -148,7 +150,7 @@ def measure_network(model: torch.nn.Module, x: torch.Tensor, sites: tuple[Site, 
 def measure_auto(name: str, model: Any, x: torch.Tensor | None, latencies: OnnxRuntime, options: Any) -> Auto:
     """Return how ``ranks="auto"`` fares against dense."""
     start = time.perf_counter()
-    result = decompose(model, x, ranks="auto", latencies=latencies)
+    result = decompose(model, x, ranks=Goal.error(backend=latencies))
     planning = time.perf_counter() - start
     timing = surgery.bench([model, result.model], x, threads=options.threads, seconds=2 * options.seconds)
     dense, auto = timing.models

@@ -120,7 +120,7 @@ def bisect(
         progress("load", 0, 1)
         program, inputs = open_program(model, **options)
         other = _second(program, inputs, decomposed, plan_file, options, progress)
-        found = run(program, other, inputs, eval_fn=evaluate, least=least, progress=progress)
+        found = run(program, other, inputs, metric=evaluate, least=least, progress=progress)
     if json_:
         show.print_json(_bisection_json(found))
     else:
@@ -142,8 +142,7 @@ def _second(
     if decomposed is not None:
         return open_program(decomposed, **options)[0]
     assert plan_file is not None  # the command has seen to it
-    result: ExportedProgram = decompose(program, inputs, plan=Plan.read(plan_file), progress=progress).model
-    return result
+    return decompose(program, inputs, ranks=Plan.read(plan_file), progress=progress).model
 
 
 def _bisection_json(found: Bisection) -> dict[str, Any]:

@@ -45,8 +45,8 @@ def collect(
     """
     observed = observe(model, next(iter(batches)))
     found = observed.find().placements
-    spots = [spot for spot in found if sites is None or spot.site.name in sites]
-    shared = _shared(spots)
+    groups = _shared(found)  # of all sites: what is read of a value must not depend on which of them are wanted
+    shared = [group for group in groups if sites is None or any(spot.site.name in sites for spot in group)]
     accumulators = _accumulators([group[0] for group in shared], len(batches), budget_bytes, seed)
     visible = VisibleRows(observed, batches, [group[0] for group in shared])
     for group, accumulator in zip(shared, accumulators, strict=True):
@@ -59,6 +59,7 @@ def collect(
         for group, accumulator in zip(shared, accumulators, strict=True)
         for moments in [_finish(accumulator, group[0])]
         for spot in group
+        if sites is None or spot.site.name in sites
     }
 
 

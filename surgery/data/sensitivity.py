@@ -91,8 +91,9 @@ def _backward(leaves: Sequence[Tensor], visible: Sequence[Tensor | None], genera
     total: Tensor | None = None
     share = max(1, len(leaves)) ** -0.5
     for leaf, mask in zip(leaves, visible, strict=True):
+        # drawn for each output: what others get must not depend on which sites are wanted
+        direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float32, device="cpu").to(leaf)
         if leaf.requires_grad:
-            direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float32, device="cpu").to(leaf)
             shown = leaf if mask is None else leaf.masked_fill(~mask, 0.0)
             scale = torch.linalg.vector_norm(shown.detach().float()).clamp(min=1e-12)
             part = (shown * direction).sum() * (share / scale.to(leaf.dtype))

@@ -8,7 +8,7 @@ from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
 from surgery.data.samples import Calibration
 from surgery.kinds.registry import Model, observe
-from surgery.passes.goals import Outputs
+from surgery.passes.held_out import Outputs
 
 __all__ = ["Effects"]
 

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
 from surgery.errors import Refusal
 from surgery.factorizations import fitting
-from surgery.kinds.inputs import Inputs
-from surgery.kinds.registry import Model, kind_of, open_model
-from surgery.sites.edit import Replace
-from surgery.sites.find import find
+from surgery.kinds.registry import kind_of
+from surgery.passes.original import Original
+from surgery.sites.site import FactoredSite
 
 __all__ = ["unreached"]
 
 
-def unreached(model: Model, inputs: Inputs, names: Collection[str]) -> dict[str, str]:
+def unreached(original: Original, names: Collection[str]) -> Mapping[str, str]:
     """Return why some sites have to stay dense, by name: a copy with the least chains at all of them is run once.
 
     Graphs say themselves what runs; of them none is refused here.
     """
-    if kind_of(model).says_what_runs():
+    if kind_of(original.model).says_what_runs():
         return {}
-    graph = open_model(model, inputs)
-    for spot in find(graph.flow).placements:
-        chain = None if spot.chain is not None or spot.site.name not in names else _least(spot.site.operator)
-        if chain is not None:
-            graph.apply(Replace(spot, chain))
-    return graph.verify()
+    sites = (original.sites[name] for name in names)
+    chains = {site.name: _least(site.operator) for site in sites if not isinstance(site, FactoredSite)}
+    return original.spliced({name: chain for name, chain in chains.items() if chain is not None}).refused
 
 
 def _least(operator: Operator) -> Chain | None:

@@ -1,10 +1,10 @@
-"""recompose: find runs that are provably one operator, by dataflow, and put that operator back."""
+"""recompose: find chains that are provably one operator, by dataflow, and put that operator back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from surgery.errors import only_own_errors
 from surgery.files.pretrained import note_record
@@ -19,10 +19,13 @@ from surgery.text import change, count, shown
 
 __all__ = ["Fusion", "RecomposeResult", "recompose"]
 
+_Model = TypeVar("_Model", bound=Model)
+_Result = TypeVar("_Result", covariant=True)
+
 
 @dataclass(frozen=True)
 class Fusion:
-    """One run of operators that became one operator; parameters before and after.
+    """One chain of operators that became one operator; parameters before and after.
 
     ``note`` says what the user should know of it, as that parameters give a computed weight only nearly.
     """
@@ -36,10 +39,10 @@ class Fusion:
 
 
 @dataclass(frozen=True, repr=False)
-class RecomposeResult:
+class RecomposeResult(Generic[_Result]):
     """The new model, each fused chain, and each chain that is not provably one operator, with its reason."""
 
-    model: Any
+    model: _Result
     changes: tuple[Fusion, ...]
     skips: tuple[Skip, ...]
 
@@ -58,8 +61,8 @@ class RecomposeResult:
 
 @only_own_errors
 def recompose(
-    model: Model, example_inputs: Any = None, *, everything: bool = False, inplace: bool = False
-) -> RecomposeResult:
+    model: _Model, example_inputs: Any = None, *, everything: bool = False, inplace: bool = False
+) -> RecomposeResult[_Model]:
     """Fuse every maximal chain that is provably one linear operator; exact up to the rounding of the dtype.
 
     Chains are found by dataflow (single-use values, no nonlinearity between), so that chains made by others fuse too.

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from surgery.cost.timing import Samples, compare_samples
 from surgery.errors import Refusal
 from surgery.factorizations import Ranks
-from surgery.plans.automatic import snap
 from surgery.plans.candidates import Candidate, Choice, say_ranks
+from surgery.plans.faster import snap
 from surgery.plans.quality import SiteRule
 from surgery.training.measure import PassTimer
 from surgery.training.spectra import SpectrumLog

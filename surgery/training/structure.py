@@ -20,10 +20,8 @@ from surgery.errors import CheckError, InputError, Refusal
 from surgery.factorizations import Ranks, named
 from surgery.kinds.inputs import normalise_inputs
 from surgery.kinds.layers.modules import stored_as
-from surgery.kinds.registry import open_model
+from surgery.passes.original import Original
 from surgery.plans.plan import Plan
-from surgery.sites.edit import Replace
-from surgery.sites.find import find
 from surgery.sites.site import Site
 from surgery.training.transport import Compose
 
@@ -121,19 +119,20 @@ def build(root: nn.Module, example_inputs: Any, plan: Plan) -> tuple[FactoredSit
     Raises:
         InputError: the plan was made for a model with other sites.
     """
-    graph = open_model(root, normalise_inputs(example_inputs), copies=False, inplace=True)
-    spots = find(graph.flow).placements
-    names = [spot.site.name for spot in spots]
+    original = Original(root, normalise_inputs(example_inputs))
+    names = list(original.sites)
     if names != [decision.site for decision in plan]:
         raise InputError(
             "the plan is of a model with other sites", allowed=", ".join(names), next_step="make the same model, dense"
         )
-    sites = [spot.site for spot in spots]
+    sites = list(original.sites.values())
     record = read_sites(sites, plan, layouts(root, sites))
-    for spot, decision in zip(spots, plan, strict=True):
-        if decision.factorization is not None and decision.rank is not None:
-            graph.apply(Replace(spot, _empty_chain(spot.site.operator, decision.factorization, decision.rank)))
-    graph.finish()
+    chains = {
+        site.name: _empty_chain(site.operator, decision.factorization, decision.rank)
+        for site, decision in zip(sites, plan, strict=True)
+        if decision.factorization is not None and decision.rank is not None
+    }
+    original.with_chains(chains, inplace=True)
     return record
 
 

@@ -1,4 +1,4 @@
-"""``auto``: ranks from the spectrum, rounded to what the kernels like, kept only where the chain measures faster."""
+"""The rule ``measured``: ranks from the spectrum, rounded to what kernels like, kept where chains measure faster."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from surgery.plans.candidates import Candidate, Choice, say_ranks
 from surgery.plans.quality import SiteRule, energy_counts, vbmf_counts
 from surgery.sites.site import FactoredSite
 
-__all__ = ["AUTO_ENERGY", "Auto", "Comparison", "Latencies", "snap"]
+__all__ = ["FALLBACK_ENERGY", "Comparison", "KeepFaster", "Latencies", "snap"]
 
-AUTO_ENERGY = 0.9  # ours: what a mode keeps in which EVBMF finds no signal, as in weights that are hardly trained
+FALLBACK_ENERGY = 0.9  # ours: what a mode keeps in which EVBMF finds no signal, as in weights that are hardly trained
 _LEAST = 4  # ours: no kernel gains from fewer channels
 
 
@@ -44,8 +44,8 @@ class Latencies(Protocol):
 
 
 @dataclass(frozen=True)
-class Auto(SiteRule):
-    """Ranks by EVBMF or, where that finds nothing, by ``AUTO_ENERGY``, snapped; the fewest MACs; measured.
+class KeepFaster(SiteRule):
+    """Ranks by EVBMF or, where that finds nothing, by ``FALLBACK_ENERGY``, snapped; the fewest MACs; measured.
 
     ``multiple`` is the number of channels that the kernels like. Without ``latencies`` a chain needs fewer MACs than
     dense, no more.
@@ -55,7 +55,7 @@ class Auto(SiteRule):
     latencies: Latencies | None = None
 
     def __str__(self) -> str:
-        return "auto"
+        return "measured"
 
     def choose(self, candidates: Sequence[Candidate]) -> Choice | Refusal:
         """Return the choice with the fewest MACs that is faster than dense; refuse if none is."""
@@ -79,7 +79,7 @@ class Auto(SiteRule):
     def ranks(self, candidate: Candidate) -> tuple[int, ...]:
         """Return the snapped ranks."""
         groups = candidate.site.operator.kernel.shape[0]
-        counts = zip(vbmf_counts(candidate), energy_counts(candidate, AUTO_ENERGY), strict=True)
+        counts = zip(vbmf_counts(candidate), energy_counts(candidate, FALLBACK_ENERGY), strict=True)
         rows = zip(candidate.settled(tuple(v or e for v, e in counts)), candidate.max_ranks, strict=True)
         snapped = tuple(min(full, snap(rank, groups=groups, multiple=self.multiple)) for rank, full in rows)
         return candidate.widened(snapped, "macs")

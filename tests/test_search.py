@@ -1,4 +1,4 @@
-"""What ``auto`` with calibration data measures: damages of fitted chains, and whole models once."""
+"""The search for a promise: damages of fitted chains, whole models timed once, and targets out of reach."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-import surgery
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator, Shape
 from surgery.cost.base import Comparison
@@ -18,13 +17,20 @@ from surgery.cost.onnxruntime.backend import OnnxRuntime
 from surgery.cost.timing import Samples
 from surgery.data.samples import read_calibration
 from surgery.kinds.inputs import normalise_inputs
-from surgery.passes import clock as clocks
-from surgery.passes import promise
-from surgery.passes.decompose import DecomposeResult
-from surgery.passes.goals import Goal
-from surgery.passes.terms import Asked, Terms
-from surgery.passes.workshop import Workshop
+from surgery.passes.choices import ChoicePlans
+from surgery.passes.damages import Damages
+from surgery.passes.evidence import read_evidence
+from surgery.passes.fitter import FitOptions, Fitter
+from surgery.passes.instruments import Instruments
+from surgery.passes.job import Selection, read_job
+from surgery.passes.original import Original
+from surgery.passes.results import DecomposeResult
+from surgery.passes.run import by_goal
+from surgery.passes.site_options import Pricing, list_options
 from surgery.plans.choose import choose_least_cost
+from surgery.plans.goal import Goal
+from surgery.plans.planner import silent
+from surgery.plans.prices import Counted
 from surgery.runtime.bench import ModelComparison, ModelTiming, Timing, environment
 from tests.cases import decaying
 from tests.test_calibration_models import as_kind
@@ -84,18 +90,16 @@ def _timed(model: Any) -> ModelTiming:
 
 
 def decompose(
-    path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, target: float = 1.5, **others: Any
-) -> DecomposeResult:
-    monkeypatch.setattr(clocks, "Apart", clock.apart)
-    others |= {"target_speedup": target, "latencies": ByMacs(threads=1, path=path)}
-    return surgery.decompose(network(), samples(2), calibration=samples(), **others)
+    path: Path, clock: Clock, target: float = 1.5, *, best_effort: bool = False, **how: float
+) -> DecomposeResult[nn.Module]:
+    goal = Goal.speedup(target, best_effort=best_effort)
+    job = read_job(network(), samples(2), goal, Selection(), FitOptions(), calibration=samples())
+    return by_goal(job, goal, Instruments(ByMacs(threads=1, path=path), clock.apart, **how))
 
 
-def test_whole_models_are_timed_once_and_the_finished_one_each_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whole_models_are_timed_once_and_the_finished_one_each_time(tmp_path: Path) -> None:
     first, second = Clock(), Clock()
-    found = [decompose(tmp_path / "l", clock, monkeypatch) for clock in (first, second)]
+    found = [decompose(tmp_path / "l", clock) for clock in (first, second)]
     assert first.calls >= 1
     assert second.calls == 0
     assert first.finals == second.finals >= 1
@@ -107,12 +111,10 @@ def test_whole_models_are_timed_once_and_the_finished_one_each_time(
     assert found[0].plan == found[1].plan
 
 
-def test_what_a_timing_leaves_open_is_not_kept_for_another_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_timing_leaves_open_is_not_kept_for_another_time(tmp_path: Path) -> None:
     clocks = Clock(width=1.02), Clock(), Clock(width=1.2), Clock()
     for clock, name in zip(clocks, "aabb", strict=True):
-        decompose(tmp_path / name, clock, monkeypatch)
+        decompose(tmp_path / name, clock)
     sure, after_sure, unsure, after_unsure = (clock.calls for clock in clocks)
     assert sure >= 1
     assert after_sure < sure
@@ -121,18 +123,16 @@ def test_what_a_timing_leaves_open_is_not_kept_for_another_time(
 
 
 @pytest.mark.parametrize("target", [1.3, 2.5])
-def test_the_target_is_met_with_little_to_spare(target: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = decompose(tmp_path / "l", Clock(width=1.01), monkeypatch, target)  # a tenth of the sites' own seconds
+def test_the_target_is_met_with_little_to_spare(target: float, tmp_path: Path) -> None:
+    result = decompose(tmp_path / "l", Clock(width=1.01), target)  # a tenth of the sites' own seconds
     assert result.promise is not None
     assert result.promise.kept
     assert 1.02 * target <= result.promise.measured < 1.15 * target
 
 
-def test_out_of_reach_the_least_damaged_of_the_equally_fast_is_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(promise, "MARGIN", 0.5)  # wide enough for a choice among so few options
-    result = decompose(tmp_path / "l", Clock(), monkeypatch, target=1000.0, best_effort=True)
+def test_out_of_reach_the_least_damaged_of_the_equally_fast_is_given(tmp_path: Path) -> None:
+    margin = 0.5  # wide enough for a choice among so few options
+    result = decompose(tmp_path / "l", Clock(), target=1000.0, best_effort=True, margin=margin)
     assert result.promise is not None
     assert not result.promise.kept
     assert result.search is not None
@@ -143,11 +143,9 @@ def test_out_of_reach_the_least_damaged_of_the_equally_fast_is_given(
     assert damage < 0.9 * most
 
 
-def test_unsure_timings_ask_for_a_little_more_and_not_for_the_fastest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = [decompose(tmp_path / str(width), Clock(width), monkeypatch, target=1.1) for width in (1.0, 1.4)]
-    fastest = decompose(tmp_path / "most", Clock(), monkeypatch, target=1000.0, best_effort=True)
+def test_unsure_timings_ask_for_a_little_more_and_not_for_the_fastest(tmp_path: Path) -> None:
+    found = [decompose(tmp_path / str(width), Clock(width), target=1.1) for width in (1.0, 1.4)]
+    fastest = decompose(tmp_path / "most", Clock(), target=1000.0, best_effort=True)
     promises = [result.promise for result in (*found, fastest)]
     sure, unsure, most = (promise.measured for promise in promises if promise is not None)
     assert promises[1] is not None
@@ -159,22 +157,24 @@ def test_unsure_timings_ask_for_a_little_more_and_not_for_the_fastest(
 def test_damages_are_corrected_by_what_chains_do_to_the_outputs(kind: str) -> None:
     x = samples()
     model = as_kind(network(), kind, x[:2])
-    asked = Asked(Goal.of(0.2, None, None, metric=False), cost="macs")
-    terms = Terms(asked, OnnxRuntime(threads=1, keep=False))
-    work = Workshop(model, normalise_inputs(x[:2]), read_calibration(x, model), terms, lambda *_: None)
-    budget = 0.1 * sum(max(option.damage for option in site.options) for site in work.sites)
-    work.settle(lambda: choose_least_cost(work.sites, budget))
-    after = [option for option in choose_least_cost(work.sites, budget) if option.factorization is not None]
+    original = Original(model, normalise_inputs(x[:2]))
+    evidence = read_evidence(original, read_calibration(x, model), list(original.sites), silent)
+    assert evidence.data is not None
+    fitter = Fitter(original, evidence, FitOptions(), silent)
+    listed = list_options(original.sites.values(), evidence.data, Pricing(Counted("macs")), silent)
+    plans = ChoicePlans(original.sites, listed.sites, listed.reasons, Goal.error(0.2, cost="macs"), None)
+    damages = Damages(listed.sites, evidence, fitter, progress=silent)
+    budget = 0.1 * sum(max(option.damage for option in site.options) for site in damages.sites)
+    damages.settle(lambda: choose_least_cost(damages.sites, budget))
+    after = [option for option in choose_least_cost(damages.sites, budget) if option.factorization is not None]
     assert after
     for option in after:
-        alone = work.held_out.error(work.build([option]))[0] ** 2
+        alone = evidence.held_out.error(fitter.build(plans.plan([option])))[0] ** 2
         assert option.damage / 1.5 <= alone <= option.damage * 1.5  # on other samples, of another rank, perhaps
 
 
-def test_a_target_out_of_reach_gives_the_original_and_says_what_is_within(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    result = decompose(tmp_path / "l", Clock(), monkeypatch, target=1000.0)
+def test_a_target_out_of_reach_gives_the_original_and_says_what_is_within(tmp_path: Path) -> None:
+    result = decompose(tmp_path / "l", Clock(), target=1000.0)
     assert not result.changes
     assert result.after == result.before
     assert result.promise is not None
@@ -187,8 +187,8 @@ def test_a_target_out_of_reach_gives_the_original_and_says_what_is_within(
     assert error > 0
 
 
-def test_a_target_that_no_timing_is_sure_of_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = decompose(tmp_path / "l", Clock(width=100.0), monkeypatch)
+def test_a_target_that_no_timing_is_sure_of_says_so(tmp_path: Path) -> None:
+    result = decompose(tmp_path / "l", Clock(width=100.0))
     assert not result.changes
     assert result.promise is not None
     assert "no timing was sure of the target" in result.promise.note
