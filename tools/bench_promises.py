@@ -229,17 +229,17 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=3, help="times that both models are timed in new processes")
     options = parser.parse_args()
     console, found = Console(), []
+    where = environment(make_backend().threads)
     for name in options.network or ["fashion"]:
         for row in rows(open_network(name, options), options):
             found.append(row)
-            console.print(f"{row.network} {row.asked}: {row.seconds:.0f} s")
+            console.print(f"{row.network} {row.asked}: {row.seconds:.0f} s, found {row.found:.4g}, {row.verdict}")
+            if options.json:  # each row as soon as it is known: all of them take long
+                values = {"rows": [asdict(row) for row in found], "environment": asdict(where)}
+                options.json.write_text(json.dumps(values, indent=2) + "\n")
     show(console, found)
     show_unpaying(console)
-    where = environment(make_backend().threads)
     console.print(f"{where.cpu}, {where.threads} threads, onnxruntime {where.onnxruntime}, torch {where.torch}")
-    if options.json:
-        values = {"rows": [asdict(row) for row in found], "environment": asdict(where)}
-        options.json.write_text(json.dumps(values, indent=2) + "\n")
 
 
 if __name__ == "__main__":
