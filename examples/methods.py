@@ -30,15 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import surgery
 from examples.methods_page import COLUMNS, Point, Report, cells, fill, page_table, plot
 from surgery.algebra.chain import relative_error
-from surgery.cost.onnxruntime.latency import Latencies, channel_multiple
-from surgery.cost.onnxruntime.timing import Budget
+from surgery.cost.onnxruntime.backend import OnnxRuntime
+from surgery.cost.registry import make_backend
+from surgery.cost.timing import Budget
 from surgery.errors import InputError, RankError, Refusal
 from surgery.factorizations import Ranks
-from surgery.plans.automatic import snap
 from surgery.plans.candidates import Candidate, candidates_of, say_ranks
+from surgery.plans.faster import snap
 from surgery.plans.keep import Keep
 from surgery.runtime.bench import environment
-from surgery.sites.site import Site, Totals, describe
+from surgery.sites.site import Site, Totals
 
 HERE = Path(__file__).parent
 MODEL, RESULTS, PAGE = HERE / "data" / "fashion_resnet.pt2", HERE / "results", HERE / "methods.md"
@@ -82,7 +83,7 @@ def _ranks_of(candidate: Candidate, share: float) -> Ranks | None:
     return rule.ranks(candidate)
 
 
-def measure(candidate: Candidate, ranks: Ranks, latencies: Latencies) -> Point | Refusal:
+def measure(candidate: Candidate, ranks: Ranks, latencies: OnnxRuntime) -> Point | Refusal:
     """Factor the layer at these ranks and time it; or say why there is no good chain."""
     site, dense, cost = candidate.site, candidate.dense_cost, candidate.cost(ranks)
     chain = candidate.factorization.factor(site.operator, ranks)
@@ -107,14 +108,14 @@ def measure(candidate: Candidate, ranks: Ranks, latencies: Latencies) -> Point |
     )
 
 
-def study(site: Site, latencies: Latencies, show: Callable[[list[Any]], Iterable[Any]]) -> Report:
+def study(site: Site, latencies: OnnxRuntime, show: Callable[[list[Any]], Iterable[Any]]) -> Report:
     """Measure all methods at all ranks of the sweep; ``show`` wraps the work in a progress bar."""
     work, points, refused = [], [], {}
     for name in surgery.FACTORIZATIONS:
         if isinstance(found := candidates_of(site, name), Refusal):
             refused[name] = found.reason
             continue
-        if not (ranks := sweep(found[0], channel_multiple())):
+        if not (ranks := sweep(found[0], make_backend().channel_multiple)):
             refused[name] = "no rank of the sweep needs as few MACs as the dense layer"
         work += [(found[0], each) for each in ranks]
     for candidate, ranks in show(work):
@@ -126,7 +127,7 @@ def study(site: Site, latencies: Latencies, show: Callable[[list[Any]], Iterable
     where = asdict(environment(latencies.threads))
     weight, today = tuple(site.operator.weight.shape), date.today().isoformat()
     shape, macs = site.input_shape, site.operator.macs(site.input_shape)
-    return Report(site.name, describe(site.operator), weight, shape, macs, today, where, tuple(points), refused)
+    return Report(site.name, site.description, weight, shape, macs, today, where, tuple(points), refused)
 
 
 def print_table(report: Report, console: Console) -> None:
@@ -155,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(width=100)
     sites, _ = surgery.find_sites(surgery.load(options.model))
     budget = Budget(options.seconds, max_rounds=5000)
-    latencies = Latencies(threads=options.threads, budget=budget, keep=False)
+    latencies = OnnxRuntime(threads=options.threads, budget=budget, keep=False)
     site = choose(sites, options.site)
     report = study(site, latencies, lambda work: track(work, f"measuring {site.name}", console=console))
     print_table(report, console)

@@ -41,7 +41,7 @@ from examples.image_data import Data, batches, read_data
 from examples.train_networks import NETWORKS
 from examples.training_results import ORDER, Result, Task, plot, read_results, summary, write_results
 from surgery.errors import InputError, SurgeryError
-from surgery.passes.decompose import find_sites
+from surgery.passes.preview import find_sites
 from surgery.training import LowRankTraining
 from surgery.training.propose import try_formats
 

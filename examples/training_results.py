@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from surgery.cost.onnxruntime.latency import cpu_name
+from surgery.system.machine import cpu_name
 from surgery.system.tables import table
 
 __all__ = ["ORDER", "Result", "Task", "plot", "read_results", "summary", "write_results"]

@@ -75,7 +75,7 @@ class CaptureError(SurgeryError):
 
 
 class CheckError(SurgeryError):
-    """A rewritten graph that failed its own check: please report it."""
+    """A rewritten graph that failed its own check. This is a bug of ours: please report it."""
 
     exit_status = 1
 
@@ -88,9 +88,10 @@ class Refusal:
 
 
 def only_own_errors(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let nothing but the errors above leave a public function, bar a call that does not fit its signature.
+    """Let only the errors above leave a public function; a call that does not fit its signature is a TypeError still.
 
-    Models, hooks and torch itself may raise anything; what is not foreseen is told as a bug of ours, with its cause.
+    Models, hooks and torch itself may raise anything. Whatever is not foreseen is reported as a bug of ours, with its
+    cause.
     """
     signature = inspect.signature(function)
 

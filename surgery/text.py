@@ -1,12 +1,30 @@
-"""Texts from outside made safe to show, lines of whole words, and numbers with their units, as plain text."""
+"""Texts from outside made safe to show, lines of whole words, and numbers with their units: all as plain text."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
 
-__all__ = ["FAR", "change", "count", "cut", "first_line", "lines", "rank_text", "seconds", "shown", "width", "wrap"]
+__all__ = [
+    "FAR",
+    "VERDICTS",
+    "Verdict",
+    "change",
+    "count",
+    "cut",
+    "first_line",
+    "lines",
+    "rank_text",
+    "seconds",
+    "shown",
+    "width",
+    "wrap",
+]
+
+Verdict: TypeAlias = Literal["faster", "slower", "no difference"]  # what one thing is, timed against another
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 FAR = 0.3  # an output error above which the outputs are no longer those of the original
 
@@ -14,7 +32,7 @@ FAR = 0.3  # an output error above which the outputs are no longer those of the 
 def shown(text: str) -> str:
     r"""Return a text from outside as it is, with what does not print escaped, as ``\x1b``, ``\n`` or ``\u202e``.
 
-    So no name can steer a terminal, turn the direction of what stands around it, or look like a line of ours.
+    So a name cannot steer a terminal, change the direction of the text around it, or look like a line of ours.
 
     >>> shown("a[/red] \x1b[31m\ud800 ü"), shown("all\nis fine")
     ('a[/red] \\x1b[31m\\ud800 ü', 'all\\nis fine')
@@ -25,7 +43,7 @@ def shown(text: str) -> str:
 
 
 def cut(text: str, columns: int) -> str:
-    """Return a text of at most so many columns, cut in the middle: the end says more than the start.
+    """Return a text of at most ``columns`` columns, cut in the middle; more is kept of its end, which says more.
 
     >>> cut("encoder.layer.11.attention.output.dense", 20)
     'encoder…output.dense'
@@ -43,7 +61,7 @@ def wrap(text: str, columns: int | None, indent: str = "") -> list[str]:
 
 
 def lines(pieces: Sequence[str], columns: int, indent: str = "") -> list[str]:
-    """Return lines that hold as many of the pieces of a text as fit; spaces at their ends are left out."""
+    """Return lines, each with as many of the next pieces of a text as fit; spaces at their ends are left out."""
     made = [""]
     for piece in pieces:
         if made[-1] and width((made[-1] + piece).rstrip(" ")) > columns:

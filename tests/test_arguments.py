@@ -15,8 +15,8 @@ from torch.export import export
 
 import surgery
 from surgery.cli.group import cli
-from surgery.data.inputs import random_tensor
 from surgery.errors import FileError, InputError, SurgeryError
+from surgery.kinds.inputs import random_tensor
 
 
 class Kinds(nn.Module):
@@ -71,8 +71,8 @@ BAD = {
     "plan diff pipe.npz pipe.npz": "but a pipe",
     f"decompose m.pt2 --ranks 2 --no-timing -o {LONG}": "cannot be written: File name too long",
     f"decompose m.pt2 --ranks 2 --no-timing -o {'9' * 250}": "cannot be written: File name too long",
-    "decompose m.pt2 --ranks 2 --no-timing -o /dev/null": "is no regular file",
-    "decompose m.pt2 --ranks 2 --no-timing --force -o /dev/null": "is no regular file",
+    "decompose m.pt2 --ranks 2 --no-timing -o /dev/null": "is not a regular file",
+    "decompose m.pt2 --ranks 2 --no-timing --force -o /dev/null": "is not a regular file",
     "decompose m.pt2 --ranks 2 --no-timing --force -o o.pt2 --save-plan ./o.pt2": "two outputs",
     "recompose m.pt2 --force -o o.pt2 --state-dict ./o.pt2": "two outputs",
     "inspect m.pt2 --input-shape 1000000,1000000": "would take 4000000000000 bytes",
@@ -90,8 +90,22 @@ BAD = {
     f"bench m.pt2 --apart --threads {10**5}": "threads=100000; allowed: 1 to ",
     "bench m.pt2 --seconds nan": "measuring budget",
     f"decompose m.pt2 --calibration c.npz --max-error nan {OUT}": "max_error",
+    f"decompose m.pt2 --plan p.json --ranks 4 {OUT}": "--ranks with --plan, which says it for each site",
+    f"decompose m.pt2 --plan p.json --factorization svd {OUT}": "--factorization with --plan",
+    f"decompose m.pt2 --plan p.json --joint inputs {OUT}": "--joint with --plan",
+    f"decompose m.pt2 --plan p.json --max-error 0.1 {OUT}": "--max-error needs --ranks auto",
+    f"decompose m.pt2 --ranks 4 --cost macs {OUT}": "--cost needs --ranks auto",
+    f"decompose m.pt2 --ranks 4 --no-promise {OUT}": "--no-promise with other ranks than auto",
+    f"decompose m.pt2 --no-promise --target-speedup 2 {OUT}": "--no-promise with --target-speedup",
+    f"decompose m.pt2 --max-error 0.1 --target-speedup 2 {OUT}": "--max-error and --target-speedup at once",
+    f"decompose m.pt2 --target-speedup 2 --cost macs {OUT}": "--target-speedup with --cost macs",
+    f"decompose m.pt2 --max-drop 0.1 {OUT}": "--max-drop without a metric",
+    f"decompose m.pt2 --best-effort {OUT}": "--best-effort without --target-speedup",
+    f"decompose m.pt2 --groups 2 {OUT}": "--groups without --calibration",
+    f"decompose m.pt2 --dry-run --cost macs {OUT}": "--dry-run with calibration or a promise",
+    f"decompose m.pt2 --joint inputs {OUT}": "joint with the promise",
     f"decompose m.pt2 --calibration c.npz --target-speedup nan {OUT}": "target_speedup",
-    f"decompose m.pt2 --calibration c.npz --stages -1 {OUT}": "stages",
+    f"decompose m.pt2 --calibration c.npz --groups -1 {OUT}": "groups",
     f"decompose m.pt2 --ranks {10**30} {OUT}": "rank",
     f"decompose m.pt2 --ranks energy=nan {OUT}": "energy",
     f"decompose m.pt2 --ranks 2 --include [ {OUT}": "no site matches '['",

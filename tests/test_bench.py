@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery.cost.onnxruntime.timing import Budget, Samples, interleave, physical_cores, waited
+from surgery.cost.timing import Budget, Samples, interleave, waited
 from surgery.errors import FileError, InputError
 from surgery.runtime.bench import bench, environment
 from surgery.runtime.export import export_onnx
+from surgery.system.machine import physical_cores
 from tests.command_line import run
 
 X = torch.ones(2, 6)

@@ -64,7 +64,7 @@ def test_it_names_the_sites_that_cost(kind: str, bad: tuple[int, ...]) -> None:
     original: Any = model if kind == "module" else torch.export.export(model, (X,))
     done = surgery.decompose(original, X, ranks=ranks(*bad), factorization="svd")
     before = {name: tensor.clone() for name, tensor in done.model.state_dict().items()} if kind == "module" else {}
-    found = bisect(original, done.model, X, eval_fn=nearness(model))
+    found = bisect(original, done.model, X, metric=nearness(model))
     worst = found.blames[: len(bad)]
     assert {blame.sites for blame in worst} == {(f"layers.{i}",) for i in bad}
     assert sum(blame.gain for blame in worst) == pytest.approx(found.loss, rel=1e-4)
@@ -79,7 +79,7 @@ def test_gains_are_those_of_a_model_with_the_site_dense() -> None:
     metric = closeness(model)
     chosen: dict[str, int | None] = {f"layers.{i}": 12 if i in (3, 9) else None for i in range(DEPTH)}
     done = surgery.decompose(model, X, ranks=chosen, factorization="svd")
-    found = bisect(model, done.model, X, eval_fn=metric, least=0.0)
+    found = bisect(model, done.model, X, metric=metric, least=0.0)
     for blame in found.blames:
         (site,) = blame.sites
         without = surgery.decompose(model, X, ranks={**chosen, site: None}, factorization="svd")
@@ -105,7 +105,7 @@ def test_one_projection_of_attention(kind: str) -> None:
     done = surgery.decompose(
         original, x, ranks={name: 1 if name.endswith("_v") else 16 for name in names}, factorization="svd"
     )
-    found = bisect(original, done.model, x, eval_fn=closeness(model, x))
+    found = bisect(original, done.model, x, metric=closeness(model, x))
     assert found.blames[0].sites == ("attention.in_proj_v",)
     assert found.blames[0].gain == pytest.approx(found.loss, abs=100 * tolerance(torch.float32))
 
@@ -127,7 +127,7 @@ def test_one_weight_of_a_recurrent_layer(kind: str) -> None:
         warnings.simplefilter("ignore")  # of torch.export about itself
         original: Any = model if kind == "module" else torch.export.export(model, (x,))
     done = surgery.decompose(original, x, ranks={"rnn.ih_l0": 16, "rnn.hh_l0": 1}, factorization="svd")
-    found = bisect(original, done.model, x, eval_fn=closeness(model, x))
+    found = bisect(original, done.model, x, metric=closeness(model, x))
     assert found.blames[0].sites == ("rnn.hh_l0",)
     assert found.blames[0].gain == pytest.approx(found.loss, abs=100 * tolerance(torch.float32))
 
@@ -135,7 +135,7 @@ def test_one_weight_of_a_recurrent_layer(kind: str) -> None:
 def test_nothing_lost_means_nobody_to_blame() -> None:
     model = Tower().eval()
     done = surgery.decompose(model, X, ranks=ranks(2), factorization="svd")
-    found = bisect(model, done.model, X, eval_fn=lambda module: 1.0)
+    found = bisect(model, done.model, X, metric=lambda module: 1.0)
     assert (found.loss, found.blames, found.evaluations) == (0.0, (), 2)
 
 
@@ -149,7 +149,7 @@ def test_what_costs_only_together_is_named_together() -> None:
             all(torch.equal(module.get_parameter(n), dense[n]) for n in ("layers.2.weight", "layers.9.weight"))
         )
 
-    found = bisect(model, done.model, X, eval_fn=both)
+    found = bisect(model, done.model, X, metric=both)
     assert set(found.blames[0].sites) >= {"layers.2", "layers.9"}
     assert found.blames[0].gain == 1
 
@@ -158,11 +158,11 @@ def test_errors_are_clear() -> None:
     model = Tower().eval()
     done = surgery.decompose(model, X, ranks=ranks(2), factorization="svd")
     with pytest.raises(InputError, match="no site that was factored"):
-        bisect(model, model, X, eval_fn=closeness(model))
-    with pytest.raises(InputError, match="eval_fn"):
-        bisect(model, done.model, X, eval_fn=lambda module: module.nothing)
+        bisect(model, model, X, metric=closeness(model))
+    with pytest.raises(InputError, match="metric"):
+        bisect(model, done.model, X, metric=lambda module: module.nothing)
     with pytest.raises(InputError, match="no site that was factored"):
-        bisect(nn.Sequential(nn.Linear(WIDTH, 3)), done.model, X, eval_fn=lambda module: 1.0)
+        bisect(nn.Sequential(nn.Linear(WIDTH, 3)), done.model, X, metric=lambda module: 1.0)
 
 
 def run(*words: object) -> Any:

@@ -21,8 +21,8 @@ from surgery.data import tokens
 from surgery.data.collect import collect
 from surgery.data.files import read_file
 from surgery.data.samples import Calibration, read_calibration
-from surgery.data.signature import read_signature
 from surgery.errors import FileError, InputError
+from surgery.kinds.inputs import forward_signature
 from tests.test_masks import IDS, LENGTHS, LONGEST, Encoder, as_kind, batch, encoder
 
 KINDS = ["module", "graph", "program", "program-dynamic"]
@@ -287,8 +287,8 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
     "lengths": ({"input_ids": ONES, "attention_mask": ONES[:, :4]}, r"shapes differ: input_ids \(6, 7\), attention_m"),
     "ids": ({"input_ids": ONES * IDS, "attention_mask": ONES}, f"input_ids holds {IDS}; allowed: 0 to {IDS - 1}"),
     "negative": ({"input_ids": -ONES, "attention_mask": ONES}, "input_ids holds -1; allowed"),
-    "texts": ({"input_ids": np.array(["a"]), "attention_mask": ONES}, "input_ids holds <U1, no numbers"),
-    "objects": ({"input_ids": np.array([{}]), "attention_mask": ONES}, "input_ids holds object, no numbers"),
+    "texts": ({"input_ids": np.array(["a"]), "attention_mask": ONES}, "input_ids holds <U1, not numbers"),
+    "objects": ({"input_ids": np.array([{}]), "attention_mask": ONES}, "input_ids holds object, not numbers"),
     "nothing": ({"input_ids": ONES[:0], "attention_mask": ONES[:0]}, "input_ids has no samples"),
 }
 
@@ -326,9 +326,9 @@ def test_no_more_samples_are_read_than_will_be_used(order: Any, tmp_path: Path) 
     path, x = tmp_path / "data.npz", np.asarray(np.arange(3000, dtype=np.float32).reshape(1000, 3), order=order)
     np.savez(path, input=x, labels=np.zeros(10**6))  # the labels alone would be too much
     for limit, most, count in ((600, 1 << 20, 600), (2000, 1 << 20, 1000), (600, 12_000, 600), (2000, 12_000, 1000)):
-        found = read_file(path, read_signature(linear(), ((), {})), {}, limit=limit, most=most)
+        found = read_file(path, forward_signature(linear(), ((), {})), {}, limit=limit, most=most)
         assert torch.equal(found["input"], torch.from_numpy(np.ascontiguousarray(x[:count])))
-    few = read_file(path, read_signature(linear(), ((), {})), {}, limit=600, most=1200 if order == "C" else 12_000)
+    few = read_file(path, forward_signature(linear(), ((), {})), {}, limit=600, most=1200 if order == "C" else 12_000)
     assert len(few["input"]) == (100 if order == "C" else 600)
 
 
@@ -337,7 +337,7 @@ def test_an_input_that_is_no_sample_is_not_cut_and_not_mistaken_for_one(tmp_path
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return x.sum() + y.sum()
 
-    path, signature = tmp_path / "data.npz", read_signature(Two(), ((), {}))
+    path, signature = tmp_path / "data.npz", forward_signature(Two(), ((), {}))
     for length, read in ((700, 512), (512, 511), (3, 512)):
         np.savez(path, y=np.ones(length), x=np.ones((800, 2)))
         found = read_file(path, signature, {}, limit=512)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from surgery.data.collect import collect
-from surgery.data.observe import observe
 from surgery.data.samples import Calibration, read_calibration
 from surgery.errors import FileError, InputError
+from surgery.kinds.registry import observe
 from tests.test_calibration_models import as_kind, images, net
 
 

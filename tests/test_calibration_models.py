@@ -18,7 +18,8 @@ from surgery.data.moments import layout_bytes
 from surgery.data.samples import read_calibration
 from surgery.data.sensitivity import with_sensitivity
 from surgery.errors import InputError
-from surgery.passes.decompose import decompose, find_sites, plan
+from surgery.passes.decompose import decompose
+from surgery.passes.preview import find_sites, plan
 from surgery.runtime.compare import run_model
 from tests.zoo import GRAPH_KINDS, ZOO, graph
 
@@ -161,10 +162,10 @@ def test_factors_for_the_data_give_nearer_outputs(kind: str) -> None:
     chosen = plan(model, x[:16], ranks={"stem": 4, "conv": 4, "head": 3}, factorization="svd")
     test = images(16, seed=9)
     original = run_model(model, ((test,), {}))
-    plain = run_model(decompose(model, x[:16], plan=chosen).model, ((test,), {}))
+    plain = run_model(decompose(model, x[:16], ranks=chosen).model, ((test,), {}))
     errors = []
-    for stages in (1, 3, None):
-        fitted = decompose(model, x[:16], plan=chosen, calibration=batches, stages=stages)
+    for groups in (1, 3, None):
+        fitted = decompose(model, x[:16], ranks=chosen, calibration=batches, groups=groups)
         assert [change.site for change in fitted.changes] == ["stem", "conv", "head"]
         assert fitted.plan == chosen
         assert type(fitted.model) is type(model) or not isinstance(model, ExportedProgram)
@@ -181,7 +182,7 @@ def test_all_is_computed_on_the_device_of_the_model(kind: str) -> None:
     data = images(40)
     model = as_kind(net(), kind, data[:2])
     with torch.device("meta"):
-        result = decompose(model, data[:2], ranks="keep_macs=0.5", calibration=data, stages=2)
+        result = decompose(model, data[:2], ranks="keep_macs=0.5", calibration=data, groups=2)
     assert result.changes
 
 
@@ -189,17 +190,17 @@ def test_all_is_computed_on_the_device_of_the_model(kind: str) -> None:
 def test_a_plan_without_changes_leaves_the_model_as_it_is(kind: str) -> None:
     x = images(24)
     model = as_kind(net(), kind, x[:8])
-    for stages in (1, 2):
-        result = decompose(model, x[:8], ranks={"*": None}, calibration=x, stages=stages)
+    for groups in (1, 2):
+        result = decompose(model, x[:8], ranks={"*": None}, calibration=x, groups=groups)
         assert not result.changes
         assert torch.equal(run_model(result.model, ((x[:8],), {})), run_model(model, ((x[:8],), {})))
 
 
-def test_stages_need_data() -> None:
-    given: list[dict[str, Any]] = [{"ranks": 2}, {"calibration": images(4), "stages": 0}]
+def test_groups_need_data() -> None:
+    given: list[dict[str, Any]] = [{"ranks": 2}, {"calibration": images(4), "groups": 0}]
     for settings in given:
-        with pytest.raises(InputError, match="stages="):
-            decompose(net(), images(2), **{"stages": 2, **settings})
+        with pytest.raises(InputError, match="groups="):
+            decompose(net(), images(2), **{"groups": 2, **settings})
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from surgery.algebra.chain import Chain, relative_error
 from surgery.algebra.compose import compose
-from surgery.algebra.operators import Conv, Geometry, Linear, Operator, Shape
+from surgery.algebra.operators import Conv, Geometry, Linear, Operator, PaddingMode, Shape
 from surgery.errors import Refusal
 from tests.cases import operator_of
 from tests.tolerances import assert_close
 
 EXACT = 1e-12  # float64: two ways to sum up to a few hundred products
-MODES = ("zeros", "reflect", "replicate", "circular")
+MODES: tuple[PaddingMode, ...] = ("zeros", "reflect", "replicate", "circular")
 
 _C1, _C2, _C3 = nn.Conv1d, nn.Conv2d, nn.Conv3d
 _T1, _T2 = nn.ConvTranspose1d, nn.ConvTranspose2d
@@ -211,7 +211,7 @@ def axis_pairs(draw: st.DrawFn, *, transposed: bool) -> dict[str, list[Any]]:
 def convs(draw: st.DrawFn, *, dims: int, columns: int) -> Conv:
     """A random convolution of ``columns`` input channels."""
     transposed = draw(st.sampled_from([False, False, True]))
-    mode = "zeros" if transposed else draw(st.sampled_from(["zeros", "zeros", *MODES]))
+    mode: PaddingMode = "zeros" if transposed else draw(st.sampled_from(("zeros", "zeros", *MODES)))
     axes = [draw(axis_pairs(transposed=transposed)) for _ in range(dims)]
     table: dict[str, Any] = {key: tuple(axis[key] for axis in axes) for key in axes[0]}
     groups = draw(st.sampled_from([g for g in (1, 1, 2, 3, 6) if columns % g == 0]))

@@ -24,7 +24,8 @@ from surgery.factorizations import FACTORIZATIONS, fitting
 from surgery.files.load import load
 from surgery.files.save import save
 from surgery.kinds.fx.unhandled import function_name
-from surgery.passes.decompose import decompose, find_sites
+from surgery.passes.decompose import decompose
+from surgery.passes.preview import find_sites
 from surgery.passes.recompose import recompose
 from surgery.sites.site import Site
 from tests.cases import decaying

@@ -21,21 +21,16 @@ import torch
 
 from surgery.algebra.chain import Chain, relative_error
 from surgery.algebra.operators import Conv, Geometry, Linear, Operator, Shape
-from surgery.cost.onnxruntime import latency
-from surgery.cost.onnxruntime.latency import Latencies, cache_path, channel_multiple, cpu_name
+from surgery.cost.cache import Store, cache_path
+from surgery.cost.onnxruntime import backend
+from surgery.cost.onnxruntime.backend import OnnxRuntime
 from surgery.cost.onnxruntime.model import build_choice, build_model
-from surgery.cost.onnxruntime.timing import (
-    Budget,
-    Samples,
-    Speedup,
-    bind,
-    compare_samples,
-    interleave,
-    open_session,
-    physical_cores,
-)
+from surgery.cost.onnxruntime.sessions import bind, open_session
+from surgery.cost.structure import described
+from surgery.cost.timing import Budget, Samples, Speedup, compare_samples, interleave
 from surgery.errors import InputError
 from surgery.factorizations import named
+from surgery.system.machine import cpu_name, physical_cores
 
 QUICK = Budget(seconds=0.0, min_rounds=2, warmup_rounds=0)
 
@@ -113,7 +108,7 @@ def test_a_skeleton_gets_random_weights() -> None:
 
 
 def test_onnx_model_refuses_what_it_cannot_build() -> None:
-    with pytest.raises(InputError, match="no ONNX node is known for Operator"):
+    with pytest.raises(InputError, match="there is no known ONNX node for Operator"):
         build_model(Operator(torch.ones(1)), (1,))
     huge = Linear(torch.empty(40_000, 40_000, device="meta"))
     with pytest.raises(InputError, match=r"6\.0 GiB"):
@@ -236,12 +231,12 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         sessions.append(open_session(*args, **kwargs))
         return sessions[-1]
 
-    monkeypatch.setattr(latency, "open_session", count)
+    monkeypatch.setattr(backend, "open_session", count)
     return sessions
 
 
-def latencies(path: Path, **changes: Any) -> Latencies:
-    return Latencies(**{"threads": 1, "budget": QUICK, "path": path, **changes})
+def latencies(path: Path, **changes: Any) -> OnnxRuntime:
+    return OnnxRuntime(**{"threads": 1, "budget": QUICK, "path": path, **changes})
 
 
 def test_a_pair_is_measured_once_for_all_instances(tmp_path: Path, opened: list[object]) -> None:
@@ -264,8 +259,8 @@ def test_a_skeleton_is_looked_up_like_the_real_chain(tmp_path: Path, opened: lis
     assert len(opened) == 1
 
 
-def key_of(base: Latencies, shape: Shape, *operators: Operator | Chain) -> str:
-    return base._key(latency._described(shape, *operators))
+def key_of(base: OnnxRuntime, shape: Shape, *operators: Operator | Chain) -> str:
+    return json.dumps(described(shape, *operators) | base.key, sort_keys=True)
 
 
 def test_the_key_holds_all_that_matters_and_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +282,7 @@ def test_the_key_holds_all_that_matters_and_no_weights(tmp_path: Path, monkeypat
     ]
     for name in ("_PROTOCOL", "cpu_name"):
         with monkeypatch.context() as patch:
-            patch.setattr(latency, name, 99 if name == "_PROTOCOL" else lambda: "another")
+            patch.setattr(backend, name, 99 if name == "_PROTOCOL" else lambda: "another")
             others.append(key_of(base, shape, conv()))
     assert len({key, *others}) == len(others) + 1
 
@@ -397,7 +392,7 @@ def test_an_interrupted_measurement_stores_nothing(tmp_path: Path, monkeypatch: 
 
     once = latencies(tmp_path / "l")
     with monkeypatch.context() as patch:
-        patch.setattr(latency, "interleave", interrupt)
+        patch.setattr(backend, "interleave", interrupt)
         with pytest.raises(KeyboardInterrupt):
             once.measure(LINEAR, (3, 7))
     assert once.measure(LINEAR, (3, 7)) > 0
@@ -405,7 +400,7 @@ def test_an_interrupted_measurement_stores_nothing(tmp_path: Path, monkeypatch: 
 
 
 def _put_many(path: Path, start: int) -> None:
-    store = latency._Store(path)
+    store = Store(path)
     for index in range(start, start + 50):
         store.put(str(index), {"seconds": 1.0 + index})
 
@@ -419,7 +414,7 @@ def test_processes_share_a_store(tmp_path: Path) -> None:
     _put_many(path, 0)
     other.join()
     assert other.exitcode == 0
-    store = latency._Store(path)
+    store = Store(path)
     assert [store.get(str(i)) for i in range(100)] == [{"seconds": 1.0 + i} for i in range(100)]
 
 
@@ -433,10 +428,10 @@ def test_the_path_follows_the_environment(tmp_path: Path, monkeypatch: pytest.Mo
     assert cache_path() == tmp_path / "mine" / "latencies.sqlite3"
     monkeypatch.setenv("SURGERY_CACHE", "off")
     assert cache_path() is None
-    assert Latencies(threads=1, budget=QUICK).measure(LINEAR, (3, 7)) > 0
+    assert OnnxRuntime(threads=1, budget=QUICK).measure(LINEAR, (3, 7)) > 0
 
 
 def test_the_machine_is_known() -> None:
-    assert channel_multiple() in (4, 8, 16)
+    assert OnnxRuntime(keep=False).channel_multiple in (4, 8, 16)
     assert cpu_name()
-    assert json.loads(key_of(Latencies(keep=False), (1,), LINEAR))["cpu"] == cpu_name()
+    assert json.loads(key_of(OnnxRuntime(keep=False), (1,), LINEAR))["cpu"] == cpu_name()

@@ -7,13 +7,15 @@ import torch
 from torch import nn
 
 from surgery.algebra.chain import Chain
-from surgery.data.inputs import normalise_inputs
 from surgery.data.samples import read_calibration
 from surgery.factorizations import fitting, named
-from surgery.kinds.registry import open_graph
+from surgery.kinds.inputs import normalise_inputs
+from surgery.kinds.registry import open_model
 from surgery.passes.effects import Effects
-from surgery.passes.goals import HeldOut
+from surgery.passes.held_out import HeldOut
 from surgery.runtime.compare import run_model
+from surgery.sites.edit import Replace
+from surgery.sites.find import find
 from tests.covering import ALL
 from tests.test_calibration_models import KINDS
 from tests.zoo import ZOO, graph
@@ -32,7 +34,7 @@ def test_an_effect_is_that_of_the_changed_model(name: str, kind: str) -> None:
     before = run_model(model, (args, kwargs))
     effects, held_out = Effects(model, samples), HeldOut(model, samples)
     tried = 0
-    for at, spot in enumerate(open_graph(model, args, kwargs, copies=False).find().spots[:_SITES]):
+    for at, spot in enumerate(find(open_model(model, (args, kwargs), copies=False).flow).placements[:_SITES]):
         methods = fitting(spot.site.operator, "auto")
         if not isinstance(methods, list):
             continue
@@ -40,8 +42,8 @@ def test_an_effect_is_that_of_the_changed_model(name: str, kind: str) -> None:
         chain = methods[0].factor(spot.site.operator, ranks)
         if not isinstance(chain, Chain):
             continue
-        changed = open_graph(model, args, kwargs, copies=True)
-        changed.splice(changed.find().spots[at], chain)
+        changed = open_model(model, (args, kwargs), copies=True)
+        changed.apply(Replace(find(changed.flow).placements[at], chain))
         expected = held_out.error(changed.finish())[0]
         assert effects.of(spot.site.name, chain) == pytest.approx(expected, rel=FLOAT32, abs=FLOAT32)
         tried += 1
@@ -57,11 +59,11 @@ def test_hooks_of_the_user_come_after_the_operator() -> None:
     x = torch.randn(64, 8)
     samples = read_calibration(x, model)
     for at, name in enumerate("01"):
-        operator = open_graph(model, (x,), {}).find().spots[at].site.operator
+        operator = find(open_model(model, ((x,), {})).flow).placements[at].site.operator
         chain = named("svd").factor(operator, (3,))
         assert isinstance(chain, Chain)
-        changed = open_graph(model, (x,), {})
-        changed.splice(changed.find().spots[at], chain)
+        changed = open_model(model, ((x,), {}))
+        changed.apply(Replace(find(changed.flow).placements[at], chain))
         expected = HeldOut(model, samples).error(changed.finish())[0]
         assert Effects(model, samples).of(name, chain) == pytest.approx(expected, rel=FLOAT32)
 

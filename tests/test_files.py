@@ -25,10 +25,10 @@ def _link_to_a_pipe(path: Path) -> None:
 NOT_REGULAR: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, "does not exist"),
     "folder": (Path.mkdir, "is a folder"),
-    "pipe": (os.mkfifo, "is no regular file but a pipe"),
-    "socket": (_socket, "is no regular file but a socket"),
-    "device": (lambda path: path.symlink_to("/dev/zero"), "is no regular file but a device"),
-    "link to a pipe": (_link_to_a_pipe, "is no regular file but a pipe"),
+    "pipe": (os.mkfifo, "is not a regular file but a pipe"),
+    "socket": (_socket, "is not a regular file but a socket"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "is not a regular file but a device"),
+    "link to a pipe": (_link_to_a_pipe, "is not a regular file but a pipe"),
     "link to itself": (lambda path: path.symlink_to(path), "cannot be opened: Too many levels"),
     "dangling link": (lambda path: path.symlink_to("nowhere"), "does not exist"),
 }

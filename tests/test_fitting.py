@@ -1,4 +1,4 @@
-"""Fits to data: the bias that takes up the mean runs, stages never make it worse, and what is measured is told."""
+"""Fits to data: the bias that takes up the mean runs, groups never make it worse, and what is measured is told."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.algebra.chain import relative_error
-from surgery.data.inputs import normalise_inputs
 from surgery.errors import InputError
+from surgery.kinds.inputs import normalise_inputs
+from surgery.plans.goal import Goal
 from surgery.runtime.compare import run_model
 from tests.cases import decaying
 from tests.test_calibration_models import as_kind
@@ -89,7 +90,7 @@ def test_a_bias_that_two_layers_share_stays_shared(kind: str) -> None:
 
 @pytest.mark.parametrize("ranks", ["keep_params=0.5", 4])
 @pytest.mark.parametrize("kind", ["module", "program-dynamic"])
-def test_no_number_of_stages_is_worse_than_no_data(kind: str, ranks: str | int) -> None:
+def test_no_number_of_groups_is_worse_than_no_data(kind: str, ranks: str | int) -> None:
     module, x, fresh = residual()
     model = as_kind(module, kind, x[:4])
     wanted = outputs(model, fresh)
@@ -101,7 +102,7 @@ def test_no_number_of_stages_is_worse_than_no_data(kind: str, ranks: str | int) 
         return relative_error(outputs(result.model, fresh), wanted)
 
     plain = error()
-    one, two, all_ = (error(calibration=x, stages=stages) for stages in (1, 2, None))
+    one, two, all_ = (error(calibration=x, groups=groups) for groups in (1, 2, None))
     assert one < 0.9 * plain
     assert max(two, all_) <= 1.02 * one  # judged on forty samples, so nearly
 
@@ -151,7 +152,7 @@ class Inferring(InPlace):
 
 
 @pytest.mark.parametrize("network", [InPlace, Inferring])
-@pytest.mark.parametrize("asked", [{"ranks": 4}, {"max_error": 0.5, "cost": "macs"}])
+@pytest.mark.parametrize("asked", [{"ranks": 4}, {"ranks": Goal.error(0.5, cost="macs")}])
 def test_what_cannot_be_differentiated_is_fitted_all_the_same(network: type[nn.Module], asked: dict[str, Any]) -> None:
     torch.manual_seed(0)
     x = torch.randn(64, 4) @ torch.randn(4, 16)
@@ -165,4 +166,4 @@ def test_a_model_without_numbers_to_compare_is_refused() -> None:
 
     x = torch.randn(64, 16)
     with pytest.raises(InputError, match="no floating-point output"):
-        surgery.decompose(Classes().eval(), x[:4], calibration=x, max_error=0.3, cost="macs")
+        surgery.decompose(Classes().eval(), x[:4], calibration=x, ranks=Goal.error(0.3, cost="macs"))

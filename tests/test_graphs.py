@@ -26,7 +26,8 @@ from surgery.files.load import load
 from surgery.files.save import save
 from surgery.kinds.layers.attention import UnpackedAttention
 from surgery.kinds.layers.recurrent import UnpackedGRU, UnpackedLSTM
-from surgery.passes.decompose import decompose, find_sites
+from surgery.passes.decompose import decompose
+from surgery.passes.preview import find_sites
 from surgery.passes.recompose import RecomposeResult, recompose
 from surgery.passes.results import DecomposeResult
 from surgery.runtime.export import export_onnx
@@ -104,8 +105,8 @@ class Factored:
     inputs: Inputs
     sites: tuple[Site, ...]
     factorization: str
-    result: DecomposeResult
-    back: RecomposeResult
+    result: DecomposeResult[Any]
+    back: RecomposeResult[Any]
 
 
 @pytest.mark.parametrize(("name", "kind", "factorization"), ROWS)

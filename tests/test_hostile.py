@@ -25,7 +25,7 @@ from surgery.errors import CaptureError, FileError, InputError, SurgeryError, Un
 from surgery.files.guard.expressions import NUMBER, TRUTH, check_expression
 from surgery.files.guard.guards import check_guard
 from surgery.files.load import load
-from surgery.passes.decompose import find_sites
+from surgery.passes.preview import find_sites
 from surgery.runtime.compare import compare
 from tests.hostile import ATTACKS, PROVEN, builder, payloads
 

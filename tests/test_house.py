@@ -30,14 +30,7 @@ MODULES = [m.name for m in pkgutil.walk_packages([str(ROOT)], "surgery.") if not
 INSIDE = [name for name in SOURCE.modules if name not in ("surgery", "surgery.__main__")]
 
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
-# What is longer still, and is being taken apart; what is no longer too long has to leave this list.
-TOO_LONG = {
-    "surgery.files.load",
-    "surgery.cli.commands:decompose",
-    "surgery.passes.decompose:decompose",
-}
 MOST_ARGUMENTS = 12  # of a public function
-TOO_WIDE = {"decompose", "LowRankTraining.__init__"}
 # Tests that still replace a private name; what they replace has to be handed in.
 PATCHED = {
     "test_calibration_files.py: bound",
@@ -81,7 +74,7 @@ def _imported(tree: ast.Module) -> Iterator[str]:
 def test_files_and_functions_are_short() -> None:
     files = {name for name, module in SOURCE.modules.items() if module.lines > LONGEST_FILE}
     functions = {name for name, function in SOURCE.functions.items() if function.lines > LONGEST_FUNCTION}
-    assert files | functions == TOO_LONG
+    assert not files | functions
 
 
 def test_no_test_replaces_a_private_name() -> None:
@@ -159,4 +152,5 @@ def test_a_house_is_measured_from_its_source(tmp_path: Path) -> None:
 
 def test_public_functions_take_few_arguments() -> None:
     found = SOURCE.public_functions()
-    assert {name for name, function in found.items() if function.parameters > MOST_ARGUMENTS} == TOO_WIDE
+    assert {"decompose", "LowRankTraining.__init__"} <= found.keys()
+    assert not {name for name, function in found.items() if function.parameters > MOST_ARGUMENTS}

@@ -13,14 +13,17 @@ from torch import nn
 import surgery
 from surgery.algebra.chain import Chain, relative_error
 from surgery.algebra.operators import Conv, Geometry, Linear, Operator
-from surgery.cost.onnxruntime.latency import Comparison, Latencies
+from surgery.algebra.stack import split
+from surgery.cost.base import Comparison
+from surgery.cost.onnxruntime.backend import OnnxRuntime
 from surgery.errors import InputError, RankError, Refusal
 from surgery.factorizations import FACTORIZATIONS, named
-from surgery.passes.decompose import decompose, find_sites, plan
+from surgery.passes.decompose import decompose
+from surgery.passes.preview import find_sites, plan
 from surgery.passes.recompose import recompose
 from surgery.plans.plan import Plan
 from surgery.runtime.export import export_onnx
-from surgery.sites.joint import JointSite, split, stack
+from surgery.sites.joint import JointSite, joined
 from surgery.sites.site import Site
 from tests.test_graphs import assert_same, counted_macs, every_graph, outputs, shapes, unique_parameters
 from tests.tolerances import reduction, tolerance
@@ -61,7 +64,7 @@ def operators(kind: str, outs: list[int]) -> list[Site]:
 @given(kind=st.sampled_from(["linear", "conv", "transposed"]), outs=st.lists(st.integers(2, 6), min_size=2, max_size=3))
 def test_each_chain_has_its_rows_and_the_shared_factors(method: str, kind: str, outs: list[int]) -> None:
     sites = operators(kind, outs)
-    joint = stack(sites)
+    joint = joined(sites)
     assert isinstance(joint, JointSite)
     factorization = named(method)
     if factorization.refuse(joint.operator) is not None:
@@ -69,7 +72,7 @@ def test_each_chain_has_its_rows_and_the_shared_factors(method: str, kind: str, 
     full = factorization.max_ranks(joint.operator)
     chain = factorization.factor(joint.operator, full)
     assert not isinstance(chain, Refusal)
-    chains = split(chain, sites)
+    chains = split(chain, [site.operator for site in sites])
     if isinstance(chains, Refusal):
         assert method == "depthwise" or kind == "linear", "only chains that end without a factor of the outputs refuse"
         return
@@ -121,7 +124,7 @@ def test_a_joint_program_is_saved_loaded_exported_and_fused(tmp_path: Path) -> N
     assert shapes(recompose(loaded).model) == shapes(program)
 
 
-class Fixed(Latencies):
+class Fixed(OnnxRuntime):
     """Latencies that are known: 2 s for dense, 1 s for any chain, a quarter for what is timed alone."""
 
     def compare(self, dense: Operator | Chain, chain: Operator | Chain, shape: tuple[int, ...]) -> Comparison:
@@ -136,7 +139,7 @@ class Fixed(Latencies):
 
 def test_what_is_shared_is_timed_once() -> None:
     joint = [("q", "k", "v")]
-    found = plan(Heads(), torch.randn(4, 96), ranks=8, joint=joint, latencies=Fixed(keep=False))
+    found = plan(Heads(), torch.randn(4, 96), ranks=8, joint=joint, backend=Fixed(keep=False))
     assert [(decision.dense_latency, decision.latency) for decision in found] == [(2.0, 1.0), (2.0, 0.25), (2.0, 0.25)]
 
 
@@ -155,12 +158,12 @@ def test_the_plan_keeps_the_groups_through_a_file_and_through_edits() -> None:
     again = Plan.from_json(made.to_json())
     assert again == made
     assert {d.site: d.joint for d in again} == {"q": "q", "k": "q", "v": "q", "o": None, "c": None}
-    without = decompose(model, x, plan=made.edit("q", rank=None))
+    without = decompose(model, x, ranks=made.edit("q", rank=None))
     assert [(c.site, c.joint) for c in without.changes] == [("k", "k"), ("v", "k")]
-    alone = decompose(model, x, plan=made, exclude=["q", "k"])
+    alone = decompose(model, x, ranks=made, exclude=["q", "k"])
     assert [(c.site, c.joint) for c in alone.changes] == [("v", None)]
     apart = made.edit("k", rank=4)
-    assert [(c.site, c.rank, c.joint) for c in decompose(model, x, plan=apart).changes] == [
+    assert [(c.site, c.rank, c.joint) for c in decompose(model, x, ranks=apart).changes] == [
         ("q", (8,), "q"),
         ("k", (4,), None),
         ("v", (8,), "q"),

@@ -323,7 +323,7 @@ _NO_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "zip": (_zip_of_text, "but no model"),
     "bytes": (lambda path: path.write_bytes(bytes(range(256))), "is no model file"),
     "pickle": (lambda path: path.write_bytes(pickle.dumps([1])), "is a pickle"),
-    "pipe": (lambda path: os.mkfifo(path), "is no regular file"),
+    "pipe": (lambda path: os.mkfifo(path), "is not a regular file"),
     "safetensors cut off": (lambda path: path.write_bytes(safetensors.torch.save({"a": torch.ones(9)})[:-5]), "cannot"),
 }
 

@@ -17,13 +17,14 @@ from surgery.data.collect import collect
 from surgery.data.columns import read_columns
 from surgery.data.masks import find_masks, is_mask_name, read_masks, visible_rows
 from surgery.data.moments import Moments
-from surgery.data.observe import observe
 from surgery.data.samples import Calibration, read_calibration
 from surgery.data.sensitivity import with_sensitivity
 from surgery.data.visible import VisibleRows
 from surgery.errors import InputError
+from surgery.kinds.registry import observe
 from surgery.passes.decompose import decompose
-from surgery.passes.goals import HeldOut
+from surgery.passes.held_out import HeldOut
+from surgery.plans.goal import Goal
 from tests.tolerances import tolerance
 
 EXACT = tolerance(torch.float64, length=256, steps=8)
@@ -262,12 +263,12 @@ def test_the_same_positions_are_seen_of_a_model_and_of_a_changed_one(kind: str) 
     changed = decompose(model, inputs, ranks={"up": 4, "*": None}).model
     samples = read_calibration(inputs, model, inputs, batch_size=4)
     observed = observe(model, next(iter(samples)))
-    spots = {spot.site.name: spot for spot in observed.kind.find().spots}
+    spots = {spot.site.name: spot for spot in observed.find().placements}
     visible = VisibleRows(observed, samples, spots.values())
     seen: list[list[tuple[Tensor, ...]]] = []
     for one in (observed, observe(changed, next(iter(samples)))):
         seen.append([])
-        spot = next(spot for spot in one.kind.find().spots if spot.site.name == "head")
+        spot = next(spot for spot in one.find().placements if spot.site.name == "head")
         visible.watch(one, spot, lambda x, masks: seen[-1].append(tuple(masks)))
         for inputs_ in samples:
             one.run(inputs_)
@@ -429,7 +430,7 @@ def test_hidden_outputs_that_are_not_finite_do_not_matter() -> None:
 
 def test_a_promise_is_kept_on_visible_positions() -> None:
     model, lengths = encoder(), LENGTHS * 4
-    found = decompose(model, batch(lengths), calibration=batch(lengths), max_error=0.3, cost="params")
+    found = decompose(model, batch(lengths), calibration=batch(lengths), ranks=Goal.error(0.3, cost="params"))
     assert found.promise is not None
     assert found.promise.kept
     assert isinstance(as_kind(model, "program", batch()), ExportedProgram)

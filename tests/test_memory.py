@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from surgery.errors import InputError
 from surgery.factorizations import FACTORIZATIONS
-from surgery.solvers import memory
+from surgery.solvers.memory import check_memory, estimate
+from surgery.system import memory
 
 METHODS = st.sampled_from([*FACTORIZATIONS, "tt", "tr", "cp", "another"])
 KERNELS = st.lists(st.integers(1, 300), min_size=3, max_size=5)
@@ -24,18 +25,18 @@ def test_an_estimate_has_room_for_copies_and_for_no_more_than_a_multiple(
     weight = max(size, 4)
     for extent in kernel:
         weight *= extent
-    assert 3 * weight < memory.estimate(method, kernel, size) <= 12 * weight
+    assert 3 * weight < estimate(method, kernel, size) <= 12 * weight
 
 
 @given(METHODS, KERNELS, st.integers(0, 4))
 def test_an_estimate_grows_with_each_extent(method: str, kernel: list[int], axis: int) -> None:
     larger = list(kernel)
     larger[axis % len(kernel)] += 1
-    assert memory.estimate(method, larger, 4) > memory.estimate(method, kernel, 4)
+    assert estimate(method, larger, 4) > estimate(method, kernel, 4)
 
 
 def test_the_long_side_costs_no_square() -> None:
-    assert memory.estimate("svd", (1, 8, 10**6), 4) < 5 * 8 * 8 * 10**6
+    assert estimate("svd", (1, 8, 10**6), 4) < 5 * 8 * 8 * 10**6
 
 
 def meminfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
@@ -48,9 +49,9 @@ def meminfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 def test_what_fits_passes_and_what_does_not_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meminfo(tmp_path, monkeypatch, "MemTotal:  9 kB\nMemAvailable:  2097152 kB\n")
     assert memory.available_memory() == 2**31
-    memory.check_memory(2**31, "svd of fc")
+    check_memory(2**31, "svd of fc")
     with pytest.raises(InputError) as caught:
-        memory.check_memory(2**31 + 2**29, "svd of fc")
+        check_memory(2**31 + 2**29, "svd of fc")
     assert caught.value.what == "svd of fc may need 2.5 GiB of memory"
     assert caught.value.allowed == "the 2.0 GiB available"
     assert "keep this site dense" in str(caught.value)
@@ -67,7 +68,7 @@ def test_a_container_may_have_less(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_small_sizes_are_said_in_mebibytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meminfo(tmp_path, monkeypatch, "MemAvailable: 1024 kB\n")
     with pytest.raises(InputError, match=r"may need 2 MiB of memory; allowed: the 1 MiB available"):
-        memory.check_memory(2**20 + 1, "svd of fc")
+        check_memory(2**20 + 1, "svd of fc")
 
 
 @pytest.mark.parametrize("text", ["", "MemTotal: 5 kB\n"])
@@ -76,10 +77,10 @@ def test_a_system_that_does_not_say_lets_everything_pass(
 ) -> None:
     meminfo(tmp_path, monkeypatch, text)
     assert memory.available_memory() is None
-    memory.check_memory(2**60, "svd of fc")
+    check_memory(2**60, "svd of fc")
     monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "there is none")
     assert memory.available_memory() is None
-    memory.check_memory(2**60, "svd of fc")
+    check_memory(2**60, "svd of fc")
 
 
 def test_this_system_has_some_memory() -> None:

@@ -85,9 +85,9 @@ def _pipe(path: Path) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "folder": (Path.mkdir, "is a folder"),
-    "pipe": (_pipe, "is no regular file"),
-    "link to a device": (lambda path: path.symlink_to("/dev/null"), "is no regular file"),
-    "link to itself": (lambda path: path.symlink_to(path), "is no regular file"),
+    "pipe": (_pipe, "is not a regular file"),
+    "link to a device": (lambda path: path.symlink_to("/dev/null"), "is not a regular file"),
+    "link to itself": (lambda path: path.symlink_to(path), "is not a regular file"),
     "link into no folder": (lambda path: path.symlink_to("none/x"), "the folder .* does not exist"),
 }
 
@@ -117,7 +117,7 @@ def test_names_that_no_output_can_have(name: str, tmp_path: Path, monkeypatch: p
 
 def test_what_became_a_pipe_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    with pytest.raises(FileError, match="is no regular file"):
+    with pytest.raises(FileError, match="is not a regular file"):
         write_atomically(path, lambda file: os.mkfifo(path))
     assert path.is_fifo()
     assert os.listdir(tmp_path) == ["x"]

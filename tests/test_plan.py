@@ -7,6 +7,7 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from surgery.algebra.operators import Conv, Geometry, Linear, Operator
 from surgery.errors import FileError, InputError, RankError
 from surgery.factorizations import FACTORIZATIONS, Spectrum
 from surgery.factorizations.svd import Svd
+from surgery.plans.by_rule import ByRule, ModelFacts
+from surgery.plans.complete import complete_plan
 from surgery.plans.plan import Decision, Plan
-from surgery.plans.planning import complete_plan, make_plan
+from surgery.plans.planner import Progress, silent
 from surgery.sites.site import Site, Totals
 from tests.cases import decaying
 
@@ -38,6 +41,18 @@ SITES = [
 TOTALS = Totals(sum(s.parameters for s in SITES) + 100, sum(s.macs for s in SITES))
 
 
+def rule_plan(
+    sites: list[Site],
+    *,
+    totals: Totals,
+    latencies: Any = None,
+    multiple: int | None = None,
+    progress: Progress = silent,
+    **rule: Any,
+) -> Plan:
+    return ByRule(**rule).plan(sites, ModelFacts(totals, (), latencies, multiple, progress))
+
+
 def stand_alone(plan: Plan) -> Plan:
     return Plan.from_json(plan.to_json())
 
@@ -46,7 +61,7 @@ def stand_alone(plan: Plan) -> Plan:
 
 
 def test_one_decision_for_each_site_in_order_with_costs_and_reasons() -> None:
-    plan = make_plan(SITES, ranks="energy=0.7", totals=TOTALS)
+    plan = rule_plan(SITES, ranks="energy=0.7", totals=TOTALS)
     assert [d.site for d in plan] == [s.name for s in SITES]
     assert plan.ranks == "energy=0.7"
     for decision, site in zip(plan, SITES, strict=True):
@@ -58,15 +73,15 @@ def test_one_decision_for_each_site_in_order_with_costs_and_reasons() -> None:
 
 
 def test_include_and_exclude() -> None:
-    plan = make_plan(SITES, ranks=2, include=["body.*", "head"], exclude=["*.conv1"], totals=TOTALS)
+    plan = rule_plan(SITES, ranks=2, include=["body.*", "head"], exclude=["*.conv1"], totals=TOTALS)
     assert plan["stem"].reason == "not included"
     assert plan["body.conv1"].reason == "excluded"
     assert plan["head"].rank == (2,)
     with pytest.raises(InputError, match="no site matches 'nothing'"):
-        make_plan(SITES, ranks=2, exclude=["nothing"], totals=TOTALS)
+        rule_plan(SITES, ranks=2, exclude=["nothing"], totals=TOTALS)
 
 
-@pytest.mark.parametrize("ranks", ["auto", "vbmf", "energy=0.9", "keep_params=0.8", "full", 2])
+@pytest.mark.parametrize("ranks", ["measured", "vbmf", "energy=0.9", "keep_params=0.8", "full", 2])
 def test_each_spectrum_is_computed_at_most_once_and_none_for_what_is_left_out(
     ranks: str | int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,7 +93,7 @@ def test_each_spectrum_is_computed_at_most_once_and_none_for_what_is_left_out(
         return original(self, operator)
 
     monkeypatch.setattr(Svd, "spectra", spectra)
-    make_plan(SITES, ranks=ranks, factorization="svd", exclude=["stem"], totals=TOTALS)
+    rule_plan(SITES, ranks=ranks, factorization="svd", exclude=["stem"], totals=TOTALS)
     assert len(set(computed)) == len(computed)
     assert id(SITES[0].operator) not in computed
 
@@ -86,40 +101,38 @@ def test_each_spectrum_is_computed_at_most_once_and_none_for_what_is_left_out(
 def test_progress_counts_up_to_all_sites() -> None:
     seen: list[tuple[str, int, int]] = []
     for ranks in ("energy=0.5", "keep_macs=0.9"):
-        make_plan(SITES, ranks=ranks, exclude=["gate"], totals=TOTALS, progress=lambda *step: seen.append(step))
+        rule_plan(SITES, ranks=ranks, exclude=["gate"], totals=TOTALS, progress=lambda *step: seen.append(step))
     assert seen == 2 * [("plan", done, 4) for done in range(5)]
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("factorization", "qr"), ("solver", "magic"), ("multiple", 0), ("ranks", "best")]
-)
+@pytest.mark.parametrize(("name", "value"), [("factorization", "qr"), ("multiple", 0), ("ranks", "best")])
 def test_bad_arguments_are_told_before_any_work(name: str, value: object) -> None:
     with pytest.raises(InputError, match=str(value)) as error:
-        make_plan(SITES, totals=TOTALS, **{name: value})  # type: ignore[arg-type]
+        rule_plan(SITES, totals=TOTALS, **{name: value})  # type: ignore[arg-type]
     assert error.value.allowed
 
 
 def test_a_weight_that_is_not_finite_names_its_site() -> None:
     broken = Site("broken", Linear(torch.full((4, 4), torch.nan)), ((1, 4),))
     with pytest.raises(InputError, match="'broken' has values that are not finite"):
-        make_plan([*SITES, broken], ranks="energy=0.5", totals=TOTALS)
-    assert make_plan([*SITES, broken], ranks=2, exclude=["broken"], totals=TOTALS)["broken"].dense
+        rule_plan([*SITES, broken], ranks="energy=0.5", totals=TOTALS)
+    assert rule_plan([*SITES, broken], ranks=2, exclude=["broken"], totals=TOTALS)["broken"].dense
 
 
 def test_an_empty_weight_stays_dense() -> None:
     empty = Site("empty", Linear(torch.empty(0, 4)), ((1, 4),))
-    assert make_plan([empty], totals=TOTALS)["empty"].reason == "its weight is empty"
+    assert rule_plan([empty], totals=TOTALS)["empty"].reason == "its weight is empty"
 
 
 def test_half_precision_weights_are_planned() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         site = Site("half", SITES[3].operator.to(dtype=dtype), ((1, 24),))
-        assert make_plan([site], ranks="energy=0.5", totals=TOTALS)["half"].rank
+        assert rule_plan([site], ranks="energy=0.5", totals=TOTALS)["half"].rank
 
 
 def test_the_savings_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="surgery"):
-        make_plan(SITES, ranks={"head": 2}, totals=TOTALS)
+        rule_plan(SITES, ranks={"head": 2}, totals=TOTALS)
     assert f"1 of 5 sites change: {TOTALS.parameters - 30 * 24 + 2 * 54} of" in caplog.text
 
 
@@ -128,7 +141,7 @@ def test_the_savings_are_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("ranks", ["energy=0.6", "keep_params=0.8", "full", 2])
 def test_a_plan_from_a_file_is_completed_to_itself(ranks: str | int) -> None:
-    plan = make_plan(SITES, ranks=ranks, totals=TOTALS)
+    plan = rule_plan(SITES, ranks=ranks, totals=TOTALS)
     assert complete_plan(stand_alone(plan), SITES, TOTALS) == plan
 
 
@@ -137,14 +150,14 @@ def test_predictions_are_filled_in_and_absent_sites_stay_dense() -> None:
     completed = complete_plan(Plan(rows, ranks="by hand"), SITES, TOTALS)
     assert [d.site for d in completed] == [s.name for s in SITES]
     assert completed.ranks == "by hand"
-    assert completed["head"] == make_plan(SITES, ranks={"head": 3}, totals=TOTALS)["head"]
+    assert completed["head"] == rule_plan(SITES, ranks={"head": 3}, totals=TOTALS)["head"]
     assert completed["body.conv1"].rank == (4, 4)
     assert completed["gate"].reason == "not in the plan"
     assert completed["stem"].reason == "dense in the plan"
 
 
 def test_latencies_are_kept_while_they_are_for_the_same_chain() -> None:
-    plan = make_plan(SITES, ranks={"head": 3}, totals=TOTALS)
+    plan = rule_plan(SITES, ranks={"head": 3}, totals=TOTALS)
     timed = replace(plan["head"], dense_latency=2e-3, latency=1e-3)
     kept = complete_plan(Plan((timed,)), SITES, TOTALS)["head"]
     assert (kept.dense_latency, kept.latency) == (2e-3, 1e-3)
@@ -203,7 +216,7 @@ def test_json_round_trip(plan: Plan) -> None:
 
 
 def test_read_from_a_file(tmp_path: Path) -> None:
-    plan = make_plan(SITES, ranks=2, totals=TOTALS)
+    plan = rule_plan(SITES, ranks=2, totals=TOTALS)
     path = tmp_path / "plan.json"
     path.write_text(plan.to_json(), encoding="utf-8")
     assert Plan.read(path) == plan
@@ -215,7 +228,7 @@ def test_read_from_a_file(tmp_path: Path) -> None:
 
 
 def test_edit_and_diff() -> None:
-    plan = make_plan(SITES, ranks={"head": 3, "body.conv1": (4, 4)}, totals=TOTALS)
+    plan = rule_plan(SITES, ranks={"head": 3, "body.conv1": (4, 4)}, totals=TOTALS)
     edited = plan.edit("head", rank=5).edit("body.conv1", rank=None).edit("stem", factorization="svd", rank=(2,))
     assert plan["head"].rank == (3,)  # the first plan is as it was
     assert edited["head"] == Decision("head", "svd", (5,))

@@ -12,12 +12,15 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import surgery
-from surgery.cli.commands import decompose as command
+from surgery.cli.decompose import decompose as command
 from surgery.data.batch_norm import NormWatch, Reference, reestimate_batch_norm
 from surgery.data.collect import collect
 from surgery.data.samples import read_calibration
 from surgery.errors import InputError
-from surgery.passes.goals import Goal, HeldOut, drop_of
+from surgery.passes.held_out import HeldOut
+from surgery.passes.metrics import drop_of
+from surgery.plans.goal import Goal
+from surgery.plans.plan import Plan
 from tests.cases import decaying
 
 KINDS = ("module", "graph", "program")
@@ -63,7 +66,7 @@ def run(model: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_output_error_is_kept_on_samples_never_seen(kind: str) -> None:
     model = opened(kind)
-    result = surgery.decompose(model, samples(4), calibration=samples(), max_error=0.2, cost="macs")
+    result = surgery.decompose(model, samples(4), calibration=samples(), ranks=Goal.error(0.2, cost="macs"))
     assert result.promise is not None
     assert result.promise.kept
     assert result.after.macs < 0.8 * result.before.macs
@@ -81,7 +84,7 @@ def test_a_metric_falls_no_further_than_it_may() -> None:
     def accuracy(module: nn.Module) -> float:
         return float((module(x).argmax(1) == labels).float().mean())
 
-    result = surgery.decompose(model, x[:4], calibration=x, eval_fn=accuracy, max_drop=0.1, cost="macs")
+    result = surgery.decompose(model, x[:4], calibration=x, ranks=Goal.drop(0.1, accuracy, cost="macs"))
     assert result.promise is not None
     assert result.promise.kept
     assert result.search is not None
@@ -99,7 +102,7 @@ def test_the_score_of_each_sample_makes_a_metric_hold_for_others() -> None:
     def scores(module: nn.Module) -> Tensor:
         return (module(x).argmax(1) == labels).float()
 
-    result = surgery.decompose(model, x[:4], calibration=x[:160], eval_fn=scores, max_drop=0.1, cost="macs")
+    result = surgery.decompose(model, x[:4], calibration=x[:160], ranks=Goal.drop(0.1, scores, cost="macs"))
     assert result.promise is not None
     assert result.promise.kept
     assert result.changes
@@ -114,13 +117,13 @@ def test_the_score_of_each_sample_makes_a_metric_hold_for_others() -> None:
 @pytest.mark.parametrize("value", [float("nan"), torch.zeros(2, 2), torch.zeros(0)])
 def test_a_metric_that_is_no_number_is_refused(value: Any) -> None:
     model, x = network(), samples(40)
-    with pytest.raises(InputError, match="eval_fn returned"):
-        surgery.decompose(model, x[:4], calibration=x, eval_fn=lambda _: value, max_drop=0.1, cost="macs")
+    with pytest.raises(InputError, match="the metric returned"):
+        surgery.decompose(model, x[:4], calibration=x, ranks=Goal.drop(0.1, lambda _: value, cost="macs"))
 
 
 def test_a_promise_that_nothing_keeps_gives_the_original() -> None:
     model = network()
-    result = surgery.decompose(model, samples(4), calibration=samples(), max_error=1e-9, cost="macs")
+    result = surgery.decompose(model, samples(4), calibration=samples(), ranks=Goal.error(1e-9, cost="macs"))
     assert result.model is model
     assert not result.changes
     assert result.promise is not None
@@ -130,9 +133,10 @@ def test_a_promise_that_nothing_keeps_gives_the_original() -> None:
 
 @pytest.mark.parametrize("kind", ["module", "graph"])
 def test_a_model_can_be_changed_itself(kind: str) -> None:
-    x, copied = samples(), surgery.decompose(opened(kind), samples(4), calibration=samples(), cost="macs")
+    x, goal = samples(), Goal.error(cost="macs")
+    copied = surgery.decompose(opened(kind), samples(4), calibration=x, ranks=goal)
     model = opened(kind)
-    result = surgery.decompose(model, samples(4), calibration=x, cost="macs", inplace=True)
+    result = surgery.decompose(model, samples(4), calibration=x, ranks=goal, inplace=True)
     assert result.model is model
     assert result.plan == copied.plan
     assert result.changes
@@ -198,7 +202,7 @@ def test_batch_norms_of_a_deep_network_are_corrected_together() -> None:
     samples = read_calibration(x[:64], model)
 
     def reach(network: nn.Module) -> Reference:
-        watch = NormWatch(network)
+        watch = NormWatch()
         collect(network, samples, sites=(), beside=watch)
         return watch.reference
 
@@ -215,35 +219,65 @@ def test_batch_norms_of_what_was_not_changed_stay_as_they_are() -> None:
     x = torch.randn(48, 8, 5, 5)
     model.train()(x)
     samples = read_calibration(x + 1, model.eval(), batch_size=16)
-    watch = NormWatch(model)
+    watch = NormWatch()
     collect(model, samples, sites=(), beside=watch)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     reestimate_batch_norm(model, samples, reference=watch.reference)
     assert all(torch.allclose(value, before[name], rtol=1e-6) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"max_error": 0.1, "calibration": 1, "ranks": 4}, "max_error needs ranks='auto'"),
-        ({"max_error": 0.1, "max_drop": 0.1, "calibration": 1}, "max_error and max_drop at once"),
-        ({"max_error": 0.0, "calibration": 1}, "max_error=0; allowed: numbers, above 0"),
-        ({"target_speedup": 0.5, "calibration": 1}, "target_speedup=0.5; allowed: numbers, 1 or more"),
-        ({"max_drop": 0.1, "calibration": 1}, "max_drop without a metric"),
-        ({"target_speedup": 2, "calibration": 1, "cost": "macs"}, "target_speedup with cost='macs'"),
-        ({"calibration": 1, "cost": "joules"}, "cost='joules'"),
-        ({"cost": "macs", "ranks": 4}, "cost needs ranks='auto'"),
-    ],
-)
-def test_wrong_goals_are_one_clear_error(arguments: dict[str, Any], message: str) -> None:
-    if "calibration" in arguments:
-        arguments = arguments | {"calibration": samples(40)}
-    with pytest.raises(InputError, match=message):
-        surgery.decompose(network(), samples(4), **arguments)
+def test_auto_is_the_promise_of_an_output_error() -> None:
+    assert Goal.error() == Goal.error(0.05)
+    x = samples(40)
+    found, same = (
+        surgery.decompose(network(), x[:4], calibration=x, ranks=ranks)
+        for ranks in (Goal.error(0.05, cost="macs"), Goal.error(cost="macs"))
+    )
+    assert found.plan == same.plan
+    assert found.plan.ranks == "max_error=0.05"
 
 
-def test_goals_have_a_default() -> None:
-    assert Goal.of(None, None, None, metric=False) == Goal("max_error", 0.05)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("goal", [Goal.error(0.2, cost="macs"), Goal.drop(0.5, lambda m: 1.0, cost="params")], ids=str)
+def test_the_plan_of_a_promise_gives_the_same_model_again(goal: Goal, kind: str) -> None:
+    x = samples()
+    result = surgery.decompose(opened(kind), x[:4], calibration=x, ranks=goal)
+    assert result.changes
+    again = surgery.decompose(opened(kind), x[:4], calibration=x, ranks=Plan.from_json(result.plan.to_json()))
+    assert again.plan == result.plan
+    assert again.seen == result.seen
+    assert torch.equal(run(again.model, x), run(result.model, x))
+
+
+class Heads(nn.Module):
+    """Two layers that read the same value, of which the first has nothing to leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(48, 48), nn.Linear(48, 48)
+        self.first.weight.data = torch.linalg.qr(torch.randn(48, 48)).Q
+        self.second.weight.data = decaying(torch.randn(48, 48, dtype=torch.float64), 0.6).float()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x), self.second(x)
+
+
+def test_the_plan_of_a_promise_gives_the_same_model_where_sites_read_the_same_value() -> None:
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.linalg.qr(torch.randn(48, 48, generator=generator)).Q * torch.linspace(1.5, 0.9, 48)
+    x = torch.randn(160, 60, 48, generator=generator) @ mixing  # more positions than are used
+    result = surgery.decompose(Heads().eval(), x[:4], calibration=x, ranks=Goal.error(0.1, cost="macs"))
+    assert [change.site for change in result.changes] == ["second"]
+    again = surgery.decompose(Heads().eval(), x[:4], calibration=x, ranks=result.plan)
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
+
+
+def test_the_plan_of_a_promise_is_known_before_the_model() -> None:
+    x = samples()
+    made = surgery.plan(network(), x[:4], ranks=Goal.error(0.2, cost="macs"), calibration=x)
+    assert made == surgery.decompose(network(), x[:4], calibration=x, ranks=Goal.error(0.2, cost="macs")).plan
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter to itself

@@ -25,9 +25,9 @@ from torch.utils import _pytree as pytree
 import surgery
 from surgery.algebra.chain import Chain, relative_error
 from surgery.algebra.operators import Linear
-from surgery.cost.onnxruntime.latency import Latencies
+from surgery.cost.onnxruntime.backend import OnnxRuntime
 from surgery.cost.onnxruntime.model import build_model
-from surgery.cost.onnxruntime.timing import Budget
+from surgery.cost.timing import Budget
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import named
 from surgery.kinds.layers.recurrent import UnpackedRecurrent
@@ -632,7 +632,7 @@ def test_autocast_gives_the_dtype_that_torch_does(mode: str) -> None:
 def test_projections_are_planned_too() -> None:
     model, x = net("projected")
     found = surgery.plan(
-        model, x, ranks="auto", include=["rnn.*"], latencies=Latencies(keep=False, budget=Budget(0.01))
+        model, x, ranks="measured", include=["rnn.*"], backend=OnnxRuntime(keep=False, budget=Budget(0.01))
     )
     assert not any("cannot be measured" in (decision.reason or "") for decision in found)
 

@@ -14,7 +14,8 @@ from surgery.algebra.chain import Chain, relative_error
 from surgery.errors import CheckError, Refusal
 from surgery.factorizations import FACTORIZATIONS, Factorization, Ranks
 from surgery.factorizations.recut import Cut, chain_spectra, recut
-from surgery.passes.decompose import decompose, find_sites
+from surgery.passes.decompose import decompose
+from surgery.passes.preview import find_sites
 from surgery.passes.recompose import recompose
 from surgery.sites.site import FactoredSite
 from tests.cases import Case

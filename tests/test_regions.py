@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.export import ExportedProgram
 
 import surgery
-from surgery.kinds.registry import open_graph
+from surgery.kinds.registry import open_model
+from surgery.sites.find import find
 from tests.zoo import export
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # of scan
@@ -116,10 +118,11 @@ def test_parameters_that_a_branch_holds_itself() -> None:
     test = graph.call_function(torch.gt, (graph.call_function(torch.sum, (x,)), 0))
     branch = graph.call_function(torch.ops.higher_order.cond, (test, graph.get_attr("yes"), graph.get_attr("no"), (x,)))
     graph.output(graph.call_function(F.linear, (branch, graph.get_attr("outer.weight"))))
-    view = open_graph(torch.fx.GraphModule(root, graph), (X,), {}).view
-    spots, skips = view.spots(lambda node: (4, 16))
-    assert not spots
-    reasons = {skip.name: skip.reason for skip in skips}
+    flow = open_model(torch.fx.GraphModule(root, graph), ((X,), {})).flow
+    shapes = dict.fromkeys(flow.users, (4, 16))  # torch has none of a branch that holds its own weights
+    found = find(replace(flow, shapes=shapes, input_shapes=shapes, macs=dict.fromkeys(flow.users, 0)))
+    assert not found.placements
+    reasons = {skip.name: skip.reason for skip in found.skips}
     assert reasons.keys() == {"no", "outer"}
     assert REGIONS["cond"][1] in reasons["no"]
     assert reasons["outer"] == "its weight is also used by cond"

@@ -21,9 +21,9 @@ from torch.export import ExportedProgram
 
 import surgery
 from surgery.cli import cli
-from surgery.cost.onnxruntime.timing import Samples
+from surgery.cost.timing import Samples
 from surgery.errors import FileError, InputError
-from surgery.passes.goals import Promise
+from surgery.passes.promised import Promise
 from surgery.passes.results import DecomposeResult, Search
 from surgery.plans.bisection import Trial
 from surgery.report import attach, collect, read, render, write
@@ -42,7 +42,7 @@ def program() -> ExportedProgram:
     return torch.export.export(model, (torch.zeros(1, 3, 8, 8),))
 
 
-def decomposed() -> DecomposeResult:
+def decomposed() -> DecomposeResult[Any]:
     found = surgery.decompose(program(), ranks={"0": (8, 3), "3": None}, factorization="tucker")
     runs = [ModelTiming(name, Samples((2e-3 / n,) * 9)) for n, name in ((1, "a"), (2, "b"))]
     timing = Timing(tuple(runs), (ModelComparison("b", 2.0, 1.9, 2.1, "faster"),), environment(1))

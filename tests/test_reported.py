@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import surgery
-from surgery.algebra.chain import relative_error
+from surgery.algebra.chain import Chain, relative_error
 from surgery.algebra.operators import Linear
 from surgery.errors import CheckError, InputError, SurgeryError
 from surgery.factorizations import FACTORIZATIONS
-from surgery.kinds.registry import open_graph
+from surgery.kinds.registry import open_model
+from surgery.sites.edit import Replace
+from surgery.sites.find import find
+from surgery.sites.record import Entry
 from tests.test_carried import KINDS, run, state
 from tests.tolerances import tolerance
 
@@ -212,7 +215,7 @@ def test_calibration_and_auto_work_on_what_is_watched() -> None:
     model, x = Depends().eval(), torch.randn(96, 16)
     fitted = surgery.decompose(model, X, ranks=4, factorization="svd", calibration=x)
     assert {change.site for change in fitted.changes} == {"a", "b"}
-    kept = surgery.decompose(model, X, calibration=x, max_error=0.2, cost="params")
+    kept = surgery.decompose(model, X, calibration=x, ranks=surgery.Goal.error(0.2, cost="params"))
     assert kept.promise is not None
 
 
@@ -267,11 +270,13 @@ def test_a_graph_that_was_captured_of_a_factored_module_knows_its_chains(capture
 
 
 def test_a_chain_that_no_node_calls_is_a_bug_and_said_so() -> None:
-    graph: Any = open_graph(torch.export.export(Layers2(), (X,)), (), {})
-    graph.splice(graph.find().spots[0], FACTORIZATIONS["svd"].factor(nn_linear(), (2,)))
+    graph: Any = open_model(torch.export.export(Layers2(), (X,)), ((), {}))
+    chain = FACTORIZATIONS["svd"].factor(nn_linear(), (2,))
+    assert isinstance(chain, Chain)
+    graph.apply(Replace(find(graph.flow).placements[0], chain))
     assert graph.verify() == {}
     graph.add_parameter(["ghost.0.weight"], nn.Parameter(torch.zeros(2, 16)))
-    graph.record["ghost"] = {"weight": "ghost.weight"}
+    graph.record = graph.record.with_site("ghost", Entry(weight="ghost.weight"))
     with pytest.raises(CheckError, match="ghost"):
         graph.verify()
 

@@ -12,15 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery.algebra.chain import relative_error
-from surgery.data.added import Additions
 from surgery.data.batch_norm import NormWatch
 from surgery.data.collect import collect
-from surgery.data.inputs import normalise_inputs
 from surgery.data.samples import read_calibration
 from surgery.data.sequence import Originals, Target
-from surgery.kinds.registry import open_graph
-from surgery.passes.decompose import decompose, find_sites
-from surgery.passes.factoring import gather
+from surgery.kinds.added import Additions
+from surgery.kinds.inputs import normalise_inputs
+from surgery.kinds.registry import open_model
+from surgery.passes.decompose import decompose
+from surgery.passes.original import Original
+from surgery.passes.preview import find_sites
+from surgery.passes.site_data import gather
 from surgery.runtime.compare import run_model
 from tests.test_calibration_models import KINDS, as_kind, images, net
 from tests.zoo import ZOO, graph
@@ -30,7 +32,7 @@ FLOAT32 = 1e-5
 
 
 def targets(model: nn.Module, changed: nn.Module, x: Tensor, *sites: str, centred: bool = True) -> dict[str, Target]:
-    batches, norms = read_calibration(x, model, x[:16], batch_size=16), NormWatch(model)
+    batches, norms = read_calibration(x, model, x[:16], batch_size=16), NormWatch()
     moments = collect(model, batches, beside=norms)
     found = Originals(model, batches, moments)
     return found.targets(changed, sites, norms.reference, sites if centred else ())
@@ -41,7 +43,7 @@ def test_behind_what_was_not_changed_a_site_is_its_own_target(kind: str) -> None
     x = images(48)
     model = as_kind(net(), kind, x[:16])
     own = {site.name: site.operator for site in find_sites(model, x[:16])[0]}
-    found = targets(model, open_graph(model, (x[:16],), {}).finish(), x, *own)
+    found = targets(model, open_model(model, ((x[:16],), {})).finish(), x, *own)
     assert set(found) == set(own)
     for name, operator in own.items():
         assert relative_error(found[name].operator.weight, operator.weight) <= EXACT
@@ -98,15 +100,15 @@ def test_samples_that_are_all_alike_are_no_trap(kind: str, scale: float) -> None
 
 def test_a_stage_for_each_site_as_long_as_it_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
     x, model = images(40), net()
-    data = gather(model, normalise_inputs(x[:2]), read_calibration(x, model), None, lambda *_: None)
-    assert [list(stage) for stage in data.stages(3, None)] == [[0], [1], [2]]
-    assert [list(stage) for stage in data.stages(5, 2)] == [[0, 1], [2, 3, 4]]
-    assert data.stages(0, None) == data.stages(0, 3) == []
+    data = gather(Original(model, normalise_inputs(x[:2])), read_calibration(x, model), None, lambda *_: None)
+    assert [list(group) for group in data.groups(3, None)] == [[0], [1], [2]]
+    assert [list(group) for group in data.groups(5, 2)] == [[0, 1], [2, 3, 4]]
+    assert data.groups(0, None) == data.groups(0, 3) == []
     monkeypatch.setattr("surgery.data.samples._PASSES", 1)
     monkeypatch.setattr("surgery.data.samples._WORK", 2.5 * data.macs * data.samples.count)
-    assert len(data.stages(3, None)) == 2
+    assert len(data.groups(3, None)) == 2
     monkeypatch.setattr("surgery.data.samples._WORK", 1.0)
-    assert len(data.stages(3, None)) == 1
+    assert len(data.groups(3, None)) == 1
 
 
 @pytest.mark.law(16)
@@ -116,7 +118,7 @@ def test_every_site_of_the_zoo_gets_a_stage(name: str, kind: str) -> None:
     """Also where a module is called twice, and where packed projections are taken apart; full ranks change nothing."""
     model, inputs = graph(name, kind)
     sites = find_sites(model, inputs)[0]
-    found = decompose(model, inputs, ranks="full", factorization="svd", calibration=[inputs] * 4, stages=len(sites))
+    found = decompose(model, inputs, ranks="full", factorization="svd", calibration=[inputs] * 4, groups=len(sites))
     assert len(found.changes) > 1
     pairs = zip(*(tensors(run_model(one, normalise_inputs(inputs))) for one in (found.model, model)), strict=True)
     assert all(relative_error(now, before) <= FLOAT32 for now, before in pairs)
@@ -127,14 +129,14 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stages_pay_on_a_deep_network(kind: str) -> None:
+def test_groups_pay_on_a_deep_network(kind: str) -> None:
     torch.manual_seed(1)
     layers = [layer for _ in range(5) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
     model = as_kind(nn.Sequential(nn.Conv2d(3, 8, 1), *layers).eval(), kind, images(16).float())
     x, test = images(64).float(), images(16, seed=9).float()
     errors = []
-    for stages in (1, None):
-        found = decompose(model, x[:16], ranks=(4, 4), factorization="tucker", calibration=x, stages=stages).model
+    for groups in (1, None):
+        found = decompose(model, x[:16], ranks=(4, 4), factorization="tucker", calibration=x, groups=groups).model
         errors.append(relative_error(run_model(found, ((test,), {})), run_model(model, ((test,), {}))))
     assert errors[1] < 0.95 * errors[0]
 

@@ -23,7 +23,7 @@ from surgery.cli.names import FILE
 from surgery.cli.options import default_output
 from surgery.errors import InputError
 from surgery.passes.bisect import Bisection, Blame
-from surgery.passes.goals import Promise, Seen
+from surgery.passes.promised import Promise, Seen
 from surgery.report import collect, render
 from surgery.sites.site import Skip
 from surgery.system.tables import layout, table

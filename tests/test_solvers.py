@@ -388,5 +388,5 @@ def test_the_references_ring_of_full_ranks_is_exact() -> None:
 
 
 def test_the_reference_refuses_a_ring_that_no_mode_can_hold() -> None:
-    with pytest.raises(InputError, match="no ring of ranks"):
+    with pytest.raises(InputError, match="cannot make a ring of ranks"):
         reference.tensor_ring(random(1, 3, 3, 3), (2, 2, 2))

@@ -13,23 +13,23 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.algebra.chain import relative_error
-from surgery.cli.commands import decompose as command
+from surgery.cli.decompose import decompose as command
 from surgery.data.batch_norm import NormDistances
-from surgery.data.inputs import normalise_inputs
-from surgery.data.observe import observe
 from surgery.data.standin import StandIn, stand_in
-from surgery.errors import InputError, Refusal
-from surgery.kinds.registry import open_graph
+from surgery.errors import Refusal
+from surgery.kinds.inputs import normalise_inputs
+from surgery.kinds.registry import observe, open_model
 from surgery.runtime.compare import run_model
+from surgery.sites.find import find
 from tests.cases import decaying
 from tests.covering import in_turns
 from tests.test_calibration_models import KINDS, as_kind
-from tests.test_workshop import ByMacs
+from tests.test_search import ByMacs
 
 
 def made(model: Any, example: Any) -> StandIn | Refusal:
     inputs = normalise_inputs(example)
-    return stand_in(model, inputs, open_graph(model, *inputs, copies=False).find())
+    return stand_in(model, inputs, find(open_model(model, inputs, copies=False).flow))
 
 
 class Tokens(nn.Module):
@@ -61,7 +61,7 @@ def test_noise_is_moved_to_what_batch_norms_expect(kind: str, make: Callable[...
     assert isinstance(found, StandIn)
     assert "batch norms" in found.what
     observed = observe(model, next(iter(found.samples)))
-    distances = NormDistances(observed, model)
+    distances = NormDistances(observed)
 
     def off(x: Tensor) -> float:
         for part in x.split(2):
@@ -112,7 +112,7 @@ def network(decay: float) -> nn.Module:
 def test_auto_without_data_never_ruins_a_network(kind: str, decay: float, tmp_path: Path) -> None:
     example, fresh = torch.randn(2, 64), torch.randn(400, 64)
     model = as_kind(network(decay), kind, example)
-    result = surgery.decompose(model, example, latencies=ByMacs(threads=1, path=tmp_path / "l"))
+    result = surgery.decompose(model, example, ranks=surgery.Goal.error(backend=ByMacs(threads=1, path=tmp_path / "l")))
     assert result.promise is not None
     assert result.promise.kept
     found, wanted = (run_model(m, normalise_inputs(fresh)) for m in (result.model, model))
@@ -121,33 +121,22 @@ def test_auto_without_data_never_ruins_a_network(kind: str, decay: float, tmp_pa
         assert result.seen is not None
         assert result.seen.error <= 0.05
         assert "noise" in result.promise.note
+        again = surgery.decompose(model, example, ranks=result.plan)
+        assert again.plan == result.plan
+        assert torch.equal(run_model(again.model, normalise_inputs(fresh)), found)
     else:
         assert result.after == result.before
 
 
 def test_without_a_promise_it_is_a_rule_like_any_other(tmp_path: Path) -> None:
     example = torch.randn(2, 64)
-    result = surgery.decompose(network(1.0), example, promise=False, latencies=ByMacs(threads=1, path=tmp_path / "l"))
+    plan = surgery.plan(network(1.0), example, backend=ByMacs(threads=1, path=tmp_path / "l"))
+    assert plan.ranks == "measured"
+    result = surgery.decompose(network(1.0), example, ranks=plan)
     assert result.promise is None
     assert result.changes
     assert result.seen is not None
     assert result.seen.error > 0.2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"promise": False, "max_error": 0.1}, "promise=False with max_error"),
-        ({"promise": False, "calibration": torch.randn(8, 64)}, "promise=False with calibration"),
-        ({"promise": False, "ranks": 4}, "promise=False with other ranks"),
-        ({"max_error": 0.1, "ranks": 4}, "max_error needs ranks='auto'"),
-        ({"best_effort": True}, "best_effort without target_speedup"),
-        ({"joint": "inputs"}, "joint with ranks='auto' and its promise"),
-    ],
-)
-def test_what_cannot_be_said_together_is_one_clear_error(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        surgery.decompose(network(0.9), torch.randn(2, 64), **arguments)
 
 
 def test_the_first_command_keeps_a_promise_and_says_what_it_is_worth(tmp_path: Path) -> None:

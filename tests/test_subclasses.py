@@ -235,7 +235,7 @@ def make(name: str, kind: type[Net] = Net) -> tuple[Net, Tensor]:
     return model, x
 
 
-def lower(model: nn.Module, x: Tensor, rank: int = 5) -> DecomposeResult:
+def lower(model: nn.Module, x: Tensor, rank: int = 5) -> DecomposeResult[Any]:
     return surgery.decompose(model, x, ranks={"layer": rank}, factorization="svd")
 
 
@@ -480,7 +480,7 @@ def test_no_parameters_give_a_standardised_weight_of_another_mean_and_the_note_s
     assert "relative error" in words
     assert words in repr(result)
     assert float(words.split()[-1]) == pytest.approx(
-        relative_error(weight_in(result.model.layer), small.layer.weight), rel=0.05
+        relative_error(weight_in(result.model.layer), small.get_parameter("layer.weight")), rel=0.05
     )
 
 

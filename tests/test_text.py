@@ -13,7 +13,7 @@ from surgery.data.collect import collect
 from surgery.data.samples import read_calibration
 from surgery.data.sensitivity import with_sensitivity
 from surgery.errors import CaptureError, InputError, SurgeryError
-from surgery.passes.goals import scores_of
+from surgery.passes.metrics import scores_of
 from surgery.runtime.compare import run_model
 from surgery.runtime.export import export_onnx
 from surgery.text import first_line
@@ -70,7 +70,7 @@ def differentiate() -> None:
 
 FAILURES: dict[str, tuple[Callable[[], Any], type[SurgeryError], str]] = {
     "run": (lambda: run_model(Fails(), ((X,), {})), InputError, "does not run on these inputs: RuntimeError"),
-    "metric": (lambda: scores_of(nn.Linear(8, 8), fail), InputError, "eval_fn failed: RuntimeError"),
+    "metric": (lambda: scores_of(nn.Linear(8, 8), fail), InputError, "the metric failed: RuntimeError"),
     "gradients": (differentiate, InputError, "cannot be differentiated: RuntimeError"),
     "capture": (lambda: export_onnx(FailsInCapture(), "x.onnx", X), CaptureError, "cannot be captured: RuntimeError"),
 }

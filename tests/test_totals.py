@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import surgery
-from surgery.kinds.registry import open_graph
+from surgery.kinds.registry import open_model
 from surgery.report import collect, render
+from surgery.sites.find import find
 from surgery.sites.leftover import left_alone
 from surgery.sites.site import Skip
 
@@ -74,7 +75,7 @@ def test_totals_are_those_of_the_model(kind: str) -> None:
     torch.manual_seed(0)
     model = (Branching if kind == "branching" else Mixed)().eval()
     given: Any = model if kind in ("module", "branching") else forms(model)[kind]
-    totals = open_graph(given, (X,), {}).find().totals
+    totals = find(open_model(given, ((X,), {})).flow).totals
     assert totals.macs == counted(model)
     assert totals.parameters == sum(p.numel() for p in model.parameters())
 
@@ -92,7 +93,7 @@ def test_a_recurrent_layer_and_attention_count_as_their_products_with_weights() 
 
     model, x = Whole().eval(), torch.randn(2, 5, 8)
     matrices = sum(p.numel() for p in lstm.parameters() if p.dim() > 1)
-    assert open_graph(model, (x,), {}).find().totals.macs == 2 * 5 * (matrices + model.last.weight.numel())
+    assert find(open_model(model, ((x,), {})).flow).totals.macs == 2 * 5 * (matrices + model.last.weight.numel())
 
 
 def test_the_first_line_says_that_most_is_left_alone_and_what_to_do() -> None:

@@ -248,9 +248,9 @@ def test_linear_chains_are_reshapes_and_a_shift() -> None:
 @pytest.mark.parametrize("method", [Tt(), Tr()], ids=lambda method: method.name)
 def test_refusals_say_why(method: Factorization) -> None:
     reasons = {
-        "linear-vector": "it has 7 in_features, which are no product",
-        "linear-1out": "it has 1 out_features, which are no product",
-        "linear-tall": "it has 5 in_features, which are no product",
+        "linear-vector": "it has 7 in_features, which is not a product",
+        "linear-1out": "it has 1 out_features, which is not a product",
+        "linear-tall": "it has 5 in_features, which is not a product",
         "conv2d-1x1": "single kernel position",
         "conv2d-depthwise": "depthwise",
     }

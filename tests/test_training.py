@@ -225,7 +225,7 @@ def test_finish_recomposes_where_the_number_of_epochs_is_not_known() -> None:
 
 
 def test_ranks_are_lowered_on_the_way_where_they_fell() -> None:
-    run = make_run("adamw", ranks="energy=0.7", redecompose_at=(2, 3), recompose_at=4)
+    run = make_run("adamw", ranks="energy=0.7", decompose_at=(1, 2, 3), recompose_at=4)
     train(run)
     run.end_epoch(0)
     before = {decision.site: decision.macs for decision in run.plan if not decision.dense}

@@ -17,7 +17,7 @@ from torch import nn
 
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Linear, Operator, Shape
-from surgery.cost.onnxruntime.timing import Samples
+from surgery.cost.timing import Samples
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import named
 from surgery.plans.candidates import Choice, candidates_of

@@ -39,7 +39,7 @@ def test_a_weight_that_does_not_train_stays_as_it_is(frozen: Any, ranks: Any) ->
     model = Net()
     optimizer = SGD(frozen(model), lr=0.05, momentum=0.9)
     before, weight = model.second.weight.detach().clone(), model.second.weight
-    settings: dict[str, Any] = {"decompose_at": 1, "redecompose_at": (2,), "recompose_at": 3}
+    settings: dict[str, Any] = {"decompose_at": (1, 2), "recompose_at": 3}
     run = LowRankTraining(model, optimizer, batch()[0], ranks=ranks, **settings)
     for epoch, kind in enumerate(("decompose", "redecompose", "recompose")):
         train(run)
@@ -68,7 +68,7 @@ def test_where_nothing_trains_nothing_is_factored() -> None:
 
 
 def test_what_is_frozen_in_mid_run_stays_composed() -> None:
-    run = make_run(redecompose_at=(2,), recompose_at=3)
+    run = make_run(decompose_at=(1, 2), recompose_at=3)
     train(run)
     run.end_epoch(0)
     run.model.hidden.requires_grad_(False)

@@ -70,7 +70,7 @@ def test_an_average_is_averaged_on_across_all_switches(kind: str) -> None:
     model = Net(drop=0.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     outer, inner, update = AVERAGES[kind](model)
-    settings: dict[str, Any] = {"decompose_at": 1, "redecompose_at": (2,), "recompose_at": 3}
+    settings: dict[str, Any] = {"decompose_at": (1, 2), "recompose_at": 3}
     run = LowRankTraining(model, optimizer, batch()[0], ranks=RANKS, **settings)
     run.mirror(outer)
     for epoch in range(4):

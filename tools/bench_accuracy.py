@@ -2,7 +2,7 @@
 
     python tools/bench_accuracy.py --json accuracy.json
     python tools/bench_accuracy.py --network cifar --data FOLDER
-    python tools/bench_accuracy.py --network minilm --stages      # the table of stages alone
+    python tools/bench_accuracy.py --network minilm --groups      # the table of groups alone
 
 Each rule is swept over its own parameter; every model is timed against the original, interleaved, and its metric
 (accuracy, cosine or agreement, as `trained.py` says) is that of test samples which neither training nor calibration has
@@ -18,7 +18,7 @@ was measured for `auto`.
 `predicted` is the latency of the whole model that `auto` expected before it was fitted, from a model with random
 factors (or from what each site saves alone), over the one measured in the end.
 
-The table of stages has the same SVD ranks in each row, those of a share of all parameters: of the factors nearest to
+The table of groups has the same SVD ranks in each row, those of a share of all parameters: of the factors nearest to
 the weights, and of those fitted to calibration data in 1 and in 6 runs and in as many as is the default. What is below
 the factors without data is shown with the difference over its standard error, and is WORSE if that is beyond two.
 """
@@ -41,10 +41,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
-from surgery.cost.onnxruntime.latency import Latencies
+from surgery.cost.registry import make_backend
 from surgery.errors import RankError
 from surgery.factorizations import fitting
-from surgery.passes.decompose import find_sites, plan
+from surgery.passes.preview import find_sites, plan
+from surgery.plans.goal import Goal
 from surgery.runtime.bench import environment
 from tools.trained import Network, open_network, option_parser, split
 
@@ -54,10 +55,10 @@ SWEEPS: dict[str, tuple[float, ...]] = {
     "vbmf": (2.0, 1.5, 1.0, 0.75, 0.5, 0.3),
     "uniform": (0.7, 0.55, 0.4, 0.3, 0.2, 0.1),
 }
-SHARES = (0.7, 0.5, 0.25)  # of the parameters, in the table of stages
+SHARES = (0.7, 0.5, 0.25)  # of the parameters, in the table of groups
 SURE = 2.0  # standard errors
 PLAIN = "plain SVD"
-STAGES: dict[str, int | None] = {"stages=1": 1, "stages=6": 6, "default": None}
+GROUPS: dict[str, int | None] = {"groups=1": 1, "groups=6": 6, "default": None}
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Staged:
+class Fit:
     """The metric at one share of the parameters and in one way to fit; by how much it beats plain SVD, and for sure."""
 
     share: float
@@ -99,12 +100,12 @@ def baseline_ranks(network: Network, rule: str, parameter: float) -> dict[str, A
     sites = {site.name: site for site in find_sites(network.model, network.example)[0]}
     if rule == "uniform":
         for name, site in sites.items():
-            fits = fitting(site.operator)
-            if isinstance(fits, list):
-                ranks[name] = tuple(max(1, math.ceil(parameter * full)) for full in fits[0].max_ranks(site.operator))
+            methods = fitting(site.operator)
+            if isinstance(methods, list):
+                ranks[name] = tuple(max(1, math.ceil(parameter * full)) for full in methods[0].max_ranks(site.operator))
         return {"ranks": ranks}
     limits = {name: fitting(sites[name].operator, "tucker") for name in ranks}
-    full = {name: fits[0].max_ranks(sites[name].operator) for name, fits in limits.items() if isinstance(fits, list)}
+    full = {name: found[0].max_ranks(sites[name].operator) for name, found in limits.items() if isinstance(found, list)}
     return {"ranks": {n: tuple(map(min, ranks[n], full[n])) for n in full}, "factorization": "tucker"}
 
 
@@ -120,7 +121,7 @@ def baselines(network: Network, test: Network, seconds: float) -> Iterator[Point
 def automatic(network: Network, calibration: Network, test: Network) -> Iterator[Point]:
     """Yield the point of `auto` at each target."""
     for target in TARGETS:
-        result = network.decompose(calibration=calibration.inputs, target_speedup=target)
+        result = network.decompose(calibration=calibration.inputs, ranks=Goal.speedup(target))
         search = result.search
         if search is None or search.timing is None:
             yield Point("auto", target, 1.0, test.score(network.model))
@@ -130,13 +131,13 @@ def automatic(network: Network, calibration: Network, test: Network) -> Iterator
         yield Point("auto", target, speedup, metric, None if predicted is None else speedup / predicted)
 
 
-def staged(network: Network, calibration: Network, test: Network) -> Iterator[Staged]:
+def fits(network: Network, calibration: Network, test: Network) -> Iterator[Fit]:
     """Yield the metric of each way to fit at each share; nothing at a share that the rule of ranks cannot meet."""
     for share in SHARES:
         asked: dict[str, Any] = {"factorization": "svd", "ranks": f"keep_params={share}"}
         plain: Tensor | None = None
-        for way in (PLAIN, *STAGES):
-            data = {"calibration": calibration.inputs, "stages": STAGES[way]} if way in STAGES else {}
+        for way in (PLAIN, *GROUPS):
+            data = {"calibration": calibration.inputs, "groups": GROUPS[way]} if way in GROUPS else {}
             try:
                 result = network.decompose(**asked, **data)
             except RankError as error:
@@ -146,7 +147,7 @@ def staged(network: Network, calibration: Network, test: Network) -> Iterator[St
             plain = scores if plain is None else plain
             gains = scores - plain
             gain, deviation = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains))
-            yield Staged(share, way, float(scores.mean()), gain, gain / deviation if deviation else 0.0)
+            yield Fit(share, way, float(scores.mean()), gain, gain / deviation if deviation else 0.0)
 
 
 def at_least(points: list[Point], rule: str, target: float) -> float | None:
@@ -176,9 +177,9 @@ def show(console: Console, network: Network, original: float, points: list[Point
     console.print(table)
 
 
-def show_stages(console: Console, network: Network, original: float, rows: list[Staged]) -> None:
+def show_groups(console: Console, network: Network, original: float, rows: list[Fit]) -> None:
     """Print the metric of each way to fit at each share of the parameters; red what is surely worse than plain SVD."""
-    table = Table("parameters", PLAIN, *STAGES)
+    table = Table("parameters", PLAIN, *GROUPS)
     for share in dict.fromkeys(row.share for row in rows):
         cells = []
         for row in (row for row in rows if row.share == share):
@@ -198,7 +199,7 @@ def main() -> None:
     warnings.simplefilter("ignore")  # of torch about itself
     parser = option_parser(__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=256, help="calibration samples")
-    parser.add_argument("--stages", action="store_true", help="the table of stages alone")
+    parser.add_argument("--groups", action="store_true", help="the table of groups alone")
     options = parser.parse_args()
     console, report = Console(), {}
     for name in options.network or ["fashion"]:
@@ -206,14 +207,14 @@ def main() -> None:
         calibration, test = split(network, options.samples, seed=0)
         original = test.score(network.model)
         values: dict[str, Any] = {"metric": network.metric, "original": original}
-        if not options.stages:
+        if not options.groups:
             points = [*baselines(network, test, options.seconds), *automatic(network, calibration, test)]
             show(console, network, original, points)
             values["points"] = [asdict(point) for point in points]
-        rows = list(staged(network, calibration, test))
-        show_stages(console, network, original, rows)
-        report[name] = values | {"stages": [asdict(row) for row in rows]}
-    where = environment(Latencies().threads)
+        rows = list(fits(network, calibration, test))
+        show_groups(console, network, original, rows)
+        report[name] = values | {"groups": [asdict(row) for row in rows]}
+    where = environment(make_backend().threads)
     console.print(f"{where.cpu}, {where.threads} threads, onnxruntime {where.onnxruntime}, torch {where.torch}")
     if options.json:
         options.json.write_text(json.dumps(report | {"environment": asdict(where)}, indent=2) + "\n")

@@ -24,6 +24,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -36,10 +37,11 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
 from examples.image_data import Data, batches, read_data
-from surgery.cost.onnxruntime.latency import cpu_name
 from surgery.errors import FileError, SurgeryError
-from surgery.passes.decompose import decompose, plan
+from surgery.passes.decompose import decompose
+from surgery.passes.preview import plan
 from surgery.passes.results import DecomposeResult
+from surgery.system.machine import cpu_name
 from surgery.training.admm import ADMM
 from tools.trained import ResNet20
 
@@ -157,7 +159,7 @@ def constrain(model: nn.Module, data: Data, task: Task, generator: torch.Generat
     return run
 
 
-def mean_error(result: DecomposeResult) -> float:
+def mean_error(result: DecomposeResult[Any]) -> float:
     """Return the mean of the weights' errors, each weighed by its parameters."""
     total = sum(change.dense_parameters for change in result.changes)
     return sum(change.error * change.dense_parameters for change in result.changes) / total
@@ -174,9 +176,10 @@ def measure(weights: Path, data: Data, task: Task, seed: int, method: str, share
         result, left = run.finish(), task.epochs - task.admm_epochs
         residual = sum(run.residuals[-1].values()) / len(run.residuals[-1])
     elif way == "decompose":
-        result = decompose(model, inputs, plan=plan(model, inputs, ranks=ranks, factorization=method))
+        result = decompose(model, inputs, ranks=plan(model, inputs, ranks=ranks, factorization=method))
     if way != "dense":
-        model, error = result.model.to(memory_format=torch.channels_last), mean_error(result)
+        model, error = result.model, mean_error(result)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch types it by position alone
     cut = accuracy(model, data)
     train(model, data, task, left, generator)
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -10,7 +10,7 @@ the whole of calibration and factoring.
     plain        the factors nearest to the weights
     plain + BN   the same, batch-norm statistics re-estimated
     data         the factors nearest in output, weighed by its gradients; means left to batch norms
-    data x 4     the same, in four stages, each on what those before it give
+    data x 4     the same, in four groups, each on what those before it give
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ import surgery
 from surgery.data.batch_norm import reestimate_batch_norm
 from surgery.data.samples import Calibration, read_calibration
 from surgery.errors import RankError
-from surgery.passes.decompose import decompose, plan
+from surgery.passes.decompose import decompose
+from surgery.passes.preview import plan
 from surgery.plans.plan import Plan
 
 DATA = Path(__file__).resolve().parent.parent / "examples" / "data"
@@ -97,15 +98,15 @@ def ways(setting: Setting, chosen: Plan) -> dict[str, Callable[[], ExportedProgr
     """Return what makes the factored network in each way."""
 
     def plain() -> ExportedProgram:
-        return decompose(setting.program, plan=chosen).model
+        return decompose(setting.program, ranks=chosen).model
 
     def plain_bn() -> ExportedProgram:
         model = plain()
         reestimate_batch_norm(model, setting.calibration)
         return model
 
-    def data(stages: int) -> ExportedProgram:
-        return decompose(setting.program, plan=chosen, calibration=setting.calibration, stages=stages).model
+    def data(groups: int) -> ExportedProgram:
+        return decompose(setting.program, ranks=chosen, calibration=setting.calibration, groups=groups).model
 
     return {"plain": plain, "plain + BN": plain_bn, "data": lambda: data(1), "data x 4": lambda: data(4)}
 

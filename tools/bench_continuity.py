@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from surgery.passes.recompose import recompose
 from surgery.training import LowRankTraining
-from surgery.training.propose import Sought, plan_for, sites_of
+from surgery.training.propose import ForTraining, Sought, TrainingEvidence, sites_of
 from surgery.training.switch import switch_down
 from surgery.training.transport import Jacobian
 
@@ -157,14 +157,14 @@ def second_moments(epoch: int, seed: int, count: int = 40) -> list[Predicted]:
     means = {name: optimizer.state[model.get_submodule(name).weight]["exp_avg"] for name in RANKS}
     inputs = data[0][:BATCH]
     sites = sites_of(model, inputs)
-    record, *_ = switch_down(model, inputs, plan_for(sites, Sought(RANKS)), sites)
+    record, *_ = switch_down(model, inputs, ForTraining(Sought(RANKS)).plan(sites, TrainingEvidence()), sites)
     composed = recompose(model, inputs).model
     rows = []
     for site in record:
         name = site.names[0]
         factors, compose = site.bind(model)
         of_factors = squares(model, factors, data, count)
-        (of_weight,) = squares(composed, [composed.get_submodule(name).weight], data, count)
+        (of_weight,) = squares(composed, [composed.get_parameter(f"{name}.weight")], data, count)
         jacobian = Jacobian(compose, factors)
         predicted = zip(
             jacobian.pull_squares(of_weight, means[name]), jacobian.squared().pull(of_weight), of_factors, strict=True

@@ -19,17 +19,18 @@ import torch._dynamo  # fake tensors import it when the first one is made
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
-from surgery.cost.onnxruntime.latency import cpu_name
-from surgery.kinds.registry import Model, open_graph
+from surgery.kinds.registry import Model, open_model
+from surgery.sites.find import find
+from surgery.system.machine import cpu_name
 from tools.networks import build
 
 
 def time_find(model: Model, inputs: tuple[torch.Tensor, ...]) -> tuple[float, int]:
     """Return the seconds of one search and the number of sites; the graph is traced before."""
-    graph = open_graph(model, inputs, {}, copies=False)
+    graph = open_model(model, (inputs, {}), copies=False)
     start = time.perf_counter()
-    found = graph.find()
-    return time.perf_counter() - start, len(found.spots)
+    found = find(graph.flow)
+    return time.perf_counter() - start, len(found.placements)
 
 
 def main() -> None:

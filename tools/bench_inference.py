@@ -30,13 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import surgery
 from surgery.algebra.operators import Conv, Operator
-from surgery.cost.onnxruntime.latency import Latencies, channel_multiple
-from surgery.cost.onnxruntime.timing import Budget
+from surgery.cost.onnxruntime.backend import OnnxRuntime
+from surgery.cost.registry import make_backend
+from surgery.cost.timing import Budget
 from surgery.errors import SurgeryError
 from surgery.factorizations import named
-from surgery.passes.decompose import decompose, find_sites
+from surgery.passes.decompose import decompose
+from surgery.passes.preview import find_sites
+from surgery.plans.goal import Goal
 from surgery.runtime.bench import environment as measured_on
-from surgery.sites.site import Site, describe
+from surgery.sites.site import Site
 from tools.networks import NETWORKS, build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +90,7 @@ class Auto:
 
 def ranks_at(operator: Operator, method: str, share: float) -> tuple[int, ...]:
     """Return ranks at a share of the channels, rounded to what onnxruntime's convolution likes."""
-    multiple = channel_multiple()
+    multiple = make_backend().channel_multiple
     channels = (operator.out_channels, operator.in_channels)
     limits = named(method).max_ranks(operator)
     wanted = [min(channels)] if len(limits) == 1 else list(channels)
@@ -112,7 +115,7 @@ def distinct(sites: tuple[Site, ...]) -> Iterator[Site]:
             yield site
 
 
-def measure_layers(sites: tuple[Site, ...], latencies: Latencies) -> list[Gain]:
+def measure_layers(sites: tuple[Site, ...], latencies: OnnxRuntime) -> list[Gain]:
     """Return the gain of each distinct layer, method and share."""
     gains = []
     for site in distinct(sites):
@@ -123,7 +126,7 @@ def measure_layers(sites: tuple[Site, ...], latencies: Latencies) -> list[Gain]:
                 c = latencies.compare(site.operator, chain, shape)
                 reduction = site.operator.macs(shape) / chain.macs(shape)
                 channels = f"{site.operator.in_channels}->{site.operator.out_channels}"
-                what = f"{describe(site.operator)} {channels} at {shape[-1]}"
+                what = f"{site.description} {channels} at {shape[-1]}"
                 row = (what, method, ",".join(map(str, ranks)), reduction, c.dense_s, c.chain_s)
                 gains.append(Gain(*row, c.speedup, c.low, c.high, c.verdict))
     return gains
@@ -144,10 +147,10 @@ def measure_network(model: torch.nn.Module, x: torch.Tensor, sites: tuple[Site, 
     return [Gain(PRIMARY, *row, dense, m.median_s, c.speedup, c.low, c.high, c.verdict) for row, m, c in rows]
 
 
-def measure_auto(name: str, model: Any, x: torch.Tensor | None, latencies: Latencies, options: Any) -> Auto:
+def measure_auto(name: str, model: Any, x: torch.Tensor | None, latencies: OnnxRuntime, options: Any) -> Auto:
     """Return how ``ranks="auto"`` fares against dense."""
     start = time.perf_counter()
-    result = decompose(model, x, ranks="auto", latencies=latencies)
+    result = decompose(model, x, ranks=Goal.error(backend=latencies))
     planning = time.perf_counter() - start
     timing = surgery.bench([model, result.model], x, threads=options.threads, seconds=2 * options.seconds)
     dense, auto = timing.models
@@ -242,7 +245,7 @@ def run(options: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 150)
     environment = asdict(measured_on(options.threads))
     console.print(f"image {options.image}, batch 1;", ", ".join(f"{k} {v}" for k, v in environment.items()))
-    latencies = Latencies(threads=options.threads, budget=Budget(options.layer_seconds, max_rounds=1000), keep=False)
+    latencies = OnnxRuntime(threads=options.threads, budget=Budget(options.layer_seconds, max_rounds=1000), keep=False)
     model, x = build(PRIMARY), NETWORKS[PRIMARY].inputs(options.image)
     sites, _ = find_sites(model, x)
     layers = measure_layers(sites, latencies)

@@ -27,10 +27,10 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from surgery.cost.onnxruntime.latency import cpu_name
 from surgery.solvers.components import reduce_rank
 from surgery.solvers.cp import cp
 from surgery.solvers.overparameterized import Method, descend, symmetric_cp
+from surgery.system.machine import cpu_name
 
 TIMES_RANK = (1, 2, 4)
 METHODS: dict[str, Method] = {"over-parameterised": "overparameterized", "plain descent": "plain"}

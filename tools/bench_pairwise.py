@@ -32,12 +32,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
-from surgery.cost.onnxruntime.latency import cpu_name
 from surgery.solvers.cp import als_sweeps, start
 from surgery.solvers.cp_model import CpModel
 from surgery.solvers.dimension_tree import Array
 from surgery.solvers.pairwise import pairwise_sweeps
 from surgery.solvers.tucker import tucker
+from surgery.system.machine import cpu_name
 from tools.pairwise_cases import Problem, problems, tuckers
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10_jpeg.npz"

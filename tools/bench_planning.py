@@ -6,7 +6,7 @@
     cold                  for a promise with calibration data, no latency known
     warm                  the same, all latencies on disk
     no data               `auto` as it is without calibration data, no latency known
-    no data, no promise   the same with ``promise=False``, if --no-promise is given
+    no data, no promise   the same with ``ranks="measured"``, if --no-promise is given
 
 Weights and images are random (weights of a quarter of the rank with noise, as in `networks.py`; images smooth), so the
 figures are for time alone; `minilm` is the trained network of `trained.py` with its sentences, as a program. The
@@ -36,8 +36,9 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
 import surgery
-from surgery.cost.onnxruntime.latency import Latencies
+from surgery.cost.registry import make_backend
 from surgery.passes.results import DecomposeResult
+from surgery.plans.goal import Goal
 from surgery.runtime.bench import environment
 from tools.networks import NETWORKS, build
 from tools.trained import Model, minilm
@@ -84,7 +85,7 @@ def case(name: str, samples: int) -> Case:
     return Case(build(name), data[:1], data)
 
 
-Run = tuple[DecomposeResult, float, Clock]
+Run = tuple[DecomposeResult[Any], float, Clock]
 
 
 def plan(network: Case, asked: dict[str, Any], *, told: bool) -> Run:
@@ -102,7 +103,7 @@ def read_options() -> argparse.Namespace:
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument("--target-speedup", type=float)
     goal.add_argument("--max-error", type=float)
-    parser.add_argument("--no-promise", action="store_true", help="without data also with promise=False, to compare")
+    parser.add_argument("--no-promise", action="store_true", help="without data also by the rule measured, to compare")
     parser.add_argument("--progress", action="store_true", help="say each step on standard error")
     parser.add_argument("--json", type=Path, help="also write the seconds here")
     return parser.parse_args()
@@ -112,13 +113,12 @@ def main() -> None:
     """Plan with fresh caches and with a warm one, and print where the time went."""
     warnings.simplefilter("ignore")  # of torch about itself
     options = read_options()
-    asked = {k: v for k in ("target_speedup", "max_error") if (v := getattr(options, k)) is not None}
-    asked = asked or {"target_speedup": 1.3}
+    goal = Goal.error(options.max_error) if options.max_error else Goal.speedup(options.target_speedup or 1.3)
     network = case(options.network, options.samples)
-    data = {"calibration": network.samples, **asked}
+    data = {"calibration": network.samples, "ranks": goal}
     cold: dict[str, dict[str, Any]] = {"cold": data, "no data": {}}
     if options.no_promise:
-        cold["no data, no promise"] = {"promise": False}
+        cold["no data, no promise"] = {"ranks": "measured"}
     console, runs = Console(), {}
     for name, arguments in cold.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -134,14 +134,19 @@ def main() -> None:
         table.add_row(step, *(f"{clock.seconds[step]:.1f} s" for _, _, clock in runs.values()))
     table.add_row("all", *(f"{seconds:.1f} s" for _, seconds, _ in runs.values()))
     console.print(table)
-    where = environment(Latencies().threads)
+    where = environment(make_backend().threads)
     console.print(f"{where.cpu}, {where.threads} threads, onnxruntime {where.onnxruntime}, torch {where.torch}")
     if options.json:
         times = {
             name: {"all": seconds, **clock.seconds, "promise": str(result.promise), "factored": len(result.changes)}
             for name, (result, seconds, clock) in runs.items()
         }
-        values = {"network": options.network, "samples": options.samples, "asked": asked, "seconds": times}
+        values = {
+            "network": options.network,
+            "samples": options.samples,
+            "asked": {goal.kind: goal.limit},
+            "seconds": times,
+        }
         options.json.write_text(json.dumps(values | {"environment": asdict(where)}, indent=2) + "\n")
 
 

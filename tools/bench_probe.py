@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
 import surgery
-from surgery.cost.onnxruntime.latency import cpu_name
+from surgery.system.machine import cpu_name
 from surgery.system.tables import table
 from surgery.text import seconds
 from tools.networks import NETWORKS, build

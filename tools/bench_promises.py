@@ -44,13 +44,14 @@ from torch.utils import _pytree as pytree
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
 import surgery
-from surgery.cost.onnxruntime.latency import Latencies
+from surgery.cost.registry import make_backend
 from surgery.passes.results import DecomposeResult
+from surgery.plans.goal import Goal, GoalKind
 from surgery.runtime.bench import environment
 from tools.fresh import fresh_speedups
 from tools.trained import Model, Network, open_network, option_parser, split
 
-GRID: dict[str, tuple[float, ...]] = {
+GRID: dict[GoalKind, tuple[float, ...]] = {
     "max_error": (0.02, 0.05, 0.1, 0.2),
     "max_drop": (0.002, 0.005, 0.01, 0.02),
     "target_speedup": (1.1, 1.25, 1.5, 2.0),
@@ -113,7 +114,7 @@ def _outputs(model: Model, part: Network) -> list[Tensor]:
     return [leaf if shown is None or leaf.shape[:2] != shown.shape else leaf[shown.bool()] for leaf in floats]
 
 
-def check(result: DecomposeResult, test: Network, name: str, options: argparse.Namespace, taken: float) -> Row:
+def check(result: DecomposeResult[Any], test: Network, name: str, options: argparse.Namespace, taken: float) -> Row:
     """Measure what a result promises on unseen samples and in new processes."""
     promise = result.promise
     assert promise is not None
@@ -139,9 +140,9 @@ def rows(network: Network, options: argparse.Namespace) -> Iterator[Row]:
     metric, test = split(rest, len(rest) // 2, seed=1)
     asked: list[tuple[str, dict[str, Any]]] = [("nothing", {})]
     for kind in options.promise or GRID:
-        extra = {"eval_fn": metric.scores} if kind == "max_drop" else {}
         for limit in GRID[kind]:
-            asked.append((f"{kind}={limit:g}", {"calibration": calibration.inputs, kind: limit, **extra}))
+            goal = Goal(kind, limit, metric.scores if kind == "max_drop" else None)
+            asked.append((str(goal), {"calibration": calibration.inputs, "ranks": goal}))
     for name, arguments in asked:
         start = time.perf_counter()
         result = network.decompose(**arguments)
@@ -169,15 +170,14 @@ def show_unpaying(console: Console) -> None:
     images = torch.randn(256, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     table = Table("network", "asked for", "returned", "why")
     for name, model in unpaying().items():
-        grid: tuple[dict[str, Any], ...] = ({"max_error": 0.05}, {"target_speedup": 1.5})
-        for asked in grid:
-            result = surgery.decompose(model, images[:1], calibration=images, **asked)
+        for goal in (Goal.error(0.05), Goal.speedup(1.5)):
+            result = surgery.decompose(model, images[:1], calibration=images, ranks=goal)
             assert result.promise is not None
             timing = None if result.search is None else result.search.timing
             returned = "the original" if result.model is model else "a changed model"
             if timing is not None:
                 returned += f", {timing.comparisons[0].speedup:.2f}x"
-            table.add_row(name, " ".join(f"{k}={v}" for k, v in asked.items()), returned, result.promise.note)
+            table.add_row(name, str(goal), returned, result.promise.note)
     console.print(table)
 
 
@@ -229,17 +229,17 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=3, help="times that both models are timed in new processes")
     options = parser.parse_args()
     console, found = Console(), []
+    where = environment(make_backend().threads)
     for name in options.network or ["fashion"]:
         for row in rows(open_network(name, options), options):
             found.append(row)
-            console.print(f"{row.network} {row.asked}: {row.seconds:.0f} s")
+            console.print(f"{row.network} {row.asked}: {row.seconds:.0f} s, found {row.found:.4g}, {row.verdict}")
+            if options.json:  # each row as soon as it is known: all of them take long
+                values = {"rows": [asdict(row) for row in found], "environment": asdict(where)}
+                options.json.write_text(json.dumps(values, indent=2) + "\n")
     show(console, found)
     show_unpaying(console)
-    where = environment(Latencies().threads)
     console.print(f"{where.cpu}, {where.threads} threads, onnxruntime {where.onnxruntime}, torch {where.torch}")
-    if options.json:
-        values = {"rows": [asdict(row) for row in found], "environment": asdict(where)}
-        options.json.write_text(json.dumps(values, indent=2) + "\n")
 
 
 if __name__ == "__main__":

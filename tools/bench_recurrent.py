@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.algebra.chain import relative_error
-from surgery.cost.onnxruntime.timing import Budget, bind, compare_samples, interleave, open_session
+from surgery.cost.onnxruntime.sessions import bind, open_session
+from surgery.cost.timing import Budget, compare_samples, interleave
 from surgery.runtime.bench import environment
 
 TOLERANCE = 1e-4  # of float32 outputs over all steps

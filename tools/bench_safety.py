@@ -6,8 +6,8 @@
 Each network is decomposed with the defaults alone: no calibration data, and example inputs only where it is an
 nn.Module. Its metric (accuracy, cosine or agreement, as `trained.py` says) is that of samples that it was not trained
 on, its speed-up that of whole models, interleaved; 1.00 where the original came back. A row that loses more than 0.01
-is marked. With `--no-promise` each network is also decomposed with ``promise=False``, beside the other. The seconds are
-those of a run that finds on disk the latencies of earlier ones.
+is marked. With `--no-promise` each network is also decomposed with ``ranks="measured"``, beside the other. The seconds
+are those of a run that finds on disk the latencies of earlier ones.
 
 Networks whose data or packages are not here are listed, each with what it needs.
 """
@@ -29,7 +29,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
-from surgery.cost.onnxruntime.latency import Latencies
+from surgery.cost.registry import make_backend
 from surgery.passes.results import DecomposeResult
 from surgery.runtime.bench import environment
 from tools.trained import NETWORKS, Network, Unavailable, open_network, option_parser
@@ -64,7 +64,7 @@ class Row:
         return f"[red]{after} LOST[/red]" if self.lost else after, speedup
 
 
-def said_of(result: DecomposeResult) -> str:
+def said_of(result: DecomposeResult[Any]) -> str:
     """Return the promise of a result; without one, how many sites were factored; and the notes of changes."""
     promise = f"no promise; {len(result.changes)} factored" if result.promise is None else str(result.promise)
     notes = dict.fromkeys(change.note for change in result.changes if change.note)
@@ -104,7 +104,7 @@ def main() -> None:
     """Decompose, measure, print and write."""
     warnings.simplefilter("ignore")  # of torch about itself
     parser = option_parser(__doc__.splitlines()[0], networks="all that are here")
-    parser.add_argument("--no-promise", action="store_true", help="also with promise=False, to compare")
+    parser.add_argument("--no-promise", action="store_true", help="also by the rule measured, to compare")
     options = parser.parse_args()
     console, rows, missing = Console(), [], []
     for name in options.network or NETWORKS:
@@ -114,13 +114,13 @@ def main() -> None:
             missing.append(str(error))
             continue
         before = network.score(network.model)
-        for asked in ({"promise": False}, {}) if options.no_promise else ({},):
+        for asked in ({"ranks": "measured"}, {}) if options.no_promise else ({},):
             rows.append(measure(network, before, asked, options.seconds))
             console.print(f"{name} {rows[-1].way}: {rows[-1].seconds:.1f} s")
     show(console, rows)
     for text in missing:
         console.print(f"not here: {text}")
-    where = environment(Latencies().threads)
+    where = environment(make_backend().threads)
     console.print(f"{where.cpu}, {where.threads} threads, onnxruntime {where.onnxruntime}, torch {where.torch}")
     if options.json:
         values = {"rows": [asdict(row) for row in rows], "missing": missing, "environment": asdict(where)}

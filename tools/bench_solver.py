@@ -36,9 +36,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
 
 from surgery.algebra.chain import relative_error
-from surgery.cost.onnxruntime.latency import cpu_name
 from surgery.factorizations import FACTORIZATIONS
 from surgery.solvers import gram, hooi, reference
+from surgery.system.machine import cpu_name
 from tools.solver_cases import TITLES, Case, cases, gram_floor, kernel_of, parafac_setting, sites
 
 SHAPES = [

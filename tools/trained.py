@@ -112,7 +112,7 @@ class Network:
         """Return the mean of the scores."""
         return float(self.scores(model).mean())
 
-    def decompose(self, **asked: Any) -> DecomposeResult:
+    def decompose(self, **asked: Any) -> DecomposeResult[Any]:
         """Decompose the model, given with its example inputs and with what is asked for."""
         return surgery.decompose(self.model, self.example, **asked)
 

@@ -1,4 +1,4 @@
-"""Chains: what stands in the place of one operator: operators in order, with reshapes between them where needed."""
+"""Chains: operators in order, with reshapes between them where needed, in the place of one operator."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from surgery.algebra.operators import Operator, Shape
 from surgery.algebra.steps import Branches, Shift, Step
 from surgery.errors import Refusal
 
-__all__ = ["Chain", "relative_error"]
+__all__ = ["Chain", "relative_error", "without_numbers"]
 
 
 @dataclass(frozen=True, eq=False)
 class Chain:
     """What replaces one operator: steps applied in order, with the bias on the last operator or in a final shift.
 
-    ``origin`` is the factorization that made it and its ranks, where one did.
+    ``origin`` is the factorization that made the chain, with its ranks; None if none did.
     """
 
     steps: tuple[Step, ...]
@@ -28,13 +28,13 @@ class Chain:
 
     @property
     def operators(self) -> tuple[Operator, ...]:
-        """All operators, those of branches too: what has a weight."""
+        """All operators, those of branches included: everything that has a weight."""
         rows = (step.operators if isinstance(step, Branches) else (step,) for step in self.steps)
         return tuple(step for row in rows for step in row if isinstance(step, Operator))
 
     @property
     def places(self) -> list[tuple[str, Operator | Shift]]:
-        """All that has parameters, with the path below the site: ``2`` for a step, ``2.row.call`` in branches."""
+        """All that has parameters, with its path below the site: ``2`` for a step, ``2.row.call`` in branches."""
         found: list[tuple[str, Operator | Shift]] = []
         for i, step in enumerate(self.steps):
             if isinstance(step, Operator | Shift):
@@ -87,7 +87,7 @@ class Chain:
         return replace(self, steps=(*kept, *([] if bias is None else [Shift(bias)])))
 
     def compose(self) -> Operator | Refusal:
-        """Contract the chain into the one operator that it is, or say why it is none."""
+        """Contract the chain into the one operator that it is, or say why it is not one."""
         return compose_steps(self.steps)
 
 
@@ -97,3 +97,15 @@ def relative_error(approximation: Tensor, reference: Tensor) -> float:
     difference = torch.linalg.vector_norm(approximation.detach().double() - reference)
     scale = torch.linalg.vector_norm(reference)
     return float(difference / scale) if scale > 0 else float(difference)
+
+
+def without_numbers(operator: Operator, like: Tensor) -> Operator:
+    """Return the operator without its bias, with a weight of zeros of the dtype and on the device of a tensor.
+
+    >>> from surgery.algebra.operators import Linear
+    >>> blank = without_numbers(Linear(torch.ones(3, 4)), like=torch.ones(1))
+    >>> tuple(blank.weight.shape), blank.weight.untyped_storage().size()
+    ((3, 4), 4)
+    """
+    weight = torch.zeros((), dtype=like.dtype, device=like.device).expand(operator.weight.shape)
+    return replace(operator, weight=weight, bias=None)

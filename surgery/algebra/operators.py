@@ -1,9 +1,11 @@
 """Operators: one linear map on activations as a frozen value, with its weights, its run and its costs.
 
-Every operator shows its weight in one canonical layout, the *kernel*, of shape
-``(groups, out_channels / groups, in_channels / groups, *kernel_size)``; a linear layer is a kernel of one group with no
-kernel dimensions. Factorizations and composition work on kernels, so that grouped and transposed convolutions are
-no special cases for them.
+Every operator shows its weight in one canonical layout, the *kernel*. Its shape is
+``(groups, out_channels / groups, in_channels / groups, *kernel_size)``. The kernel of a linear layer has one group and
+no kernel dimensions. Factorizations and composition work on kernels, so that grouped and transposed convolutions are
+not special cases for them.
+
+What two operators must have in common is a value, too: the *form*, which is all of an operator but its numbers.
 """
 
 from __future__ import annotations
@@ -11,14 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Conv", "Embedding", "Geometry", "Linear", "Operator", "Shape"]
+__all__ = ["Conv", "Embedding", "Form", "Geometry", "Layout", "Linear", "Operator", "PaddingMode", "Shape"]
 
-Shape = tuple[int, ...]
+Shape: TypeAlias = tuple[int, ...]
+Layout: TypeAlias = Literal["out_in", "in_out"]  # how a graph stores the weight of a linear layer; GPT-2 has the second
+PaddingMode: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]  # torch's own names
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,6 @@ class Geometry:
     """How a convolution moves over its input: one entry for each kernel dimension.
 
     ``padding`` holds (before, after) pairs, since ``padding='same'`` is asymmetric for even kernels.
-    ``padding_mode`` is one of torch's: ``zeros``, ``reflect``, ``replicate``, ``circular``.
     """
 
     stride: Shape
@@ -34,7 +37,7 @@ class Geometry:
     dilation: Shape
     output_padding: Shape
     transposed: bool = False
-    padding_mode: str = "zeros"
+    padding_mode: PaddingMode = "zeros"
 
     @classmethod
     def pointwise(cls, dims: int) -> Geometry:
@@ -79,6 +82,32 @@ class Geometry:
         return tuple((n + p - e - 1) // s + 1 for n, s, p, e in zip(size, self.stride, pads, span, strict=True))
 
 
+@dataclass(frozen=True)
+class Form:
+    """All of an operator but its numbers: operators of equal forms differ in their weights alone.
+
+    ``kernel`` is the shape of the kernel. ``geometry`` is None for operators that are not convolutions, and
+    ``padding_index`` for those that are not embeddings. ``kind`` is the operator's class.
+    """
+
+    kind: type[Operator]
+    kernel: Shape
+    geometry: Geometry | None = None
+    padding_index: int | None = None
+    biased: bool = False
+
+    @property
+    def unbiased(self) -> Form:
+        """The form of the same operator without its bias."""
+        return replace(self, biased=False)
+
+    @property
+    def reading(self) -> Form:
+        """What an operator reads: equal for operators that differ in their outputs and biases only (0 outputs)."""
+        groups, _, *rest = self.kernel
+        return replace(self, kernel=(groups, 0, *rest), biased=False)
+
+
 @dataclass(frozen=True, eq=False)
 class Operator:
     """Base of all operators: a weight tensor, and a bias tensor or None."""
@@ -90,6 +119,31 @@ class Operator:
     def kernel(self) -> Tensor:
         """The weight as (groups, out / groups, in / groups, *kernel_size)."""
         raise TypeError(f"{type(self).__name__} has no kernel")
+
+    @property
+    def form(self) -> Form:
+        """All but the numbers."""
+        return Form(type(self), tuple(self.kernel.shape), biased=self.bias is not None)
+
+    @property
+    def spatial_dims(self) -> int:
+        """Number of spatial dimensions of the activations: 1 to 3 for a convolution, 0 for all others."""
+        return 0
+
+    @property
+    def reads_indices(self) -> bool:
+        """Whether the input is whole numbers, which choose rows of a table, and not activations."""
+        return False
+
+    @property
+    def expressible(self) -> bool:
+        """Whether the arguments of torch's own layer can say all of the form."""
+        return True
+
+    @property
+    def description(self) -> str:
+        """The operator in words, as ``Conv2d 3x3 /2 groups=4`` or ``Linear``."""
+        return type(self).__name__
 
     @property
     def in_channels(self) -> int:
@@ -112,7 +166,10 @@ class Operator:
         return replace(self, bias=bias)
 
     def with_kernel(self, kernel: Tensor) -> Operator:
-        """Return the same operator with another kernel, of its own kernel's shape."""
+        """Return the same operator with another kernel, of its own kernel's shape but for the number of outputs.
+
+        The bias stays: drop it first where that number changes.
+        """
         raise TypeError(f"{type(self).__name__} has no kernel")
 
     def to(self, **kwargs: Any) -> Operator:
@@ -164,11 +221,21 @@ class Linear(Operator):
 class Embedding(Operator):
     """Rows of a table: weight (entries, features), whole numbers (...) as input, output (..., features).
 
-    A linear map of one-hot vectors, and so a kernel with one input channel an entry; it multiplies nothing. The row
-    ``padding_index`` gets no gradient.
+    This is a linear map of one-hot vectors, and so a kernel with one input channel an entry; it multiplies nothing.
+    The row ``padding_index`` gets no gradient.
     """
 
     padding_index: int | None = None
+
+    @property
+    def form(self) -> Form:
+        """All but the numbers."""
+        return replace(super().form, padding_index=self.padding_index)
+
+    @property
+    def reads_indices(self) -> bool:
+        """True: the input is row numbers."""
+        return True
 
     @property
     def kernel(self) -> Tensor:
@@ -220,6 +287,27 @@ class Conv(Operator):
     def with_kernel(self, kernel: Tensor) -> Conv:
         """Return the convolution with the weight of a kernel (groups, out / groups, in / groups, *kernel_size)."""
         return Conv.from_kernel(kernel, self.geometry, self.bias)
+
+    @property
+    def form(self) -> Form:
+        """All but the numbers."""
+        return replace(super().form, geometry=self.geometry)
+
+    @property
+    def spatial_dims(self) -> int:
+        """Number of spatial dimensions."""
+        return self.geometry.dims
+
+    @property
+    def description(self) -> str:
+        """The convolution in words."""
+        g = self.geometry
+        words = [f"Conv{'Transpose' if g.transposed else ''}{g.dims}d", "x".join(map(str, self.kernel_size))]
+        if set(g.stride) != {1}:
+            words.append("/" + ",".join(map(str, g.stride if len(set(g.stride)) > 1 else g.stride[:1])))
+        if self.groups > 1:
+            words.append(f"groups={self.groups}")
+        return " ".join(words)
 
     @property
     def kernel_size(self) -> Shape:

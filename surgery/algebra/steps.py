@@ -1,7 +1,7 @@
-"""Steps of a chain that are no operators: reshapes, which move numbers, a shift, which adds a bias, and a sum of rows.
+"""Steps of a chain that are not operators: reshapes move numbers, a shift adds a bias, and branches add up.
 
-Axes are counted from the end, so that a step is the same with any number of batch axes in front. Each has a counterpart
-among torch's modules and among its functions; what tensor trains and rings of linear layers need, and no more.
+Axes are counted from the end, so that a step is the same with any number of batch axes in front. Each step has a
+counterpart among torch's modules and among its functions. There are those that the factorizations need, and no more.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Branches", "Flatten", "Link", "Shift", "Step", "Transpose", "Unflatt
 
 @dataclass(frozen=True)
 class Link:
-    """Base of the steps that are no operators."""
+    """Base of the steps that are not operators."""
 
     @property
     def parameters(self) -> int:
@@ -99,7 +99,7 @@ class Transpose(Link):
 
 @dataclass(frozen=True, eq=False)
 class Shift(Link):
-    """Add a bias to the last axis: what a linear layer does last, where no operator of the chain can hold it."""
+    """Add a bias to the last axis, as a linear layer does last; for chains without an operator that could hold it."""
 
     bias: Tensor
 
@@ -123,7 +123,7 @@ class Shift(Link):
 
 @dataclass(frozen=True, eq=False)
 class Branches(Link):
-    """The sum of several rows of operators on the same input; the bias, if there is one, is in the last."""
+    """The sum of several rows of operators on the same input; only the last operator may have a bias."""
 
     rows: tuple[tuple[Operator, ...], ...]
 

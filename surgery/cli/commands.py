@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from surgery.cli.names import FILE
-from surgery.cli.options import as_json, default_output, file_inputs, load_function, model_options, open_program
-from surgery.errors import InputError, SurgeryError
-from surgery.system.writing import Writer, check_outputs, text_writer, write_together
+from surgery.cli.options import as_json, default_output, file_inputs, model_options, open_program
+from surgery.system.writing import Writer, check_outputs, write_together
 
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
-
-    from surgery.runtime.bench import Timing
-
-__all__ = ["bench", "compare", "decompose", "export", "inspect", "recompose"]
+__all__ = ["bench", "compare", "export", "inspect", "recompose"]
 
 
 @click.command()
@@ -27,163 +21,14 @@ __all__ = ["bench", "compare", "decompose", "export", "inspect", "recompose"]
 def inspect(model: Path, json_: bool, **options: Any) -> None:
     """List the sites of MODEL with their costs, and what is left alone and why."""
     from surgery.cli import show
-    from surgery.kinds.registry import open_graph
+    from surgery.passes.original import Original
 
     program, inputs = open_program(model, **options)
-    found = open_graph(program, *inputs).find()
+    original = Original(program, inputs)
     if json_:
-        show.print_json(show.found_json(found))
+        show.print_json(show.found_json(original))
     else:
-        show.found_tables(model, found)
-
-
-@click.command()
-@click.argument("model", type=FILE)
-@click.option("-o", "--output", type=FILE, help="The new file.  [default: MODEL.decomposed.pt2 beside MODEL]")
-@click.option(
-    "--ranks",
-    default="auto",
-    show_default=True,
-    metavar="SPEC",
-    help="auto, vbmf, full, energy=0.9, keep_params=0.5, keep_macs=0.5, a whole number, or rank,rank.",
-)
-@click.option(
-    "--factorization",
-    default="auto",
-    show_default=True,
-    metavar="NAME",
-    help="auto, tucker, svd, spatial, cp, tt, tr or depthwise.",
-)
-@click.option("--include", multiple=True, metavar="GLOB", help="Only sites that match; may be repeated.")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="No sites that match; may be repeated.")
-@click.option(
-    "--joint",
-    multiple=True,
-    metavar="SITE,SITE,...",
-    help="Sites that share all factors but the last; may be repeated. inputs: all alike sites that read one value.",
-)
-@click.option("--plan", "plan_file", type=FILE, help="Carry out this plan file instead of making a plan.")
-@click.option("--save-plan", type=FILE, help="Write the plan as JSON.")
-@click.option("--dry-run", is_flag=True, help="Plan and print, but factor and write nothing (but --save-plan).")
-@click.option(
-    "--solver",
-    default="auto",
-    show_default=True,
-    metavar="NAME",
-    help="auto; als, pp or gd for cp; tensorly for TensorLy's own.",
-)
-@click.option(
-    "--calibration",
-    type=FILE,
-    help="Inputs by name, as .npz or .pt, or token ids, as .jsonl, to fit to.",
-)
-@click.option("--stages", type=int, help="With --calibration: runs to fit the sites in.  [default: what costs little]")
-@click.option("--max-error", type=float, help="For auto: largest relative output error.  [default: 0.05]")
-@click.option("--target-speedup", type=float, help="For auto: least speed-up of the whole model.")
-@click.option("--eval", "metric", metavar="MODULE:FUNCTION", help="A metric of a module; higher is better.")
-@click.option("--max-drop", type=float, help="With --eval: by how much the metric may fall.")
-@click.option("--cost", type=click.Choice(["latency", "macs", "params"]), default="latency", show_default=True)
-@click.option("--no-promise", is_flag=True, help="For auto without --calibration: a rule for ranks, no promise.")
-@click.option("--best-effort", is_flag=True, help="Where a speed-up is out of reach: the nearest, not the original.")
-@click.option("--timing/--no-timing", default=True, help="Measure latencies (auto always does, for its choice).")
-@click.option("--force", is_flag=True, help="Overwrite files that exist.")
-@model_options
-@as_json
-def decompose(
-    model: Path,
-    output: Path | None,
-    ranks: str,
-    factorization: str,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    joint: tuple[str, ...],
-    plan_file: Path | None,
-    save_plan: Path | None,
-    dry_run: bool,
-    solver: str,
-    calibration: Path | None,
-    stages: int | None,
-    max_error: float | None,
-    target_speedup: float | None,
-    metric: str | None,
-    max_drop: float | None,
-    cost: str,
-    no_promise: bool,
-    best_effort: bool,
-    timing: bool,
-    force: bool,
-    json_: bool,
-    **options: Any,
-) -> None:
-    """Factor the sites of MODEL into chains of lower rank, and write the new model."""
-    from surgery.cli import show
-    from surgery.cost.onnxruntime.latency import Latencies
-    from surgery.files.save import model_writer
-    from surgery.passes import decompose as passes
-    from surgery.plans.plan import Plan
-    from surgery.report import attach, collect
-
-    target = output or default_output(model, "decomposed.pt2")
-    outputs = [None if dry_run else target, save_plan]
-    read = [path for path in (model, plan_file, calibration) if path is not None]
-    check_outputs([path for path in outputs if path is not None], read, force=force)
-    promised = (calibration, max_error, target_speedup, metric, max_drop)
-    if dry_run and any(value is not None for value in promised):
-        raise InputError(
-            "--dry-run with calibration or a promise, which is known by factoring", next_step="leave --dry-run out"
-        )
-    given = None if plan_file is None else Plan.read(plan_file)
-    rules: dict[str, Any] = {"include": include, "exclude": exclude, "latencies": Latencies() if timing else None}
-    if given is None:
-        rules |= {"ranks": ranks, "factorization": factorization, "joint": _groups(joint)}
-    with show.progress(quiet=json_) as progress:
-        progress("load", 0, 1)
-        program, inputs = open_program(model, **options)
-        if dry_run:
-            result = passes.preview(program, inputs, plan=given, progress=progress, **rules)
-        else:
-            promise: dict[str, Any] = {"max_error": max_error, "target_speedup": target_speedup, "max_drop": max_drop}
-            promise |= {
-                "calibration": calibration,
-                "stages": stages,
-                "cost": cost,
-                "promise": not no_promise,
-                "best_effort": best_effort,
-                "eval_fn": metric and load_function(metric),
-            }
-            result = passes.decompose(program, inputs, plan=given, solver=solver, progress=progress, **rules, **promise)
-        measured: Timing | str | None = None if result.search is None else result.search.timing
-        if measured is None and timing and not dry_run and result.changes:
-            measured = _time([program, result.model], inputs, progress)
-        if not dry_run:
-            attach(result.model, collect(result, timing=measured, files=(model, None)))
-        files: list[tuple[Path, Writer]] = []
-        if not dry_run:
-            files.append((target, model_writer(result.model, target)))
-        if save_plan is not None:
-            files.append((save_plan, text_writer(result.plan.to_json())))
-        write_together(files, force=force)
-    named = (model, None if dry_run else target)
-    if json_:
-        show.print_json(collect(result, timing=measured, files=named))
-    else:
-        show.decompose_tables(named, result, measured)
-    if result.promise is not None and not result.promise.kept:
-        raise click.exceptions.Exit(3)
-
-
-def _groups(joint: tuple[str, ...]) -> str | list[list[str]]:
-    return "inputs" if joint == ("inputs",) else [[name.strip() for name in group.split(",")] for group in joint]
-
-
-def _time(models: list[ExportedProgram], inputs: Any, progress: Any) -> Timing | str:
-    """Return the timing of the models, or why it cannot be had: a model that ONNX cannot express is no failure here."""
-    from surgery.runtime.bench import bench
-
-    try:
-        return bench(models, inputs, seconds=4.0, progress=lambda share: progress("time", round(100 * share), 100))
-    except SurgeryError as error:
-        return str(error)
+        show.found_tables(model, original)
 
 
 @click.command()
@@ -266,7 +111,7 @@ def bench(
 ) -> None:
     """Time models (.pt2 or .onnx) under onnxruntime on this CPU, interleaved; each later one against the first."""
     from surgery.cli import show
-    from surgery.data.inputs import with_batch
+    from surgery.kinds.inputs import with_batch
     from surgery.runtime.bench import bench as together
     from surgery.runtime.fresh import time_apart
 

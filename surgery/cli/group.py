@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from surgery.cli.commands import bench, compare, decompose, export, inspect, recompose
+from surgery.cli.commands import bench, compare, export, inspect, recompose
+from surgery.cli.decompose import decompose
 from surgery.cli.report import bisect, plan, report
 
 __all__ = ["cli"]

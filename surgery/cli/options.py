@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from surgery.cli.names import TypedPath
 from surgery.errors import FileError, InputError
+from surgery.system.importing import import_function
 from surgery.text import cut, first_line
 
 if TYPE_CHECKING:
@@ -114,18 +110,19 @@ def open_program(
     Raises:
         SurgeryError: a file that cannot be loaded, or inputs that do not fit.
     """
-    from torch.export import ExportedProgram
 
-    from surgery.data.inputs import program_inputs
     from surgery.files.load import load
+    from surgery.kinds.program.inputs import program_inputs
+    from surgery.kinds.registry import kind_of
     from surgery.runtime.export import capture
 
     shapes = parse_shapes(input_shapes)
     samples = _random(shapes, {}, seed)[0] or None
     loaded = load(path, trust=trust, model=factory, example_inputs=samples, memory=memory)
-    if isinstance(loaded, ExportedProgram):
-        inputs = _fill(loaded, shapes, seed) if shapes else program_inputs(loaded, seed=seed)
-        return loaded, inputs
+    program = kind_of(loaded).program(loaded)
+    if program is not None:
+        inputs = _fill(program, shapes, seed) if shapes else program_inputs(program, seed=seed)
+        return program, inputs
     if not shapes:
         raise InputError(f"{path} is a module, which does not know its input shapes", next_step="pass --input-shape")
     inputs = _random(shapes, {}, seed)
@@ -134,8 +131,8 @@ def open_program(
 
 def file_inputs(path: Path, options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return random inputs for an .onnx file, of the shapes that are said, or else that it declares."""
-    from surgery.data.inputs import session_inputs
     from surgery.runtime.compare import open_model
+    from surgery.runtime.feeds import session_inputs
 
     said = parse_shapes(options["input_shapes"])
     shapes = {name or place: shape for place, (name, shape) in enumerate(said)}
@@ -148,30 +145,13 @@ def load_function(name: str) -> Callable[[Any], float]:
     Raises:
         InputError: there is none of this name.
     """
-    module, _, attribute = name.partition(":")
     allowed = "module:function, as metrics:accuracy for accuracy(module) in metrics.py"
-    if not module or not attribute:
-        raise InputError(f"--eval {name!r}", allowed=allowed)
     try:
-        found: Any = _import(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
+        return import_function(name, what="--eval", allowed=allowed)
+    except InputError:
+        raise
     except (Exception, SystemExit) as error:  # importing runs the user's own code
         raise InputError(f"--eval {name!r}: {type(error).__name__}: {first_line(error)}", allowed=allowed) from error
-    if not callable(found):
-        raise InputError(f"--eval {name!r} is a {type(found).__name__}", allowed=allowed)
-    function: Callable[[Any], float] = found
-    return function
-
-
-def _import(module: str) -> ModuleType:
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        return importlib.import_module(module)
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(here)
 
 
 def _fill(
@@ -181,7 +161,8 @@ def _fill(
     from torch import Tensor
     from torch.utils import _pytree as pytree
 
-    from surgery.data.inputs import program_inputs, random_tensor
+    from surgery.kinds.inputs import random_tensor
+    from surgery.kinds.program.inputs import program_inputs
 
     leaves, spec = pytree.tree_flatten(program_inputs(program, seed=seed))
     names = [str(name) for name in program.graph_signature.user_inputs]
@@ -202,7 +183,7 @@ def _random(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     import torch
 
-    from surgery.data.inputs import random_tensor
+    from surgery.kinds.inputs import random_tensor
 
     args = []
     for i, (name, shape) in enumerate(shapes):

@@ -46,15 +46,16 @@ def report(model: Path, output: Path | None, force: bool, json_: bool) -> None:
 
 def _read_report(model: Path) -> dict[str, Any]:
     """Return the report in MODEL, with the name and the size that its file has now."""
-    from torch.export import ExportedProgram
 
     from surgery.files.load import load
+    from surgery.kinds.registry import kind_of
     from surgery.report import read
 
-    program = load(model)
-    if not isinstance(program, ExportedProgram):
+    loaded = load(model)
+    program = kind_of(loaded).program(loaded)
+    if program is None:
         raise InputError(
-            f"{model} is no exported program", next_step="give the .pt2 that surgery decompose has written"
+            f"{model} is not an exported program", next_step="give the .pt2 that surgery decompose has written"
         )
     found = read(program)
     after = found.get("after")
@@ -119,7 +120,7 @@ def bisect(
         progress("load", 0, 1)
         program, inputs = open_program(model, **options)
         other = _second(program, inputs, decomposed, plan_file, options, progress)
-        found = run(program, other, inputs, eval_fn=evaluate, least=least, progress=progress)
+        found = run(program, other, inputs, metric=evaluate, least=least, progress=progress)
     if json_:
         show.print_json(_bisection_json(found))
     else:
@@ -141,8 +142,7 @@ def _second(
     if decomposed is not None:
         return open_program(decomposed, **options)[0]
     assert plan_file is not None  # the command has seen to it
-    result: ExportedProgram = decompose(program, inputs, plan=Plan.read(plan_file), progress=progress).model
-    return result
+    return decompose(program, inputs, ranks=Plan.read(plan_file), progress=progress).model
 
 
 def _bisection_json(found: Bisection) -> dict[str, Any]:

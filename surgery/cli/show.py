@@ -29,10 +29,10 @@ from surgery.system.tables import layout
 from surgery.text import change, count, rank_text, seconds, shown, wrap
 
 if TYPE_CHECKING:
-    from surgery.kinds.base import Found
     from surgery.passes.bisect import Bisection
-    from surgery.passes.decompose import DecomposeResult
+    from surgery.passes.original import Original
     from surgery.passes.recompose import RecomposeResult
+    from surgery.passes.results import DecomposeResult
     from surgery.runtime.bench import Timing
     from surgery.runtime.compare import Difference
     from surgery.runtime.export import ExportReport
@@ -176,44 +176,44 @@ def _shape(shape: Any) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def found_json(found: Found) -> dict[str, Any]:
+def found_json(original: Original) -> dict[str, Any]:
     """Return the sites, skips and totals of a model."""
-    total = found.totals.macs or 1
+    total = original.totals.macs or 1
     sites = [
         {
-            "name": spot.site.name,
-            "aliases": list(spot.site.aliases),
-            "operator": spot.site.description,
-            "weight_shape": list(spot.site.operator.weight.shape),
-            "input_shape": list(spot.site.input_shape),
-            "calls": spot.site.calls,
-            "parameters": spot.site.parameters,
-            "macs": spot.site.macs,
-            "share": spot.site.macs / total,
+            "name": site.name,
+            "aliases": list(site.aliases),
+            "operator": site.description,
+            "weight_shape": list(site.operator.weight.shape),
+            "input_shape": list(site.input_shape),
+            "calls": site.calls,
+            "parameters": site.parameters,
+            "macs": site.macs,
+            "share": site.macs / total,
         }
-        for spot in found.spots
+        for site in original.sites.values()
     ]
-    return {"sites": sites, "skips": [asdict(skip) for skip in found.skips], "totals": asdict(found.totals)}
+    return {"sites": sites, "skips": [asdict(skip) for skip in original.skips], "totals": asdict(original.totals)}
 
 
-def found_tables(path: Path, found: Found) -> None:
+def found_tables(path: Path, original: Original) -> None:
     """Print the sites, skips and totals of a model."""
-    if (left := left_alone(found.skips, found.totals.macs, exported=_is_program(path))) is not None:
+    if (left := left_alone(original.skips, original.totals.macs, exported=_is_program(path))) is not None:
         say(left)
-    sites = [spot.site for spot in found.spots]
+    sites = list(original.sites.values())
     calls = any(site.calls != 1 for site in sites)
     rows = [["name", "operator", "weight", "input", *["calls"] * calls, "parameters", "MACs", "share of MACs"]]
-    total = found.totals.macs or 1
+    total = original.totals.macs or 1
     for site in sites:
         shapes = (_shape(site.operator.weight.shape), _shape(site.input_shape), *[str(site.calls)] * calls)
         costs = (count(site.parameters), count(site.macs), f"{100 * site.macs / total:.1f} %")
         rows.append([site.name, site.description, *shapes, *costs])
     table(f"Sites of {path}", rows, words=2)
-    _skips("Left alone", found.skips)
+    _skips("Left alone", original.skips)
     say()
     say(
-        f"{len(found.spots)} sites, {len(found.skips)} left alone; "
-        f"{count(found.totals.parameters)} parameters and {count(found.totals.macs)} MACs in all"
+        f"{len(original.sites)} sites, {len(original.skips)} left alone; "
+        f"{count(original.totals.parameters)} parameters and {count(original.totals.macs)} MACs in all"
     )
 
 
@@ -225,7 +225,9 @@ def _size(path: Path | None) -> int | None:
     return None if path is None or not path.exists() else path.stat().st_size
 
 
-def decompose_tables(files: tuple[Path, Path | None], result: DecomposeResult, timing: Timing | str | None) -> None:
+def decompose_tables(
+    files: tuple[Path, Path | None], result: DecomposeResult[Any], timing: Timing | str | None
+) -> None:
     """Print a row for each site that was factored, the reasons for the others, the whole model, then the verdict."""
     if (left := left_alone(result.skips, result.before.macs, exported=_is_program(files[0]))) is not None:
         say(left)
@@ -248,7 +250,7 @@ def decompose_tables(files: tuple[Path, Path | None], result: DecomposeResult, t
 
 
 def _totals(
-    files: tuple[Path, Path | None], result: DecomposeResult, timing: Timing | str | None
+    files: tuple[Path, Path | None], result: DecomposeResult[Any], timing: Timing | str | None
 ) -> list[tuple[str, ...]]:
     rows: list[tuple[str, float | None, float | None, Callable[[Any], str]]] = [
         ("parameters", result.before.parameters, result.after.parameters, count),
@@ -262,7 +264,7 @@ def _totals(
     return [("", "before", "after", "change"), *told]
 
 
-def _verdict(output: Path | None, result: DecomposeResult, timing: Timing | str | None) -> Iterator[str]:
+def _verdict(output: Path | None, result: DecomposeResult[Any], timing: Timing | str | None) -> Iterator[str]:
     if isinstance(timing, str):
         yield f"latency was not measured: {timing}"
     elif timing is not None:
@@ -281,7 +283,7 @@ def _verdict(output: Path | None, result: DecomposeResult, timing: Timing | str 
         yield "no site was factored: the model is the original"
         for speedup, error in [] if result.search is None else result.search.reached:
             yield f"within reach: {speedup:.2f}x at an output error of {error:.3g} (--best-effort takes the nearest)"
-    if output is None and result.plan.ranks == "auto":
+    if output is None and result.plan.ranks == "measured":
         yield "a plan without a promise: to keep one, auto may take higher ranks, or leave sites dense"
     yield "dry run: nothing was written" if output is None else f"wrote {output}"
 
@@ -291,7 +293,7 @@ def _where(timing: Timing) -> str:
     return f"onnxruntime {e.onnxruntime}, {e.threads} threads, {e.cpu} {e.instruction_set}, torch {e.torch}"
 
 
-def recompose_json(files: tuple[Path, Path], result: RecomposeResult) -> dict[str, Any]:
+def recompose_json(files: tuple[Path, Path], result: RecomposeResult[Any]) -> dict[str, Any]:
     """Return what was fused and what was refused."""
     return {
         "input": str(files[0]),
@@ -301,7 +303,7 @@ def recompose_json(files: tuple[Path, Path], result: RecomposeResult) -> dict[st
     }
 
 
-def recompose_tables(files: tuple[Path, Path, Path | None], result: RecomposeResult) -> None:
+def recompose_tables(files: tuple[Path, Path, Path | None], result: RecomposeResult[Any]) -> None:
     """Print each fused chain and each refusal, and the files."""
     rows = [["site", "operator", "parts", "parameters before", "after"]]
     for c in result.changes:

@@ -13,40 +13,37 @@ stays exactly as it is. Each normalisation is corrected by the batch at hand bef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.export import ExportedProgram
-from torch.fx import Node
+from torch import Tensor
 
 from surgery.data.collect import Progress
-from surgery.data.observe import Observed, ObservedGraph, ObservedModule, observe
 from surgery.data.samples import Calibration
-from surgery.kinds.base import GraphKind
-from surgery.kinds.fx.behind import is_norm, is_tracked_norm, norm_buffers
-from surgery.kinds.fx.view import Spot
-from surgery.kinds.registry import Model
+from surgery.kinds.observed import Norm, Observed
+from surgery.kinds.registry import Model, observe
+from surgery.sites.epilogue import BatchNorm
+from surgery.sites.flow import Flow, Other
+from surgery.sites.placement import Placement
 
 __all__ = ["NormDistances", "NormWatch", "Reference", "feeds_batch_norm", "reestimate_batch_norm"]
 
 Pair = tuple[Tensor, Tensor]
 Reference = Mapping[str, "_Statistics"]
-
-_BUFFERS = ("running_mean", "running_var")
+_AnyNorm = TypeVar("_AnyNorm", bound="_Norm")
 
 
 class NormWatch:
     """Mean and variance of what reaches each batch norm of a model, from the runs of whatever else observes it."""
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
+    def __init__(self) -> None:
         self._norms: list[_Norm] = []
 
     def __call__(self, observed: Observed) -> None:
         """Watch the batch norms of the model when it is run."""
-        self._norms = _norms(observed, self._model)
+        self._norms = _watched(observed, _Norm)
 
     @property
     def reference(self) -> Reference:
@@ -74,10 +71,11 @@ def reestimate_batch_norm(
         InputError: as ``collect``.
     """
     observed = observe(model, next(iter(batches)))
-    norms = _norms(observed, model)
+    norms = _watched(observed, _Norm)
     if reference is not None:
         for norm in norms:
-            norm.reference = (norm.mean.clone(), norm.variance.clone()), reference[norm.name]
+            mean, variance = norm.buffers
+            norm.reference = (mean.clone(), variance.clone()), reference[norm.name]
     passes = passes or (2 if reference is None else 1)
     if beside is not None:
         beside(observed)
@@ -90,8 +88,8 @@ def reestimate_batch_norm(
             observed.run(batch)
         for norm in norms:
             norm.set((norm.seen.mean, norm.seen.variance))
-    if not isinstance(model, ExportedProgram):
-        _give_back(model, norms)
+    for norm in norms:
+        norm.keep()
     return tuple(norm.name for norm in norms)
 
 
@@ -102,19 +100,10 @@ def _corrected(before: Pair, reference: Pair, now: Pair) -> Pair:
     return before[0].double() + now[0] - reference[0], before[1].double() * torch.where(reference[1] > 0, ratio, 1.0)
 
 
-def feeds_batch_norm(kind: GraphKind, spot: Spot) -> bool:
+def feeds_batch_norm(flow: Flow, placement: Placement) -> bool:
     """Whether batch norms, and nothing else, read what a site puts out, so that they take up its mean."""
-    users = [user for call in spot.calls for user in call.node.users]
-    return bool(users) and all(is_norm(kind.view, user) for user in users)
-
-
-def _give_back(model: nn.Module, norms: Sequence[_Norm]) -> None:
-    """Copy the statistics into the model where a copy of it was run, as it is with packed attention."""
-    for norm in norms:
-        for leaf, value in zip(_BUFFERS, (norm.mean, norm.variance), strict=True):
-            target = model.get_buffer(f"{norm.name}.{leaf}")
-            if target is not value:
-                target.copy_(value)
+    users = [flow.at[user] for call in placement.calls for user in flow.users[call.value]]
+    return bool(users) and all(isinstance(user, Other) and isinstance(user.epilogue, BatchNorm) for user in users)
 
 
 class _Statistics:
@@ -149,12 +138,25 @@ class _Statistics:
 class _Norm:
     """One batch norm: its buffers, what has reached it, and what was in them and reached it in the original."""
 
-    name: str
-    mean: Tensor
-    variance: Tensor
+    norm: Norm
     own_batch: bool = False
     reference: tuple[Pair, _Statistics] | None = None
     seen: _Statistics = field(default_factory=_Statistics)
+
+    @property
+    def name(self) -> str:
+        """The name of the batch norm."""
+        return self.norm.name
+
+    @property
+    def buffers(self) -> Pair:
+        """The running mean and variance."""
+        return self.norm.mean, self.norm.variance
+
+    def keep(self) -> None:
+        """Copy the statistics into the model, where a copy of it was run."""
+        for target, value in zip(self.norm.kept or (), self.buffers, strict=False):
+            target.copy_(value)
 
     def see(self, x: Tensor) -> None:
         """Add an input, and in a first pass normalise it by itself."""
@@ -167,7 +169,7 @@ class _Norm:
         if self.reference is not None:
             before, known = self.reference
             found = _corrected(before, (known.mean, known.variance) if part is None else known.parts[part], found)
-        for buffer, value in zip((self.mean, self.variance), found, strict=True):
+        for buffer, value in zip(self.buffers, found, strict=True):
             buffer.copy_(value)
 
 
@@ -180,17 +182,17 @@ class _Distance(_Norm):
     def see(self, x: Tensor) -> None:
         """Add the squared distances of mean and deviation, in deviations."""
         axes = [axis for axis in range(x.dim()) if axis != 1]
-        scale = self.variance.float() + 1e-5
+        running, scale = self.norm.mean.float(), self.norm.variance.float() + 1e-5
         variance, mean = torch.var_mean(x.float(), axes, correction=0)
-        off = (mean - self.mean.float()).square() + ((variance + 1e-8).sqrt() - scale.sqrt()).square()
+        off = (mean - running).square() + ((variance + 1e-8).sqrt() - scale.sqrt()).square()
         self.distances.append((off / scale).mean())
 
 
 class NormDistances:
     """How far the batch norms of a model are from their running statistics in each run that is observed."""
 
-    def __init__(self, observed: Observed, model: Model) -> None:
-        self._norms = _norms(observed, model, _Distance)
+    def __init__(self, observed: Observed) -> None:
+        self._norms = _watched(observed, _Distance)
 
     def __bool__(self) -> bool:
         """Whether there are any."""
@@ -198,56 +200,15 @@ class NormDistances:
 
     def take(self) -> Tensor | None:
         """Return the mean distance in the runs since the last call, and forget them."""
-        found = [d for norm in self._norms if isinstance(norm, _Distance) for d in norm.distances]
+        found = [distance for norm in self._norms for distance in norm.distances]
         for norm in self._norms:
-            if isinstance(norm, _Distance):
-                norm.distances = []
+            norm.distances = []
         return torch.stack(found).mean() if found else None
 
 
-def _norms(observed: Observed, model: Model, kind: type[_Norm] = _Norm) -> list[_Norm]:
+def _watched(observed: Observed, make: Callable[[Norm], _AnyNorm]) -> list[_AnyNorm]:
     """Return the batch norms of a model, each watched already."""
-    if isinstance(observed, ObservedModule):
-        found = {id(m): path for path, m in observed.root.named_modules() if is_tracked_norm(m)}
-        norms = [_module_norm(path, observed.root, kind) for path in found.values()]
-        for norm in norms:
-            observed.watch_module(norm.name, norm.see)
-        return norms
-    assert isinstance(observed, ObservedGraph)  # there are these two
-    return _graph_norms(observed, model, kind)
-
-
-def _module_norm(path: str, root: nn.Module, kind: type[_Norm]) -> _Norm:
-    mean, variance = (root.get_buffer(f"{path}.{leaf}") for leaf in _BUFFERS)
-    return kind(path, mean, variance)
-
-
-def _graph_norms(observed: ObservedGraph, model: Model, kind: type[_Norm]) -> list[_Norm]:
-    """Return the batch norms that a graph calls as modules or as functions, one for each pair of buffers."""
-    view = observed.kind.view
-    norms: dict[str, _Norm] = {}
-    for node in view.graph.nodes:
-        if node.op == "call_module" and view.module is not None and is_tracked_norm(view.module(str(node.target))):
-            root = view.graph.owning_module
-            assert root is not None  # each kind keeps the module of its graph
-            norm = _module_norm(str(node.target), root, kind)
-        else:
-            buffers = norm_buffers(node)
-            if buffers is None:
-                continue
-            names = [_buffer_name(buffer, model) for buffer in buffers]
-            mean, variance = (_buffer(name, model) for name in names)
-            norm = kind(names[0].removesuffix(".running_mean"), mean, variance)
-        norm = norms.setdefault(norm.name, norm)
-        observed.watch_node(node, node.all_input_nodes[0], norm.see)
-    return list(norms.values())
-
-
-def _buffer_name(node: Node, model: Model) -> str:
-    if isinstance(model, ExportedProgram):
-        return model.graph_signature.inputs_to_buffers[node.name]
-    return str(node.target)
-
-
-def _buffer(name: str, model: Model) -> Tensor:
-    return model.state_dict[name] if isinstance(model, ExportedProgram) else model.get_buffer(name)
+    found = [make(norm) for norm in observed.norms()]
+    for each in found:
+        each.norm.watch(each.see)
+    return found

@@ -7,14 +7,13 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from surgery.algebra.operators import Conv, Operator
 from surgery.data.moments import Accumulator, Moments, layout_bytes
-from surgery.data.observe import Observed, observe
 from surgery.data.samples import Calibration
 from surgery.data.visible import VisibleRows
 from surgery.errors import InputError
-from surgery.kinds.fx.view import Spot
-from surgery.kinds.registry import Model
+from surgery.kinds.observed import Observed
+from surgery.kinds.registry import Model, observe
+from surgery.sites.placement import Placement
 
 __all__ = ["Progress", "collect", "rows_of"]
 
@@ -45,9 +44,9 @@ def collect(
         CaptureError: the graph of an nn.Module can be neither traced nor exported.
     """
     observed = observe(model, next(iter(batches)))
-    found = observed.kind.find().spots
-    spots = [spot for spot in found if sites is None or spot.site.name in sites]
-    shared = _shared(spots)
+    found = observed.find().placements
+    groups = _shared(found)  # of all sites: what is read of a value must not depend on which of them are wanted
+    shared = [group for group in groups if sites is None or any(spot.site.name in sites for spot in group)]
     accumulators = _accumulators([group[0] for group in shared], len(batches), budget_bytes, seed)
     visible = VisibleRows(observed, batches, [group[0] for group in shared])
     for group, accumulator in zip(shared, accumulators, strict=True):
@@ -60,6 +59,7 @@ def collect(
         for group, accumulator in zip(shared, accumulators, strict=True)
         for moments in [_finish(accumulator, group[0])]
         for spot in group
+        if sites is None or spot.site.name in sites
     }
 
 
@@ -72,29 +72,23 @@ def _run(observed: Observed, batches: Calibration, progress: Progress | None) ->
         progress("calibrate", len(batches), len(batches))
 
 
-def _finish(accumulator: Accumulator, spot: Spot) -> Moments:
+def _finish(accumulator: Accumulator, spot: Placement) -> Moments:
     try:
         return accumulator.moments()
     except InputError as error:
         raise InputError(f"{spot.site.name}: {error.what}", next_step=error.next_step) from None
 
 
-def _shared(spots: Sequence[Spot]) -> list[list[Spot]]:
+def _shared(spots: Sequence[Placement]) -> list[list[Placement]]:
     """Group the sites that read the same columns of the same values."""
-    groups: dict[tuple[Any, ...], list[Spot]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[Placement]] = defaultdict(list)
     for spot in spots:
         sources = tuple(call.source for call in spot.calls)
-        groups[(sources, *_columns_key(spot.site.operator))].append(spot)
+        groups[(sources, spot.site.operator.form.reading)].append(spot)
     return list(groups.values())
 
 
-def _columns_key(operator: Operator) -> tuple[Any, ...]:
-    groups, _, channels, *size = operator.kernel.shape
-    geometry = operator.geometry if isinstance(operator, Conv) else None
-    return type(operator), groups, channels, tuple(size), geometry
-
-
-def _accumulators(spots: Sequence[Spot], batches: int, budget_bytes: int, seed: int) -> list[Accumulator]:
+def _accumulators(spots: Sequence[Placement], batches: int, budget_bytes: int, seed: int) -> list[Accumulator]:
     limit = next((n for n in _LIMITS if _total(spots, n) <= budget_bytes), _LIMITS[-1])
     made = []
     for spot in spots:
@@ -103,11 +97,11 @@ def _accumulators(spots: Sequence[Spot], batches: int, budget_bytes: int, seed: 
     return made
 
 
-def rows_of(spot: Spot, batches: int) -> int:
+def rows_of(spot: Placement, batches: int) -> int:
     """Return how many columns of each input are used: enough for moments, of all batches and runs together."""
     wanted = max(_LEAST_ROWS, _ROWS * spot.site.operator.kernel[0, 0].numel())
     return -(-wanted // (batches * spot.site.runs))
 
 
-def _total(spots: Sequence[Spot], limit: int) -> int:
+def _total(spots: Sequence[Placement], limit: int) -> int:
     return sum(layout_bytes(spot.site.operator, limit) for spot in spots)

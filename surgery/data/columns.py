@@ -59,7 +59,7 @@ def output_reader(
     It gives (groups, rows, outputs of a group), in the order of the columns and with their dtypes. The generator has to
     be in the state in which the other was, and the other arguments are the same.
     """
-    dims = operator.geometry.dims if isinstance(operator, Conv) else 0
+    dims = operator.spatial_dims
 
     def positions(value: Tensor) -> Tensor:
         value = value.detach()

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from surgery.data.masks import is_mask_name
-from surgery.data.signature import Declared, Signature
 from surgery.data.tokens import is_label, partner_of, read_tokens
 from surgery.errors import FileError
+from surgery.kinds.inputs import Declared, Signature
 from surgery.system.arrays import MOST_BYTES, open_arrays, size_of
 from surgery.system.opening import open_regular, shown_name, shown_path
 from surgery.text import first_line

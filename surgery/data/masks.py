@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.data.inputs import Inputs
+from surgery.kinds.inputs import Inputs
 
 __all__ = ["Mask", "find_masks", "hides_with_ones", "is_mask_name", "leaf_names", "read_masks", "visible_rows"]
 

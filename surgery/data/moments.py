@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from surgery.algebra.operators import Embedding, Operator
+from surgery.algebra.operators import Operator
 from surgery.data.columns import Columns, read_columns
 from surgery.data.masks import visible_rows
 from surgery.errors import InputError
@@ -122,7 +122,7 @@ def layout_bytes(operator: Operator, limit: int) -> int:
     groups, _, channels, *size = operator.kernel.shape
     taps = math.prod(size)
     n = channels * taps
-    if isinstance(operator, Embedding):
+    if operator.reads_indices:
         return 8 * n
     if _whole(n, taps, limit):
         return 8 * groups * n * n
@@ -144,7 +144,7 @@ class Accumulator:
         self._whole = _whole(n, self._taps, limit)
         self._generator = torch.Generator().manual_seed(seed)
         self._mean = torch.zeros(groups, n, dtype=torch.float64, device=operator.weight.device)
-        wide = channels if isinstance(operator, Embedding) or channels > limit else 0
+        wide = channels if operator.reads_indices or channels > limit else 0
         side = n if self._whole else channels
         self._first = self._mean.new_zeros((groups, side) if wide else (groups, side, side))
         split = not self._whole and self._taps > 1
@@ -152,7 +152,7 @@ class Accumulator:
 
     def add(self, x: Tensor, masks: Sequence[Tensor] = ()) -> None:
         """Add the columns of one input of the operator, those that the masks (N, T) of the samples show."""
-        if isinstance(self._operator, Embedding):
+        if self._operator.reads_indices:
             visible = visible_rows(masks, x.shape)
             x = x.flatten() if visible is None else x.flatten()[visible]
             shares = torch.bincount(x, minlength=self._first.shape[1]).to(torch.float64)

@@ -23,11 +23,10 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from surgery.data.files import FILES, read_file
-from surgery.data.inputs import Inputs, normalise_inputs, program_inputs
 from surgery.data.masks import Mask, find_masks, leaf_names, read_masks
-from surgery.data.signature import declared_inputs, fixed_batch, read_signature
 from surgery.errors import InputError
-from surgery.kinds.registry import Model
+from surgery.kinds.inputs import Inputs, normalise_inputs
+from surgery.kinds.registry import Model, kind_of
 from surgery.system.arrays import open_arrays
 
 __all__ = ["Calibration", "read_calibration", "read_inputs", "samples_in"]
@@ -126,9 +125,10 @@ def read_calibration(
     if isinstance(calibration, Calibration):
         return calibration
     example = normalise_inputs(example_inputs)
-    signature = read_signature(model, example)
+    kind = kind_of(model)
+    signature = kind.signature(model, example)
     if isinstance(calibration, str | os.PathLike):
-        known = declared_inputs(model, example, signature)
+        known = kind.declared_inputs(model, example, signature)
         calibration = read_file(Path(calibration), signature, known, limit=limit)
     items: list[Inputs] = []
     found = 0
@@ -141,24 +141,25 @@ def read_calibration(
         raise InputError("there is no calibration input", allowed=_ALLOWED)
     samples = _masked(_join(items, batch_size), leaf_names(signature.names, items[0]))
     samples = _beside(model, samples.take(slice(min(limit, samples.count))))
-    fixed = fixed_batch(model)
-    if fixed is None and isinstance(model, ExportedProgram):
-        fixed = _guarded_batch(model, samples)
+    fixed = kind.fixed_batch(model)
+    if fixed is None and (program := kind.program(model)) is not None:
+        fixed = _guarded_batch(program, samples)
     return samples if fixed is None else _fill(samples, fixed)
 
 
-def read_inputs(path: Path, program: ExportedProgram | None) -> Inputs:
-    """Return the inputs in a file, all of them, as one call of a program; of a model that is not known, by name.
+def read_inputs(path: Path, model: Model | None) -> Inputs:
+    """Return the inputs in a file, all of them, as one call of a model that knows its own; by name if it is not known.
 
     Raises:
         FileError: a file that cannot be read, is too large, or does not fit the program.
     """
-    if program is None:
+    if model is None:
         with open_arrays(path) as arrays:
             return (), {name: arrays.read(name) for name in arrays.forms}
-    example = program_inputs(program)
-    signature = read_signature(program, example)
-    return signature.arrange(read_file(path, signature, declared_inputs(program, example, signature), limit=None))
+    kind = kind_of(model)
+    example = kind.brought_inputs(model) or ((), {})
+    signature = kind.signature(model, example)
+    return signature.arrange(read_file(path, signature, kind.declared_inputs(model, example, signature), limit=None))
 
 
 def _masked(samples: Calibration, names: Sequence[str]) -> Calibration:
@@ -176,7 +177,7 @@ def _masked(samples: Calibration, names: Sequence[str]) -> Calibration:
 
 def _beside(model: Model, samples: Calibration) -> Calibration:
     """Return the samples on the device of the model."""
-    weights = model.state_dict if isinstance(model, ExportedProgram) else model.state_dict()
+    weights = kind_of(model).tensors(model)
     device = next((weight.device for weight in weights.values()), torch.device("cpu"))
     leaves = (leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in samples.leaves)
     return replace(samples, leaves=tuple(leaves))
@@ -231,7 +232,8 @@ def _length(inputs: Inputs) -> int:
 
 def samples_in(model: Model, inputs: Inputs) -> int:
     """Return the number of samples in example inputs, or in those that a program brings; 1 where there are none."""
-    given = program_inputs(model) if isinstance(model, ExportedProgram) else inputs
+    kind = kind_of(model)
+    given = kind.brought_inputs(model) if kind.brings_inputs() else inputs
     return next((len(leaf) for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 

@@ -22,16 +22,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.algebra.operators import Conv, Operator
+from surgery.algebra.operators import Operator
 from surgery.data.collect import Progress
 from surgery.data.masks import visible_rows
 from surgery.data.moments import Moments
-from surgery.data.observe import Observed, observe
 from surgery.data.samples import Calibration
 from surgery.data.visible import Masks, VisibleOutputs, VisibleRows
 from surgery.errors import InputError
-from surgery.kinds.fx.view import Spot
-from surgery.kinds.registry import Model
+from surgery.kinds.observed import Observed
+from surgery.kinds.registry import Model, observe
+from surgery.sites.placement import Placement
 from surgery.text import first_line
 
 __all__ = ["with_sensitivity"]
@@ -58,7 +58,7 @@ def with_sensitivity(
     """
     observed = observe(model, next(iter(batches)))
     few = _small(batches, samples)
-    spots = [spot for spot in observed.kind.find().spots if spot.site.name in moments]
+    spots = [spot for spot in observed.find().placements if spot.site.name in moments]
     visible = VisibleRows(observed, few, spots)
     outputs = VisibleOutputs(lambda batch: _leaves(observed.run(batch)), few)
     found = {spot.site.name: _tapped(observed, spot, visible) for spot in spots}
@@ -91,8 +91,9 @@ def _backward(leaves: Sequence[Tensor], visible: Sequence[Tensor | None], genera
     total: Tensor | None = None
     share = max(1, len(leaves)) ** -0.5
     for leaf, mask in zip(leaves, visible, strict=True):
+        # drawn for each output: what others get must not depend on which sites are wanted
+        direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float32, device="cpu").to(leaf)
         if leaf.requires_grad:
-            direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float32, device="cpu").to(leaf)
             shown = leaf if mask is None else leaf.masked_fill(~mask, 0.0)
             scale = torch.linalg.vector_norm(shown.detach().float()).clamp(min=1e-12)
             part = (shown * direction).sum() * (share / scale.to(leaf.dtype))
@@ -105,7 +106,7 @@ def _backward(leaves: Sequence[Tensor], visible: Sequence[Tensor | None], genera
         raise InputError(f"the model cannot be differentiated: {first_line(error)}") from error
 
 
-def _tapped(observed: Observed, spot: Spot, visible: VisibleRows) -> _Gram:
+def _tapped(observed: Observed, spot: Placement, visible: VisibleRows) -> _Gram:
     """Return the sums over gradients at a site's calls, in runs from now on."""
     gram = _Gram(spot.site.operator)
     for call in spot.calls:
@@ -119,7 +120,7 @@ class _Gram:
     def __init__(self, operator: Operator) -> None:
         self.count = 0
         self._groups, self._out = operator.kernel.shape[:2]
-        self._axis = -1 - operator.geometry.dims if isinstance(operator, Conv) else -1
+        self._axis = -1 - operator.spatial_dims
         self._sum = operator.weight.new_zeros(self._groups, self._out, self._out, dtype=torch.float64)
 
     def mean(self, runs: int) -> Tensor:

@@ -30,17 +30,17 @@ import torch
 from torch import Tensor
 
 from surgery.algebra.operators import Operator
-from surgery.data.added import Added
 from surgery.data.batch_norm import Reference, reestimate_batch_norm
 from surgery.data.collect import rows_of
 from surgery.data.columns import output_reader, read_columns
 from surgery.data.factor import RIDGE
 from surgery.data.moments import Moments
-from surgery.data.observe import Observed, observe
 from surgery.data.samples import Calibration
 from surgery.data.visible import Masks, VisibleRows
-from surgery.kinds.fx.view import Spot
-from surgery.kinds.registry import Model
+from surgery.kinds.added import Added
+from surgery.kinds.observed import Observed
+from surgery.kinds.registry import Model, observe
+from surgery.sites.placement import Placement
 from surgery.solvers.weighted import Metric, triangles
 
 __all__ = ["Originals", "Target"]
@@ -95,14 +95,14 @@ class Originals:
         return found
 
 
-def _spots(observed: Observed, sites: Collection[str]) -> list[Spot]:
-    return [spot for spot in observed.kind.find().spots if spot.site.name in sites]
+def _spots(observed: Observed, sites: Collection[str]) -> list[Placement]:
+    return [spot for spot in observed.find().placements if spot.site.name in sites]
 
 
 class _Record:
     """What one site reads and puts out in a run, at random positions that are the same in each run."""
 
-    def __init__(self, spot: Spot, batches: int) -> None:
+    def __init__(self, spot: Placement, batches: int) -> None:
         self.operator, self.calls = spot.site.operator, len(spot.calls)
         self.columns: list[Tensor] = []  # of each call (groups, rows, n)
         self._rows, seed = rows_of(spot, batches), zlib.crc32(spot.site.name.encode())
@@ -117,7 +117,7 @@ class _Record:
         blocks = read_columns(self.operator, x, rows=self._rows, generator=self._reads, masks=masks)
         self.columns.append(torch.cat(list(blocks), 1))
 
-    def follow(self, observed: Observed, spot: Spot, visible: VisibleRows) -> None:
+    def follow(self, observed: Observed, spot: Placement, visible: VisibleRows) -> None:
         """Keep what the site puts out in runs from now on, and what is added to it."""
 
         def see(y: Tensor) -> Added:

@@ -20,18 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.algebra.operators import Embedding
 from surgery.data.batch_norm import NormDistances
 from surgery.data.collect import Progress
-from surgery.data.inputs import Inputs, default_inputs
 from surgery.data.masks import is_mask_name, leaf_names
-from surgery.data.observe import observe
 from surgery.data.samples import Calibration, read_calibration, samples_in
-from surgery.data.signature import Signature, declared_inputs, read_signature
 from surgery.errors import InputError, Refusal
-from surgery.kinds.base import Found
-from surgery.kinds.fx.shapes import untouched
-from surgery.kinds.registry import Model
+from surgery.kinds.inputs import Inputs, Signature
+from surgery.kinds.layers.untouched import untouched
+from surgery.kinds.registry import Model, kind_of, observe
+from surgery.sites.placement import Found
 
 __all__ = ["GLANCE", "Effort", "StandIn", "stand_in"]
 
@@ -87,11 +84,12 @@ def stand_in(
     of all) where batch norms are matched.
     """
     effort = effort or Effort()
-    example = inputs if any(inputs) else default_inputs(model)
+    kind = kind_of(model)
+    example = inputs if any(inputs) else kind.brought_inputs(model)
     leaves, structure = pytree.tree_flatten(example)
     if example is None or not any(isinstance(leaf, Tensor) and leaf.dim() and leaf.numel() for leaf in leaves):
         return Refusal("its example inputs have no tensor to make others from")
-    signature = read_signature(model, inputs)
+    signature = kind.signature(model, inputs)
     makers = [_Maker(leaf, ids) for leaf, ids in zip(leaves, _ids(model, example, signature, found), strict=True)]
     size = samples_in(model, inputs)
     generator = torch.Generator().manual_seed(seed)
@@ -123,11 +121,11 @@ def _what(makers: Sequence[_Maker], *, matched: bool) -> str:
 
 def _ids(model: Model, example: Inputs, signature: Signature, found: Found) -> list[int | None]:
     """Return for each flat input how many ids its table has; 0 for whole numbers that are to stay as they are."""
-    declared = declared_inputs(model, example, signature)
+    declared = kind_of(model).declared_inputs(model, example, signature)
     tables: dict[tuple[int, ...], int] = {}
-    for spot in found.spots:
+    for spot in found.placements:
         operator = spot.site.operator
-        if isinstance(operator, Embedding):
+        if operator.reads_indices:
             rows = len(operator.weight)
             for shape in spot.site.input_shapes:
                 tables[tuple(shape)] = min(rows, tables.get(tuple(shape), rows))
@@ -186,7 +184,7 @@ def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
 def _match_norms(model: Model, samples: Calibration, steps: int, progress: Progress | None) -> list[Inputs] | None:
     """Return the batches, moved until what reaches the batch norms has their statistics; None where there are none."""
     observed = observe(model, next(iter(samples)))
-    distances = NormDistances(observed, model)
+    distances = NormDistances(observed)
     found: list[Inputs] = []
     for number, batch in enumerate(samples if distances else ()):
         row, structure = pytree.tree_flatten(batch)

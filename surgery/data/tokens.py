@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from surgery.data.masks import hides_with_ones, is_mask_name
-from surgery.data.signature import Declared, Signature
 from surgery.errors import FileError
+from surgery.kinds.inputs import Declared, Signature
 from surgery.system.opening import open_regular, shown_name, shown_path
 from surgery.text import cut, first_line
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.algebra.operators import Conv, Embedding, Operator
-from surgery.data.inputs import Inputs
+from surgery.algebra.operators import Operator
 from surgery.data.masks import read_masks
-from surgery.data.observe import Observed
 from surgery.data.samples import Calibration
-from surgery.kinds.fx.view import Spot
+from surgery.kinds.inputs import Inputs
+from surgery.kinds.observed import Observed
+from surgery.sites.placement import Placement
 
 __all__ = ["Masks", "SeeRows", "VisibleOutputs", "VisibleRows"]
 
@@ -38,13 +38,13 @@ class VisibleRows:
     ``observed`` is run on a batch if samples have masks, before anything watches it.
     """
 
-    def __init__(self, observed: Observed, samples: Calibration, spots: Iterable[Spot]) -> None:
+    def __init__(self, observed: Observed, samples: Calibration, spots: Iterable[Placement]) -> None:
         self._samples = samples
         self._orders = _orders(observed, samples, list(spots)) if samples.masks else {}
         self._batch: Inputs | None = None
         self._masks: Masks = ()
 
-    def watch(self, observed: Observed, spot: Spot, see: SeeRows) -> None:
+    def watch(self, observed: Observed, spot: Placement, see: SeeRows) -> None:
         """Show ``see`` what a site reads, with the masks of the batch; of this model, or of one made from it."""
 
         def show(x: Tensor) -> None:
@@ -53,7 +53,7 @@ class VisibleRows:
         for call in spot.calls:
             observed.watch(call, show)
 
-    def now(self, observed: Observed, spot: Spot) -> Masks:
+    def now(self, observed: Observed, spot: Placement) -> Masks:
         """Return the masks that apply to a site's rows in the batch that runs; none where all are visible.
 
         They are (T, N) for rows with positions in front.
@@ -64,7 +64,7 @@ class VisibleRows:
         return [mask if order == 0 else mask.T for order in orders for mask in self._masks]
 
 
-def _orders(observed: Observed, samples: Calibration, spots: Sequence[Spot]) -> dict[str, tuple[int, ...]]:
+def _orders(observed: Observed, samples: Calibration, spots: Sequence[Placement]) -> dict[str, tuple[int, ...]]:
     """Return the axis of the samples, 0 or 1, in the rows of each site, for those that have them at one of these."""
     batch = next(iter(samples))
     masks = read_masks(samples.masks, pytree.tree_leaves(batch))
@@ -75,7 +75,7 @@ def _orders(observed: Observed, samples: Calibration, spots: Sequence[Spot]) -> 
 
         def see(x: Tensor, operator: Operator = spot.site.operator, name: str = spot.site.name) -> None:
             front = _by_sample(operator, x, masks)
-            behind = x.new_empty(0) if isinstance(operator, Conv) else _by_sample(operator, x, [m.T for m in masks])
+            behind = x.new_empty(0) if operator.spatial_dims else _by_sample(operator, x, [m.T for m in masks])
             seen[-1][name].append((front, behind))
 
         for call in spot.calls:
@@ -105,10 +105,10 @@ def _by_sample(operator: Operator, x: Tensor, masks: Masks) -> Tensor:
 
     Else an empty tensor.
     """
-    axis = {Embedding: None, Conv: 1}.get(type(operator), -1)
+    axis = None if operator.reads_indices else 1 if operator.spatial_dims else -1
     wide = x.detach() if axis is None or x.dim() < 3 else x.detach().movedim(axis, -1)
     shape = wide.shape if axis is None else wide.shape[:-1]
-    along_time = isinstance(operator, Conv) and x.dim() == 3
+    along_time = bool(operator.spatial_dims) and x.dim() == 3
     for mask in masks:
         in_front = shape[:2] == mask.shape or (along_time and len(x) == len(mask))
         if in_front or shape == (mask.numel(),):

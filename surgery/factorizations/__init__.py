@@ -30,7 +30,7 @@ def named(name: str) -> Factorization:
     """Return the factorization of this name.
 
     Raises:
-        InputError: there is none of this name.
+        InputError: the name is not that of a factorization.
     """
     if name not in FACTORIZATIONS:
         raise InputError(f"unknown factorization {name!r}", allowed=", ".join(FACTORIZATIONS))
@@ -38,7 +38,7 @@ def named(name: str) -> Factorization:
 
 
 def fitting(operator: Operator, name: str = "auto") -> list[Factorization] | Refusal:
-    """Return the factorizations that fit the operator, the preferred one first; or why there is none.
+    """Return the factorizations that fit the operator, the preferred one first; or why none of them does.
 
     ``name`` narrows the choice to one factorization; "auto" admits the automatic ones.
     """

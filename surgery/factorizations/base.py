@@ -1,13 +1,20 @@
 """What a factorization is: a method that turns one operator into a chain at given ranks.
 
-A method says which operators it refuses, as what tensor it sees their kernel, how its ranks relate to unfoldings of
-that (whose singular values guide rank selection), how to approximate it by cores, the shapes of the factors that these
-become (so that costs are known without numbers), and how to assemble them into a chain. Everything else follows here,
-once for all methods.
+A method says
+
+- which operators it refuses;
+- as which tensor it sees their kernel, and how its ranks relate to unfoldings of that tensor, whose singular values
+  guide the choice of ranks;
+- how to approximate the tensor by cores;
+- which shapes the factors have that the cores become, so that costs are known without numbers;
+- how to assemble the factors into a chain.
+
+Everything else follows here, once for all methods.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +27,23 @@ from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Conv, Embedding, Geometry, Linear, Operator, Shape
 from surgery.algebra.steps import Step
 from surgery.errors import InputError, RankError, Refusal
+from surgery.solvers import gram, reference
 from surgery.solvers.gram import singular_values
 from surgery.solvers.memory import check_memory, estimate
 
-__all__ = ["SOLVERS", "Factorization", "Ranks", "Spectrum"]
+__all__ = [
+    "Factorization",
+    "MatrixFactorization",
+    "Ranks",
+    "SOLVERS",
+    "Spectrum",
+    "along_each",
+    "only",
+    "refuse_channels",
+    "spatial_dims",
+    "truncated_svd",
+]
+
 
 Ranks = tuple[int, ...]
 SOLVERS = ("auto", "als", "pp", "gd", "tensorly")
@@ -46,8 +66,9 @@ class Spectrum:
 class Factorization(ABC):
     """One method.
 
-    ``solvers`` are those it has: "auto" is its own best, "tensorly" the field's reference. ``automatic`` says whether
-    it is tried where the user names no method: its errors must follow from spectra, and its chains run fast.
+    ``solvers`` are the names of its solvers: "auto" is its own best, "tensorly" the field's reference. ``automatic``
+    says whether the method is tried if the user does not name one. Its errors must then follow from spectra, and its
+    chains must run fast.
     """
 
     name: ClassVar[str]
@@ -56,7 +77,7 @@ class Factorization(ABC):
 
     @abstractmethod
     def refuse(self, operator: Operator) -> Refusal | None:
-        """Return why this method does not fit the operator, or None if it does."""
+        """Return why this method does not fit the operator; None if it does."""
 
     @abstractmethod
     def rank_names(self, kernel: Shape) -> tuple[str, ...]:
@@ -80,15 +101,15 @@ class Factorization(ABC):
 
     @abstractmethod
     def axes(self, cores: Sequence[Tensor]) -> tuple[int | None, ...]:
-        """Return for each core which of its axes is a mode of the tensor; None for a core that has none of its own."""
+        """Return for each core which of its axes is a mode of the tensor; None for a core without a mode."""
 
     @abstractmethod
     def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
-        """Return the kernels of the factors, of the shapes that ``shapes`` says."""
+        """Return the kernels of the factors, in the shapes that ``shapes`` gives."""
 
     @abstractmethod
     def cores(self, factors: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> list[Tensor]:
-        """Return the cores of factors: what ``factors`` undoes."""
+        """Return the cores that factors came from: the inverse of ``factors``."""
 
     @abstractmethod
     def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
@@ -99,13 +120,13 @@ class Factorization(ABC):
         return self.matrices(self.tensor(kernel))
 
     def solve(self, kernel: Tensor, ranks: Ranks, solver: str) -> tuple[Tensor, ...] | Refusal:
-        """Return the kernels of the factors, of the shapes that ``shapes`` says; or why no good ones were found."""
+        """Return the kernels of the factors, in the shapes that ``shapes`` gives; or why no good ones were found."""
         cores = self.fit(self.tensor(kernel), ranks, solver)
         return cores if isinstance(cores, Refusal) else self.factors(cores, tuple(kernel.shape), ranks)
 
     def geometries(self, geometry: Geometry, kernel: Shape, ranks: Ranks) -> tuple[Geometry, ...]:
         """Return the geometry of each factor of a convolution."""
-        raise NotImplementedError(f"{self.name} has no convolutions")
+        raise NotImplementedError(f"{self.name} does not make convolutions")
 
     def max_ranks(self, operator: Operator) -> Ranks:
         """Return the full ranks, at which the chain is exact."""
@@ -118,7 +139,7 @@ class Factorization(ABC):
         return tuple(Spectrum(singular_values(u), *u.shape[-2:]) for u in unfoldings)
 
     def settle(self, counts: Ranks, full: Ranks) -> Ranks:
-        """Return the ranks that keep so many singular values of each unfolding."""
+        """Return the ranks that keep these counts of singular values of the unfoldings."""
         return counts
 
     def counts(self, ranks: Ranks) -> Ranks:
@@ -126,7 +147,7 @@ class Factorization(ABC):
         return ranks
 
     def check_ranks(self, operator: Operator, ranks: Ranks) -> None:
-        """Raise RankError unless there are as many ranks as it has, each between 1 and its full rank."""
+        """Raise RankError unless the number of ranks is right, and each is between 1 and its full rank."""
         allowed = self.max_ranks(operator)
         fits = len(ranks) == len(allowed) and all(1 <= r <= m for r, m in zip(ranks, allowed, strict=True))
         if not fits:
@@ -134,19 +155,20 @@ class Factorization(ABC):
             raise RankError(f"{self.name} cannot take rank {got} here", allowed=self.spans(operator))
 
     def spans(self, operator: Operator) -> str:
-        """Return what each rank may be, as ``out 1 to 8, in 1 to 6``."""
+        """Return the span of each rank in words, as ``out 1 to 8, in 1 to 6``."""
         names = self.rank_names(tuple(operator.kernel.shape))
         rows = zip(names, self.max_ranks(operator), strict=True)
         return ", ".join(f"{name} 1 to {full}" for name, full in rows)
 
     def factor(self, operator: Operator, ranks: Ranks, *, solver: str = "auto") -> Chain | Refusal:
-        """Return the chain of this operator at these ranks, in the operator's dtype; or why there is no good one.
+        """Return the chain of this operator at these ranks, in the operator's dtype; or why no good one was found.
 
-        Solved in float32 or better (half precisions have no eigensolver). ``solver`` is one of ``solvers``.
+        It is solved in float32 or better, because half precisions have no eigensolver. ``solver`` is one of
+        ``solvers``.
 
         Raises:
-            InputError: the method refuses the operator, does not have the solver, or needs more memory than there is.
-            RankError: a rank out of bounds.
+            InputError: the method refuses the operator, does not have the solver, or needs more memory than available.
+            RankError: a rank is out of bounds.
         """
         if solver not in self.solvers:
             raise InputError(f"{self.name} has no solver {solver!r}", allowed=", ".join(self.solvers))
@@ -164,13 +186,13 @@ class Factorization(ABC):
         return self.assemble(operator, [_own(factor.to(kernel.dtype)) for factor in factors], ranks)
 
     def skeleton(self, operator: Operator, ranks: Ranks) -> Chain:
-        """Return the chain with weights on the meta device: its costs without its numbers."""
+        """Return the chain with weights on the meta device, which has the costs but not the numbers."""
         shapes = self.shapes(tuple(operator.kernel.shape), ranks)
         meta = operator.to(device="meta")
         return self.assemble(meta, [torch.empty(s, device="meta", dtype=meta.weight.dtype) for s in shapes], ranks)
 
     def assemble(self, operator: Operator, factors: Sequence[Tensor], ranks: Ranks) -> Chain:
-        """Build the chain from the factors' kernels; the bias goes on the last operator, or in a shift behind it."""
+        """Build the chain from the factors' kernels; the bias goes on the last operator, or in a shift after it."""
         steps: tuple[Step, ...]
         if isinstance(operator, Linear):
             steps = self.linear_steps(operator, factors)
@@ -179,7 +201,7 @@ class Factorization(ABC):
         elif isinstance(operator, Conv):
             steps = self.conv_steps(operator, factors, ranks)
         else:
-            raise InputError(f"no factorization knows {type(operator).__name__}")
+            raise InputError(f"{type(operator).__name__} is not an operator that factorizations know")
         return Chain(steps, origin=(self.name, ranks)).with_bias(operator.bias)
 
     def linear_steps(self, operator: Linear, factors: Sequence[Tensor]) -> tuple[Step, ...]:
@@ -199,6 +221,59 @@ def _embedding_steps(operator: Embedding, factors: Sequence[Tensor]) -> tuple[St
 
 
 def _own(factor: Tensor) -> Tensor:
-    """Return the factor in memory of its own: a view would keep, save and train what it is cut from."""
+    """Return the factor in its own memory: a view would keep, save and train what it is cut from."""
     alone = factor.is_contiguous() and factor.untyped_storage().nbytes() == factor.nbytes
     return factor if alone else factor.clone(memory_format=torch.contiguous_format)
+
+
+def spatial_dims(kernel: Shape) -> list[int]:
+    """Return the dimensions along which a kernel (g, O, I, *size) extends."""
+    return [dim for dim, size in enumerate(kernel[3:]) if size > 1]
+
+
+def along_each(geometry: Geometry, kernel: Shape) -> list[Geometry]:
+    """Return the geometry along each dimension that extends; the first one also has that of those that do not."""
+    dims = spatial_dims(kernel)
+    flat = set(range(geometry.dims)) - set(dims)
+    return [geometry.along({dim} | flat if dim == dims[0] else {dim}) for dim in dims]
+
+
+def only(size: Sequence[int], dim: int) -> Shape:
+    """Return the size along one dimension, and 1 along the others."""
+    return tuple(n if i == dim else 1 for i, n in enumerate(size))
+
+
+def refuse_channels(operator: Operator) -> Refusal | None:
+    """Refuse linear and 1x1 (svd is the same with fewer operators) and depthwise convolutions."""
+    _, out, columns, *size = operator.kernel.shape
+    if math.prod(size) == 1:
+        return Refusal("it has a single kernel position, where svd is the same with fewer operators")
+    if out == 1 and columns == 1:
+        return Refusal("it is depthwise: one input and one output channel in each group")
+    return None
+
+
+def truncated_svd(matrix: Tensor, rank: int, solver: str) -> tuple[Tensor, Tensor]:
+    """Return left (batch, m, r) and right (batch, r, n) of the truncated SVD."""
+    low_rank = reference.low_rank if solver == "tensorly" else gram.low_rank
+    return low_rank(matrix, rank)
+
+
+class MatrixFactorization(Factorization):
+    """Base of the methods with one rank, whose cores are left and right."""
+
+    def matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Return the matrices themselves."""
+        return (tensor,)
+
+    def fit(self, tensor: Tensor, ranks: Ranks, solver: str) -> Sequence[Tensor]:
+        """Return left and right."""
+        return truncated_svd(tensor, ranks[0], solver)
+
+    def expand(self, cores: Sequence[Tensor]) -> Tensor:
+        """Return left @ right."""
+        return cores[0] @ cores[1]
+
+    def axes(self, cores: Sequence[Tensor]) -> tuple[int | None, ...]:
+        """Return the rows of left and the columns of right."""
+        return 1, 2

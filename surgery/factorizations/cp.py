@@ -1,16 +1,17 @@
-"""``cp``: canonical polyadic, one rank r for all modes: a sum of r products of vectors.
+"""``cp``: canonical polyadic decomposition, a sum of r products of vectors, with one rank r for all modes.
 
     W (O, I, a, b) ~ sum_r  U (O, r)  V (I, r)  A (a, r)  B (b, r)
 
     Conv   1x1 convolution I -> r, a x 1 depthwise on r, 1 x b depthwise on r, 1x1 convolution r -> O
 
-Each depthwise convolution has the stride, padding and dilation of its own dimension; dimensions of extent 1 need none
-(a stride along one goes with the first). Parameters g r (I + a + b + O). Exact at the product of all extents but the
-largest, with unit vectors in the other modes; below that by alternating least squares (``solver="als"``, the default),
-pairwise perturbation (``"pp"``) or the over-parameterised gradient method (``"gd"``). The best approximation of a rank
-need not exist: where components grow without bound and cancel, and do so still under a ridge, there is no chain, and
-the reason says so. Lebedev et al. 2015 (arXiv 1412.6553). Linear layers and 1x1 convolutions are two-way: there it is
-svd.
+Each depthwise convolution has the stride, padding and dilation of its own dimension. Dimensions of extent 1 need none;
+a stride along one goes with the first convolution. Parameters g r (I + a + b + O).
+
+The method is exact at the product of all extents but the largest, with unit vectors in the other modes. Below that rank
+the solvers are alternating least squares (``solver="als"``, the default), pairwise perturbation (``"pp"``) and the
+over-parameterised gradient method (``"gd"``). The best approximation of a rank need not exist. If components grow
+without bound and cancel, even under a ridge, the result is a refusal with this reason. Lebedev et al. 2015 (arXiv
+1412.6553). Linear layers and 1x1 convolutions are two-way: there the method would be svd.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ from torch import Tensor
 
 from surgery.algebra.operators import Geometry, Operator, Shape
 from surgery.errors import Refusal
-from surgery.factorizations.base import Factorization, Ranks
-from surgery.factorizations.kernels import along_each, only, refuse_channels, spatial_dims
+from surgery.factorizations.base import Factorization, Ranks, along_each, only, refuse_channels, spatial_dims
 from surgery.solvers import reference
 from surgery.solvers.cp import cp
 
@@ -38,7 +38,7 @@ class Cp(Factorization):
     solvers = ("auto", "als", "pp", "gd", "tensorly")
 
     def refuse(self, operator: Operator) -> Refusal | None:
-        """Refuse what has two modes only, and depthwise convolutions."""
+        """Refuse operators with only two modes, and depthwise convolutions."""
         return refuse_channels(operator)
 
     def rank_names(self, kernel: Shape) -> tuple[str, ...]:
@@ -76,7 +76,7 @@ class Cp(Factorization):
         return (groups, rank, columns, *ones), *depthwise, (groups, out, rank, *ones)
 
     def geometries(self, geometry: Geometry, kernel: Shape, ranks: Ranks) -> tuple[Geometry, ...]:
-        """Return that of each dimension for its depthwise convolution, and none for the 1x1 convolutions."""
+        """Return the part of each dimension for its depthwise convolution; 1x1 convolutions have a trivial geometry."""
         pointwise = Geometry.pointwise(geometry.dims)
         return pointwise, *along_each(geometry, kernel), pointwise
 
@@ -104,7 +104,7 @@ class Cp(Factorization):
         return (1,) * len(cores)
 
     def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
-        """Return those of the inputs, of each dimension and of the outputs."""
+        """Return the factors of the inputs, of each dimension and of the outputs."""
         out, columns, *extents = cores
         parts = [columns.mT, *(extent.mT.flatten(0, 1) for extent in extents), out]
         return tuple(part.reshape(shape) for part, shape in zip(parts, self.shapes(kernel, ranks), strict=True))

@@ -4,8 +4,8 @@
 
     Conv   for t = 1 .. r:  1x1 convolution I -> O, then k x k depthwise on O with the geometry;  the sum of all
 
-The one branching form. Parameters g O r (I + K). Exact at r = min(I, K); optimal for each output channel
-(Eckart-Young). Guo et al. 2018, "Network Decoupling" (arXiv 1808.05517).
+This is the only form with branches. Parameters g O r (I + K). It is exact at r = min(I, K), and optimal for each output
+channel (Eckart-Young). Guo et al. 2018, "Network Decoupling" (arXiv 1808.05517).
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from torch import Tensor
 from surgery.algebra.operators import Conv, Geometry, Operator, Shape
 from surgery.algebra.steps import Branches, Step
 from surgery.errors import Refusal
-from surgery.factorizations.base import Ranks
-from surgery.factorizations.matrix import MatrixFactorization
+from surgery.factorizations.base import MatrixFactorization, Ranks
 
 __all__ = ["Depthwise"]
 
@@ -31,7 +30,7 @@ class Depthwise(MatrixFactorization):
     name = "depthwise"
 
     def refuse(self, operator: Operator) -> Refusal | None:
-        """Refuse linear and 1x1 layers, and one input channel a group."""
+        """Refuse linear and 1x1 layers, and convolutions with one input channel a group."""
         _, _, columns, *size = operator.kernel.shape
         if math.prod(size) == 1:
             return Refusal("it has a single kernel position, which leaves nothing to a depthwise convolution")
@@ -54,7 +53,7 @@ class Depthwise(MatrixFactorization):
         return ((groups, out, columns, *ones), (groups * out, 1, 1, *size)) * ranks[0]
 
     def geometries(self, geometry: Geometry, kernel: Shape, ranks: Ranks) -> tuple[Geometry, ...]:
-        """Return none and the whole geometry for each pair in turn."""
+        """Return a trivial geometry, then the whole one, for each pair in turn."""
         return (Geometry.pointwise(geometry.dims), geometry) * ranks[0]
 
     def conv_steps(self, operator: Conv, factors: Sequence[Tensor], ranks: Ranks) -> tuple[Step, ...]:

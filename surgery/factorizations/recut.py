@@ -2,11 +2,11 @@
 
     core (.., n, ..) = Q (n, m) R        n its mode of the tensor, m the product of its ranks
 
-A core whose mode is larger than its ranks spans at most m directions of it. With an orthonormal basis Q of these and R
-in its place, the cores stand for a small tensor with the same inner products: its unfoldings have the same singular
-values, and the best approximation of it, with each mode taken back by its Q, is the best of the whole. So cutting costs
-a QR for each core and a small approximation; that of a truncated SVD of rank r is the SVD of an r x r matrix. All is in
-float64.
+A core whose mode is larger than the product of its ranks spans at most m directions of the mode. Let Q be an
+orthonormal basis of them. With R in the place of the core, the cores stand for a small tensor with the same inner
+products: its unfoldings have the same singular values, and its best approximation, with each mode taken back by its Q,
+is the best of the whole. Cutting therefore costs a QR for each core and a small approximation. For a truncated SVD of
+rank r, this is the SVD of an r x r matrix. Everything is in float64.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Cut:
 def recut(method: Factorization, operator: Operator, chain: Chain, ranks: Ranks) -> Cut | Refusal:
     """Return the chain cut to ranks of at most its own, or why no good factors were found.
 
-    ``operator`` is the one that the chain stands for; its weight may be on the meta device. The bias stays.
+    ``operator`` is what the chain stands for; its weight may be on the meta device. The bias stays.
     """
     if chain.origin == (method.name, ranks):
         return Cut(chain, 0.0)

@@ -4,9 +4,10 @@
 
     Conv   a x 1 convolution I -> r, then 1 x b convolution r -> O   (3-d: a x 1 x 1, then 1 x b x c)
 
-Stride, padding, dilation and output padding go with the dimension that they belong to, so that they are exact even
-when they differ between dimensions; padding modes are separable too. Parameters g (I a r + r O b). Exact at
-r = min(O b, I a). The second scheme of Jaderberg et al. 2014 (arXiv 1405.3866), in the closed form of Tai et al. 2016.
+Stride, padding, dilation and output padding go with the dimension that they belong to. They are therefore exact even if
+they differ between dimensions; padding modes are separable, too. Parameters g (I a r + r O b). The method is exact at
+r = min(O b, I a). It is the second scheme of Jaderberg et al. 2014 (arXiv 1405.3866), in the closed form of Tai et al.
+2016.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from torch import Tensor
 
 from surgery.algebra.operators import Geometry, Operator, Shape
 from surgery.errors import Refusal
-from surgery.factorizations.base import Ranks
-from surgery.factorizations.matrix import MatrixFactorization
+from surgery.factorizations.base import MatrixFactorization, Ranks
 
 __all__ = ["Spatial"]
 
@@ -31,11 +31,11 @@ class Spatial(MatrixFactorization):
     automatic = True
 
     def refuse(self, operator: Operator) -> Refusal | None:
-        """Refuse what has no extent along two kernel dimensions or more."""
+        """Refuse kernels that do not extend along the first and another dimension."""
         size = operator.kernel.shape[3:]
         if sum(k > 1 for k in size) < 2 or size[0] == 1:
             shape = "x".join(map(str, size)) or "none"
-            return Refusal(f"it has no kernel that extends along its first and another dimension (kernel: {shape})")
+            return Refusal(f"its kernel does not extend along its first and another dimension (kernel: {shape})")
         return None
 
     def rank_names(self, kernel: Shape) -> tuple[str, ...]:

@@ -6,8 +6,9 @@
     Conv     k x k convolution I -> r with the stride, padding and dilation, then 1x1 convolution r -> O
 
 Parameters g (I K r + r O) for g groups of I inputs and O outputs; best when r is well below O I K / (O + I K).
-Exact at r = min(O, I K) (Eckart-Young: the truncation is the best rank-r approximation). The 1x1 convolution sees
-no padding, so a bias on it is exact. The channel form of Zhang et al. 2015 (arXiv 1505.06798).
+The method is exact at r = min(O, I K) (Eckart-Young: the truncation is the best rank-r approximation). The 1x1
+convolution sees no padding, so that a bias on it is exact. This is the channel form of Zhang et al. 2015 (arXiv
+1505.06798).
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from torch import Tensor
 
 from surgery.algebra.operators import Geometry, Operator, Shape
 from surgery.errors import Refusal
-from surgery.factorizations.base import Ranks
-from surgery.factorizations.matrix import MatrixFactorization
+from surgery.factorizations.base import MatrixFactorization, Ranks
 
 __all__ = ["Svd"]
 
@@ -31,7 +31,7 @@ class Svd(MatrixFactorization):
     automatic = True
 
     def refuse(self, operator: Operator) -> Refusal | None:
-        """Refuse operators of full rank 1, depthwise convolutions among them."""
+        """Refuse operators whose full rank is 1, such as depthwise convolutions."""
         if self.max_ranks(operator) == (1,):
             return Refusal("its weight has rank 1 already (one output, or one input position, in each group)")
         return None
@@ -50,7 +50,7 @@ class Svd(MatrixFactorization):
         return (groups, ranks[0], columns, *size), (groups, out, ranks[0], *(1 for _ in size))
 
     def geometries(self, geometry: Geometry, kernel: Shape, ranks: Ranks) -> tuple[Geometry, ...]:
-        """Return the whole geometry, then none."""
+        """Return the whole geometry, then a trivial one."""
         return geometry, Geometry.pointwise(geometry.dims)
 
     def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:

@@ -6,15 +6,17 @@
              (.., a, b) -> b -> t u -> (.., t, a u) -> a u -> v -> v -> p w -> (.., p, t w) -> t w -> q -> (.., p q)
 
 Convolutions: the channels (r n) are split, and a convolution over one more dimension, of extent 1 along n, takes r to
-s with the geometry of the original: so one or two dimensions only. A ring of n = 1 is a Tucker-2. Parameters g (I r n
-+ s r K + s n O), multiply-accumulates of the middle n times its parameters a position. Linear: in = a b and out = p
-q, both split near the root; four linear layers and two transposes. Parameters t b u + u a v + v p w + w q t.
+s with the geometry of the original. This works for one or two dimensions only. A ring of n = 1 is a Tucker-2.
+Parameters g (I r n + s r K + s n O); the multiply-accumulates of the middle are n times its parameters a position.
 
-Full ranks are those of an exact TR-SVD with the fewest parameters: the two bonds beside one core hold its mode, about
-equal, as in n s = O, and each bond after them is full for what is left. They are no bound on what a ring can use: any
-one rank may be traded for the others. Below them by TR-SVD and alternating least squares. Ranks from singular values
-are those at which the ring of the truncated HOSVD is exact, so that it loses no more than that. Zhao et al. 2016
-(arXiv 1606.05535); Wang et al. 2018, "Wide Compression: Tensor Ring Nets" (CVPR).
+Linear: in = a b and out = p q, both split near the root; four linear layers and two transposes. Parameters t b u +
+u a v + v p w + w q t.
+
+Full ranks are those of an exact TR-SVD with the fewest parameters: the two bonds of one core hold its mode and are
+about equal, as in n s = O, and each bond after them is full for what is left. They do not bound what a ring can use:
+any one rank may be traded for the others. Below full ranks, cores come from TR-SVD and alternating least squares. Ranks
+from singular values are those at which the ring of the truncated HOSVD is exact, so that it loses no more than the
+HOSVD. Zhao et al. 2016 (arXiv 1606.05535); Wang et al. 2018, "Wide Compression: Tensor Ring Nets" (CVPR).
 """
 
 from __future__ import annotations
@@ -29,8 +31,7 @@ from surgery.algebra.operators import Conv, Geometry, Linear, Operator, Shape
 from surgery.algebra.steps import Flatten, Step, Transpose, Unflatten
 from surgery.errors import Refusal
 from surgery.factorizations.base import Factorization, Ranks
-from surgery.factorizations.kernels import refuse_channels
-from surgery.factorizations.tt import balanced, refuse_prime
+from surgery.factorizations.tt import balanced, refuse_train
 from surgery.solvers import reference
 from surgery.solvers.ring import ring_tensor, tensor_ring
 
@@ -43,10 +44,10 @@ class Tr(Factorization):
     name = "tr"
 
     def refuse(self, operator: Operator) -> Refusal | None:
-        """Refuse what tt refuses, and convolutions over three dimensions."""
-        if isinstance(operator, Conv) and operator.geometry.dims > 2:
+        """Refuse whatever tt refuses, and convolutions over three dimensions."""
+        if operator.spatial_dims > 2:
             return Refusal("it is a convolution over three dimensions, whose ring needs one over four")
-        return refuse_prime(operator) if isinstance(operator, Linear) else refuse_channels(operator)
+        return refuse_train(operator)
 
     def rank_names(self, kernel: Shape) -> tuple[str, ...]:
         """Return ("ring", "out", "in"), or ("ring", "in", "mid", "out") for linear layers."""
@@ -60,7 +61,7 @@ class Tr(Factorization):
         return split.permute(0, 4, 3, 1, 2)
 
     def matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Return one matrix for each mode against all others: a ring's rank there is at most that of its two bonds."""
+        """Return a matrix of each mode against the others; a ring's rank there is at most the product of its bonds."""
         return tuple(tensor.movedim(k, 1).flatten(2) for k in range(1, tensor.dim()))
 
     def max_ranks(self, operator: Operator) -> Ranks:
@@ -74,11 +75,11 @@ class Tr(Factorization):
         return min(within, key=lambda ranks: _parameters(counts, ranks), default=full)
 
     def counts(self, ranks: Ranks) -> Ranks:
-        """Return the product of the two bonds beside each core."""
+        """Return the product of the two bonds of each core."""
         return tuple(before * after for before, after in zip(ranks, (*ranks[1:], ranks[0]), strict=True))
 
     def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
-        """Return (g, r n, I, 1..), (g, s, r, 1, *k), (g, O, s n, 1..), where n = 1 needs no dimension of its own."""
+        """Return (g, r n, I, 1..), (g, s, r, 1, *k), (g, O, s n, 1..); n = 1 does not need its own dimension."""
         groups, out, columns, *size = kernel
         if not size:
             (a, b), (p, q), (t, u, v, w) = balanced(columns), balanced(out), ranks
@@ -87,7 +88,7 @@ class Tr(Factorization):
         return (groups, r * n, columns, *ones), (groups, s, r, *_inner(n), *size), (groups, out, s * n, *ones)
 
     def geometries(self, geometry: Geometry, kernel: Shape, ranks: Ranks) -> tuple[Geometry, ...]:
-        """Return none for the 1x1 convolutions, and the whole geometry, with none along n, for the middle."""
+        """Return a trivial geometry for the 1x1 convolutions, and the whole one, trivial along n, for the middle."""
         inner = _inner(ranks[0])
         middle = Geometry(
             stride=(*inner, *geometry.stride),
@@ -146,7 +147,7 @@ class Tr(Factorization):
         return *contract, third, Unflatten(-1, (p, w)), *swap, fourth, Flatten(-2, -1)
 
     def conv_steps(self, operator: Conv, factors: Sequence[Tensor], ranks: Ranks) -> tuple[Step, ...]:
-        """Return the three convolutions, and around the second, for n > 1, the split of the channels into (r, n)."""
+        """Return the three convolutions; for n > 1, the second stands inside the split of the channels into (r, n)."""
         first, middle, last = super().conv_steps(operator, factors, ranks)
         (n, _, r), dims = ranks, operator.geometry.dims
         if n == 1:
@@ -159,26 +160,30 @@ def _inner(n: int) -> Shape:
 
 
 def _turn(row: Shape, by: int) -> Shape:
-    """Return the row from ``by`` on, and then what was before."""
+    """Return the row from ``by`` on, then the entries before that."""
     return row[by:] + row[:by]
 
 
 def _exact(sizes: Shape) -> tuple[int, Ranks]:
-    """Return a mode and the ranks at which TR-SVD from it is exact: of all modes, that with the fewest parameters."""
+    """Return a mode and the ranks at which TR-SVD from it is exact, with the fewest parameters of all modes."""
     held = [min(size, math.prod(sizes) // size) for size in sizes]
     choices = [(first, _later_full(sizes, first, balanced(held[first]))) for first in range(len(sizes))]
     return min(choices, key=lambda choice: _parameters(sizes, choice[1]))
 
 
 def _all_exact(sizes: Shape) -> list[Ranks]:
-    """Return the ranks at which TR-SVD is exact, from each mode and for each split of the ranks beside it."""
+    """Return the ranks at which TR-SVD is exact, from each mode and for each split of the mode into its two ranks."""
     pairs = [(k, n, -(-size // n)) for k, size in enumerate(sizes) for n in range(1, size + 1)]
     return [_later_full(sizes, k, (before, after)) for k, before, after in pairs]
 
 
-def _later_full(sizes: Shape, first: int, beside: tuple[int, int]) -> Ranks:
-    """Return the ranks with two given beside a mode, and each after them full for what TR-SVD has left."""
-    turned, ranks = _turn(sizes, first), list(beside)
+def _later_full(sizes: Shape, first: int, bonds: tuple[int, int]) -> Ranks:
+    """Return the ranks with the two bonds of a mode given, and each after them full for what TR-SVD has left.
+
+    >>> _later_full((6, 4, 5), 0, (2, 3))  # 2 x 3 hold the 6; then min(3 * 4, 5 * 2) = 10
+    (2, 3, 10)
+    """
+    turned, ranks = _turn(sizes, first), list(bonds)
     for k in range(1, len(sizes) - 1):
         ranks.append(min(ranks[-1] * turned[k], math.prod(turned[k + 1 :]) * ranks[0]))
     return _turn(tuple(ranks), -first)

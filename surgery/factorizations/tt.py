@@ -1,19 +1,20 @@
-"""``tt``: tensor train, a rank between each two neighbours of a row of modes.
+"""``tt``: tensor train, with a rank between each two neighbours in a row of modes.
 
     Conv     W (O, I, a, b) ~ sum  G1 (I, r1)  G2 (r1, a, r2)  G3 (r2, b, r3)  G4 (r3, O)
              1x1 convolution I -> r1, a x 1 r1 -> r2, 1 x b r2 -> r3, 1x1 r3 -> O
     Linear   W ((p q), (a b)) ~ sum_r  G1 (p, b, r)  G2 (q, a, r)        in = a b, out = p q, both split near the root
              (.., a b) -> (.., a, b) -> linear b -> p r -> (.., p, a r) -> linear a r -> q -> (.., p q)
 
-Convolutions: plain ones only, each with the stride, padding and dilation of its own dimension; dimensions of extent 1
-have none (a stride along one goes with the first). A 1x1 of a full rank is not needed: with r1 = I the chain starts
-with a x 1, with r3 = O it ends with 1 x b; at both it keeps both. Parameters g (I r1 + r1 a r2 + r2 b r3 + r3 O). Exact
-where each rank is that of its unfolding, (I | a b O), (I a | b O), (I a b | O); below that within a factor of root 3
-(of root N - 1 for N modes) of the best train (Oseledets 2011, SIAM J. Sci. Comput. 33-5).
+Convolutions: the chain is plain convolutions only, each with the stride, padding and dilation of its own dimension.
+Dimensions of extent 1 have none; a stride along one goes with the first. A 1x1 of a full rank is not needed: with r1 =
+I the chain starts with a x 1, with r3 = O it ends with 1 x b; at both it keeps both. Parameters g (I r1 + r1 a r2 + r2
+b r3 + r3 O). The train is exact if each rank is that of its unfolding, (I | a b O), (I a | b O), (I a b | O). Below
+that it is within a factor of root 3 (of root N - 1 for N modes) of the best train (Oseledets 2011, SIAM J. Sci. Comput.
+33-5).
 
-Linear: a TT matrix with two cores, which is the sum of r Kronecker products; by an SVD of the permuted (p b) x (q a)
-matrix, the best of its rank (Van Loan and Pitsianis 1993). Parameters r (p b + q a), multiply-accumulates a p r (b + q)
-a row, so that a <= b and p <= q; exact at r = min(p b, q a). Novikov et al. 2015 (arXiv 1509.06569).
+Linear: a TT matrix with two cores, which is the sum of r Kronecker products. An SVD of the permuted (p b) x (q a)
+matrix gives the best of its rank (Van Loan and Pitsianis 1993). Parameters r (p b + q a), multiply-accumulates a p r (b
++ q) a row, so that a <= b and p <= q. It is exact at r = min(p b, q a). Novikov et al. 2015 (arXiv 1509.06569).
 """
 
 from __future__ import annotations
@@ -27,13 +28,19 @@ from torch import Tensor
 from surgery.algebra.operators import Geometry, Linear, Operator, Shape
 from surgery.algebra.steps import Flatten, Step, Transpose, Unflatten
 from surgery.errors import Refusal
-from surgery.factorizations.base import Factorization, Ranks
-from surgery.factorizations.kernels import along_each, only, refuse_channels, spatial_dims
-from surgery.factorizations.matrix import truncated_svd
+from surgery.factorizations.base import (
+    Factorization,
+    Ranks,
+    along_each,
+    only,
+    refuse_channels,
+    spatial_dims,
+    truncated_svd,
+)
 from surgery.solvers import reference
 from surgery.solvers.train import tensor_train, train_tensor
 
-__all__ = ["Tt", "balanced", "refuse_prime"]
+__all__ = ["Tt", "balanced", "refuse_train"]
 
 
 class Tt(Factorization):
@@ -42,8 +49,8 @@ class Tt(Factorization):
     name = "tt"
 
     def refuse(self, operator: Operator) -> Refusal | None:
-        """Refuse 1x1 and depthwise convolutions, and linear layers whose numbers of features have no factors."""
-        return refuse_prime(operator) if isinstance(operator, Linear) else refuse_channels(operator)
+        """Refuse 1x1 and depthwise convolutions, and linear layers whose numbers of features are prime."""
+        return refuse_train(operator)
 
     def rank_names(self, kernel: Shape) -> tuple[str, ...]:
         """Return ("rank",) for linear layers; else "in", one between each two kernel dimensions ("mid"), and "out"."""
@@ -108,7 +115,7 @@ class Tt(Factorization):
         return tuple(part.reshape(shape) for part, shape in zip(parts, self.shapes(kernel, ranks), strict=True))
 
     def cores(self, factors: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> list[Tensor]:
-        """Return the cores of the train, with unit matrices for ends that are not there; or left and right."""
+        """Return the cores of the train, with unit matrices for ends that were not needed; or left and right."""
         return _linear_cores(factors, kernel) if len(kernel) == 3 else _conv_cores(factors, kernel, ranks)
 
     def linear_steps(self, operator: Linear, factors: Sequence[Tensor]) -> tuple[Step, ...]:
@@ -130,16 +137,21 @@ def balanced(n: int) -> tuple[int, int]:
     return small, n // small
 
 
-def refuse_prime(operator: Operator) -> Refusal | None:
-    """Refuse a linear layer whose inputs or outputs are no product of two numbers above 1."""
+def refuse_train(operator: Operator) -> Refusal | None:
+    """Refuse linear layers that cannot be split, and other operators with too few modes for a train or a ring.
+
+    A linear layer can be split if its numbers of inputs and outputs are products of two numbers above 1.
+    """
+    if not isinstance(operator, Linear):
+        return refuse_channels(operator)
     for what, n in (("in", operator.in_channels), ("out", operator.out_channels)):
         if balanced(n)[0] == 1:
-            return Refusal(f"it has {n} {what}_features, which are no product of two numbers above 1")
+            return Refusal(f"it has {n} {what}_features, which is not a product of two numbers above 1")
     return None
 
 
 def _needs(kernel: Shape, ranks: Ranks) -> tuple[bool, bool]:
-    """Whether the chain starts with a 1x1 and ends with one; where both ends are full it keeps both."""
+    """Whether the chain starts with a 1x1 and ends with one; if both ends are full it keeps both."""
     full_in, full_out = ranks[0] == kernel[2], ranks[-1] == kernel[1]
     both = full_in and full_out
     return not full_in or both, not full_out or both

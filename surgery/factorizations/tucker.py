@@ -4,9 +4,9 @@
 
     Conv   1x1 convolution I -> ri, k x k convolution ri -> ro with the geometry, 1x1 convolution ro -> O
 
-A rank that is full needs no factor: with ri = I the chain is core, 1x1; with ro = O it is 1x1, core. Parameters
-g (I ri + ri ro K + ro O). Exact at full ranks. The bias stands on the last operator: a 1x1 convolution sees no padding,
-and in the form that ends with the core the bias is where the original had it. Kim et al. 2016 (arXiv 1511.06530).
+A full rank needs no factor: with ri = I the chain is core, 1x1; with ro = O it is 1x1, core. Parameters g (I ri +
+ri ro K + ro O). The method is exact at full ranks. The bias is on the last operator: a 1x1 convolution sees no padding,
+and in the form that ends with the core, the bias is where the original had it. Kim et al. 2016 (arXiv 1511.06530).
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from surgery.algebra.operators import Geometry, Operator, Shape
 from surgery.errors import Refusal
-from surgery.factorizations.base import Factorization, Ranks
-from surgery.factorizations.kernels import refuse_channels
+from surgery.factorizations.base import Factorization, Ranks, refuse_channels
 from surgery.solvers import hooi, reference
 
 __all__ = ["Tucker"]
@@ -61,7 +60,7 @@ class Tucker(Factorization):
         return tuple(part for part in parts if part is not None)
 
     def geometries(self, geometry: Geometry, kernel: Shape, ranks: Ranks) -> tuple[Geometry, ...]:
-        """Return the whole geometry for the core and none for the 1x1 convolutions."""
+        """Return the whole geometry for the core, and a trivial one for the 1x1 convolutions."""
         reduce, expand = _needs(kernel, ranks)
         pointwise = Geometry.pointwise(geometry.dims)
         return (pointwise,) * reduce + (geometry,) + (pointwise,) * expand
@@ -81,7 +80,7 @@ class Tucker(Factorization):
         return None, 1, 1
 
     def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
-        """Return the needed ones of V^T, core and U; what is not needed goes into the core."""
+        """Return those of V^T, core and U that are needed; the others are multiplied into the core."""
         core, out_basis, in_basis = cores
         reduce, expand = _needs(kernel, ranks)
         if not expand:
@@ -92,7 +91,7 @@ class Tucker(Factorization):
         return tuple(part.reshape(shape) for part, shape in zip(parts, self.shapes(kernel, ranks), strict=True))
 
     def cores(self, factors: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> list[Tensor]:
-        """Return core, U and V, of which those that are not there are unit matrices."""
+        """Return core, U and V; unit matrices stand for factors that were not needed."""
         reduce, expand = _needs(kernel, ranks)
         core = factors[int(reduce)].flatten(3)
         eyes = [torch.eye(size).to(core).expand(len(core), -1, -1) for size in kernel[1:3]]
@@ -101,7 +100,7 @@ class Tucker(Factorization):
 
 
 def _needs(kernel: Shape, ranks: Ranks) -> tuple[bool, bool]:
-    """Whether the chain has a reducing and an expanding 1x1; at both full ranks it keeps both."""
+    """Whether the chain has a reducing and an expanding 1x1; if both ranks are full it keeps both."""
     _, out, columns, *_ = kernel
     full_out, full_in = ranks[0] == out, ranks[1] == columns
     both = full_out and full_in

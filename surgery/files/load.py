@@ -18,14 +18,12 @@ ONNX, text, anything else             FileError
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import json
 import logging
 import os
 import pickle
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,11 +40,14 @@ from surgery.files.guard.fit import check_fit
 from surgery.files.guard.sizes import check_program_sizes
 from surgery.files.memory import check_room, file_need, program_need
 from surgery.files.pretrained import note_record
-from surgery.files.record import Record
 from surgery.files.save import RECORD_KEY
-from surgery.kinds.layers.copying import copy_module
-from surgery.kinds.module.structure import give_structure, tie
+from surgery.files.structure import give_structure, tie
+from surgery.kinds.layers.carried import copy_module
+from surgery.kinds.registry import is_model
+from surgery.sites.record import Record
+from surgery.system.importing import import_function
 from surgery.system.opening import check_regular, read_regular, shown_path
+from surgery.text import first_line
 
 __all__ = ["load"]
 
@@ -54,6 +55,7 @@ _TRUST = "if you trust who made it, pass --trust (in Python trust=True)"
 _EXPORT = "export it again with torch.export.export(model, inputs) and torch.export.save"
 _FACTORY = "pass --model package.module:factory (in Python model=...), a function that makes the module"
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before torch 1.6
+_NAMED = {"what": "has a model factory", "allowed": "package.module:factory, of a function or class"}
 _SAMPLE_KEYS = 3
 
 
@@ -199,7 +201,7 @@ def _load_pickle(source: _Source) -> nn.Module | ExportedProgram:
         if not source.trust:
             raise _not_weights(error) from None
         found = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=False)
-    if isinstance(found, nn.Module | ExportedProgram):
+    if is_model(found):
         return found
     return _with_weights(source, _unwrap(found))
 
@@ -225,7 +227,7 @@ def _load_safetensors(source: _Source) -> nn.Module:
 
 def _record(said: Any) -> Record:
     try:
-        return Record.from_json(json.loads(said))
+        return Record.from_json(json.loads(said)).check()
     except (TypeError, ValueError, RecursionError) as error:
         if isinstance(error, SurgeryError):
             raise
@@ -254,7 +256,7 @@ def _make(model: str | Callable[[], nn.Module] | nn.Module) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
     try:
-        made = (_import(model) if isinstance(model, str) else model)()
+        made = (import_function(model, **_NAMED) if isinstance(model, str) else model)()
     except SurgeryError:
         raise
     except (Exception, SystemExit) as error:
@@ -262,28 +264,6 @@ def _make(model: str | Callable[[], nn.Module] | nn.Module) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise InputError(f"has a model factory {model!r} that returned a {type(made).__name__}", allowed="nn.Module")
     return made
-
-
-def _import(name: str) -> Callable[[], nn.Module]:
-    """Import ``package.module:factory``, also from the current folder."""
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise InputError(f"has a model factory named {name!r}", allowed="package.module:factory")
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(module_name)
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(here)
-    for part in attribute.split("."):
-        found = getattr(found, part)
-    if not callable(found):
-        raise InputError(
-            f"has a model factory {name!r} that is a {type(found).__name__}", allowed="a function or class"
-        )
-    factory: Callable[[], nn.Module] = found
-    return factory
 
 
 def _sample(keys: list[str]) -> str:
@@ -298,8 +278,8 @@ def _with_weights(source: _Source, tensors: Mapping[str, Any], record: Record | 
     if record is None or not record.sites:
         return _filled(made, tensors, record)
     given = isinstance(source.model, nn.Module)
-    _filled(give_structure(copy_module(made), record.sites), tensors, record, fill=False)  # nothing is half changed
-    module = give_structure(made, record.sites)
+    _filled(give_structure(copy_module(made), record.origins), tensors, record, fill=False)  # nothing is half changed
+    module = give_structure(made, record.origins)
     if given and module is not made:
         raise InputError(f"is of a model that is nothing but {type(made).__name__}", next_step="give a factory")
     return _filled(module, tensors, record)
@@ -336,9 +316,8 @@ def _reason(error: BaseException) -> str:
     """One line about what went wrong at the root."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = "".join(character for character in lines[0][:160] if character.isprintable()) if lines else ""
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    kind, said = type(error).__name__, first_line(error)[:160]
+    return kind if said == kind else f"{kind}: {said}"
 
 
 def _refusal(what: str, **extra: str) -> Callable[[_Source], nn.Module]:

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from surgery.errors import FileError
-from surgery.solvers.memory import available_memory
+from surgery.system.memory import available_memory
 from surgery.text import count
 
 __all__ = ["check_room", "file_need", "program_need"]

@@ -142,11 +142,11 @@ def _register(registry: ModuleType) -> None:
         requires_calibration = False
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            from surgery.files.record import Record
-            from surgery.kinds.module.structure import give_structure
+            from surgery.files.structure import give_structure
+            from surgery.sites.record import Record
 
-            record = Record.from_json(self.quantization_config.record)
-            give_structure(model, _own_sites(model, record.sites))
+            record = Record.from_json(self.quantization_config.record).check()
+            give_structure(model, _own_sites(model, record.origins))
             _tie_structure(model, record.ties)
             return model
 

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from surgery.errors import InputError
 from surgery.files.guard.archive import RECORD
 from surgery.files.record import record_of
+from surgery.kinds.registry import is_model, kind_of
 from surgery.system.writing import Writer, write_atomically
 from surgery.text import first_line
 
@@ -59,11 +60,12 @@ def save(
 
 def model_writer(model: ExportedProgram | nn.Module, path: str | os.PathLike[str]) -> Writer:
     """Return what writes a model as ``save`` does; ``path`` is how errors call the file. Raises InputError likewise."""
-    if isinstance(model, ExportedProgram):
-        return _program_writer(model, os.fspath(path))
-    if isinstance(model, nn.Module):
-        return _module_writer(model, os.fspath(path))
-    raise InputError(f"cannot save a {type(model).__name__}", allowed="ExportedProgram, nn.Module, GraphModule")
+    if not is_model(model):
+        raise InputError(f"cannot save a {type(model).__name__}", allowed="ExportedProgram, nn.Module, GraphModule")
+    kind = kind_of(model)
+    if (program := kind.program(model)) is not None:
+        return _program_writer(program, os.fspath(path))
+    return _module_writer(kind.runnable(model), os.fspath(path))
 
 
 def _program_writer(model: ExportedProgram, name: str) -> Writer:

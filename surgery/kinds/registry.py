@@ -1,8 +1,9 @@
-"""Graph kinds: one adapter for each kind of model, behind the same few verbs."""
+"""The kinds of models, by name: one row for each."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -10,47 +11,68 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from surgery.errors import InputError
-from surgery.kinds.base import AnyRun, Found, GraphKind
-from surgery.kinds.fx.chains import ChainSpot
+from surgery.kinds.base import Access, Kind, OpenModel
 from surgery.kinds.fx.kind import GraphModuleKind
-from surgery.kinds.fx.view import Call, Spot
+from surgery.kinds.inputs import Inputs
 from surgery.kinds.module.kind import ModuleKind
+from surgery.kinds.observed import Observed
 from surgery.kinds.program.kind import ProgramKind
 
-__all__ = ["AnyRun", "Call", "ChainSpot", "Found", "GraphKind", "Model", "Spot", "open_graph"]
+__all__ = ["KINDS", "Model", "check_inplace", "is_model", "kind_of", "observe", "open_model"]
 
-Model = nn.Module | GraphModule | ExportedProgram
+Model: TypeAlias = nn.Module | GraphModule | ExportedProgram
+
+# a model is opened by the first kind that knows its class
+KINDS: dict[str, Kind] = {"program": ProgramKind(), "fx": GraphModuleKind(), "module": ModuleKind()}
 
 
-def open_graph(
-    model: Model,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    copies: bool = True,
-    inplace: bool = False,
-    known: bool = False,
-) -> GraphKind:
-    """Return the adapter of a model, on a copy of it unless told otherwise (a program is never changed itself).
+def is_model(value: Any) -> bool:
+    """Whether some kind opens a value."""
+    return any(isinstance(value, kind.models) for kind in KINDS.values())
 
-    Without ``copies`` nothing may be changed through it, unless ``inplace`` says so. With ``known`` only the chains
-    that decompose has made are wanted of a module that has any: nothing is captured for them.
+
+def kind_of(model: Any) -> Kind:
+    """Return the kind of a model.
 
     Raises:
-        InputError: the object is no model, or it does not run on the example inputs.
+        InputError: no kind opens it.
     """
     if isinstance(model, torch.jit.ScriptModule | torch.jit.ScriptFunction):
         raise InputError(
             "a TorchScript model has no graph that can be changed",
-            allowed="nn.Module, torch.fx.GraphModule, torch.export.ExportedProgram",
+            allowed=_allowed(),
             next_step="give the module that it was made from, or export it: torch.export.export(module, inputs)",
         )
-    if isinstance(model, ExportedProgram):
-        return ProgramKind(model, args, kwargs)
-    if isinstance(model, GraphModule):
-        return GraphModuleKind(model, args, kwargs, copies=copies, inplace=inplace)
-    if isinstance(model, nn.Module):
-        return ModuleKind(model, args, kwargs, copies=copies, inplace=inplace, known=known)
-    raise InputError(
-        f"{type(model).__name__} is no model", allowed="nn.Module, torch.fx.GraphModule, torch.export.ExportedProgram"
-    )
+    for kind in KINDS.values():
+        if isinstance(model, kind.models):
+            return kind
+    raise InputError(f"{type(model).__name__} is not a model", allowed=_allowed())
+
+
+def _allowed() -> str:
+    names: Sequence[type] = [kind.models for kind in KINDS.values()]
+    return ", ".join(f"{name.__module__.partition('.')[0]}.{name.__qualname__}" for name in names)
+
+
+def open_model(
+    model: Any, inputs: Inputs = ((), {}), *, copies: bool = True, inplace: bool = False, known: bool = False
+) -> OpenModel:
+    """Open a model, on a copy of it unless told otherwise; see ``Access``.
+
+    Raises:
+        InputError: the object is not a model, or it does not run on the example inputs.
+        CaptureError: its graph cannot be captured.
+    """
+    return kind_of(model).open(model, inputs, Access(copies, inplace, known))
+
+
+def observe(model: Any, inputs: Inputs) -> Observed:
+    """Return a model to be run and watched; ``inputs`` are one batch, to capture it with."""
+    return open_model(model, inputs, copies=False).observe()
+
+
+def check_inplace(model: Any) -> None:
+    """Raise InputError for a model that can only be changed by another in its place."""
+    reason = kind_of(model).refuse_inplace(model)
+    if reason is not None:
+        raise InputError(reason, next_step="use the returned one")

@@ -6,7 +6,7 @@ from torch import nn
 
 from surgery.errors import only_own_errors
 from surgery.files.pretrained import note_record
-from surgery.kinds.module.structure import give_structure
+from surgery.files.structure import give_structure
 from surgery.plans.joining import joint_groups
 from surgery.plans.plan import Plan
 

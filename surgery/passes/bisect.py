@@ -9,19 +9,21 @@ statistics stay those of the decomposed model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from surgery.errors import InputError
 from surgery.kinds.layers.unpacking import packed_parameter
-from surgery.passes.goals import Evaluate, metric_of
+from surgery.kinds.registry import kind_of
+from surgery.passes.metrics import metric_of
 from surgery.passes.recompose import recompose
+from surgery.plans.goal import Metric
+from surgery.plans.planner import Progress, silent
 from surgery.sites.site import Skip
 from surgery.system.tables import table
 from surgery.text import first_line
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["Bisection", "Blame", "bisect"]
 
 _LEAST = 0.1  # of the whole loss; what gains less is not worth a closer look
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -73,43 +73,39 @@ def bisect(
     decomposed: Model,
     example_inputs: Any = None,
     *,
-    eval_fn: Evaluate,
+    metric: Metric,
     least: float = _LEAST,
     progress: Progress | None = None,
 ) -> Bisection:
-    """Return which sites of a decomposed model cost the most of a metric, ``eval_fn(module)``, higher is better.
+    """Return which sites of a decomposed model cost the most of a metric, ``metric(module)``, higher is better.
 
     Args:
         original: the model that was decomposed.
         decomposed: what ``decompose`` made of it.
         example_inputs: needed only for an nn.Module that torch.fx cannot trace.
-        eval_fn: the metric; it gets a module in evaluation mode, with the original's architecture.
+        metric: it gets a module in evaluation mode, with the original's architecture.
         least: a group that gains less than this share of the whole loss is not halved further.
         progress: called with "evaluate", the number of evaluations done, and how many there will be at least.
 
     Raises:
-        InputError: the second is no decomposition of the first, or a metric that fails.
+        InputError: the second was not decomposed from the first, or a metric that fails.
     """
     fused = recompose(decomposed, example_inputs)
     first, second = _module(original), _module(fused.model)
-    bench = _Bench(second, eval_fn, progress or _silent)
+    bench = _Bench(second, metric, progress or silent)
     found = {change.site: _slots(change.site, first, second) for change in fused.changes}
     sites = [site for site, slots in found.items() if slots]
     if not sites:
         raise InputError("the second model has no site that was factored from the first", next_step="give both models")
-    best, base = metric_of(first, eval_fn), metric_of(second, eval_fn)
+    best, base = metric_of(first, metric), metric_of(second, metric)
     blames = [] if best <= base else bench.search(sites, found, base=base, loss=best - base, least=least)
     lost = [Skip(site, "", "its weight is not among those of the original") for site in found if site not in sites]
     return Bisection(best, base, tuple(blames), (*fused.skips, *lost), bench.evaluations + 2)
 
 
-def _silent(step: str, done: int, total: int) -> None:
-    """Report nothing."""
-
-
 def _module(model: Model) -> nn.Module:
     try:
-        return model.module() if isinstance(model, ExportedProgram) else model
+        return kind_of(model).runnable(model)
     except Exception as error:  # whatever torch makes of odd names
         what = f"the exported program cannot be made a module: {first_line(error)}"
         raise InputError(what, next_step="export it again with torch.export.export(model, inputs)") from error
@@ -148,7 +144,7 @@ class _Bench:
     """The recomposed module, its metric, and how often that was measured."""
 
     module: nn.Module
-    evaluate: Evaluate
+    metric: Metric
     progress: Progress
     evaluations: int = 0
 
@@ -168,7 +164,7 @@ class _Bench:
             for half in (group.sites[:middle], group.sites[middle:]):
                 self.progress("evaluate", self.evaluations, self.evaluations + 2 * len(groups) + 2)
                 with _restored([slot for site in half for slot in slots[site]]):
-                    halves.append(Blame(half, metric_of(self.module, self.evaluate) - base))
+                    halves.append(Blame(half, metric_of(self.module, self.metric) - base))
                 self.evaluations += 1
             together = all(half.gain < least * loss for half in halves)
             (done if together else groups).extend([group] if together else halves)

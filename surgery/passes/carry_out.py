@@ -1,161 +1,51 @@
-"""Carry out a plan: fit the chains, splice them in, check that they run, and measure how far the outputs have moved."""
+"""Carry out a plan: fit its chains, splice them in, check that they run, and say what became of each site."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from surgery.data.inputs import Inputs
-from surgery.data.samples import Calibration
-from surgery.data.standin import GLANCE, stand_in
-from surgery.errors import InputError, Refusal
-from surgery.kinds.base import Found, GraphKind
-from surgery.kinds.fx.chains import ChainSpot
-from surgery.kinds.registry import Model, open_graph
-from surgery.passes.factoring import Made, SiteData, factor_site, gather
-from surgery.passes.fitting import Fitting, judged
-from surgery.passes.goals import HeldOut, Seen
-from surgery.plans.joining import join, joint_groups
+from surgery.passes.factoring import Made
+from surgery.passes.fitter import Fitter
+from surgery.passes.original import Original, Spliced
 from surgery.plans.plan import Plan
-from surgery.plans.planning import Progress
-from surgery.sites.site import Site
 
-__all__ = ["CarriedOut", "Means", "carry_out"]
-
-Prepared = tuple[GraphKind, Found, Plan]
-
-
-@dataclass(frozen=True)
-class Means:
-    """How a plan is carried out: with which data, by which solver, in how many stages."""
-
-    samples: Calibration | None
-    solver: str
-    stages: int | None
-    progress: Progress
-    inplace: bool = False
+__all__ = ["CarriedOut", "as_it_went", "carry_out"]
 
 
 @dataclass(frozen=True, eq=False)
 class CarriedOut:
-    """The changed model, the sites of the original, the plan as it went, the chains by site, and the output error."""
+    """The changed model, the plan as it went, and the measured weight error of each chain, in graph order."""
 
     model: Any
-    found: Found
     plan: Plan
-    made: Mapping[str, Made]
-    seen: Seen | None
+    errors: Mapping[str, float]
 
 
-def carry_out(model: Model, inputs: Inputs, prepared: Prepared, means: Means) -> CarriedOut:
-    """Return the model with the chains of a plan, fitted to data if there are any; ``prepared`` is its open graph.
+def carry_out(plan: Plan, original: Original, fitter: Fitter, *, inplace: bool = False) -> CarriedOut:
+    """Return the model with the chains of a plan, as a copy or ``inplace``.
 
-    With data, most of the samples are fitted to, and the others decide what of the fit stays.
+    The plan has one decision for each site of the original. What the fitter has built of it before is the result.
     """
-    graph, found, plan = prepared
-    work = join([spot.site for spot in found.spots if not plan[spot.site.name].dense], joint_groups(plan))
-    held = _HeldOut.of(model, inputs, found, means) if work else None
-    job = _Job(model, inputs, plan, work, means)
-    data = None
-    if held is None or held.fit is None:
-        made, way = job.all_plain(), "plain"
+    fitted = fitter.fit(plan)
+    errors = {name: one.error for name, one in fitted.made.items()}  # while the original is as it was
+    built = None if inplace else fitter.latest(plan)
+    if built is None:
+        spliced = original.spliced({name: one.chain for name, one in fitted.made.items()}, inplace=inplace)
+        made = {name: one for name, one in fitted.made.items() if name not in spliced.refused}
+        fitter.correct(spliced.model, replace(fitted, made=made))
     else:
-        data = gather(model, inputs, held.fit, {site.name for unit in work for site in unit.members}, means.progress)
-        fitted = job.fitting(data, held.outputs).run(data.stages(len(work), means.stages), plain=True)
-        made, way = dict(fitted.made), fitted.way
-    plan = job.plan_of(made)
-    if means.inplace:  # nothing of the model has changed so far
-        graph = open_graph(model, *inputs, copies=False, inplace=True)
-        found = graph.find()
-    graph = _spliced(graph, found, made)
-    for name, reason in graph.verify().items():
-        plan, made = plan.edit(name, rank=None, reason=reason), {key: one for key, one in made.items() if key != name}
-    changed = graph.finish()
-    means.progress("factor", len(work), len(work))
-    if data is not None and made and way != "plain":
-        data.correct(changed, means.progress)
-    seen = None if held is None or not made else held.see(changed)
-    return CarriedOut(changed, found, plan, made, seen)
+        spliced, made = Spliced(built, {}), dict(fitted.made)
+    done = as_it_went(plan, made, fitter.refused | dict(spliced.refused))
+    return CarriedOut(spliced.model, done, {name: errors[name] for name in original.sites if name in made})
 
 
-def _spliced(graph: GraphKind, found: Found, made: Mapping[str, Made]) -> GraphKind:
-    """Put chains in the places of their sites, and return the graph."""
-    spots = {spot.site.name: spot for spot in found.spots}
-    spots |= graph.reopen([spot for spot in found.spots if isinstance(spot, ChainSpot) and spot.site.name in made])
+def as_it_went(plan: Plan, made: Mapping[str, Made], refused: Mapping[str, str]) -> Plan:
+    """Return the plan with what took the place of its chains: other methods, or the operator as it was."""
     for name, one in made.items():
-        graph.splice(spots[name], one.chain)
-    return graph
-
-
-@dataclass(frozen=True, eq=False)
-class _HeldOut:
-    """The original's outputs to measure others against, what they are outputs of, and the samples to fit to, if any."""
-
-    outputs: HeldOut
-    what: str
-    fit: Calibration | None
-
-    @classmethod
-    def of(cls, model: Model, inputs: Inputs, found: Found, means: Means) -> _HeldOut | None:
-        """Return those of held-out calibration samples, else of made-up ones; None where none can be made."""
-        if means.samples is not None:
-            fit, aside = judged(means.samples)
-            return cls(HeldOut(model, aside), f"{aside.count} calibration samples", fit)
-        made = stand_in(model, inputs, found, effort=GLANCE, progress=means.progress)
-        try:
-            return None if isinstance(made, Refusal) else cls(HeldOut(model, made.samples), made.what, None)
-        except InputError:  # no output of numbers
-            return None
-
-    def see(self, changed: Model) -> Seen:
-        """Return how far the outputs of a changed model are from the original's."""
-        return Seen(self.outputs.error(changed)[0], self.what)
-
-
-@dataclass(eq=False)
-class _Job:
-    """The units of a plan that are to be factored, and how."""
-
-    model: Model
-    inputs: Inputs
-    plan: Plan
-    work: Sequence[Site]
-    means: Means
-    _refused: dict[str, str] = field(init=False, default_factory=dict)
-
-    def fitting(self, data: SiteData, held_out: HeldOut) -> Fitting[Made]:
-        """Return the loop over all units."""
-        names = [frozenset({unit.name} if data.fits(unit) else ()) for unit in self.work]
-        return Fitting(data, held_out, names, self.fit, self.build, self.means.progress)
-
-    def fit(self, at: int, data: SiteData | None) -> dict[str, Made]:
-        """Return the chains of the members of a unit."""
-        made = factor_site(self.work[at], self.plan, self.means.solver, data)
-        if isinstance(made, Refusal):
-            self._refused[self.work[at].name] = made.reason
-            return {}
-        return made
-
-    def all_plain(self) -> dict[str, Made]:
-        """Return the chains of all units, without data."""
-        made: dict[str, Made] = {}
-        for done in range(len(self.work)):
-            self.means.progress("factor", done, len(self.work))
-            made |= self.fit(done, None)
-        return made
-
-    def build(self, made: Mapping[str, Made]) -> Any:
-        """Return a copy of the model with chains."""
-        graph = open_graph(self.model, *self.inputs)
-        return _spliced(graph, graph.find(), made).finish()
-
-    def plan_of(self, made: Mapping[str, Made]) -> Plan:
-        """Return the plan as it went."""
-        plan = self.plan
-        for one in made.values():
-            plan = plan.replaced(one.decision)
-        for name, reason in self._refused.items():
-            kept = replace(plan[name], factorization=None, rank=None, reason=reason, error=None)
-            plan = plan.replaced(replace(kept, parameters=None, macs=None))
-        return plan
+        plan = plan.replaced(one.carried(plan[name]))
+    for name, reason in refused.items():
+        if name not in made and not plan[name].dense:
+            plan = plan.replaced(plan[name].left_dense(reason))
+    return plan

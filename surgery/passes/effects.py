@@ -6,10 +6,9 @@ from torch import Tensor
 
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
-from surgery.data.observe import observe
 from surgery.data.samples import Calibration
-from surgery.kinds.registry import Model
-from surgery.passes.goals import Outputs
+from surgery.kinds.registry import Model, observe
+from surgery.passes.held_out import Outputs
 
 __all__ = ["Effects"]
 
@@ -22,7 +21,7 @@ class Effects:
 
     def __init__(self, model: Model, samples: Calibration) -> None:
         self._observed = observe(model, next(iter(samples)))
-        self._spots = {spot.site.name: spot for spot in self._observed.kind.find().spots}
+        self._spots = {spot.site.name: spot for spot in self._observed.find().placements}
         self._outputs = Outputs(self._observed.run, samples)
 
     def of(self, site: str, chain: Chain) -> float:

@@ -1,12 +1,12 @@
-"""Fitting in stages, the one loop that does it: chains of the sites of a model, judged on samples that no fit has seen.
+"""Fitting in groups, the one loop that does it: chains of the sites of a model, judged on samples that no fit has seen.
 
-    for each stage of sites, in graph order
-        fit its chains to the original's inputs                                     (clean)
-        fit them again to what the model gives them behind the stages before it     (staged)
-        at each check: keep the staged ones if the model's output is nearer to the original's with them
-    answer: staged, clean or, at the same ranks without any data, plain, whichever has the least output error
+    for each group of sites, in graph order
+        fit its chains to the original's inputs                                              (direct)
+        fit them again to the inputs that they receive after the earlier groups are factored (grouped)
+        at each check: keep the grouped ones if the model's output is nearer to the original's with them
+    answer: grouped, direct or, at the same ranks without any data, plain, whichever has the least output error
 
-So data never make a model worse on held-out samples than none, nor stages than fits to the original's inputs.
+So data never make a model worse on held-out samples than none, nor groups than fits to the original's inputs.
 """
 
 from __future__ import annotations
@@ -14,54 +14,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Literal, TypeAlias
 
-from surgery.algebra.chain import Chain
-from surgery.data.collect import Progress
-from surgery.data.samples import Calibration
-from surgery.errors import InputError
-from surgery.passes.factoring import SiteData
-from surgery.passes.goals import HeldOut
+from surgery.passes.factoring import Made
+from surgery.passes.held_out import HeldOut
+from surgery.passes.site_data import SiteData
+from surgery.plans.planner import Progress
 
-__all__ = ["Fitted", "Fitting", "judged"]
+__all__ = ["Fitted", "Fitting", "Way"]
 
-_PROMISED, _JUDGED, _ENOUGH = 0.25, 0.125, 16  # shares of the samples; samples
-_PARTS = 4  # of the stages, with a check against the clean fits between each two; it builds two models
+_PARTS = 4  # of the groups, with a check against the direct fits between each two; it builds two models
 
-
-def judged(samples: Calibration, *, promised: bool = False) -> tuple[Calibration, Calibration]:
-    """Return samples to fit to, and others to judge by; both are all of them where they are too few for two parts.
-
-    The more there are to fit to, the better is the fit. A quarter is to judge by where an error is ``promised``, since
-    its confidence limit needs them; else an eighth, or as many more as make sixteen.
-    """
-    few = min(_PROMISED, max(_JUDGED, _ENOUGH / samples.count))
-    try:
-        return samples.split(_PROMISED if promised else few)
-    except InputError:
-        return samples, samples
-
-
-class _HasChain(Protocol):
-    @property
-    def chain(self) -> Chain:
-        """The chain of a site."""
-
-
-_Made = TypeVar("_Made", bound=_HasChain)
+Way: TypeAlias = Literal["grouped", "direct", "plain"]
 
 
 @dataclass(frozen=True, eq=False)
-class Fitted(Generic[_Made]):
-    """What was made for each site, the model with it, and the way: "staged", "clean" or "plain"."""
+class Fitted:
+    """What was made for each site, the model with it if it was built, and the way."""
 
-    made: Mapping[str, _Made]
+    made: Mapping[str, Made]
     model: Any
-    way: str
+    way: Way
 
 
 @dataclass(eq=False)
-class Fitting(Generic[_Made]):
+class Fitting:
     """A choice of sites to be fitted.
 
     ``units`` are the names of the sites of each unit that is fitted to data, in graph order; others have none.
@@ -72,66 +49,66 @@ class Fitting(Generic[_Made]):
     data: SiteData
     held_out: HeldOut
     units: Sequence[frozenset[str]]
-    fit: Callable[[int, SiteData | None], Mapping[str, _Made]]
-    build: Callable[[Mapping[str, _Made]], Any]
+    fit: Callable[[int, SiteData | None], Mapping[str, Made]]
+    build: Callable[[Mapping[str, Made]], Any]
     progress: Progress
-    _clean: dict[int, Mapping[str, _Made]] = field(init=False, default_factory=dict)
+    _direct: dict[int, Mapping[str, Made]] = field(init=False, default_factory=dict)
 
-    def run(self, stages: Sequence[range], *, plain: bool) -> Fitted[_Made]:
-        """Return the best of what was measured; ``plain`` has fits without data at the same ranks compared, too."""
-        staged = self._in_stages(stages)
-        clean = {name: made for at in range(len(self.units)) for name, made in self._of(at).items()}
-        tries = [self._tried(staged, "staged")]
-        if any(staged[name] is not clean[name] for name in staged):
-            tries.append(self._tried(clean, "clean"))
-        if plain and any(self.units):
-            tries.append(self.plain())
+    def run(self, groups: Sequence[range]) -> Fitted:
+        """Return the best of what was measured: grouped fits, direct fits, and fits without data."""
+        grouped = self._in_groups(groups)
+        direct = {name: made for at in range(len(self.units)) for name, made in self._of(at).items()}
+        tries = [self._tried(grouped, "grouped")]
+        if any(grouped[name] is not direct.get(name) for name in grouped):
+            tries.append(self._tried(direct, "direct"))
+        if any(self.units):
+            tries.append(self._plain())
         self.progress("fit", len(self.units), len(self.units))
         if len(tries) == 1:
             return tries[0]
         errors = [self.held_out.error(tried.model)[0] for tried in tries]
         return tries[min(range(len(tries)), key=lambda at: errors[at] if math.isfinite(errors[at]) else math.inf)]
 
-    def plain(self) -> Fitted[_Made]:
+    def _plain(self) -> Fitted:
         """Return the chains that are fitted to no data."""
         made = {name: made for at in range(len(self.units)) for name, made in self.fit(at, None).items()}
         return Fitted(made, self.build(made), way="plain")
 
-    def _tried(self, made: Mapping[str, _Made], way: str) -> Fitted[_Made]:
+    def _tried(self, made: Mapping[str, Made], way: Way) -> Fitted:
         model = self.build(made)
         self.data.correct(model, self.progress)
         return Fitted(made, model, way=way)
 
-    def _of(self, at: int) -> Mapping[str, _Made]:
+    def _of(self, at: int) -> Mapping[str, Made]:
         """Return the chains of a unit, fitted to the original's inputs."""
-        if at not in self._clean:
-            self._clean[at] = self.fit(at, self.data)
-        return self._clean[at]
+        if at not in self._direct:
+            self._direct[at] = self.fit(at, self.data)
+        return self._direct[at]
 
-    def _in_stages(self, stages: Sequence[range]) -> dict[str, _Made]:
-        """Return the chains after all stages, of which those between two checks stay that have lowered the error."""
-        staged: dict[str, _Made] = {}
-        fresh: dict[str, _Made] = {}  # what the last check has kept, and clean chains since then
-        checks = {round((len(stages) - 1) * i / _PARTS) for i in range(1, _PARTS)} - {0, len(stages) - 1}
-        for number, stage in enumerate(stages):
-            self.progress("fit", stage.start, len(self.units))
-            clean = {name: made for at in stage for name, made in self._of(at).items()}
-            names = frozenset().union(*(self.units[at] for at in stage))
-            if staged and names:
-                seen = self.data.behind(self.build(staged), names)
-                staged |= {name: made for at in stage for name, made in self._behind(at, seen).items()}
+    def _in_groups(self, groups: Sequence[range]) -> dict[str, Made]:
+        """Return the chains after all groups, of which those between two checks stay that have lowered the error."""
+        grouped: dict[str, Made] = {}
+        kept: dict[str, Made] = {}  # what the last check has kept, and direct chains since then
+        checks = {round((len(groups) - 1) * i / _PARTS) for i in range(1, _PARTS)} - {0, len(groups) - 1}
+        for number, group in enumerate(groups):
+            self.progress("fit", group.start, len(self.units))
+            direct = {name: made for at in group for name, made in self._of(at).items()}
+            names = frozenset().union(*(self.units[at] for at in group))
+            if grouped and names:
+                seen = self.data.after(self.build(grouped), names)
+                grouped |= {name: made for at in group for name, made in self._after(at, seen).items()}
             else:
-                staged |= clean
-            fresh |= clean
-            if number in checks and any(staged[name] is not fresh[name] for name in staged):
-                staged = staged if self._error(staged) < self._error(fresh) else fresh
-                fresh = dict(staged)
-        return staged
+                grouped |= direct
+            kept |= direct
+            if number in checks and any(grouped[name] is not kept.get(name) for name in grouped):
+                grouped = grouped if self._error(grouped) < self._error(kept) else kept
+                kept = dict(grouped)
+        return grouped
 
-    def _behind(self, at: int, seen: SiteData) -> Mapping[str, _Made]:
+    def _after(self, at: int, seen: SiteData) -> Mapping[str, Made]:
         return self.fit(at, seen) if self.units[at] else self._of(at)
 
-    def _error(self, made: Mapping[str, _Made]) -> float:
+    def _error(self, made: Mapping[str, Made]) -> float:
         model = self.build(made)
         self.data.correct(model, self.progress)
         return self.held_out.error(model)[0]

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
-from torch import nn
-from torch.fx import GraphModule
+from collections.abc import Collection, Mapping
 
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
-from surgery.data.inputs import Inputs
 from surgery.errors import Refusal
 from surgery.factorizations import fitting
-from surgery.kinds.fx.chains import ChainSpot
-from surgery.kinds.registry import Model, open_graph
+from surgery.kinds.registry import kind_of
+from surgery.passes.original import Original
+from surgery.sites.site import FactoredSite
 
 __all__ = ["unreached"]
 
 
-def unreached(model: Model, inputs: Inputs, names: Collection[str]) -> dict[str, str]:
+def unreached(original: Original, names: Collection[str]) -> Mapping[str, str]:
     """Return why some sites have to stay dense, by name: a copy with the least chains at all of them is run once.
 
     Graphs say themselves what runs; of them none is refused here.
     """
-    if not isinstance(model, nn.Module) or isinstance(model, GraphModule):
+    if kind_of(original.model).says_what_runs():
         return {}
-    graph = open_graph(model, *inputs)
-    for spot in graph.find().spots:
-        chain = None if isinstance(spot, ChainSpot) or spot.site.name not in names else _least(spot.site.operator)
-        if chain is not None:
-            graph.splice(spot, chain)
-    return graph.verify()
+    sites = (original.sites[name] for name in names)
+    chains = {site.name: _least(site.operator) for site in sites if not isinstance(site, FactoredSite)}
+    return original.spliced({name: chain for name, chain in chains.items() if chain is not None}).refused
 
 
 def _least(operator: Operator) -> Chain | None:

@@ -1,27 +1,31 @@
-"""recompose: find runs that are provably one operator, by dataflow, and put that operator back."""
+"""recompose: find chains that are provably one operator, by dataflow, and put that operator back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from surgery.data.inputs import normalise_inputs
 from surgery.errors import only_own_errors
 from surgery.files.pretrained import note_record
-from surgery.kinds.base import AnyRun
-from surgery.kinds.layers.unpacking import check_inplace
-from surgery.kinds.registry import Model, open_graph
-from surgery.sites.site import Skip, describe
+from surgery.kinds.inputs import normalise_inputs
+from surgery.kinds.registry import Model, check_inplace, open_model
+from surgery.sites.edit import Fuse
+from surgery.sites.fusable import fusable
+from surgery.sites.placement import Fusable
+from surgery.sites.site import Skip
 from surgery.system.tables import table
 from surgery.text import change, count, shown
 
 __all__ = ["Fusion", "RecomposeResult", "recompose"]
 
+_Model = TypeVar("_Model", bound=Model)
+_Result = TypeVar("_Result", covariant=True)
+
 
 @dataclass(frozen=True)
 class Fusion:
-    """One run of operators that became one operator; parameters before and after.
+    """One chain of operators that became one operator; parameters before and after.
 
     ``note`` says what the user should know of it, as that parameters give a computed weight only nearly.
     """
@@ -35,10 +39,10 @@ class Fusion:
 
 
 @dataclass(frozen=True, repr=False)
-class RecomposeResult:
+class RecomposeResult(Generic[_Result]):
     """The new model, each fused chain, and each chain that is not provably one operator, with its reason."""
 
-    model: Any
+    model: _Result
     changes: tuple[Fusion, ...]
     skips: tuple[Skip, ...]
 
@@ -57,8 +61,8 @@ class RecomposeResult:
 
 @only_own_errors
 def recompose(
-    model: Model, example_inputs: Any = None, *, everything: bool = False, inplace: bool = False
-) -> RecomposeResult:
+    model: _Model, example_inputs: Any = None, *, everything: bool = False, inplace: bool = False
+) -> RecomposeResult[_Model]:
     """Fuse every maximal chain that is provably one linear operator; exact up to the rounding of the dtype.
 
     Chains are found by dataflow (single-use values, no nonlinearity between), so that chains made by others fuse too.
@@ -78,23 +82,23 @@ def recompose(
     """
     if inplace:
         check_inplace(model)
-    graph = open_graph(
-        model, *normalise_inputs(example_inputs), copies=not inplace, inplace=inplace, known=not everything
+    graph = open_model(
+        model, normalise_inputs(example_inputs), copies=not inplace, inplace=inplace, known=not everything
     )
-    runs, skips = graph.runs(everything=everything)
-    for run in runs:
-        graph.put_back(run)
+    chains, skips = fusable(graph.flow, everything=everything)
+    for chain in chains:
+        graph.apply(Fuse(chain))
     back = graph.finish()
     note_record(back)
-    return RecomposeResult(back, tuple(_fusion(run, graph.notes) for run in runs), tuple(skips))
+    return RecomposeResult(back, tuple(_fusion(chain, graph.notes) for chain in chains), tuple(skips))
 
 
-def _fusion(run: AnyRun, notes: Mapping[str, str]) -> Fusion:
+def _fusion(chain: Fusable, notes: Mapping[str, str]) -> Fusion:
     return Fusion(
-        site=run.sites[0],
-        operator=describe(run.operators[0]),
-        parts=run.parts,
-        parameters_before=run.parameters_before,
-        parameters=run.operators[0].parameters,
-        note=notes.get(run.sites[0], ""),
+        site=chain.sites[0],
+        operator=chain.operators[0].description,
+        parts=chain.weights,
+        parameters_before=chain.parameters,
+        parameters=chain.operators[0].parameters,
+        note=notes.get(chain.sites[0], ""),
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
 
 from surgery.factorizations import Ranks
-from surgery.passes.goals import Promise, Seen
+from surgery.passes.promised import Promise, Seen
 from surgery.plans.bisection import Trial
 from surgery.plans.plan import Plan
 from surgery.runtime.bench import Timing
@@ -16,6 +16,8 @@ from surgery.system.tables import table
 from surgery.text import change, count, rank_text, shown
 
 __all__ = ["Change", "DecomposeResult", "Search"]
+
+_Model = TypeVar("_Model", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,15 @@ class Search:
 
 
 @dataclass(frozen=True, repr=False)
-class DecomposeResult:
+class DecomposeResult(Generic[_Model]):
     """The new model, the plan that made it, each change, each place left alone, and the totals before and after.
 
     ``seen`` is the measured output error, on calibration samples or made-up ones; None where nothing was factored or
-    nothing could be measured. Of ``auto`` also the ``promise``, as measured, and how it was searched for.
+    nothing could be measured. Of a goal also the ``promise``, as measured, and how it was
+    searched for.
     """
 
-    model: Any
+    model: _Model
     plan: Plan
     changes: tuple[Change, ...]
     skips: tuple[Skip, ...]

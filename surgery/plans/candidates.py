@@ -17,10 +17,11 @@ import torch
 
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator, Shape
+from surgery.algebra.stack import own_parameters, split
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import Factorization, Ranks, Spectrum, fitting, named
 from surgery.factorizations.recut import chain_spectra
-from surgery.sites.joint import JointSite, own_parameters, split
+from surgery.sites.joint import JointSite
 from surgery.sites.site import FactoredSite, Site
 
 __all__ = ["Candidate", "Choice", "Cost", "candidates_of", "say_ranks"]
@@ -70,7 +71,8 @@ class Candidate:
     def chains(self, ranks: Ranks) -> tuple[Chain, ...] | Refusal:
         """Return the chain of each member of the site on the meta device; or why they cannot share one."""
         chain = self.factorization.skeleton(self.site.operator, ranks)
-        return split(chain, self.site.members) if isinstance(self.site, JointSite) else (chain,)
+        members = [member.operator for member in self.site.members]
+        return split(chain, members) if isinstance(self.site, JointSite) else (chain,)
 
     def cost(self, ranks: Ranks) -> Cost:
         """Return the cost of the chain at these ranks."""

@@ -1,7 +1,10 @@
 """One option for each site: the least cost within a budget of damage, or the least damage within a budget of cost.
 
-A multiple-choice knapsack, solved by SciPy's HiGHS as an integer programme to a relative gap that is below what
-measuring can tell: minimise sum c_ij x_ij with sum_j x_ij = 1 for each site i and sum d_ij x_ij <= budget, x in {0, 1}.
+This is a multiple-choice knapsack: minimise sum c_ij x_ij with sum_j x_ij = 1 for each site i and sum d_ij x_ij <=
+budget, x in {0, 1}. SciPy's HiGHS solves it as an integer programme, to a relative gap below what measuring can tell.
+
+Example: two sites with the same three options (cost, damage): dense (4, 0), (2, 1) and (1, 3). Within a damage of 2 the
+least cost is 2 + 2. A damage of 4 allows 2 + 1, and 6 allows 1 + 1.
 """
 
 from __future__ import annotations
@@ -26,13 +29,13 @@ _PRICES = 96  # of damage, on the frontier
 
 
 def choose_least_cost(sites: Sequence[Options], damage: float) -> list[Option]:
-    """Return the options of least cost whose damages sum to at most ``damage``; dense everywhere where that is 0."""
+    """Return the options of least cost whose damages sum to at most ``damage``; all dense if that is 0."""
     costs, damages = _columns(sites)
     return _solve(sites, costs, damages, damage) or [site.dense for site in sites]
 
 
 def choose_damage(sites: Sequence[Options], cost: float) -> list[Option] | None:
-    """Return the options of least damage whose costs sum to at most ``cost``; None where the cheapest cost more."""
+    """Return the options of least damage whose costs sum to at most ``cost``; None if even the cheapest cost more."""
     cheapest = [min(site.options, key=lambda option: option.cost) for site in sites]
     if sum(option.cost for option in cheapest) > cost:
         return None
@@ -45,6 +48,8 @@ def frontier(sites: Sequence[Options]) -> list[tuple[float, float]]:
 
     For each price of damage every site takes its best option by itself (Lagrange), which is exact on the convex hull.
     """
+    # Invariant: a choice that minimises cost + price * damage is the cheapest of all choices of its damage or less.
+    # Example of the options above: at a price of 1 they come to 4, 3 and 4, so that each site takes (2, 1).
     prices = np.geomspace(1e-6, 1e6, _PRICES)
     scale = sum(s.dense.cost for s in sites) / max(1e-30, sum(max(o.damage for o in s.options) for s in sites))
     found: dict[tuple[float, float], None] = {}
@@ -63,7 +68,7 @@ def _columns(sites: Sequence[Options]) -> tuple[list[float], list[float]]:
 def _solve(
     sites: Sequence[Options], goal: Sequence[float], weight: Sequence[float], limit: float
 ) -> list[Option] | None:
-    """Return the choice of the least goal whose weights sum to at most the limit; None if time was up before any."""
+    """Return the choice of the least goal whose weights sum to at most the limit; None if time ran out before any."""
     options = [option for site in sites for option in site.options]
     if not options:
         return []
@@ -87,7 +92,7 @@ def _solve(
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Drop what C code prints: HiGHS may leave a line of its own on the output, whatever its options."""
+    """Drop what C code prints: HiGHS may write a line to the output, whatever its options."""
     if os.name != "posix":
         yield
         return

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from surgery.errors import InputError, Refusal
 from surgery.plans.named import check_known
 from surgery.plans.plan import Plan
-from surgery.sites.joint import stack
+from surgery.sites.joint import joined
 from surgery.sites.site import Site
 
 __all__ = ["check_groups", "join", "joint_groups"]
@@ -29,7 +29,7 @@ def join(sites: Sequence[Site], groups: Sequence[Sequence[str]]) -> list[Site]:
         if len(members) < 2:
             continue
         members.sort(key=list(by_name.values()).index)
-        joint = stack(members)
+        joint = joined(members)
         if isinstance(joint, Refusal):
             raise InputError(f"joint sites: {joint.reason}", next_step="group only sites that are alike")
         leads[joint.name] = joint

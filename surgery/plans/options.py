@@ -21,8 +21,8 @@ from surgery.data.factor import RIDGE
 from surgery.data.moments import Moments
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import Ranks
-from surgery.plans.automatic import snap
 from surgery.plans.candidates import Candidate, candidates_of
+from surgery.plans.faster import snap
 from surgery.plans.prices import Prices
 from surgery.sites.joint import JointSite
 from surgery.sites.site import FactoredSite, Site

@@ -52,13 +52,24 @@ class Decision:
         """Whether the site stays as it is."""
         return self.factorization is None
 
+    def left_dense(self, reason: str) -> Decision:
+        """Return the decision to leave the site as it is, for a reason, without what was predicted of a chain."""
+        bare = replace(self, factorization=None, rank=None, joint=None, reason=reason, error=None)
+        return replace(bare, parameters=None, macs=None, latency=None)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """The frozen decision for a whole model: one Decision for each site, in graph order."""
+    """The frozen decision for a whole model: one Decision for each site, in graph order.
+
+    ``ranks`` is the rule or the goal that it was made for. ``held_out`` is the share of the calibration samples by
+    which fits are judged; None is the usual one. A plan that keeps a promise has the share that the promise needs, so
+    that it gives the same model when it is carried out again on the same samples.
+    """
 
     decisions: tuple[Decision, ...]
     ranks: str = ""
+    held_out: float | None = None
 
     def __iter__(self) -> Iterator[Decision]:
         """Iterate over the decisions."""
@@ -87,7 +98,7 @@ class Plan:
         The predictions for that site are dropped: they were made for the old choice.
 
         Raises:
-            InputError: the plan has no such site, no factorization for it, or the rank is no rank.
+            InputError: the plan has no such site, no factorization for it, or a rank that is not one.
         """
         old = self[site]
         new = Decision(site, reason=reason)
@@ -119,14 +130,16 @@ class Plan:
     def to_json(self) -> str:
         """Return the plan as JSON text; fields that are None are left out."""
         rows = [{k: v for k, v in asdict(d).items() if v is not None} for d in self.decisions]
-        return json.dumps({"surgery_plan": _VERSION, "ranks": self.ranks, "decisions": rows}, indent=2) + "\n"
+        share = {} if self.held_out is None else {"held_out": self.held_out}
+        head = {"surgery_plan": _VERSION, "ranks": self.ranks}
+        return json.dumps(head | share | {"decisions": rows}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Read a plan from JSON text.
 
         Raises:
-            InputError: the text is no plan; the message names the place.
+            InputError: the text is not a plan; the message names the place.
         """
         try:
             data = json.loads(text)
@@ -136,12 +149,15 @@ class Plan:
             raise InputError("the file is not a plan", allowed=_FORM, next_step="write one with --save-plan")
         rows, ranks = data["decisions"], data.get("ranks", "")
         if not isinstance(rows, list) or not isinstance(ranks, str):
-            raise InputError("the plan has decisions that are no list, or ranks that are no text", allowed=_FORM)
+            raise InputError("the plan has decisions that are not a list, or ranks that are not text", allowed=_FORM)
+        share = data.get("held_out")
+        if share is not None and not (isinstance(share, float) and 0 < share < 1):
+            raise InputError(f"the plan has held_out {reprlib.repr(share)}", allowed="numbers between 0 and 1")
         decisions = tuple(_read_decision(row, index) for index, row in enumerate(rows))
         repeated = [site for site, times in Counter(d.site for d in decisions).items() if times > 1]
         if repeated:
             raise InputError(f"the plan names the site {repeated[0]!r} twice", next_step="remove one of the rows")
-        return cls(decisions, ranks=ranks)
+        return cls(decisions, ranks=ranks, held_out=share)
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:
@@ -149,7 +165,7 @@ class Plan:
         try:
             text = read_regular(path, most=_LONGEST_FILE).decode()
         except UnicodeDecodeError as error:
-            raise FileError(f"{shown_path(path)}: is no plan: {error}", allowed="UTF-8 text") from None
+            raise FileError(f"{shown_path(path)}: is not a plan: {error}", allowed="UTF-8 text") from None
         return cls.from_json(text)
 
 

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 
 from surgery.errors import InputError
 from surgery.factorizations import Ranks
-from surgery.plans.automatic import Latencies
 from surgery.plans.candidates import Candidate
+from surgery.plans.faster import Latencies
 from surgery.plans.plan import Plan
 
-__all__ = ["COSTS", "Counted", "Measured", "Prices", "Ruled"]
+__all__ = ["COSTS", "Cost", "Counted", "Measured", "Prices", "Ruled"]
 
-COSTS = ("latency", "macs", "params")
+Cost: TypeAlias = Literal["latency", "macs", "params"]
+COSTS: tuple[str, ...] = get_args(Cost)
 
 
 class Prices(Protocol):

@@ -2,7 +2,7 @@
 
 | spec | rule |
 |---|---|
-| ``auto`` | EVBMF or energy, snapped to the kernels' multiples, kept only where measured faster |
+| ``measured`` | EVBMF or energy, snapped to the kernels' multiples, kept only where measured faster |
 | ``vbmf`` | the rank that EVBMF finds above the noise |
 | ``full`` | full ranks: exact, to test with |
 | ``energy=0.9`` | the smallest ranks that keep this share of the squared singular values |
@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 from surgery.errors import RankError
 from surgery.factorizations import Ranks
-from surgery.plans.automatic import Auto
+from surgery.plans.faster import KeepFaster
 from surgery.plans.keep import Keep
 from surgery.plans.named import PerSite
 from surgery.plans.quality import Energy, Fixed, Full, RankRule, Vbmf
@@ -29,7 +29,7 @@ __all__ = ["RankSpec", "parse_ranks"]
 
 RankSpec: TypeAlias = str | int | tuple[int, ...] | Mapping[str, "int | tuple[int, ...] | None"]
 
-_WORDS: dict[str, Callable[[], RankRule]] = {"auto": Auto, "vbmf": Vbmf, "full": Full}
+_WORDS: dict[str, Callable[[], RankRule]] = {"measured": KeepFaster, "vbmf": Vbmf, "full": Full}
 _FRACTIONS: dict[str, Callable[[float], RankRule]] = {
     "energy": Energy,
     "keep_params": lambda fraction: Keep("parameters", fraction),
@@ -42,7 +42,7 @@ def parse_ranks(spec: RankSpec | RankRule) -> RankRule:
     """Return the rule that a spec says; a rule comes back as it is.
 
     Raises:
-        RankError: the spec says no rule.
+        RankError: the spec does not say a rule.
 
     >>> parse_ranks("energy=0.9"), parse_ranks("16,32"), parse_ranks({"head": 8, "stem": None})
     (Energy(share=0.9), Fixed(ranks=(16, 32)), PerSite(rows=(('head', (8,)), ('stem', None))))
@@ -64,10 +64,16 @@ def _parse_text(text: str) -> RankRule:
         return _FRACTIONS[name](_parse_fraction(name, value))
     if re.fullmatch(r"-?[0-9]{1,9}( *, *-?[0-9]{1,9})*", name) and not equals:
         return Fixed(_parse_ints(tuple(int(part) for part in name.split(",")), "ranks"))
+    if text == "auto":
+        raise RankError(
+            "ranks='auto' is a promise, which is not a rule",
+            allowed=_ALLOWED,
+            next_step="say 'measured' for the rule that keeps what is faster, or give a Goal to decompose",
+        )
     close = difflib.get_close_matches(name, [*_WORDS, *_FRACTIONS], n=1)
     meant = f"{close[0]}=0.5" if close and close[0] in _FRACTIONS else "".join(close)
     raise RankError(
-        f"ranks={text!r} is no rank rule",
+        f"ranks={text!r} is not a rank rule",
         allowed=_ALLOWED,
         next_step=f"did you mean {meant!r}?" if meant else "say one of these",
     )
@@ -80,7 +86,7 @@ def _parse_fraction(name: str, value: str) -> float:
         fraction = 0.0
     if not 0 < fraction <= 1:
         raise RankError(
-            f"{name}={value} is no fraction",
+            f"{name}={value} is not a fraction",
             allowed="numbers above 0 and up to 1",
             next_step=f"say for example {name}=0.5",
         )

@@ -16,7 +16,7 @@ __all__ = ["collect"]
 
 
 def collect(
-    result: DecomposeResult,
+    result: DecomposeResult[Any],
     *,
     timing: Timing | str | None = None,
     where: Environment | None = None,

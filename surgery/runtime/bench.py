@@ -15,23 +15,17 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from surgery.cost.onnxruntime.latency import cpu_name
-from surgery.cost.onnxruntime.timing import (
-    Budget,
-    Samples,
-    bind,
-    check_threads,
-    compare_samples,
-    interleave,
-    open_session,
-    physical_cores,
-    waited,
-)
-from surgery.data.inputs import Inputs, default_inputs, feed, normalise_inputs
+from surgery.cost.onnxruntime.sessions import bind, check_threads, open_session
+from surgery.cost.timing import Budget, Samples, compare_samples, interleave, waited
 from surgery.errors import InputError
+from surgery.kinds.inputs import Inputs, normalise_inputs
+from surgery.kinds.registry import is_model
 from surgery.runtime.compare import Model, open_model
 from surgery.runtime.export import capture, export_onnx
+from surgery.runtime.feeds import default_inputs, feed
+from surgery.system.machine import cpu_name, physical_cores
 from surgery.system.scratch import scratch_folder
+from surgery.text import Verdict
 
 __all__ = [
     "Environment",
@@ -52,10 +46,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Environment:
-    """Where it was measured: what a latency depends on.
+    """Where it was measured: everything that a latency depends on.
 
-    ``load`` is the number of processes that wanted a core in the minute before (None where the system does not say).
-    On a busy machine expect wide intervals, and do not trust a comparison with more than one thread.
+    ``load`` is the number of processes that wanted a core in the minute before (None if the system does not say). On a
+    busy machine, expect wide intervals, and do not trust a comparison with more than one thread.
     """
 
     threads: int
@@ -104,7 +98,7 @@ class ModelComparison:
     speedup: float
     low: float
     high: float
-    verdict: str
+    verdict: Verdict
 
 
 @dataclass(frozen=True)
@@ -132,7 +126,7 @@ class Timing:
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """A model that onnxruntime has taken, with its inputs in place: each call of ``run`` is one run."""
+    """A model that is loaded in onnxruntime, with its inputs in place: each call of ``run`` is one run."""
 
     path: str
     run: Callable[[], None]
@@ -151,14 +145,14 @@ def bench(
 ) -> Timing:
     """Time models under onnxruntime on the same inputs, interleaved, for about ``seconds`` in all.
 
-    Models are modules, programs, or paths of .pt2 and .onnx files; those of PyTorch are exported to temporary files and
-    checked first. Without ``example_inputs`` those that the first model brings along are used, or random ones of the
-    shapes it declares, with 1 for dynamic sizes of an .onnx file. ``names`` stand for the models in the result,
-    not their paths. ``threads`` defaults to the physical cores. ``progress`` gets the share of the time that is over.
+    Models are modules, programs, or paths of .pt2 and .onnx files. PyTorch models are exported to temporary files and
+    checked first. Without ``example_inputs``, the inputs that the first model brings along are used, or random ones of
+    the shapes that it declares; dynamic sizes of an .onnx file are 1. ``names`` replace the models' paths in the
+    result. ``threads`` defaults to the physical cores. ``progress`` gets the share of the time that has passed.
 
-    Models that run in turn find their weights evicted from the caches, as in a program that does other things between
-    two runs. ``time_apart`` times each as it runs by itself, again and again, in processes of its own: there a model
-    whose weights fit in the cache is faster, while one whose weights do not is as fast as here.
+    Models that take turns find their weights evicted from the caches, as in a program that does other things between
+    two runs. ``time_apart`` times each model as it runs by itself, again and again, in its own processes. There a model
+    whose weights fit in the cache is faster; one whose weights do not fit is as fast as here.
 
     Raises:
         InputError: no models, or models that do not take the same inputs.
@@ -204,7 +198,8 @@ def time_ready(
 ) -> Timing:
     """Time models that are ready, interleaved, for about ``seconds`` in all, with the threads they were made for.
 
-    With one thread, what a run waits for a core that other programs have does not count, where the system tells.
+    With one thread, the time that a run waits for a core in use by other programs does not count, if the system
+    reports it.
     """
     where = environment(threads)
     runs = [model.run for model in ready]
@@ -220,8 +215,8 @@ def time_ready(
 
 
 def check_models(models: Any, names: Sequence[str] | None) -> None:
-    """Raise InputError for what is no list of models, or other than as many names."""
-    if isinstance(models, str | os.PathLike | nn.Module | ExportedProgram) or not models:
+    """Raise InputError unless there is a list of models and, if any, one name for each."""
+    if isinstance(models, str | os.PathLike) or is_model(models) or not models:
         raise InputError("timing needs a list of models", allowed="one or more")
     if names is not None and len(names) != len(models):
         raise InputError(f"{len(names)} names for {len(models)} models", allowed="one name for each model")
@@ -244,12 +239,12 @@ def shared_inputs(models: Sequence[Model], example_inputs: Any, seed: int) -> In
 
 
 def describe_feeds(feeds: Mapping[str, npt.NDArray[Any]]) -> tuple[str, ...]:
-    """Return a word on each input of a session: its name, type and shape."""
+    """Return each input of a session in words: its name, type and shape."""
     return tuple(f"{name} {a.dtype} {'x'.join(map(str, a.shape)) or 'scalar'}" for name, a in feeds.items())
 
 
 def _prepare(model: Model, inputs: Inputs, threads: int) -> tuple[Callable[[], None], tuple[str, ...]]:
-    """Return what runs a model once on its inputs, and these in words."""
+    """Return a callable that runs a model once on its inputs, and the inputs in words."""
     if isinstance(model, ort.InferenceSession):
         feeds = feed(model, inputs)
         return bind(model, feeds), describe_feeds(feeds)

@@ -1,8 +1,8 @@
 """How far the outputs of two models are apart on the same inputs.
 
-Outputs may be nested (tuples, dicts, dataclasses such as those of transformers); they are compared tensor by tensor,
-each as a whole: the largest absolute difference, and the Frobenius norm of the difference over that of the first
-model's output.
+Outputs may be nested (tuples, dicts, dataclasses such as those of transformers). They are compared tensor by tensor,
+each as a whole, by two numbers: the largest absolute difference, and the Frobenius norm of the difference over that of
+the first model's output.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from surgery.algebra.chain import relative_error
-from surgery.cost.onnxruntime.timing import open_session
-from surgery.data.inputs import Inputs, default_inputs, feed, normalise_inputs
+from surgery.cost.onnxruntime.sessions import open_session
 from surgery.errors import InputError
 from surgery.files.guard.onnx import check_onnx
 from surgery.files.load import load
+from surgery.kinds.inputs import Inputs, normalise_inputs
+from surgery.kinds.registry import is_model, kind_of
+from surgery.runtime.feeds import default_inputs, feed
 from surgery.text import first_line
 
 __all__ = [
@@ -85,12 +87,12 @@ def compare(
 ) -> Difference:
     """Return the differences of the outputs of ``b`` from those of ``a``; modules run in evaluation mode.
 
-    Models are modules, exported programs, or paths to .pt2 and .onnx files. Without ``inputs``, those that the first
-    model brings along are used, or those of the second, or random ones of their shapes.
+    Models are modules, exported programs, or paths to .pt2 and .onnx files. Without ``inputs``, the inputs that the
+    first model brings along are used, else those of the second, else random ones of their shapes.
 
     Raises:
-        InputError: no inputs are known, or they do not fit, or the outputs differ in number, kind or shape, or hold no
-            finite number that could be compared.
+        InputError: inputs are not known or do not fit, the outputs differ in number, kind or shape, or no number in
+            them is finite, so that nothing can be compared.
 
     >>> layer = nn.Linear(3, 2)
     >>> compare(layer, layer, torch.ones(1, 3)).max_abs
@@ -113,12 +115,12 @@ def compare(
 
 
 def open_model(model: Model | str | os.PathLike[str], *, threads: int | None = None) -> Model:
-    """Return a model as it is, or from its file: an .onnx file becomes a session, any other is loaded.
+    """Return a model as it is, or from its file: an .onnx file becomes a session, and any other file is loaded.
 
     Raises:
-        InputError: no such kind of model, or a file that is unreadable, or has weights outside of its folder.
+        InputError: the model is of another kind, its file cannot be read, or its weights lie outside of its folder.
     """
-    if isinstance(model, nn.Module | ExportedProgram | ort.InferenceSession):
+    if isinstance(model, ort.InferenceSession) or is_model(model):
         return model
     if not isinstance(model, str | os.PathLike):
         allowed = "nn.Module, GraphModule, ExportedProgram, or the path of a .pt2 or .onnx file"
@@ -142,10 +144,9 @@ def run_model(model: Model, inputs: Inputs) -> Any:
     args, kwargs = inputs
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch about itself; what matters here are the outputs
-        if isinstance(model, ExportedProgram):
-            return _call(lambda: model.module()(*args, **kwargs))
-        with evaluating(model):
-            return _call(lambda: model(*args, **kwargs))
+        module = kind_of(model).runnable(model)
+        with evaluating(module):
+            return _call(lambda: module(*args, **kwargs))
 
 
 def _call(run: Callable[[], Any]) -> Any:
@@ -176,7 +177,7 @@ def compare_outputs(first: Any, second: Any) -> Difference:
     """Return the differences of two nests of tensors.
 
     Raises:
-        InputError: they have different numbers of tensors, or different shapes, or none.
+        InputError: the two have different numbers of tensors, different shapes, or no tensor at all.
     """
     a, b = list(flatten_outputs(first)), list(flatten_outputs(second))
     shapes = [[tuple(tensor.shape) for _, tensor in side] for side in (a, b)]
@@ -191,7 +192,7 @@ def compare_outputs(first: Any, second: Any) -> Difference:
 def _differ(name: str, first: Tensor, second: Tensor) -> OutputDifference:
     x, y = (_real(tensor.detach().cpu()) for tensor in (first, second))
     if torch.equal(torch.isnan(x), torch.isnan(y)):
-        same = (x == y) | torch.isnan(x)  # infinities and NaN in the same places are no difference
+        same = (x == y) | torch.isnan(x)  # infinities and NaN in the same places do not count as a difference
         x, y = x.masked_fill(same & ~torch.isfinite(x), 0), y.masked_fill(same & ~torch.isfinite(y), 0)
     max_abs = float((x - y).abs().max()) if x.numel() else 0.0
     relative = relative_error(y, x)
@@ -211,7 +212,7 @@ def flatten_outputs(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield all tensors of a nest, each with its place: ``[0]``, ``.logits``; a number counts as a tensor.
 
     Raises:
-        InputError: the nest has something else in it.
+        InputError: the nest contains something other than tensors and numbers.
     """
     if value is None:
         return

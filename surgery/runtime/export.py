@@ -1,4 +1,4 @@
-"""Export to ONNX: quietly, whole or not at all, and only what onnxruntime was seen to compute as PyTorch does."""
+"""Export to ONNX: quietly, whole or not at all, and only if onnxruntime was seen to compute what PyTorch does."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from surgery.cost.onnxruntime.timing import open_session
-from surgery.data.inputs import Inputs, default_inputs, feed, flatten_inputs, normalise_inputs
+from surgery.cost.onnxruntime.sessions import open_session
 from surgery.errors import CaptureError, CheckError, InputError
+from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs
+from surgery.kinds.registry import kind_of
 from surgery.runtime.compare import Difference, compare_outputs, evaluating, flatten_outputs, run_model
+from surgery.runtime.feeds import default_inputs, feed
 from surgery.runtime.rounding import float64_outputs, shaken_outputs
 from surgery.system.scratch import scratch_folder
 from surgery.system.writing import Writer, check_outputs, write_together
@@ -46,7 +48,7 @@ TOLERANCES = {  # relative Frobenius error of a whole output, by the coarsest fl
 # Of badly conditioned models, onnxruntime's error was 0.9 to 1.5 times PyTorch's: both round as often, in other orders.
 # A sum of n random terms is off by u sqrt(n / 2) if taken one by one, u sqrt(log2 n) in a tree: 7 apart at 1000 terms.
 ROUNDING_SLACK = 8.0
-MAX_ROUNDING = 0.1  # relative: where float32 has no digit left, no export can be checked
+MAX_ROUNDING = 0.1  # relative: an export cannot be checked where float32 has no digits left
 _SHAKES = 3
 _SINGLE_FILE_BYTES = 2**31 - 2**24  # protobuf takes less than 2 GiB in one message; leave room for the nodes
 _LOUD = ("torch.onnx", "torch.export", "torch._export", "onnxscript", "onnx_ir")
@@ -58,7 +60,8 @@ class ExportReport:
     """What was written and how it was checked.
 
     ``inputs`` has each input as ``name type shape``, with letters for dynamic sizes. The errors are the largest of any
-    output, against PyTorch, on the example inputs. ``data`` is the file of weights beside a model of 2 GiB or more.
+    output, against PyTorch, on the example inputs. ``data`` is the second file, which a model of 2 GiB or more has for
+    its weights.
     """
 
     path: Path
@@ -81,12 +84,12 @@ def export_onnx(
 ) -> ExportReport:
     """Write a module (in evaluation mode) or program as ONNX, after onnxruntime gave PyTorch's outputs on the inputs.
 
-    ``example_inputs`` are a tensor, a tuple or list, or a dict by name; a program brings its own along, and its dynamic
-    sizes stay dynamic. Weights of 2 GiB or more go to a second file, ``NAME.onnx.data``.
+    ``example_inputs`` are a tensor, a tuple or list, or a dict by name. A program brings its own inputs along, and its
+    dynamic sizes stay dynamic. Weights of 2 GiB or more go to a second file, ``NAME.onnx.data``.
 
     Raises:
         FileError: the file cannot be written, or exists and ``force`` is False.
-        InputError: no inputs, inputs that do not fit, or types that onnxruntime cannot run.
+        InputError: inputs are missing or do not fit, or onnxruntime cannot run their types.
         CaptureError: torch cannot capture the model or write it as ONNX.
         CheckError: onnxruntime computes something else; nothing is written.
     """
@@ -119,20 +122,20 @@ def capture(
     """Return the model as a program (a module's, in evaluation mode), and inputs that it runs on.
 
     Raises:
-        InputError: no inputs are given and the model knows none.
+        InputError: no inputs are given, and the model does not know any.
         CaptureError: torch.export cannot capture the module.
     """
-    if not isinstance(model, nn.Module | ExportedProgram):
-        raise InputError(f"a model of type {type(model).__name__}", allowed="nn.Module, GraphModule, ExportedProgram")
+    kind = kind_of(model)
     inputs = default_inputs(model, seed=seed) if example_inputs is None else normalise_inputs(example_inputs)
     if inputs is None:
         raise InputError(f"{type(model).__name__} needs example inputs", next_step="give example_inputs")
-    if isinstance(model, ExportedProgram):
-        return model, inputs
+    if (program := kind.program(model)) is not None:
+        return program, inputs
     args, kwargs = inputs
     run_model(model, inputs)  # inputs that do not fit are an InputError, not a failure of the capture
-    with quiet(), evaluating(model):
-        return _capturing("captured", lambda: torch.export.export(model, args, kwargs)), inputs
+    module = kind.runnable(model)
+    with quiet(), evaluating(module):
+        return _capturing("captured", lambda: torch.export.export(module, args, kwargs)), inputs
 
 
 @contextmanager
@@ -192,10 +195,10 @@ def _open_draft(draft: Path) -> Any:
 def check_export(program: ExportedProgram, session: Any, inputs: Inputs) -> Difference:
     """Return the differences of an onnxruntime session from the program that was exported to it, on inputs.
 
-    An output is right within ``TOLERANCES``. One that is not is judged by what rounding does to this program: its error
-    against a run of the program in float64 may be ``ROUNDING_SLACK`` times that of the program itself, or times what
-    the program changes by where its weights and inputs move by their last place, whichever is more; never above
-    ``MAX_ROUNDING``, where a wrong export could no longer be told from rounding. Outputs are judged one by one.
+    An output within ``TOLERANCES`` is right. Any other is judged by what rounding does to this program. Its error
+    against a run of the program in float64 may be ``ROUNDING_SLACK`` times the larger of two numbers: the error of the
+    program itself, and the change of its outputs when its weights and inputs move by their last place. It may never be
+    above ``MAX_ROUNDING``, where a wrong export could not be told from rounding. Outputs are judged one by one.
 
     Raises:
         InputError: the inputs do not fit the session.
@@ -204,7 +207,7 @@ def check_export(program: ExportedProgram, session: Any, inputs: Inputs) -> Diff
     feeds = feed(session, inputs, program)
     try:
         found = tuple(torch.from_numpy(array) for array in session.run(None, feeds))
-    except Exception as error:  # onnxruntime's exceptions have no common base but this
+    except Exception as error:  # onnxruntime's exceptions share no other base
         raise CheckError(f"onnxruntime cannot run the exported model: {first_line(error)}") from error
     expected = run_model(program, inputs)
     try:
@@ -221,7 +224,7 @@ def check_export(program: ExportedProgram, session: Any, inputs: Inputs) -> Diff
     plain = [tensor for _, tensor in flatten_outputs(expected)]
     if not compare_outputs(expected, run_model(program, inputs)).relative <= tolerance:
         raise CheckError(f"{wrong}, whose own differ from run to run", next_step="nothing was written")
-    errors, allowed = _beside_rounding(program, inputs, plain, found, tolerance)
+    errors, allowed = _against_rounding(program, inputs, plain, found, tolerance)
     worst = max(range(len(errors)), key=lambda output: errors[output] / max(allowed[output], 1e-300))
     if not errors[worst] <= allowed[worst]:
         most = f"at most {allowed[worst]:.2g}, with regard to rounding, and it is {errors[worst]:.2g}"
@@ -229,7 +232,7 @@ def check_export(program: ExportedProgram, session: Any, inputs: Inputs) -> Diff
     return difference
 
 
-def _beside_rounding(
+def _against_rounding(
     program: ExportedProgram, inputs: Inputs, expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float
 ) -> tuple[list[float], list[float]]:
     """Return the error of each output that was found, and the largest that rounding can explain."""
@@ -248,7 +251,7 @@ def _beside_rounding(
 
 
 def _where_finite(exact: Tensor, expected: Tensor) -> Tensor:
-    """Return exact numbers, but what the program gave where that is infinite or NaN, since a narrow type overflows."""
+    """Return the exact numbers; where a narrow type overflowed to infinity or NaN, return what the program gave."""
     return exact if not expected.is_floating_point() else torch.where(torch.isfinite(expected), exact, expected)
 
 
@@ -260,7 +263,7 @@ def _relative(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[float]:
 
 
 def _publish(draft: Path, target: Path, *, force: bool) -> Path | None:
-    """Copy the checked draft to its place; the weights first, so that a model is never without them."""
+    """Copy the checked draft to its place, the weights first, so that a model is never without its weights."""
     source, data = draft.with_name(draft.name + ".data"), target.with_name(target.name + ".data")
     files = [(data, _copier(source))] if source.exists() else []
     write_together([*files, (target, _copier(draft))], force=force)

@@ -1,9 +1,9 @@
 """Whole models timed as a user runs them: each exported once, alone in new processes, under default sessions.
 
-``bench`` times models beside each other in the calling process, which is quick, and in which they share caches, memory
-and cores. A model that would keep its weights in the cache when it runs alone, and pays for the other's there, is
-faster for its user than ``bench`` says. Here each has processes to itself (see ``cost.onnxruntime.processes``), and a
-program's dynamic sizes stay dynamic, which some of the runtime's fusions depend on.
+``bench`` times models together in the calling process. That is quick, but the models share caches, memory and cores. A
+model that keeps its weights in the cache when it runs alone pays for the other's there, and is faster for its user than
+``bench`` says. Here each model has processes to itself (``surgery.cost.onnxruntime.processes``). A program's dynamic
+sizes stay dynamic, because some of the runtime's fusions depend on them.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 from torch import nn
 from torch.export import ExportedProgram
 
-from surgery.cost.onnxruntime.processes import Blocks, Job, compare_generations, time_generations
-from surgery.cost.onnxruntime.timing import Samples, Speedup, check_threads, open_session
-from surgery.data.inputs import Inputs, feed
+from surgery.cost.base import Backend, ModelFile
+from surgery.cost.onnxruntime.sessions import check_threads, open_session
+from surgery.cost.registry import make_backend
+from surgery.cost.timing import Speedup
 from surgery.errors import InputError
+from surgery.kinds.inputs import Inputs
 from surgery.runtime.bench import (
     ModelComparison,
     ModelTiming,
@@ -38,30 +39,29 @@ from surgery.runtime.bench import (
 )
 from surgery.runtime.compare import open_model
 from surgery.runtime.export import capture, export_onnx
+from surgery.runtime.feeds import feed
 from surgery.system.scratch import scratch_folder
 
 __all__ = ["Apart", "time_apart", "time_batches"]
 
-_WIDE = 1.1  # times its lower end, an interval that leaves the search for a speed-up in the dark
+_WIDE = 1.1  # an interval whose upper end is more than this times the lower one says too little for a search
 
 _Given: TypeAlias = nn.Module | ExportedProgram | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class _Written:
-    """A model as its user has it: a file, what goes in by name, and the sizes that the file declares, in its order."""
+    """A model as its user has it: a file with its inputs, and the sizes that the file declares for each input."""
 
-    name: str
-    file: Path
-    feeds: dict[str, npt.NDArray[Any]]
+    file: ModelFile
     shapes: tuple[tuple[int | str | None, ...], ...]
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """Whether a speed-up is reached, if any is asked for, and how many times as long a timing may try to tell.
+    """The speed-up asked for, if any, and how many times as long a timing may take to tell whether it is reached.
 
-    A search goes on from a speed-up, so that its interval is to be narrow, too.
+    A search goes on from the speed-up that was measured, so that its interval must be narrow, too.
     """
 
     goal: float | None
@@ -79,15 +79,17 @@ def time_apart(
     threads: int | None = None,
     seconds: float = 5.0,
     seed: int = 0,
+    backend: Backend | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Timing:
-    """Time models under onnxruntime, each alone in new processes, for about ``seconds`` in all after their export.
+    """Time models each alone in new processes, for about ``seconds`` in all after their export.
 
-    Models, inputs and names are those of ``bench``. Processes of all models take turns of a quarter of a second, in
-    four to eight generations; models that are slow to load take longer than the seconds. A process opens one
-    session with default options, except for the ``threads`` if they are given, and runs it with plain arrays. What it
-    waits for a core that others use does not count, as far as the system tells (``without_waits``). Intervals are those
-    of ``compare_generations``: they know how far processes differ.
+    Models, inputs and names are those of ``bench``. The ``backend`` is onnxruntime unless another is given. With
+    onnxruntime, the processes of all models take turns of a quarter of a second, in four to eight generations. Models
+    that are slow to load take longer than the seconds. A process opens one session with default options, except for the
+    ``threads`` if they are given, and runs it with plain arrays. What it waits for a core that others use does not
+    count, as far as the system tells (``without_waits``). Intervals are those of ``compare_generations``, which know
+    how far processes differ.
 
     Raises:
         InputError: as ``bench``, or a process failed.
@@ -97,14 +99,18 @@ def time_apart(
     >>> time_apart([nn.Linear(8, 8)], torch.ones(1, 8), seconds=0.0).models[0].runs >= 6
     True
     """
-    with _written(models, example_inputs, names, seed) as (folder, written):
-        return _time(folder, written, threads=threads, seconds=seconds, seed=seed, progress=progress)
+    with _written(models, example_inputs, names, seed) as written:
+        return _time(backend or make_backend(), written, threads=threads, seconds=seconds, seed=seed, progress=progress)
 
 
 class Apart:
-    """A model that others are timed against, one after another, as ``time_apart`` does; it is exported once."""
+    """A model that others are timed against, one after another, as ``time_apart`` does; it is exported once.
 
-    def __init__(self, model: nn.Module | ExportedProgram, example_inputs: Any = None) -> None:
+    Models run with the ``threads`` of the backend.
+    """
+
+    def __init__(self, model: nn.Module | ExportedProgram, example_inputs: Any, backend: Backend) -> None:
+        self._backend = backend
         self._inputs = shared_inputs([model], example_inputs, 0)
         held = ExitStack()
         weakref.finalize(self, held.close)  # also when Python ends
@@ -117,7 +123,6 @@ class Apart:
         *,
         goal: float | None = None,
         patience: int = 1,
-        threads: int | None = None,
         seconds: float = 5.0,
         progress: Callable[[float], None] | None = None,
     ) -> Timing:
@@ -128,19 +133,26 @@ class Apart:
         """
         later = _write(model, model, self._inputs, self._folder / "later.onnx", name_of(model))
         asked = _Asked(goal, patience)
-        both = [self._first, later]
-        return _time(self._folder, both, asked, threads=threads, seconds=seconds, seed=0, progress=progress)
+        return self._time([self._first, later], asked, seconds, progress)
 
     def alone(
         self,
         *,
-        threads: int | None = None,
         seconds: float = 5.0,
         progress: Callable[[float], None] | None = None,
     ) -> ModelTiming:
         """Return the timing of the model itself."""
-        timing = _time(self._folder, [self._first], threads=threads, seconds=seconds, seed=0, progress=progress)
-        return timing.models[0]
+        return self._time([self._first], None, seconds, progress).models[0]
+
+    def _time(
+        self,
+        models: Sequence[_Written],
+        asked: _Asked | None,
+        seconds: float,
+        progress: Callable[[float], None] | None,
+    ) -> Timing:
+        threads = self._backend.threads
+        return _time(self._backend, models, asked, threads=threads, seconds=seconds, seed=0, progress=progress)
 
 
 def time_batches(
@@ -152,23 +164,24 @@ def time_batches(
     threads: int | None = None,
     seconds: float = 5.0,
     seed: int = 0,
+    backend: Backend | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> dict[int, Timing]:
-    """Time models as ``time_apart`` does, at several sizes of their dynamic batch axis; the seconds are shared out.
+    """Time models as ``time_apart`` does, at several sizes of their dynamic batch axis, which share the seconds.
 
-    The batch axis is the first dynamic size of the first input that has one, and every other axis of that name; inputs
+    The batch axis is the first dynamic size of the first input that has one, and every other axis of that name. Inputs
     are repeated along it, or cut.
 
     Raises:
-        InputError: as ``time_apart``, or a model has no dynamic size, or ``batches`` are not above 0.
+        InputError: as ``time_apart``, or a model does not have a dynamic size, or ``batches`` are not above 0.
     """
     if not batches or not all(isinstance(batch, int) and batch >= 1 for batch in batches):
         raise InputError(f"batches={tuple(batches)}", allowed="one or more whole numbers above 0")
     found: dict[int, Timing] = {}
-    with _written(models, example_inputs, names, seed) as (folder, written):
+    with _written(models, example_inputs, names, seed) as written:
         for batch in batches:
             found[batch] = _time(
-                folder,
+                backend or make_backend(),
                 [_resized(model, batch) for model in written],
                 threads=threads,
                 seconds=seconds / len(batches),
@@ -185,8 +198,8 @@ def _part(progress: Callable[[float], None], done: int, parts: int) -> Callable[
 @contextmanager
 def _written(
     models: Sequence[_Given], example_inputs: Any, names: Sequence[str] | None, seed: int
-) -> Iterator[tuple[Path, list[_Written]]]:
-    """Yield a folder, and the models as files in it or where they were; the folder is removed whatever happens."""
+) -> Iterator[list[_Written]]:
+    """Yield the models as files, in a folder that is removed whatever happens, or where they were."""
     check_models(models, names)
     opened = [open_model(model) for model in models]
     inputs = shared_inputs(opened, example_inputs, seed)
@@ -199,7 +212,7 @@ def _written(
             except InputError as error:
                 raise InputError(f"{called}: {error.what}", allowed=error.allowed, next_step=error.next_step) from error
         del opened, model  # sessions hold their weights in memory
-        yield folder, written
+        yield written
 
 
 def _write(model: Any, given: _Given, inputs: Inputs, file: Path, name: str) -> _Written:
@@ -210,25 +223,25 @@ def _write(model: Any, given: _Given, inputs: Inputs, file: Path, name: str) -> 
         export_onnx(program, file, inputs)
         session = open_session(file)
         feeds = feed(session, inputs, program)
-    return _Written(name, file, feeds, tuple(tuple(d.shape) for d in session.get_inputs()))
+    return _Written(ModelFile(name, file, feeds), tuple(tuple(d.shape) for d in session.get_inputs()))
 
 
 def _resized(model: _Written, batch: int) -> _Written:
     names = [size for shape in model.shapes for size in shape if not isinstance(size, int)]
     if not names or names[0] is None:
-        what = f"{model.name} has no dynamic batch axis"
+        what = f"{model.file.name} has no dynamic batch axis"
         raise InputError(what, next_step="export it with dynamic_shapes, or time it at its one size with time_apart")
     feeds = {}
-    for (name, array), shape in zip(model.feeds.items(), model.shapes, strict=True):
+    for (name, array), shape in zip(model.file.feeds.items(), model.shapes, strict=True):
         for axis, size in enumerate(shape):
             if size == names[0]:
                 array = np.take(array, np.arange(batch) % array.shape[axis], axis)
         feeds[name] = np.ascontiguousarray(array)
-    return _Written(model.name, model.file, feeds, model.shapes)
+    return replace(model, file=replace(model.file, feeds=feeds))
 
 
 def _time(
-    folder: Path,
+    backend: Backend,
     models: Sequence[_Written],
     asked: _Asked | None = None,
     *,
@@ -239,38 +252,19 @@ def _time(
 ) -> Timing:
     check_threads(threads)
     where = environment(threads)
-    jobs = []
-    for index, model in enumerate(models):
-        inputs = folder / f"{index}.npz"
-        np.savez(inputs, *model.feeds.values())  # by place: names of inputs need not be names of files
-        jobs.append(Job(model.name, model.file, inputs, threads))
+    files = [model.file for model in models]
 
-    def settled(found: Sequence[Sequence[Blocks]]) -> bool:
-        return asked is None or all(asked.answered(compare_generations(*pair)) for pair in _pairs(found))
+    def settled(found: Sequence[Speedup]) -> bool:
+        return asked is None or all(map(asked.answered, found))
 
     patience = 1 if asked is None else asked.patience
-    generations = time_generations(
-        jobs, seconds=seconds, seed=seed, settled=settled, patience=patience, progress=progress
+    times = backend.time_models(
+        files, threads=threads, seconds=seconds, seed=seed, settled=settled, patience=patience, progress=progress
     )
-    blocks = list(zip(*generations, strict=True))  # of each model, those of its processes
+    rows = zip(files[1:], times.speedups, strict=True)
     return Timing(
-        tuple(ModelTiming(m.name, _pooled(processes)) for m, processes in zip(models, blocks, strict=True)),
-        tuple(_compared(m.name, *pair) for m, pair in zip(models[1:], _pairs(generations), strict=True)),
+        tuple(ModelTiming(file.name, samples) for file, samples in zip(files, times.samples, strict=True)),
+        tuple(ModelComparison(file.name, s.value, s.low, s.high, s.verdict) for file, s in rows),
         where,
-        describe_feeds(models[0].feeds),
+        describe_feeds(files[0].feeds),
     )
-
-
-def _pairs(generations: Sequence[Sequence[Blocks]]) -> list[tuple[Sequence[Blocks], Sequence[Blocks]]]:
-    """Return the blocks of the first model's processes with those of each other's."""
-    first, *others = zip(*generations, strict=True)
-    return [(first, later) for later in others]
-
-
-def _pooled(processes: Sequence[Blocks]) -> Samples:
-    return Samples(tuple(seconds for blocks in processes for block in blocks for seconds in block))
-
-
-def _compared(name: str, first: Sequence[Blocks], later: Sequence[Blocks]) -> ModelComparison:
-    found = compare_generations(first, later)
-    return ModelComparison(name, found.value, found.low, found.high, found.verdict)

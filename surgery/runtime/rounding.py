@@ -1,15 +1,17 @@
-"""How far rounding alone takes the outputs of a program: what an exact copy of it on another runtime may differ by.
+"""How far rounding alone moves the outputs of a program: by how much an exact copy on another runtime may differ.
 
 Two runtimes add the same numbers in different orders. What that does to an output depends on the model: differences of
-nearly equal numbers lose digits, and a deep network passes the loss on. Two yardsticks, both relative Frobenius errors:
+nearly equal numbers lose digits, and a deep network passes the loss on. There are two yardsticks, both relative
+Frobenius errors:
 
-- the error of the program itself, against a run of the same graph in float64. For that run every float tensor is
-  widened, and every narrow type that the graph names, as in ``x.to(float32)``, is float64;
-- the change of the outputs where each weight and input moves by at most one unit in the last place, at random: how the
-  graph multiplies roundings, whatever operators it has (Monte Carlo arithmetic, Parker 1997, at the leaves alone).
+- The error of the program itself, against a run of the same graph in float64. For that run every float tensor is
+  widened, and every narrow type that the graph names, as in ``x.to(float32)``, becomes float64.
+- The change of the outputs when each weight and input moves by at most one unit in the last place, at random. It shows
+  how the graph multiplies roundings, whatever operators it has (Monte Carlo arithmetic, Parker 1997, at the leaves
+  alone).
 
-The second stands in where the first cannot be had (an operator without a float64 kernel, or one that changes its narrow
-inputs in place), and guards it where it is small by luck, as in an output of a single number.
+The second replaces the first where that cannot be computed: an operator has no float64 kernel, or changes its narrow
+inputs in place. It also guards the first where that is small by luck, as in an output of a single number.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from surgery.data.inputs import Inputs
+from surgery.kinds.inputs import Inputs
 from surgery.runtime.compare import flatten_outputs
 
 __all__ = ["float64_outputs", "shaken_outputs"]
@@ -39,7 +41,7 @@ _WIDE = {
 
 
 def float64_outputs(program: ExportedProgram, inputs: Inputs) -> list[Tensor] | None:
-    """Return the outputs of the program, all computed in float64; None where that is not possible.
+    """Return the outputs of the program, all computed in float64; None if that is not possible.
 
     >>> program = torch.export.export(torch.nn.Linear(2, 3), (torch.ones(1, 2),))
     >>> [output.dtype for output in float64_outputs(program, ((torch.ones(1, 2),), {}))]
@@ -90,7 +92,7 @@ def _state(module: torch.nn.Module) -> Mapping[str, Tensor]:
 
 
 class _InFloat64(TorchDispatchMode):
-    """Computes in float64 what is asked for in a narrower float type, and makes float64 of what an operator creates."""
+    """Computes in float64 whatever is asked for in a narrower float type, including tensors that operators create."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Conv, Linear, Operator, Shape
+from surgery.algebra.operators import Operator, Shape
 from surgery.errors import CheckError, InputError
 from surgery.sites.epilogue import Loop, Neighbour
 
-__all__ = ["FactoredSite", "Site", "Skip", "Totals", "describe", "select"]
+__all__ = ["FactoredSite", "Site", "Skip", "Totals", "select"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class Site:
     @property
     def description(self) -> str:
         """The operator in words."""
-        return describe(self.operator)
+        return self.operator.description
 
     @property
     def parameters(self) -> int:
@@ -93,7 +93,7 @@ class FactoredSite(Site):
     def description(self) -> str:
         """The operator in words, and what it has become."""
         method, ranks = self.made_by
-        return f"{describe(self.operator)} as {method} {','.join(map(str, ranks))}"
+        return f"{self.operator.description} as {method} {','.join(map(str, ranks))}"
 
     @property
     def parameters(self) -> int:
@@ -123,21 +123,6 @@ class Totals:
 
     parameters: int
     macs: int
-
-
-def describe(operator: Operator) -> str:
-    """Return the operator in words, as ``Conv2d 3x3 /2 groups=4`` or ``Linear``."""
-    if isinstance(operator, Linear):
-        return "Linear"
-    if not isinstance(operator, Conv):
-        return type(operator).__name__
-    g = operator.geometry
-    words = [f"Conv{'Transpose' if g.transposed else ''}{g.dims}d", "x".join(map(str, operator.kernel_size))]
-    if set(g.stride) != {1}:
-        words.append("/" + ",".join(map(str, sorted(set(g.stride)) if len(set(g.stride)) == 1 else g.stride)))
-    if operator.groups > 1:
-        words.append(f"groups={operator.groups}")
-    return " ".join(words)
 
 
 def select(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> dict[str, str | None]:

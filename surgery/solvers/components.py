@@ -3,9 +3,10 @@
     T (g, n_1, ..., n_N)  ~  sum_i  u_i^(1) o ... o u_i^(N)        factors (g, n_k, m)
 
 The matricised tensor times Khatri-Rao product (MTTKRP) of mode k is the tensor contracted with the vectors of all other
-modes, and the entrywise product of the other modes' m x m Gram matrices the normal matrix of a least-squares update. To
-reduce m components to r, near-parallel ones are merged, the r largest kept, and alternating least squares (ALS)
-polishes them: damped, so that no sweep raises the error and none explodes. Cost of a sweep 2 N r n_1 ... n_N.
+modes. The normal matrix of a least-squares update is the entrywise product of the other modes' m x m Gram matrices. To
+reduce m components to r, near-parallel ones are merged, the r largest are kept, and alternating least squares (ALS)
+polishes them. It is damped, so that no sweep raises the error and no component explodes. A sweep costs
+2 N r n_1 ... n_N.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ _ENTRIES = 1 << 26  # of the largest intermediate
 def reduce_rank(tensor: Tensor, factors: list[Tensor], rank: int, *, sweeps: int = 50) -> list[Tensor]:
     """Return ``rank`` of the components of factors (g, n_k, m), near-parallel ones merged, after ``sweeps`` of ALS.
 
-    Computed in float64 and damped, so that no sweep raises the error; given back balanced, in the tensor's dtype.
+    The computation is in float64, and damped so that no sweep raises the error. The result is balanced, in the tensor's
+    dtype.
     """
     check_components(tensor, rank, factors[0].shape[-1])
     unit, norm = unit_scaled(tensor.double())
@@ -55,7 +57,8 @@ def reduce_rank(tensor: Tensor, factors: list[Tensor], rank: int, *, sweeps: int
 def mttkrp(tensor: Tensor, factors: list[Tensor], modes: Iterable[int], *, entries: int = _ENTRIES) -> list[Tensor]:
     """Return for each mode (from 0) the (g, n_k, m) of the tensor contracted with the vectors of all other modes.
 
-    Computed for so many components at once that no intermediate has more than ``entries`` (or one component's).
+    The number of components computed at once is such that no intermediate has more than ``entries`` entries, unless
+    that of a single component has more.
     """
     at_once = max(1, entries // tensor[:, 0].numel())
     chunks = list(zip(*(factor.split(at_once, dim=-1) for factor in factors), strict=True))
@@ -65,6 +68,9 @@ def mttkrp(tensor: Tensor, factors: list[Tensor], modes: Iterable[int], *, entri
 
 
 def _mttkrp(unfolding: Tensor, factors: tuple[Tensor, ...], modes: list[int]) -> list[Tensor]:
+    # Invariant: ``contracted`` is (g, n_2, ..., n_N, m), the tensor without its first mode, which the other modes
+    # share. Example of order 3: mode 2 needs sum_(i,k) T_ijk a_i c_k. ``contracted`` has sum_i T_ijk a_i, and what is
+    # left is to multiply by c_k and to sum over k.
     first, *others = factors
     sizes = [factor.shape[1] for factor in others]
     results, contracted = [], None
@@ -111,6 +117,8 @@ def _sweep(tensor: Tensor, factors: list[Tensor]) -> list[Tensor]:
 
 def merged(factors: list[Tensor], rank: int) -> list[Tensor]:
     """Keep the largest ``rank`` components, after each has taken over the weights of smaller ones parallel to it."""
+    # Invariant: a component is ``taken`` if a larger one is parallel to it; its weight counts there, with the sign of
+    # the cosine, and hardly any is left to itself. Example: weights 3, 2 and 1, the first two opposite: 1, about 0, 1.
     weights = product(torch.linalg.vector_norm(factor, dim=1) for factor in factors)
     units = [normalised_vectors(factor) for factor in factors]
     cosines = product(unit.mT @ unit for unit in units)

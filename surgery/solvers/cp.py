@@ -2,12 +2,14 @@
 
     T (g, n_1, ..., n_N)  ~  sum_r  a_1r o ... o a_Nr        factors (g, n_i, r)
 
-by sweeps over the factors (``cp_model``), exact or by pairwise perturbation (``pairwise``), or by gradient descent on
-more components (``overparameterized``). Start: the leading left singular vectors of the unfoldings (HOSVD, by two steps
-of orthogonal iteration), and random factors; the best after a few sweeps goes on. The largest mode is updated first,
-and so needs no start. Gram matrices of factors are r x r, and nothing is larger than the tensor but for its contraction
-with one factor. No end is sure to be the global optimum, and a best approximation need not exist; a result whose
-components grow and cancel says so.
+The factors are found by sweeps over them (``cp_model``), exact or by pairwise perturbation (``pairwise``), or by
+gradient descent on more components (``overparameterized``).
+
+There are several starts: the leading left singular vectors of the unfoldings (HOSVD, by two steps of orthogonal
+iteration), and random factors. The best of them after a few sweeps goes on. The largest mode is updated first, so that
+it needs no start. Gram matrices of factors are r x r, and nothing is larger than the tensor except its contraction with
+one factor. The result may be a local optimum, and a best approximation need not exist; a result whose components grow
+and cancel says so.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ _FLOAT32_RESIDUAL = 1e-3  # share of the energy below which float32 products say
 class CpResult:
     """Factors (g, n_i, rank), whose scales are balanced, and how well they fit: relative Frobenius error of the batch.
 
-    ``degenerate`` where components are large and cancel in spite of the ridge, with the ``reason`` in words.
+    ``degenerate`` says that components are large and cancel in spite of the ridge, and ``reason`` says so in words.
     """
 
     factors: list[Tensor]
@@ -64,11 +66,13 @@ def cp(
 ) -> CpResult:
     """Return a CP approximation of a batch of tensors (g, n_1, ..., n_N), N from 2 to 6, in float32 or float64.
 
-    ``method``: ``"als"``; ``"pp"``, the same with pairwise perturbation (Ma and Solomonik, arXiv 1811.10573); ``"gd"``,
-    an over-parameterised gradient method (orders 3 and 4; the other options but ``seed`` do not apply). At most
-    ``sweeps`` sweeps, fewer once one lowers the error by less than ``tolerance`` of itself. ``restarts`` random starts
-    are tried beside the HOSVD. Raises ``InputError`` for a method, order or rank that there is not, or a tensor that is
-    not finite.
+    ``method`` is ``"als"``; ``"pp"``, the same with pairwise perturbation (Ma and Solomonik, arXiv 1811.10573); or
+    ``"gd"``, an over-parameterised gradient method (orders 3 and 4; of the other options, only ``seed`` applies). There
+    are at most ``sweeps`` sweeps, and fewer once one lowers the error by less than ``tolerance`` of itself.
+    ``restarts`` random starts are tried besides the HOSVD.
+
+    Raises:
+        InputError: the method, order or rank is not possible, or the tensor is not finite.
     """
     # OpenBLAS may raise the flag of an invalid operation for lanes of a vector that no result comes from
     with one_pool(one_thread=tensor.numel() * rank < _SMALL), np.errstate(invalid="ignore"):
@@ -98,7 +102,7 @@ def _cp(tensor: Tensor, rank: int, method: str, *, sweeps: int, tolerance: float
 
 
 def _run(model: CpModel, method: str, *, sweeps: int, tolerance: float) -> tuple[CpModel, int]:
-    """Sweep until the error settles; where float32 cannot tell, go on in float64. Return the number of sweeps too."""
+    """Sweep until the error settles, in float64 once float32 cannot tell; return the number of sweeps, too."""
     run = pairwise_sweeps if method == "pp" else als_sweeps
     done = run(model, sweeps=sweeps, tolerance=tolerance)
     if model.tensor.dtype == np.float32 and model.residual.min() < _FLOAT32_RESIDUAL:
@@ -136,9 +140,9 @@ def als_sweeps(model: CpModel, *, sweeps: int, tolerance: float) -> int:
 
 
 def start(tensor: Tensor, rank: int, *, restarts: int = 0, seed: int = 0) -> CpModel:
-    """Return the HOSVD, or the best of it and of random starts, group by group, after a few sweeps.
+    """Return the HOSVD; with ``restarts``, the best of it and of random starts after a few sweeps, group by group.
 
-    Of a tensor (g, n_1, ..., n_N) whose squares are within the range of its dtype.
+    The squares of the tensor (g, n_1, ..., n_N) must be within the range of its dtype.
     """
     generator, array = torch.Generator().manual_seed(seed), tensor.numpy()
     modes = range(1, tensor.dim())
@@ -162,8 +166,8 @@ def start(tensor: Tensor, rank: int, *, restarts: int = 0, seed: int = 0) -> CpM
 def _leading(tensor: Tensor, mode: int, rank: int, generator: torch.Generator) -> Tensor:
     """Return (g, rank, n): nearly the leading left singular vectors of an unfolding, by orthogonal iteration.
 
-    They are random where the rank is that of the mode or more: sweeps on kernels end as low as from a basis. Not so on
-    planted orthogonal tensors, which they recover less often (``tools/bench_overparameterized.py``).
+    They are random if the rank is the size of the mode or more. On kernels, sweeps then end as low as from a basis; on
+    planted orthogonal tensors they recover the components less often (``tools/bench_overparameterized.py``).
     """
     vectors = _random(tensor, rank, tensor.shape[mode], generator)
     if rank < tensor.shape[mode]:
@@ -196,7 +200,7 @@ def _error(model: CpModel, scale: Array) -> float:
 
 
 def _reason(model: CpModel) -> str:
-    """Return why a model is degenerate; "" where it is not."""
+    """Return why a model is degenerate; "" if it is not."""
     bad = model.ridge * model.blowup > _PENALTY * model.residual
     if not bad.any():
         return ""

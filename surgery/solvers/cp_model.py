@@ -1,22 +1,23 @@
-"""A CP model on its way to a tensor: exact updates of its factors, their extrapolation, and what holds them.
+"""A CP model that is fitted to a tensor: exact updates of its factors, extrapolation, and a ridge that bounds them.
 
     T (g, n_1, ..., n_N)  ~  sum_r  a_1r o ... o a_Nr        factors, with the rank first, (g, r, n_i)
 
-Each factor in turn is the solution of its linear least squares problem ``A_n G = M``: M is the tensor contracted with
-all other factors (MTTKRP, from the dimension tree: two GEMMs a sweep, 4 g r size flops), and G the elementwise product
-of the other factors' Gram matrices (r x r, solved by Cholesky). G is in float64 but for a float32 tensor as long as its
-pivots say that no component is nearly a sum of others: then float32 is as good. The residual follows from the last M of
-a sweep, ``||T||^2 - 2 <M, A_N> + sum(G_1 * ... * G_N)``, so that the model is never built.
+Each factor in turn is the solution of its linear least squares problem ``A_n G = M``. M is the tensor contracted with
+all other factors (MTTKRP, from the dimension tree: two GEMMs a sweep, 4 g r size flops). G is the elementwise product
+of the other factors' Gram matrices (r x r, solved by Cholesky). G is in float64, except for a float32 tensor as long as
+its pivots say that no component is nearly a sum of others: then float32 is as good. The residual follows from the last
+M of a sweep, ``||T||^2 - 2 <M, A_N> + sum(G_1 * ... * G_N)``, so that the model is never built.
 
-Steps start from an extrapolation of the last two sweeps by Nesterov's weights (Mitchell, Ye and De Sterck 2020); where
-the error rises, it is taken back and the weights start anew. The extra cost is that of r x r Gram matrices.
+Steps start from an extrapolation of the last two sweeps by Nesterov's weights (Mitchell, Ye and De Sterck 2020). If the
+error rises, the step is taken back and the weights start anew. The extra cost is that of r x r Gram matrices.
 
 A best approximation of a rank above 1 need not exist (de Silva and Lim 2008): components then grow without bound and
-cancel. So where components are large and opposite, a ridge ``mu sum_r lambda_r^2`` (lambda_r is the norm of component
-r; it adds ``mu diag(G)`` to G, however norms are spread over the factors) holds them. Where there are fits as good with
-smaller components it costs next to nothing; where there are none it limits the fit, and the result is degenerate.
+cancel. A ridge ``mu sum_r lambda_r^2`` bounds components that are large and opposite; lambda_r is the norm of component
+r, and the ridge adds ``mu diag(G)`` to G, however norms are spread over the factors. If fits as good exist with smaller
+components, the ridge costs next to nothing. If not, it limits the fit, and the result is degenerate.
 
-In NumPy but for large products: of small tensors a sweep is some hundred operations, and the cost of a call counts.
+Everything but large products is in NumPy: a sweep of a small tensor is some hundred operations, and the cost of a call
+counts.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ class Snapshot:
 
 
 class CpModel:
-    """A CP model on its way: factors (g, r, n_i) of a tensor (g, n_1, ..., n_N), and how far they are from it.
+    """The factors (g, r, n_i) that are fitted to a tensor (g, n_1, ..., n_N), and how far they are from it.
 
-    ``residual`` and ``blowup``, the components' squared norms, are shares (g,) of the tensor's energy. Where steps are
-    not ``extrapolated`` they are plain alternating least squares.
+    ``residual`` and ``blowup``, the components' squared norms, are shares (g,) of the tensor's energy. Steps that are
+    not ``extrapolated`` are plain alternating least squares.
     """
 
     def __init__(self, tensor: Array, factors: Sequence[Array], *, extrapolated: bool = True) -> None:
@@ -108,13 +109,15 @@ class CpModel:
             self.grams = [self._gram(factor) for factor in self.factors]
 
     def measure(self) -> None:
-        """Find the residual of the factors as they are."""
+        """Compute the residual of the present factors."""
         leaves: dict[int, Array] = {}  # by the tree, since a Khatri-Rao product of all modes but one is large
         visit(self.tensor, self.modes, self.sizes, self.contract, leaves.__setitem__)
         self._judge(leaves[self.modes[-1]])
 
     def step(self, sweep: Callable[[], None]) -> Array:
         """Extrapolate, sweep, and take back the groups whose objective rose; return where it did not (g,)."""
+        # Invariant: no step raises the objective of any group. Momentum k extrapolates by (k - 1) / (k + 2) of the last
+        # step: a group that has fallen 4 times in a row goes on by 3/6 of it, and one that rose starts from 0 again.
         kept, objective = self.snapshot(), self.objective
         if self.extrapolated and (self.momentum > 1).any():
             self._extrapolate()
@@ -144,7 +147,7 @@ class CpModel:
     def settled(self, before: Array, fell: Array, tolerance: float) -> bool:
         """Whether in all groups the error, the root of the objective, fell by less than ``tolerance`` of itself.
 
-        It does not where it rose: a step was taken back, or a ridge was added.
+        A group whose error rose is not settled: a step was taken back, or a ridge was added.
         """
         gain = before - self.objective
         return bool((fell & (gain >= 0) & (gain <= 2 * tolerance * self.objective)).all())
@@ -200,9 +203,9 @@ def _squares(tensor: Array) -> Array:
 
 
 def _solve(normal: Array, mttkrp: Array, growth: Array) -> Array:
-    """Return X (g, r, n) with ``normal X = mttkrp``, for normal (g, r, r) positive semidefinite in float64, spoiled.
+    """Return X (g, r, n) with ``normal X = mttkrp``; normal (g, r, r), positive semidefinite float64, is overwritten.
 
-    ``growth`` (g,) is what its diagonal is multiplied by; a component of norm 0 stays 0.
+    ``growth`` (g,) is what its diagonal is multiplied by. A component of norm 0 stays 0.
     """
     diagonal = np.einsum("gii->gi", normal)
     diagonal *= growth[:, None]
@@ -219,11 +222,12 @@ def _solve(normal: Array, mttkrp: Array, growth: Array) -> Array:
 
 
 def _solve_one(normal: Array, right: Array, least: float = 0) -> Array | None:
-    """Return X (1, r, n) with ``normal X = right``, in their dtype; None where Cholesky fails.
+    """Return X (1, r, n) with ``normal X = right``, in their dtype; None if the solution would not be accurate.
 
-    And where a component has less than the share ``least`` of its square orthogonal to those before it. OpenBLAS
-    factors small matrices in half the time of MKL, into lower triangles the sooner; MKL solves with them in a third of
-    OpenBLAS's, but for the cost of a call. From the right, so that nothing is transposed.
+    That is so if Cholesky fails, or if less than the share ``least`` of a component's square is orthogonal to the
+    components before it. OpenBLAS factors small matrices in half the time of MKL, and lower triangles faster still; MKL
+    solves with them in a third of OpenBLAS's time, apart from the cost of a call. Systems are solved from the right, so
+    that nothing is transposed.
     """
     factor, solve = _LAPACK[normal.dtype.char]
     triangle, failed = factor(normal[0].T, lower=True, clean=False)

@@ -1,17 +1,18 @@
 """Dimension trees: what the updates of different modes share is contracted once (Phan et al. 2013, Ma and Solomonik).
 
-A node is a tensor of which some modes are left. The root has all modes; a split into a left and a right run of modes
-gives two children, each with the other run contracted; a leaf has one mode. Visiting the leaves in order, with each
-factor that an update changes used from then on, is one sweep of alternating least squares. For CP (rank r) the root
+A node is the tensor with some modes contracted. The root has all modes left; a leaf has one. A split into a left and a
+right run of modes gives two children, each with the other run contracted. Visiting the leaves in order is one sweep of
+alternating least squares: each update of a factor is used from then on. For CP (rank r) the root
 
     tensor (g, left * right)  x  product of the right factors (g, r, right)  ->  (g, r, left)        one GEMM
 
-costs g r * size for each of its two children, wherever it is split, and no copy; a node below it (g, r, ...) has the
-rank as a batch axis and costs what reading it does. So the split is the one whose nodes cost least: a convolution
-kernel (O, 3, 3, I) contracts O to get all of (3, 3, I), and the rest to get O: two GEMMs a sweep, not four.
+costs g r * size for each of its two children, wherever it is split, and makes no copy. A node below it (g, r, ...) has
+the rank as a batch axis and costs as much as reading it. The split chosen is the one whose nodes cost least. For
+example a convolution kernel (O, 3, 3, I) contracts O to get all of (3, 3, I), and the rest to get O: two GEMMs a sweep,
+not four.
 
-Pair operators (all modes but two contracted) come from three runs: any two modes are outside of one of them, so that
-three contractions of the root give all pairs, and the same rule holds for the nodes below.
+Pair operators (all modes but two contracted) come from three runs of modes. Any two modes lie outside of one of the
+runs, so that three contractions of the root give all pairs. The same rule holds for the nodes below.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Modes = tuple[int, ...]
 _LOOP = 8  # elements in whose time an inner loop starts
 _FEW = 2**22  # multiplications of matrices below which a call of NumPy's is quicker than one of torch's
 Node = TypeVar("Node")
-"""An array or a tensor. To contract is to get from a node, its modes and a run of them to the node without the run."""
+"""An array or a tensor. Contracting takes a node, its modes and a run of them, and returns the node without the run."""
 
 
 def visit(
@@ -83,7 +84,13 @@ def _place(modes: Modes, sizes: Modes) -> int:
 
 @lru_cache(maxsize=4096)
 def _split(sizes: Modes) -> tuple[int, int]:
-    """Return where to split, and what all nodes below cost."""
+    """Return where to split, and what all nodes below cost.
+
+    Each part of a split is a child, whose cost is its own and that of the best split below it.
+
+    >>> _split((64, 3, 3, 32))[0]  # 64 | 3 3 32: a leaf of 64, and one node of 288 entries to split again
+    1
+    """
     if len(sizes) == 1:
         return 0, 0
     costs = []
@@ -95,9 +102,9 @@ def _split(sizes: Modes) -> tuple[int, int]:
 
 
 def _work(sizes: Modes) -> int:
-    """Return what a node costs: both of its contractions read it, and once its factors are multiplied for its sibling.
+    """Return what a node costs: both of its contractions read it, and its factors are multiplied once for its sibling.
 
-    In elements, and for each inner loop, over a last mode, as much as for some elements. A leaf costs nothing.
+    The unit is an element. Each inner loop, over a last mode, adds as much as some elements. A leaf costs nothing.
     """
     if len(sizes) == 1:
         return 0
@@ -107,7 +114,10 @@ def _work(sizes: Modes) -> int:
 
 
 def _three_runs(modes: Modes, sizes: Sequence[int]) -> list[Modes]:
-    """Return three runs of modes, those first whose contraction leaves least; the sum of what they leave is least."""
+    """Return the three runs of modes whose contractions leave least in all, and the one that leaves least first.
+
+    For example (64, 3, 3, 32) is cut as 64 | 3 3 | 32: the pair (3, 32) has no mode in the first.
+    """
 
     def left_by(run: Modes) -> int:
         return math.prod(sizes[mode] for mode in modes if mode not in run)
@@ -125,7 +135,7 @@ def matmul(left: Array, right: Array) -> Array:
 
 
 def khatri_rao(factors: Sequence[Array]) -> Array:
-    """Return the row-wise Kronecker products (g, r, n_1 n_2 ...) of factors (g, r, n_i); the last mode runs fastest."""
+    """Return the row-wise Kronecker products (g, r, n_1 n_2 ...) of factors (g, r, n_i), the last mode fastest."""
     *others, product = factors
     for factor in reversed(others):  # the products of small last modes first, which are what inner loops run over
         product = np.einsum("gri,grj->grij", factor, product).reshape(*product.shape[:2], -1)

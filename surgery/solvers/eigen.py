@@ -1,7 +1,7 @@
-"""Eigenvectors of symmetric matrices, in float32 too, where LAPACK's solver may not converge.
+"""Eigenvectors of symmetric matrices, also in float32, where LAPACK's solver may not converge.
 
-Divide and conquer (``syevd``) can fail in float32 where many eigenvalues are zero but for rounding; in float64 it does
-not on the same matrix. So every eigendecomposition of a solver comes from here.
+Divide and conquer (``syevd``) can fail in float32 if many eigenvalues are zero apart from rounding. In float64 it does
+not fail on the same matrix. Every eigendecomposition of a solver therefore comes from here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["leading_eigen", "leading_subspace", "symmetric_eigen"]
 def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues (..., n), ascending, and eigenvectors (..., n, n), in the dtype of the matrix.
 
-    Takes 3 times the memory of a matrix beside it.
+    This takes three times the memory of the matrix on top of it.
     """
     try:
         values, vectors = torch.linalg.eigh(matrix)
@@ -29,7 +29,7 @@ def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def leading_eigen(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the largest eigenvalues (..., count), descending, and their eigenvectors (..., n, count).
 
-    Negates the matrix in place: its eigenvalues ascend then, and no copy of the vectors has to flip them.
+    The matrix is negated in place: the wanted eigenvalues then come first, and no copy has to flip the vectors.
     """
     values, vectors = symmetric_eigen(matrix.neg_())
     return -values[..., :count], vectors[..., :count]

@@ -1,18 +1,18 @@
 """Truncated SVD of a batch of matrices through Gram matrices: ``M ~ left @ right``.
 
 For M (m x n, m <= n) the leading eigenvectors U of the Gram matrix ``M M^T`` (m x m) span the best rank-r subspace
-(Eckart-Young), and ``M ~ U (U^T M)`` is a projection, exact whatever the accuracy of small eigenvalues. It never builds
-an n x n matrix or a full set of singular vectors of the long side: cost m^2 n + m^3.
+(Eckart-Young), and ``M ~ U (U^T M)`` is a projection, exact whatever the accuracy of small eigenvalues. No n x n matrix
+and no full set of singular vectors of the long side is ever built: the cost is m^2 n + m^3.
 
-float64 input is solved in float64, and so are small matrices. Gram matrices of float32 resolve singular values down to
-about 3e-4 of the largest, which is ample while the truncated part has more energy than rounding. Where less is
-truncated, the vectors that it resolves are improved by a step of orthogonal iteration, ``orth(M (M^T U))``, which does
-not square the matrix twice, and taken out of it; the rest has a scale of its own, and the same is done to it. So
-float32 suffices to its own accuracy, in half of the time and memory of float64.
+float64 input is solved in float64, and so are small matrices. Gram matrices in float32 resolve singular values down to
+about 3e-4 of the largest, which is ample while the truncated part has more energy than rounding. If less is truncated,
+the vectors that are resolved are improved by a step of orthogonal iteration, ``orth(M (M^T U))``, which does not square
+the matrix twice. They are then taken out of the matrix; the rest has its own scale, and the same is done to it. In this
+way float32 suffices to its own accuracy, in half of the time and memory of float64.
 
-Up to a quarter of the full rank a random start and Chebyshev filters of the float32 Gram matrix take the place of its
-eigendecomposition (Halko et al. 2011), at m^2 r for each product. A few more columns than r speed it up. It stops when
-what is still to come, by the rate at which gains fall, is below a two-thousandth of the missed energy.
+Up to a quarter of the full rank, a random start and Chebyshev filters of the float32 Gram matrix replace its
+eigendecomposition (Halko et al. 2011), at m^2 r for each product. A few more columns than r speed this up. It stops
+when what is still to come, by the rate at which gains fall, is below a two-thousandth of the missed energy.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _TO_COME, _MAX_RATE = 5e-4, 0.9
 
 
 def gram(matrix: Tensor) -> Tensor:
-    """Return ``M M^T`` in float64 for a batch of matrices (..., m, n), of which only some columns are cast at once."""
+    """Return ``M M^T`` in float64 for a batch of matrices (..., m, n); only some columns are cast at a time."""
     columns = max(1, _BLOCK * matrix.shape[-1] // max(1, matrix.numel()))
     if matrix.dtype == torch.float64 or columns >= matrix.shape[-1]:
         matrix = matrix.double()
@@ -69,7 +69,7 @@ def row_gram(matrix: Tensor) -> Tensor:
 def singular_values(matrix: Tensor) -> Tensor:
     """Return all min(m, n) singular values, descending, in float64, for a batch (..., m, n).
 
-    Values below about 1e-8 of the largest are noise of the Gram matrix, and clamped at 0 from below.
+    Values below about 1e-8 of the largest are noise of the Gram matrix; those below 0 are set to 0.
     """
     if matrix.shape[-2] > matrix.shape[-1]:
         matrix = matrix.mT
@@ -79,9 +79,9 @@ def singular_values(matrix: Tensor) -> Tensor:
 def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return (left, right) of shapes (..., m, rank), (..., rank, n) whose product is the best rank-r approximation.
 
-    In the matrix's dtype, float32 or float64: of the best approximation's error, that of float64 is 1 up to rounding,
-    and that of float32 at most about 1.001. Balanced: the square root of each singular value is on both sides (Elhoushi
-    et al. 2019 and later work do so for stable training).
+    Both are in the matrix's dtype. The error over that of the best approximation is 1 up to rounding in float64, and at
+    most about 1.001 in float32. The factors are balanced: the square root of each singular value is on both sides
+    (Elhoushi et al. 2019 and later work do so for stable training).
     """
     if matrix.shape[-2] > matrix.shape[-1]:
         right, left = low_rank(matrix.mT, rank)
@@ -113,7 +113,10 @@ def left_subspace(matrix: Tensor, rank: int) -> Tensor:
 
 
 def _deflated(matrix: Tensor, vectors: Tensor, resolved: int) -> Tensor:
-    """Return as many leading vectors as there are, of which a Gram matrix resolves but the first few."""
+    """Return all leading vectors, given rough ones of which a Gram matrix has resolved only the first few."""
+    # Invariant: ``basis`` is orthonormal and accurate, and ``rest`` is what is orthogonal to it. Example: of singular
+    # values 1, 1e-2, 1e-6 and 1e-7 a float32 Gram matrix resolves two; the rest has the largest value 1e-6, so that its
+    # own Gram matrix resolves the other two.
     rank, energy, basis = vectors.shape[-1], _squares(matrix), vectors[..., :0]
     while True:
         rest = _without(matrix, basis)
@@ -133,7 +136,7 @@ def _deflated(matrix: Tensor, vectors: Tensor, resolved: int) -> Tensor:
 
 
 def _without(matrix: Tensor, basis: Tensor) -> Tensor:
-    """Return what is orthogonal to a basis of columns; the matrix itself where there are none."""
+    """Return what is orthogonal to a basis of columns; the matrix itself if the basis is empty."""
     return matrix - basis @ (basis.mT @ matrix) if basis.shape[-1] else matrix
 
 
@@ -142,7 +145,7 @@ def _squares(matrix: Tensor) -> Tensor:
 
 
 def _subspace(gram_matrix: Tensor, rank: int) -> tuple[Tensor, int | None]:
-    """Return leading eigenvectors, and how many of them are sure; None where all are near enough to the best."""
+    """Return leading eigenvectors, and how many of them are resolved; None if all are close enough to the best."""
     size = gram_matrix.shape[-1]
     total = gram_matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
     find = _filtered if size > _FILTERED and 4 * rank <= size else leading_eigen
@@ -162,6 +165,8 @@ def _filtered(gram_matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     basis = torch.linalg.qr(gram_matrix @ start).Q
     total = gram_matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
     kept, gain = torch.zeros_like(total), torch.zeros_like(total)
+    # Invariant: ``kept`` is the energy that the best r Ritz vectors hold. Gains fall by a steady rate q, so
+    # that gain * q / (1 - q) is still to come. Example: gains of 8, then 4 have q = 1/2, and 2 + 1 + ... = 4 to come.
     for step in range(_STEPS):
         image = gram_matrix @ basis
         ritz, turn = leading_eigen(basis.mT @ image, basis.shape[-1])

@@ -2,19 +2,21 @@
 
 Kernel W (g, O, I, K) ~ core (g, ro, ri, K) with orthonormal bases out (g, O, ro) and in (g, I, ri).
 
-Start: sequentially truncated HOSVD (Vannieuwenhoven et al. 2012), whose bases are leading eigenvectors of Gram matrices
-``M M^T`` of unfoldings M, the smaller mode first. Where one rank is at least the other times K it loses nothing, and
-starting from the other one is optimal at once. Then steps, out and in by turns: with one basis fixed, the other moves
-towards the best subspace of its projected unfolding. It is near it already, so that a step is not a new
-eigendecomposition but a Chebyshev filter of the present basis, at a fraction of the cost (Zhou and Saad 2007): ``T_p``
-of the Gram matrix, scaled so that the eigenvalues to leave lie within [-1, 1], grows the others. Degree 3 is all but
-exact, the best for the first and the last step; between them degree 2 is ahead of it from the next step on, as
-over-relaxation is. So gains fall by a steady rate, and the last step is known before it is taken: what would come after
-it lowers the error by less than ``tolerance`` of itself. The core comes from what that step has projected already.
-The kernel lies as (g, O, K, I) in memory, so that no unfolding needs a copy.
+The start is a sequentially truncated HOSVD (Vannieuwenhoven et al. 2012). Its bases are leading eigenvectors of Gram
+matrices ``M M^T`` of unfoldings M, the smaller mode first. If one rank is at least the other times K, that mode loses
+nothing, and a start from the other one is optimal at once.
+
+Then come steps, out and in by turns. With one basis fixed, the other moves towards the best subspace of its projected
+unfolding. It is close to it already, so that a step is not a new eigendecomposition but a Chebyshev filter of the
+present basis, at a fraction of the cost (Zhou and Saad 2007): ``T_p`` of the Gram matrix, scaled so that the
+eigenvalues to leave lie within [-1, 1], grows the others. Degree 3 is almost exact, and best for the first and the last
+step. Between them degree 2 is ahead of it from the next step on, as over-relaxation is. Gains fall by a steady rate, so
+that the last step is known before it is taken: whatever would come after it lowers the error by less than ``tolerance``
+of itself. The core comes from what that step has projected already. The kernel lies as (g, O, K, I) in memory, so that
+no unfolding needs a copy.
 
 Gram matrices in float32 resolve singular values down to about 3e-4 of the largest. That is ample while the truncated
-part is larger; where it is not (a kernel that nearly has this rank), all is done again in float64.
+part is larger. If it is not (a kernel that nearly has this rank), everything is done again in float64.
 """
 
 from __future__ import annotations
@@ -57,6 +59,9 @@ def _start_and_sweep(
     kernel: Tensor, ranks: tuple[int, int], sweeps: int, tolerance: float
 ) -> tuple[list[Tensor], float]:
     """Return core (g, ro, K, ri) and bases of a kernel (g, O, K, I), and the share of the energy that they miss."""
+    # Invariant: before each step the basis of the other mode is final for this step, and ``missed`` is the share of the
+    # energy outside of both bases, which never rises. Steps 0 and 1 are the start. Example: a step that gains
+    # 1 % of the error, at a rate of 0.44, leaves 0.44 / 0.56 = 0.8 % to come.
     first = _first_mode(kernel, ranks)
     bases, mode, projected = [kernel, kernel], first, kernel
     missed, to_come, total = math.inf, math.inf, 0.0
@@ -84,7 +89,7 @@ def _start_and_sweep(
 
 
 def _first_mode(kernel: Tensor, ranks: tuple[int, int]) -> int:
-    """Return the mode whose basis alone decides if there is one, else the one with the smaller Gram matrix."""
+    """Return the mode whose basis alone decides, if one does; else the mode with the smaller Gram matrix."""
     _, out, extent, columns = kernel.shape
     rank_out, rank_in = ranks
     if rank_out >= rank_in * extent or rank_in >= rank_out * extent:

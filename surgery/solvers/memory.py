@@ -1,35 +1,29 @@
 """How much memory a solver may need, and the refusal of what would not fit.
 
-The estimate is rough, and from above. It counts, in the dtype that solvers work in (float32 or float64), some copies of
-the weight (permuted, projected, what is left of it; one in float64 counts twice) and four matrices of the size of the
-largest Gram matrix: itself, its eigenvectors, and LAPACK's work space, which is twice that. A Gram matrix of the
-shorter side of an unfolding is never larger than the weight.
+The estimate is rough, and an upper bound. It counts in the dtype that solvers work in (float32 or float64). It adds up
+
+- some copies of the weight: permuted, projected, what is left of it (one in float64 counts twice);
+- four matrices of the size of the largest Gram matrix: itself, its eigenvectors, and LAPACK's work space of twice that.
+
+A Gram matrix of the shorter side of an unfolding is never larger than the weight.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from surgery.errors import InputError
+from surgery.system.memory import available_memory
 
-__all__ = ["available_memory", "check_memory", "estimate"]
+__all__ = ["check_memory", "estimate"]
 
 _COPIES = {"svd": 5, "spatial": 5, "depthwise": 5, "tucker": 6, "cp": 6, "tt": 5, "tr": 6}
 _SQUARES = 4
-_MEMINFO = Path("/proc/meminfo")
-_PAGES = Path("/proc/self/statm")
-_GROUP = Path("/sys/fs/cgroup")
-_CONTAINERS = (
-    (_GROUP / "memory.max", _GROUP / "memory.current"),
-    (_GROUP / "memory" / "memory.limit_in_bytes", _GROUP / "memory" / "memory.usage_in_bytes"),
-)
 
 
 def estimate(method: str, kernel: Sequence[int], itemsize: int) -> int:
-    """Return about how many bytes a method needs at most beside a kernel (g, O, I, *size) of ``itemsize`` a number.
+    """Return about how many bytes a method needs at most besides a kernel (g, O, I, *size) of ``itemsize`` a number.
 
     A method that is not known counts as the most demanding one.
 
@@ -43,44 +37,6 @@ def estimate(method: str, kernel: Sequence[int], itemsize: int) -> int:
     square = largest[method] ** 2 if method in largest else out * columns * taps
     copies = _COPIES.get(method, max(_COPIES.values()))
     return itemsize * weights + max(itemsize, 4) * (copies * weights + _SQUARES * groups * square)
-
-
-def available_memory() -> int | None:
-    """Return the bytes that this process can have without swapping, or None where nothing says (other than Linux).
-
-    That is the least of what is free of the machine, of its container, and of the limit of its own (``ulimit -v``).
-    """
-    found = [*_of_machine(), *_of_container(), *_of_process()]
-    return max(0, min(found)) if found else None
-
-
-def _of_machine() -> Iterator[int]:
-    with contextlib.suppress(OSError):
-        lines = _MEMINFO.read_text().splitlines()
-        yield from (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-
-
-def _of_container() -> Iterator[int]:
-    for limit, used in _CONTAINERS:
-        with contextlib.suppress(OSError, ValueError):  # the limit is "max" where there is none
-            yield int(limit.read_text()) - int(used.read_text()) + _cached(used.with_name("memory.stat"))
-
-
-def _cached(statistics: Path) -> int:
-    """What a container holds of files, and would give up: it counts as used."""
-    with contextlib.suppress(OSError, ValueError):
-        found = dict(line.split() for line in statistics.read_text().splitlines())
-        return int(found.get("total_inactive_file", found.get("inactive_file", 0)))
-    return 0
-
-
-def _of_process() -> Iterator[int]:
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource  # not on every system
-
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if limit != resource.RLIM_INFINITY:
-            yield limit - int(_PAGES.read_text().split()[0]) * resource.getpagesize()
 
 
 def check_memory(needed_bytes: int, what: str) -> None:

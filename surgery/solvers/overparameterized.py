@@ -14,12 +14,13 @@ for symmetric tensors that m polynomial in r suffices, where plain descent can e
 - The penalty shrinks components that explain nothing; what is still small at the start of an epoch is drawn anew.
 - In the symmetric form all modes share their vectors, and random signs ``a_i`` stay fixed. Elsewhere ``a_i`` is 1.
 
-No constant below is the paper's, which proves bounds. They were chosen by experiment on planted tensors, scaled as all
-are so that the least spectral norm of their unfoldings is 1. The penalty falls linearly to 0, and leaves no bias.
+The constants below are not from the paper, which proves bounds. They were chosen by experiment on planted tensors.
+Tensors are scaled so that the least spectral norm of their unfoldings is 1. The penalty falls linearly to 0, and leaves
+no bias.
 
-Then near-parallel components are merged, the r largest kept, and alternating least squares (ALS) polishes them.
-Gradients are closed forms: of the matricised tensor times Khatri-Rao product (MTTKRP) and of m x m Gram matrices. A
-step costs about 4 m n_1 ... n_N operations. Nothing is exact: the answer is a local optimum.
+Then near-parallel components are merged, the r largest are kept, and alternating least squares (ALS) polishes them.
+Gradients have closed forms, in the matricised tensor times Khatri-Rao product (MTTKRP) and m x m Gram matrices. A step
+costs about 4 m n_1 ... n_N operations. Nothing is exact: the answer is a local optimum.
 """
 
 from __future__ import annotations
@@ -175,7 +176,9 @@ def _renewed(found: _Components, fresh: _Components) -> _Components:
 
 
 def _step(tensor: Tensor, found: _Components, penalty: float) -> _Components:
-    """Take one step of gradient descent with the c held, then adapt those that are not frozen."""
+    """Take one step of gradient descent with the c held; the c that are not frozen follow the sizes first."""
+    # Invariant: a component that is not frozen has c = 1 / size, so that c^(N-2) size^N = size^2: it is 2-homogeneous.
+    # Example for N = 3: vectors of norm 0.1 have c = 10, and the component weighs 10 * 0.1^3 = 0.01 = 0.1^2.
     order = len(found.factors)
     rate = _RATE / (order * _FREEZE ** (2 / order * (2 - order)))
     sizes = found.sizes()

@@ -1,19 +1,21 @@
 """Pairwise perturbation: sweeps of alternating least squares that do not touch the tensor (Ma and Solomonik 2018).
 
-Near the fixed point the factors move little from sweep to sweep. With P_n the factors at some sweep, D_n = A_n - P_n,
-``T_(n)`` the tensor contracted with all P but P_n and ``T_(n,m)`` with all but two (pair operators (g, r, n_i, n_j),
-from the dimension tree at three contractions of the tensor), the MTTKRP of mode n is (arXiv 1811.10573), up to second
-order in D,
+Near the fixed point the factors move little from sweep to sweep. Let P_n be the factors at some sweep, and D_n = A_n -
+P_n. ``T_(n)`` is the tensor contracted with all P except P_n, and ``T_(n,m)`` the tensor contracted with all except two
+(pair operators (g, r, n_i, n_j), from the dimension tree at three contractions of the tensor). The MTTKRP of mode n is,
+up to second order in D (arXiv 1811.10573),
 
     M_n  =  T_(n)  +  sum_m  T_(n,m) D_m          cost g r n_i n_j for a pair, for CP of any order
 
-The paper drops the second order. Here it is dropped of the residual alone, since that of the model P is known exactly
-at a cost of r x r: with S_m = P_m^T P_m and E_m = P_m^T D_m, and products elementwise over all modes m but n,
+The paper drops the second order. Here only that of the residual is dropped, because that of the model P is known
+exactly at a cost of r x r. With S_m = P_m^T P_m and E_m = P_m^T D_m, and elementwise products over all modes m except
+n,
 
     M_n  +=  P_n (prod (S_m + E_m) - prod S_m - sum_m E_m prod_k!=m S_k)
 
-so that on a good fit the steps may be larger. The phase ends where a factor has moved too far, or after some sweeps;
-then comes an exact sweep, and if the exact error has not fallen the phase is taken back and the limit lowered.
+so that on a good fit the steps may be larger. A phase of such sweeps ends when a factor has moved too far, or after
+some sweeps. Then comes an exact sweep. If the exact error has not fallen, the phase is taken back and the limit
+lowered.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ _PHASE = 15  # sweeps
 
 
 def pairwise_sweeps(model: CpModel, *, sweeps: int, tolerance: float) -> int:
-    """Sweep, exactly while the factors move fast and by pair operators else, until the error settles.
+    """Sweep until the error settles: exactly while the factors move fast, and otherwise by pair operators.
 
     Return the number of sweeps of both kinds. The last one is exact, and no phase raises the exact error.
     """
@@ -65,7 +67,7 @@ def drift(before: Sequence[Array], after: Sequence[Array]) -> float:
 
 
 def _phase(model: CpModel, most: int, limit: float, tolerance: float) -> int:
-    """Sweep by the pair operators of the present factors; return how many sweeps it were."""
+    """Sweep by the pair operators of the present factors; return the number of sweeps."""
     perturbed = Perturbed(model)
     for done in range(1, most + 1):
         before = model.objective
@@ -99,6 +101,9 @@ class Perturbed:
         moves = [now - then for now, then in zip(self.model.factors, self.factors, strict=True)]
         others = [other for other in self.model.modes if other != mode]
         mttkrp = sum((self._with(mode, other, moves) for other in others), self.mttkrps[mode])
+        # Invariant over the modes so far: ``value`` is prod S, ``slope`` is sum_m E_m prod_k!=m S_k, and ``whole`` is
+        # prod (S + E); their difference is the second order and above. Example in numbers, S = 2, 3 and E = 0.1, 0.2:
+        # value 6, slope 0.1 * 3 + 2 * 0.2 = 0.7, whole 2.1 * 3.2 = 6.72, difference 0.02 = 0.1 * 0.2.
         value, slope, whole = np.ones(1), np.zeros(1), np.ones(1)
         for other in others:
             then = self.factors[other].astype(np.float64, copy=False)

@@ -1,7 +1,7 @@
-"""TensorLy's own decompositions behind ``solver="tensorly"``: the field's reference, to compare with.
+"""TensorLy's own decompositions, for ``solver="tensorly"``: the field's reference, to compare with.
 
-In the layouts of the solvers here, with a leading batch axis g, of which TensorLy takes one tensor after the other. It
-cuts ranks that a train or ring cannot use; here such cores are filled with zeros to the ranks that were asked for.
+They have the layouts of the solvers here, with a leading batch axis g. TensorLy takes the tensors of a batch one by
+one. It cuts ranks that a train or ring cannot use; here such cores are filled with zeros to the ranks asked for.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def tensor_ring(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
     ``ranks`` are r_1 .. r_N; it starts at the first mode that can hold the ranks on both its sides.
 
     Raises:
-        InputError: no mode can hold the product of its two ranks.
+        InputError: none of the modes can hold the product of its two ranks.
     """
     _backend()
     from tensorly.decomposition import tensor_ring as ring
@@ -97,8 +97,8 @@ def tensor_ring(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
     sizes, size = tensor.shape[1:], tensor[0].numel()
     fits = [bonds[k] * bonds[k + 1] <= min(n, size // n) for k, n in enumerate(sizes)]
     if True not in fits:
-        allowed = "a mode of at least the product of the ranks beside it"
-        raise InputError(f"TensorLy has no ring of ranks {tuple(ranks)} of {tuple(sizes)}", allowed=allowed)
+        allowed = "a mode of at least the product of its two ranks"
+        raise InputError(f"TensorLy cannot make a ring of ranks {tuple(ranks)} of {tuple(sizes)}", allowed=allowed)
     mode = fits.index(True)
     return _stacked([ring(single, bonds, mode=mode).factors for single in tensor], bonds)
 

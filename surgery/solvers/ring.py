@@ -2,18 +2,18 @@
 
     T (g, n_0 .. n_{N-1})  ~  trace of the product of cores (g, r_k, n_k, r_{k+1}),  r_N = r_0
 
-A bond that is full for a core beside it, as r_k = r_{k-1} n_{k-1} is, ties nothing: the two modes are one until the
-end, when an identity splits their core again.
+A bond that is full for one of its two cores, as r_k = r_{k-1} n_{k-1} is, constrains nothing: the two modes are treated
+as one until the end, when an identity splits their core again.
 
-Start: TR-SVD from the smallest mode that holds the ranks beside it (r_k r_{k+1} <= n_k); where none does, from the
-nearest to it. It is exact where a mode holds just these and each rank after it is full; then nothing follows. Nor does
-it where a system of equations would have more than 1024 unknowns; then all such modes are tried. Otherwise sweeps:
-each core in turn is the least-squares solution with the others fixed, kept near to what it was by a ridge at the level
-of rounding. The tensor is contracted with each half of the ring once a sweep, for all cores of the other half; Gram
-matrices of what is fixed come from the cores alone, as products of transfer matrices (r r) x (s s). Cost of a sweep of
-three cores n x k x n: 2 n^2 k R at the ends, R^3 for each core, for R = r_k r_{k+1}.
+The start is TR-SVD from the smallest mode that holds both of its ranks (r_k r_{k+1} <= n_k), or from the one closest to
+that if there is none. The start is exact if the mode holds just these ranks and each rank after it is full; then
+nothing follows. Nothing follows either if a system of equations would have more than 1024 unknowns; then all such modes
+are tried. Otherwise come sweeps: each core in turn is the least-squares solution with the others fixed, kept near to
+what it was by a ridge at the level of rounding. The tensor is contracted with each half of the ring once a sweep, for
+all cores of the other half. Gram matrices of what is fixed come from the cores alone, as products of transfer matrices
+(r r) x (s s). A sweep of three cores n x k x n costs 2 n^2 k R at the ends and R^3 for each core, for R = r_k r_{k+1}.
 
-Contractions are in the tensor's dtype, systems of equations in float64. Where less than 0.1 % of the energy is left,
+Contractions are in the tensor's dtype, systems of equations in float64. If less than 0.1 % of the energy is left,
 float32 contractions would say too little about it, and the sweeps go on in float64.
 """
 
@@ -105,9 +105,12 @@ def _start(tensor: Tensor, ranks: Sequence[int], total: float, *, swept: bool) -
 def _ring_svd(tensor: Tensor, ranks: Sequence[int]) -> tuple[list[Tensor], float]:
     """Return the cores of TR-SVD from the first mode, algorithm 1 of Zhao et al. 2016, and the energy they lose.
 
-    A first bond that the mode cannot hold is filled with random vectors on one side and zeros on the other: that
-    changes nothing, and leaves sweeps something to use.
+    A first bond that the mode cannot hold is filled with random vectors on one side and zeros on the other. That
+    changes nothing, and gives the sweeps something to use.
     """
+    # Invariant: the cores so far, times ``rest``, are the tensor cut so far. Example of ranks 2, 3, 2 for 6 x 4 x 5:
+    # the matrix 6 x 20 is cut to rank 2 * 3, whose two parts are the bonds; (3 4) x (5 2) to rank 2; and 2 x 5 x 2 is
+    # left.
     groups, rows = len(tensor), ranks[1]
     matrix = tensor.flatten(2)
     first = min(ranks[0], -(-min(matrix.shape[1:]) // rows))
@@ -161,7 +164,7 @@ def _sweep_half(
 
 
 def _target(image: Tensor, before: Sequence[Tensor], size: int, after: Sequence[Tensor]) -> Tensor:
-    """Return (g, r, size, s): the image (g, r_0, n_0 .. n_h, r_h) of the tensor times the cores beside one of them."""
+    """Return (g, r, size, s): the image (g, r_0, n_0 .. n_h, r_h) of the tensor times all cores of the half but one."""
     groups, first, _, last = image.shape
     left, right = (math.prod(core.shape[2] for core in cores) for cores in (before, after))
     image = image.reshape(groups, first * left, size, right * last)
@@ -184,6 +187,9 @@ def _merged(cores: Sequence[Tensor]) -> Tensor:
 
 def _gram(cores: Sequence[Tensor]) -> Tensor:
     """Return the Gram matrix (g, r s, r s) of all cores but one: those after it, round to those before it."""
+    # Invariant: ``product`` is the transfer matrix (r r') x (s s') of the cores so far: the sum over their modes of the
+    # core times itself. Example of two cores with all ranks 1, vectors a and b: |a|^2, then |a|^2 |b|^2, as the Gram
+    # matrix of a (x) b has it.
     transfers = []
     for core in cores:
         rows = _rows(core)
@@ -203,7 +209,7 @@ def _rows(core: Tensor) -> Tensor:
 
 
 def _least_squares(target: Tensor, gram: Tensor, core: Tensor, ridge: float) -> Tensor:
-    """Return the core that solves ``gram core = target``, near to the present one where that leaves it open."""
+    """Return the core that solves ``gram core = target``; where that leaves it open, stay near to the present one."""
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     weight = (ridge * mean).clamp(min=torch.finfo(gram.dtype).tiny)[:, None, None]
     ridged = gram + weight * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)

@@ -7,13 +7,14 @@ from torch import Tensor
 
 __all__ = ["normalised"]
 
-_SAFE = 2.0**-40, 2.0**40  # largest entries, of whose squares sums are far from the ends of float32
+_SAFE = 2.0**-40, 2.0**40  # largest entries for which sums of squares are far from the ends of float32
 
 
 def normalised(tensor: Tensor, *, groups: int = 0) -> tuple[Tensor, Tensor]:
-    """Return the tensor over its largest magnitude, and that; the tensor itself, no copy, and 1 where nothing is lost.
+    """Return the tensor over its largest magnitude, and that magnitude; or the tensor itself, not a copy, and 1.
 
-    The first ``groups`` axes have scales of their own: it has one entry for each group and extent 1 elsewhere.
+    The second is returned if the squares are within range as they are. The first ``groups`` axes have their own scales:
+    the magnitude has one entry for each group, and extent 1 elsewhere.
     """
     axes = tuple(range(groups, tensor.dim()))
     low, high = tensor.amin(axes, keepdim=True), tensor.amax(axes, keepdim=True)

@@ -1,8 +1,8 @@
-"""How many threads wait for work beside a solver of small tensors, which calls NumPy, SciPy and torch in turn.
+"""How many threads wait for work while a solver of small tensors calls NumPy, SciPy and torch in turn.
 
-The wheels of NumPy and SciPy have an OpenBLAS of their own each, with a pool of threads of its own, as torch has. They
-wait by spinning for a while, so that where calls of all three alternate the pools take each other's cores: on two cores
-CP of small kernels then took up to 45 times as long.
+The wheels of NumPy and SciPy each bring an OpenBLAS with a pool of threads, and torch has a pool, too. Idle threads
+spin for a while. If calls of all three alternate, the pools therefore take each other's cores: on two cores, CP of
+small kernels then took up to 45 times as long.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["one_pool"]
 
 @contextmanager
 def one_pool(*, one_thread: bool) -> Iterator[None]:
-    """Within it torch's pool of threads is the only one, or there is none: ``one_thread`` does all.
+    """Use torch's pool of threads alone in the block; with ``one_thread``, use a single thread for everything.
 
-    A second thread costs small tensors more than it does for them. Limits nest; of several threads of Python the one
-    that came first sets NumPy's and SciPy's, and the others leave them as they are.
+    For small tensors a second thread costs more than it gains. Limits nest. Of several Python threads, the first to
+    come sets the limits of NumPy and SciPy, and the others leave them as they are.
     """
     threads = torch.get_num_threads()
     with _openblas().limit(limits=1):

@@ -2,13 +2,14 @@
 
     T (g, n_1 .. n_N)  ~  product of cores (g, r_{k-1}, n_k, r_k),  r_0 = r_N = 1
 
-From left to right, the matrix (r_{k-1} n_k) x (n_{k+1} .. n_N) of what is left is cut to rank r_k: leading eigenvectors
-of the Gram matrix of its shorter side span the best subspace, the core is an orthonormal basis, and the coordinates in
-it are left. A rank that is full costs no eigendecomposition, and cuts nothing. The squared error is the sum of what the
-cuts lose, and the error at most root N - 1 times that of the best train. Cost of a cut of m x n, m <= n: m^2 n + m^3.
+From left to right, the matrix (r_{k-1} n_k) x (n_{k+1} .. n_N) of what is left is cut to rank r_k. Leading eigenvectors
+of the Gram matrix of its shorter side span the best subspace; the core is an orthonormal basis of it, and the
+coordinates in that basis are what is left. A full rank costs no eigendecomposition and cuts nothing. The squared error
+is the sum of what the cuts lose, and the error is at most root N - 1 times that of the best train. A cut of m x n,
+m <= n, costs m^2 n + m^3.
 
-Every bond is balanced in the end: the root of each of its singular values is on both sides, which keeps the train as a
-whole and trains stably. In the tensor's dtype, float32 or float64, throughout (see ``gram.left_subspace``).
+Every bond is balanced in the end: the root of each of its singular values is on both sides. This leaves the whole train
+as it is, and trains stably. The computation is in the tensor's dtype throughout (see ``gram.left_subspace``).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ __all__ = ["cut", "round_train", "tensor_train", "train_tensor"]
 def tensor_train(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
     """Return the cores (g, r_{k-1}, n_k, r_k) of a batch of tensors (g, n_1 .. n_N), in its dtype, float32 or float64.
 
-    ``ranks`` are r_1 .. r_{N-1}; one above what a train can use is filled with zeros. TT-SVD, algorithm 1 of
+    ``ranks`` are r_1 .. r_{N-1}; a rank above what a train can use is filled with zeros. This is TT-SVD, algorithm 1 of
     Oseledets 2011 (SIAM J. Sci. Comput. 33-5).
     """
     scaled, scale = normalised(tensor)
@@ -39,8 +40,11 @@ def tensor_train(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
 def round_train(cores: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
     """Return the train cut to lower ranks r_1 .. r_{N-1}, without forming its tensor; in float64 inside.
 
-    Right cores made orthonormal by QR, then cuts from left to right: algorithm 2 of Oseledets 2011. Cost N n r^3.
+    The right cores are made orthonormal by QR, then cut from left to right: algorithm 2 of Oseledets 2011. The cost is
+    N n r^3.
     """
+    # Invariant of the cuts: cores before k have orthonormal columns and those after k orthonormal rows, so that a cut
+    # of core k alone is the best cut of the whole tensor at its bond.
     pairs = [normalised(core.double()) for core in cores]
     parts, scale = [part for part, _ in pairs], torch.ones_like(pairs[0][1])
     for _, factor in pairs:
@@ -89,7 +93,9 @@ def cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _cut_all(tensor: Tensor, ranks: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return cores, orthonormal but for the last, and the singular values of the bonds."""
+    """Return cores, all orthonormal except the last, and the singular values of the bonds."""
+    # Invariant: the cores so far, times ``rest`` (g, r_k, n_{k+1} .. n_N), are the tensor cut at the bonds so far.
+    # Example of 4 x 5 x 6 at ranks 2 and 3: 4 x 30 becomes (4 x 2)(2 x 30), then (2 5) x 6 becomes (10 x 3)(3 x 6).
     groups, *sizes = tensor.shape
     cores, values, rest, rows = [], [], tensor, 1
     for size, rank in zip(sizes, ranks, strict=False):

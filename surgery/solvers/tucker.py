@@ -2,16 +2,16 @@
 
     T (g, n_1, ..., n_N)  ~  core (g, r_1, ..., r_N) x_1 A_1 ... x_N A_N        factors A_i (g, n_i, r_i), orthonormal
 
-Start: sequentially truncated HOSVD through Gram matrices (Vannieuwenhoven et al. 2012). Then each basis in turn moves
-to the leading subspace of the tensor projected on all others, Y_n (g, n, product of the other ranks), by two orthogonal
-iterations ``A <- orth(Y_n Y_n^T A)``: they start at the present basis and never lower the energy ``||A^T Y_n||^2``. The
-dimension tree gives all Y_n from two products of the tensor with its bases a sweep. The basis of a subspace is free;
-the one nearest to the last (Procrustes) makes steps small, as pairwise perturbation needs them:
+The start is a sequentially truncated HOSVD through Gram matrices (Vannieuwenhoven et al. 2012). Then each basis in turn
+moves to the leading subspace of the tensor projected on all others, Y_n (g, n, product of the other ranks), by two
+orthogonal iterations ``A <- orth(Y_n Y_n^T A)``. They start at the present basis and never lower the energy
+``||A^T Y_n||^2``. The dimension tree gives all Y_n from two products of the tensor with its bases a sweep. The basis of
+a subspace is free; the one nearest to the last (Procrustes) makes steps small, as pairwise perturbation needs them:
 
-    Y_n  ~  Y_n(P)  +  sum_m Y_nm(P) x_m D_m^T        D_m = A_m - P_m, Y_nm: all but two modes projected
+    Y_n  ~  Y_n(P)  +  sum_m Y_nm(P) x_m D_m^T        D_m = A_m - P_m, Y_nm: all modes except two projected
 
-(Ma and Solomonik, arXiv 1811.10573) costs products of the pair operators alone. Whatever the bases, the core is exact,
-and the error is ``||T||^2 - ||core||^2``.
+(Ma and Solomonik, arXiv 1811.10573). This costs products of the pair operators alone. Whatever the bases, the core is
+exact, and the squared error is ``||T||^2 - ||core||^2``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class TuckerResult:
 
 
 class _Model:
-    """Bases of a tensor (g, n_1, ..., n_N) on their way, and the share (g,) of its energy that they miss."""
+    """The bases that are fitted to a tensor (g, n_1, ..., n_N), and the share (g,) of its energy that they miss."""
 
     def __init__(self, tensor: Tensor, factors: Sequence[Tensor]) -> None:
         self.tensor, self.factors = tensor, list(factors)
@@ -104,9 +104,12 @@ def tucker(
 ) -> TuckerResult:
     """Return a Tucker approximation of a batch of tensors (g, n_1, ..., n_N), N from 3 to 6, in float32 or float64.
 
-    ``method``: ``"als"`` or ``"pp"``, the same with pairwise perturbation. At most ``sweeps`` sweeps, fewer once one
-    lowers the error by less than ``tolerance`` of itself. Raises ``InputError`` for a method or an order that there is
-    not, and ``RankError`` for ranks that do not go with the tensor.
+    ``method`` is ``"als"``, or ``"pp"``, the same with pairwise perturbation. There are at most ``sweeps`` sweeps, and
+    fewer once one lowers the error by less than ``tolerance`` of itself.
+
+    Raises:
+        InputError: the method or the order is not possible.
+        RankError: the ranks do not fit the tensor.
     """
     _check(tensor, ranks, method)
     peak = tensor.abs().flatten(1).amax(1).clamp(min=torch.finfo(tensor.dtype).tiny)
@@ -154,7 +157,7 @@ def _sweeps(model: _Model, sweeps: int, tolerance: float) -> int:
 
 
 def _pairwise(model: _Model, sweeps: int, tolerance: float) -> int:
-    """Sweep, exactly while the bases move fast and by pair operators else; the last sweep is exact."""
+    """Sweep exactly while the bases move fast, and otherwise by pair operators; the last sweep is exact."""
     limit, done, phase = _LIMIT, 0, 0
     anchor, before = list(model.factors), model.residual
     while done < sweeps:
@@ -175,7 +178,7 @@ def _pairwise(model: _Model, sweeps: int, tolerance: float) -> int:
 
 
 def _phase(model: _Model, most: int, limit: float, tolerance: float) -> int:
-    """Sweep by the pair operators of the present bases; return how many sweeps it were."""
+    """Sweep by the pair operators of the present bases; return the number of sweeps."""
     anchor, sweep = list(model.factors), model.perturbed()
     for done in range(1, most + 1):
         before = model.residual

@@ -2,16 +2,16 @@
 
     E |D x|^2 = tr(D C D^T),        so that the error of W' in the place of W is |(W - W') C^(1/2)|_F.
 
-Low rank in closed form. For m <= n with the leading eigenvectors U (m x r) of ``W C W^T`` the best W' is the projection
-``U (U^T W)``: Eckart-Young for W C^(1/2), where C^(-1/2) cancels, so that no root or inverse of C is needed, and what
-C does not see stays as it was in the rows kept. For m > n with C = L L^T and the leading eigenvectors V (n x r) of
-``L^T W^T W L`` it is ``(W L V) (V^T L^-1)``. Cost m n^2 + m^3, or m n^2 + n^3.
+Low rank has a closed form. For m <= n with the leading eigenvectors U (m x r) of ``W C W^T``, the best W' is the
+projection ``U (U^T W)``. This is Eckart-Young for W C^(1/2), where C^(-1/2) cancels: no root or inverse of C is needed,
+and in the rows kept, whatever C does not see stays as it was. For m > n with C = L L^T and the leading eigenvectors V
+(n x r) of ``L^T W^T W L``, it is ``(W L V) (V^T L^-1)``. The cost is m n^2 + m^3, or m n^2 + n^3.
 
 Any other structure: the kernel is linear in each of its factors, so that a truncated Gauss-Newton method (Nocedal and
-Wright 2006, section 7.1) only needs products with the Jacobian J and its transpose, which automatic differentiation
-gives of the function that builds the kernel: conjugate gradients on ``J^T C J p = -J^T C (W' - W)`` for all factors at
-once, then the longest of the steps p, p/2, p/4, ... that lowers the error. Each iteration costs one product with C, m
-n^2, and about four times what it costs to build the kernel.
+Wright 2006, section 7.1) only needs products with the Jacobian J and its transpose. Automatic differentiation of the
+function that builds the kernel gives them. Conjugate gradients solve ``J^T C J p = -J^T C (W' - W)`` for all factors at
+once; then the longest of the steps p, p/2, p/4, ... that lowers the error is taken. Each iteration costs one product
+with C, m n^2, and about four times what it costs to build the kernel.
 """
 
 from __future__ import annotations
@@ -134,10 +134,10 @@ def roots(moment: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
 
 
 def triangle(moment: Tensor, ridge: float) -> Tensor:
-    """Return L with ``L L^T = moment + ridge * mean(diagonal)``: the symmetric root where that is not definite.
+    """Return L with ``L L^T = moment + ridge * mean(diagonal)``; the symmetric root if that is not definite.
 
-    By Cholesky, which needs no eigenvalues; L and the root differ by an orthogonal matrix, so that the singular values
-    of what is multiplied by them are the same.
+    Cholesky gives L without eigenvalues. L and the root differ by an orthogonal matrix, so that the singular values of
+    anything multiplied by them are the same.
     """
     if moment.dim() == 2:
         return roots(moment, ridge)[0]
@@ -159,7 +159,7 @@ def triangles(moment: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
 def low_rank(matrix: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
     """Return (left, right), (g, m, rank) and (g, rank, n), whose product is nearest to the matrix under the metric.
 
-    In float64. Balanced: the square root of each singular value of the product is on both sides.
+    Both are in float64, and balanced: the square root of each singular value of the product is on both sides.
     """
     matrix = matrix.double()
     if matrix.shape[-2] <= matrix.shape[-1] or len(metric.factors) > 1:
@@ -195,10 +195,10 @@ def refine(
     steps: int = 4,
     iterations: int = 8,
 ) -> list[Tensor]:
-    """Return factors whose kernel is nearer to a target under a metric; starts of equal norms go faster.
+    """Return factors whose kernel is nearer to a target under a metric; factors of equal norms converge faster.
 
-    ``build`` makes the kernel (g, O, I, *size) of the factors and is linear in each; all are of one dtype. There are at
-    most ``steps`` Gauss-Newton steps of at most ``iterations`` conjugate gradients each; the error never grows.
+    ``build`` makes the kernel (g, O, I, *size) of the factors and is linear in each; all have one dtype. There are at
+    most ``steps`` Gauss-Newton steps of at most ``iterations`` conjugate gradients each. The error never grows.
     """
     factors = list(factors)
     error = float(metric.energy((build(factors) - target).flatten(2)))
@@ -223,7 +223,11 @@ def _gauss_newton(
     metric: Metric,
     iterations: int,
 ) -> list[Tensor]:
-    """Return the step of truncated conjugate gradients; the Jacobian's product is a derivative of its transpose's."""
+    """Return the step of truncated conjugate gradients."""
+    # ``pulled`` is J^T dual, which is linear in ``dual``; so its derivative along a direction is J direction.
+    # Invariant of the loop: residual = -J^T C (W' - W) - J^T C J step, orthogonal to those before it. Example in one
+    # factor with J = 2, C = 1 and W' - W = 3: residual -6, curvature 4, so that one iteration gives the step -1.5,
+    # and W' + J step = W.
     with torch.enable_grad():
         leaves = [factor.detach().requires_grad_() for factor in factors]
         image = build(leaves)

@@ -1,7 +1,7 @@
-"""Arrays of numbers in .npz and .npy files, as tensors: the headers first, and then no more than is wanted.
+"""Arrays of numbers in .npz and .npy files, as tensors: the headers are read first, and then only what is wanted.
 
-A header says how many bytes an array takes, so that what is larger than a file may be is refused before any of it is
-read or unpacked. Nothing is unpickled: of NumPy, only the reader of headers is used.
+A header says how many bytes an array takes, so that an array that is too large is refused before any of it is read or
+unpacked. Nothing is unpickled: NumPy only reads the headers.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ class ArrayFile:
         self.forms = {name: array.form() for name, array in arrays.items()}
 
     def read(self, name: str, *, rows: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Return an array, or only its first ``rows`` along axis 0. ``dtype`` is that which it will be kept in.
+        """Return an array, or only its first ``rows`` along axis 0. ``dtype`` is what the caller will keep it in.
 
         Raises:
-            FileError: it is damaged, or more bytes would be taken, with those before, than may be.
+            FileError: the array is damaged, or all arrays together would take more bytes than allowed.
         """
         array, whole = self._arrays[name], self.forms[name]
         part = whole[:rows] if whole.dim() else whole
@@ -106,7 +106,7 @@ class ArrayFile:
 
     def _take(self, array: _Array, size: int) -> None:
         if size > self._left:
-            what = f"{array.where} has the shape {shown_name(str(array.shape))}, of which {size} bytes would be taken"
+            what = f"{array.where} has the shape {shown_name(str(array.shape))}: {size} bytes would be read"
             raise FileError(what, allowed=f"{self._most} for all arrays", next_step="give fewer samples")
         self._left -= size
 
@@ -118,10 +118,10 @@ def size_of(form: Tensor, dtype: torch.dtype | None = None) -> int:
 
 @contextlib.contextmanager
 def open_arrays(path: Path, *, most: int = MOST_BYTES) -> Iterator[ArrayFile]:
-    """Open a file of arrays, told by its content, of which no more than ``most`` bytes will be read.
+    """Open a file of arrays, recognised by its content; no more than ``most`` bytes of numbers will be read from it.
 
     Raises:
-        FileError: no regular file, no file of arrays, or one that holds something else than numbers.
+        FileError: the file is not a regular one, is not a file of arrays, or holds something other than numbers.
     """
     with contextlib.ExitStack() as opened:
         file = opened.enter_context(open_regular(path))
@@ -133,7 +133,7 @@ def open_arrays(path: Path, *, most: int = MOST_BYTES) -> Iterator[ArrayFile]:
                 size = os.fstat(file.fileno()).st_size
                 arrays = {path.stem: _read_header(shown_path(path), size, partial(_again, file))}
             else:
-                raise ValueError("it is no such file" if start else "it is empty")
+                raise ValueError("it is neither of the two" if start else "it is empty")
             found = ArrayFile(arrays, most)
         yield found
 
@@ -172,7 +172,7 @@ def _find(path: Path, archive: zipfile.ZipFile) -> dict[str, _Array]:
 
 
 def _read_header(where: str, size: int, opening: Callable[[], contextlib.AbstractContextManager[IO[bytes]]]) -> _Array:
-    """Return what a header says, if ``size``, the bytes with it, are as many as it says."""
+    """Return what a header says; raises ValueError unless header and numbers take ``size`` bytes in all."""
     with opening() as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Python about texts in it, and of NumPy about those that Python 2 wrote
         head = io.BytesIO(file.read(_LONGEST_HEADER))
@@ -182,7 +182,7 @@ def _read_header(where: str, size: int, opening: Callable[[], contextlib.Abstrac
         read = read_array_header_1_0 if version == 1 else read_array_header_2_0  # 3 is 2, but for names of fields
         shape, by_columns, dtype = read(head)
     if _code(dtype) not in _DTYPES:
-        raise FileError(f"{where} holds {shown_name(str(dtype))}, no numbers", allowed=_NUMBERS, next_step=_WRITE)
+        raise FileError(f"{where} holds {shown_name(str(dtype))}, not numbers", allowed=_NUMBERS, next_step=_WRITE)
     taken = math.prod(shape) * dtype.itemsize
     if any(length < 0 or length > _LONGEST for length in shape) or len(shape) > _MOST_AXES:
         raise ValueError(f"it has the shape {shown_name(str(shape))}")
@@ -213,7 +213,7 @@ def _read(array: _Array, count: int) -> npt.NDArray[Any]:
 
 
 def _native(array: _Array, numbers: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return numbers as this machine and PyTorch have them."""
+    """Return numbers in the byte order of this machine and in a type that PyTorch has."""
     kind, itemsize = numbers.dtype.kind, numbers.dtype.itemsize
     if kind == "b":
         return numbers.view(np.uint8) != 0

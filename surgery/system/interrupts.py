@@ -1,4 +1,4 @@
-"""Ctrl-C and the other signals that ask a process to stop: which there are, and how they are put off."""
+"""Ctrl-C and the other signals that ask a process to stop: which signals exist, and how to put them off."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def stopping_signals() -> list[signal.Signals]:
 
 @contextlib.contextmanager
 def put_off() -> Iterator[list[int]]:
-    """Put off what the stopping signals do until the block is through; yield the list of those that have come.
+    """Put off what the stopping signals do until the block is through; yield the list of signals that have come.
 
-    Signals that Python has no handler for do what they always do: end the process, or nothing. In another thread than
-    the main one the block runs as it is, since no handler runs there.
+    Signals without a handler in Python do what they always do: they end the process, or do nothing. In any thread but
+    the main one, the block runs as it is, because handlers never run there.
     """
     came: list[int] = []
     handlers: dict[int, Callable[[int, FrameType | None], object]] = {}

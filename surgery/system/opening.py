@@ -1,4 +1,4 @@
-"""Open files that others made: regular files alone, so that nothing waits for a pipe or reads a device without end."""
+"""Open files that others made: only regular files, so that nothing waits for a pipe or reads a device without end."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["check_regular", "open_regular", "read_regular", "shown_name", "shown
 _NO_WAITING = getattr(os, "O_NONBLOCK", 0)  # a pipe without a writer would wait for one; for files it means nothing
 _KINDS = {
     stat.S_IFDIR: "is a folder",
-    stat.S_IFIFO: "is no regular file but a pipe",
-    stat.S_IFSOCK: "is no regular file but a socket",
-    stat.S_IFCHR: "is no regular file but a device",
-    stat.S_IFBLK: "is no regular file but a device",
+    stat.S_IFIFO: "is not a regular file but a pipe",
+    stat.S_IFSOCK: "is not a regular file but a socket",
+    stat.S_IFCHR: "is not a regular file but a device",
+    stat.S_IFBLK: "is not a regular file but a device",
 }
 _LONGEST_NAME = 200
 _COPY = "write what it holds to a file first"
@@ -36,10 +36,10 @@ def check_regular(path: str | os.PathLike[str]) -> None:
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Return a regular file, open to be read.
 
-    What was opened is checked once more: a name may stand for something else by then.
+    The file is checked again once it is open, because its name may stand for something else by then.
 
     Raises:
-        FileError: there is no such file, it is no regular one, or it may not be read; the text begins with the path.
+        FileError: the file does not exist, is not a regular one, or may not be read; the text begins with the path.
     """
     check_regular(path)  # before: to open some devices is to change them
     try:
@@ -75,7 +75,7 @@ def read_regular(path: str | os.PathLike[str], *, most: int | None = None) -> by
 def _check_mode(path: str | os.PathLike[str], mode: int) -> None:
     if stat.S_ISREG(mode):
         return
-    kind = _KINDS.get(stat.S_IFMT(mode), "is no regular file")
+    kind = _KINDS.get(stat.S_IFMT(mode), "is not a regular file")
     next_step = None if stat.S_ISDIR(mode) else _COPY
     raise FileError(f"{shown_path(path)}: {kind}", allowed="a regular file", next_step=next_step)
 
@@ -96,5 +96,5 @@ def shown_path(path: str | os.PathLike[str]) -> str:
 
 
 def shown_name(name: str) -> str:
-    """Return a name out of a file as it may be printed, likewise."""
+    """Return a name from inside a file as it may be printed: on one line, and short."""
     return cut(shown(name), _LONGEST_NAME // 3)

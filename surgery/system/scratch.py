@@ -1,7 +1,7 @@
-"""Temporary files and folders. Those of a process that was killed are removed by the next one that wants the same.
+"""Temporary files and folders. The leftovers of a killed process are removed by the next one that wants the same.
 
-Each is locked as long as its process works at it. The system opens the lock when the process ends, however it ends, so
-that a name that nobody has locked is litter; numbers of processes would not tell, across containers and machines.
+Each file is locked as long as its process works on it. The system releases the lock when the process ends, however it
+ends. So a file that nobody has locked is litter. Process numbers could not tell that across containers and machines.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import IO
 
 from surgery.errors import FileError
 from surgery.system.interrupts import put_off
+from surgery.text import first_line
 
 try:
     import fcntl
@@ -37,12 +38,12 @@ def _mark() -> str:
 
 
 def draft_name(target: Path) -> Path:
-    """Return a new name beside a target."""
+    """Return a new name in the folder of a target."""
     return target.with_name(f".{target.name}.{_mark()}.tmp")
 
 
 def open_draft(target: Path) -> tuple[Path, IO[bytes]]:
-    """Return a new file beside a target, locked until it is closed; those that dead processes have left are removed."""
+    """Return a new file in the folder of a target, locked until it is closed; remove leftovers of dead processes."""
     _sweep(target.parent, re.compile(rf"\.{re.escape(target.name)}\.{_MARK}\.tmp"))
     while True:
         path = draft_name(target)
@@ -57,7 +58,7 @@ def scratch_folder() -> Iterator[Path]:
     """Yield a folder for temporary files, which is removed afterwards.
 
     Raises:
-        FileError: there is no room for it, or for what the block writes: it stands for an OSError that says so.
+        FileError: there is no room for the folder, or for what the block writes (in place of the OSError that says so).
     """
     folder: Path | None = None
     descriptor: int | None = None
@@ -97,9 +98,9 @@ def _make_folder() -> tuple[Path, int | None]:
 
 
 def reason(error: OSError | ValueError, folder: Path) -> str:
-    """Return why nothing can be written to a folder; where its disk is full, with the place of the disk."""
+    """Return why nothing can be written to a folder; the text names the disk if the disk is full."""
     if not isinstance(error, OSError) or error.errno not in FULL:
-        return getattr(error, "strerror", None) or str(error)
+        return getattr(error, "strerror", None) or first_line(error)
     disk = folder.resolve()
     while not os.path.ismount(disk):
         disk = disk.parent
@@ -107,7 +108,7 @@ def reason(error: OSError | ValueError, folder: Path) -> str:
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Lock an open file or folder until it is closed; False if another holds it, None where there are no locks."""
+    """Lock an open file or folder until it is closed; False if another process has it, None without such locks."""
     if fcntl is None:
         return None
     try:

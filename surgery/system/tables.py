@@ -24,10 +24,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def layout(rows: Sequence[Sequence[str]], *, words: int = 1, columns: int | None = None) -> tuple[list[str], list[str]]:
     """Return the lines of the headings, which are the first row, and those of the other rows, in aligned columns.
 
-    The first ``words`` columns hold texts, set to the left, of which the first are names; the others hold numbers, set
-    to the right. Lines that would be longer than ``columns`` are shortened by the least of this that is enough:
-    headings stand in several lines, then other cells than names do, then names, then the longest texts are cut in the
-    middle. Nothing breaks within a word, nor a number from its unit, and no number is cut.
+    The first ``words`` columns hold texts, set to the left; the very first holds names. The others hold numbers, set to
+    the right. Lines that would be longer than ``columns`` are shortened in steps, only as far as needed: headings take
+    several lines, then cells that are not names, then names, and then the longest texts are cut in the middle. No word
+    is broken, no number is parted from its unit, and no number is cut.
     """
     if not rows:
         return [], []
@@ -48,7 +48,7 @@ def layout(rows: Sequence[Sequence[str]], *, words: int = 1, columns: int | None
 
 
 def _pieces(cell: str, index: int, words: int) -> _Cell:
-    """Return what a cell may be broken into: names of modules behind dots, paths behind slashes, texts at spaces."""
+    """Return the pieces of a cell: names of modules break after dots, paths after slashes, texts at spaces."""
     if index == 0:
         return re.split(r"(?<=\w/)" if "/" in cell else r"(?<=, )|(?<=\w\.)", cell)
     return re.split(r"(?<= )" if index < words else r"(?<=-> |to )", cell)
@@ -63,7 +63,7 @@ def _broken(pieces: Sequence[Sequence[_Cell]], widths: Sequence[int], room: int)
     found = list(widths)
 
     def narrower(i: int) -> int:
-        """Return the next smaller width of a column, or the same if there is none."""
+        """Return the next smaller width of a column; the same width if it cannot be narrower."""
         if found[i] <= max(map(_widest, pieces[i])):
             return found[i]
         return max(_widest(lines(cell, found[i] - 1)) for cell in pieces[i])
@@ -80,7 +80,7 @@ def _broken(pieces: Sequence[Sequence[_Cell]], widths: Sequence[int], room: int)
 
 
 def _cut(heads: Sequence[int], widths: Sequence[int], room: int) -> list[int]:
-    """Return the widths with the widest of the first columns made narrower, but not than the words of their heads."""
+    """Return the widths with the widest of the first columns made narrower, but never narrower than their headings."""
     found = list(widths)
     while sum(found) > room:
         able = [i for i, head in enumerate(heads) if found[i] > max(head, _NARROWEST)]
@@ -91,7 +91,7 @@ def _cut(heads: Sequence[int], widths: Sequence[int], room: int) -> list[int]:
 
 
 def _row(cells: Sequence[_Cell], widths: Sequence[int], words: int, *, below: bool) -> list[str]:
-    """Return the lines of one row; cells with fewer lines than others stand at its top, or ``below``."""
+    """Return the lines of one row; cells with fewer lines stand at its top, or at its bottom with ``below``."""
     height = max(map(len, cells))
     blank = [[""] * (height - len(cell)) for cell in cells]
     filled = [[*empty, *cell] if below else [*cell, *empty] for cell, empty in zip(cells, blank, strict=True)]

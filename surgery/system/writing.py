@@ -40,10 +40,11 @@ def noting(names: list[Path]) -> Iterator[None]:
 
 
 def check_outputs(outputs: Sequence[_Path], inputs: Sequence[_Path] = (), *, force: bool) -> list[Path]:
-    """Return the files that the names of outputs stand for, links followed; to be called before any work is done.
+    """Return the files that the names of outputs stand for, with links followed. Call it before any work is done.
 
     Raises:
-        FileError: one cannot be written, is no regular file, exists without ``force``, is another output, or an input.
+        FileError: an output cannot be written, is not a regular file, exists without ``force``, or is named twice or as
+            an input, too.
     """
     targets = [_checked(output, force=force) for output in outputs]
     read = [_identity(path) for path in inputs]
@@ -84,7 +85,7 @@ def _checked(output: _Path, *, force: bool) -> Path:
     if not folder.is_dir():
         raise FileError(f"{name}: the folder {shown_path(folder)} does not exist", next_step="make it first")
     if mode and not stat.S_ISREG(mode):
-        raise FileError(f"{name}: is no regular file", allowed="a new name, or that of a regular file")
+        raise FileError(f"{name}: is not a regular file", allowed="a new name, or that of a regular file")
     if mode and not force:
         raise FileError(f"{name}: exists already", next_step=_EXISTS)
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -93,7 +94,7 @@ def _checked(output: _Path, *, force: bool) -> Path:
 
 
 def _mode(target: Path) -> int:
-    """Return the mode of a file, or 0 if there is none; raises OSError if it or its draft could have no such name."""
+    """Return the mode of a file, or 0 if it does not exist; raises OSError if it or its draft cannot have its name."""
     mode = 0
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         mode = os.lstat(target).st_mode  # links were followed, but for those that turn in a circle
@@ -126,9 +127,9 @@ def write_atomically(path: _Path, write: Writer, *, force: bool = True) -> None:
 def write_together(files: Sequence[tuple[_Path, Writer]], *, force: bool = True) -> None:
     """Write several files as ``write_atomically`` does: all are complete before the first appears.
 
-    If one cannot take its place, those before it are taken back. Ctrl-C and its like are put off: nothing is written
-    if they come before the first appears, all is if they come later. Only where the process is killed, or the machine
-    stops, between two of them is one new and the other old, and both are whole.
+    If one cannot take its place, those before it are taken back. Ctrl-C and similar signals are put off. If they come
+    before the first file appears, nothing is written; if they come later, all files are. Only if the process is killed,
+    or the machine stops, between two files can one be new and the other old; both are whole even then.
     """
     targets = check_outputs([path for path, _ in files], force=force)
     with put_off() as interrupts, contextlib.ExitStack() as stack:
@@ -151,7 +152,7 @@ def _telling(output: _Path) -> Iterator[None]:
 
 
 class _Draft:
-    """A file beside its target, which is to take the target's name."""
+    """A file in its target's folder, which is to take the target's name."""
 
     def __init__(self, output: _Path, target: Path) -> None:
         self.output, self.target = output, target
@@ -167,7 +168,7 @@ class _Draft:
             self._file.close()  # Windows moves no open files
 
     def publish(self, *, force: bool, keep: bool) -> None:
-        """Give it the name of the target; with ``keep`` it can be taken back afterwards."""
+        """Give the draft the target's name; with ``keep`` this can be taken back afterwards."""
         _checked(self.target, force=force)  # what stands there may have changed meanwhile
         if not force:
             _move_to_new(self._path, self.target)
@@ -180,14 +181,14 @@ class _Draft:
         os.replace(self._path, self.target)
 
     def take_back(self) -> None:
-        """Put the old file in its place again, or none."""
+        """Put the old file in its place again; remove the new one where there was no old one."""
         if self._old is None:
             self.target.unlink()
         else:
             os.replace(self._old, self.target)
 
     def discard(self) -> None:
-        """Remove what is not in its place; an error here must not hide the one that led here."""
+        """Remove what is left over; an error here must not hide the one that led here."""
         with contextlib.suppress(OSError):  # of what was left to write to a full disk
             self._file.close()
         for path in (self._path, self._old):
@@ -197,7 +198,7 @@ class _Draft:
 
 
 def _move_to_new(path: Path, target: Path) -> None:
-    """Rename a file; unlike ``os.replace`` it fails if someone else has made the target meanwhile."""
+    """Rename a file. Unlike ``os.replace``, this fails if someone else has made the target in the meantime."""
     try:
         os.link(path, target)
     except FileExistsError:

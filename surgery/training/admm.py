@@ -21,10 +21,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from surgery.errors import InputError
-from surgery.passes.decompose import RankSpec, decompose
-from surgery.passes.decompose import plan as make_plan
+from surgery.passes.decompose import decompose
+from surgery.passes.preview import plan as make_plan
 from surgery.passes.results import DecomposeResult
 from surgery.plans.plan import Plan
+from surgery.plans.rules import RankSpec
 from surgery.training.closures import after_gradients, is_fused
 from surgery.training.constraints import PROJECTING, constrain
 from surgery.training.propose import sites_of
@@ -52,7 +53,7 @@ class ADMM:
     Args:
         model: an nn.Module; may be compiled, or distributed (then all processes make the same calls).
         optimizer: any whose step follows gradients, as SGD, Adam, AdamW; not fused.
-        ranks: any of ``surgery.decompose``'s.
+        ranks: any rule of ``surgery.plan``'s.
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
         factorization: "auto", "tt", "tr", "tucker", "svd" or "spatial": those that project.
         rho: weight of the penalty, above 0. Between two updates SGD takes a weight about ``rho`` x learning rate
@@ -119,14 +120,14 @@ class ADMM:
                 constraint.dual.div_(_GROWTH)
         return self.residuals[-1] if self.residuals else {}
 
-    def finish(self) -> DecomposeResult:
+    def finish(self) -> DecomposeResult[nn.Module]:
         """End the run: take the hooks off the optimizer, and return what ``surgery.decompose`` makes by the plan.
 
         The model itself stays dense; the result has the factored one, a copy.
         """
         for handle in self._handles:
             handle.remove()
-        return decompose(self._root, self._inputs, plan=self.plan)
+        return decompose(self._root, self._inputs, ranks=self.plan)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs, the state of model and optimizer included; tensors and plain values."""

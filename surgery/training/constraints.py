@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from surgery.algebra.chain import relative_error
-from surgery.algebra.operators import Operator
+from surgery.algebra.operators import Layout, Operator
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import Ranks, named
 from surgery.kinds.layers.modules import stored_as
@@ -32,7 +32,7 @@ class Constraint:
     operator: Operator
     factorization: str
     rank: Ranks
-    stored: str
+    stored: Layout
     target: Tensor
     dual: Tensor
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
-from surgery.data.inputs import Inputs, normalise_inputs
+from surgery.kinds.inputs import Inputs, normalise_inputs
 
 __all__ = ["averages_of", "inputs_for", "is_copy", "keeps_copy"]
 

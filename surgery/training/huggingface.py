@@ -129,7 +129,7 @@ class LowRankCallback(TrainerCallback):
 
 def _save_dense(run: LowRankTraining, example_inputs: Any, folder: Path) -> None:
     """Write the dense weights in the place of the factors, in the way that the Trainer wrote those."""
-    dense = recompose(unwrap(run.model), example_inputs).model
+    dense: Any = recompose(unwrap(run.model), example_inputs).model
     if hasattr(dense, "save_pretrained"):
         dense.save_pretrained(folder)
         return

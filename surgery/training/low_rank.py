@@ -20,15 +20,24 @@ from torch import nn
 from torch.optim import Optimizer
 
 from surgery.errors import InputError
-from surgery.passes.decompose import RankSpec
 from surgery.passes.recompose import recompose
 from surgery.plans.plan import Plan
+from surgery.plans.rules import RankSpec
 from surgery.training.copies import inputs_for
 from surgery.training.ending import Ending, warn_of_no_end
 from surgery.training.history import EpochRow, Event, History
 from surgery.training.hooks import WeakHook
 from surgery.training.parameter_lists import check_lists
-from surgery.training.propose import Proposal, Sought, plan_for, propose, refused, shrunk, try_formats
+from surgery.training.propose import (
+    ForTraining,
+    Proposal,
+    Sought,
+    TrainingEvidence,
+    propose,
+    refused,
+    shrunk,
+    try_formats,
+)
 from surgery.training.schedule import Schedule
 from surgery.training.spectra import SpectrumLog, stable_rank
 from surgery.training.structure import has_dense
@@ -75,10 +84,10 @@ class LowRankTraining:
             state of SGD, Adam, AdamW, NAdam and RAdam crosses the switch, that of others starts anew.
         example_inputs: one batch as in training: a tensor, a tuple of arguments, or a dict of keyword arguments.
         decompose_at: epochs to train before the switch, or "auto": when the spectra of the weights have settled, and at
-            the latest after a twentieth of the epochs.
-        ranks: "auto" (by spectrum and measured time), or any of ``surgery.decompose``'s.
+            the latest after a twentieth of the epochs. Of several, as ``(2, 5)``, the later ones are epochs done after
+            which ranks are chosen anew, by the same rule, and lowered where they fell.
+        ranks: "auto" (by spectrum and measured time), or any rule of ``surgery.plan``'s.
         factorization: "auto", or the name of one of ``surgery.FACTORIZATIONS``.
-        redecompose_at: epochs done after which ranks are chosen anew, by the same rule, and lowered where they fell.
         recompose_at: "end" (after ``epochs``, or at ``finish()`` where they are not known, of which a warning tells),
             epochs done, or None. A run that is dropped, or cut off by the end of the program, before it has recomposed
             warns as well.
@@ -101,11 +110,10 @@ class LowRankTraining:
         optimizer: Optimizer,
         example_inputs: Any,
         *,
-        decompose_at: int | str = "auto",
+        decompose_at: int | str | Sequence[int | str] = "auto",
         ranks: RankSpec = "auto",
         factorization: str = "auto",
         recompose_at: int | str | None = "end",
-        redecompose_at: Sequence[int] = (),
         epochs: int | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
@@ -115,12 +123,12 @@ class LowRankTraining:
         start = time.perf_counter()
         if memory_format not in ("auto", None):
             raise InputError(f"memory_format={memory_format!r}", allowed="'auto', None")
-        self._schedule = Schedule(decompose_at, recompose_at, epochs, tuple(redecompose_at))
+        self._schedule = Schedule.read(decompose_at, recompose_at, epochs)
         check_lists(optimizer)
         warn_of_no_end(recompose_at, epochs)
         self._sought = Sought(ranks, factorization, tuple(include), tuple(exclude))
         self._trainee = Trainee(model, optimizer, example_inputs, frobenius_decay=frobenius_decay)
-        self._measured = self._sought.automatic or decompose_at == "auto"
+        self._measured = self._sought.automatic or self._schedule.decompose_at == "auto"
         self._decided, self._phase, self._due = False, "dense", _NOTHING
         self._formats = [self._trainee.channels_last]
         if memory_format == "auto" and self._measured and not self._trainee.channels_last:
@@ -338,7 +346,8 @@ class LowRankTraining:
         trainee, last = self._trainee, self._schedule.last
         sought = self._sought.without(survey.hooked)
         if not self._measured:
-            return Proposal(plan_for(survey.sites, sought, untrained=survey.untrained), self._formats[0])
+            plan = ForTraining(sought).plan(survey.sites, TrainingEvidence(survey.untrained))
+            return Proposal(plan, self._formats[0])
         return propose(
             trainee.root,
             trainee.inputs,

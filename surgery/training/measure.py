@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Conv, Embedding, Operator, Shape
-from surgery.cost.onnxruntime.timing import Budget, Samples, interleave
-from surgery.data.inputs import Inputs, random_tensor
+from surgery.algebra.operators import Form, Operator, Shape
+from surgery.cost.timing import Budget, Samples, interleave
+from surgery.kinds.inputs import Inputs, random_tensor
 from surgery.kinds.layers.factored import build_steps
 from surgery.kinds.layers.modules import build_module
 
 __all__ = ["PassTimer", "has_formats", "time_models"]
+
+_Key = tuple[Form, tuple[tuple[Form, ...], ...], Shape]  # of the operator, of each chain, and the input shape
 
 _SITE = Budget(seconds=0.15, min_rounds=3, max_rounds=50, warmup_rounds=1)
 _MODEL = Budget(seconds=0.6, min_rounds=1, max_rounds=20, warmup_rounds=1)  # of long passes one says enough, and costs
@@ -30,7 +32,7 @@ _MODEL = Budget(seconds=0.6, min_rounds=1, max_rounds=20, warmup_rounds=1)  # of
 
 def has_formats(operators: Sequence[Operator]) -> bool:
     """Whether any operator is a convolution over two dimensions: all others know one memory format only."""
-    return any(isinstance(operator, Conv) and operator.geometry.dims == 2 for operator in operators)
+    return any(operator.spatial_dims == 2 for operator in operators)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +40,12 @@ class PassTimer:
     """Times operators against chains, one pair of each form once; ``channels_last`` is the memory format."""
 
     channels_last: bool = False
-    _known: dict[tuple[Any, ...], tuple[Samples, ...]] = field(default_factory=dict, repr=False)
+    _known: dict[_Key, tuple[Samples, ...]] = field(default_factory=dict, repr=False)
 
     def compare(self, dense: Operator, chains: Sequence[Chain], shape: Shape) -> tuple[Samples, ...]:
         """Return the samples of the operator and of each chain, whose numbers may be on the meta device."""
-        key = (_form(dense), tuple(tuple(map(_form, chain.operators)) for chain in chains), shape)
+        forms = tuple(tuple(operator.form for operator in chain.operators) for chain in chains)
+        key = (dense.form, forms, shape)
         if key not in self._known:
             steps: list[Operator | Chain] = [dense, *chains]
             with torch.random.fork_rng():
@@ -103,11 +106,6 @@ def _fill(module: nn.Module) -> None:
 
 
 def _input(dense: Operator, shape: Shape) -> Tensor:
-    if isinstance(dense, Embedding):
+    if dense.reads_indices:
         return torch.randint(dense.in_channels, shape)
     return random_tensor(shape, dense.weight.dtype)
-
-
-def _form(operator: Operator) -> tuple[Any, ...]:
-    conv = (operator.geometry, operator.groups) if isinstance(operator, Conv) else ()
-    return (type(operator), tuple(operator.weight.shape), operator.bias is None, *conv)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
-from surgery.cost.onnxruntime.latency import channel_multiple
-from surgery.data.inputs import normalise_inputs
+from surgery.cost.registry import make_backend
+from surgery.kinds.inputs import normalise_inputs
 from surgery.kinds.layers.unpacking import packed_parameter
-from surgery.passes.decompose import RankSpec, decompose, find_sites
+from surgery.passes.decompose import decompose
+from surgery.passes.preview import find_sites
+from surgery.plans.by_rule import ByRule, ModelFacts
 from surgery.plans.plan import Decision, Plan
-from surgery.plans.planning import make_plan
 from surgery.plans.quality import RankRule
+from surgery.plans.rules import RankSpec
 from surgery.sites.site import Site, Totals
 from surgery.text import seconds
 from surgery.training.forecast import Forecast, make_forecast
@@ -27,7 +29,17 @@ from surgery.training.ranks import TrainingRanks
 from surgery.training.spectra import SpectrumLog
 from surgery.training.trained import as_pattern, keep_dense
 
-__all__ = ["Proposal", "Sought", "plan_for", "propose", "refused", "shrunk", "sites_of", "try_formats"]
+__all__ = [
+    "ForTraining",
+    "Proposal",
+    "Sought",
+    "TrainingEvidence",
+    "propose",
+    "refused",
+    "shrunk",
+    "sites_of",
+    "try_formats",
+]
 
 _LEAST_SAVED = 0.01  # ours: of the dense time of all sites that can be factored
 _NONE: Mapping[str, str] = MappingProxyType({})
@@ -69,26 +81,42 @@ def sites_of(root: nn.Module, example_inputs: Any) -> tuple[Site, ...]:
     return find_sites(root, example_inputs)[0]
 
 
-def plan_for(
-    sites: Sequence[Site], sought: Sought, rule: RankRule | None = None, *, untrained: Mapping[str, str] = _NONE
-) -> Plan:
-    """Return the plan of what was asked for, in which the sites that do not train are dense, each with its reason.
+@dataclass(frozen=True)
+class TrainingEvidence:
+    """What a plan for training goes by: the sites that stay dense in any case, with reasons, and a measured rule.
 
-    Budgets are of what trains. Modules with packed weights stay dense: their state is one.
+    Without a ``rule`` the ranks are those that were asked for.
     """
-    modules = {site.name.rpartition(".")[0] for site in sites if packed_parameter(site.name) is not None}
-    packed = [site.name for site in sites if site.name.rpartition(".")[0] in modules]
-    trained = [site for site in sites if site.name not in untrained]
-    plan = make_plan(
-        sites,
-        ranks=(sought.ranks if rule is None else rule) if trained else {},
-        factorization=sought.factorization,
-        include=sought.include,
-        exclude=(*sought.exclude, *map(as_pattern, untrained)),
-        totals=Totals(sum(site.parameters for site in trained), sum(site.macs for site in trained)),
-    )
-    why = "modules with packed weights are not factored in training yet"
-    return keep_dense(plan, dict.fromkeys(packed, why) | dict(untrained))
+
+    untrained: Mapping[str, str] = field(default_factory=dict)
+    rule: RankRule | None = None
+
+
+@dataclass(frozen=True)
+class ForTraining:
+    """The planner of what was asked for, in which the sites that do not train are dense, each with its reason."""
+
+    sought: Sought
+
+    def plan(self, sites: Sequence[Site], evidence: TrainingEvidence, /) -> Plan:
+        """Return the plan.
+
+        Budgets are of what trains. Modules with packed weights stay dense: their state is one.
+        """
+        sought, untrained = self.sought, evidence.untrained
+        modules = {site.name.rpartition(".")[0] for site in sites if packed_parameter(site.name) is not None}
+        packed = [site.name for site in sites if site.name.rpartition(".")[0] in modules]
+        trained = [site for site in sites if site.name not in untrained]
+        ranks = sought.ranks if evidence.rule is None else evidence.rule
+        rule = ByRule(
+            ranks if trained else {},
+            sought.factorization,
+            sought.include,
+            (*sought.exclude, *map(as_pattern, untrained)),
+        )
+        totals = Totals(sum(site.parameters for site in trained), sum(site.macs for site in trained))
+        why = "modules with packed weights are not factored in training yet"
+        return keep_dense(rule.plan(sites, ModelFacts(totals)), dict.fromkeys(packed, why) | dict(untrained))
 
 
 def propose(
@@ -111,9 +139,10 @@ def propose(
     start = time.perf_counter()
     sites = sites_of(root, example_inputs)
     plans: dict[bool, Plan] = {}
+    multiple = make_backend().channel_multiple
     for channels_last in formats:
-        rule = TrainingRanks(log, PassTimer(channels_last), channel_multiple()) if sought.automatic else None
-        plan = plan_for(sites, sought, rule, untrained=untrained)
+        rule = TrainingRanks(log, PassTimer(channels_last), multiple) if sought.automatic else None
+        plan = ForTraining(sought).plan(sites, TrainingEvidence(untrained, rule))
         plans[channels_last] = _worthwhile(plan) if sought.automatic else plan
     factored = {form: plan for form, plan in plans.items() if not all(decision.dense for decision in plan)}
     if not factored:
@@ -121,7 +150,7 @@ def propose(
     models, spent = [], 0.0
     for form, plan in factored.items():
         before = time.perf_counter()
-        models.append(_formatted(decompose(root, example_inputs, plan=plan).model, form))
+        models.append(_formatted(decompose(root, example_inputs, ranks=plan).model, form))
         spent = time.perf_counter() - before
     inputs = normalise_inputs(example_inputs)
     dense, *samples = time_models([_formatted(copy.deepcopy(root), formats[0]), *models], inputs)
@@ -146,8 +175,7 @@ def _worthwhile(plan: Plan) -> Plan:
             saved = decision.dense_latency - decision.latency
             if saved < least:
                 reason = f"it would save {seconds(saved)}, less than {100 * _LEAST_SAVED:g} % of what all sites take"
-                dense = replace(decision, factorization=None, rank=None, reason=reason, error=None)
-                plan = plan.replaced(replace(dense, parameters=None, macs=None, latency=None))
+                plan = plan.replaced(decision.left_dense(reason))
     return plan
 
 

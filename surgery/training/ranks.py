@@ -17,11 +17,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from surgery.cost.onnxruntime.timing import Samples, compare_samples
+from surgery.cost.timing import Samples, compare_samples
 from surgery.errors import Refusal
 from surgery.factorizations import Ranks
-from surgery.plans.automatic import snap
 from surgery.plans.candidates import Candidate, Choice, say_ranks
+from surgery.plans.faster import snap
 from surgery.plans.quality import SiteRule
 from surgery.training.measure import PassTimer
 from surgery.training.spectra import SpectrumLog

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from surgery.errors import InputError
@@ -17,7 +18,8 @@ _PATIENCE = 5  # ours: epochs, where their total is not known
 class Schedule:
     """When to decompose and to recompose, in epochs that are done; ``epochs`` is their total, if it is known.
 
-    ``decompose_at`` is "auto" or a number; ``recompose_at`` is "end", a number, or None for never.
+    ``decompose_at`` is "auto" or a number; ``recompose_at`` is "end", a number, or None for never. Ranks are chosen
+    anew at each of ``redecompose_at``.
     """
 
     decompose_at: int | str
@@ -30,10 +32,25 @@ class Schedule:
         _check("recompose_at", self.recompose_at, ("end", None))
         _check("epochs", self.epochs, (None,))
         for number in self.redecompose_at:
-            _check("redecompose_at", number, ())
+            _check("a later decompose_at", number, ())
         first, last = self.decompose_at, self.recompose_at
         if isinstance(first, int) and isinstance(last, int) and last <= first:
             raise InputError(f"recompose_at={last} is not after decompose_at={first}", next_step="give a later epoch")
+
+    @classmethod
+    def read(
+        cls, decompose_at: int | str | Sequence[int | str], recompose_at: int | str | None, epochs: int | None
+    ) -> Schedule:
+        """Return the schedule; of several ``decompose_at`` all but the first are when ranks are chosen anew.
+
+        Raises:
+            InputError: what is not a number of epochs, or in the wrong order.
+        """
+        several = [decompose_at] if isinstance(decompose_at, int | str) else list(decompose_at)
+        if not several:
+            raise InputError("decompose_at is empty", allowed="'auto', or epochs done", next_step="give at least one")
+        first, *later = several
+        return cls(first, recompose_at, epochs, tuple(later))  # type: ignore[arg-type]  # they are checked there
 
     @property
     def last(self) -> int | None:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Operator
+from surgery.algebra.operators import Layout, Operator
 from surgery.algebra.steps import Branches, Shift, Step
-from surgery.data.inputs import normalise_inputs
 from surgery.errors import CheckError, InputError, Refusal
 from surgery.factorizations import Ranks, named
+from surgery.kinds.inputs import normalise_inputs
 from surgery.kinds.layers.modules import stored_as
-from surgery.kinds.registry import open_graph
+from surgery.passes.original import Original
 from surgery.plans.plan import Plan
 from surgery.sites.site import Site
 from surgery.training.transport import Compose
@@ -49,7 +49,7 @@ class FactoredSite:
     chain: Chain
     places: tuple[str, ...]
     shift: str
-    stored: str
+    stored: Layout
 
     def bind(self, root: nn.Module) -> tuple[list[nn.Parameter], Compose]:
         """Return the weights of the factors in a module, and what composes them; both outlast the factors there.
@@ -94,13 +94,13 @@ def _fill(steps: Sequence[Step], weights: Iterator[Tensor]) -> Iterator[Step]:
             yield step
 
 
-def layouts(root: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
+def layouts(root: nn.Module, sites: Sequence[Site]) -> dict[str, Layout]:
     """Return how the dense modules of the sites store their weights; without a module there is no entry."""
     modules = dict(root.named_modules(remove_duplicate=False))
     return {site.name: stored_as(type(modules[site.name])) for site in sites if site.name in modules}
 
 
-def read_sites(sites: Sequence[Site], plan: Plan, stored: Mapping[str, str]) -> tuple[FactoredSite, ...]:
+def read_sites(sites: Sequence[Site], plan: Plan, stored: Mapping[str, Layout]) -> tuple[FactoredSite, ...]:
     """Return the record of what a plan makes of the sites of a module."""
     found = []
     for site, decision in zip(sites, plan, strict=True):
@@ -119,19 +119,20 @@ def build(root: nn.Module, example_inputs: Any, plan: Plan) -> tuple[FactoredSit
     Raises:
         InputError: the plan was made for a model with other sites.
     """
-    graph = open_graph(root, *normalise_inputs(example_inputs), copies=False, inplace=True)
-    spots = graph.find().spots
-    names = [spot.site.name for spot in spots]
+    original = Original(root, normalise_inputs(example_inputs))
+    names = list(original.sites)
     if names != [decision.site for decision in plan]:
         raise InputError(
             "the plan is of a model with other sites", allowed=", ".join(names), next_step="make the same model, dense"
         )
-    sites = [spot.site for spot in spots]
+    sites = list(original.sites.values())
     record = read_sites(sites, plan, layouts(root, sites))
-    for spot, decision in zip(spots, plan, strict=True):
-        if decision.factorization is not None and decision.rank is not None:
-            graph.splice(spot, _empty_chain(spot.site.operator, decision.factorization, decision.rank))
-    graph.finish()
+    chains = {
+        site.name: _empty_chain(site.operator, decision.factorization, decision.rank)
+        for site, decision in zip(sites, plan, strict=True)
+        if decision.factorization is not None and decision.rank is not None
+    }
+    original.with_chains(chains, inplace=True)
     return record
 
 

@@ -39,7 +39,7 @@ def switch_down(
     the optimizer of the module needs.
     """
     stored, before = layouts(root, sites), _parameters(root)
-    result = decompose(root, example_inputs, plan=plan, inplace=True)
+    result = decompose(root, example_inputs, ranks=plan, inplace=True)
     record = read_sites(sites, result.plan, stored)
     balance(root, record)
     return record, result.plan, result.changes, _exchanges_down(root, before, record)

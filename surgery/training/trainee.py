@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from surgery.errors import InputError
-from surgery.passes.decompose import find_sites
+from surgery.passes.preview import find_sites
 from surgery.passes.recompose import recompose
 from surgery.passes.results import Change
 from surgery.plans.plan import Plan

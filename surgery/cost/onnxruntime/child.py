@@ -1,10 +1,10 @@
-"""What runs in a process of its own to time one model there, as a user would run it; it imports no torch.
+"""The program of a process that times one model by itself, as a user would run it. It does not import torch.
 
-The one argument is JSON: ``model`` and ``inputs``, the paths of an .onnx file and of an .npz file with its inputs in
-order, and ``threads``, or null for what onnxruntime chooses. After a line ``"ready"`` on standard output the process
-times one block for each line on standard input, which is the seconds of the block, and answers with a JSON list. It has
-for each run its seconds, and how many of them a thread waited for a core that another program had (Linux counts that;
-elsewhere 0). The process ends where its input ends, so that it never outlives the one that asked.
+Its one argument is JSON: ``model`` and ``inputs`` are the paths of an .onnx file and of an .npz file with its inputs in
+order; ``threads`` may be null for what onnxruntime chooses. The process writes a line ``"ready"`` to standard output.
+Then each line on standard input is the seconds of one block; the process times the block and answers with a JSON list.
+The list has two numbers for each run: its seconds, and how many of them a thread waited for a core that another program
+had (Linux counts that; elsewhere it is 0). The process ends when its input ends, so that it never outlives its parent.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import onnxruntime as ort
 
 __all__ = ["main"]
 
-_SETTLE = 0.05  # seconds of a block that do not count: caches fill, and threads wake up and part from each other
+_SETTLE = 0.05  # seconds of a block that do not count: caches fill, threads wake up and spread over the cores
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def _open(model: str, inputs: str, threads: int | None) -> Callable[[], object]:
 
 
 def _time_block(run: Callable[[], object], seconds: float, waits: list[int]) -> list[tuple[float, float]]:
-    """Return the seconds of each run, and those waited; at least one run, after some that do not count."""
+    """Return the seconds of each run, and those waited. Some runs come first that do not count; one run always does."""
     clock = time.perf_counter
     start = clock()
     run()
@@ -67,7 +67,7 @@ def _time_block(run: Callable[[], object], seconds: float, waits: list[int]) -> 
 
 
 def _open_waits() -> list[int]:
-    """Return what to read of the threads that this process has; nothing where the system does not count their waits."""
+    """Return open files that count the waits of this process's threads; none if the system does not count them."""
     try:
         return [os.open(f"/proc/self/task/{task}/schedstat", os.O_RDONLY) for task in os.listdir("/proc/self/task")]
     except OSError:
@@ -75,7 +75,7 @@ def _open_waits() -> list[int]:
 
 
 def _read_waits(waits: list[int]) -> list[int]:
-    """Return the nanoseconds that each thread has been ready to run in its life without a core."""
+    """Return for each thread the nanoseconds of its life in which it was ready to run but had no core."""
     try:
         return [int(os.pread(file, 64, 0).split()[1]) for file in waits]
     except (OSError, IndexError):  # a thread has ended, or the kernel counts nothing

@@ -18,7 +18,7 @@ __all__ = ["OnnxGraph", "numbers"]
 
 @dataclass
 class OnnxGraph:
-    """Nodes and constants so far, and the value that the next node reads; ``prefix`` is that of all new names."""
+    """The nodes and constants so far, and the value that the next node reads; ``prefix`` starts all new names."""
 
     value: str = "input"
     prefix: str = ""
@@ -38,21 +38,21 @@ class OnnxGraph:
         others: Sequence[str] = (),
         **attributes: Any,
     ) -> None:
-        """Append a node on the current value, other values and the constants that there are; its output is current."""
+        """Append a node on the current value, other values and constants (None is left out); its output is current."""
         names = [*others, *(self.constant(array) for array in constants if array is not None)]
         output = f"{self.prefix}value_{len(self.nodes)}"
         self.nodes.append(helper.make_node(op_type, [self.value, *names], [output], **attributes))
         self.value = output
 
     def add(self, op_type: str, *inputs: str, outputs: int = 1, **attributes: Any) -> list[str]:
-        """Append a node on values by name, and return the names of what it puts out; the current value stays."""
+        """Append a node on values by name, and return the names of its outputs; the current value stays the same."""
         names = [f"{self.prefix}{op_type}_{len(self.nodes)}_{at}" for at in range(outputs)]
         self.nodes.append(helper.make_node(op_type, list(inputs), names, **attributes))
         return names
 
 
 def numbers(tensor: Tensor | None) -> np.ndarray | None:
-    """Return float32 numbers; random ones, scaled so that activations keep their size, for the meta device."""
+    """Return float32 numbers; for the meta device random ones, scaled so that activations keep their size."""
     if tensor is None:
         return None
     if not tensor.is_meta:

@@ -1,8 +1,8 @@
 """The ONNX nodes of a recurrent layer's loop, so that its recurrent weight, dense or factored, is timed where it runs.
 
-A dense weight is timed as a part of the runtime's own kernel (LSTM, GRU, RNN), a factored one in a Scan over the steps
-whose body has the chain and the gates, as torch exports it. Both read one column of the input through an input weight
-(G H, 1), which costs both next to nothing; there are no biases.
+A dense weight is timed as a part of the runtime's own kernel (LSTM, GRU, RNN). A factored one is timed in a Scan over
+the steps, whose body has the chain and the gates, as torch exports it. Both read one column of the input through an
+input weight (G H, 1), which costs next to nothing. There are no biases.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _KERNELS = {"LSTM": "LSTM", "GRU": "GRU", "RNN_TANH": "RNN", "RNN_RELU": "RNN"}
 
 
 def emit_loop(graph: OnnxGraph, loop: Loop, steps: Sequence[Step], shape: Shape, emit: _Emit) -> None:
-    """Append the loop with these steps in it, on an input of all steps; ``emit`` appends a step."""
+    """Append the loop with these steps in it, on an input that holds all time steps; ``emit`` appends one step."""
     out = shape
     for step in steps:
         out = step.out_shape(out)

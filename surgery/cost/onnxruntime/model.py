@@ -1,13 +1,16 @@
 """The ONNX model of operators and chains, built node by node as torch's exporter would emit it.
 
-Reshapes are Reshape, shifts and sums Add. A convolution is Conv or ConvTranspose, after a Pad where torch pads in
-another mode than with zeros, and between Unsqueeze and Squeeze where the input has no batch. A linear layer is Gemm on
-(rows, features), and MatMul, then Add on any other number of dimensions. An embedding is Gather. What stands in the
-loop of a recurrent layer comes with that loop (``onnx_loop``). ``torch.onnx.export`` makes the same nodes a thousand
-times more slowly.
+- Reshapes are Reshape; shifts and sums are Add.
+- A convolution is Conv or ConvTranspose. A Pad comes first if torch pads in another mode than with zeros. Unsqueeze and
+  Squeeze stand around it if the input has no batch.
+- A linear layer is Gemm on (rows, features), and MatMul, then Add, on any other number of dimensions.
+- An embedding is Gather.
+- An operator in the loop of a recurrent layer comes with that loop (``loop``).
 
-Tensors are float32 whatever the operator's dtype: onnxruntime's CPU convolutions have no other kernel (half precisions
-are cast around them, float64 is refused).
+``torch.onnx.export`` makes the same nodes a thousand times more slowly.
+
+Tensors are float32 whatever the operator's dtype, because onnxruntime's CPU convolutions have no other kernel: half
+precisions are cast around them, and float64 is refused.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from surgery.cost.onnxruntime.graph import OnnxGraph, numbers
 from surgery.cost.onnxruntime.loop import emit_loop
 from surgery.errors import InputError
 from surgery.sites.epilogue import Activation, BatchNorm, Loop
+from surgery.text import first_line
 
 __all__ = ["OPSET", "build_choice", "build_model", "entries"]
 
@@ -41,7 +45,7 @@ def build_model(operator: Operator | Chain, shape: Shape) -> bytes:
     Weights on the meta device (as ``Factorization.skeleton`` makes them) become seeded random numbers.
 
     Raises:
-        InputError: an operator of an unknown kind, or more than 2 GiB of weights.
+        InputError: the operator is of an unknown kind, or its weights take more than 2 GiB.
     """
     graph = _build_branch(operator, shape, output="output")
     return _serialise(graph.nodes, graph.constants, [_input(operator, shape)], operator.out_shape(shape))
@@ -50,8 +54,8 @@ def build_model(operator: Operator | Chain, shape: Shape) -> bytes:
 def build_choice(first: Operator | Chain, second: Operator | Chain, shape: Shape) -> bytes:
     """Return a serialised ONNX model that maps "input" as the first does if "second" is false, else as the second.
 
-    Each is a branch of an If node, which onnxruntime optimises as it does a model of its own; the node itself takes
-    less than a microsecond. Raises InputError as ``build_model``.
+    Each is a branch of an If node, and onnxruntime optimises each branch like a model of its own. The node itself takes
+    less than a microsecond. Raises InputError as ``build_model`` does.
     """
     branches = {}
     for attribute, operator in (("else_branch", first), ("then_branch", second)):
@@ -69,9 +73,9 @@ def _input(branch: Operator | Chain, shape: Shape) -> onnx.ValueInfoProto:
 
 
 def entries(branch: Operator | Chain) -> int:
-    """Return how many entries an embedding has that comes first; 0 where the input is activations."""
+    """Return the number of entries if the first operator is an embedding; 0 if the input is activations."""
     first = branch.operators[0] if isinstance(branch, Chain) else branch
-    return first.in_channels if isinstance(first, Embedding) else 0
+    return first.in_channels if first.reads_indices else 0
 
 
 def _float(name: str, shape: Shape) -> onnx.ValueInfoProto:
@@ -89,7 +93,9 @@ def _serialise(
     try:
         return model.SerializeToString()
     except Exception as error:  # protobuf's exceptions differ between its versions
-        raise InputError(f"the operators make no ONNX model: {error}", allowed="at most 2 GiB in all") from error
+        raise InputError(
+            f"the operators do not fit in an ONNX model: {first_line(error)}", allowed="at most 2 GiB in all"
+        ) from error
 
 
 def _build_branch(branch: Operator | Chain, shape: Shape, *, output: str) -> OnnxGraph:
@@ -112,7 +118,7 @@ def _emit(graph: OnnxGraph, step: Step, shape: Shape) -> None:
     emit = _EMITTERS.get(type(step))
     if emit is None:
         allowed = ", ".join(kind.__name__ for kind in _EMITTERS)
-        raise InputError(f"no ONNX node is known for {type(step).__name__}", allowed=allowed)
+        raise InputError(f"there is no known ONNX node for {type(step).__name__}", allowed=allowed)
     emit(graph, step, shape)
 
 

@@ -1,16 +1,16 @@
-"""Models timed each in processes of its own: who shares one pays for the other's memory, caches and threads.
+"""Models timed each in its own processes: models that share a process pay for each other's memory, caches and threads.
 
-A pair of processes, one for each model, lives at the same time and takes turns in short blocks, so that a drift of the
-machine disturbs both alike, while no model finds its memory or its threads used by the other. A process waits for its
-turn without running: its threads sleep, and when they wake some share a core until the system parts them. Of turns of
-0.06 s two runs in three waited so (two threads, two cores, runs of 13 ms); of 0.25 s, of which the first 0.05 do not
-count, one in six. Every few seconds a new generation of processes takes over: the memory that a process happens to get
-changes a latency by some per cent, and only other processes show by how much.
+A *generation* is one process for each model. The processes of a generation live at the same time and take turns in
+short blocks. A drift of the machine therefore disturbs all alike, and no model finds its memory or threads in use by
+another. A process sleeps until its turn. When its threads wake up, some share a core until the system spreads them: in
+turns of 0.06 s, two runs in three waited like this (two threads, two cores, runs of 13 ms); in turns of 0.25 s, whose
+first 0.05 s do not count, one in six. Every few seconds a new generation takes over. The memory that a process happens
+to get changes a latency by some per cent, and only other processes show by how much.
 
-On a busy machine a thread that has used up its slice waits for a core, for milliseconds, whatever it works at: a run of
-3.8 ms took 8.0, and one of 2.6 took 6.6 (load 8 on two cores), 1.21 instead of 1.46 times as long. Where the system
-counts such waits they do not count here: with one thread they are subtracted; with more, of which some wait at
-barriers for those that wait for a core, only runs without waits count, if each model of a generation has some.
+On a busy machine a thread that has used up its slice waits for a core, for milliseconds, whatever it works on: a run of
+3.8 ms took 8.0, and one of 2.6 took 6.6 (load 8 on two cores), which is 1.21 instead of 1.46 times as long. If the
+system counts such waits, they do not count here. With one thread they are subtracted. With more threads, some wait at
+barriers for others that wait for a core; then only runs without waits count, if each model of a generation has some.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import IO, Any
 import numpy as np
 from scipy import stats
 
-from surgery.cost.onnxruntime.timing import Speedup
+from surgery.cost.timing import Speedup
 from surgery.errors import InputError
 
 __all__ = ["Blocks", "Job", "compare_generations", "time_generations", "without_waits"]
@@ -54,7 +54,7 @@ _Turns = list[list[tuple[float, float]]]  # likewise, each with the seconds wait
 class Job:
     """What a process times: an .onnx file, its inputs in order as an .npz file, and its threads (None: the default).
 
-    ``name`` stands for the model in errors; ``child`` is the program that times.
+    ``name`` stands for the model in errors. ``child`` is the program that does the timing.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Job:
 
     @property
     def one_thread(self) -> bool:
-        """Whether it surely runs in one; onnxruntime starts as many as the machine has cores, usable or not."""
+        """Whether it surely runs in one thread; by default, onnxruntime starts one for each core, usable or not."""
         return (self.threads or os.cpu_count()) == 1
 
 
@@ -78,13 +78,14 @@ def time_generations(
     patience: int = 1,
     progress: Callable[[float], None] | None = None,
 ) -> list[list[Blocks]]:
-    """Return, for each generation, the blocks of each job, for about ``seconds`` in all, starts of processes included.
+    """Return the blocks of each job in each generation, for about ``seconds`` in all with the starts of processes.
 
-    There are 4 to 8 generations. Four are timed whatever they take: models that are slow to load exceed the seconds.
-    Where ``settled`` says that they leave open what was asked, as many follow, up to ``patience`` times in all.
+    There are 4 to 8 generations. Four are timed however long they take, so that models that are slow to load exceed the
+    seconds. If ``settled`` says that they leave open what was asked, the same number follows, until there are
+    ``patience`` times as many.
 
     Raises:
-        InputError: a process failed; the message is what it said last.
+        InputError: a process failed; the message is the last thing that it said.
     """
     if not seconds >= 0:
         raise InputError(f"seconds={seconds}", allowed="0 or more")
@@ -119,10 +120,10 @@ def _take_turns(children: Sequence[_Child], block: float, until: float, generato
 
 
 def without_waits(generation: Sequence[_Turns], *, single: bool) -> list[Blocks]:
-    """Return the seconds of runs without what was waited for a core; ``single`` says that each has one thread.
+    """Return the seconds of runs without the waits for a core; ``single`` says that each process has one thread.
 
-    With more threads, runs in which any waited are left out, or none if that leaves a process less than five: all
-    models are treated alike, since long runs are disturbed more often than short ones. A turn may be left empty.
+    With more threads, runs with waits are left out. If that leaves any process less than five runs, none is left out:
+    all models are treated alike, because long runs are disturbed more often than short ones. A turn may become empty.
 
     >>> without_waits([[[(3.0, 1.0)]]], single=True)
     [((2.0,),)]
@@ -138,12 +139,13 @@ def without_waits(generation: Sequence[_Turns], *, single: bool) -> list[Blocks]
 def compare_generations(first: Sequence[Blocks], second: Sequence[Blocks], *, confidence: float = 0.95) -> Speedup:
     """Return how much faster the second ran than the first, from the blocks of each in each generation.
 
-    The speed-up of a round is that of the medians of its two turns, which lie so near that what slows the machine for
-    seconds slows both; that of a generation is the median of its rounds. What is returned is the geometric mean of the
-    generations, with Student's interval: it knows what differs from process to process, and that few were seen.
+    The speed-up of a round compares the medians of its two turns, which are so close in time that whatever slows the
+    machine for seconds slows both. The speed-up of a generation is the median of its rounds. The result is the
+    geometric mean over the generations, with Student's interval, which reflects how far processes differ, and that only
+    a few were seen.
 
     Raises:
-        InputError: fewer than two generations, or not the same number of both.
+        InputError: there are fewer than two generations, or not the same number of both.
 
     >>> compare_generations([((2.0,),), ((2.1,),)], [((1.0,),), ((1.0,),)]).verdict
     'faster'
@@ -179,7 +181,12 @@ def _running(job: Job) -> Iterator[_Child]:
     what = {"model": str(job.model), "inputs": str(job.inputs), "threads": job.threads}
     with tempfile.TemporaryFile() as errors:  # not a pipe, which fills up while nobody reads it
         process = subprocess.Popen(
-            [sys.executable, "-P", str(job.child), json.dumps(what)],  # -P: beside the child lie files of common names
+            [
+                sys.executable,
+                "-P",
+                str(job.child),
+                json.dumps(what),
+            ],  # -P: the child's folder has files of common names
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -201,7 +208,7 @@ class _Child:
         self._name, self._process, self._errors = name, process, errors
 
     def time_block(self, seconds: float) -> list[tuple[float, float]]:
-        """Return the seconds of each run of a block, and those waited; raises as ``listen``."""
+        """Return the seconds of each run of a block, and the seconds waited; raises as ``listen`` does."""
         assert self._process.stdin is not None  # it is a pipe
         with suppress(OSError):  # it has ended; what it said comes next
             self._process.stdin.write(f"{seconds}\n".encode())
@@ -209,10 +216,10 @@ class _Child:
         return [(spent, waited) for spent, waited in self.listen()]
 
     def listen(self) -> Any:
-        """Return what it says next.
+        """Return the next thing that the process says.
 
         Raises:
-            InputError: it has failed.
+            InputError: the process has failed.
         """
         assert self._process.stdout is not None  # likewise
         line = self._process.stdout.readline()
@@ -224,7 +231,7 @@ class _Child:
             raise InputError(what, next_step="time it in this process, with bench") from None
 
     def _last_words(self) -> str:
-        """Return the last line that it wrote as an error, or else its status."""
+        """Return the last line that the process wrote as an error; its status if it wrote none."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_PATIENCE)  # its output has ended, so it is about to
         self._errors.seek(0)

@@ -239,7 +239,7 @@ _PLAIN_ARGUMENTS = _words(
     "TensorType IntType FloatType BoolType ComplexType NumberType StringType DeviceObjType GeneratorType"
 )
 _BY_NAME = re.compile(r"names|dimname", re.IGNORECASE)  # overloads whose dimensions have names: never exported
-_ALLOWED = "the operators that are known to be safe (surgery/archive_operators.py); open an issue for one of yours"
+_ALLOWED = "the operators that are known to be safe (surgery/files/guard/operators.py); open an issue for one of yours"
 
 
 @functools.cache

@@ -20,9 +20,9 @@ from torch.fx import Node
 from surgery.errors import Refusal
 from surgery.kinds.fx.functional import Parts, read_call
 from surgery.kinds.fx.lifted import Lifted
+from surgery.kinds.fx.read import Reader
 from surgery.kinds.fx.recipe import Recipe, read_recipe, run_recipe
-from surgery.kinds.fx.view import View, identity
-from surgery.kinds.layers.tensors import refuse_tensor
+from surgery.kinds.layers.tensors import key_of, refuse_tensor
 from surgery.text import first_line
 
 __all__ = ["Constants", "Values", "lift"]
@@ -45,17 +45,17 @@ class Constants:
     updated: frozenset[str] = frozenset()
 
 
-def lift(view: View, constants: Constants, values: Values) -> View:
-    """Return the view with each computed weight as a parameter, in the place of those that it is computed from.
+def lift(reader: Reader, constants: Constants, values: Values) -> Reader:
+    """Return the reader with each computed weight as a parameter, in the place of those that it is computed from.
 
     ``values`` has what was computed before, by node; it is added to.
     """
     found: dict[Node, Lifted] = {}
     refused: dict[Node, str] = {}
-    weights = _weights(view)
-    constants = replace(constants, updated=_updated(view, constants)) if weights else constants
+    weights = _weights(reader)
+    constants = replace(constants, updated=_updated(reader, constants)) if weights else constants
     for node in weights:
-        one = _Finder(view, constants, values).find(node)
+        one = _Finder(reader, constants, values).find(node)
         if isinstance(one, Lifted):
             found[node] = one
         elif one is not None:
@@ -63,30 +63,30 @@ def lift(view: View, constants: Constants, values: Values) -> View:
     hidden = {name for one in found.values() for names in one.names.values() for name in names}
     parameters: dict[str, Tensor] = {}
     heads = {one.names[one.main][0]: one for one in found.values()}
-    for name, tensor in view.parameters.items():
+    for name, tensor in reader.parameters.items():
         if name in heads:
             one = heads[name]
-            free = one.name not in view.parameters or one.name in hidden
+            free = one.name not in reader.parameters or one.name in hidden
             heads[name] = one = one if free else replace(one, name=name)
             parameters[one.name] = one.value
         elif name not in hidden:
             parameters[name] = tensor
-    kept = {node: name for node, name in view.providers.items() if name not in hidden}
+    kept = {node: name for node, name in reader.providers.items() if name not in hidden}
     lifted = {one.name: one for one in heads.values()}
     inside = {node for one in lifted.values() for node in one.own}
     return replace(
-        view,
+        reader,
         parameters=parameters,
         providers=kept | {one.node: name for name, one in lifted.items()},
-        outlined=view.outlined | inside,
+        outlined=reader.outlined | inside,
         lifted=lifted,
         refused=refused,
     )
 
 
-def _updated(view: View, constants: Constants) -> frozenset[str]:
+def _updated(reader: Reader, constants: Constants) -> frozenset[str]:
     """Return the names of the buffers and constants that a run changes."""
-    inputs = (read for node in view.graph.nodes if _writes(node) for read in node.all_input_nodes)
+    inputs = (read for node in reader.graph.nodes if _writes(node) for read in node.all_input_nodes)
     return frozenset(found[0] for read in inputs if (found := constants.find(read)) is not None) | constants.updated
 
 
@@ -98,28 +98,28 @@ def _writes(node: Node) -> bool:
     return "out" in node.kwargs or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
 
-def _weights(view: View) -> list[Node]:
+def _weights(reader: Reader) -> list[Node]:
     """Return the nodes that give calls of operators a weight that is no parameter and no buffer."""
-    nodes = (node for node in view.graph.nodes if node not in view.outlined)
+    nodes = (node for node in reader.graph.nodes if node not in reader.outlined)
     parts = [found for node in nodes if isinstance(found := read_call(node), Parts)]
     weights = dict.fromkeys(each.weight for each in parts)
-    return [node for node in weights if node not in view.providers and node not in view.buffers]
+    return [node for node in weights if node not in reader.providers and node not in reader.buffers]
 
 
 @dataclass(frozen=True, eq=False)
 class _Finder:
-    view: View
+    reader: Reader
     constants: Constants
     values: Values
 
     def find(self, weight: Node) -> Lifted | Refusal | None:
         """Return a computed weight, why it is left alone, or None for what depends on the inputs or on no parameter."""
         nodes = self._ancestors(weight)
-        names = [self.view.providers[node] for node in nodes if node in self.view.providers]
+        names = [self.reader.providers[node] for node in nodes if node in self.reader.providers]
         if not names:
             return None
         own = _own(nodes, weight)
-        parameters = {name: self.view.parameters[name] for name in dict.fromkeys(names)}
+        parameters = {name: self.reader.parameters[name] for name in dict.fromkeys(names)}
         recipe = self._recipe(nodes)
         refusal = self._refuse(nodes, parameters, own)
         if refusal is not None or isinstance(recipe, Refusal):
@@ -130,7 +130,7 @@ class _Finder:
         main = _main(parameters, value)
         if isinstance(main, Refusal):
             return main
-        aliases = {name: tuple(self.view.names[identity(tensor)]) for name, tensor in parameters.items()}
+        aliases = {name: tuple(self.reader.names[key_of(tensor)]) for name, tensor in parameters.items()}
         return Lifted(_weight_name(main), weight, own, recipe, parameters, aliases, main, value)
 
     def _ancestors(self, weight: Node) -> list[Node]:
@@ -142,19 +142,19 @@ class _Finder:
             if node in found:
                 continue
             found.add(node)
-            if node in self.view.providers or self.constants.find(node) is not None:
+            if node in self.reader.providers or self.constants.find(node) is not None:
                 continue
-            if node.op in ("placeholder", "get_attr") or node in self.view.outlined:
+            if node.op in ("placeholder", "get_attr") or node in self.reader.outlined:
                 return []
             pending += node.all_input_nodes
-        nodes = list(self.view.graph.nodes)
+        nodes = list(self.reader.graph.nodes)
         before = nodes[: nodes.index(weight)]
         idle = {node for node in before if _idle(node) and found.issuperset(node.all_input_nodes)}
         found |= idle
         return [*(node for node in before if node in found), weight]
 
     def _recipe(self, nodes: Sequence[Node]) -> Recipe | Refusal:
-        leaf = {node: ("parameter", self.view.providers[node]) for node in nodes if node in self.view.providers}
+        leaf = {node: ("parameter", self.reader.providers[node]) for node in nodes if node in self.reader.providers}
         constants = {node: found for node in nodes if (found := self.constants.find(node)) is not None}
         return read_recipe(nodes, leaf | {node: ("buffer", name) for node, (name, _) in constants.items()})
 
@@ -163,7 +163,7 @@ class _Finder:
         for name, tensor in parameters.items():
             if (reason := refuse_tensor(tensor, f"parameter {name}")) is not None:
                 return Refusal(reason)
-            strangers = self.view.uses[identity(tensor)] - set(own) - set(nodes[-1].users)
+            strangers = self.reader.uses[key_of(tensor)] - set(own) - set(nodes[-1].users)
             if strangers:
                 users = ", ".join(sorted(node.name for node in strangers))
                 return Refusal(f"its weight is computed from {name}, which is also used by {users}")
@@ -171,8 +171,8 @@ class _Finder:
             constant = self.constants.find(node)
             if constant is not None and constant[0] in self.constants.updated:
                 return Refusal(f"its weight is computed from {constant[0]}, which the model updates")
-            if node.op == "call_module" and self.view.module is not None:
-                module = self.view.module(str(node.target))
+            if node.op == "call_module" and self.reader.module is not None:
+                module = self.reader.module(str(node.target))
                 if any(True for _ in (*module.parameters(), *module.buffers())):
                     return Refusal(f"its weight is computed by {node.target}, a module with parameters of its own")
         return None
@@ -181,7 +181,7 @@ class _Finder:
         weight = nodes[-1]
         if weight not in self.values:
             constants = dict(found for node in nodes if (found := self.constants.find(node)) is not None)
-            value = _compute(recipe, {**parameters, **constants}, self.view.module)
+            value = _compute(recipe, {**parameters, **constants}, self.reader.module)
             if isinstance(value, Tensor):
                 trains = any(tensor.requires_grad for tensor in parameters.values())
                 value = nn.Parameter(value, requires_grad=trains)

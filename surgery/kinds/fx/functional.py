@@ -7,7 +7,7 @@ one writes, the other reads.
 from __future__ import annotations
 
 import operator as python_operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from surgery.algebra.operators import Conv, Embedding, Geometry, Linear, Operator
+from surgery.algebra.operators import Conv, Embedding, Layout, Linear, Operator
+from surgery.algebra.steps import Flatten, Link, Transpose, Unflatten
 from surgery.errors import Refusal
+from surgery.kinds.layers.geometry import conv_geometry
+from surgery.kinds.layers.steps import read_flatten, read_transpose, read_unflatten
 
-__all__ = ["Parts", "conv_geometry", "is_aten", "read_call", "stored_weight", "transposed_source", "write_call"]
+__all__ = ["Parts", "is_aten", "read_call", "read_link", "transposed_source", "write_call", "write_link"]
+
 
 aten = torch.ops.aten
 
@@ -97,7 +101,7 @@ class Parts:
     weight: Node
     bias: Node | None
     build: Callable[[Tensor, Tensor | None], Operator | Refusal]
-    stored: str = "out_in"
+    stored: Layout = "out_in"
 
 
 def transposed_source(node: Node) -> Node | None:
@@ -108,11 +112,6 @@ def transposed_source(node: Node) -> Node | None:
     if wanted is None or not isinstance(node.args[0], Node):
         return None
     return node.args[0] if tuple(node.args[1:]) == wanted and not node.kwargs else None
-
-
-def stored_weight(operator: Operator, stored: str) -> Tensor:
-    """Return the weight as the graph stores it."""
-    return operator.weight.t().contiguous() if stored == "in_out" else operator.weight
 
 
 def _read_embedding(node: Node) -> Parts | Refusal | None:
@@ -149,7 +148,7 @@ def read_call(node: Node) -> Parts | Refusal | None:
 
 
 def _linear_parts(names: tuple[str, ...], source: Node, weight: Node, bias: Node | None) -> Parts:
-    stored = "out_in" if names is _LINEAR else "in_out"
+    stored: Layout = "out_in" if names is _LINEAR else "in_out"
     origin = transposed_source(weight)
     if origin is not None:
         weight, stored = origin, "in_out" if stored == "out_in" else "out_in"
@@ -180,46 +179,13 @@ def _build_conv(values: dict[str, Any], dims: int | None, weight: Tensor, bias: 
     return Conv(weight, geometry, groups, bias=bias)
 
 
-def conv_geometry(
-    kernel_size: tuple[int, ...],
-    *,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    output_padding: Any,
-    transposed: bool,
-    padding_mode: str = "zeros",
-) -> Geometry | Refusal:
-    """Return the geometry that torch's arguments (numbers, sequences, 'same', 'valid') mean, or why there is none."""
-    dims = len(kernel_size)
-    spread = [_spread(value, dims) for value in (stride, dilation, output_padding)]
-    if any(value is None for value in spread):
-        return Refusal("its stride, dilation or output padding is computed by the graph")
-    strides, dilations, output_paddings = (value or () for value in spread)
-    if isinstance(padding, str):
-        spans = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, kernel_size, strict=True)]
-        pads = tuple((span // 2, span - span // 2) for span in spans)
-    else:
-        sides = _spread(padding, dims)
-        if sides is None:
-            return Refusal("its padding is computed by the graph")
-        pads = tuple((side, side) for side in sides)
-    return Geometry(strides, pads, dilations, output_paddings, transposed, padding_mode)
-
-
-def _spread(value: Any, dims: int) -> tuple[int, ...] | None:
-    values = tuple(value) if isinstance(value, list | tuple) else (value,)
-    values = values * dims if len(values) == 1 else values
-    return values if len(values) == dims and all(isinstance(v, int) for v in values) else None
-
-
 def is_aten(node: Node) -> bool:
     """Whether the node calls an ATen operator."""
     return isinstance(node.target, torch._ops.OpOverload)
 
 
 def write_call(
-    graph: Graph, operator: Operator, *, source: Node, weight: Node, bias: Node | None, style: Node, stored: str
+    graph: Graph, operator: Operator, *, source: Node, weight: Node, bias: Node | None, style: Node, stored: Layout
 ) -> Node:
     """Insert the call of an operator at the graph's insertion point, in the style (torch or ATen) of another call."""
     aten_style = is_aten(style)
@@ -251,3 +217,61 @@ def _write_conv(graph: Graph, conv: Conv, source: Node, weight: Node, bias: Node
     if is_aten:
         target = _WRITE_ATEN[key].default if symmetric else _WRITE_ATEN[key].padding
     return graph.call_function(target, (source, weight, bias, list(g.stride), said, list(g.dilation), conv.groups))
+
+
+aten = torch.ops.aten
+
+_UNFLATTEN = (torch.unflatten, aten.unflatten.int)
+_FLATTEN = (torch.flatten, aten.flatten.using_ints)
+_TRANSPOSE = (torch.transpose, aten.transpose.int)
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_MAKE: dict[Any, Callable[..., Link | None]] = {
+    **dict.fromkeys(_UNFLATTEN, lambda dim, sizes: read_unflatten(dim, sizes)),
+    **dict.fromkeys(_FLATTEN, lambda start=0, end=-1: read_flatten(start, end)),
+    **dict.fromkeys(_TRANSPOSE, lambda first, second: read_transpose(first, second)),
+}
+
+
+def read_link(node: Node) -> Link | None:
+    """Return the reshape or transpose that a function call is, or None for any other node."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+        return None
+    if node.target in _VIEWS:
+        return _read_view(node, node.args[0])
+    make = _MAKE.get(node.target)
+    try:
+        return None if make is None else make(*node.args[1:], **node.kwargs)
+    except TypeError:  # arguments that none of ours has
+        return None
+
+
+def _read_view(node: Node, source: Node) -> Link | None:
+    """Return how a view splits or joins axes, by the shapes around it; None if it does both or neither."""
+    if "val" not in node.meta or "val" not in source.meta:
+        return None
+    before, after = list(source.meta["val"].shape), list(node.meta["val"].shape)
+    tail = _common(before[::-1], after[::-1])
+    head = min(_common(before, after), min(len(before), len(after)) - tail)
+    old, new = before[head : len(before) - tail], after[head : len(after) - tail]
+    if len(old) == 1 and len(new) > 1:
+        return read_unflatten(-1 - tail, new)
+    return read_flatten(-tail - len(old), -1 - tail) if len(new) == 1 and len(old) > 1 else None
+
+
+def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Return how many leading sizes are the same; symbolic ones if their expressions are."""
+    for count, (a, b) in enumerate(zip(first, second, strict=False)):
+        if str(a) != str(b):
+            return count
+    return min(len(first), len(second))
+
+
+def write_link(graph: Graph, step: Link, source: Node, *, is_aten: bool) -> Node:
+    """Insert the function call of a reshape or transpose at the graph's insertion point, torch's or ATen's."""
+    if isinstance(step, Unflatten):
+        return graph.call_function(_UNFLATTEN[is_aten], (source, step.dim, list(step.sizes)))
+    if isinstance(step, Flatten):
+        return graph.call_function(_FLATTEN[is_aten], (source, step.start, step.end))
+    if isinstance(step, Transpose):
+        return graph.call_function(_TRANSPOSE[is_aten], (source, step.first, step.second))
+    raise TypeError(f"{type(step).__name__} is no reshape")

@@ -2,106 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
-from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from surgery.algebra.chain import Chain
-from surgery.errors import CheckError, Refusal
-from surgery.kinds.base import AnyRun
-from surgery.kinds.fx.chains import ChainSpot
-from surgery.kinds.fx.items import Item
-from surgery.kinds.fx.runs import Run
-from surgery.kinds.fx.view import Spot, identity
-from surgery.kinds.fx.write import FunctionalKind, erase, first_source
+from surgery.algebra.operators import Shape
+from surgery.errors import CheckError
+from surgery.kinds.fx.flow import ChainCall, Extras, make_flow
+from surgery.kinds.fx.nodes import erase
+from surgery.kinds.fx.write import FunctionEdits
 from surgery.kinds.layers.edit import (
+    Known,
+    empty_known,
+    find_known,
     fuse_modules,
-    is_whole_sequential,
-    refuse_hooks,
-    refuse_outside,
+    layers_of,
+    put_back_known,
     splice_modules,
 )
 from surgery.kinds.layers.factored import Factored, is_chain
-from surgery.kinds.layers.known import ModuleCall, ModuleRun, empty_known, find_known, known_spots, put_back_known
-from surgery.kinds.layers.recurrent_forms import loop_of
-from surgery.sites.epilogue import Loop
-from surgery.sites.site import Skip
+from surgery.kinds.layers.tensors import key_of
+from surgery.sites.edit import Edit, Replace
+from surgery.sites.flow import Flow, Layers
+from surgery.sites.fusable import is_whole_sequential
+from surgery.sites.placement import FusableChain, FusableModule, Part, Placement
+from surgery.sites.record import Entry
 
-__all__ = ["ModuleCallsKind"]
+__all__ = ["GraphEdits"]
 
 
-class ModuleCallsKind(FunctionalKind):
+class GraphEdits(FunctionEdits):
     """Base of the kinds in whose graphs submodules of ``root`` are called, too."""
 
     root: GraphModule
+    shape: Callable[[Node], Shape]
+    _known: dict[tuple[str, ...], Known]
 
-    def loop(self, item: Any) -> Loop | None:
-        """Return the loop of a recurrent layer in which an item runs, if any."""
-        return loop_of(self.root, item.path)
-
-    def known_runs(self) -> tuple[list[ModuleRun], list[Skip]]:
-        """Return the chains that decompose has made of submodules."""
-        return find_known(self.root)
-
-    def chain_spots(self) -> tuple[list[ChainSpot], list[Skip]]:
-        """Return the chains that are called as sites, and those that cannot be cut again."""
-        runs, changed = self.known_runs()
-        calls = (node for node in self.graph.find_nodes(op="call_module") if self._is_chain(node))
-        found = [ModuleCall(node, node.all_input_nodes[0], str(node.target)) for node in calls]
-        spots, skips = known_spots(runs, found, self.shape)
-        return spots, [*skips, *changed]
+    @cached_property
+    def flow(self) -> Flow:
+        """The graph as it was when it was opened, or last reopened."""
+        known, broken = find_known(self.root)
+        calls = [node for node in self.graph.find_nodes(op="call_module") if self._is_chain(node)]
+        chain_calls = [ChainCall(node, node.all_input_nodes[0], str(node.target)) for node in calls]
+        self._known = {each.chain.names: each for each in known}
+        recorded = self.record.factored | _sites_by_stack(self.graph)
+        extras = Extras(known, chain_calls, broken, layers_of(self.root), self.record.origins, recorded)
+        return make_flow(self.reader, self.shape, extras)
 
     def _is_chain(self, node: Node) -> bool:
         return is_chain(self.root.get_submodule(str(node.target)))
 
-    @property
-    def recorded(self) -> frozenset[str]:
-        """The sites that decompose has factored, by the record, and by what stands there."""
-        return super().recorded | _sites_by_stack(self.graph)
-
-    def splice(self, spot: Spot, chain: Chain) -> None:
-        """Put a chain where an operator stands: a module's call goes on calling what stands in its place."""
-        if not spot.calls or spot.calls[0].path is None:
-            self.splice_functions(spot, chain)
+    def apply(self, edit: Edit) -> None:
+        """Carry an edit out: a module's call goes on calling what stands in its place."""
+        if isinstance(edit, Replace):
+            self._replace(edit.placement, edit.chain)
             return
-        splice_modules(self.root, spot, chain, self.shared)
-        for name in (spot.site.name, *spot.site.aliases):
-            self.note(name, chain, weight=f"{name}.weight")
-
-    def put_back(self, run: AnyRun) -> None:
-        """Put one operator where a run stands, at all its calls."""
-        for site in run.sites if isinstance(run, ModuleRun) or run.calls[0][0].path is not None else ():
-            self.record.pop(site, None)
-        if isinstance(run, ModuleRun):
-            put_back_known(self.root, run, run.operators, self.notes)
-        elif run.calls[0][0].path is None:
-            self.put_back_functions(run)
+        functions = isinstance(edit.chain, FusableChain) and edit.chain.calls[0][0].path is None
+        for site in () if functions else edit.chain.sites:
+            self.record = self.record.without(site)
+        if isinstance(edit.chain, FusableModule):
+            put_back_known(self.root, self._known[edit.chain.sites], edit.chain.operators, self.notes)
+        elif functions:
+            self.fuse_functions(edit.chain)
         else:
-            self._fuse(run)
+            self._fuse_modules(edit.chain)
 
-    def _fuse(self, run: Run) -> None:
-        targets = [_fused_path(self.root, items) for items in run.rows]
-        fuse_modules(self.root, run)
-        for items, target in zip(run.rows, targets, strict=True):
-            like = items[-1].node
-            node = self._insert_module(target, first_source(items), like)
+    def _replace(self, placement: Placement, chain: Chain) -> None:
+        site, calls = placement.site, placement.calls
+        if not calls or calls[0].path is None:
+            self.replace_functions(site, calls, chain)
+            return
+        splice_modules(self.root, site, chain, self.shared)
+        for name in (site.name, *site.aliases):
+            self.note(name, chain, Entry(weight=f"{name}.weight"))
+
+    def _fuse_modules(self, chain: FusableChain) -> None:
+        layers = self.flow.layers
+        targets = [_fused_path(layers, row) for row in chain.rows]
+        fuse_modules(self.root, chain, layers)
+        for row, target in zip(chain.rows, targets, strict=True):
+            like, inside = self.node(row[-1].value), self._nodes_of(row)
+            node = self._insert_module(target, self._source(row), like)
             self.replace(like, node)
-            erase(self.graph, items, keep=like)
-        for path in {str(item.path) for items in run.rows for item in items[1:]}:
+            erase(self.graph, inside, keep=like)
+        for path in {str(part.path) for row in chain.rows for part in row[1:]}:
             self.root.delete_submodule(path)
 
-    def reopen(self, spots: Sequence[ChainSpot]) -> dict[str, Spot]:
-        """Put an operator without numbers where each chain stands, and return the spots for splicing, by name."""
-        modules = [spot for spot in spots if isinstance(spot.run, ModuleRun)]
-        for spot in modules:
-            empty_known(self.root, spot)
-        found = super().reopen([spot for spot in spots if spot not in modules])
+    def reopen(self, placements: Sequence[Placement]) -> dict[str, Placement]:
+        """Put operators without numbers where chains stand, and return their sites by name."""
+        modules = [placement for placement in placements if isinstance(placement.chain, FusableModule)]
+        for placement in modules:
+            empty_known(self.root, self._known[(placement.site.name, *placement.site.aliases)], placement.site.operator)
+        found = super().reopen([placement for placement in placements if placement not in modules])
         if modules:
-            self.view = self.look()
-        calls = {call.path: call for call in self.view.calls}
-        return found | {s.site.name: Spot(s.site, (calls[s.item.path],)) for s in modules}
+            self.reread()
+        calls = {call.path: call for call in self.reader.calls.values()}
+        for placement in modules:
+            site = placement.site
+            own = (calls[name] for name in (site.name, *site.aliases) if name in calls)
+            found[site.name] = Placement(site, (next(own),))
+        return found
 
     def _insert_module(self, path: str, source: Node, like: Node) -> Node:
         with self.graph.inserting_before(like):
@@ -109,27 +112,23 @@ class ModuleCallsKind(FunctionalKind):
         self.stamp(node, like)
         return node
 
-    def refuse_run(self, runs: Sequence[Sequence[Item]]) -> Refusal | None:
-        """Refuse modules that have hooks, or are also called outside of the run."""
-        return refuse_hooks(self.root, runs) or super().refuse_run(runs) or refuse_outside(runs, self.view.calls)
-
     def verify(self) -> dict[str, str]:
         """See that the graph uses what every chain is made of; it says itself what runs."""
         called = {str(node.target) for node in self.graph.find_nodes(op="call_module")}
-        view = self.look()
-        used = {name for node, name in view.providers.items() if node.users}
-        for site, entry in self.record.items():
-            factors = [name for name in view.parameters if name.startswith(f"{site}.") and name.endswith(".weight")]
-            tied = {alias for name in used for alias in view.names[identity(view.parameters[name])]}
-            runs = site in called or "parts" in entry or any(name in tied for name in factors)
+        reader = self.look()
+        used = {name for node, name in reader.providers.items() if node.users}
+        for site in self.record.factored:
+            factors = [name for name in reader.parameters if name.startswith(f"{site}.") and name.endswith(".weight")]
+            tied = {alias for name in used for alias in reader.names[key_of(reader.parameters[name])]}
+            runs = site in called or site in self.record.layers or any(name in tied for name in factors)
             if not runs and factors:
                 raise CheckError(f"the chain of {site} is in the model, and nothing calls it")
         return {}
 
 
-def _fused_path(root: nn.Module, items: Sequence[Item]) -> str:
-    paths = [str(item.path) for item in items]
-    return paths[0].rpartition(".")[0] if is_whole_sequential(root, paths) else paths[0]
+def _fused_path(layers: Layers, row: Sequence[Part]) -> str:
+    paths = [str(part.path) for part in row]
+    return paths[0].rpartition(".")[0] if is_whole_sequential(layers, paths) else paths[0]
 
 
 def _sites_by_stack(graph: Graph) -> frozenset[str]:

@@ -16,8 +16,10 @@ from torch.fx import Node
 
 from surgery.algebra.operators import Linear
 from surgery.kinds.fx.functional import is_aten
-from surgery.kinds.fx.view import Call, View, identity
-from surgery.kinds.fx.write import FunctionalKind, current_source
+from surgery.kinds.fx.read import Reader
+from surgery.kinds.fx.write import FunctionEdits
+from surgery.kinds.layers.tensors import key_of
+from surgery.sites.flow import Call
 
 __all__ = ["pack", "unpack"]
 
@@ -27,81 +29,83 @@ _CATS = (torch.cat, torch.ops.aten.cat.default)
 _SUMS = (torch.add, torch.ops.aten.add.Tensor)
 
 
-def unpack(kind: FunctionalKind) -> bool:
+def unpack(kind: FunctionEdits) -> bool:
     """Take all packed projections apart of which one call alone uses the weight; return whether there were any.
 
     Cross attention splits the packed weight itself before it is used; that is left alone.
     """
-    calls = [call for call in kind.view.packed_calls if _is_alone(kind, call)]
+    calls = [call for call in kind.reader.packed_calls if _is_alone(kind, call)]
     for call in calls:
         _unpack_call(kind, call)
     return bool(calls)
 
 
-def _is_alone(kind: FunctionalKind, call: Call) -> bool:
-    tensor = kind.view.parameters[call.weight]
-    key = identity(tensor)
-    alone = kind.view.uses[key] == {call.node} and len(kind.view.names[key]) == 1
-    alone = alone and call.computed_bias is None and call.weight not in kind.view.lifted
+def _is_alone(kind: FunctionEdits, call: Call) -> bool:
+    tensor = kind.reader.parameters[call.weight]
+    key = key_of(tensor)
+    alone = kind.reader.uses[key] == {kind.node(call.value)} and len(kind.reader.names[key]) == 1
+    alone = alone and call.computed_bias is None and call.weight not in kind.reader.lifted
     return alone and isinstance(call.operator, Linear) and call.stored == "out_in" and tensor.shape[0] % 3 == 0
 
 
-def _unpack_call(kind: FunctionalKind, call: Call) -> None:
-    tensor, source = kind.view.parameters[call.weight], current_source(call)
+def _unpack_call(kind: FunctionEdits, call: Call) -> None:
+    tensor, source = kind.reader.parameters[call.weight], kind.node(call.source)
+    old = kind.node(call.value)
     prefix = call.weight.removesuffix(_PACKED)
     rows = []
     for part, weight in zip(_PARTS, tensor.detach().chunk(3), strict=True):
         name = f"{prefix}{part}.weight"
         kind.add_parameter([name], nn.Parameter(weight.clone(), requires_grad=tensor.requires_grad))
-        rows.append(kind.insert(Linear(weight), source, (name, None), like=call.node, stored="out_in"))
-    with kind.graph.inserting_before(call.node):
-        node = kind.graph.call_function(_CATS[is_aten(call.node)], (rows, -1))
-    kind.stamp(node, call.node)
+        rows.append(kind.insert(Linear(weight), source, (name, None), like=old, stored="out_in"))
+    with kind.graph.inserting_before(old):
+        node = kind.graph.call_function(_CATS[is_aten(old)], (rows, -1))
+    kind.stamp(node, old)
     if call.bias is not None:
-        node = kind.write_sum(node, kind.parameter_node(call.bias, call.node), like=call.node)
+        node = kind.write_sum(node, kind.parameter_node(call.bias, old), like=old)
     kind.drop_parameter(call.weight)
-    kind.replace(call.node, node)
+    kind.replace(old, node)
     kind.sweep()
-    kind.record[call.weight] = {"parts": list(_PARTS)}
+    kind.record = kind.record.with_packed(call.weight, _PARTS)
 
 
-def pack(kind: FunctionalKind) -> None:
+def pack(kind: FunctionEdits) -> None:
     """Put the packed projection back wherever the three parts are single linear layers again."""
-    if not any(name.endswith(_PACKED) for name in kind.record):
+    if not kind.record.packed:
         return
-    view = kind.look()
-    calls = {call.node: call for call in view.calls}
+    reader = kind.look()
+    calls = {reader.node(value): call for value, call in reader.calls.items()}
     for node in [node for node in kind.graph.nodes if node.target in _CATS]:
         rows = node.args[0]
         if isinstance(rows, list | tuple) and len(rows) == len(_PARTS) and all(row in calls for row in rows):
-            _pack_rows(kind, view, node, [calls[row] for row in rows])
+            _pack_rows(kind, reader, node, [calls[row] for row in rows])
 
 
-def _pack_rows(kind: FunctionalKind, view: View, node: Node, calls: Sequence[Call]) -> None:
+def _pack_rows(kind: FunctionEdits, reader: Reader, node: Node, calls: Sequence[Call]) -> None:
+    nodes = [reader.node(call.value) for call in calls]
     prefix = calls[0].weight.removesuffix(f"{_PARTS[0]}.weight")
     packed, names = f"{prefix}{_PACKED}", [f"{prefix}{part}.weight" for part in _PARTS]
-    plain = all(call.bias is None and len(call.node.users) == 1 for call in calls)
-    if packed not in kind.record or [call.weight for call in calls] != names or not plain:
+    plain = all(call.bias is None for call in calls) and all(len(row.users) == 1 for row in nodes)
+    if packed not in kind.record.packed or [call.weight for call in calls] != names or not plain:
         return
-    weights = [view.parameters[name] for name in names]
-    rows, source = torch.cat(weights).detach(), calls[0].source
+    weights = [reader.parameters[name] for name in names]
+    rows, source = torch.cat(weights).detach(), reader.node(calls[0].source)
     kind.add_parameter([packed], nn.Parameter(rows, requires_grad=weights[0].requires_grad))
-    last, bias = _with_bias(view, node, f"{prefix}in_proj_bias")
-    new = kind.insert(Linear(rows), source, (packed, bias), like=last, stored="out_in", style=calls[0].node)
+    last, bias = _with_bias(reader, node, f"{prefix}in_proj_bias")
+    new = kind.insert(Linear(rows), source, (packed, bias), like=last, stored="out_in", style=nodes[0])
     kind.replace(last, new)
-    for old in (*([node] if last is not node else []), *(call.node for call in reversed(calls))):
+    for old in (*([node] if last is not node else []), *reversed(nodes)):
         kind.graph.erase_node(old)
     for name in names:
         kind.drop_parameter(name)
     kind.sweep()
-    del kind.record[packed]
+    kind.record = kind.record.without(packed)
 
 
-def _with_bias(view: View, node: Node, name: str) -> tuple[Node, str | None]:
+def _with_bias(reader: Reader, node: Node, name: str) -> tuple[Node, str | None]:
     """Return the addition of the packed bias with its name, or the node itself where there is none."""
     users = list(node.users)
     if len(users) == 1 and users[0].target in _SUMS and len(users[0].args) == 2:
         other = users[0].args[1]
-        if isinstance(other, Node) and view.providers.get(other) == name:
+        if isinstance(other, Node) and reader.providers.get(other) == name:
             return users[0], name
     return node, None

@@ -22,8 +22,8 @@ from torch.fx import Graph, Node
 from surgery.algebra.chain import relative_error
 from surgery.errors import UnsafeFileError
 from surgery.kinds.fx.lifted import Kept, read_kept
+from surgery.kinds.fx.read import Reader
 from surgery.kinds.fx.recipe import leaves, run_recipe, write_recipe
-from surgery.kinds.fx.view import View
 
 __all__ = ["put_back_computed"]
 
@@ -35,7 +35,7 @@ class _Kind(Protocol):
     """What is used of a graph kind here."""
 
     graph: Graph
-    view: View
+    reader: Reader
 
     def add_parameter(self, names: Any, parameter: nn.Parameter) -> None: ...
     def parameter_node(self, name: str, user: Node) -> Node: ...
@@ -67,7 +67,7 @@ def put_back_computed(kind: _Kind, entry: Any, weight: Tensor, *, like: Node) ->
         kept = read_kept(entry)
         constants = kind.constants()
         used = {name: constants[name] for name in leaves(kept.recipe, "buffer")}
-        make = _Maker(kept, used, kind.view.module)
+        make = _Maker(kept, used, kind.reader.module)
         numbers, error = _nearest(make, weight)
     except UnsafeFileError:
         raise

@@ -26,11 +26,12 @@ from torch.fx import Graph, GraphModule, Node
 
 from surgery.algebra.steps import Flatten, Transpose, Unflatten
 from surgery.errors import InputError, Refusal
-from surgery.kinds.fx.links import build_link, read_link_module
-from surgery.kinds.fx.view import identity
 from surgery.kinds.layers.factored import Factored, Origin
 from surgery.kinds.layers.recurrent import UnpackedRecurrent
 from surgery.kinds.layers.recurrent_forms import empty, repack, settings, unpack
+from surgery.kinds.layers.steps import build_link, read_link_module
+from surgery.kinds.layers.tensors import key_of
+from surgery.sites.record import Record
 
 __all__ = [
     "Recurrence",
@@ -123,7 +124,7 @@ def _read_kernel(node: Node, providers: Mapping[Node, str], parameters: _Names) 
     layer = empty(wanted) if path else None
     if layer is None or [f"{path}.{name}" for name in layer._flat_weights_names] != names:
         return None
-    if any(set(row.users) != {node} for row in rows) or len({identity(parameters[n]) for n in names}) < len(names):
+    if any(set(row.users) != {node} for row in rows) or len({key_of(parameters[n]) for n in names}) < len(names):
         return None
     for name in layer._flat_weights_names:
         layer.register_parameter(name, parameters[f"{path}.{name}"])  # type: ignore[arg-type]
@@ -140,12 +141,11 @@ def read_factored(
     root: nn.Module,
     nodes: Mapping[str, Node],
     parameters: _Names,
-    record: Mapping[str, Any],
-    origins: Mapping[str, Origin],
+    record: Record,
 ) -> Iterator[Recurrence]:
     """Yield the layers of a record that are in the graph as they were written; ``nodes`` are those of parameters."""
-    for path, entry in record.items():
-        module = _rebuild(path, entry, parameters, origins)
+    for path, entry in record.layers.items():
+        module = _rebuild(path, entry, parameters, record.origins)
         if module is not None:
             found = _match(path, module, graph, root, nodes)
             if found is not None:

@@ -18,13 +18,13 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Tracer
 
 from surgery.errors import CaptureError, InputError
-from surgery.kinds.fx.links import is_link_module
-from surgery.kinds.fx.shapes import evaluation, kept_state
 from surgery.kinds.fx.watch import tensors_in
 from surgery.kinds.layers.carried import is_watched
 from surgery.kinds.layers.factored import is_chain
 from surgery.kinds.layers.modules import is_operator_module
 from surgery.kinds.layers.recurrent import outlining
+from surgery.kinds.layers.steps import is_link_module
+from surgery.kinds.layers.untouched import evaluation, kept_state
 from surgery.text import first_line
 
 __all__ = ["export_program", "trace_module", "trace_outline"]

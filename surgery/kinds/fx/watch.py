@@ -19,10 +19,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from surgery.algebra.operators import Shape
 from surgery.errors import InputError
-from surgery.kinds.fx.shapes import evaluation, kept_random, kept_state
 from surgery.kinds.layers.factored import is_chain
 from surgery.kinds.layers.modules import is_operator_module
 from surgery.kinds.layers.recurrent import UnpackedRecurrent
+from surgery.kinds.layers.untouched import evaluation, kept_random, kept_state
 from surgery.text import first_line
 
 __all__ = ["Watched", "run_once", "tensors_in", "watch"]

@@ -14,9 +14,9 @@ from torch.fx import Proxy
 
 from surgery.algebra.operators import Operator, Shape
 from surgery.errors import InputError, Refusal
-from surgery.kinds.fx.shapes import evaluation
 from surgery.kinds.layers.follow import Beside, Instead, Parts, without_modes
 from surgery.kinds.layers.layer_call import follow, operator_of, trials
+from surgery.kinds.layers.untouched import evaluation
 from surgery.kinds.layers.within import Within
 from surgery.text import first_line
 

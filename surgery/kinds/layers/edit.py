@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -10,24 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.algebra.chain import Chain
+from surgery.algebra.chain import Chain, without_numbers
+from surgery.algebra.compose import compose_steps
 from surgery.algebra.operators import Operator
 from surgery.errors import CheckError, Refusal
-from surgery.kinds.fx.items import Item, all_calls
-from surgery.kinds.fx.runs import Run
-from surgery.kinds.fx.view import Call, Spot
 from surgery.kinds.layers.carried import CARRIED, OWN, carry, is_watched
-from surgery.kinds.layers.factored import build_factored
-from surgery.kinds.layers.modules import build_module, is_operator_module, replace_module
+from surgery.kinds.layers.factored import Factored, build_factored, build_layer, chain_of, weight_names, weights
+from surgery.kinds.layers.modules import build_module, is_operator_module, replace_module, weight_of, weight_path
+from surgery.kinds.layers.tensors import key_of
+from surgery.kinds.layers.undo import tolerance
 from surgery.kinds.layers.within import Within, within_of
+from surgery.kinds.lazy import Lazy
+from surgery.sites.flow import Layers, ModuleChain, Unseen
+from surgery.sites.fusable import is_whole_sequential
+from surgery.sites.placement import FusableChain, Part, calls_of
+from surgery.sites.site import Site, Skip
 
 __all__ = [
+    "Known",
     "Replaced",
     "Shared",
+    "empty_known",
+    "find_known",
     "fuse_modules",
-    "is_whole_sequential",
-    "refuse_hooks",
-    "refuse_outside",
+    "layers_of",
+    "put_back_known",
     "splice_modules",
     "swap_references",
 ]
@@ -37,17 +46,17 @@ Shared = dict[int, tuple[Tensor, nn.Parameter]]  # by the id of a factor: itself
 Replaced = dict[nn.Module, nn.Module]  # what took the place of what
 
 
-def splice_modules(root: nn.Module, spot: Spot, chain: Chain, shared: Shared) -> Replaced:
+def splice_modules(root: nn.Module, site: Site, chain: Chain, shared: Shared) -> Replaced:
     """Replace the module at each name of a site by that of its chain; tied modules share its weights, not its bias.
 
     A factor that is the same tensor as one of an earlier chain in ``shared`` becomes the same parameter.
     """
     made: Replaced = {}
-    before, after = spot.site.operator.bias, chain.bias
+    before, after = site.operator.bias, chain.bias
     moved = None
     if before is not None and after is not None and not before.is_meta:  # a site that is cut again has no numbers
         moved = None if torch.equal(before, after) else (after - before).detach()
-    for path in (spot.site.name, *spot.site.aliases):
+    for path in (site.name, *site.aliases):
         module = root.get_submodule(path)
         if not is_operator_module(module):
             continue
@@ -60,7 +69,7 @@ def splice_modules(root: nn.Module, spot: Spot, chain: Chain, shared: Shared) ->
             made[module] = new
         replace_module(root, path, made[module])
     if not made:
-        raise CheckError(f"no layer at {spot.site.name} could be replaced by its chain")
+        raise CheckError(f"no layer at {site.name} could be replaced by its chain")
     return made
 
 
@@ -94,8 +103,8 @@ def _swapped(value: Any, replaced: Mapping[nn.Module, nn.Module]) -> Any:
     return value
 
 
-def fuse_modules(root: nn.Module, run: Run) -> Replaced:
-    """Replace a run's modules by one: in the place of their nn.Sequential, or of the first of them."""
+def fuse_modules(root: nn.Module, run: FusableChain, layers: Layers) -> Replaced:
+    """Replace the modules of a chain by one: in the place of their nn.Sequential, or of the first of them."""
     made: dict[int, nn.Module] = {}
     replaced: Replaced = {}
     paths = {tuple(str(item.path) for item in items): i for i, items in enumerate(run.rows)}
@@ -105,7 +114,7 @@ def fuse_modules(root: nn.Module, run: Run) -> Replaced:
         _keep_flags(new, [root.get_submodule(path) for path in modules])
         if made:
             _share_weights(next(iter(made.values())), new)
-        if is_whole_sequential(root, modules):
+        if is_whole_sequential(layers, modules):
             old = root.get_submodule(parent)
             carry(new, old, own=old._modules)
             for alias, module in list(root.named_modules(remove_duplicate=False)):
@@ -130,39 +139,27 @@ def _keep_flags(new: nn.Module, old: Sequence[nn.Module]) -> None:
         parameter.requires_grad_(any(part.requires_grad for part in parts))
 
 
-def _last_module(root: nn.Module, items: Sequence[Item]) -> nn.Module:
-    return root.get_submodule(str(all_calls(items)[-1].path))
+def _last_module(root: nn.Module, items: Sequence[Part]) -> nn.Module:
+    return root.get_submodule(str(calls_of(items)[-1].path))
 
 
-def is_whole_sequential(root: nn.Module, paths: Sequence[str]) -> bool:
-    """Whether these modules are all the children of one container below the root, in order."""
-    parent = paths[0].rpartition(".")[0]
-    if not parent or type(root.get_submodule(parent)) not in (nn.Sequential, nn.Module):  # fx makes plain containers
-        return False
-    children = [f"{parent}.{name}" for name, _ in root.get_submodule(parent).named_children()]
-    return children == list(paths)
+def layers_of(root: nn.Module, *, alone: bool = False, unseen: tuple[Unseen, ...] = ()) -> Layers:
+    """Return what a flow says of the modules below a root, by path."""
+    modules = dict(root.named_modules(remove_duplicate=False))
+    plain = {path: module for path, module in modules.items() if type(module) in (nn.Sequential, nn.Module)}
+    children = {
+        path: tuple(f"{path}.{name}" for name, _ in module.named_children()) for path, module in plain.items() if path
+    }
+    return Layers(children, Lazy(modules, lambda path: _bound(modules[path])), alone, unseen)
 
 
-def refuse_outside(runs: Sequence[Sequence[Item]], calls: Sequence[Call]) -> Refusal | None:
-    """Refuse runs whose modules are also called outside of them."""
-    inside = {call.node for run in runs for call in all_calls(run)}
-    paths = {call.path for run in runs for call in all_calls(run) if call.path is not None}
-    strangers = sorted({str(c.path) for c in calls if c.path in paths and c.node not in inside})
-    return Refusal(f"{', '.join(strangers)} is also called outside of the chain") if strangers else None
-
-
-def refuse_hooks(root: nn.Module, runs: Sequence[Sequence[Item]]) -> Refusal | None:
-    """Refuse runs of modules on which something is hooked, which may change the value between them."""
-    paths = sorted({str(item.path) for run in runs for item in run if item.path is not None})
-    watched = [path for path in paths if any(map(is_watched, root.get_submodule(path).modules()))]
-    if watched:
-        return Refusal(f"{watched[0]} has a hook, or a forward of its own")
-    layers = [(path, root.get_submodule(path)) for path in paths]
-    more = [path for path, layer in layers if is_operator_module(layer) and _has_more(layer)]
-    if more:
-        return Refusal(f"{more[0]} has parameters, buffers or children of its own")
-    around = [path for path, layer in layers if isinstance(within_of(layer), Within)]
-    return Refusal(f"{around[0]} does more than its operator") if around else None
+def _bound(module: nn.Module) -> str | None:
+    """Return why a module cannot become part of another, or None."""
+    if any(map(is_watched, module.modules())):
+        return "has a hook, or a forward of its own"
+    if is_operator_module(module) and _has_more(module):
+        return "has parameters, buffers or children of its own"
+    return "does more than its operator" if isinstance(within_of(module), Within) else None
 
 
 def _has_more(layer: nn.Module) -> bool:
@@ -182,3 +179,77 @@ def _share_weights(source: nn.Module, target: nn.Module) -> None:
     for shared, own in zip(source.modules(), target.modules(), strict=False):
         if "weight" in shared._parameters and "weight" in own._parameters:
             own._parameters["weight"] = shared._parameters["weight"]
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A chain that is a module, or several with the same weights and a bias each, with the modules by path."""
+
+    chain: ModuleChain
+    modules: Mapping[str, Factored]
+
+    @property
+    def each(self) -> tuple[Factored, ...]:
+        """Each module once."""
+        return tuple({id(module): module for module in self.modules.values()}.values())
+
+
+def find_known(root: nn.Module) -> tuple[list[Known], tuple[Skip, ...]]:
+    """Return the chains below a module, and those that were changed so that they are none any more."""
+    groups: dict[tuple[Any, ...], dict[str, Factored]] = defaultdict(dict)
+    skips = []
+    for path, module in root.named_modules(remove_duplicate=False):
+        if not isinstance(module, Factored):
+            continue
+        chain = chain_of(module)
+        whole = chain if isinstance(chain, Refusal) else compose_steps([s.to(device="meta") for s in chain.steps])
+        if isinstance(whole, Refusal):
+            skips.append(Skip(path, "chain", whole.reason))
+        else:
+            groups[tuple(key_of(weight) for weight in weights(module))][path] = module
+    return [_known(keys, modules) for keys, modules in groups.items()], tuple(skips)
+
+
+def _known(keys: tuple[Any, ...], modules: Mapping[str, Factored]) -> Known:
+    first = next(iter(modules))
+    each = {id(module): module for module in modules.values()}.values()
+    chain = ModuleChain(tuple(modules), tuple(map(_chain, each)), tuple(weight_names(modules[first], first)), keys)
+    return Known(chain, modules)
+
+
+def _chain(module: Factored) -> Chain:
+    chain = chain_of(module)
+    if isinstance(chain, Refusal):
+        raise CheckError(f"a factored layer is not a chain: {chain.reason}")
+    return chain
+
+
+def put_back_known(
+    root: nn.Module, known: Known, operators: Sequence[Operator], notes: MutableMapping[str, str] | None = None
+) -> dict[nn.Module, nn.Module]:
+    """Put the layer where each module of a chain stands; return what took the place of what.
+
+    ``notes`` gets what the user should know of it, by site.
+    """
+    made: dict[nn.Module, nn.Module] = {}
+    for module, operator in zip(known.each, operators, strict=True):
+        layer = build_layer(module, operator)
+        if notes is not None and (error := vars(module).get("surgery_error", 0.0)) > tolerance(operator.weight.dtype):
+            words = "no parameters of the layer give the composed weight exactly; the relative error of the nearest is"
+            notes[known.chain.names[0]] = f"{words} {error:.2g}"
+        if made:
+            path, _, leaf = weight_path(layer).rpartition(".")
+            layer.get_submodule(path)._parameters[leaf] = weight_of(next(iter(made.values())))
+        made[module] = layer
+    for path, module in list(root.named_modules(remove_duplicate=False)):
+        if isinstance(module, Factored) and module in made:
+            replace_module(root, path, made[module])
+    return made
+
+
+def empty_known(root: nn.Module, known: Known, operator: Operator) -> dict[nn.Module, nn.Module]:
+    """Put layers of zeros where the modules of a chain stand, of the form of an operator; return what replaced what."""
+    like = weights(known.each[0])[0]
+    bias = None if operator.bias is None else like.new_zeros(operator.bias.shape)
+    zeros = without_numbers(operator, like=like).with_bias(bias)
+    return put_back_known(root, known, [zeros] * len(known.each))

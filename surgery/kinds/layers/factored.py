@@ -16,7 +16,6 @@ from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator
 from surgery.algebra.steps import Branches, Shift, Step
 from surgery.errors import InputError, Refusal
-from surgery.kinds.fx.links import build_link, is_link_module, read_link_module
 from surgery.kinds.layers import steps as layers
 from surgery.kinds.layers.around import run_within
 from surgery.kinds.layers.carried import OWN, carry, is_watched, mark
@@ -24,6 +23,7 @@ from surgery.kinds.layers.composed import ComposedWeight
 from surgery.kinds.layers.layer_call import base_of
 from surgery.kinds.layers.modules import build_module, is_operator_module, read_module, stored_as, weight_of
 from surgery.kinds.layers.restored import hollow, restore
+from surgery.kinds.layers.steps import build_link, is_link_module, read_link_module
 from surgery.kinds.layers.within import Within, know, within_of
 
 __all__ = [

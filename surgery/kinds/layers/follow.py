@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from surgery.algebra.operators import Conv, Embedding, Linear, Operator, Shape
 from surgery.errors import Refusal
-from surgery.kinds.fx.functional import conv_geometry
+from surgery.kinds.layers.geometry import conv_geometry
 
 __all__ = ["Beside", "Follow", "Instead", "Parts", "Seen", "without_modes"]
 

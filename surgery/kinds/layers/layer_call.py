@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from surgery.algebra.operators import Conv, Operator, Shape
 from surgery.errors import Refusal
-from surgery.kinds.fx.shapes import evaluation, kept_random, kept_state
 from surgery.kinds.layers.follow import Follow, Seen
+from surgery.kinds.layers.untouched import evaluation, kept_random, kept_state
 
 __all__ = ["BASES", "base_of", "clone", "computes", "follow", "is_plain", "operator_of", "own_hooks", "trials"]
 

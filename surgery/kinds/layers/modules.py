@@ -14,21 +14,23 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from surgery.algebra.operators import Conv, Embedding, Linear, Operator, Shape
+from surgery.algebra.operators import Conv, Embedding, Layout, Linear, Operator, Shape
 from surgery.errors import Refusal
-from surgery.kinds.fx.functional import conv_geometry, stored_weight
-from surgery.kinds.fx.links import is_link_module
 from surgery.kinds.layers.around import inner_shape, read_within
+from surgery.kinds.layers.geometry import conv_geometry, stored_weight
 from surgery.kinds.layers.layer_call import base_of
+from surgery.kinds.layers.steps import is_link_module
 from surgery.kinds.layers.tensors import refuse_tensor
 from surgery.kinds.layers.within import Within, within_of
 
 __all__ = [
+    "buffers_of",
     "build_module",
     "called_shape",
     "ends_with_operator",
     "is_operator_module",
     "is_outlined",
+    "is_tracked_norm",
     "read_module",
     "refuse_module",
     "replace_module",
@@ -36,6 +38,7 @@ __all__ = [
     "weight_of",
     "weight_path",
 ]
+
 
 _CONVS: dict[type[nn.Module], tuple[bool, int]] = {
     nn.Conv1d: (False, 1),
@@ -100,7 +103,7 @@ def is_outlined(module: nn.Module) -> bool:
     return getattr(module, "outlined", False)
 
 
-def stored_as(kind: type[nn.Module]) -> str:
+def stored_as(kind: type[nn.Module]) -> Layout:
     """Return how a class of modules stores its weight, "out_in" or "in_out"."""
     return "in_out" if _is_conv1d(kind) else "out_in"
 
@@ -182,7 +185,7 @@ def build_module(
     kwargs: dict[str, Any] = {"bias": operator.bias is not None, "device": "meta", "dtype": operator.weight.dtype}
     module: nn.Module
     kind = kind or type(like)
-    stored = "out_in"
+    stored: Layout = "out_in"
     if isinstance(operator, Conv):
         module = _build_conv(operator, kwargs)
     elif isinstance(operator, Embedding):
@@ -228,3 +231,13 @@ def replace_module(root: nn.Module, path: str, new: nn.Module) -> None:
     """Put a module in the place of the one at a dotted path."""
     parent, _, name = path.rpartition(".")
     root.get_submodule(parent).register_module(name, new)
+
+
+def is_tracked_norm(module: nn.Module) -> bool:
+    """Whether a module is a batch norm with running statistics."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+
+
+def buffers_of(root: nn.Module, path: str) -> tuple[Tensor, Tensor]:
+    """Return the running mean and variance of the batch norm at a path."""
+    return root.get_buffer(f"{path}.running_mean"), root.get_buffer(f"{path}.running_var")

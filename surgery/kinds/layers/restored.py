@@ -18,10 +18,10 @@ from torch.nn.utils import parametrizations, parametrize
 
 from surgery.algebra.chain import relative_error
 from surgery.algebra.operators import Operator
-from surgery.kinds.fx.shapes import evaluation
 from surgery.kinds.layers.carried import carry
 from surgery.kinds.layers.layer_call import clone, computes, own_hooks
 from surgery.kinds.layers.undo import computed, fit, tolerance
+from surgery.kinds.layers.untouched import evaluation
 from surgery.kinds.layers.within import Within
 
 __all__ = ["hollow", "restore"]

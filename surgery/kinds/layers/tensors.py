@@ -7,13 +7,14 @@ computes in its own way. Nothing here computes with a tensor or changes one.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
-__all__ = ["count", "memory", "refuse_tensor"]
+__all__ = ["count", "key_of", "memory", "refuse_tensor"]
 
 
 def refuse_tensor(tensor: Tensor, what: str = "weight") -> str | None:
@@ -87,3 +88,11 @@ def count(tensors: nn.Module | Iterable[Tensor]) -> int:
     """Return the number of entries of some tensors, or of a module's parameters; those without a shape count 0."""
     given = tensors.parameters() if isinstance(tensors, nn.Module) else tensors
     return sum(0 if is_lazy(tensor) else tensor.numel() for tensor in given)
+
+
+def key_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what two tensors have in common exactly if they are the same memory, seen the same way."""
+    pointer = memory(tensor)
+    if pointer == 0:
+        return ("object", id(tensor))
+    return (pointer, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())

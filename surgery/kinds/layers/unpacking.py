@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from surgery.errors import InputError, Refusal
 from surgery.kinds.layers import attention, recurrent_forms
@@ -15,7 +14,7 @@ from surgery.kinds.layers.attention import UnpackedAttention
 from surgery.kinds.layers.modules import replace_module
 from surgery.kinds.layers.recurrent import UnpackedRecurrent
 
-__all__ = ["Originals", "check_inplace", "has_packed", "pack_all", "packed_parameter", "unpack_all"]
+__all__ = ["Originals", "refuse_inplace", "has_packed", "pack_all", "packed_parameter", "unpack_all"]
 
 _Packed = nn.MultiheadAttention | nn.RNNBase
 _Unpacked = UnpackedAttention | UnpackedRecurrent
@@ -27,13 +26,11 @@ def has_packed(root: nn.Module) -> bool:
     return any(isinstance(module, _Packed | _Unpacked) for module in root.modules())
 
 
-def check_inplace(model: object) -> None:
-    """Raise InputError for a model that can only be changed by another in its place."""
-    if isinstance(model, ExportedProgram):
-        raise InputError("an exported program cannot be changed in place", next_step="use the returned one")
+def refuse_inplace(model: nn.Module) -> str | None:
+    """Return why a module cannot be changed in place, or None: it is nothing but a layer that is taken apart."""
     if isinstance(model, _Packed | _Unpacked):
-        what = f"a model that is nothing but {type(model).__name__} cannot be changed in place"
-        raise InputError(what, next_step="use the returned one")
+        return f"a model that is nothing but {type(model).__name__} cannot be changed in place"
+    return None
 
 
 def packed_parameter(site: str) -> tuple[str, int, int] | None:

@@ -8,39 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.nn.parameter import is_lazy
 
 from surgery.algebra.operators import Conv, Operator, Shape
 from surgery.errors import CaptureError, InputError, Refusal
-from surgery.kinds.fx.links import is_link_module
-from surgery.kinds.fx.shapes import fake_shapes, kept_random
+from surgery.kinds.fx.flow import ChainCall
+from surgery.kinds.fx.read import Reader
+from surgery.kinds.fx.shapes import fake_shapes
 from surgery.kinds.fx.trace import export_program, trace_module
-from surgery.kinds.fx.view import Call, View, site_name
 from surgery.kinds.fx.watch import watch
-from surgery.kinds.layers.carried import CARRIED, refuse_carrying
-from surgery.kinds.layers.copying import copy_module
+from surgery.kinds.layers.carried import copy_module
 from surgery.kinds.layers.factored import is_chain
-from surgery.kinds.layers.known import ModuleCall
-from surgery.kinds.layers.modules import is_operator_module, read_module, weight_of, weight_path
+from surgery.kinds.layers.held import hung_skip
+from surgery.kinds.layers.modules import is_operator_module, read_module, weight_path
+from surgery.kinds.layers.recurrent_forms import loop_of
+from surgery.kinds.layers.steps import is_link_module
+from surgery.kinds.layers.untouched import kept_random
 from surgery.kinds.layers.within import Within, within_of
-from surgery.kinds.program.kind import program_shapes, program_view
-from surgery.sites.site import Skip, describe
+from surgery.kinds.program.read import program_shapes, read_program
+from surgery.sites.flow import Call, site_name
+from surgery.sites.site import Skip
 
-__all__ = ["Captured", "capture", "has_lazy", "hung_skip", "trace_only"]
+__all__ = ["Captured", "capture", "has_lazy", "trace_only"]
 
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """The view of a module's graph, the shapes of its values, and the calls of chains; ``proves`` dataflow, or not."""
+    """The reader of a module's graph, the shapes of its values, the calls of chains, and whether dataflow is proved."""
 
-    view: View
+    reader: Reader
     shape: Callable[[Node], Shape]
-    chains: tuple[ModuleCall, ...]
+    chains: tuple[ChainCall, ...]
     proves: bool = True
 
 
@@ -77,13 +81,14 @@ def trace_only(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     module, values = traced
     parameters = dict(root.named_parameters(remove_duplicate=False))
     reads = {node: str(node.target) for node in module.graph.find_nodes(op="get_attr")}
-    view = View(
+    reader = Reader(
         module.graph,
         parameters,
         {node: name for node, name in reads.items() if name in parameters},
         frozenset(node for node, name in reads.items() if name not in parameters),
         root.get_submodule,
-        lambda call: _whole_call(root, call) if call.path is not None else _functional_skip(root, call),
+        partial(_own_call, root),
+        loop=partial(loop_of, root),
     )
     if args or kwargs:
         try:
@@ -92,31 +97,29 @@ def trace_only(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             return None
     else:
         shape = _no_shape
-    return Captured(view, shape, _chain_calls(root, view))
+    return Captured(reader, shape, _chain_calls(root, reader.graph))
 
 
 def _no_shape(node: Node) -> Shape:
     raise InputError("sites have no costs without input shapes", next_step="give example_inputs")
 
 
-def _chain_calls(root: nn.Module, view: View) -> tuple[ModuleCall, ...]:
-    nodes = [node for node in view.graph.find_nodes(op="call_module") if is_chain(root.get_submodule(str(node.target)))]
-    return tuple(ModuleCall(node, node.all_input_nodes[0], str(node.target)) for node in nodes)
+def _chain_calls(root: nn.Module, graph: Graph) -> tuple[ChainCall, ...]:
+    nodes = [node for node in graph.find_nodes(op="call_module") if is_chain(root.get_submodule(str(node.target)))]
+    return tuple(ChainCall(node, node.all_input_nodes[0], str(node.target)) for node in nodes)
 
 
-def _whole_call(root: nn.Module, call: Call) -> Call | Skip:
+def _own_call(root: nn.Module, call: Call, reader: Reader) -> Call | Skip:
+    """Refuse the call of a function: in a tree of modules, nothing but modules can be changed."""
+    return _functional_skip(root, call) if call.path is None else _whole_call(root, call, reader)
+
+
+def _whole_call(root: nn.Module, call: Call, reader: Reader) -> Call | Skip:
     """Refuse the call of a layer with what cannot be carried, or with more than its input."""
-    more = call.node.op == "call_module" and len(call.node.args) + len(call.node.kwargs) != 1
+    node = reader.node(call.value)
+    more = node.op == "call_module" and len(node.args) + len(node.kwargs) != 1
     reason = "it is called with more than its input" if more else None
     return hung_skip(root, call, reason) or call
-
-
-def hung_skip(root: nn.Module, call: Call, reason: str | None = None) -> Skip | None:
-    """Return why the module of a call has to stay, or None."""
-    module = root.get_submodule(str(call.path))
-    reason = reason or refuse_carrying(module) or _held_elsewhere(root, module)
-    path, operator = str(call.path), call.operator
-    return None if reason is None else Skip(path, describe(operator), reason, operator.parameters)
 
 
 def _functional_skip(root: nn.Module, call: Call) -> Skip:
@@ -126,7 +129,7 @@ def _functional_skip(root: nn.Module, call: Call) -> Skip:
         layer = None
     why = "a function in forward() uses it, not a module of its own"
     reason = f"{layer.reason if isinstance(layer, Refusal) else why}; factor an exported program instead"
-    return Skip(site_name(call.weight), describe(call.operator), reason, call.operator.parameters)
+    return Skip(site_name(call.weight), call.operator.description, reason, call.operator.parameters)
 
 
 def has_lazy(root: nn.Module) -> bool:
@@ -137,29 +140,30 @@ def has_lazy(root: nn.Module) -> bool:
 def _watched(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     seen = watch(copy_module(root) if has_lazy(root) else root, args, kwargs)
     parameters = dict(root.named_parameters(remove_duplicate=False))
-    view = View(seen.graph, parameters, {}, frozenset(), root.get_submodule, lambda call: _whole_call(root, call))
-    return Captured(view, seen.shapes.__getitem__, _chain_calls(root, view), proves=False)
+    adapt, loop = partial(_whole_call, root), partial(loop_of, root)
+    reader = Reader(seen.graph, parameters, {}, frozenset(), root.get_submodule, adapt, loop=loop)
+    return Captured(reader, seen.shapes.__getitem__, _chain_calls(root, seen.graph), proves=False)
 
 
 def _exported(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     program = export_program(root, args, kwargs)
     parameters = dict(root.named_parameters(remove_duplicate=False))
     groups = _groups(root, program.graph.nodes, is_chain)
-    calls = [ModuleCall(rows[0], source, path) for path, rows, source in groups if source is not None]
-    given = _within_calls(root, _groups(root, program.graph.nodes, _is_within))
-    inside = frozenset(node for _, rows, _ in groups for node in rows)
-    inside |= {node for call in given.values() for node in call.nodes}
-    reader = _Exported(root, parameters, inside)
-    view = replace(
-        program_view(program),
+    calls = [ChainCall(rows[0], source, path) for path, rows, source in groups if source is not None]
+    within = [row for row in _groups(root, program.graph.nodes, _is_within) if _is_read(root, row)]
+    inside = frozenset(node for _, rows, _ in (*groups, *within) for node in rows)
+    own = _Exported(root, parameters)
+    reader = replace(
+        read_program(program),
         parameters=parameters,
-        adapt=reader.own_call,
-        owner=reader.link_path,
+        adapt=own.own_call,
+        owner=own.link_path,
+        loop=partial(loop_of, root),
         outlined=inside,
-        given=given,
+        given=partial(_within_calls, root, within),
         module=root.get_submodule,
     )
-    return Captured(view, program_shapes(program, None), tuple(calls))
+    return Captured(reader, program_shapes(program, None), tuple(calls))
 
 
 _Group = tuple[str, list[Node], Node | None]
@@ -184,17 +188,25 @@ def _is_within(module: nn.Module) -> bool:
     return isinstance(within_of(module), Within)
 
 
-def _within_calls(root: nn.Module, groups: Sequence[_Group]) -> dict[Node, Call]:
-    """Return the calls of layers that do more than their operator, each as one, by their last nodes."""
+def _is_read(root: nn.Module, group: _Group) -> bool:
+    """Whether a layer that does more than its operator has one that can be read, on one input."""
+    path, _, source = group
+    return source is not None and isinstance(read_module(root.get_submodule(path)), Operator)
+
+
+def _within_calls(root: nn.Module, groups: Sequence[_Group], reader: Reader) -> dict[int, Call]:
+    """Return the calls of layers that do more than their operator, each as one, by their last values."""
     found = {}
     for path, rows, source in groups:
         module = root.get_submodule(path)
         operator = read_module(module)
-        if source is None or not isinstance(operator, Operator):
-            continue
+        assert source is not None  # _is_read has seen to it
+        assert isinstance(operator, Operator)  # likewise
         bias = None if operator.bias is None else f"{path}.bias"
+        *inside, last = (reader.numbers[node] for node in rows)
         weight = f"{path}.{weight_path(module)}"
-        found[rows[-1]] = Call(rows[-1], source, operator, weight, bias, "out_in", path, within=tuple(rows[:-1]))
+        call = Call(last, reader.numbers[source], operator, weight, bias, path=path, inside=tuple(inside))
+        found[last] = call
     return found
 
 
@@ -217,18 +229,17 @@ class _Exported:
 
     root: nn.Module
     parameters: Mapping[str, nn.Parameter]
-    inside: frozenset[Node]
 
     def link_path(self, node: Node) -> str | None:
         """Return the path of the link module whose forward made a node."""
         path = _caller(self.root, node)
         return path if path is not None and is_link_module(self.root.get_submodule(path)) else None
 
-    def own_call(self, call: Call) -> Call | Skip:
+    def own_call(self, call: Call, reader: Reader) -> Call | Skip:
         """Turn a call of an exported graph into that of the module whose forward made it."""
         if call.path is not None:
-            return _whole_call(self.root, call)
-        path = _caller(self.root, call.node)
+            return _whole_call(self.root, call, reader)
+        path = _caller(self.root, reader.node(call.value))
         owner = None if path is None else self.root.get_submodule(path)
         owns = owner is not None and owner._parameters.get("weight") is self.parameters[call.weight]
         if path is None or owner is None or not is_operator_module(owner) or not owns:
@@ -236,12 +247,12 @@ class _Exported:
         operator = read_module(owner)
         reason = operator.reason if isinstance(operator, Refusal) else _refuse(operator, call.operator)
         if reason is not None:
-            return Skip(path, describe(call.operator), reason, call.operator.parameters)
+            return Skip(path, call.operator.description, reason, call.operator.parameters)
         assert isinstance(operator, Operator)  # else there is a reason
         weight = f"{path}.weight"  # torch.export calls weights that are tied by the name of one of them
-        call = replace(call, operator=operator, weight=weight, path=path, weight_node=None, bias_node=None)
+        call = replace(call, operator=operator, weight=weight, path=path, computed_bias=None)
         skip = hung_skip(self.root, call)
-        return skip or (_without_views(call) if call.stored == "in_out" else call)
+        return skip or (_without_views(call, reader) if call.stored == "in_out" else call)
 
 
 def _refuse(operator: Operator, called: Operator) -> str | None:
@@ -253,13 +264,13 @@ def _refuse(operator: Operator, called: Operator) -> str | None:
     return "it is called with more than its input" if other else None
 
 
-def _without_views(call: Call) -> Call:
+def _without_views(call: Call, reader: Reader) -> Call:
     """Widen a Conv1D's product of matrices to the whole module, which flattens its input and shapes its output."""
-    users = list(call.node.users)
-    if _is_view(call.source) and len(users) == 1 and _is_view(users[0]):
-        within = (call.source, call.node)
-        return replace(call, source=call.source.all_input_nodes[0], node=users[0], inner=call.node, within=within)
-    return call
+    users, source = list(reader.node(call.value).users), reader.node(call.source)
+    if not _is_view(source) or len(users) != 1 or not _is_view(users[0]):
+        return call
+    outer, last = (reader.numbers[node] for node in (source.all_input_nodes[0], users[0]))
+    return replace(call, source=outer, value=last, reader=call.value, inside=(call.source, call.value))
 
 
 def _is_view(node: Node) -> bool:
@@ -273,32 +284,3 @@ def _caller(root: nn.Module, node: Node) -> str | None:
         return None if path is None or root.get_submodule(path) is None else path
     except AttributeError:
         return None
-
-
-def _held_elsewhere(root: nn.Module, layer: nn.Module) -> str | None:
-    """Return where else the weight of a layer is held, if anywhere: there it would go on as it was, unused."""
-    weight, within = weight_of(layer), within_of(layer)
-    names = within.names - within.exact if isinstance(within, Within) else ()
-    computed = [layer.get_parameter(name) for name in names]
-    inside = set(layer.modules())
-    for path, module in root.named_modules():
-        shared = is_operator_module(module) and weight_of(module) is weight
-        for name, parameter in module._parameters.items() if module not in inside else ():
-            if parameter is not None and any(parameter is other for other in computed):
-                return f"its weight is computed from the parameter {name} of {path or 'the model'}"
-            if parameter is not None and parameter is weight and not shared and not path.startswith("_"):
-                return f"its weight is the parameter {name} of {path or 'the model'} too"
-        attributes = {} if isinstance(module, nn.RNNBase) else vars(module)  # recurrent layers keep rows of weights
-        for name, value in attributes.items():
-            if name not in CARRIED and any(_holds(value, own) for own in (weight, *computed)):
-                return f"its weight is held in {name} of {path or 'the model'} too"
-    return None
-
-
-def _holds(value: Any, weight: Any) -> bool:
-    """Whether a value is a tensor, or a list or dict has it."""
-    if isinstance(value, list | tuple):
-        return any(_holds(item, weight) for item in value)
-    if type(value) is dict:
-        return any(_holds(item, weight) for item in value.values())
-    return value is weight

@@ -12,7 +12,7 @@ from torch.export import ModuleCallEntry
 from torch.export.graph_signature import ConstantArgument
 from torch.fx import Graph
 
-from surgery.kinds.fx.view import identity
+from surgery.kinds.layers.tensors import key_of
 
 __all__ = ["copy_graph", "final_names", "own_state", "rename_entry"]
 
@@ -47,9 +47,9 @@ def rename_entry(entry: ModuleCallEntry, names: dict[str, str]) -> ModuleCallEnt
 def own_state(state: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copy the tensors that the old program has too, each once, so that tied weights stay tied."""
     copies: dict[tuple[Any, ...], Tensor] = {}
-    others = {identity(tensor) for tensor in old.values()}
+    others = {key_of(tensor) for tensor in old.values()}
     for name, tensor in state.items():
-        key = identity(tensor)
+        key = key_of(tensor)
         if key not in copies:
             mine = tensor.detach().clone() if key in others else tensor
             trains = isinstance(tensor, nn.Parameter)

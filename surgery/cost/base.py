@@ -1,0 +1,151 @@
+"""The interface of a backend: whatever measures costs where a model is to run.
+
+A backend times operators against chains, for the choice of ranks, and whole models against an original, for promises.
+A new one is a subclass of ``Backend`` in a folder of its own and a row in ``surgery.cost.registry.BACKENDS``. It says
+
+- ``key``: all that its numbers depend on besides the model: versions, the machine, the number of threads;
+- ``channel_multiple``: the number of channels that its kernels like;
+- ``time_pair``, ``time_one`` and ``time_models``: how it measures.
+
+What was measured is kept under the key, so that no backend sees the numbers of another. Models come to a backend as
+.onnx files: whoever calls has exported them, and a backend knows neither torch's graphs nor how they are exported.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy.typing as npt
+
+from surgery.algebra.chain import Chain
+from surgery.algebra.operators import Operator, Shape
+from surgery.cost.cache import Cache, cache_path
+from surgery.cost.structure import described
+from surgery.cost.timing import Samples, Speedup
+from surgery.text import Verdict
+
+__all__ = ["Backend", "Comparison", "ModelFile", "ModelTimes", "Seconds"]
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Median seconds of an operator and of its chain, from one interleaved measurement.
+
+    ``speedup`` is dense over chain, and ``low`` to ``high`` its 95 % interval. ``verdict`` says what the chain is.
+    """
+
+    dense_s: float
+    chain_s: float
+    speedup: float
+    low: float
+    high: float
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Median seconds of one run."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class ModelFile:
+    """A whole model to be timed: an .onnx file and its inputs by name, in order; ``name`` stands for it in errors."""
+
+    name: str
+    path: Path
+    feeds: Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class ModelTimes:
+    """The samples of each model, and the speed-up of each but the first over the first."""
+
+    samples: tuple[Samples, ...]
+    speedups: tuple[Speedup, ...]
+
+
+class Backend(ABC):
+    """Measures operators, chains and models; what was measured before, in any process, is looked up.
+
+    ``path`` is the file of what was measured, by default ``cache_path()``; ``keep=False`` uses no file.
+    """
+
+    name: ClassVar[str]
+    threads: int
+
+    def __init__(self, *, path: Path | None = None, keep: bool = True) -> None:
+        self._cache = Cache((path or cache_path()) if keep else None)
+
+    @property
+    @abstractmethod
+    def key(self) -> dict[str, Any]:
+        """All that the numbers depend on besides what is measured, as JSON values."""
+
+    @property
+    @abstractmethod
+    def channel_multiple(self) -> int:
+        """The number of channels that the kernels like: ranks that are multiples of it waste nothing."""
+
+    @abstractmethod
+    def time_pair(self, dense: Operator | Chain, chain: Operator | Chain, shape: Shape) -> Comparison:
+        """Time two against each other at an input shape; raises InputError where one of them cannot be run.
+
+        The weights may be on the meta device, without numbers.
+        """
+
+    @abstractmethod
+    def time_one(self, operator: Operator | Chain, shape: Shape) -> Seconds:
+        """Time one at an input shape; raises InputError where it cannot be run."""
+
+    @abstractmethod
+    def time_models(
+        self,
+        models: Sequence[ModelFile],
+        *,
+        threads: int | None = None,
+        seconds: float = 5.0,
+        seed: int = 0,
+        settled: Callable[[Sequence[Speedup]], bool] | None = None,
+        patience: int = 1,
+        progress: Callable[[float], None] | None = None,
+    ) -> ModelTimes:
+        """Time whole models for about ``seconds`` in all, each by itself, as its user will run it.
+
+        ``threads=None`` leaves the number to the runtime. Where ``settled`` says that the speed-ups leave open what was
+        asked, the measurement takes longer, up to ``patience`` times as long. ``progress`` gets the share that is done.
+
+        Raises:
+            InputError: a model cannot be run.
+        """
+
+    def compare(self, dense: Operator | Chain, chain: Operator | Chain, shape: Shape) -> Comparison:
+        """Return both latencies at an input shape, and how much faster the chain is; raises as ``time_pair``."""
+        what = described(shape, dense, chain)
+        return self.recall(Comparison, what, lambda: self.time_pair(dense, chain, shape))
+
+    def measure(self, operator: Operator | Chain, shape: Shape) -> float:
+        """Return the median seconds of one run at an input shape; raises as ``time_one``."""
+        return self.recall(Seconds, described(shape, operator), lambda: self.time_one(operator, shape)).seconds
+
+    def recall(
+        self,
+        kind: type[_Value],
+        what: Mapping[str, Any],
+        measure: Callable[[], _Value],
+        *,
+        keep: Callable[[_Value], bool] = lambda _: True,
+    ) -> _Value:
+        """Return what this backend has measured before of ``what``, else measure it now, and keep it.
+
+        ``what`` describes in JSON values all that the numbers depend on, but for the backend's own ``key``. ``kind`` is
+        a dataclass of numbers and verdicts. A value that ``keep`` turns down is returned, but not kept.
+        """
+        return self._cache.recall(kind, {**what, **self.key, "backend": self.name}, measure, keep=keep)

@@ -1,0 +1,175 @@
+"""Open fx graphs: what all kinds of models with an fx graph have in common, and the small edits that all others need.
+
+A kind says how a parameter is added, given to a node, and dropped; the rest is the same for get_attr and placeholder
+graphs.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from surgery.algebra.chain import Chain
+from surgery.algebra.operators import Layout, Operator
+from surgery.errors import FileError
+from surgery.kinds.base import OpenModel
+from surgery.kinds.fx.computed import Values
+from surgery.kinds.fx.functional import is_aten, transposed_source, write_call
+from surgery.kinds.fx.read import Reader
+from surgery.kinds.fx.recurrence import Recurrence
+from surgery.kinds.layers.edit import Shared
+from surgery.sites.record import Entry, Record
+
+__all__ = ["OpenGraph", "read_record", "write_record"]
+
+
+def read_record(module: GraphModule) -> Record:
+    """Return the record that a graph carries; an empty one if it has none that can be read."""
+    try:
+        return Record.from_json(module.meta.get("surgery"))
+    except FileError:
+        return Record()
+
+
+def write_record(module: GraphModule, record: Record) -> None:
+    """Store the record where ``surgery.save`` finds it; an empty one is no record."""
+    module.meta.pop("surgery", None)
+    if record:
+        module.meta["surgery"] = record.to_json()
+
+
+class OpenGraph(OpenModel):
+    """Base of the kinds whose models are fx graphs.
+
+    ``recurrences`` are layers whose module runs in the place of the nodes that compute them, where these are observed.
+    """
+
+    graph: Graph
+    record: Record
+    shared: Shared
+    reader: Reader
+    recurrences: Sequence[Recurrence] = ()
+
+    @cached_property
+    def values(self) -> Values:
+        """The computed weights that are known so far, by node."""
+        return {}
+
+    @cached_property
+    def notes(self) -> dict[str, str]:
+        """What the user should know of sites that were put back, by name."""
+        return {}
+
+    @cached_property
+    def waiting(self) -> dict[str, Any]:
+        """What is kept of the computed weights that stand as parameters while their chains are cut again, by name."""
+        return {}
+
+    @abstractmethod
+    def constants(self) -> Mapping[str, Tensor]:
+        """Return all buffers and constants, by name."""
+
+    @abstractmethod
+    def constant(self, name: str, user: Node) -> Node:
+        """Return a node that provides a buffer or a constant, placed so that it comes before ``user``."""
+
+    def note(self, site: str, chain: Chain, entry: Entry) -> None:
+        """Record that a site is factored, and what its weight was called."""
+        self.record = self.record.with_site(site, replace(entry, origin=chain.origin))
+
+    @cached_property
+    def _readers(self) -> list[Reader]:
+        """All readers that the graph has had: values of all of them can be replaced."""
+        return []
+
+    @property
+    def start(self) -> int:
+        """The first number that no value has."""
+        return self._readers[-1].start + len(self._readers[-1].nodes) if self._readers else 0
+
+    def reread(self) -> None:
+        """Read the graph as it is now; values that are known from before stay known."""
+        self.reader = self.look()
+        self._readers.append(self.reader)
+        vars(self).pop("flow", None)
+
+    def node(self, value: int) -> Node:
+        """Return the node of a value as the graph has it now."""
+        return next(reader for reader in reversed(self._readers) if reader.start <= value).node(value)
+
+    @abstractmethod
+    def look(self) -> Reader:
+        """Return a reader of the graph as it is now."""
+
+    @abstractmethod
+    def add_parameter(self, names: Sequence[str], parameter: nn.Parameter) -> None:
+        """Add one parameter under all its names."""
+
+    @abstractmethod
+    def parameter_node(self, name: str, user: Node) -> Node:
+        """Return a node that provides a parameter, placed so that it comes before ``user``."""
+
+    @abstractmethod
+    def drop_parameter(self, name: str) -> None:
+        """Forget a parameter; the nodes that provided it are swept when nothing uses them."""
+
+    def stamp(self, node: Node, like: Node) -> None:
+        """Give a new node the metadata of the one that it stands for."""
+        node.meta = {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta", "example_value")}
+
+    def write_sum(self, first: Node, second: Node, *, like: Node) -> Node:
+        """Insert an addition before ``like``, in its style."""
+        with self.graph.inserting_before(like):
+            target = torch.ops.aten.add.Tensor if is_aten(like) else torch.add
+            node = self.graph.call_function(target, (first, second))
+        self.stamp(node, like)
+        return node
+
+    def insert(
+        self,
+        operator: Operator,
+        source: Node,
+        names: tuple[str | Node, str | Node | None],
+        *,
+        like: Node,
+        stored: Layout,
+        style: Node | None = None,
+    ) -> Node:
+        """Insert the call of an operator before ``like``, in the style of a call.
+
+        ``names`` are those of weight and bias; what the graph computes is given as its node.
+        """
+        weight, bias = (self.parameter_node(name, like) if isinstance(name, str) else name for name in names)
+        assert weight is not None  # names[0] is a str
+        with self.graph.inserting_before(like):
+            call = style or like
+            node = write_call(self.graph, operator, source=source, weight=weight, bias=bias, style=call, stored=stored)
+        self.stamp(node, like)
+        return node
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Let a new node take the place of an old one, for what is read from recurrent layers too."""
+        for layer in self.recurrences:
+            layer.moved(old, new)
+        for reader in self._readers:
+            reader.replaced(old, new)
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+
+    def sweep(self) -> None:
+        """Erase the nodes that provide dropped parameters, and their transposes."""
+        for node in reversed(list(self.graph.nodes)):
+            origin = transposed_source(node) or node
+            if not node.users and self.is_dropped(origin):
+                self.graph.erase_node(node)
+
+    @abstractmethod
+    def is_dropped(self, node: Node) -> bool:
+        """Whether the node provides a parameter that has been dropped."""

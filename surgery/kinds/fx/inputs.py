@@ -1,0 +1,82 @@
+"""How a graph is called: what its placeholders say of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from surgery.kinds.inputs import Declared, Inputs, Signature, example_forms, forward_signature, input_like
+
+__all__ = ["brought_inputs", "declare", "declared_inputs", "first_size", "fixed_batch", "flattens", "read_signature"]
+
+
+def flattens(model: GraphModule) -> bool:
+    """Whether a graph was exported with a tree of inputs, which it flattens."""
+    return hasattr(model.graph._codegen, "pytree_info")
+
+
+def read_signature(model: GraphModule, example: Inputs) -> Signature:
+    """Return how a graph is called."""
+    found = forward_signature(model, example)
+    if not flattens(model):
+        return found
+    inner = model.graph._codegen.pytree_info.in_spec.child(0)  # type: ignore[attr-defined]
+    return Signature(found.names, found.taken, found.required, positional=inner.num_children)
+
+
+def brought_inputs(model: GraphModule, *, seed: int) -> Inputs | None:
+    """Return random inputs of the shapes that the placeholders of a traced graph have; None where they have none."""
+    nodes = list(model.graph.find_nodes(op="placeholder"))
+    values = [node.meta.get("val", node.meta.get("tensor_meta")) for node in nodes]
+    if not nodes or not all(hasattr(value, "shape") for value in values):
+        return None
+    rows = enumerate(zip(nodes, values, strict=True))
+    return tuple(input_like(value, node.name, seed + i) for i, (node, value) in rows), {}
+
+
+def fixed_batch(model: GraphModule) -> int | None:
+    """Return the only batch size that a graph takes, or None if it takes any."""
+    return first_size(model.graph.find_nodes(op="placeholder")) if flattens(model) else None
+
+
+def first_size(placeholders: Iterable[Node]) -> int | None:
+    """Return the first axis of the first tensor, if that is a number."""
+    for node in placeholders:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.dim():
+            size = value.shape[0]
+            return size if isinstance(size, int) else None
+    return None
+
+
+def declared_inputs(model: GraphModule, example: Inputs, signature: Signature) -> dict[str, Declared]:
+    """Return what is known of the inputs that are tensors, by name: from the graph, else from the example inputs."""
+    found = example_forms(model, example, signature)
+    nodes = list(model.graph.find_nodes(op="placeholder"))
+    return found | declare(signature.names, nodes, _no_limit)
+
+
+def _no_limit(size: Any) -> int | None:
+    return None
+
+
+def declare(names: Sequence[str], nodes: Sequence[Node], limit: Callable[[Any], int | None]) -> dict[str, Declared]:
+    """Return what placeholders say of inputs by name; ``limit`` gives the largest value of a dynamic size."""
+    if len(names) != len(nodes):
+        return {}
+    pairs = zip(names, nodes, strict=True)
+    return {name: _declared(node, limit) for name, node in pairs if isinstance(node.meta.get("val"), Tensor)}
+
+
+def _declared(node: Node, limit: Callable[[Any], int | None]) -> Declared:
+    value = node.meta["val"]
+    sizes = tuple(size if isinstance(size, int) else None for size in value.shape)
+    shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+    embedded = [user for user in node.users if "embedding" in str(user.target) and user.args[1:2] == (node,)]
+    weights = [user.args[0].meta.get("val") for user in embedded if isinstance(user.args[0], Node)]
+    ids = next((len(w) for w in weights if isinstance(w, Tensor)), None)
+    second = value.shape[1] if len(shape) > 1 else None
+    return Declared(value.dtype, sizes, shape, ids, second if isinstance(second, int | None) else limit(second))

@@ -1,0 +1,311 @@
+"""Read an fx graph: which nodes call operators, on which parameters. Values are numbered by the places of their nodes.
+
+All kinds of models that torch knows are read through it. Parameters are told apart by the memory that they stand on, so
+that tied weights are one, whatever their names.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+from torch.nn.parameter import is_lazy
+
+from surgery.algebra.operators import Operator
+from surgery.errors import Refusal
+from surgery.kinds.fx.functional import Parts, read_call, transposed_source
+from surgery.kinds.fx.lifted import Lifted
+from surgery.kinds.fx.unhandled import function_name, is_region, looked_through, refuse_use
+from surgery.kinds.layers.modules import (
+    is_operator_module,
+    is_outlined,
+    read_module,
+    refuse_module,
+    stored_as,
+    weight_path,
+)
+from surgery.kinds.layers.tensors import count, key_of, refuse_tensor
+from surgery.kinds.layers.within import Within, within_of
+from surgery.sites.epilogue import Loop
+from surgery.sites.flow import Call, Left, Tensors, site_name
+from surgery.sites.site import Skip
+
+__all__ = ["Reader"]
+
+
+def _same(call: Call, reader: Reader) -> Call | Skip:
+    return call
+
+
+def _no_loop(path: str | None) -> Loop | None:
+    return None
+
+
+def _no_owner(node: Node) -> str | None:
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """An fx graph with what its nodes stand for.
+
+    ``parameters`` has every name, aliases of tied weights included; ``providers`` maps nodes to parameter names;
+    ``buffers`` are nodes that provide buffers or constants; ``module`` finds the modules of call_module nodes.
+    ``adapt`` may turn a call into another or refuse it. ``owner`` has the path of the module that a reshape's function
+    call stands for, and ``loop`` the loop of a recurrent layer around the module at a path. Nodes in ``outlined`` have
+    an outline that is read in their place. ``lifted`` are weights that the graph computes and that stand among the
+    parameters, by name; ``refused`` says why others do not, by node. ``given`` are calls that are known already.
+    Numbers count from ``start``, so that values keep theirs when a graph that was changed is read again.
+    """
+
+    graph: Graph
+    parameters: Mapping[str, Tensor]
+    providers: Mapping[Node, str]
+    buffers: frozenset[Node] = frozenset()
+    module: Callable[[str], nn.Module] | None = None
+    adapt: Callable[[Call, Reader], Call | Skip] = _same
+    owner: Callable[[Node], str | None] = _no_owner
+    loop: Callable[[str | None], Loop | None] = _no_loop
+    outlined: frozenset[Node] = frozenset()
+    lifted: Mapping[str, Lifted] = field(default_factory=dict)
+    refused: Mapping[Node, str] = field(default_factory=dict)
+    given: Callable[[Reader], Mapping[int, Call]] = lambda reader: {}
+    start: int = 0
+
+    @cached_property
+    def nodes(self) -> list[Node]:
+        """The nodes in order; where one is replaced, the new one stands in its place."""
+        return list(self.graph.nodes)
+
+    @cached_property
+    def numbers(self) -> dict[Node, int]:
+        """The value of each node."""
+        return {node: number for number, node in enumerate(self.nodes, self.start)}
+
+    def node(self, value: int) -> Node:
+        """Return the node of a value."""
+        return self.nodes[value - self.start]
+
+    def replaced(self, old: Node, new: Node) -> None:
+        """Let a new node stand for the value of an old one."""
+        number = self.numbers.pop(old, None)
+        if number is not None:
+            self.nodes[number - self.start] = new
+            self.numbers[new] = number
+
+    @cached_property
+    def names(self) -> Mapping[tuple[Any, ...], list[str]]:
+        """All names of each parameter, by key, in the order of the state dict."""
+        names: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+        for name, tensor in self.parameters.items():
+            names[key_of(tensor)].append(name)
+        return names
+
+    @cached_property
+    def calls(self) -> Mapping[int, Call]:
+        """All calls of operators by value, in order, before weights are looked at for other uses."""
+        return self._read_all[0]
+
+    @cached_property
+    def left(self) -> tuple[Left, ...]:
+        """What was left alone, and at which values."""
+        return self._read_all[1]
+
+    @cached_property
+    def given_calls(self) -> Mapping[int, Call]:
+        """The calls that are known already, by value."""
+        return self.given(self)
+
+    @cached_property
+    def _read_all(self) -> tuple[dict[int, Call], tuple[Left, ...]]:
+        calls: dict[int, Call] = {}
+        skips: dict[str, Skip] = {}
+        values: dict[str, list[int]] = defaultdict(list)
+        for number, node in enumerate(list(self.nodes), self.start):
+            found: Call | Skip | Iterable[Skip] = self.given_calls.get(number, ())
+            if node not in self.outlined:
+                found = self._read(node)
+            if isinstance(found, Call):
+                found = self.adapt(found, self)
+            if isinstance(found, Call):
+                calls[found.value] = self._placed(found)
+                continue
+            for skip in (found,) if isinstance(found, Skip) else found:
+                skips.setdefault(skip.name, skip)
+                values[skip.name].append(number)
+        return calls, tuple(Left(skip, tuple(values[name])) for name, skip in skips.items())
+
+    def _placed(self, call: Call) -> Call:
+        """Return a call with what is around it: the loop of a recurrent layer, or a layer that does more."""
+        if call.path is None or self.module is None:
+            return call
+        within = within_of(self.module(call.path))
+        if isinstance(within, Within):
+            call = replace(call, last=within.ends, surplus=within.extra)
+        return replace(call, loop=self.loop(call.path))
+
+    def _read(self, node: Node) -> Call | Iterable[Skip]:
+        if node.op == "call_module":
+            return self._read_module(node)
+        parts = read_call(node)
+        if isinstance(parts, Parts):
+            return self._read_parts(node, parts)
+        if isinstance(parts, Refusal):
+            return self._skips_of(node, parts.reason) or (Skip(node.name, function_name(node), parts.reason),)
+        reason = refuse_use(node)
+        return () if reason is None else self._skips_of(node, reason)
+
+    def _read_parts(self, node: Node, parts: Parts) -> Call | Iterable[Skip]:
+        weight = self.providers.get(parts.weight)
+        if weight is None:
+            return self._refuse_weight(node, parts.weight)
+        operator: Operator | Refusal
+        if weight.endswith("in_proj_weight"):
+            operator = Refusal("attention uses its packed weight (in_proj_weight) in another way than on one input")
+        else:
+            operator = self._build(parts)
+        if isinstance(operator, Refusal):
+            return (self._skip(weight, node, operator.reason),)
+        return self._call(node, parts, operator)
+
+    def _call(self, node: Node, parts: Parts, operator: Operator) -> Call:
+        bias = None if parts.bias is None else self.providers.get(parts.bias)
+        lifted = self.lifted.get(self.providers[parts.weight])
+        return Call(
+            self.numbers[node],
+            self.numbers[parts.input],
+            operator,
+            self.providers[parts.weight],
+            bias,
+            parts.stored,
+            computed_bias=None if parts.bias is None or bias is not None else self.numbers[parts.bias],
+            surplus=0 if lifted is None else lifted.surplus,
+        )
+
+    def _build(self, parts: Parts) -> Operator | Refusal:
+        """Return the operator of a call whose weight is a parameter; without a bias that the graph computes."""
+        weight = self.parameters[self.providers[parts.weight]]
+        if (reason := refuse_tensor(weight)) is not None:
+            return Refusal(reason)
+        if parts.bias is None or parts.bias not in self.providers:
+            return parts.build(weight.detach(), None)
+        bias = self.parameters[self.providers[parts.bias]]
+        reason = refuse_tensor(bias, "bias")
+        return parts.build(weight.detach(), bias.detach()) if reason is None else Refusal(reason)
+
+    @property
+    def packed_calls(self) -> list[Call]:
+        """The calls on whole packed projections of attention (in_proj_weight)."""
+        found = []
+        for node in self.nodes:
+            parts = read_call(node)
+            if isinstance(parts, Parts) and self.providers.get(parts.weight, "").endswith("in_proj_weight"):
+                operator = self._build(parts)
+                if isinstance(operator, Operator):
+                    found.append(self._call(node, parts, operator))
+        return found
+
+    def _read_module(self, node: Node) -> Call | Iterable[Skip]:
+        assert self.module is not None  # only graphs with modules have such nodes
+        path = str(node.target)
+        module = self.module(path)
+        operator = _operator_of(module)
+        if isinstance(operator, Refusal):
+            return (Skip(path, type(module).__name__, operator.reason, count(module)),)
+        source = node.args[0] if node.args else node.kwargs.get("input")
+        if operator is None or not isinstance(source, Node):
+            return ()
+        bias = None if operator.bias is None else f"{path}.bias"
+        weight, stored = f"{path}.{weight_path(module)}", stored_as(type(module))
+        return Call(self.numbers[node], self.numbers[source], operator, weight, bias, stored, path)
+
+    def _refuse_weight(self, node: Node, weight: Node) -> Iterable[Skip]:
+        """Return the skips of an operator whose weight is not a parameter; none of a product of activations."""
+        name = function_name(node)
+        if weight in self.refused:
+            reason = self.refused[weight]
+            return self._skips_of(node, reason) or (Skip(node.name, name, reason),)
+        if weight in self.buffers:
+            return (Skip(node.name, name, "its weight is a buffer or a constant, not a parameter"),)
+        if "conv" in name or "linear" in name:
+            reason = "its weight is computed by the graph from its inputs, or from buffers (quantization)"
+            return (Skip(node.name, name, reason),)
+        return self._skips_of(node, refuse_use(node) or "it is looked up in another way than by a layer")
+
+    def _skips_of(self, node: Node, reason: str) -> Sequence[Skip]:
+        """Return a skip for each weight matrix that a node is given."""
+        return [self._skip(name, node, reason) for name in self._weights_of(node)]
+
+    def _weights_of(self, node: Node) -> list[str]:
+        """Name the parameters with two axes or more that reach a node, whole or in part, or that its own graph has."""
+        found = [self.providers[n] for n in map(looked_through, node.all_input_nodes) if n in self.providers]
+        names = [*found, *(self._own_weights(node) if is_region(node) else ())]
+        return [
+            name for name in dict.fromkeys(names) if is_lazy(self.parameters[name]) or self.parameters[name].dim() > 1
+        ]
+
+    def _own_weights(self, region: Node) -> list[str]:
+        """Name the parameters of the graphs that a region runs, where these hold some."""
+        graphs = [f"{node.target}." for node in region.all_input_nodes if node.op == "get_attr"]
+        return [name for name in self.parameters if name.startswith(tuple(graphs))]
+
+    def _skip(self, weight: str, node: Node, reason: str) -> Skip:
+        return Skip(site_name(weight), function_name(node), reason, count([self.parameters[weight]]))
+
+    @cached_property
+    def uses(self) -> Mapping[tuple[Any, ...], frozenset[Node]]:
+        """The nodes that use each parameter, by key; transposes of a weight are looked through."""
+        uses: dict[tuple[Any, ...], set[Node]] = defaultdict(set)
+        for node, name in self.providers.items():
+            for user in node.users:
+                seen = user.users if transposed_source(user) is node else [user]
+                uses[key_of(self.parameters[name])].update(seen)
+        for node in self.graph.nodes:
+            for parameter in self._held_by(node):
+                uses[key_of(parameter)].add(node)
+        return {key: frozenset(nodes) for key, nodes in uses.items()}
+
+    def _held_by(self, node: Node) -> Iterable[Tensor]:
+        """Return the parameters that a node uses without a node that provides them."""
+        if is_region(node):
+            return [self.parameters[name] for name in self._own_weights(node)]
+        if node.op != "call_module" or self.module is None:
+            return ()
+        module = self.module(str(node.target))
+        return () if is_outlined(module) else module.parameters()
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        """The parameters as plain values."""
+        return Tensors(
+            {name: key_of(tensor) for name, tensor in self.parameters.items()},
+            {name: count([tensor]) for name, tensor in self.parameters.items()},
+            {key: frozenset(self.numbers[node] for node in nodes) for key, nodes in self.uses.items()},
+            frozenset(self.lifted),
+            sum(lifted.surplus for lifted in self.lifted.values()),
+        )
+
+
+def _operator_of(module: nn.Module) -> Operator | Refusal | None:
+    """Return the operator that a module is, or why it is none; None for modules without weight matrices."""
+    lazy = [parameter for parameter in module.parameters() if is_lazy(parameter)]
+    if lazy:
+        return Refusal(str(refuse_tensor(lazy[0])))
+    if is_operator_module(module):
+        return _refuse_tensors(module) or read_module(module)
+    reason = refuse_module(module)
+    return None if reason is None else Refusal(reason)
+
+
+def _refuse_tensors(module: nn.Module) -> Refusal | None:
+    for what in ("weight", "bias"):
+        tensor = module._parameters.get(what)
+        reason = None if tensor is None else refuse_tensor(tensor, what)
+        if reason is not None:
+            return Refusal(reason)
+    return None

@@ -1,0 +1,82 @@
+"""How an exported program is called: what its signature and its placeholders say of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from surgery.errors import InputError
+from surgery.kinds.fx.inputs import declare, first_size
+from surgery.kinds.inputs import Declared, Inputs, Signature, given_inputs, input_like
+
+__all__ = ["declared_inputs", "fixed_batch", "program_inputs", "read_signature"]
+
+_ANY = 2**31  # a bound that torch.export has of its own is above this
+
+
+def program_inputs(program: ExportedProgram, *, seed: int = 0) -> Inputs:
+    """Return the program's own example inputs, else random ones; a dynamic size is that of the export, or 2.
+
+    Raises:
+        InputError: the program has no example inputs, and takes something else than tensors.
+    """
+    if program.example_inputs is not None:
+        args, kwargs = program.example_inputs
+        return tuple(args), dict(kwargs)
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    leaves = []
+    for index, name in enumerate(program.graph_signature.user_inputs):
+        value = values.get(str(name))
+        if not isinstance(value, Tensor):
+            raise InputError(f"the input {name} of the program is no tensor", next_step="give example_inputs")
+        leaves.append(input_like(value, str(name), seed + index))
+    args, kwargs = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
+    return tuple(args), dict(kwargs)
+
+
+def read_signature(program: ExportedProgram) -> Signature:
+    """Return how a program is called."""
+    args, kwargs = program_inputs(program)
+    names = [str(name) for name in program.graph_signature.user_inputs]
+    flat = len(names) == len(args) + len(kwargs)
+    first = names[: len(args)] if flat else [f"arg{i}" for i in range(len(args))]
+    every = (*first, *kwargs)
+    return Signature(every, len(args), frozenset(every), positional=len(args))
+
+
+def _nodes(program: ExportedProgram) -> list[Node]:
+    inputs = {str(name) for name in program.graph_signature.user_inputs}
+    return [node for node in program.graph.find_nodes(op="placeholder") if node.name in inputs]
+
+
+def fixed_batch(program: ExportedProgram) -> int | None:
+    """Return the only batch size that a program takes, or None if it takes any."""
+    return first_size(_nodes(program))
+
+
+def declared_inputs(program: ExportedProgram, signature: Signature) -> dict[str, Declared]:
+    """Return what is known of the inputs that are tensors, by name: from the program, else from its example inputs."""
+
+    def limit(size: Any) -> int | None:
+        known = program.range_constraints.get(size.node.expr)
+        return int(known.upper) if known is not None and known.upper < _ANY else None
+
+    given = given_inputs(program_inputs(program), signature)
+    found = {
+        name: Declared(value.dtype, (None,) * value.dim(), tuple(value.shape))
+        for name, value in given.items()
+        if isinstance(value, Tensor)
+    }
+    return found | declare(_names_in_order(program, signature), _nodes(program), limit)
+
+
+def _names_in_order(program: ExportedProgram, signature: Signature) -> Sequence[str]:
+    """Return the names in the order of the graph: a program may be called with others of the same names."""
+    if program.call_spec.in_spec is None:
+        return signature.names
+    return *signature.names[: signature.positional], *(program.call_spec.in_spec.child(1).context or [])

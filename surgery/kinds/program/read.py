@@ -1,0 +1,89 @@
+"""Read an exported program: its signature says what its parameters are, and inputs say what its symbolic sizes are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Graph, Node
+
+from surgery.algebra.operators import Shape
+from surgery.errors import InputError
+from surgery.kinds.fx.read import Reader
+
+__all__ = ["program_shapes", "read_program"]
+
+
+def read_program(program: ExportedProgram, graph: Graph | None = None) -> Reader:
+    """Return the reader of a program (or of a copy of its graph): its parameters are what its signature says."""
+    graph = program.graph if graph is None else graph
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
+    providers, buffers = {}, set()
+    for node in graph.find_nodes(op="placeholder"):
+        spec = specs.get(node.name)
+        if spec is None or spec.target is None:
+            continue
+        if spec.kind is InputKind.PARAMETER:
+            providers[node] = spec.target
+        else:
+            buffers.add(node)
+    parameters = {name: program.state_dict[name] for name in program.graph_signature.parameters}
+    return Reader(graph, parameters, providers, frozenset(buffers))
+
+
+def program_shapes(
+    program: ExportedProgram, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None
+) -> Callable[[Node], Shape]:
+    """Return a function from nodes to concrete shapes, with symbols as in the inputs or in the export's examples.
+
+    Raises:
+        InputError: an input has another size than the program fixes, or there are more or fewer inputs.
+    """
+    values = {} if inputs is None else _solve_symbols(program, inputs)
+
+    def size(dim: Any) -> int:
+        if isinstance(dim, int):
+            return dim
+        known = dim.node.expr.subs(values) if values else dim.node.hint
+        if known is None or not getattr(known, "is_number", True):
+            raise InputError(f"the program does not say how large {dim} is", next_step="give example_inputs")
+        return int(known)
+
+    return lambda node: tuple(size(dim) for dim in node.meta["val"].shape)
+
+
+def _solve_symbols(program: ExportedProgram, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[Any, int]:
+    """Match the inputs' sizes with the symbolic sizes of the program's placeholders."""
+    wanted = [n for n in program.graph.find_nodes(op="placeholder") if n.name in program.graph_signature.user_inputs]
+    given = [leaf for leaf in torch.utils._pytree.tree_leaves(inputs) if leaf is not None]
+    wanted = [node for node in wanted if node.meta.get("val") is not None]
+    if len(given) != len(wanted):
+        raise InputError(f"{len(given)} inputs were given", allowed=f"{len(wanted)}, as the program was exported")
+    values: dict[Any, int] = {}
+    for node, value in zip(wanted, given, strict=True):
+        fake = node.meta["val"]
+        if not isinstance(value, Tensor) or not isinstance(fake, Tensor):
+            continue
+        shape = tuple(value.shape)
+        fits = len(shape) == fake.dim() and all(_match(d, s, values) for d, s in zip(fake.shape, shape, strict=True))
+        if not fits:
+            says = ",".join(map(str, fake.shape))
+            raise InputError(
+                f"input {node.name} has shape {','.join(map(str, shape))}",
+                allowed=f"{says}, as the program was exported",
+                next_step="export again with dynamic_shapes for other sizes",
+            )
+    return values
+
+
+def _match(dim: Any, size: int, values: dict[Any, int]) -> bool:
+    if isinstance(dim, int):
+        return dim == size
+    expression = dim.node.expr
+    if expression.is_Symbol:
+        return values.setdefault(expression, size) == size
+    return not expression.subs(values).is_number or int(expression.subs(values)) == size

@@ -1,0 +1,181 @@
+"""``auto``: the plan of the fastest model on this machine that keeps a promise, checked end to end.
+
+    moments -> options of each site (damage, cost) -> one choice for all within a budget -> data-aware factors
+    -> measure the whole model -> scale the budget, until the measured value is as near to its limit as it gets
+
+The finished model and the original are timed as files, each in new processes; if it is not faster with confidence, the
+plan leaves all sites dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from surgery.cost.timing import MARGIN
+from surgery.passes.choices import ChoicePlans
+from surgery.passes.clock import Clock
+from surgery.passes.damages import Damages, OpenEffects, open_effects
+from surgery.passes.evidence import PROMISED_SHARE, Evidence
+from surgery.passes.fitter import Fitter
+from surgery.passes.metrics import drop_of, scores_of
+from surgery.passes.original import Original
+from surgery.passes.promised import Promise
+from surgery.passes.quality_search import QualitySearch, Yardstick, is_dense
+from surgery.passes.results import Search
+from surgery.passes.site_options import Pricing, list_options
+from surgery.passes.speed_search import SpeedSearch
+from surgery.passes.speeds import Speeds
+from surgery.passes.verdict import Found, Judge, promise_of_original
+from surgery.plans.choose import frontier
+from surgery.plans.goal import Goal
+from surgery.plans.options import Options
+from surgery.plans.plan import Plan
+from surgery.plans.planner import Progress, silent
+from surgery.sites.site import Site
+
+__all__ = ["ByPromise", "PromiseEvidence", "Proposal", "held_out_share"]
+
+
+@dataclass(frozen=True, eq=False)
+class PromiseEvidence:
+    """What a promise is searched with: the original, what its samples say, what fits, and what times whole models.
+
+    ``reasons`` has the sites that stay dense in any case.
+    """
+
+    original: Original
+    evidence: Evidence
+    fitter: Fitter
+    clock: Clock
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    open_effects: OpenEffects = open_effects
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """A plan that keeps a promise, or leaves all sites dense; the promise as measured, and how it was searched for."""
+
+    plan: Plan
+    promise: Promise
+    search: Search
+
+
+def held_out_share(goal: Goal) -> float | None:
+    """Return the share of the samples to judge by; None is the usual one."""
+    return PROMISED_SHARE if goal.kind == "max_error" else None
+
+
+@dataclass(frozen=True)
+class ByPromise:
+    """The planner that keeps a goal."""
+
+    goal: Goal
+    pricing: Pricing
+    margin: float = MARGIN
+    progress: Progress = silent
+
+    def plan(self, sites: Sequence[Site], evidence: PromiseEvidence, /) -> Plan:
+        """Return the plan of the fastest model that keeps the promise on held-out samples, or all sites dense.
+
+        Raises:
+            InputError: calibration inputs or a metric that cannot be used, as ``collect`` and ``scores_of`` say.
+        """
+        return self.propose(sites, evidence).plan
+
+    def propose(self, sites: Sequence[Site], evidence: PromiseEvidence) -> Proposal:
+        """Return what ``plan`` does, with what was promised and how it was found."""
+        data, known = evidence.evidence.data, evidence.reasons
+        assert data is not None  # there is no promise without moments
+        listed = list_options((s for s in sites if s.name not in known), data, self.pricing, self.progress)
+        plans = ChoicePlans(
+            {site.name: site for site in sites},
+            listed.sites,
+            dict(known) | listed.reasons,
+            self.goal,
+            held_out=held_out_share(self.goal),
+        )
+        if not listed.sites:
+            return self._original(plans, "no site has a chain that costs less", Found())
+        damages = Damages(
+            listed.sites,
+            evidence.evidence,
+            evidence.fitter,
+            open_effects=evidence.open_effects,
+            progress=self.progress,
+        )
+        judge = Judge(self.goal, evidence.original, evidence.evidence)
+        speeds = Speeds(evidence.original, damages, evidence.clock)
+        search = self._for_speed if self.goal.kind == "target_speedup" else self._for_quality
+        found = search(evidence, plans, damages, speeds, judge)
+        return self._decided(evidence, plans, found, speeds, judge)
+
+    def _for_quality(
+        self, evidence: PromiseEvidence, plans: ChoicePlans, damages: Damages, speeds: Speeds, judge: Judge
+    ) -> Found:
+        """Return the choice of the largest budget of damage that keeps the limit, and its timing."""
+        trials, chosen = QualitySearch(damages, plans, evidence.fitter, self._yardstick(evidence, judge)).run()
+        found = Found(damages.sites, tuple(trials), tuple(chosen))
+        if not self.pricing.prices.measured or is_dense(chosen):
+            return found
+        model = evidence.fitter.build(plans.plan(chosen))
+        timing = evidence.clock.time(model, final=not evidence.evidence.made_up)
+        return Found(found.sites, found.trials, found.chosen, timing)
+
+    def _yardstick(self, evidence: PromiseEvidence, judge: Judge) -> Yardstick:
+        """Return what to measure of a model, its limit, by which power of the budget it grows, and the first budget."""
+        limit, metric, before = self.goal.limit, self.goal.metric, judge.scores
+        if self.goal.kind == "max_error" or metric is None or before is None:
+            held_out = evidence.evidence.held_out
+            return Yardstick(lambda model: held_out.error(model)[1], limit, 0.5, limit**2)
+        return Yardstick(lambda model: drop_of(before, scores_of(model, metric))[1], limit, 1.0, 0.1**2)
+
+    def _for_speed(
+        self, evidence: PromiseEvidence, plans: ChoicePlans, damages: Damages, speeds: Speeds, judge: Judge
+    ) -> Found:
+        """Return the choice of least damage that is as fast as is asked for, or the fastest, and its timing."""
+        search = SpeedSearch(
+            damages,
+            plans,
+            evidence.fitter,
+            speeds,
+            evidence.clock,
+            held_out=evidence.evidence.held_out,
+            margin=self.margin,
+        )
+        trials, chosen, timing = search.run(self.goal.limit)
+        return Found(damages.sites, tuple(trials), tuple(chosen), timing, search.reached)
+
+    def _decided(
+        self, evidence: PromiseEvidence, plans: ChoicePlans, found: Found, speeds: Speeds, judge: Judge
+    ) -> Proposal:
+        """Return the chosen plan with all that is known of its model; all dense if it did not become faster."""
+        if is_dense(found.chosen):
+            return self._original(plans, "no change keeps the promise", found)
+        if found.timing is not None and found.timing.comparisons[0].verdict != "faster":
+            speedup = found.timing.comparisons[0]
+            span = f"{speedup.speedup:.2f}x, 95 % interval {speedup.low:.2f} to {speedup.high:.2f}"
+            return self._original(plans, f"the whole model did not measure faster ({span})", found)
+        plan = plans.plan(found.chosen)
+        judged = judge.judge(evidence.fitter.build(plan), found.timing)
+        if not judged.promise.kept and not self.goal.best_effort:
+            return self._original(plans, judged.missed, found)
+        predicted = None
+        if found.timing is not None:
+            predicted = speeds.expected(found.chosen, found.timing.models[0].median_s)
+        at = (sum(o.damage for o in found.chosen) ** 0.5, sum(o.cost for o in found.chosen))
+        search = replace(
+            self._search(found), chosen=at, metrics=judged.metrics, timing=found.timing, predicted=predicted
+        )
+        return Proposal(plan, judged.promise, search)
+
+    def _original(self, plans: ChoicePlans, reason: str, found: Found) -> Proposal:
+        """Return the plan that changes nothing; a goal of quality is kept by it, one of speed is not."""
+        return Proposal(plans.dense(reason), promise_of_original(self.goal, reason), self._search(found))
+
+    def _search(self, found: Found) -> Search:
+        return Search(_points(found.sites), trials=found.trials, cost=self.pricing.prices.what, reached=found.reached)
+
+
+def _points(sites: Sequence[Options]) -> tuple[tuple[float, float], ...]:
+    return tuple((damage**0.5, cost) for damage, cost in frontier(sites)) if sites else ()

@@ -1,0 +1,126 @@
+"""What decompose is asked for, read and checked: one value that says it all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from surgery.data.samples import Calibration, read_calibration
+from surgery.errors import InputError
+from surgery.factorizations import SOLVERS
+from surgery.kinds.inputs import Inputs, normalise_inputs
+from surgery.kinds.registry import Model, kind_of
+from surgery.passes.fitter import FitOptions
+from surgery.passes.instruments import backend_of
+from surgery.plans.goal import Goal
+from surgery.plans.plan import Plan
+from surgery.plans.planner import Progress, silent
+from surgery.plans.rules import RankSpec, parse_ranks
+
+__all__ = ["Asked", "Job", "Joint", "Selection", "read_job", "read_ranks"]
+
+Joint: TypeAlias = str | Sequence[Sequence[str]]
+Asked: TypeAlias = RankSpec | Plan | Goal
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which sites may change, by which factorization, and which of them share factors."""
+
+    factorization: str = "auto"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    joint: Joint = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A model with its inputs, samples to fit to if there are any, and what is to become of it."""
+
+    model: Model
+    inputs: Inputs
+    samples: Calibration | None
+    ranks: Asked
+    selection: Selection
+    fits: FitOptions
+    progress: Progress = silent
+
+
+def read_job(
+    model: Model,
+    example_inputs: Any,
+    ranks: Asked,
+    selection: Selection,
+    fits: FitOptions,
+    *,
+    calibration: Any = None,
+    progress: Progress | None = None,
+) -> Job:
+    """Return the job.
+
+    Raises:
+        InputError: what cannot be used, or cannot be said together.
+        RankError: ranks that do not say a rule.
+    """
+    asked = read_ranks(ranks)
+    _check_together(asked, selection, data=calibration is not None)
+    _check_fits(fits, data=calibration is not None)
+    samples = None if calibration is None else read_calibration(calibration, model, example_inputs)
+    inputs = normalise_inputs(example_inputs)
+    if samples is not None and not any(inputs) and not kind_of(model).brings_inputs():
+        inputs = next(iter(samples))
+    return Job(model, inputs, samples, asked, selection, fits, progress or silent)
+
+
+def read_ranks(ranks: Asked) -> Asked:
+    """Return the ranks, of which "auto" is the promise of an output error.
+
+    Raises:
+        RankError: ranks that do not say a rule.
+    """
+    if isinstance(ranks, str) and ranks == "auto":
+        return Goal.error()
+    if not isinstance(ranks, Goal | Plan):
+        parse_ranks(ranks)
+    return ranks
+
+
+def _check_together(ranks: Asked, selection: Selection, *, data: bool) -> None:
+    if isinstance(ranks, Plan):
+        given = {"factorization": selection.factorization != "auto", "joint": bool(selection.joint)}
+        for name in (name for name, said in given.items() if said):
+            raise InputError(
+                f"{name} with a plan, which says it for each site",
+                allowed="include and exclude, which narrow a plan",
+                next_step=f"leave {name} out, or make a new plan",
+            )
+    if isinstance(ranks, Goal):
+        if selection.joint:
+            raise InputError(
+                f"joint with the promise {ranks}",
+                allowed="joint with a rule for ranks",
+                next_step="give ranks, as 'measured' (--no-promise), or carry out a plan with joint sites",
+            )
+        if ranks.backend is not None:
+            backend_of(ranks.backend)
+        if ranks.backend is not None and ranks.cost != "latency" and data:
+            raise InputError(
+                f"a backend with cost={ranks.cost!r} and calibration data, for which nothing is timed",
+                allowed="a backend with cost='latency'",
+                next_step="leave one of them out",
+            )
+
+
+def _check_fits(fits: FitOptions, *, data: bool) -> None:
+    if fits.solver not in SOLVERS:
+        what = f"the solver {fits.solver!r} is not known"
+        raise InputError(what, allowed=", ".join(SOLVERS), next_step="say one of these")
+    groups = fits.groups
+    if groups is None:
+        return
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
+        raise InputError(f"groups={groups!r}", allowed="whole numbers from 1", next_step="or leave groups out")
+    if not data:
+        what = f"groups={groups} without calibration data, to which groups are fitted"
+        raise InputError(what, next_step="give calibration as well, or leave groups out")

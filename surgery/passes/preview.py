@@ -1,0 +1,141 @@
+"""The steps before a model is changed, each on its own: the sites, the plan, and what it would come to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from surgery.errors import InputError, only_own_errors
+from surgery.kinds.inputs import normalise_inputs
+from surgery.kinds.registry import Model
+from surgery.passes.fitter import FitOptions
+from surgery.passes.instruments import backend_of, instruments_of
+from surgery.passes.job import Asked, Job, Joint, Selection, read_job
+from surgery.passes.original import Original
+from surgery.passes.result_of import result_of
+from surgery.passes.results import DecomposeResult
+from surgery.passes.rule_plans import plan_for
+from surgery.passes.run import propose
+from surgery.plans.goal import Goal
+from surgery.plans.plan import Plan
+from surgery.plans.planner import Progress
+from surgery.sites.site import Site, Skip
+
+__all__ = ["find_sites", "plan", "preview"]
+
+_Model = TypeVar("_Model", bound=Model)
+
+
+@only_own_errors
+def find_sites(model: Model, example_inputs: Any = None) -> tuple[tuple[Site, ...], tuple[Skip, ...]]:
+    """Return the sites of a model and the places that were considered and left alone, each with its reason.
+
+    Args:
+        model: an nn.Module, a torch.fx.GraphModule or a torch.export.ExportedProgram.
+        example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments. An exported program brings its
+            own; others need them for the shapes. No forward pass is run: shapes come from fake tensors.
+
+    Raises:
+        InputError: inputs that are missing or do not fit.
+        CaptureError: the graph cannot be captured.
+    """
+    original = Original(model, normalise_inputs(example_inputs))
+    return tuple(original.sites.values()), original.skips
+
+
+@only_own_errors
+def plan(
+    model: Model,
+    example_inputs: Any = None,
+    *,
+    ranks: Asked = "measured",
+    factorization: str = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    joint: Joint = (),
+    solver: str = "auto",
+    calibration: Any = None,
+    groups: int | None = None,
+    backend: Any = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Return the plan that ``decompose`` would carry out, and change nothing.
+
+    ``decompose(model, inputs, ranks=plan)`` carries it out. For a ``Goal`` (or "auto") models are built and measured
+    on the way, as ``decompose`` does, with the same ``calibration`` data.
+
+    Args:
+        model, example_inputs, factorization, include, exclude, joint, progress: as ``decompose`` takes them.
+        ranks: a rule, or a ``Goal``; "measured" keeps a chain where it is measured faster than the site.
+        solver, calibration, groups: how factors are fitted on the way to a goal. Rules do not look at data.
+        backend: measures the latency of each site and of its chain, for the plan; a goal has its own.
+
+    Raises:
+        InputError: arguments that cannot be used, or not together, with what is allowed.
+        RankError: ranks out of bounds, or a budget that cannot be met.
+        CaptureError: the graph of an nn.Module can be neither traced nor exported.
+    """
+    selection = Selection(factorization, tuple(include), tuple(exclude), joint)
+    fits = FitOptions(solver, groups)
+    if not isinstance(ranks, Goal) and ranks != "auto":
+        _refuse_data(calibration, solver)
+    job = read_job(model, example_inputs, ranks, selection, fits, calibration=calibration, progress=progress)
+    if isinstance(job.ranks, Goal):
+        _refuse_backend(backend)
+        proposal, _ = propose(job, job.ranks, instruments_of(job.ranks), Original(job.model, job.inputs))
+        return proposal.plan
+    return _ruled(job, backend)[1]
+
+
+@only_own_errors
+def preview(
+    model: _Model,
+    example_inputs: Any = None,
+    *,
+    ranks: Asked = "measured",
+    factorization: str = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    joint: Joint = (),
+    backend: Any = None,
+    progress: Progress | None = None,
+) -> DecomposeResult[_Model]:
+    """Return what ``decompose`` would do by a rule or a plan, with predicted errors, and the model as it is.
+
+    Arguments and errors are those of ``plan``. What a goal comes to is known by measuring models alone: see the result
+    of ``decompose``.
+    """
+    selection = Selection(factorization, tuple(include), tuple(exclude), joint)
+    job = read_job(model, example_inputs, ranks, selection, FitOptions(), progress=progress)
+    if isinstance(job.ranks, Goal):
+        what = f"preview of the promise {job.ranks}, which is known by building models"
+        raise InputError(what, allowed="a rule or a plan", next_step="say 'measured', or call plan or decompose")
+    original, found = _ruled(job, backend)
+    errors = {d.site: d.error or 0.0 for d in found if not d.dense}
+    return result_of(model, found, errors, original)
+
+
+def _ruled(job: Job, backend: Any) -> tuple[Original, Plan]:
+    assert not isinstance(job.ranks, Goal)  # the callers have seen to it
+    original = Original(job.model, job.inputs)
+    measuring = None if backend is None else backend_of(backend)
+    return original, plan_for(original, job.ranks, job.selection, backend=measuring, progress=job.progress)
+
+
+def _refuse_data(calibration: Any, solver: str) -> None:
+    given = {"calibration": calibration is not None, "solver": solver != "auto"}
+    for name in (name for name, said in given.items() if said):
+        raise InputError(
+            f"{name} for the plan of a rule, which does not look at it",
+            allowed=f"{name} with a Goal",
+            next_step=f"give {name} to decompose, with the plan",
+        )
+
+
+def _refuse_backend(backend: Any) -> None:
+    if backend is not None:
+        raise InputError(
+            "a backend with a Goal, which has its own",
+            allowed="a backend with a rule or a plan",
+            next_step="give it to the goal, as Goal.error(0.05, backend=...)",
+        )

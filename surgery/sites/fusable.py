@@ -1,0 +1,169 @@
+"""fusable: which parts of a flow are provably one operator.
+
+A segment (see ``segments``) is split into the longest pieces that compose to one operator. Pieces over the same weights
+are one chain: for a -> b -> relu -> a' -> b' with the weights of a and a' tied, and those of b and b', both pieces
+become one operator with one weight, or none of them does.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from surgery.algebra.compose import compose, compose_steps
+from surgery.algebra.operators import Conv, Operator
+from surgery.errors import Refusal
+from surgery.sites.flow import Call, Flow, Key, Layers, site_name
+from surgery.sites.placement import Fusable, FusableChain, FusableModule, Part, calls_of
+from surgery.sites.segments import find_segments, sites_of
+from surgery.sites.site import Skip
+
+__all__ = ["fusable", "is_whole_sequential"]
+
+_UNPROVED = "neither torch.fx nor torch.export captures the model, so that nothing is known of its dataflow"
+
+
+def fusable(flow: Flow, *, everything: bool = False) -> tuple[list[Fusable], list[Skip]]:
+    """Return the chains that are provably one operator, and why others that look like it are not.
+
+    A model with a record comes back to what it was: chains that it had of its own are left alone, unless ``everything``
+    is to be fused.
+    """
+    modules: list[Fusable] = [FusableModule(chain) for chain in flow.chains]
+    skips = list(flow.broken)
+    if not flow.proved:
+        return modules, skips if modules else [*skips, Skip("model", "chain", _UNPROVED)]
+    pieces, refused = _find_pieces(flow, everything=everything)
+    chains, bound = _chains(flow, pieces)
+    return [*modules, *chains], [*skips, *refused, *bound]
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """Parts in a row, and the one operator that they are."""
+
+    parts: tuple[Part, ...]
+    operator: Operator
+
+
+def _chains(flow: Flow, pieces: Sequence[_Piece]) -> tuple[list[Fusable], list[Skip]]:
+    """Return the pieces over the same weights as one chain each, and why some cannot be fused."""
+    groups: dict[tuple[Key, ...], list[_Piece]] = defaultdict(list)
+    for piece in pieces:
+        groups[tuple(flow.tensors.keys[call.weight] for call in calls_of(piece.parts))].append(piece)
+    chains: list[Fusable] = []
+    skips = []
+    for same in groups.values():
+        rows = tuple(piece.parts for piece in same)
+        sites = sites_of(flow, rows[0])
+        refusal = _refuse_rows(flow, rows)
+        if refusal is not None:
+            skips.append(Skip(sites[0], "chain", refusal.reason))
+        else:
+            chains.append(FusableChain(sites, rows, tuple(piece.operator for piece in same)))
+    return chains, skips
+
+
+def _refuse_rows(flow: Flow, rows: Sequence[Sequence[Part]]) -> Refusal | None:
+    """Refuse modules that cannot become part of another, and rows over one weight that differ in their form."""
+    if flow.layers.alone and (refusal := _refuse_functions(flow.layers, rows)) is not None:
+        return refusal
+    paths = sorted({part.path for row in rows for part in row if part.path is not None})
+    bound = next((path for path in paths if flow.layers.bound.get(path)), None)
+    if bound is not None:
+        return Refusal(f"{bound} {flow.layers.bound[bound]}")
+    forms = {tuple(call.operator.form.unbiased for call in calls_of(row)) for row in rows}
+    if len(forms) > 1:
+        return Refusal("its weights are shared by runs of different geometry")
+    inside = {call.value for row in rows for call in calls_of(row)}
+    strangers = sorted({str(c.path) for c in flow.calls if c.path in paths and c.value not in inside})
+    return Refusal(f"{', '.join(strangers)} is also called outside of the chain") if strangers else None
+
+
+def _refuse_functions(layers: Layers, rows: Sequence[Sequence[Part]]) -> Refusal | None:
+    """Refuse reshapes that a forward makes itself, where nothing but modules can be changed."""
+    for row in rows:
+        if any(part.path is None for part in row):
+            return Refusal("a function in forward() is part of the chain; recompose an exported program instead")
+        paths = [str(part.path) for part in row]
+        if not all(isinstance(part, Call) for part in row) and not is_whole_sequential(layers, paths):
+            return Refusal("its modules are not those of one nn.Sequential")
+    return None
+
+
+def is_whole_sequential(layers: Layers, paths: Sequence[str]) -> bool:
+    """Whether these modules are all the children of one container below the root, in order."""
+    parent = paths[0].rpartition(".")[0]
+    return bool(parent) and layers.children.get(parent) == tuple(paths)
+
+
+def _find_pieces(flow: Flow, *, everything: bool) -> tuple[list[_Piece], list[Skip]]:
+    """Return the pieces of all segments that compose, and why others that look like it do not."""
+    pieces: list[_Piece] = []
+    skips: list[Skip] = []
+    for segment in find_segments(flow):
+        if flow.recorded and not everything and not set(sites_of(flow, segment)) & flow.recorded:
+            place = " -> ".join(site_name(call.weight) for call in calls_of(segment))
+            skips.append(Skip(place, "chain", "the original model had it (--all fuses it as well)"))
+            continue
+        found, refused = _partition(segment)
+        pieces += found
+        skips += refused
+    return pieces, skips
+
+
+def _partition(parts: Sequence[Part]) -> tuple[list[_Piece], list[Skip]]:
+    """Split a segment into the longest pieces that compose, from the left; each break is a skip with its reason."""
+    if all(isinstance(part, Call) for part in parts):
+        return _partition_calls(calls_of(parts))
+    pieces: list[_Piece] = []
+    start = 0
+    while start < len(parts):
+        piece = _longest(parts[start:])
+        if piece is not None:
+            pieces.append(piece)
+        start += 1 if piece is None else len(piece.parts)
+    return pieces, []
+
+
+def _longest(parts: Sequence[Part]) -> _Piece | None:
+    """Return the longest piece from the first part on that composes of two calls or more."""
+    for end in range(len(parts), 0, -1):
+        piece = parts[:end]
+        if len(calls_of(piece)) < 2 or len({part.path is None for part in piece}) > 1:
+            continue
+        operator = compose_steps([part.step for part in piece])
+        if not isinstance(operator, Refusal) and _refuse(operator) is None:
+            return _Piece(tuple(piece), operator)
+    return None
+
+
+def _partition_calls(calls: Sequence[Call]) -> tuple[list[_Piece], list[Skip]]:
+    pieces: list[_Piece] = []
+    skips = []
+    current, operator = [calls[0]], calls[0].operator
+    for call in calls[1:]:
+        merged = _compose_calls(current[-1], operator, call)
+        if isinstance(merged, Refusal):
+            place = f"{site_name(current[-1].weight)} -> {site_name(call.weight)}"
+            skips.append(Skip(place, "chain", merged.reason))
+            pieces.append(_Piece(tuple(current), operator))
+            current, operator = [call], call.operator
+        else:
+            current, operator = [*current, call], merged
+    pieces.append(_Piece(tuple(current), operator))
+    return [piece for piece in pieces if len(piece.parts) > 1], skips
+
+
+def _compose_calls(last: Call, operator: Operator, call: Call) -> Operator | Refusal:
+    if (last.path is None) != (call.path is None):
+        return Refusal("one is a module and the other a function call")
+    merged = compose(operator, call.operator)
+    return merged if isinstance(merged, Refusal) else _refuse(merged) or merged
+
+
+def _refuse(operator: Operator) -> Refusal | None:
+    if isinstance(operator, Conv) and not operator.expressible:
+        return Refusal("the padding of their composition differs between two sides of a dimension")
+    return None

@@ -1,0 +1,162 @@
+"""The record of what was factored in a model: one value for modules, graphs and files.
+
+    {"version": 1, "ties": [["head.weight", "embed.weight"]], "sites": {
+        "fc":                  {"factorization": "svd", "rank": [8], "weight": "fc.weight", "stored": "out_in"},
+        "attn.in_proj_weight": {"parts": ["in_proj_q", "in_proj_k", "in_proj_v"]},
+        "lstm":                {"recurrent": {...}, "parts": {...}}}}
+
+A file may say anything. What it says is read here, once. What is not of this form is left out; ``check`` refuses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from surgery.algebra.operators import Layout
+from surgery.errors import FileError
+from surgery.factorizations import FACTORIZATIONS
+from surgery.sites.flow import Origin
+
+__all__ = ["Entry", "Record"]
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is recorded of a factored site.
+
+    ``origin`` says what made its factors. ``weight`` is what its weight was called, and ``stored`` the layout of that.
+    ``added`` says for each call whether a bias that the graph computes is added behind the chain. ``computed`` says how
+    the graph computed the weight, as JSON values.
+    """
+
+    origin: Origin | None = None
+    weight: str | None = None
+    stored: Layout | None = None
+    added: tuple[bool, ...] = ()
+    computed: Any = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry as JSON values."""
+        method = {} if self.origin is None else {"factorization": self.origin[0], "rank": list(self.origin[1])}
+        names = {"weight": self.weight, "stored": self.stored, "computed": self.computed}
+        said = {name: value for name, value in names.items() if value is not None}
+        return method | said | ({"added": list(self.added)} if any(self.added) else {})
+
+    @classmethod
+    def from_json(cls, value: Any) -> Entry:
+        """Return what JSON values say of a site, without what is not of the form of an entry."""
+        said = value if isinstance(value, dict) else {}
+        weight, stored, added = said.get("weight"), said.get("stored"), said.get("added")
+        return cls(
+            _read_origin(said.get("factorization"), said.get("rank")),
+            weight if isinstance(weight, str) else None,
+            stored if stored in ("out_in", "in_out") else None,
+            tuple(value is True for value in added) if isinstance(added, list) else (),
+            said.get("computed"),
+        )
+
+
+def _read_origin(method: Any, ranks: Any) -> Origin | None:
+    whole = isinstance(ranks, list) and len(ranks) > 0 and all(type(rank) is int and rank > 0 for rank in ranks)
+    return (method, tuple(ranks)) if isinstance(method, str) and method in FACTORIZATIONS and whole else None
+
+
+@dataclass(frozen=True)
+class Record:
+    """The factored sites of a model by name, and what else was taken apart for them.
+
+    ``packed`` has the parts of each packed weight, and ``layers`` describes recurrent layers that have factored parts;
+    ``ties`` are names of parameters that are one. ``damaged`` has what a file says of sites without an origin.
+    """
+
+    sites: Mapping[str, Entry] = field(default_factory=dict)
+    ties: tuple[tuple[str, ...], ...] = ()
+    packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    layers: Mapping[str, Any] = field(default_factory=dict)
+    damaged: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def origins(self) -> dict[str, Origin]:
+        """What made the factors of each site, where that is known."""
+        return {name: entry.origin for name, entry in self.sites.items() if entry.origin is not None}
+
+    @property
+    def factored(self) -> frozenset[str]:
+        """The names of all sites and layers that are factored."""
+        return frozenset((*self.sites, *self.layers))
+
+    def __bool__(self) -> bool:
+        """Whether anything is recorded of the model's structure."""
+        return bool(self.sites or self.packed or self.layers)
+
+    def with_site(self, name: str, entry: Entry) -> Record:
+        """Return the record with an entry."""
+        return replace(self, sites={**self.sites, name: entry})
+
+    def with_packed(self, name: str, parts: tuple[str, ...]) -> Record:
+        """Return the record with the parts of a packed weight."""
+        return replace(self, packed={**self.packed, name: parts})
+
+    def with_layer(self, name: str, description: Any) -> Record:
+        """Return the record with the description of a recurrent layer."""
+        return replace(self, layers={**self.layers, name: description})
+
+    def without(self, name: str) -> Record:
+        """Return the record without what it says of a name."""
+        sites, packed, layers = dict(self.sites), dict(self.packed), dict(self.layers)
+        for rows in (sites, packed, layers):
+            rows.pop(name, None)
+        return replace(self, sites=sites, packed=packed, layers=layers)
+
+    def check(self) -> Record:
+        """Return the record if all of its sites say what made their factors; raises FileError for another one."""
+        for name, said in self.damaged.items():
+            method, ranks = (said.get("factorization"), said.get("rank")) if isinstance(said, dict) else (None, None)
+            allowed = f"one of {', '.join(FACTORIZATIONS)}, and positive ranks"
+            raise FileError(f"has a record that says {method!r} at {ranks!r} of {name}", allowed=allowed)
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON values.
+
+        >>> Record({"fc": Entry(("svd", (8,)))}).to_json()
+        {'version': 1, 'sites': {'fc': {'factorization': 'svd', 'rank': [8]}}, 'ties': []}
+        """
+        sites = {name: entry.to_json() for name, entry in self.sites.items()}
+        packed = {name: {"parts": list(parts)} for name, parts in self.packed.items()}
+        return {"version": _VERSION, "sites": sites | packed | dict(self.layers), "ties": [list(t) for t in self.ties]}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Record:
+        """Return the record that JSON values say.
+
+        Raises:
+            FileError: they are not a record, or one of a version that is not known.
+        """
+        if not isinstance(value, dict) or value.get("version") != _VERSION:
+            raise FileError("has a record of factored layers that cannot be read", allowed=f"version {_VERSION}")
+        rows, ties = value.get("sites"), value.get("ties", [])
+        if not isinstance(rows, dict) or not isinstance(ties, list) or not all(map(_is_tie, ties)):
+            raise FileError("has a damaged record of factored layers", next_step="get the file again from its source")
+        sites: dict[str, Entry] = {}
+        packed: dict[str, tuple[str, ...]] = {}
+        layers, damaged = {}, {}
+        for name, row in rows.items():
+            said = row if isinstance(row, dict) else {}
+            if "recurrent" in said:
+                layers[name] = row
+            elif isinstance(said.get("parts"), list):
+                packed[name] = tuple(map(str, said["parts"]))
+            else:
+                sites[name] = Entry.from_json(row)
+                if sites[name].origin is None:
+                    damaged[name] = row
+        return cls(sites, tuple(map(tuple, ties)), packed, layers, damaged)
+
+
+def _is_tie(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)

@@ -1,0 +1,194 @@
+"""Segments: rows of parts of a flow that may be one operator, cut at the borders of factored sites.
+
+    parts        calls, reshapes, and sums of branches that are one operator together
+    runs         rows of parts in which each value is used by the next part alone
+    segments     runs, cut so that the factors of one site stay apart from what stands before and after them
+
+For x -> a.0 -> a.1 -> b.0 -> b.1 -> relu -> c the parts are five calls; [a.0, a.1, b.0, b.1] is a run, since nothing
+else reads the values between them; and [a.0, a.1] and [b.0, b.1] are its segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from surgery.algebra.compose import add, compose_steps
+from surgery.errors import Refusal
+from surgery.sites.flow import Call, Flow, Reshape, Sum, site_name
+from surgery.sites.placement import BranchSum, Part, calls_of
+
+__all__ = ["common", "find_segments", "owners", "parents", "place_of", "sites_of"]
+
+
+def sites_of(flow: Flow, parts: Sequence[Part]) -> tuple[str, ...]:
+    """Name the one operator: P for weights P.0.weight, P.1.weight, ...; else as the first weight."""
+    carriers = [part for part in parts if part.calls]
+    found = common([parents(flow, part) for part in carriers])
+    return found or tuple(site_name(name) for name in flow.tensors.aliases(carriers[0].calls[0].weight))
+
+
+def find_segments(flow: Flow) -> list[list[Part]]:
+    """Return all runs, cut at the borders of factored sites."""
+    return [segment for run in _find_runs(flow) for segment in _segments(flow, run)]
+
+
+def _find_runs(flow: Flow) -> Iterator[list[Part]]:
+    """Yield each maximal run with two calls or more; a bias that the graph computes ends a run."""
+    parts = _find_parts(flow)
+    follower: dict[int, Part] = {}
+    ends = {part.value for part in parts if part.calls and part.calls[-1].computed_bias is not None}
+    for part in parts:
+        if part.source not in ends and flow.users.get(part.source, frozenset()) <= set(part.values):
+            follower[part.source] = part
+    inner = {follower[part.value].value for part in parts if part.value in follower}
+    for part in parts:
+        run = [part]
+        while run[-1].value in follower:
+            run.append(follower[run[-1].value])
+        if part.value not in inner and len(calls_of(run)) > 1:
+            yield run
+
+
+def _find_parts(flow: Flow) -> list[Part]:
+    """Return all parts in order; calls in a sum belong to it. Calls on computed weights are none.
+
+    The branches of a sum are of one site that is known to be factored, or have the names that factors have: what a
+    model adds up itself, as two heads, is not one chain.
+    """
+    calls = {call.value: call for call in flow.calls if call.weight not in flow.tensors.computed}
+    parts: dict[int, Part] = dict(calls)
+    for element in flow.elements:
+        if isinstance(element, Reshape):
+            parts[element.value] = element
+        elif isinstance(element, Sum) and (found := _branch_sum(flow, element, calls)) is not None:
+            parts[element.value] = found
+    sums = [part for part in parts.values() if isinstance(part, BranchSum)]
+    within = {value for part in sums for value in part.values[:-1]}
+    return [parts[value] for value in sorted(parts) if value not in within]
+
+
+def _branch_sum(flow: Flow, last: Sum, calls: Mapping[int, Call]) -> BranchSum | None:
+    """Return the sum of branches that ends here and is one operator, or None."""
+    leaves, additions = _leaves(flow, last)
+    rows = [_row(flow, leaf, calls) for leaf in leaves] if len(set(leaves)) == len(leaves) else [[]]
+    if any(not row or row[0].source != rows[0][0].source for row in rows):
+        return None
+    found = BranchSum(tuple(map(tuple, rows)), tuple(additions))
+    if any(call.computed_bias is not None for call in found.calls[:-1]) or not _of_one_site(flow, found):
+        return None
+    composed = add([compose_steps([call.operator for call in row]) for row in rows])
+    return None if isinstance(composed, Refusal) else found
+
+
+def _of_one_site(flow: Flow, found: BranchSum) -> bool:
+    """Whether branches are those of one factored site: of a known one, or else by their names."""
+    known = [owners(flow, call) for call in found.calls]
+    return bool(frozenset.intersection(*known)) or (not any(known) and bool(parents(flow, found)))
+
+
+def _leaves(flow: Flow, last: Sum) -> tuple[list[int], list[int]]:
+    """Return what a tree of additions adds up, from the left, and its additions; an inner sum has no other use."""
+    leaves: list[int] = []
+    additions: list[int] = []
+    for term in last.terms:
+        element = flow.at.get(term)
+        inner = isinstance(element, Sum) and len(flow.users.get(term, ())) == 1
+        found = _leaves(flow, element) if inner and isinstance(element, Sum) else ([term], [])
+        leaves += found[0]
+        additions += found[1]
+    return leaves, [*additions, last.value]
+
+
+def _row(flow: Flow, leaf: int, calls: Mapping[int, Call]) -> list[Call]:
+    """Return the calls that end at a leaf of a sum and whose values have no other use."""
+    row: list[Call] = []
+    value = leaf
+    while value in calls and len(flow.users.get(value, ())) == 1:
+        row.insert(0, calls[value])
+        value = calls[value].source
+    return row
+
+
+def _segments(flow: Flow, run: Sequence[Part]) -> list[list[Part]]:
+    """Cut a run so that the factors of one site, with their reshapes, stay apart from what comes before and after."""
+    segments: list[list[Part]] = [[]]
+    start = 0
+    while start < len(run):
+        length = _factored(flow, run[start:])
+        if length:
+            segments += [list(run[start : start + length]), []]
+        else:
+            segments[-1].append(run[start])
+        start += max(1, length)
+    return [segment for segment in segments if len(calls_of(segment)) > 1]
+
+
+def _factored(flow: Flow, run: Sequence[Part]) -> int:
+    """Return how many parts from the first on are all that is below a name P, with reshapes; 0 if they are not."""
+    lead = next((at for at, part in enumerate(run) if part.calls), len(run))
+    carriers = [part for part in run if part.calls]
+    above, mine = _site_of_first(flow, carriers)
+    if not above or place_of(flow, carriers[0], above) != lead:
+        return 0
+    calls = calls_of(mine)
+    weights = {name for call in calls for name in flow.tensors.aliases(call.weight)}
+    own = weights | {f"{name.removesuffix('.weight')}.bias" for name in weights}
+    shifts = [part.bias for part in run if isinstance(part, Reshape) and part.bias is not None]
+    places = {bias.removeprefix(f"{name}.") for bias in shifts for name in above if bias.startswith(f"{name}.")}
+    own |= {f"{name}.{place}" for name in above for place in places}
+    below = [name for name in flow.tensors.keys if name.startswith(f"{above[0]}.")]
+    whole = all(name in own for name in below if name.removeprefix(f"{above[0]}.")[0].isdecimal())
+    if len(calls) < 2 or not whole:
+        return 0
+    last = max(at for at, part in enumerate(run) if part in mine)
+    following = next((at for at in range(last + 1, len(run)) if run[at].calls), None)
+    if following is None:
+        return len(run)
+    others = parents(flow, run[following])
+    return max(last + 1, following - (place_of(flow, run[following], others) if others else 0))
+
+
+def _site_of_first(flow: Flow, carriers: Sequence[Part]) -> tuple[tuple[str, ...], list[Part]]:
+    """Return the names P below which the first parts with weights stand, and these parts."""
+    above = parents(flow, carriers[0]) if carriers else ()
+    mine: list[Part] = []
+    for part in carriers:
+        shared = common([above, parents(flow, part)])
+        if not shared:
+            break
+        above = shared
+        mine.append(part)
+    return above, mine
+
+
+def parents(flow: Flow, part: Part) -> tuple[str, ...]:
+    """Return the P of each name P.<step>.weight, or P.<step>.<row>.<call>.weight in a sum; none for other names."""
+    branches = isinstance(part, BranchSum)
+    found = {tuple(_parent(name, branches) for name in flow.tensors.aliases(call.weight)) for call in part.calls}
+    return found.pop() if len(found) == 1 and all(all(names) for names in found) else ()
+
+
+def _parent(name: str, branches: bool) -> str:
+    *above, leaf = name.split(".")
+    depth = 3 if branches else 1
+    numbers = above[-depth:]
+    fits = leaf == "weight" and len(above) > depth and all(number.isdecimal() for number in numbers)
+    return ".".join(above[:-depth]) if fits else ""
+
+
+def common(rows: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the names that are in all rows: a factor that several sites share stands below each of them."""
+    return tuple(name for name in rows[0] if all(name in row for row in rows[1:]))
+
+
+def place_of(flow: Flow, part: Part, above: tuple[str, ...]) -> int:
+    """Return which step of its chain a part with a weight is, by its name below the first name in ``above``."""
+    names = flow.tensors.aliases(part.calls[0].weight)
+    name = next(alias for alias in names if alias.startswith(f"{above[0]}."))
+    return int(name.removeprefix(f"{above[0]}.").split(".")[0])
+
+
+def owners(flow: Flow, call: Call) -> frozenset[str]:
+    """Return the factored sites, by the record, of which a call is a factor."""
+    names = flow.tensors.aliases(call.weight)
+    return frozenset(site for site in flow.recorded if any(name.startswith(f"{site}.") for name in names))
