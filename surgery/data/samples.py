@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.export import ExportedProgram
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from surgery.data.files import FILES, read_file
@@ -142,8 +141,8 @@ def read_calibration(
     samples = _masked(_join(items, batch_size), leaf_names(signature.names, items[0]))
     samples = _beside(model, samples.take(slice(min(limit, samples.count))))
     fixed = kind.fixed_batch(model)
-    if fixed is None and (program := kind.program(model)) is not None:
-        fixed = _guarded_batch(program, samples)
+    if fixed is None and kind.brings_inputs():
+        fixed = _guarded_batch(model, samples)
     return samples if fixed is None else _fill(samples, fixed)
 
 
@@ -183,24 +182,26 @@ def _beside(model: Model, samples: Calibration) -> Calibration:
     return replace(samples, leaves=tuple(leaves))
 
 
-def _guarded_batch(program: ExportedProgram, samples: Calibration) -> int | None:
-    """Return the batch size of the export's example where the program refuses others, though its batch is dynamic.
+def _guarded_batch(model: Model, samples: Calibration) -> int | None:
+    """Return the batch size of the example that a model brings, where it refuses others though its batch is dynamic.
 
     torch.export guards the choice of a kernel that depends on the batch, as some convolutions' does.
     """
+    kind = kind_of(model)
+    module, example = kind.runnable(model), kind.brought_inputs(model)
     sizes = {samples.batch_size, samples.count % samples.batch_size or samples.batch_size}
-    if program.example_inputs is None or all(_takes(program, samples, size) for size in sizes):
+    if example is None or all(_takes(module, samples, size) for size in sizes):
         return None
-    return _length(program.example_inputs)
+    return _length(example)
 
 
-def _takes(program: ExportedProgram, samples: Calibration, size: int) -> bool:
+def _takes(module: nn.Module, samples: Calibration, size: int) -> bool:
     args, kwargs = next(iter(replace(samples, batch_size=size)))
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about itself
-            program.module()(*args, **kwargs)
-    except Exception:  # a program may raise anything on inputs that do not fit
+            module(*args, **kwargs)
+    except Exception:  # a model may raise anything on inputs that do not fit
         return False
     return True
 
