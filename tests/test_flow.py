@@ -74,7 +74,7 @@ def call(value: int, source: int, weight: str, operator: Linear | None = None) -
 
 def test_a_tied_weight_is_one_site_with_the_shapes_of_all_its_calls() -> None:
     shared = linear(0)
-    elements = [Other(0), call(1, 0, "a.weight", shared), Other(2), call(3, 2, "b.weight", shared)]
+    elements: list[Element] = [Other(0), call(1, 0, "a.weight", shared), Other(2), call(3, 2, "b.weight", shared)]
     found = find(flow(elements, {1: [0], 2: [1], 3: [2]}, ties={"b.weight": "a.weight"}))
     [placement] = found.placements
     assert (placement.site.name, placement.site.aliases) == ("a", ("b",))
@@ -98,7 +98,7 @@ def test_what_a_kind_leaves_alone_is_counted_once() -> None:
 
 @pytest.mark.parametrize("others", [0, 1])
 def test_an_epilogue_has_no_other_reader(others: int) -> None:
-    elements = [Other(0), call(1, 0, "a.weight"), Other(2, BatchNorm()), Other(3, Activation("Relu"))]
+    elements: list[Element] = [Other(0), call(1, 0, "a.weight"), Other(2, BatchNorm()), Other(3, Activation("Relu"))]
     elements += [Other(4)] * others
     reads = {1: [0], 2: [1], 3: [2]} | ({4: [1]} if others else {})
     [placement] = find(flow(elements, reads)).placements
@@ -106,7 +106,13 @@ def test_an_epilogue_has_no_other_reader(others: int) -> None:
 
 
 def test_a_value_that_is_read_twice_ends_a_chain() -> None:
-    elements = [Other(0), call(1, 0, "a.weight"), call(2, 1, "b.weight"), call(3, 2, "c.weight"), Other(4)]
+    elements: list[Element] = [
+        Other(0),
+        call(1, 0, "a.weight"),
+        call(2, 1, "b.weight"),
+        call(3, 2, "c.weight"),
+        Other(4),
+    ]
     chains, _ = fusable(flow(elements, {1: [0], 2: [1], 3: [2], 4: [1]}))
     [chain] = chains
     assert chain.weights == ("b.weight", "c.weight")
@@ -114,7 +120,7 @@ def test_a_value_that_is_read_twice_ends_a_chain() -> None:
 
 def test_chains_over_the_same_weights_are_fused_together_or_not_at_all() -> None:
     a, b = linear(1), linear(2)
-    elements = [Other(0), call(1, 0, "a.weight", a), call(2, 1, "b.weight", b)]
+    elements: list[Element] = [Other(0), call(1, 0, "a.weight", a), call(2, 1, "b.weight", b)]
     elements += [Other(3), call(4, 3, "a.weight", a), call(5, 4, "b.weight", b)]
     reads = {1: [0], 2: [1], 3: [2], 4: [3], 5: [4]}
     [chain], _ = fusable(flow(elements, reads))
@@ -124,12 +130,24 @@ def test_chains_over_the_same_weights_are_fused_together_or_not_at_all() -> None
 
 def test_branches_of_a_factored_site_are_one_operator_and_those_of_a_model_are_not() -> None:
     names = [f"p.0.{row}.0.weight" for row in (0, 1)]
-    elements = [Other(0), call(1, 0, names[0]), call(2, 0, names[1]), Sum(3, (1, 2)), call(4, 3, "p.1.weight")]
+    elements: list[Element] = [
+        Other(0),
+        call(1, 0, names[0]),
+        call(2, 0, names[1]),
+        Sum(3, (1, 2)),
+        call(4, 3, "p.1.weight"),
+    ]
     reads = {1: [0], 2: [0], 3: [1, 2], 4: [3]}
     [chain], _ = fusable(flow(elements, reads))
-    expected = (elements[1].operator.weight + elements[2].operator.weight).T @ elements[4].operator.weight.T  # type: ignore[union-attr]
+    expected = (elements[1].operator.weight + elements[2].operator.weight).T @ elements[4].operator.weight.T
     assert torch.allclose(chain.operators[0].weight, expected.T, atol=1e-5)
-    heads = [Other(0), call(1, 0, "left.weight"), call(2, 0, "right.weight"), Sum(3, (1, 2)), call(4, 3, "p.weight")]
+    heads: list[Element] = [
+        Other(0),
+        call(1, 0, "left.weight"),
+        call(2, 0, "right.weight"),
+        Sum(3, (1, 2)),
+        call(4, 3, "p.weight"),
+    ]
     assert fusable(flow(heads, reads)) == ([], [])
 
 
@@ -137,7 +155,7 @@ def test_a_chain_of_known_origin_is_a_site_that_can_be_cut() -> None:
     chain = FACTORIZATIONS["svd"].factor(linear(3), (2,))
     assert isinstance(chain, Chain)
     first, second = chain.operators
-    elements = [Other(0), Call(1, 0, first, "p.0.weight"), Call(2, 1, second, "p.1.weight")]
+    elements: list[Element] = [Other(0), Call(1, 0, first, "p.0.weight"), Call(2, 1, second, "p.1.weight")]
     reads = {1: [0], 2: [1]}
     [placement] = find(flow(elements, reads, origins={"p": ("svd", (2,))})).placements
     assert isinstance(placement.site, FactoredSite)
@@ -176,7 +194,11 @@ def test_a_padded_convolution_behind_a_bias_is_refused() -> None:
         geometry = Geometry((1, 1), ((1, 1), (1, 1)), (1, 1), (0, 0))
         return Conv(torch.ones(2, 2, 3, 3), geometry, bias=torch.ones(2) if bias else None)
 
-    elements = [Other(0), Call(1, 0, conv(True), "a.weight", "a.bias"), Call(2, 1, conv(False), "b.weight")]
+    elements: list[Element] = [
+        Other(0),
+        Call(1, 0, conv(True), "a.weight", "a.bias"),
+        Call(2, 1, conv(False), "b.weight"),
+    ]
     chains, skips = fusable(flow(elements, {1: [0], 2: [1]}))
     assert not chains
     assert [skip.name for skip in skips] == ["a -> b"]
