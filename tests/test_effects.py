@@ -33,7 +33,7 @@ def test_an_effect_is_that_of_the_changed_model(name: str, kind: str) -> None:
     before = run_model(model, (args, kwargs))
     effects, held_out = Effects(model, samples), HeldOut(model, samples)
     tried = 0
-    for at, spot in enumerate(find(open_model(model, args, kwargs, copies=False).flow).placements[:_SITES]):
+    for at, spot in enumerate(find(open_model(model, (args, kwargs), copies=False).flow).placements[:_SITES]):
         methods = fitting(spot.site.operator, "auto")
         if not isinstance(methods, list):
             continue
@@ -41,7 +41,7 @@ def test_an_effect_is_that_of_the_changed_model(name: str, kind: str) -> None:
         chain = methods[0].factor(spot.site.operator, ranks)
         if not isinstance(chain, Chain):
             continue
-        changed = open_model(model, args, kwargs, copies=True)
+        changed = open_model(model, (args, kwargs), copies=True)
         changed.apply(Replace(find(changed.flow).placements[at], chain))
         expected = held_out.error(changed.finish())[0]
         assert effects.of(spot.site.name, chain) == pytest.approx(expected, rel=FLOAT32, abs=FLOAT32)

@@ -59,7 +59,7 @@ def test_noise_is_moved_to_what_batch_norms_expect(kind: str, example: Tensor) -
     assert isinstance(found, StandIn)
     assert "batch norms" in found.what
     observed = observe(model, next(iter(found.samples)))
-    distances = NormDistances(observed, model)
+    distances = NormDistances(observed)
 
     def off(x: Tensor) -> float:
         for part in x.split(2):
