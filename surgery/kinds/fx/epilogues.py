@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 from surgery.kinds.layers.modules import is_tracked_norm
-from surgery.sites.epilogue import Activation, BatchNorm, Neighbour
+from surgery.sites.epilogue import Activation, BatchNorm, Epilogue
 
 __all__ = ["epilogue_of", "is_norm", "norm_buffers"]
 
@@ -37,7 +37,7 @@ _HARDTANH = (aten.hardtanh.default, aten.hardtanh_.default)  # what ReLU6 is exp
 _METHODS = {"relu": "Relu", "relu_": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh"}
 
 
-def epilogue_of(node: Node, module: Callable[[str], nn.Module] | None) -> Neighbour | None:
+def epilogue_of(node: Node, module: Callable[[str], nn.Module] | None) -> Epilogue | None:
     """Return what a runtime makes of a node together with the operator before it: a batch norm or an activation."""
     if is_norm(node, module):
         return BatchNorm()

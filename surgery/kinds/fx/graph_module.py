@@ -23,7 +23,7 @@ from surgery.kinds.fx.recurrence import Recurrence, is_kernel, read_kernels
 from surgery.kinds.fx.run import ObservedGraph, bind_graph
 from surgery.kinds.fx.shapes import lazy_shapes
 from surgery.kinds.layers.carried import copy_module
-from surgery.kinds.layers.held import hung_skip
+from surgery.kinds.layers.held import held_skip
 from surgery.kinds.layers.modules import is_outlined
 from surgery.kinds.layers.recurrent_forms import loop_of
 from surgery.kinds.layers.unpacking import has_packed, pack_all, unpack_all
@@ -70,7 +70,7 @@ class OpenGraphModule(GraphEdits):
             providers,
             others,
             self.root.get_submodule,
-            lambda call, _: call if call.path is None else hung_skip(self.root, call) or call,
+            lambda call, _: call if call.path is None else held_skip(self.root, call) or call,
             loop=partial(loop_of, self.root),
             outlined=inside,
             start=self.start,

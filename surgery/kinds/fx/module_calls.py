@@ -20,7 +20,7 @@ from surgery.kinds.layers.edit import (
     find_known,
     fuse_modules,
     layers_of,
-    put_back_known,
+    restore_known,
     splice_modules,
 )
 from surgery.kinds.layers.factored import Factored, is_chain
@@ -64,7 +64,7 @@ class GraphEdits(FunctionEdits):
         for site in () if functions else edit.chain.sites:
             self.record = self.record.without(site)
         if isinstance(edit.chain, FusableModule):
-            put_back_known(self.root, self._known[edit.chain.sites], edit.chain.operators, self.notes)
+            restore_known(self.root, self._known[edit.chain.sites], edit.chain.operators, self.notes)
         elif functions:
             self.fuse_functions(edit.chain)
         else:

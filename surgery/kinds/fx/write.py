@@ -29,7 +29,7 @@ from surgery.kinds.fx.nodes import (
     last_place,
     through_transpose,
 )
-from surgery.kinds.fx.put_back import put_back_computed
+from surgery.kinds.fx.restore import restore_computed
 from surgery.kinds.layers.geometry import stored_weight
 from surgery.kinds.layers.tensors import key_of
 from surgery.sites.edit import Fuse
@@ -193,7 +193,7 @@ class FunctionEdits(OpenGraph):
         numbers = stored_weight(chain.operators[0], stored).detach()
         if (computed := entries[0].computed) is not None:
             first = first_node(self.graph, self._nodes_of(every))
-            weight, self.notes[chain.sites[0]] = put_back_computed(self, computed, numbers, like=first)
+            weight, self.notes[chain.sites[0]] = restore_computed(self, computed, numbers, like=first)
             if weight is not None:
                 return weight
         pairs = zip(chain.sites, entries, strict=True)

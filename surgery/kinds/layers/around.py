@@ -14,7 +14,7 @@ from torch.fx import Proxy
 
 from surgery.algebra.operators import Operator, Shape
 from surgery.errors import InputError, Refusal
-from surgery.kinds.layers.follow import Beside, Instead, Parts, without_modes
+from surgery.kinds.layers.follow import Parts, Substitute, Tap, without_modes
 from surgery.kinds.layers.layer_call import follow, operator_of, trials
 from surgery.kinds.layers.untouched import evaluation
 from surgery.kinds.layers.within import Within
@@ -101,7 +101,7 @@ def run_within(layer: nn.Module, within: Within, source: Any, run: Callable[[Any
         ran.append(parts)
         return run(_padded(within, parts))
 
-    with Instead(ghosts.values(), like.device, instead):
+    with Substitute(ghosts.values(), like.device, instead):
         result = within.kind.forward(made, source)
     if not ran and isinstance(source, Proxy):
         raise InputError("torch.fx cannot see a factored layer call its operator", next_step="use torch.export")
@@ -133,7 +133,7 @@ def watching(
         def show(parts: Parts) -> None:
             see(_padded(within, parts))
 
-        with Beside(within.at, show, change):
+        with Tap(within.at, show, change):
             return type(layer).forward(layer, source)
 
     vars(layer)["forward"] = forward

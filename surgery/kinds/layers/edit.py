@@ -36,7 +36,7 @@ __all__ = [
     "find_known",
     "fuse_modules",
     "layers_of",
-    "put_back_known",
+    "restore_known",
     "splice_modules",
     "swap_references",
 ]
@@ -224,7 +224,7 @@ def _chain(module: Factored) -> Chain:
     return chain
 
 
-def put_back_known(
+def restore_known(
     root: nn.Module, known: Known, operators: Sequence[Operator], notes: MutableMapping[str, str] | None = None
 ) -> dict[nn.Module, nn.Module]:
     """Put the layer where each module of a chain stands; return what took the place of what.
@@ -252,4 +252,4 @@ def empty_known(root: nn.Module, known: Known, operator: Operator) -> dict[nn.Mo
     like = weights(known.each[0])[0]
     bias = None if operator.bias is None else like.new_zeros(operator.bias.shape)
     zeros = without_numbers(operator, like=like).with_bias(bias)
-    return put_back_known(root, known, [zeros] * len(known.each))
+    return restore_known(root, known, [zeros] * len(known.each))

@@ -1,8 +1,8 @@
 """Follow the forward of a layer: see where it calls an operator on its own weight, or run a chain in its place.
 
 A layer of a class of its own may pad its input, scale its weight, or crop what comes out; in the middle it calls one
-function of torch. ``Follow`` runs a forward once on a tensor without numbers and notes that call; ``Instead`` runs it
-with tensors that stand for the weight, and computes the call by something else.
+function of torch. ``Follow`` runs a forward once on a tensor without numbers and notes that call; ``Substitute`` runs
+it with tensors that stand for the weight, and computes the call by something else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from surgery.algebra.operators import Conv, Embedding, Linear, Operator, Shape
 from surgery.errors import Refusal
 from surgery.kinds.layers.geometry import conv_geometry
 
-__all__ = ["Beside", "Follow", "Instead", "Parts", "Seen", "without_modes"]
+__all__ = ["Tap", "Follow", "Substitute", "Parts", "Seen", "without_modes"]
 
 without_modes = _disable_current_modes  # of torch's tracers, for tensors that have no place in their graphs
 
@@ -222,7 +222,7 @@ class Follow(TorchFunctionMode):
         return id(parts.source) in self._flows and bool(self.names(parts.weight)) and not flows
 
 
-class Beside(TorchFunctionMode):
+class Tap(TorchFunctionMode):
     """Shows the parts of the call of an operator at a place, and changes what comes out of it."""
 
     def __init__(self, at: int, see: Callable[[Parts], None], change: Callable[[Any], Any] | None) -> None:
@@ -242,7 +242,7 @@ class Beside(TorchFunctionMode):
         return self._change(result) if here and self._change is not None else result
 
 
-class Instead(TorchFunctionMode):
+class Substitute(TorchFunctionMode):
     """Calls ``run`` for the operator whose weight is made of ``ghosts``: tensors of the right form without numbers."""
 
     def __init__(self, ghosts: Collection[Tensor], device: torch.device, run: Callable[[Parts], Any]) -> None:

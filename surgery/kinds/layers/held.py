@@ -12,10 +12,10 @@ from surgery.kinds.layers.within import Within, within_of
 from surgery.sites.flow import Call
 from surgery.sites.site import Skip
 
-__all__ = ["hung_skip"]
+__all__ = ["held_skip"]
 
 
-def hung_skip(root: nn.Module, call: Call, reason: str | None = None) -> Skip | None:
+def held_skip(root: nn.Module, call: Call, reason: str | None = None) -> Skip | None:
     """Return why the module of a call has to stay, or None."""
     module = root.get_submodule(str(call.path))
     reason = reason or refuse_carrying(module) or _held_elsewhere(root, module)

@@ -25,7 +25,7 @@ from surgery.kinds.fx.trace import export_program, trace_module
 from surgery.kinds.fx.watch import watch
 from surgery.kinds.layers.carried import copy_module
 from surgery.kinds.layers.factored import is_chain
-from surgery.kinds.layers.held import hung_skip
+from surgery.kinds.layers.held import held_skip
 from surgery.kinds.layers.modules import is_operator_module, read_module, weight_path
 from surgery.kinds.layers.recurrent_forms import loop_of
 from surgery.kinds.layers.steps import is_link_module
@@ -119,7 +119,7 @@ def _whole_call(root: nn.Module, call: Call, reader: Reader) -> Call | Skip:
     node = reader.node(call.value)
     more = node.op == "call_module" and len(node.args) + len(node.kwargs) != 1
     reason = "it is called with more than its input" if more else None
-    return hung_skip(root, call, reason) or call
+    return held_skip(root, call, reason) or call
 
 
 def _functional_skip(root: nn.Module, call: Call) -> Skip:
@@ -251,7 +251,7 @@ class _Exported:
         assert isinstance(operator, Operator)  # else there is a reason
         weight = f"{path}.weight"  # torch.export calls weights that are tied by the name of one of them
         call = replace(call, operator=operator, weight=weight, path=path, computed_bias=None)
-        skip = hung_skip(self.root, call)
+        skip = held_skip(self.root, call)
         return skip or (_without_views(call, reader) if call.stored == "in_out" else call)
 
 

@@ -26,7 +26,7 @@ from surgery.kinds.layers.edit import (
     find_known,
     fuse_modules,
     layers_of,
-    put_back_known,
+    restore_known,
     splice_modules,
     swap_references,
 )
@@ -105,7 +105,7 @@ class OpenModule(OpenModel):
             self._replace(edit.placement, edit.chain)
         elif isinstance(edit.chain, FusableModule):
             known = next(known for known in self._known if known.chain.names == edit.chain.sites)
-            self._replaced |= put_back_known(self._root, known, edit.chain.operators, self._notes)
+            self._replaced |= restore_known(self._root, known, edit.chain.operators, self._notes)
         else:
             self._replaced |= fuse_modules(self._root, edit.chain, self.flow.layers)
 

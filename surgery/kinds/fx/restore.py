@@ -25,7 +25,7 @@ from surgery.kinds.fx.lifted import Kept, read_kept
 from surgery.kinds.fx.read import Reader
 from surgery.kinds.fx.recipe import leaves, run_recipe, write_recipe
 
-__all__ = ["put_back_computed"]
+__all__ = ["restore_computed"]
 
 _BASE = 32  # of the digits of places
 _Numbers = Mapping[str, Tensor]
@@ -57,7 +57,7 @@ class _Maker:
         return run_recipe(self.kept.recipe, copies, self.module)
 
 
-def put_back_computed(kind: _Kind, entry: Any, weight: Tensor, *, like: Node) -> tuple[Node | None, str]:
+def restore_computed(kind: _Kind, entry: Any, weight: Tensor, *, like: Node) -> tuple[Node | None, str]:
     """Write the nodes before ``like``, add the parameters, and return the node of the weight with a note.
 
     The note says how far the weight is from the one that was given, if it is more than rounding; with no node, why the
