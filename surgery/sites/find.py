@@ -18,6 +18,7 @@ __all__ = ["epilogues", "find"]
 
 def find(flow: Flow) -> Found:
     """Return all sites, all skips with their costs, and the totals. Chains of known origin are sites as well."""
+    # Three sources of sites: chains of calls with a known origin, chains that stand as modules, and all other calls.
     chains = placed_chains(flow)
     modules = [placed_chain(flow, chain) for chain in flow.chains]
     chains += [found for found in modules if isinstance(found, Placement)]
@@ -72,6 +73,7 @@ def _placed(flow: Flow, key: Key, calls: tuple[Call, ...]) -> Placement | Skip:
         macs = sum(call.operator.macs(shape) for call, shape in zip(calls, shapes, strict=True))
         return Skip(site_name(first.weight), words, refusal.reason, first.operator.parameters, macs)
     try:
+        # a layer that pads or reshapes its input calls its operator on another shape; following it there may fail
         inner = tuple(flow.input_shapes[call.value] for call in calls)
     except InputError as error:
         return Skip(names[0], words, error.what, first.operator.parameters + first.surplus)
@@ -82,6 +84,7 @@ def _placed(flow: Flow, key: Key, calls: tuple[Call, ...]) -> Placement | Skip:
 
 def _refuse(flow: Flow, key: Key, calls: Sequence[Call]) -> Refusal | None:
     """Refuse a weight that something other than these calls reads, and calls that could not share one chain."""
+    # the flow lists every node that reads a weight; a call may have several, if it spans several values
     own = {value for call in calls for value in (call.user, *call.inside)}
     strangers = flow.tensors.uses.get(key, frozenset()) - own
     if strangers:
@@ -132,6 +135,7 @@ def _unseen(flow: Flow, placements: Sequence[Placement], skips: Sequence[Skip]) 
     found = []
     for layer in flow.layers.unseen:
         path = layer.skip.name
+        # the same weight under another name has been reported there
         tied = layer.key is not None and layer.key in said
         known = tied or path in named or path.startswith(chains) or any(n.startswith(f"{path}.") for n in named)
         if known or (not layer.operator and any(path.startswith(f"{name}.") for name in named)):

@@ -51,6 +51,7 @@ def _chains(flow: Flow, pieces: Sequence[_Piece]) -> tuple[list[Fusable], list[S
     """Return one chain for all pieces over the same weights, and a skip for each chain that cannot be fused."""
     groups: dict[tuple[Key, ...], list[_Piece]] = defaultdict(list)
     for piece in pieces:
+        # keys and not names, so that tied weights bring their pieces together
         groups[tuple(flow.tensors.keys[call.weight] for call in calls_of(piece.parts))].append(piece)
     chains: list[Fusable] = []
     skips = []
@@ -70,12 +71,15 @@ def _refuse_rows(flow: Flow, rows: Sequence[Sequence[Part]]) -> Refusal | None:
     if flow.layers.alone and (refusal := _refuse_functions(flow.layers, rows)) is not None:
         return refusal
     paths = sorted({part.path for row in rows for part in row if part.path is not None})
+    # a hook between two modules sees a value that would not exist any more
     bound = next((path for path in paths if flow.layers.bound.get(path)), None)
     if bound is not None:
         return Refusal(f"{bound} {flow.layers.bound[bound]}")
+    # rows may differ in their biases, since each row gets an operator with a bias of its own
     forms = {tuple(call.operator.form.unbiased for call in calls_of(row)) for row in rows}
     if len(forms) > 1:
         return Refusal("its weights are shared by chains of different geometry")
+    # fused modules are gone afterwards, so nothing else may call them
     inside = {call.value for row in rows for call in calls_of(row)}
     strangers = sorted({str(c.path) for c in flow.calls if c.path in paths and c.value not in inside})
     return Refusal(f"{', '.join(strangers)} is also called outside of the chain") if strangers else None
@@ -123,6 +127,7 @@ def _partition(parts: Sequence[Part]) -> tuple[list[_Piece], list[Skip]]:
         piece = _longest(parts[start:])
         if piece is not None:
             pieces.append(piece)
+        # greedy from the left: the longest piece that starts here is taken, and the search goes on after it
         start += 1 if piece is None else len(piece.parts)
     return pieces, []
 
@@ -131,6 +136,7 @@ def _longest(parts: Sequence[Part]) -> _Piece | None:
     """Return the longest piece that starts with the first part, has two calls or more, and composes."""
     for end in range(len(parts), 0, -1):
         piece = parts[:end]
+        # module calls and function calls cannot be one piece: modules are replaced, function calls are rewritten
         if len(calls_of(piece)) < 2 or len({part.path is None for part in piece}) > 1:
             continue
         operator = compose_steps([part.step for part in piece])

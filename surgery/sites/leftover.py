@@ -45,6 +45,7 @@ def left_alone(places: Iterable[_Place], macs: float | None, *, exported: bool =
     groups: dict[str, list[_Place]] = defaultdict(list)
     for place in places:
         if place.macs and not _CHOSEN.search(place.reason):
+            # "full rank would cost 12 MACs" and "full rank would cost 34 MACs" are one reason
             groups[re.sub(r"\d[\d.]*", "#", place.reason)].append(place)
     costs = {key: sum(place.macs or 0 for place in group) for key, group in groups.items()}
     if not macs or sum(costs.values()) <= _MOST * macs:

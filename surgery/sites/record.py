@@ -153,6 +153,8 @@ class Record:
         layers, damaged = {}, {}
         for name, row in rows.items():
             said = row if isinstance(row, dict) else {}
+            # the three forms of a row are told apart by their fields: a recurrent layer, a packed weight, or a factored
+            # site
             if "recurrent" in said:
                 layers[name] = row
             elif isinstance(said.get("parts"), list):

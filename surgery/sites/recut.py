@@ -39,6 +39,7 @@ def _placed_rows(flow: Flow, keys: tuple[Key, ...], rows: Sequence[list[Part]]) 
     sites = sites_of(flow, rows[0])
     origin = flow.origins.get(sites[0])
     own = {call.user for row in rows for call in calls_of(row)}
+    # a factor that something else reads must not be cut
     if origin is None or any(flow.tensors.uses.get(key, frozenset()) - own for key in keys):
         return None
     # The reshapes after the last factor may belong to the chain or to the model. So the longest row is tried first, and
@@ -81,6 +82,7 @@ def placed_chain(flow: Flow, made: ModuleChain) -> Placement | Skip:
         return Skip(name, words, "the example inputs do not reach it", chain.parameters)
     shapes = tuple(flow.input_shapes[value] for value in made.calls)
     macs = sum(chain.macs(shape) for shape in shapes)
+    # the chains of a joint site share their first factors; cutting one of them would untie these
     if max(Counter(key for other in flow.chains for key in other.keys)[key] for key in made.keys) > 1:
         return Skip(name, words, "it shares factors with other sites; recompose it first", chain.parameters, macs)
     if chain.origin is None or not agrees(chain, operator):
@@ -99,6 +101,7 @@ def agrees(chain: Chain, operator: Operator) -> bool:
         return False
     if len(ranks) != len(named(name).rank_names(tuple(operator.kernel.shape))):
         return False
+    # a skeleton is the chain without numbers, so this comparison costs next to nothing
     made = named(name).skeleton(operator, ranks)
     return [_form(step) for step in made.steps] == [_form(step) for step in chain.steps]
 

@@ -67,6 +67,7 @@ def _find_parts(flow: Flow) -> list[Part]:
             parts[element.value] = element
         elif isinstance(element, Sum) and (found := _branch_sum(flow, element, calls)) is not None:
             parts[element.value] = found
+    # a sum that is part of a larger sum, and the calls in it, are inner values of that larger part
     sums = [part for part in parts.values() if isinstance(part, BranchSum)]
     within = {value for part in sums for value in part.values[:-1]}
     return [parts[value] for value in sorted(parts) if value not in within]
@@ -75,10 +76,12 @@ def _find_parts(flow: Flow) -> list[Part]:
 def _branch_sum(flow: Flow, last: Sum, calls: Mapping[int, Call]) -> BranchSum | None:
     """Return the sum of branches whose last addition is ``last``, if it composes to one operator; else None."""
     leaves, additions = _leaves(flow, last)
+    # each term must be the end of a branch, all branches must start at one value, and no term may occur twice
     rows = [_branch(flow, leaf, calls) for leaf in leaves] if len(set(leaves)) == len(leaves) else [[]]
     if any(not row or row[0].source != rows[0][0].source for row in rows):
         return None
     found = BranchSum(tuple(map(tuple, rows)), tuple(additions))
+    # a computed bias can be moved only if it is that of the last call
     if any(call.computed_bias is not None for call in found.calls[:-1]) or not _of_one_site(flow, found):
         return None
     composed = add([compose_steps([call.operator for call in row]) for row in rows])
@@ -148,6 +151,7 @@ def _factored(flow: Flow, row: Sequence[Part]) -> int:
     calls = calls_of(mine)
     weights = {name for call in calls for name in flow.tensors.aliases(call.weight)}
     own = weights | {f"{name.removesuffix('.weight')}.bias" for name in weights}
+    # a shift after the last reshape holds the bias as P.<number>.bias
     shifts = [part.bias for part in row if isinstance(part, Reshape) and part.bias is not None]
     places = {bias.removeprefix(f"{name}.") for bias in shifts for name in above if bias.startswith(f"{name}.")}
     own |= {f"{name}.{place}" for name in above for place in places}

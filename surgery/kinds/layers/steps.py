@@ -1,6 +1,6 @@
-"""Modules for what chains need and torch.nn does not have: a transpose, a shift by a bias, a sum of branches.
+"""Modules for the steps of chains that torch.nn does not have: a transpose, a shift by a bias, a sum of branches.
 
-They stand in the ``nn.Sequential`` of a factored site beside ``nn.Linear``, the convolutions, ``nn.Unflatten`` and
+A factored site is an ``nn.Sequential`` of these modules, ``nn.Linear``, convolutions, ``nn.Unflatten`` and
 ``nn.Flatten``.
 """
 
@@ -55,7 +55,7 @@ class Shift(nn.Module):
 
 
 class Sum(nn.ModuleList):
-    """Apply each child to the same input, and add up."""
+    """Apply each child to the same input, and add up the outputs."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sum of the children's outputs."""
@@ -84,12 +84,12 @@ def read_transpose(first: Any, second: Any) -> Link | None:
 
 
 def is_link_module(module: nn.Module) -> bool:
-    """Whether the module's class is one of a step without a weight matrix."""
+    """Whether a module is a step without a weight matrix, by its class."""
     return type(module) in (nn.Unflatten, nn.Flatten, Transpose, Shift)
 
 
 def read_link_module(module: nn.Module) -> Link | None:
-    """Return the reshape or transpose that a module is, or None for any other module (a shift has a parameter)."""
+    """Return the reshape or transpose that a module is, or None for any other module, a shift included."""
     if type(module) is nn.Unflatten:
         return read_unflatten(module.dim, module.unflattened_size)
     if type(module) is nn.Flatten:
@@ -98,7 +98,7 @@ def read_link_module(module: nn.Module) -> Link | None:
 
 
 def build_link(step: Link) -> nn.Module:
-    """Return the module of a reshape or transpose."""
+    """Return a module for a reshape or transpose."""
     if isinstance(step, Unflatten):
         return nn.Unflatten(step.dim, step.sizes)
     if isinstance(step, Flatten):
