@@ -74,6 +74,7 @@ class Additions(TorchDispatchMode):
         # A followed value has at most one good end: one plain addition of its own shape. Each other read spoils it,
         # except for a view, which is followed in its place: for y = site(x).view(n, c); y + r, the tensor r is seen.
         kwargs = kwargs or {}
+        # looked up before the operator runs, as it may write to its inputs
         read = [] if self._paused or not self._followed else self._read(args, kwargs)
         if func in _ADD and kwargs.get("alpha", 1) == 1 and _alike(args):
             for value, followed in read:

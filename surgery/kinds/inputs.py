@@ -143,6 +143,7 @@ def with_batch(inputs: Inputs, batch: int) -> Inputs:
     first = next((leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)), None)
     if first is None or first.dim() == 0 or not len(first):
         raise InputError(f"a batch of {batch} of inputs without samples", next_step=_GIVE)
+    # samples 0, 1, 0, 1, 0 for a batch of five from two
     places = torch.arange(batch) % len(first)
 
     def resized(leaf: Tensor) -> Tensor:
@@ -231,6 +232,7 @@ def forward_signature(model: nn.Module, example: Inputs) -> Signature:
     """Return how a module is called, from the signature of its ``forward``."""
     parameters = inspect.signature(model.forward).parameters.values()
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    # *args and **kwargs have no names; a model with **kwargs accepts other names
     plain = [p for p in parameters if p.kind not in variadic]
     names = [p.name for p in plain]
     needed = [p.name for p in plain if p.default is p.empty]

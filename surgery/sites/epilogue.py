@@ -53,7 +53,7 @@ class Loop(Epilogue):
         return {"LSTM": 4, "GRU": 3}.get(self.mode, 1)
 
     def steps(self, shape: Shape) -> int:
-        """Return the number of steps, each of which runs the operator once, for an input of this shape."""
+        """Return the number of steps for an input of this shape; each step runs the operator once."""
         return shape[1] if self.batch_first and len(shape) == 3 else shape[0]
 
     def out_shape(self, shape: Shape) -> Shape:

@@ -1,4 +1,4 @@
-"""One sentence for models of which most is left alone: what share, the main reason, and what to do about it."""
+"""One sentence for a model that is mostly left alone: what share, the main reason, and what to do about it."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def calls_of(parts: Sequence[Part]) -> list[Call]:
 
 @dataclass(frozen=True, eq=False)
 class FusableChain:
-    """Rows of parts over the same weights, of which each row is provably one operator.
+    """Rows of parts over the same weights; each row is provably one operator.
 
     ``operators`` has the operator that each row composes to; they have one weight, and a bias each. ``sites`` are the
     names for this operator, one for each name of a tied weight.

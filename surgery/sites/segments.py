@@ -55,7 +55,7 @@ def _find_rows(flow: Flow) -> Iterator[list[Part]]:
 
 
 def _find_parts(flow: Flow) -> list[Part]:
-    """Return all parts in order. The calls in a sum of branches are part of it; calls on computed weights are no parts.
+    """Return all parts in order. The calls in a sum of branches are part of it; calls on computed weights are not.
 
     A sum counts only if its branches belong to one site that is known to be factored, or have the names of factors. A
     sum of the model's own, such as that of two heads, is not a part.
@@ -209,6 +209,6 @@ def step_of(flow: Flow, part: Part, above: tuple[str, ...]) -> int:
 
 
 def owners(flow: Flow, call: Call) -> frozenset[str]:
-    """Return the recorded sites of which a call is a factor."""
+    """Return the recorded sites that a call is a factor of."""
     names = flow.tensors.aliases(call.weight)
     return frozenset(site for site in flow.recorded if any(name.startswith(f"{site}.") for name in names))

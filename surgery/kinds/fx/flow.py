@@ -72,6 +72,8 @@ def make_flow(reader: Reader, shape: Callable[[Node], Shape], extras: Extras) ->
 
     # shapes and costs may need a run on fake tensors, so they are computed only when they are asked for
     shapes = Lazy(every, lambda value: shape(node_of(value)))
+    # a chain that stands as a module is one node in the graph, and its input may be padded or reshaped before the
+    # factors
     inside = {numbers[call.node]: call for call in extras.chain_calls}
     modules = {path: known.modules[path] for known in extras.known for path in known.modules}
 
@@ -106,6 +108,7 @@ def _element(number: int, node: Node, reader: Reader) -> Element:
         if node.op == "call_module" and reader.module is not None:
             path = str(node.target)
             module = reader.module(path)
+            # the bias of a chain that ends with a reshape is a module of its own
             if type(module) is layers.Shift:
                 return reshape(Shift(module.bias.detach()), path, f"{path}.bias")
             if (step := read_link_module(module)) is not None:
@@ -123,6 +126,7 @@ def _addition(number: int, node: Node, first: Node, reader: Reader) -> Element:
     if not isinstance(second, Node):
         return Other(number)
     name = reader.providers.get(second)
+    # adding a parameter of shape (features,) is the last step of a chain; adding two activations may join branches
     if name is not None and reader.parameters[name].dim() == 1 and first not in reader.providers:
         shift = Shift(reader.parameters[name].detach())
         return Reshape(number, reader.numbers[first], shift, reader.owner(node), name)

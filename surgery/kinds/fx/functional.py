@@ -144,6 +144,7 @@ def read_call(node: Node) -> Parts | Refusal | None:
         return None
     if dims == 0:
         return _linear_parts(names, source, weight, bias)
+    # aten.convolution says itself whether it is transposed; for all other functions the name does
     values.setdefault("transposed", names is _TRANSPOSED)
     return Parts(source, weight, bias, lambda w, b: _build_conv(values, dims, w, b))
 
@@ -206,6 +207,7 @@ def write_call(
 
 
 def _write_conv(graph: Graph, conv: Conv, source: Node, weight: Node, bias: Node | None, *, is_aten: bool) -> Node:
+    # the order of arguments differs: transposed ones have output_padding before groups, and dilation last
     g = conv.geometry
     key = (g.transposed, g.dims)
     if g.transposed:
@@ -272,7 +274,11 @@ def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
 
 
 def write_link(graph: Graph, step: Link, source: Node, *, is_aten: bool) -> Node:
-    """Insert the function call of a reshape or transpose at the graph's insertion point, torch's or ATen's."""
+    """Insert the function call (torch or ATen) of a reshape or transpose at the graph's insertion point.
+
+    Raises:
+        TypeError: the step is neither of these.
+    """
     if isinstance(step, Unflatten):
         return graph.call_function(_UNFLATTEN[is_aten], (source, step.dim, list(step.sizes)))
     if isinstance(step, Flatten):

@@ -1,4 +1,4 @@
-"""Open fx graphs: what all kinds of models with an fx graph have in common, and the small steps of which edits consist.
+"""Open fx graphs: what all kinds of models with an fx graph have in common, and the small steps that edits consist of.
 
 Each kind says how a parameter is added, provided to a node, and dropped. All else is the same for graphs that read
 parameters by get_attr nodes and for graphs that read them by placeholders.
@@ -158,6 +158,7 @@ class OpenGraph(OpenModel):
 
     def replace(self, old: Node, new: Node) -> None:
         """Replace a node by a new one everywhere: in the graph, in the readers and in the recurrent layers."""
+        # three places know nodes: the graph, the readers by number, and the recurrent layers
         for layer in self.recurrences:
             layer.moved(old, new)
         for reader in self._readers:

@@ -127,6 +127,7 @@ class OpenGraphModule(GraphEdits):
         """Write the call of a layer's module in the place of the kernel's call."""
         for name in self._holders[layer.path]._parameters:
             vars(layer.module).pop(name)
+        # the new call stands where the first output is made: all its inputs come before
         like = next(node for node in layer.inside if node in layer.outputs)
         pair = layer.module.mode == "LSTM"
         with self.graph.inserting_before(like):
@@ -193,6 +194,7 @@ class OpenGraphModule(GraphEdits):
 
 
 def _is_packed(model: GraphModule) -> bool:
+    # models like these are copied even if nothing is to be changed, since opening unpacks them
     attends = any(name.endswith("in_proj_weight") for name, _ in model.named_parameters())
     return attends or any(is_kernel(node) for node in model.graph.nodes)
 
@@ -205,6 +207,8 @@ def _placeholder_values(module: GraphModule, args: tuple[Any, ...], kwargs: dict
     """Return the inputs in the order of the placeholders, flattened if the graph was exported with a tree of inputs."""
     if not args and not kwargs:
         raise InputError("sites have no costs without input shapes", next_step="give example_inputs")
+    # a graph from torch.export has one placeholder for each leaf of the inputs; a traced graph has one for each
+    # argument
     codegen = module.graph._codegen
     if hasattr(codegen, "pytree_info"):
         order = codegen.pytree_info.in_spec.child(1).context or []

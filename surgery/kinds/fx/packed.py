@@ -54,6 +54,7 @@ def _unpack_call(kind: FunctionEdits, call: Call) -> None:
     old = kind.node(call.value)
     prefix = call.weight.removesuffix(_PACKED)
     rows = []
+    # rows [0, E) are q, [E, 2E) are k and [2E, 3E) are v; they are copied, so they can be factored one by one
     for part, weight in zip(_PARTS, tensor.detach().chunk(3), strict=True):
         name = f"{prefix}{part}.weight"
         kind.add_parameter([name], nn.Parameter(weight.clone(), requires_grad=tensor.requires_grad))

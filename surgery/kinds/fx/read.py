@@ -195,6 +195,7 @@ class Reader:
         weight = self.parameters[self.providers[parts.weight]]
         if (reason := refuse_tensor(weight)) is not None:
             return Refusal(reason)
+        # a computed bias stays a node of the graph; it becomes part of no operator
         if parts.bias is None or parts.bias not in self.providers:
             return parts.build(weight.detach(), None)
         bias = self.parameters[self.providers[parts.bias]]
@@ -217,6 +218,7 @@ class Reader:
         assert self.module is not None  # only graphs with modules have such nodes
         path = str(node.target)
         module = self.module(path)
+        # a module's operator comes from the module, since its call node has no arguments but the input
         operator = _operator_of(module)
         if isinstance(operator, Refusal):
             return (Skip(path, type(module).__name__, operator.reason, count(module)),)

@@ -30,6 +30,7 @@ __all__ = ["Recipe", "leaves", "read_recipe", "run_recipe", "write_recipe"]
 
 Recipe = Sequence[Mapping[str, Any]]
 
+# values that JSON does not have, by the word that marks them: {"dtype": "float32"} is torch.float32
 _KINDS: dict[str, type] = {
     "dtype": torch.dtype,
     "device": torch.device,
@@ -104,6 +105,7 @@ def _encode(value: Any, place: Mapping[Node, int]) -> Any:
 def _decode(value: Any, made: Sequence[Any]) -> Any:
     if not isinstance(value, Mapping):
         return value
+    # a mapping has one key, the kind of the value
     ((kind, inner),) = value.items()
     if kind == "step":
         return made[inner]
@@ -159,6 +161,7 @@ def run_recipe(
                 made.append(tensors[target])
                 continue
             args, kwargs = _decode(step["args"], made), _decode(step["kwargs"], made)
+            # all names are resolved through check_operator before anything is called
             callee = _callee(op, target, module)
             if op == "call_function" and isinstance(target, str):
                 # names are checked when they are resolved; the values of arguments can be checked only here

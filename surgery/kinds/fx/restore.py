@@ -119,6 +119,7 @@ def _choices(make: _Maker, weight: Tensor) -> Iterator[_Numbers]:
         raise ValueError(f"{main} of shape {list(form.shape)} cannot give a weight of {weight.numel()} numbers")
     mains = [weight.reshape(form.shape).to(form.dtype)]
     inverse = _inverse(lambda value: make({**others, main: value}), weight, like=mains[0])
+    # each choice for the main parameter is tried with the others as they were, and with the others scaled
     for value in (*([] if inverse is None else [inverse]), *mains):
         numbers = {**others, main: value.contiguous().clone()}
         yield numbers
@@ -182,6 +183,7 @@ def _axes(tensor: Tensor, weight: Tensor) -> tuple[int, ...] | None:
     """
     every = range(weight.dim())
     sizes = zip(tensor.shape, weight.shape, strict=False)
+    # (O, 1, 1, 1) is one number for each row; its axes are 1, 2 and 3
     if tensor.dim() == weight.dim() and all(own in (1, size) for own, size in sizes):
         return tuple(axis for axis in every if tensor.shape[axis] == 1)
     for axis in (0, 1):

@@ -91,6 +91,7 @@ class ObservedGraph(Observed):
             norm = self._norm(node, places)
             if norm is not None:
                 places[norm.name].append(node)
+                # a norm that is called twice has one pair of buffers, and all its inputs count
                 found.setdefault(norm.name, norm)
         return list(found.values())
 
@@ -152,7 +153,11 @@ class _Interpreter(Interpreter):
 
 
 def bind_graph(graph: Graph, inputs: Inputs) -> dict[Node, Any]:
-    """Return the inputs by placeholder: flattened if the graph was exported with a tree, else by position and name."""
+    """Return the inputs by placeholder: flattened if the graph was exported with a tree, else by position and name.
+
+    Raises:
+        InputError: a placeholder has neither a value nor a default.
+    """
     nodes = list(graph.find_nodes(op="placeholder"))
     if hasattr(graph._codegen, "pytree_info"):
         return dict(zip(nodes, leaves_of(inputs, graph._codegen.pytree_info.in_spec), strict=True))

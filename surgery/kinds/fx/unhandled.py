@@ -75,7 +75,7 @@ def is_region(node: Node) -> bool:
 
 
 def looked_through(node: Node) -> Node:
-    """Return the node of which a node is a view, a part or a copy; any other node itself.
+    """Return the node that a node is a view, a part or a copy of; for any other node, the node itself.
 
     >>> from torch.fx import symbolic_trace
     >>> graph = symbolic_trace(lambda x: x.t()[:2] + 1).graph

@@ -106,6 +106,7 @@ def watch(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Wat
 def _seer(root: nn.Module, path: str, module: nn.Module, found: Watched) -> Callable[..., None] | None:
     """Return the hook for a module to watch, or None: an operator, a chain, or a module with parameters of its own."""
     owns = any(parameter is not None for parameter in module._parameters.values())
+    # factors are not looked at one by one: their chain is
     inside = any(is_chain(root.get_submodule(prefix)) for prefix in _prefixes(path))
     if inside or not path or not (is_operator_module(module) or is_chain(module) or owns):
         return None

@@ -89,6 +89,9 @@ def run_within(layer: nn.Module, within: Within, source: Any, run: Callable[[Any
     """Run the forward of the original class of a factored layer, with ``run`` in the place of its operator.
 
     ``like`` is a tensor that has the dtype and the device of the weight.
+
+    Raises:
+        InputError: torch.fx traces the layer and cannot see the call, or the call has other arguments than before.
     """
     # The forward runs on an object of the original class with the attributes of the factored layer. Ghosts, tensors
     # without numbers, stand for the parameters that went into the chain; the operator is the call that reads them.

@@ -83,6 +83,8 @@ class UnpackedAttention(nn.MultiheadAttention):
         """
         if is_causal and attn_mask is None:
             raise InputError("is_causal is a hint about attn_mask, and there is none", next_step="give attn_mask too")
+        # q (..., H, L, D), k and v (..., H, S, D); the steps are those of nn.MultiheadAttention, so results agree with
+        # its own
         q = self._heads(self.in_proj_q(query), 0)
         k = self._lengthened(self._heads(self.in_proj_k(key), 1), self.bias_k)
         v = self._lengthened(self._heads(self.in_proj_v(value), 2), self.bias_v)
@@ -96,6 +98,7 @@ class UnpackedAttention(nn.MultiheadAttention):
             weights = weights.mean(-3) if average_attn_weights else weights
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, hinted)
+        # (..., H, L, D) back to (..., L, H, D) or (L, ..., H, D), whose last two axes are the features
         return self.out_proj(mixed.movedim(-2, self._length_axis).flatten(-2)), weights
 
     @property
@@ -130,6 +133,7 @@ class UnpackedAttention(nn.MultiheadAttention):
             parts.append(_additive(padding, dtype)[..., None, None, :])
         if not parts:
             return None
+        # both masks are added up at their own sizes before the appended keys get zeros
         appended = (self.bias_k is not None) + self.add_zero_attn
         whole = F.pad(parts[0] if len(parts) == 1 else parts[0] + parts[1], (0, appended))
         return whole.expand(q.shape[:-1] + k.shape[-2:-1])
@@ -168,6 +172,7 @@ def unpack(attention: nn.MultiheadAttention) -> UnpackedAttention | Refusal:
         )
     if parametrized or (own.get("in_proj_weight") is None and any(own.get(name) is None for name in _SEPARATE)):
         return Refusal("its weights are computed from other parameters (weight norm or another parametrization)")
+    # UnpackedAttention calls out_proj, so a forward of its own, which nn.MultiheadAttention ignores, would run
     if getattr(type(attention.out_proj), "forward", None) is not nn.Linear.forward:
         reads = "but nn.MultiheadAttention reads its weight and bias without calling it"
         return Refusal(f"its out_proj is a {type(attention.out_proj).__name__}, {reads}")

@@ -124,6 +124,7 @@ def fuse_modules(root: nn.Module, chain: FusableChain, layers: Layers) -> Replac
         _keep_flags(new, [root.get_submodule(path) for path in modules])
         if made:
             _share_weights(next(iter(made.values())), new)
+        # the container goes with its children, and its hooks and attributes go to the new module
         if is_whole_sequential(layers, modules):
             old = root.get_submodule(parent)
             carry(new, old, own=old._modules)

@@ -144,7 +144,7 @@ class Follow(TorchFunctionMode):
     tensors in other functions. ``refusals`` says what the forward does that it could not do with a chain.
     """
 
-    # Two facts are kept for each tensor, by its id: of which parameters it is made (_from), and whether it depends on
+    # Two facts are kept for each tensor, by its id: which parameters it is made of (_from), and whether it depends on
     # source (_flows). For y = conv(pad(x), g * v / |v|), pad(x) and y flow, the weight is made of {g, v}, and the call
     # of conv is noted in calls.
 
@@ -180,6 +180,7 @@ class Follow(TorchFunctionMode):
             return func(*args, **kwargs)
         if names:
             self._look(getattr(func, "__name__", ""), args, names)
+        # all calls of operators' functions are counted, so that a later run can find the same call by its place
         self._operators += _read(func, args, kwargs) is not None
         if not flows:
             return self._note(func(*args, **kwargs), names)

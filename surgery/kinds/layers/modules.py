@@ -114,6 +114,7 @@ def read_module(module: nn.Module, *, detached: bool = True) -> Operator | Refus
     Unless ``detached``, the operator has the parameters themselves, and they are not checked; so torch.compile can
     trace this function.
     """
+    # a layer with a weight that is not a plain parameter, or of a class that is not torch's, is read by following it
     own_weight = module._parameters.get("weight")
     if own_weight is None or not _is_exact(type(module)):
         within = within_of(module)
@@ -173,6 +174,7 @@ def refuse_module(module: nn.Module) -> str | None:
         return within.reason
     if is_parametrized(module):
         return "its weight is computed from other parameters (weight norm or another parametrization)"
+    # norms may have weights of two axes and more, but they are not products with a matrix
     norms = nn.LayerNorm | nn.RMSNorm | nn.modules.batchnorm._BatchNorm | nn.GroupNorm
     if isinstance(module, norms) or not any(p.dim() > 1 for p in module.parameters() if not is_lazy(p)):
         return None

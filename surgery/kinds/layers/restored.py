@@ -70,10 +70,12 @@ def restore(factored: Any, within: Within, operator: Operator, steps: Collection
     _parametrize(layer, operator)
     for hook in _compat_hooks(layer, within):
         layer._load_state_dict_pre_hooks[id(hook)] = hook
+    # the old hooks come first, as they were, then those that the user has added since
     for name, hooks in vars(factored).get("surgery_hooks", {}).items():
         hooks.update({key: hook for key, hook in vars(factored)[name].items() if key not in hooks})
         vars(layer)[name] = hooks
     factored.surgery_error = _fill(layer, within, operator)
+    # old weight norm keeps the computed weight as an attribute, which its hook sets
     with torch.no_grad(), evaluation(layer):
         for hook in [hook for hook in layer._forward_pre_hooks.values() if computes(hook)]:
             hook(layer, ())
@@ -140,6 +142,7 @@ def _fill(layer: nn.Module, within: Within, operator: Operator) -> float:
             found, error = fit(layer, (within.weight, operator.weight), bias, within.gains)  # type: ignore[arg-type]
             for name, value in found.items():
                 own[name].copy_(value)
+            # a spectral norm divides by an estimate in a buffer, which no parameter can undo
             for place, name in _norms(layer) if error > tolerance(operator.weight.dtype) else ():
                 error = _rescale(layer, operator.weight, place, name)
     for name, part in marks.items():

@@ -67,18 +67,18 @@ class Sum(nn.ModuleList):
 
 
 def read_unflatten(dim: Any, sizes: Any) -> Link | None:
-    """Return the step of these arguments, or None where a chain has no such step."""
+    """Return the step that splits an axis counted from the end into fixed sizes; None for other arguments."""
     whole = all(isinstance(size, int) and size > 0 for size in sizes)
     return Unflatten(dim, tuple(sizes)) if isinstance(dim, int) and dim < 0 and whole else None
 
 
 def read_flatten(start: Any, end: Any) -> Link | None:
-    """Return the step of these arguments, or None where a chain has no such step."""
+    """Return the step that joins axes counted from the end; None for other arguments."""
     return Flatten(start, end) if isinstance(start, int) and start < end < 0 else None
 
 
 def read_transpose(first: Any, second: Any) -> Link | None:
-    """Return the step of these arguments, or None where a chain has no such step."""
+    """Return the step that swaps two axes counted from the end; None for other arguments."""
     both = isinstance(first, int) and isinstance(second, int) and first < 0 and second < 0
     return algebra.Transpose(min(first, second), max(first, second)) if both else None
 
@@ -98,7 +98,7 @@ def read_link_module(module: nn.Module) -> Link | None:
 
 
 def build_link(step: Link) -> nn.Module:
-    """Return a module for a reshape or transpose."""
+    """Return a module for a reshape or transpose; raises TypeError for any other step."""
     if isinstance(step, Unflatten):
         return nn.Unflatten(step.dim, step.sizes)
     if isinstance(step, Flatten):

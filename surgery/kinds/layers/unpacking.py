@@ -61,6 +61,7 @@ def unpack_all(root: nn.Module) -> Originals:
             continue
         weight = module._parameters.get("in_proj_weight")
         if weight is None or users[id(weight)] < 2:
+            # a module under several paths is unpacked once
             if id(module) not in made:
                 made[id(module)] = _unpack(module)
             new = made[id(module)]

@@ -79,7 +79,7 @@ _known: WeakKeyDictionary[nn.Module, tuple[Any, Within | Refusal]] = WeakKeyDict
 
 
 def within_of(module: nn.Module) -> Within | Refusal | None:
-    """Return the operator inside a layer, or why it cannot be factored; None for modules that are no such layers."""
+    """Return the operator inside a layer, or why it cannot be factored; None for modules that are not such layers."""
     if not _is_candidate(module):
         return None
     if any(map(is_lazy, module.parameters())):
@@ -136,10 +136,11 @@ def _find(module: nn.Module) -> Within | Refusal:
 def _read(module: nn.Module, first: tuple[Seen, bool], others: list[Seen]) -> Within | Refusal:
     seen, ends = first
     own = dict(module.named_parameters(remove_duplicate=False))
-    # The forward was followed at several input sizes. All calls must be the same but for their padding, and the weight
+    # The forward was followed at several input sizes. All calls must be the same except for padding, and the weight
     # must be computed from one large parameter and small gains; only then can a chain stand in and the layer be
     # restored.
     names = [name for name in own if name in seen.weight_from | seen.bias_from]
+    # "exact" parameters are the tensors themselves that the operator gets, not values computed from them
     exact = {name for name in names if own[name] is seen.weight or own[name] is seen.bias}
     if reason := _refuse_names(module, seen, own):
         return Refusal(reason)
@@ -213,7 +214,7 @@ def _ghosts(module: nn.Module, names: list[str], own: Mapping[str, Tensor]) -> t
             name = name.split(".")[1]
             found[name] = tuple(getattr(module, name).shape)
         elif "weight" in computed and name.startswith("weight_"):
-            found["weight"] = tuple(getattr(module, "weight").shape)  # noqa: B009  (it is no attribute of a Module)
+            found["weight"] = tuple(getattr(module, "weight").shape)  # noqa: B009  (mypy knows no such attribute)
         else:
             found[name] = tuple(own[name].shape)
     return tuple(found.items())

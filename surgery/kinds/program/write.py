@@ -58,6 +58,8 @@ class OpenProgram(GraphEdits):
         return ObservedGraph(self, self.root, bind, buffer)
 
     def __init__(self, program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # The graph is copied, and tensors are shared. The signature refers to nodes by name, so names are kept.
+        # _state, _specs and _nodes always describe the same parameters.
         self._program = program
         self.root = GraphModule(program.graph_module, copy_graph(program.graph))
         self.graph = self.root.graph
@@ -123,6 +125,7 @@ class OpenProgram(GraphEdits):
     def _write(self, layer: Recurrence) -> None:
         """Write a recurrent layer that has changed: as the call of a kernel, or as torch exports its module."""
         like = next(node for node in layer.inside if node in layer.outputs)
+        # a layer that is whole again needs no record
         self.record = self.record.without(layer.path)
         made: Sequence[Node | None]
         used: set[str] = set()
@@ -170,6 +173,7 @@ class OpenProgram(GraphEdits):
         program = export_layer(layer.module, layer.source.meta["val"], [state.meta["val"] for state in layer.states])
         given = iter([layer.source, *layer.states])
         made: dict[Node, Node] = {}
+        # placeholders of the export become nodes of this graph: parameters by name, inputs in order
         specs = iter(program.graph_signature.input_specs)
         for node in program.graph.nodes:
             if node.op == "placeholder":
