@@ -108,7 +108,7 @@ def test_a_factor_with_an_adapter_has_no_weight_to_read(factored: tuple[Net, Any
     _, small, x = factored
     small.a.add_module("0", nn.Sequential(small.a[0], nn.Identity()))
     assert small.a.weight.dtype == torch.float32
-    with pytest.raises(InputError, match="no plain layer"):
+    with pytest.raises(InputError, match="not a plain layer"):
         small.a.weight.sum()
     assert surgery.recompose(small, x).skips[0].reason.startswith("its factor 0 is Sequential")
 

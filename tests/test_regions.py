@@ -148,8 +148,8 @@ FUNCTIONS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor], 
     "bilinear": ((8, 16, 16), lambda x, w: F.bilinear(x, x, w), "bilinear maps"),
     "embedding_bag": ((5, 8), lambda x, w: F.embedding_bag(x.long(), w), "bags of embeddings"),
     "einsum": ((16, 8), lambda x, w: torch.einsum("bi,ij->bj", x, w), "einsum"),
-    "left": ((8, 4), lambda x, w: w @ x, "in another way than as the weight of a layer"),
-    "tensordot": ((16, 8), lambda x, w: torch.tensordot(x, w, 1), "in another way"),
+    "left": ((8, 4), lambda x, w: w @ x, "not as the weight of a layer"),
+    "tensordot": ((16, 8), lambda x, w: torch.tensordot(x, w, 1), "not as the weight of a layer"),
 }
 
 
@@ -179,7 +179,7 @@ def test_weights_of_other_functions_are_listed(name: str, kind: str) -> None:
     ("function", "words"),
     [
         (lambda x, w: homemade(x, w), "homemade uses it, which is not handled"),
-        (lambda x, w: x.matmul(w), "it is multiplied in another way"),
+        (lambda x, w: x.matmul(w), "it is multiplied, but not as the weight"),
     ],
 )
 def test_functions_and_methods_of_traced_graphs(function: Callable[[Tensor, Tensor], Tensor], words: str) -> None:

@@ -305,7 +305,7 @@ def test_a_quantized_layer_is_a_skip() -> None:
     result = surgery.decompose(nn.Sequential(quantized, nn.ReLU(), nn.Linear(16, 8)), X, ranks=2, factorization="svd")
     assert [change.site for change in result.changes] == ["2"]
     assert [(skip.name, skip.reason) for skip in result.skips] == [
-        ("0", "it is quantized; change the model before that")
+        ("0", "it is quantized; change the model before it is quantized")
     ]
 
 

@@ -1,1 +1,1 @@
-"""Kinds of models: where sites are found and changes are written."""
+"""Kinds of models: for each kind, how a model is read, run and changed."""

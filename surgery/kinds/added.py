@@ -1,4 +1,4 @@
-"""What is added to the output of a site: the other branch of a residual connection, seen while a model runs."""
+"""The other branch of a residual connection: the tensor that is added to a site's output, seen while a model runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Added = Callable[[Tensor, bool], None]
 
 @dataclass(eq=False)
 class _Followed:
-    """A value, known by its views too, with what to call when a tensor is added to it, or something else reads it."""
+    """A followed value: ``add`` is called with a tensor that is added to it, ``spoil`` if anything else reads it."""
 
     shape: torch.Size
     add: Added
@@ -32,10 +32,11 @@ class _Followed:
 
 
 class Additions(TorchDispatchMode):
-    """A mode that follows values, and tells which of them are read once, by the addition of a tensor of their shape.
+    """A mode that follows values and tells which of them only an addition reads, once, with a tensor of their shape.
 
-    It sees the operators that torch runs, so that it serves modules, interpreted graphs and functions alike. A value
-    that is transposed first, or sliced, counts as read by something else.
+    The mode sees the operators that torch runs, so it works for modules, interpreted graphs and functions alike. Views
+    of a value that keep its memory (view, alias) are followed too. A value that is transposed or sliced first counts as
+    read by something else.
     """
 
     supports_higher_order_operators = True
@@ -46,20 +47,20 @@ class Additions(TorchDispatchMode):
         self._paused = False
 
     def follow(self, value: Tensor, add: Added, spoil: Callable[[], None]) -> None:
-        """Call ``add`` with what is added to a value, in its shape, and ``spoil`` if anything else reads it.
+        """Call ``add`` with the tensor that is added to a value, and ``spoil`` if anything else reads the value.
 
-        ``add`` is also told whether what is added is a value that is followed itself.
+        The tensor comes in the shape of the value. ``add`` also gets whether this tensor is itself a followed value.
         """
         self._followed[value] = _Followed(value.shape, add, spoil)
 
     def give(self, output: Any) -> None:
-        """See what a model returns: a value that it returns is read by whoever gets it."""
+        """Spoil the followed values in a model's output: the caller reads them."""
         for _, followed in self._read((output,), {}):
             followed.spoil()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """See nothing for a while: what is done to values now is not the model's doing."""
+        """Ignore everything for a while: the observer, not the model, handles the values now."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -69,13 +70,16 @@ class Additions(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operator, and see what it does to the values that are followed."""
+        """Run an operator, and note what it does to the values that are followed."""
+        # A followed value has at most one good end: one plain addition of its own shape. Each other read spoils it,
+        # except for a view, which is followed in its place: for y = site(x).view(n, c); y + r, the tensor r is seen.
         kwargs = kwargs or {}
+        # looked up before the operator runs, as it may write to its inputs
         read = [] if self._paused or not self._followed else self._read(args, kwargs)
         if func in _ADD and kwargs.get("alpha", 1) == 1 and _alike(args):
             for value, followed in read:
                 self._see(followed, args[1] if value is args[0] else args[0])
-            if func is torch.ops.aten.add_.Tensor:  # what is read of it now is the sum
+            if func is torch.ops.aten.add_.Tensor:  # the tensor holds the sum from now on
                 self._followed.pop(args[0], None)
             read = []
         result = func(*args, **kwargs)

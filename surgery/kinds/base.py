@@ -1,4 +1,4 @@
-"""The interface of a kind of models: how a model is called and run, and what can be done with it once it is open."""
+"""The interface of a kind of models: how a model is called, run and opened, and how an open model is changed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ __all__ = ["Access", "Kind", "OpenModel"]
 class Access:
     """What may be done with a model that is opened.
 
-    ``copies`` says that a copy is changed, and ``inplace`` that the model itself is; with neither, nothing is changed.
-    With ``known`` only the chains that decompose has made are wanted, if there are any: nothing is captured for them.
+    With ``copies``, a copy is changed; with ``inplace``, the model itself is changed; with neither, nothing is changed.
+    With ``known``, only the chains that decompose made are wanted, if there are any, so that the model need not be
+    captured.
     """
 
     copies: bool = True
@@ -34,17 +35,17 @@ class Access:
 
 
 class Kind(ABC):
-    """A kind of models: how one is opened, called and run. There is one row for each in ``registry.KINDS``."""
+    """A kind of models: how such a model is opened, called and run. Each kind has one row in ``registry.KINDS``."""
 
     name: ClassVar[str]
-    models: ClassVar[type]  # whose instances it opens
+    models: ClassVar[type]  # the class (or classes) of the models of this kind
 
     @abstractmethod
     def open(self, model: Any, inputs: Inputs, access: Access) -> OpenModel:
-        """Open a model; ``inputs`` are example inputs, empty ones for none.
+        """Open a model; ``inputs`` are example inputs, ``((), {})`` if there are none.
 
         Raises:
-            InputError: the model does not run on the example inputs, or needs some.
+            InputError: the model does not run on the example inputs, or it needs example inputs and has none.
             CaptureError: its graph cannot be captured.
         """
 
@@ -54,7 +55,7 @@ class Kind(ABC):
         return found
 
     def program(self, model: Any) -> ExportedProgram | None:
-        """Return the exported program that a model is, or None if it would have to be exported."""
+        """Return the model if it is an exported program; None if it would have to be exported."""
         return None
 
     def tensors(self, model: Any) -> Mapping[str, Any]:
@@ -62,11 +63,11 @@ class Kind(ABC):
         return self.runnable(model).state_dict()
 
     def brought_inputs(self, model: Any, *, seed: int = 0) -> Inputs | None:
-        """Return example inputs that a model brings along, or random ones of its shapes; None where it knows none."""
+        """Return the model's own example inputs, or random ones of the shapes it declares; None if it has neither."""
         return None
 
     def brings_inputs(self) -> bool:
-        """Whether models of this kind always know inputs that they can be run on."""
+        """Whether ``brought_inputs`` always returns inputs for models of this kind."""
         return False
 
     @abstractmethod
@@ -75,34 +76,34 @@ class Kind(ABC):
 
     @abstractmethod
     def declared_inputs(self, model: Any, example: Inputs, signature: Signature) -> dict[str, Declared]:
-        """Return what is known of the inputs that are tensors, by name."""
+        """Return dtype, sizes and limits of the inputs that are tensors, by name."""
 
     def fixed_batch(self, model: Any) -> int | None:
-        """Return the only batch size that a model takes, or None if it takes any."""
+        """Return the only batch size that a model accepts, or None if it accepts any."""
         return None
 
     def refuse_inplace(self, model: Any) -> str | None:
-        """Return why a model cannot be changed in place, or None."""
+        """Return why a model cannot be changed in place, or None if it can."""
         return None
 
     def refuse_structure(self) -> str | None:
-        """Return why a model cannot be given the structure of factored layers without numbers, or None."""
+        """Return why models of this kind cannot get factored layers without numbers, as for a checkpoint, or None."""
         return None
 
     def says_what_runs(self) -> bool:
-        """Whether a model says itself which of its operators run; else a run has to show it."""
+        """Whether the model itself tells which of its operators run; if not, a run has to show it."""
         return True
 
 
 class OpenModel(ABC):
-    """A model that was opened, to be read and changed.
+    """A model that is open for reading and changing.
 
-    It owns what it changes: a copy of the model, unless the caller asks for in-place work. ``finish`` gives it back.
+    It works on a copy of the model, unless the caller asks for in-place work. ``finish`` returns the changed model.
     """
 
     @abstractmethod
     def observe(self) -> Observed:
-        """Return the open model to be run and watched."""
+        """Return the open model in a form that can be run and watched."""
 
     @property
     @abstractmethod
@@ -111,21 +112,21 @@ class OpenModel(ABC):
 
     @abstractmethod
     def apply(self, edit: Edit) -> None:
-        """Carry an edit out, at all calls that it concerns."""
+        """Carry out an edit at all calls that it concerns."""
 
     @abstractmethod
     def reopen(self, placements: Sequence[Placement]) -> dict[str, Placement]:
-        """Put operators without numbers where chains stand, and return their sites by name."""
+        """Put operators without numbers in the place of chains, and return their new placements by site name."""
 
     @abstractmethod
     def finish(self) -> Any:
         """Check the changed model and return it."""
 
     def verify(self) -> dict[str, str]:
-        """See that all chains that were put in run; give those that do not up, and return why, by site."""
+        """Check that all new chains run; undo those that do not, and return the reasons by site name."""
         return {}
 
     @property
     def notes(self) -> Mapping[str, str]:
-        """What the user should know of sites that were put back, by name."""
+        """What the user should know about recomposed sites, by name."""
         return {}

@@ -1,7 +1,7 @@
-"""Inputs of models: in one form, ``(args, kwargs)``; made up for those who give none; and how models are called.
+"""Inputs of models: bring them to one form, ``(args, kwargs)``, make some up, and say how a model is called.
 
 Users give a tensor, a tuple or list of positional inputs, a dict of inputs by name, or the pair ``(args, kwargs)`` that
-``torch.export`` keeps in a program. Made-up inputs are normal random numbers; whole numbers are 0 or 1, which is a
+``torch.export`` keeps in a program. Made-up inputs are normal random numbers. Integer inputs are 0 or 1, which is a
 valid token, segment or class in any vocabulary; masks are all ones.
 """
 
@@ -48,7 +48,7 @@ def normalise_inputs(example_inputs: Any) -> Inputs:
     """Return example inputs as ``(args, kwargs)``, NumPy arrays as tensors; ``((), {})`` for None.
 
     Raises:
-        InputError: an input of an unknown kind.
+        InputError: the inputs have another type, or names that are not strings.
 
     >>> normalise_inputs(None)
     ((), {})
@@ -65,6 +65,7 @@ def normalise_inputs(example_inputs: Any) -> Inputs:
         return (), _named(example_inputs)
     if not isinstance(example_inputs, Sequence) or isinstance(example_inputs, str | bytes):
         raise InputError(f"example inputs of type {type(example_inputs).__name__}", allowed=_ALLOWED)
+    # a pair of a tuple and a dict is (args, kwargs); any other sequence is positional inputs
     if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], dict):
         return tuple(map(_convert, example_inputs[0])), _named(example_inputs[1])
     return tuple(map(_convert, example_inputs)), {}
@@ -72,7 +73,7 @@ def normalise_inputs(example_inputs: Any) -> Inputs:
 
 def _named(inputs: Mapping[Any, Any]) -> dict[str, Any]:
     if not all(isinstance(name, str) for name in inputs):
-        raise InputError("example inputs by name have names that are no strings", allowed=_ALLOWED)
+        raise InputError("example inputs by name have names that are not strings", allowed=_ALLOWED)
     return {name: _convert(value) for name, value in inputs.items()}
 
 
@@ -86,27 +87,28 @@ def _as_tensor(value: Tensor | npt.NDArray[Any]) -> Tensor:
     try:
         return torch.from_numpy(np.ascontiguousarray(value))
     except TypeError as error:
-        raise InputError(f"a NumPy array of type {value.dtype}", allowed="numbers that torch has too") from error
+        raise InputError(f"a NumPy array of type {value.dtype}", allowed="a dtype that torch has as well") from error
 
 
 def random_tensor(shape: Sequence[int], dtype: torch.dtype, *, seed: int = 0, name: str = "") -> Tensor:
-    """Return made-up numbers for one input: normal, or 0 and 1 for whole numbers, or ones for masks and booleans.
+    """Return made-up numbers for one input: normal, or 0 and 1 for integers, or ones for masks and booleans.
 
     Raises:
-        InputError: no such seed, or a shape of more bytes than are made up.
+        InputError: the seed is out of range, or the tensor would take too many bytes.
     """
     _check_random(shape, dtype, seed)
     generator = torch.Generator().manual_seed(seed)
     if dtype == torch.bool or "mask" in name:
         return torch.ones(tuple(shape), dtype=dtype)
     if dtype.is_floating_point or dtype.is_complex:
+        # torch draws no random numbers in some narrow dtypes; and so each dtype gets the same numbers, rounded
         wide = torch.complex64 if dtype.is_complex else torch.float32
         return torch.randn(tuple(shape), generator=generator, dtype=wide).to(dtype)
     return torch.randint(2, tuple(shape), generator=generator, dtype=dtype)
 
 
 def _check_random(shape: Sequence[int], dtype: torch.dtype, seed: int) -> None:
-    """Raise InputError for what torch would refuse or the memory not hold."""
+    """Raise InputError for a seed that torch refuses, or for a tensor of more than ``MOST_BYTES``."""
     if not 0 <= seed < 2**64:
         raise InputError(f"seed={seed}", allowed="whole numbers from 0 below 2 ** 64")
     size = math.prod(shape) * dtype.itemsize
@@ -116,7 +118,7 @@ def _check_random(shape: Sequence[int], dtype: torch.dtype, seed: int) -> None:
 
 
 def input_like(value: Any, name: str, seed: int) -> Tensor:
-    """Return made-up numbers of the form of a value of a graph; a dynamic size is that of the export, or 2."""
+    """Return made-up numbers for a value of a graph; a dynamic size is its size at the export, or 2 if unknown."""
     return random_tensor([_size(size) for size in value.shape], value.dtype, seed=seed, name=name)
 
 
@@ -128,12 +130,12 @@ def _size(size: int | torch.SymInt) -> int:
 
 
 def with_batch(inputs: Inputs, batch: int) -> Inputs:
-    """Return inputs of so many samples: repeated along axis 0, or cut.
+    """Return inputs with ``batch`` samples: the samples are repeated along axis 0, or cut.
 
-    Those count whose axis 0 is as long as that of the first input.
+    Only tensors whose axis 0 is as long as that of the first tensor are changed.
 
     Raises:
-        InputError: the first input has no axis of samples.
+        InputError: the first tensor has no samples along axis 0.
 
     >>> with_batch(((torch.tensor([[1], [2]]), torch.ones(3)), {}), 3)[0][0].flatten().tolist()
     [1, 2, 1]
@@ -141,6 +143,7 @@ def with_batch(inputs: Inputs, batch: int) -> Inputs:
     first = next((leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)), None)
     if first is None or first.dim() == 0 or not len(first):
         raise InputError(f"a batch of {batch} of inputs without samples", next_step=_GIVE)
+    # samples 0, 1, 0, 1, 0 for a batch of five from two
     places = torch.arange(batch) % len(first)
 
     def resized(leaf: Tensor) -> Tensor:
@@ -151,7 +154,7 @@ def with_batch(inputs: Inputs, batch: int) -> Inputs:
 
 
 def flatten_inputs(inputs: Inputs, program: ExportedProgram | None = None) -> list[Tensor]:
-    """Return the tensors among the inputs, in the order in which the program, or else the caller, has them."""
+    """Return the tensors among the inputs, in the order of the program's inputs, or as given if there is no program."""
     args, kwargs = inputs
     if program is not None and program.call_spec.in_spec is not None:
         order = program.call_spec.in_spec.child(1).context or []
@@ -166,10 +169,10 @@ def _show(shape: Sequence[Any]) -> str:
 
 @dataclass(frozen=True)
 class Signature:
-    """The names of a model's inputs in order, of which the first ``positional`` cannot be given by name.
+    """How a model is called: the names of its inputs, in order; the first ``positional`` cannot be given by name.
 
-    ``taken`` is how many values of a sequence are inputs: what follows is labels. ``required`` are inputs that must be
-    there; ``open_ended`` models take other names too.
+    ``taken`` is how many values of a sequence are inputs; the values after them are labels. ``required`` are the inputs
+    that must be given. An ``open_ended`` model accepts other names as well.
     """
 
     names: tuple[str, ...]
@@ -179,10 +182,10 @@ class Signature:
     open_ended: bool = False
 
     def arrange(self, item: Any) -> Inputs:
-        """Return one item of the user's as inputs ``(args, kwargs)``, without labels.
+        """Return one calibration input of the user's as ``(args, kwargs)``, without labels.
 
         Raises:
-            InputError: too few values, or names that the model does not have.
+            InputError: it has too few values, or lacks a required name.
         """
         if isinstance(item, Mapping):
             return self._by_name(item)
@@ -197,11 +200,12 @@ class Signature:
     def _by_name(self, item: Mapping[Any, Any]) -> Inputs:
         _, given = normalise_inputs(item)
         if len(given) == 1 and len(self.required) == 1 and not set(given) & set(self.names) and not self.open_ended:
-            return tuple(given.values()), {}  # one array, one input: its name says nothing
+            return tuple(given.values()), {}  # one array for one input: its name does not matter
         missing = [name for name in self.names if name in self.required and name not in given]
         if missing:
             what = f"the calibration inputs have no {', '.join(missing)} (they have {', '.join(given) or 'none'})"
             raise InputError(what, allowed=", ".join(self.names))
+        # inputs that cannot go by name become positional, in the model's order
         first = self.names[: self.positional]
         known = given if self.open_ended else {name: given[name] for name in self.names if name in given}
         args = tuple(known[name] for name in first if name in known)
@@ -210,10 +214,11 @@ class Signature:
 
 @dataclass(frozen=True)
 class Declared:
-    """What is known of an input: its dtype, its sizes (None where they may vary), and how many ids it knows, if any.
+    """What is known of an input: its dtype and its sizes (None for a size that may vary).
 
-    ``shape`` is that of the example inputs, with the names of sizes that vary where there are names. ``longest`` is the
-    largest size that the second axis may have, where there is a limit.
+    ``shape`` is the shape of the example input, with names in the place of named dynamic sizes. ``ids`` is the number
+    of ids that the model knows, if the input is ids. ``longest`` is the limit on the size of the second axis, if there
+    is one.
     """
 
     dtype: torch.dtype
@@ -224,9 +229,10 @@ class Declared:
 
 
 def forward_signature(model: nn.Module, example: Inputs) -> Signature:
-    """Return how a module is called."""
+    """Return how a module is called, from the signature of its ``forward``."""
     parameters = inspect.signature(model.forward).parameters.values()
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    # *args and **kwargs have no names; a model with **kwargs accepts other names
     plain = [p for p in parameters if p.kind not in variadic]
     names = [p.name for p in plain]
     needed = [p.name for p in plain if p.default is p.empty]
@@ -242,7 +248,7 @@ def given_inputs(example: Inputs, signature: Signature) -> dict[str, Any]:
 
 
 def example_forms(model: nn.Module, example: Inputs, signature: Signature) -> dict[str, Declared]:
-    """Return what is known of the inputs that are tensors, by name, from the example inputs."""
+    """Return dtype and shape of the inputs that are tensors, by name, from the example inputs."""
     return {
         name: Declared(value.dtype, (None,) * value.dim(), tuple(value.shape), _ids(model, name))
         for name, value in given_inputs(example, signature).items()
@@ -251,7 +257,7 @@ def example_forms(model: nn.Module, example: Inputs, signature: Signature) -> di
 
 
 def _ids(model: nn.Module, name: str) -> int | None:
-    """Return how many ids a model of Hugging Face transformers knows."""
+    """Return the number of ids that a Hugging Face model knows, for its input ``input_ids``; else None."""
     embeddings: Any = getattr(model, "get_input_embeddings", None)
     if name != "input_ids" or embeddings is None:
         return None

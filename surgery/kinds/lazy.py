@@ -1,4 +1,4 @@
-"""A mapping whose values are worked out when they are asked for, once."""
+"""A mapping that computes each value when it is first asked for."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""A model that is run while something watches what its operators read and give, whatever its kind.
+"""Run a model of any kind while observers see the inputs and outputs of its operators.
 
-It is always in evaluation mode and without gradients, unless they are asked for. The model itself is not changed.
+The model runs in evaluation mode, and without gradients unless the caller asks for them. The model itself is not
+changed.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ Change = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """A batch norm: its name, its running mean and variance, and what shows its inputs.
+    """A batch norm: its name, its running mean and variance, and a function that shows its inputs to an observer.
 
-    ``kept`` are the buffers of the model, where those that run are copies of them.
+    If a copy of the model runs, ``kept`` are the buffers of the model itself.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Norm:
 
 
 class Observed(ABC):
-    """A model that can be run while something watches its calls; ``batch`` is what it runs on, or has run on last."""
+    """A model that can be run while observers watch its calls; ``batch`` are the inputs of the current or last run."""
 
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
@@ -58,25 +59,26 @@ class Observed(ABC):
 
     @abstractmethod
     def watch(self, call: Call, see: See) -> None:
-        """Show ``see`` the input of an operator's call, each time just before it is used."""
+        """Call ``see`` with the input of an operator's call, each time just before the operator uses it."""
 
     @abstractmethod
     def tap(self, call: Call, change: Change) -> None:
-        """Put what ``change`` returns in the place of each output of an operator's call."""
+        """Replace each output of an operator's call by what ``change`` returns for it."""
 
     def find(self) -> Found:
-        """Return the sites of the model, whose calls can be watched."""
+        """Return the sites of the model; their calls can be watched."""
         return find(self.flow)
 
     @abstractmethod
     def norms(self) -> Sequence[Norm]:
-        """Return the batch norms with running statistics, each once."""
+        """Return all batch norms with running statistics, each once."""
 
     def follow(self, call: Call, see: Callable[[Tensor], Added], spoiled: Callable[[], None]) -> None:
-        """Call ``see`` with each output of a call; what ``see`` returns is called with what is added to that output.
+        """Follow the output of a call to the tensor that is added to it, as in a residual connection.
 
-        It is also told whether that is the output of a call that is followed, too.
-        ``spoiled`` is called if anything but the addition reads the output. Takes the place of a tap.
+        ``see`` gets each output of the call and returns a function. This function gets the tensor that is added to the
+        output, and whether that tensor is itself the output of a followed call. ``spoiled`` is called if anything but
+        one addition reads the output. ``follow`` replaces a tap of the same call.
         """
 
         def pass_on(y: Tensor) -> Tensor:
@@ -90,27 +92,30 @@ class Observed(ABC):
 
     @abstractmethod
     def forget(self) -> None:
-        """Let nothing watch, tap or follow a call any more."""
+        """Remove everything that watches, taps or follows a call."""
 
     @abstractmethod
     def execute(self, inputs: Inputs) -> Any:
-        """Run the model once; whatever it raises comes through."""
+        """Run the model once and return its outputs; raises whatever the model raises."""
 
     @property
     @abstractmethod
     def parameters(self) -> Iterable[nn.Parameter]:
-        """The parameters that it runs on."""
+        """The parameters that the model runs on."""
 
     def run(self, inputs: Inputs, *, gradients: bool = False) -> Any:
-        """Run the model once, and return its outputs; ``gradients`` are those of what is tapped, not of parameters.
+        """Run the model once and return its outputs.
+
+        With ``gradients``, torch records gradients of the tapped values; parameters get none in any case.
 
         Raises:
-            InputError: the model does not take these inputs.
+            InputError: the model does not run on these inputs.
         """
         self.batch = inputs
         try:
+            # parameters are frozen even with gradients: only tapped values need them, and they cost memory
             with torch.set_grad_enabled(gradients), _frozen(self.parameters), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of torch about itself
+                warnings.simplefilter("ignore")  # torch warns about its own internals
                 with self._additions if self._follows else nullcontext():
                     output = self.execute(inputs)
                 self._additions.give(output)
@@ -124,7 +129,7 @@ class Observed(ABC):
 
 @contextmanager
 def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let no parameter ask for a gradient."""
+    """Let no parameter require a gradient for a while."""
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
@@ -136,7 +141,7 @@ def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 class Hooks:
-    """What is to be shown of submodules and changed in them, by path; additions do not see who it is shown to."""
+    """The observers and taps of submodules, by path; ``additions`` do not see what an observer does with a value."""
 
     def __init__(self, additions: Additions) -> None:
         self._additions = additions
@@ -144,16 +149,18 @@ class Hooks:
         self.taps: dict[str, Change] = {}
 
     def watch(self, path: str, see: See) -> None:
-        """Show ``see`` what the module at a path reads."""
+        """Call ``see`` with each input of the module at a path."""
         if see not in self.watchers[path]:
             self.watchers[path].append(see)
 
     @contextmanager
     def on(self, root: nn.Module) -> Iterator[None]:
-        """Have the hooks on a module for a while."""
+        """Register the hooks on the submodules of ``root`` for a while."""
         with ExitStack() as stack:
             for path in {**self.watchers, **self.taps}:
                 layer, sees, change = root.get_submodule(path), self.watchers.get(path, []), self.taps.get(path)
+                # a hook on a layer that does more sees the layer's input, not the operator's; so the forward itself is
+                # watched
                 within = within_of(layer)
                 if isinstance(within, Within):
                     stack.enter_context(watching(layer, within, partial(self._show, sees), change))
@@ -162,7 +169,7 @@ class Hooks:
                     hook = layer.register_forward_pre_hook(self._hook(sees), with_kwargs=True)
                     stack.callback(hook.remove)
                 if change is not None:
-                    hook = layer.register_forward_hook(_output_hook(change), prepend=True)  # before those of the user
+                    hook = layer.register_forward_hook(_output_hook(change), prepend=True)  # before the user's hooks
                     stack.callback(hook.remove)
             yield
 

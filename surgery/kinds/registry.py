@@ -1,4 +1,4 @@
-"""The kinds of models, by name: one row for each."""
+"""The kinds of models, by name: one row for each kind."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["KINDS", "Model", "check_inplace", "is_model", "kind_of", "observe", 
 
 Model: TypeAlias = nn.Module | GraphModule | ExportedProgram
 
-# a model is opened by the first kind that knows its class
+# the first kind that knows the class of a model opens it: a GraphModule is an nn.Module too
 KINDS: dict[str, Kind] = {"program": ProgramKind(), "fx": GraphModuleKind(), "module": ModuleKind()}
 
 
 def is_model(value: Any) -> bool:
-    """Whether some kind opens a value."""
+    """Whether there is a kind that can open a value."""
     return any(isinstance(value, kind.models) for kind in KINDS.values())
 
 
@@ -35,7 +35,7 @@ def kind_of(model: Any) -> Kind:
     """Return the kind of a model.
 
     Raises:
-        InputError: no kind opens it.
+        InputError: no kind can open it.
     """
     if isinstance(model, torch.jit.ScriptModule | torch.jit.ScriptFunction):
         raise InputError(
@@ -57,7 +57,7 @@ def _allowed() -> str:
 def open_model(
     model: Any, inputs: Inputs = ((), {}), *, copies: bool = True, inplace: bool = False, known: bool = False
 ) -> OpenModel:
-    """Open a model, on a copy of it unless told otherwise; see ``Access``.
+    """Open a model; unless told otherwise, a copy of it is changed. ``Access`` explains the flags.
 
     Raises:
         InputError: the object is not a model, or it does not run on the example inputs.
@@ -67,12 +67,12 @@ def open_model(
 
 
 def observe(model: Any, inputs: Inputs) -> Observed:
-    """Return a model to be run and watched; ``inputs`` are one batch, to capture it with."""
+    """Return a model in a form that can be run and watched; ``inputs`` are one batch, used to capture the model."""
     return open_model(model, inputs, copies=False).observe()
 
 
 def check_inplace(model: Any) -> None:
-    """Raise InputError for a model that can only be changed by another in its place."""
+    """Raise InputError for a model that cannot be changed in place."""
     reason = kind_of(model).refuse_inplace(model)
     if reason is not None:
-        raise InputError(reason, next_step="use the returned one")
+        raise InputError(reason, next_step="use the model that is returned")

@@ -1,1 +1,1 @@
-"""Sites: what was found in a graph and what may happen to it, as values that know no framework."""
+"""What surgery finds in a graph and what it may do to it, as plain values that know no framework."""

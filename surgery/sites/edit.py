@@ -1,4 +1,4 @@
-"""Edits: what surgery wants of a graph, as values. A kind carries them out."""
+"""Edits: the changes that surgery wants in a graph, as values. A kind of models carries them out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Edit", "Fuse", "Replace"]
 
 @dataclass(frozen=True, eq=False)
 class Replace:
-    """Put a chain where an operator stands, at all its calls."""
+    """Replace an operator by a chain, at all calls of the operator."""
 
     placement: Placement
     chain: Chain
@@ -21,7 +21,7 @@ class Replace:
 
 @dataclass(frozen=True, eq=False)
 class Fuse:
-    """Put the one operator that a chain is where the chain stands, at all its calls."""
+    """Replace a chain by the one operator that it composes to, at all calls of the chain."""
 
     chain: Fusable
 

@@ -1,6 +1,8 @@
-"""What runs as one with an operator: runtimes fold batch norms into it, fuse activations, and have loops as kernels.
+"""Epilogues: what a runtime computes in one kernel with an operator.
 
-A latency is that of an operator, or of its chain, with these behind it. They are steps that are timed, never spliced.
+Runtimes fold batch norms into an operator, fuse activations with it, and run recurrent loops as single kernels. So the
+latency of an operator or a chain is always measured with its epilogue. Epilogues are timed; they are never written into
+a model.
 """
 
 from __future__ import annotations
@@ -10,35 +12,35 @@ from dataclasses import dataclass
 from surgery.algebra.operators import Shape
 from surgery.algebra.steps import Link
 
-__all__ = ["Activation", "BatchNorm", "Loop", "Neighbour"]
+__all__ = ["Activation", "BatchNorm", "Loop", "Epilogue"]
 
 
 @dataclass(frozen=True)
-class Neighbour(Link):
-    """Base of the steps behind an operator; they change no shape."""
+class Epilogue(Link):
+    """Base of the steps that follow an operator; they keep the shape unless they say otherwise."""
 
     def out_shape(self, shape: Shape) -> Shape:
-        """Return the same shape."""
+        """Return the input shape unchanged."""
         return shape
 
 
 @dataclass(frozen=True)
-class BatchNorm(Neighbour):
+class BatchNorm(Epilogue):
     """A batch norm in evaluation mode, over axis 1."""
 
 
 @dataclass(frozen=True)
-class Activation(Neighbour):
-    """An activation by the name of its ONNX operator: Relu, Sigmoid or Tanh, or Clip, which is ReLU6."""
+class Activation(Epilogue):
+    """An activation, by the name of its ONNX operator: Relu, Sigmoid, Tanh, or Clip (which stands for ReLU6)."""
 
     kind: str
 
 
 @dataclass(frozen=True)
-class Loop(Neighbour):
-    """The loop of a recurrent layer, in each of whose steps the operator maps the hidden state to the gates.
+class Loop(Epilogue):
+    """The loop of a recurrent layer: in each step, the operator maps the hidden state to the gates.
 
-    ``mode`` is that of torch's modules: LSTM, GRU, RNN_TANH or RNN_RELU. The input shape has all steps at once:
+    ``mode`` is the mode of torch's module: LSTM, GRU, RNN_TANH or RNN_RELU. The input shape covers all T steps:
     (T, N, H), or (N, T, H) where ``batch_first``, or (T, H).
     """
 
@@ -47,13 +49,13 @@ class Loop(Neighbour):
 
     @property
     def gates(self) -> int:
-        """How many numbers the operator gives for each one of the state."""
+        """Number of gates: the operator has this many outputs for each feature of the hidden state."""
         return {"LSTM": 4, "GRU": 3}.get(self.mode, 1)
 
     def steps(self, shape: Shape) -> int:
-        """Return how often the operator runs for an input of this shape."""
+        """Return the number of steps for an input of this shape; each step runs the operator once."""
         return shape[1] if self.batch_first and len(shape) == 3 else shape[0]
 
     def out_shape(self, shape: Shape) -> Shape:
-        """Return the shape of the hidden states, for that of the gates."""
+        """Return the shape of the hidden states for the shape of the gates."""
         return (*shape[:-1], shape[-1] // self.gates)

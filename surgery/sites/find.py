@@ -1,4 +1,4 @@
-"""find: the sites of a flow, what was left alone in it, and the totals of the model."""
+"""find: the sites of a flow, the places that are left alone, and the totals of the model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from surgery.errors import InputError, Refusal
-from surgery.sites.epilogue import Activation, BatchNorm, Neighbour
+from surgery.sites.epilogue import Activation, BatchNorm, Epilogue
 from surgery.sites.flow import Call, Flow, Key, Other, site_name
 from surgery.sites.placement import Found, FusableModule, Placement
 from surgery.sites.recut import placed_chain, placed_chains
@@ -17,11 +17,12 @@ __all__ = ["epilogues", "find"]
 
 
 def find(flow: Flow) -> Found:
-    """Return all sites, chains of known origin among them, and all places that were left alone, with their costs."""
+    """Return all sites, all skips with their costs, and the totals. Chains of known origin are sites as well."""
+    # Three sources of sites: chains of calls with a known origin, chains that stand as modules, and all other calls.
     chains = placed_chains(flow)
     modules = [placed_chain(flow, chain) for chain in flow.chains]
     chains += [found for found in modules if isinstance(found, Placement)]
-    inside = {value for chain in chains for value in _values(chain)}
+    inside = {value for chain in chains for value in _values(chain)}  # a factor of a chain is not a site of its own
     placed, skips = [], []
     for found in _placed_calls(flow):
         if isinstance(found, Skip):
@@ -37,6 +38,7 @@ def find(flow: Flow) -> Found:
 
 
 def _values(placement: Placement) -> Iterator[int]:
+    """Yield the values of all calls in a chain of calls."""
     chain = placement.chain
     if chain is not None and not isinstance(chain, FusableModule):
         yield from (call.value for row in chain.calls for call in row)
@@ -56,13 +58,13 @@ def _placed_calls(flow: Flow) -> Iterator[Placement | Skip]:
 
 
 def _left(flow: Flow) -> list[Skip]:
-    """Return what the kind has left alone, but for weights that other calls make sites of."""
+    """Return the skips that the kind reported, except for weights that a call of an operator reads as well."""
     listed = {site_name(name) for key in _groups(flow) for name in flow.tensors.names[key]}
     return [left.skip for left in flow.left if left.skip.name not in listed]
 
 
 def _placed(flow: Flow, key: Key, calls: tuple[Call, ...]) -> Placement | Skip:
-    """Return the site of calls that share a weight, or why they are left alone."""
+    """Return the placement of calls that share a weight, or the skip that says why they are left alone."""
     first, names = calls[0], [site_name(name) for name in flow.tensors.names[key]]
     shapes = tuple(flow.shapes[call.source] for call in calls)
     refusal = _refuse(flow, key, calls) or _refuse_biases(flow, calls)
@@ -71,16 +73,18 @@ def _placed(flow: Flow, key: Key, calls: tuple[Call, ...]) -> Placement | Skip:
         macs = sum(call.operator.macs(shape) for call, shape in zip(calls, shapes, strict=True))
         return Skip(site_name(first.weight), words, refusal.reason, first.operator.parameters, macs)
     try:
+        # a layer that pads or reshapes its input calls its operator on another shape; following it there may fail
         inner = tuple(flow.input_shapes[call.value] for call in calls)
     except InputError as error:
         return Skip(names[0], words, error.what, first.operator.parameters + first.surplus)
     site = Site(names[0], first.operator, inner, tuple(names[1:]), surplus=first.surplus)
-    behind = (first.loop,) if first.loop is not None else epilogues(flow, calls) if first.last else ()
-    return Placement(replace(site, behind=behind), calls)
+    epilogue = (first.loop,) if first.loop is not None else epilogues(flow, calls) if first.last else ()
+    return Placement(replace(site, epilogue=epilogue), calls)
 
 
 def _refuse(flow: Flow, key: Key, calls: Sequence[Call]) -> Refusal | None:
-    """Refuse a weight that something else reads, and calls that could not share one chain."""
+    """Refuse a weight that something other than these calls reads, and calls that could not share one chain."""
+    # the flow lists every node that reads a weight; a call may have several, if it spans several values
     own = {value for call in calls for value in (call.user, *call.inside)}
     strangers = flow.tensors.uses.get(key, frozenset()) - own
     if strangers:
@@ -94,7 +98,7 @@ def _refuse(flow: Flow, key: Key, calls: Sequence[Call]) -> Refusal | None:
 
 
 def _refuse_biases(flow: Flow, calls: Sequence[Call]) -> Refusal | None:
-    """Refuse a computed bias that is another thing than one number for each output."""
+    """Refuse a computed bias that is not one number for each output."""
     for call in calls:
         shape = None if call.computed_bias is None else flow.shapes[call.computed_bias]
         if shape is not None and shape != (call.operator.out_channels,):
@@ -104,14 +108,14 @@ def _refuse_biases(flow: Flow, calls: Sequence[Call]) -> Refusal | None:
 
 
 def _form(call: Call) -> tuple[object, ...]:
-    """Everything but the tensors: what calls must have in common to share one chain."""
+    """Return what calls must have in common to share one chain: everything but the tensors."""
     return (call.operator.form, call.stored, call.path is None)
 
 
 def _with_macs(flow: Flow, skips: Sequence[Skip]) -> list[Skip]:
-    """Return the skips with the multiply-accumulates of their values, where they say none; each value counts once."""
+    """Fill in the MACs of skips that have none, from the values that they are about; each value counts once."""
     values = {left.skip.name: left.values for left in flow.left}
-    done: set[int] = set()
+    done: set[int] = set()  # a node that reads two weights is in two skips
     found = []
     for skip in skips:
         own = [value for value in values.get(skip.name, ()) if value not in done]
@@ -121,13 +125,17 @@ def _with_macs(flow: Flow, skips: Sequence[Skip]) -> list[Skip]:
 
 
 def _unseen(flow: Flow, placements: Sequence[Placement], skips: Sequence[Skip]) -> list[Skip]:
-    """Return the layers of which nothing is said so far: those that no call reaches, and those of other kinds."""
+    """Return skips for the layers that neither a site nor a skip names so far.
+
+    A layer counts as named if its weight is tied to a named one, if a chain contains it, or if a part of it is named.
+    """
     named = {name for p in placements for name in (p.site.name, *p.site.aliases)} | {skip.name for skip in skips}
     said = {flow.tensors.keys.get(f"{name}.weight") for name in named} - {None}
     chains = tuple(f"{name}." for chain in flow.chains for name in chain.names)
     found = []
     for layer in flow.layers.unseen:
         path = layer.skip.name
+        # the same weight under another name has been reported there
         tied = layer.key is not None and layer.key in said
         known = tied or path in named or path.startswith(chains) or any(n.startswith(f"{path}.") for n in named)
         if known or (not layer.operator and any(path.startswith(f"{name}.") for name in named)):
@@ -136,16 +144,17 @@ def _unseen(flow: Flow, placements: Sequence[Placement], skips: Sequence[Skip]) 
     return found
 
 
-def epilogues(flow: Flow, calls: tuple[Call, ...]) -> tuple[Neighbour, ...]:
-    """Return a batch norm, an activation, or one after the other, if nothing else reads what the calls give.
+def epilogues(flow: Flow, calls: tuple[Call, ...]) -> tuple[Epilogue, ...]:
+    """Return the epilogue of calls: a batch norm, an activation, or a batch norm and then an activation.
 
-    Calls of one site that are followed by different things have none.
+    The epilogue counts only if nothing else reads the output of the calls. It is empty if the calls of one site are
+    followed by different things.
     """
     found = {tuple(_after(flow, call.value)) for call in calls}
     return found.pop() if len(found) == 1 else ()
 
 
-def _after(flow: Flow, value: int) -> Iterator[Neighbour]:
+def _after(flow: Flow, value: int) -> Iterator[Epilogue]:
     user = flow.only_user(value)
     epilogue = _epilogue(flow, user)
     if isinstance(epilogue, BatchNorm):
@@ -156,6 +165,6 @@ def _after(flow: Flow, value: int) -> Iterator[Neighbour]:
         yield epilogue
 
 
-def _epilogue(flow: Flow, value: int | None) -> Neighbour | None:
+def _epilogue(flow: Flow, value: int | None) -> Epilogue | None:
     element = None if value is None else flow.at.get(value)
     return element.epilogue if isinstance(element, Other) else None

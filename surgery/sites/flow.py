@@ -1,14 +1,14 @@
-"""The flow: what surgery knows of a graph, as plain values. Kinds of models read it; find, fusable and recut use it.
+"""The flow: what surgery knows of a graph, as plain values. A kind of models reads it; find, fusable and recut use it.
 
-Every value in a graph has a number, in the order in which values are computed. A convolution, a batch norm, and the sum
-of both with the input are
+Each value in a graph has a number, in the order in which values are computed. A convolution, a batch norm after it, and
+the sum of that norm with the input are
 
     Other(value=0)                                    the input
     Call(value=1, source=0, weight="conv.weight")     an operator on a value
-    Other(value=2, epilogue=BatchNorm())              what surgery does not change
+    Other(value=2, epilogue=BatchNorm())              a value that surgery does not change
     Sum(value=3, terms=(2, 0))                        the sum of two values
 
-Parameters are known by their names and keys: names have one key if they stand for the same memory, as tied weights do.
+A parameter has names and one key. Two names have the same key if they stand for the same memory, as tied weights do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TypeAlias
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Layout, Operator, Shape
 from surgery.algebra.steps import Link
-from surgery.sites.epilogue import Loop, Neighbour
+from surgery.sites.epilogue import Epilogue, Loop
 from surgery.sites.site import Skip
 
 __all__ = [
@@ -45,13 +45,17 @@ __all__ = [
 Key: TypeAlias = Hashable
 Origin: TypeAlias = tuple[str, tuple[int, ...]]  # a factorization and its ranks
 
-# what the parameter with a weight's numbers is called: as such, and by torch's weight norm and parametrizations
+# how the name of the parameter with a weight's numbers ends: plainly, by torch's weight norm, and by parametrizations
 _PARAMETRIZED = (".parametrizations.weight.original", ".parametrizations.weight.original1")
 _WEIGHTS = (".weight", ".weight_v", ".weight_orig", *_PARAMETRIZED)
 
 
 def site_name(parameter: str) -> str:
-    """Return the name of the site of a weight: its path without a final ``.weight``, or what torch computes it from."""
+    """Return the name of a weight's site: the parameter's path without the ending that says it is a weight.
+
+    >>> site_name("conv.weight"), site_name("conv.parametrizations.weight.original1"), site_name("table")
+    ('conv', 'conv', 'table')
+    """
     for suffix in _WEIGHTS:
         if parameter.endswith(suffix):
             return parameter.removesuffix(suffix)
@@ -62,10 +66,11 @@ def site_name(parameter: str) -> str:
 class Call:
     """One call of an operator on ``source``, by a module (at ``path``) or by a function.
 
-    ``weight`` and ``bias`` are names of parameters. Where the graph computes the bias, ``computed_bias`` is its value,
-    and the operator has none. ``stored`` is the layout of the weight. A call may span several values: ``inside`` has
-    those before ``value``, and ``reader`` is the one that reads the weight. A module may do more than its operator:
-    ``last`` says that the operator comes last, and ``surplus`` counts parameters beside those of the operator.
+    ``weight`` and ``bias`` are names of parameters. Where the graph computes the bias, ``computed_bias`` is the number
+    of that value, and the operator has no bias. ``stored`` is the layout of the weight. A call may span several values:
+    ``inside`` has those before ``value``, and ``reader`` is the value that reads the weight. ``loop`` is the loop of a
+    recurrent layer around the call. A module may do more than its operator: ``last`` says that the operator comes last,
+    and ``surplus`` counts the parameters that the module has in addition to the operator's.
     """
 
     value: int
@@ -89,7 +94,7 @@ class Call:
 
     @property
     def calls(self) -> tuple[Call, ...]:
-        """Itself: each element of a chain has calls."""
+        """The call itself, so that every part of a chain can be asked for its calls."""
         return (self,)
 
     @property
@@ -99,7 +104,7 @@ class Call:
 
     @property
     def user(self) -> int:
-        """The value for which the weight is read."""
+        """The value that reads the weight."""
         return self.value if self.reader is None else self.reader
 
 
@@ -107,7 +112,7 @@ class Call:
 class Reshape:
     """A reshape, a transpose, or the addition of a bias: a step of a chain without a weight matrix.
 
-    ``path`` is that of its module, if it is one, and ``bias`` the name of the parameter that is added.
+    ``path`` is the path of the module, if a module does it. ``bias`` is the name of the parameter that is added.
     """
 
     value: int
@@ -118,12 +123,12 @@ class Reshape:
 
     @property
     def values(self) -> tuple[int, ...]:
-        """Its one value."""
+        """The one value of the reshape."""
         return (self.value,)
 
     @property
     def calls(self) -> tuple[Call, ...]:
-        """None."""
+        """No calls: a reshape has none."""
         return ()
 
 
@@ -137,10 +142,10 @@ class Sum:
 
 @dataclass(frozen=True, eq=False)
 class Other:
-    """Any other value; ``epilogue`` says that a runtime may compute it in one kernel with what it reads."""
+    """Any other value; ``epilogue`` is set if a runtime may compute it in one kernel with the operator before it."""
 
     value: int
-    epilogue: Neighbour | None = None
+    epilogue: Epilogue | None = None
 
 
 Element: TypeAlias = Call | Reshape | Sum | Other
@@ -148,7 +153,7 @@ Element: TypeAlias = Call | Reshape | Sum | Other
 
 @dataclass(frozen=True, eq=False)
 class Left:
-    """What was left alone in a graph, and for which values."""
+    """A skip, with the values in the graph that it is about."""
 
     skip: Skip
     values: tuple[int, ...]
@@ -156,10 +161,10 @@ class Left:
 
 @dataclass(frozen=True, eq=False)
 class Tensors:
-    """The parameters: the key and the size of each name, and the values for which each key is read.
+    """The parameters: ``keys`` and ``sizes`` by name, and the values that read each parameter (``uses``), by key.
 
-    ``computed`` are weights that the graph computes; they count as one parameter each, and ``surplus`` is how many more
-    numbers they are computed from.
+    ``computed`` names the weights that the graph computes; each counts as one parameter. ``surplus`` is the number of
+    entries that the graph computes these weights from, less the number of entries that these weights have.
     """
 
     keys: Mapping[str, Key]
@@ -178,20 +183,20 @@ class Tensors:
 
     @cached_property
     def total(self) -> int:
-        """Number of all parameters, each counted once."""
+        """Number of entries of all parameters; a tied parameter counts once."""
         return sum({self.keys[name]: size for name, size in self.sizes.items()}.values()) + self.surplus
 
     def aliases(self, name: str) -> tuple[str, ...]:
-        """Return all names of the parameter of a name."""
+        """Return all names of the parameter that has this name."""
         return self.names[self.keys[name]]
 
 
 @dataclass(frozen=True, eq=False)
 class Unseen:
-    """A layer of the model that no call may have reached: what to say of it then.
+    """A layer of the model with the skip to report if no call reaches the layer.
 
-    ``key`` is that of its weight. ``operator`` says that it is a layer with an operator; what is said of any other
-    holds unless a layer around it was named.
+    ``key`` is the key of its weight. ``operator`` says whether the layer is an operator. The skip of any other layer is
+    dropped if a layer around it is already a site or a skip.
     """
 
     skip: Skip
@@ -201,10 +206,11 @@ class Unseen:
 
 @dataclass(frozen=True, eq=False)
 class Layers:
-    """What is known of modules, by path, where the graph calls them.
+    """What is known of the modules that a graph calls, by path.
 
-    ``children`` has the paths of all children of each plain container. ``bound`` says why a module cannot become part
-    of another: a hook, parameters of its own. ``alone`` says that nothing but modules can be changed.
+    ``children`` has the paths of all children of each plain container. ``bound`` says why a module cannot be fused with
+    others: it has a hook, or parameters of its own. ``alone`` says that only modules can be changed, not function
+    calls. ``unseen`` are the layers to report if no call reaches them.
     """
 
     children: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -215,10 +221,10 @@ class Layers:
 
 @dataclass(frozen=True, eq=False)
 class ModuleChain:
-    """A chain that stands in the model as a module, or as several with the same weights and a bias each.
+    """A chain that stands in the model as one module, or as several modules with the same weights and a bias each.
 
-    ``names`` are the paths of the modules, and ``chains`` what each computes; ``weights`` are the names of the factors.
-    ``calls`` are the calls that were seen, each by the value that it gives.
+    ``names`` are the paths of the modules, and ``chains`` has the chain of each module. ``weights`` are the names of
+    the factors, and ``keys`` their keys. ``calls`` are the values that the calls seen in the graph give.
     """
 
     names: tuple[str, ...]
@@ -233,11 +239,13 @@ class ModuleChain:
 class Flow:
     """A graph as surgery sees it.
 
-    ``users`` are the values that are computed from each value. ``shapes`` has the shape of each value, ``input_shapes``
-    of what the operator of a call reads, and ``macs`` the multiply-accumulates of a value that is not a call's; they
-    are worked out when they are asked for. ``labels`` are the graph's own names of values. ``origins`` says what made
-    the factors of a site, and ``recorded`` are all sites that are known to be factored, origins or not. ``broken`` are
-    chains that were changed so that they are none. ``proved`` is false where calls were only seen in a run.
+    ``users`` has the values that are computed from each value. Three mappings are computed on demand: ``shapes`` has
+    the shape of each value, ``input_shapes`` the input shape of the operator of each call, and ``macs`` the
+    multiply-accumulates of each value that is not a call's. ``labels`` are the graph's own names of values. ``chains``
+    are the chains that stand as modules, and ``broken`` reports modules that are not chains any more because they were
+    changed. ``origins`` has the factorization and the ranks of factored sites. ``recorded`` names all sites that are
+    known to be factored, with or without an origin. ``proved`` is false if calls were only seen in a run, so that
+    nothing is known of the dataflow between them.
     """
 
     elements: tuple[Element, ...]
@@ -266,6 +274,6 @@ class Flow:
         return tuple(element for element in self.elements if isinstance(element, Call))
 
     def only_user(self, value: int) -> int | None:
-        """Return the one value that is computed from a value, or None if there is none or more than one."""
+        """Return the one value that is computed from a value; None unless there is exactly one."""
         users = self.users.get(value, frozenset())
         return next(iter(users)) if len(users) == 1 else None

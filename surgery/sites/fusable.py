@@ -1,8 +1,8 @@
 """fusable: which parts of a flow are provably one operator.
 
 A segment (see ``segments``) is split into the longest pieces that compose to one operator. Pieces over the same weights
-are one chain: for a -> b -> relu -> a' -> b' with the weights of a and a' tied, and those of b and b', both pieces
-become one operator with one weight, or none of them does.
+are one chain. For a -> b -> relu -> a' -> b', where a and a' have tied weights and so have b and b', either both pieces
+become one operator with one weight, or neither does.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from surgery.sites.site import Skip
 
 __all__ = ["fusable", "is_whole_sequential"]
 
-_UNPROVED = "neither torch.fx nor torch.export captures the model, so that nothing is known of its dataflow"
+_UNPROVED = "neither torch.fx nor torch.export can capture the model, so nothing is known of its dataflow"
 
 
 def fusable(flow: Flow, *, everything: bool = False) -> tuple[list[Fusable], list[Skip]]:
-    """Return the chains that are provably one operator, and why others that look like it are not.
+    """Return the chains that are provably one operator, and a skip for each chain that looks like one but is not.
 
-    A model with a record comes back to what it was: chains that it had of its own are left alone, unless ``everything``
-    is to be fused.
+    In a model with a record, only factored sites are fused: chains of the original model are left alone, unless
+    ``everything`` is true.
     """
     modules: list[Fusable] = [FusableModule(chain) for chain in flow.chains]
     skips = list(flow.broken)
@@ -41,16 +41,17 @@ def fusable(flow: Flow, *, everything: bool = False) -> tuple[list[Fusable], lis
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """Parts in a row, and the one operator that they are."""
+    """Parts in a row, and the one operator that they compose to."""
 
     parts: tuple[Part, ...]
     operator: Operator
 
 
 def _chains(flow: Flow, pieces: Sequence[_Piece]) -> tuple[list[Fusable], list[Skip]]:
-    """Return the pieces over the same weights as one chain each, and why some cannot be fused."""
+    """Return one chain for all pieces over the same weights, and a skip for each chain that cannot be fused."""
     groups: dict[tuple[Key, ...], list[_Piece]] = defaultdict(list)
     for piece in pieces:
+        # keys and not names, so that tied weights bring their pieces together
         groups[tuple(flow.tensors.keys[call.weight] for call in calls_of(piece.parts))].append(piece)
     chains: list[Fusable] = []
     skips = []
@@ -66,23 +67,26 @@ def _chains(flow: Flow, pieces: Sequence[_Piece]) -> tuple[list[Fusable], list[S
 
 
 def _refuse_rows(flow: Flow, rows: Sequence[Sequence[Part]]) -> Refusal | None:
-    """Refuse modules that cannot become part of another, and rows over one weight that differ in their form."""
+    """Refuse modules that cannot be fused with others, and rows over the same weights that differ in their form."""
     if flow.layers.alone and (refusal := _refuse_functions(flow.layers, rows)) is not None:
         return refusal
     paths = sorted({part.path for row in rows for part in row if part.path is not None})
+    # a hook between two modules sees a value that would not exist any more
     bound = next((path for path in paths if flow.layers.bound.get(path)), None)
     if bound is not None:
         return Refusal(f"{bound} {flow.layers.bound[bound]}")
+    # rows may differ in their biases, since each row gets an operator with a bias of its own
     forms = {tuple(call.operator.form.unbiased for call in calls_of(row)) for row in rows}
     if len(forms) > 1:
-        return Refusal("its weights are shared by runs of different geometry")
+        return Refusal("its weights are shared by chains of different geometry")
+    # fused modules are gone afterwards, so nothing else may call them
     inside = {call.value for row in rows for call in calls_of(row)}
     strangers = sorted({str(c.path) for c in flow.calls if c.path in paths and c.value not in inside})
     return Refusal(f"{', '.join(strangers)} is also called outside of the chain") if strangers else None
 
 
 def _refuse_functions(layers: Layers, rows: Sequence[Sequence[Part]]) -> Refusal | None:
-    """Refuse reshapes that a forward makes itself, where nothing but modules can be changed."""
+    """Refuse function calls in a forward, where only modules can be changed."""
     for row in rows:
         if any(part.path is None for part in row):
             return Refusal("a function in forward() is part of the chain; recompose an exported program instead")
@@ -93,13 +97,13 @@ def _refuse_functions(layers: Layers, rows: Sequence[Sequence[Part]]) -> Refusal
 
 
 def is_whole_sequential(layers: Layers, paths: Sequence[str]) -> bool:
-    """Whether these modules are all the children of one container below the root, in order."""
+    """Whether these paths are all children of one container, in order, and the container is not the root."""
     parent = paths[0].rpartition(".")[0]
     return bool(parent) and layers.children.get(parent) == tuple(paths)
 
 
 def _find_pieces(flow: Flow, *, everything: bool) -> tuple[list[_Piece], list[Skip]]:
-    """Return the pieces of all segments that compose, and why others that look like it do not."""
+    """Return the pieces of all segments that compose, and a skip for each place where a piece ends."""
     pieces: list[_Piece] = []
     skips: list[Skip] = []
     for segment in find_segments(flow):
@@ -123,14 +127,16 @@ def _partition(parts: Sequence[Part]) -> tuple[list[_Piece], list[Skip]]:
         piece = _longest(parts[start:])
         if piece is not None:
             pieces.append(piece)
+        # greedy from the left: the longest piece that starts here is taken, and the search goes on after it
         start += 1 if piece is None else len(piece.parts)
     return pieces, []
 
 
 def _longest(parts: Sequence[Part]) -> _Piece | None:
-    """Return the longest piece from the first part on that composes of two calls or more."""
+    """Return the longest piece that starts with the first part, has two calls or more, and composes."""
     for end in range(len(parts), 0, -1):
         piece = parts[:end]
+        # module calls and function calls cannot be one piece: modules are replaced, function calls are rewritten
         if len(calls_of(piece)) < 2 or len({part.path is None for part in piece}) > 1:
             continue
         operator = compose_steps([part.step for part in piece])
@@ -140,6 +146,7 @@ def _longest(parts: Sequence[Part]) -> _Piece | None:
 
 
 def _partition_calls(calls: Sequence[Call]) -> tuple[list[_Piece], list[Skip]]:
+    # ``operator`` is what the calls in ``current`` compose to. Each next call either joins them or starts a new piece.
     pieces: list[_Piece] = []
     skips = []
     current, operator = [calls[0]], calls[0].operator

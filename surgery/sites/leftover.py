@@ -1,4 +1,4 @@
-"""One sentence on what was left alone, where that is most of a model: how much, mostly why, and what to do about it."""
+"""One sentence for a model that is mostly left alone: what share, the main reason, and what to do about it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST = 0.5
 _CHOSEN = re.compile(r"excluded|not included|kept dense by|ranks do not name it|in the plan")
 
 _EXPORT = "export the model with torch.export and give the program, or its .pt2 file, in its place"
-# what a reason says -> what to do about it; the first that fits
+# words of a reason -> what to do about it; the first row that matches counts
 _STEPS: tuple[tuple[str, str], ...] = (
     (r"computed by the graph", _EXPORT),
     (r"quantiz", "change the model before it is quantized"),
@@ -37,14 +37,15 @@ class _Place(Protocol):
 
 
 def left_alone(places: Iterable[_Place], macs: float | None, *, exported: bool = False) -> str | None:
-    """Return a sentence if most of a model's ``macs`` are in places that were left alone; None otherwise.
+    """Return one sentence if most of a model's ``macs`` are in places that are left alone; None otherwise.
 
-    Places that the caller has chosen to leave do not count. Reasons that differ in numbers are one reason. Of a model
-    that is ``exported`` already nobody is told to do so.
+    Places that the caller chose to leave do not count. Reasons that differ only in numbers are one reason. The sentence
+    never suggests an export if the model is ``exported`` already.
     """
     groups: dict[str, list[_Place]] = defaultdict(list)
     for place in places:
         if place.macs and not _CHOSEN.search(place.reason):
+            # "full rank would cost 12 MACs" and "full rank would cost 34 MACs" are one reason
             groups[re.sub(r"\d[\d.]*", "#", place.reason)].append(place)
     costs = {key: sum(place.macs or 0 for place in group) for key, group in groups.items()}
     if not macs or sum(costs.values()) <= _MOST * macs:
@@ -59,5 +60,5 @@ def left_alone(places: Iterable[_Place], macs: float | None, *, exported: bool =
 
 
 def _short(reason: str) -> str:
-    """Return a reason without what to do about it, and without what is in brackets at its end."""
+    """Return a reason without its advice (after the semicolon) and without brackets at its end."""
     return re.sub(r"\s*\([^()]*\)$", "", reason.split(";")[0])

@@ -1,4 +1,4 @@
-"""Placements: sites with their calls in a flow, and chains in a flow that are one operator."""
+"""Placements: where sites and fusable chains stand in a flow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ __all__ = ["BranchSum", "Found", "FusableChain", "FusableModule", "Fusable", "Pa
 
 @dataclass(frozen=True, eq=False)
 class BranchSum:
-    """The sum of rows of calls on one source; ``additions`` are the values of the additions, in order."""
+    """A sum of branches: rows of calls that all read one value, added up.
+
+    ``additions`` are the values of the additions, in order.
+    """
 
     rows: tuple[tuple[Call, ...], ...]
     additions: tuple[int, ...]
@@ -31,12 +34,12 @@ class BranchSum:
 
     @property
     def source(self) -> int:
-        """What all rows read."""
+        """The value that all rows read."""
         return self.rows[0][0].source
 
     @property
     def values(self) -> tuple[int, ...]:
-        """All values, each after those that it is computed from."""
+        """All values of the sum; each comes after the values that it is computed from."""
         return (*(call.value for call in self.calls), *self.additions)
 
     @property
@@ -56,7 +59,7 @@ class BranchSum:
 
     @property
     def path(self) -> str | None:
-        """The path of the module that adds, if the calls are modules in its rows."""
+        """The path of the module that adds up the branches, if the calls are modules in its rows."""
         last = self.rows[-1][-1].path
         return None if last is None else last.rpartition(".")[0].rpartition(".")[0]
 
@@ -71,10 +74,10 @@ def calls_of(parts: Sequence[Part]) -> list[Call]:
 
 @dataclass(frozen=True, eq=False)
 class FusableChain:
-    """Parts in a row that are provably one operator, and the other rows over the same weights.
+    """Rows of parts over the same weights; each row is provably one operator.
 
-    ``operators`` are what the rows compose to: one weight, a bias each. ``sites`` are the names that the one operator
-    gets, one for each name of a tied weight.
+    ``operators`` has the operator that each row composes to; they have one weight, and a bias each. ``sites`` are the
+    names for this operator, one for each name of a tied weight.
     """
 
     sites: tuple[str, ...]
@@ -93,13 +96,13 @@ class FusableChain:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the parts."""
+        """Number of parameters of the chain."""
         return sum(call.operator.parameters for call in self.calls[0])
 
 
 @dataclass(frozen=True, eq=False)
 class FusableModule:
-    """A chain that stands as a module, with what it composes to."""
+    """A chain that stands in the model as a module, or as several modules with the same weights."""
 
     chain: ModuleChain
 
@@ -120,7 +123,7 @@ class FusableModule:
 
     @cached_property
     def operators(self) -> tuple[Operator, ...]:
-        """What each module composes to."""
+        """The operator that each module composes to. Raises CheckError if a chain does not compose."""
         return tuple(map(_composed, self.chain.chains))
 
 
@@ -136,7 +139,7 @@ def _composed(chain: Chain) -> Operator:
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """A site with its calls. Of a site that is factored already, ``chain`` is what stands there in place of calls."""
+    """A site with its calls in a flow. A site that is factored already has no calls, but a ``chain``."""
 
     site: Site
     calls: tuple[Call, ...]
@@ -144,7 +147,7 @@ class Placement:
 
     @property
     def first(self) -> int:
-        """The first value that is computed with its weight."""
+        """The first value in the graph that is computed with the site's weight."""
         if isinstance(self.chain, FusableModule):
             return min(self.chain.chain.calls)
         return self.chain.calls[0][0].value if self.chain is not None else self.calls[0].value
@@ -152,7 +155,7 @@ class Placement:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """All sites of a model with their calls, what was left alone, and the totals."""
+    """All sites of a model with their calls, the skips, and the totals."""
 
     placements: tuple[Placement, ...]
     skips: tuple[Skip, ...]

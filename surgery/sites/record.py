@@ -5,7 +5,8 @@
         "attn.in_proj_weight": {"parts": ["in_proj_q", "in_proj_k", "in_proj_v"]},
         "lstm":                {"recurrent": {...}, "parts": {...}}}}
 
-A file may say anything. What it says is read here, once. What is not of this form is left out; ``check`` refuses it.
+A file may contain anything. Only this module reads a record from it. An entry that does not have this form is left out,
+and ``check`` refuses a record that has one.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ _VERSION = 1
 class Entry:
     """What is recorded of a factored site.
 
-    ``origin`` says what made its factors. ``weight`` is what its weight was called, and ``stored`` the layout of that.
-    ``added`` says for each call whether a bias that the graph computes is added behind the chain. ``computed`` says how
-    the graph computed the weight, as JSON values.
+    ``origin`` has the factorization and the ranks of its factors. ``weight`` is the original name of its weight, and
+    ``stored`` the layout in which that weight was stored. ``added`` says for each call whether the graph adds a
+    computed bias after the chain. ``computed`` says how the graph computed the weight, as JSON values.
     """
 
     origin: Origin | None = None
@@ -48,7 +49,7 @@ class Entry:
 
     @classmethod
     def from_json(cls, value: Any) -> Entry:
-        """Return what JSON values say of a site, without what is not of the form of an entry."""
+        """Return the entry that JSON values describe; a field that does not have the form of an entry is left out."""
         said = value if isinstance(value, dict) else {}
         weight, stored, added = said.get("weight"), said.get("stored"), said.get("added")
         return cls(
@@ -67,10 +68,11 @@ def _read_origin(method: Any, ranks: Any) -> Origin | None:
 
 @dataclass(frozen=True)
 class Record:
-    """The factored sites of a model by name, and what else was taken apart for them.
+    """The factored sites of a model by name, and the layers that were taken apart for them.
 
-    ``packed`` has the parts of each packed weight, and ``layers`` describes recurrent layers that have factored parts;
-    ``ties`` are names of parameters that are one. ``damaged`` has what a file says of sites without an origin.
+    ``ties`` are groups of names that stand for one parameter. ``packed`` has the parts of each packed weight, and
+    ``layers`` describes the recurrent layers that have factored parts. ``damaged`` has the JSON values of entries
+    without a readable origin.
     """
 
     sites: Mapping[str, Entry] = field(default_factory=dict)
@@ -81,7 +83,7 @@ class Record:
 
     @property
     def origins(self) -> dict[str, Origin]:
-        """What made the factors of each site, where that is known."""
+        """The factorization and the ranks of each site for which they are known."""
         return {name: entry.origin for name, entry in self.sites.items() if entry.origin is not None}
 
     @property
@@ -94,7 +96,7 @@ class Record:
         return bool(self.sites or self.packed or self.layers)
 
     def with_site(self, name: str, entry: Entry) -> Record:
-        """Return the record with an entry."""
+        """Return the record with an entry for a site."""
         return replace(self, sites={**self.sites, name: entry})
 
     def with_packed(self, name: str, parts: tuple[str, ...]) -> Record:
@@ -106,14 +108,18 @@ class Record:
         return replace(self, layers={**self.layers, name: description})
 
     def without(self, name: str) -> Record:
-        """Return the record without what it says of a name."""
+        """Return the record without its entries for a name."""
         sites, packed, layers = dict(self.sites), dict(self.packed), dict(self.layers)
         for rows in (sites, packed, layers):
             rows.pop(name, None)
         return replace(self, sites=sites, packed=packed, layers=layers)
 
     def check(self) -> Record:
-        """Return the record if all of its sites say what made their factors; raises FileError for another one."""
+        """Return the record itself.
+
+        Raises:
+            FileError: a site has no known factorization, or no positive ranks.
+        """
         for name, said in self.damaged.items():
             method, ranks = (said.get("factorization"), said.get("rank")) if isinstance(said, dict) else (None, None)
             allowed = f"one of {', '.join(FACTORIZATIONS)}, and positive ranks"
@@ -132,10 +138,10 @@ class Record:
 
     @classmethod
     def from_json(cls, value: Any) -> Record:
-        """Return the record that JSON values say.
+        """Return the record that JSON values describe.
 
         Raises:
-            FileError: they are not a record, or one of a version that is not known.
+            FileError: the values are not a record, or the record has an unknown version.
         """
         if not isinstance(value, dict) or value.get("version") != _VERSION:
             raise FileError("has a record of factored layers that cannot be read", allowed=f"version {_VERSION}")
@@ -147,6 +153,8 @@ class Record:
         layers, damaged = {}, {}
         for name, row in rows.items():
             said = row if isinstance(row, dict) else {}
+            # the three forms of a row are told apart by their fields: a recurrent layer, a packed weight, or a factored
+            # site
             if "recurrent" in said:
                 layers[name] = row
             elif isinstance(said.get("parts"), list):

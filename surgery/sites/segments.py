@@ -1,10 +1,10 @@
 """Segments: rows of parts of a flow that may be one operator, cut at the borders of factored sites.
 
     parts        calls, reshapes, and sums of branches that are one operator together
-    runs         rows of parts in which each value is used by the next part alone
-    segments     runs, cut so that the factors of one site stay apart from what stands before and after them
+    rows         parts in sequence, where only the next part uses the value of each part
+    segments     rows, cut so that the factors of one site stay apart from the parts before and after them
 
-For x -> a.0 -> a.1 -> b.0 -> b.1 -> relu -> c the parts are five calls; [a.0, a.1, b.0, b.1] is a run, since nothing
+For x -> a.0 -> a.1 -> b.0 -> b.1 -> relu -> c the parts are five calls; [a.0, a.1, b.0, b.1] is a row, since nothing
 else reads the values between them; and [a.0, a.1] and [b.0, b.1] are its segments.
 """
 
@@ -17,23 +17,28 @@ from surgery.errors import Refusal
 from surgery.sites.flow import Call, Flow, Reshape, Sum, site_name
 from surgery.sites.placement import BranchSum, Part, calls_of
 
-__all__ = ["common", "find_segments", "owners", "parents", "place_of", "sites_of"]
+__all__ = ["common", "find_segments", "owners", "parents", "step_of", "sites_of"]
 
 
 def sites_of(flow: Flow, parts: Sequence[Part]) -> tuple[str, ...]:
-    """Name the one operator: P for weights P.0.weight, P.1.weight, ...; else as the first weight."""
+    """Return the names of the one operator that parts compose to.
+
+    The name is P if the weights are P.0.weight, P.1.weight, ...; otherwise it is the site name of the first weight.
+    There is one name for each name of a tied weight.
+    """
     carriers = [part for part in parts if part.calls]
     found = common([parents(flow, part) for part in carriers])
     return found or tuple(site_name(name) for name in flow.tensors.aliases(carriers[0].calls[0].weight))
 
 
 def find_segments(flow: Flow) -> list[list[Part]]:
-    """Return all runs, cut at the borders of factored sites."""
-    return [segment for run in _find_runs(flow) for segment in _segments(flow, run)]
+    """Return all rows of parts, cut at the borders of factored sites; each segment has two calls or more."""
+    return [segment for row in _find_rows(flow) for segment in _segments(flow, row)]
 
 
-def _find_runs(flow: Flow) -> Iterator[list[Part]]:
-    """Yield each maximal run with two calls or more; a bias that the graph computes ends a run."""
+def _find_rows(flow: Flow) -> Iterator[list[Part]]:
+    """Yield each row of maximal length with two calls or more; a bias that the graph computes ends a row."""
+    # follower[v] is the only part that uses the value v. A part is the start of a row if it follows no other part.
     parts = _find_parts(flow)
     follower: dict[int, Part] = {}
     ends = {part.value for part in parts if part.calls and part.calls[-1].computed_bias is not None}
@@ -42,18 +47,18 @@ def _find_runs(flow: Flow) -> Iterator[list[Part]]:
             follower[part.source] = part
     inner = {follower[part.value].value for part in parts if part.value in follower}
     for part in parts:
-        run = [part]
-        while run[-1].value in follower:
-            run.append(follower[run[-1].value])
-        if part.value not in inner and len(calls_of(run)) > 1:
-            yield run
+        row = [part]
+        while row[-1].value in follower:
+            row.append(follower[row[-1].value])
+        if part.value not in inner and len(calls_of(row)) > 1:
+            yield row
 
 
 def _find_parts(flow: Flow) -> list[Part]:
-    """Return all parts in order; calls in a sum belong to it. Calls on computed weights are none.
+    """Return all parts in order. The calls in a sum of branches are part of it; calls on computed weights are not.
 
-    The branches of a sum are of one site that is known to be factored, or have the names that factors have: what a
-    model adds up itself, as two heads, is not one chain.
+    A sum counts only if its branches belong to one site that is known to be factored, or have the names of factors. A
+    sum of the model's own, such as that of two heads, is not a part.
     """
     calls = {call.value: call for call in flow.calls if call.weight not in flow.tensors.computed}
     parts: dict[int, Part] = dict(calls)
@@ -62,18 +67,21 @@ def _find_parts(flow: Flow) -> list[Part]:
             parts[element.value] = element
         elif isinstance(element, Sum) and (found := _branch_sum(flow, element, calls)) is not None:
             parts[element.value] = found
+    # a sum that is part of a larger sum, and the calls in it, are inner values of that larger part
     sums = [part for part in parts.values() if isinstance(part, BranchSum)]
     within = {value for part in sums for value in part.values[:-1]}
     return [parts[value] for value in sorted(parts) if value not in within]
 
 
 def _branch_sum(flow: Flow, last: Sum, calls: Mapping[int, Call]) -> BranchSum | None:
-    """Return the sum of branches that ends here and is one operator, or None."""
+    """Return the sum of branches whose last addition is ``last``, if it composes to one operator; else None."""
     leaves, additions = _leaves(flow, last)
-    rows = [_row(flow, leaf, calls) for leaf in leaves] if len(set(leaves)) == len(leaves) else [[]]
+    # each term must be the end of a branch, all branches must start at one value, and no term may occur twice
+    rows = [_branch(flow, leaf, calls) for leaf in leaves] if len(set(leaves)) == len(leaves) else [[]]
     if any(not row or row[0].source != rows[0][0].source for row in rows):
         return None
     found = BranchSum(tuple(map(tuple, rows)), tuple(additions))
+    # a computed bias can be moved only if it is that of the last call
     if any(call.computed_bias is not None for call in found.calls[:-1]) or not _of_one_site(flow, found):
         return None
     composed = add([compose_steps([call.operator for call in row]) for row in rows])
@@ -81,13 +89,17 @@ def _branch_sum(flow: Flow, last: Sum, calls: Mapping[int, Call]) -> BranchSum |
 
 
 def _of_one_site(flow: Flow, found: BranchSum) -> bool:
-    """Whether branches are those of one factored site: of a known one, or else by their names."""
+    """Whether branches belong to one factored site: by the record, or by their names if the record has none of them."""
     known = [owners(flow, call) for call in found.calls]
     return bool(frozenset.intersection(*known)) or (not any(known) and bool(parents(flow, found)))
 
 
 def _leaves(flow: Flow, last: Sum) -> tuple[list[int], list[int]]:
-    """Return what a tree of additions adds up, from the left, and its additions; an inner sum has no other use."""
+    """Return the terms of a tree of additions from left to right, and the values of its additions.
+
+    An addition belongs to the tree only if nothing else uses it. For s = (a + b) + c, where only s uses a + b, the
+    terms are a, b, c and the additions are a + b, s.
+    """
     leaves: list[int] = []
     additions: list[int] = []
     for term in last.terms:
@@ -99,8 +111,8 @@ def _leaves(flow: Flow, last: Sum) -> tuple[list[int], list[int]]:
     return leaves, [*additions, last.value]
 
 
-def _row(flow: Flow, leaf: int, calls: Mapping[int, Call]) -> list[Call]:
-    """Return the calls that end at a leaf of a sum and whose values have no other use."""
+def _branch(flow: Flow, leaf: int, calls: Mapping[int, Call]) -> list[Call]:
+    """Return the calls, one after another, that end at a term of a sum and whose values nothing else uses."""
     row: list[Call] = []
     value = leaf
     while value in calls and len(flow.users.get(value, ())) == 1:
@@ -109,47 +121,55 @@ def _row(flow: Flow, leaf: int, calls: Mapping[int, Call]) -> list[Call]:
     return row
 
 
-def _segments(flow: Flow, run: Sequence[Part]) -> list[list[Part]]:
-    """Cut a run so that the factors of one site, with their reshapes, stay apart from what comes before and after."""
+def _segments(flow: Flow, row: Sequence[Part]) -> list[list[Part]]:
+    """Cut a row so that the factors of one site, with their reshapes, stay apart from the parts before and after."""
     segments: list[list[Part]] = [[]]
     start = 0
-    while start < len(run):
-        length = _factored(flow, run[start:])
+    while start < len(row):
+        length = _factored(flow, row[start:])
         if length:
-            segments += [list(run[start : start + length]), []]
+            segments += [list(row[start : start + length]), []]
         else:
-            segments[-1].append(run[start])
+            segments[-1].append(row[start])
         start += max(1, length)
     return [segment for segment in segments if len(calls_of(segment)) > 1]
 
 
-def _factored(flow: Flow, run: Sequence[Part]) -> int:
-    """Return how many parts from the first on are all that is below a name P, with reshapes; 0 if they are not."""
-    lead = next((at for at, part in enumerate(run) if part.calls), len(run))
-    carriers = [part for part in run if part.calls]
+def _factored(flow: Flow, row: Sequence[Part]) -> int:
+    """Return how many of the first parts of a row are the whole chain of one factored site; 0 if they are none.
+
+    The chain of site P has step number i under the name P.i. Reshapes have no weight and so no name; the numbers of the
+    steps with weights say how many reshapes belong to the chain. In a row reshape, P.1, P.2, reshape, Q.0 the chain of
+    P starts at the first reshape (P.1 is step 1) and has all four parts before Q.0 (Q.0 is step 0 of its own chain).
+    """
+    lead = next((at for at, part in enumerate(row) if part.calls), len(row))
+    carriers = [part for part in row if part.calls]
     above, mine = _site_of_first(flow, carriers)
-    if not above or place_of(flow, carriers[0], above) != lead:
+    if not above or step_of(flow, carriers[0], above) != lead:
         return 0
+    # the parts are the whole chain only if they have every parameter below P.<number>
     calls = calls_of(mine)
     weights = {name for call in calls for name in flow.tensors.aliases(call.weight)}
     own = weights | {f"{name.removesuffix('.weight')}.bias" for name in weights}
-    shifts = [part.bias for part in run if isinstance(part, Reshape) and part.bias is not None]
+    # a shift after the last reshape holds the bias as P.<number>.bias
+    shifts = [part.bias for part in row if isinstance(part, Reshape) and part.bias is not None]
     places = {bias.removeprefix(f"{name}.") for bias in shifts for name in above if bias.startswith(f"{name}.")}
     own |= {f"{name}.{place}" for name in above for place in places}
     below = [name for name in flow.tensors.keys if name.startswith(f"{above[0]}.")]
     whole = all(name in own for name in below if name.removeprefix(f"{above[0]}.")[0].isdecimal())
     if len(calls) < 2 or not whole:
         return 0
-    last = max(at for at, part in enumerate(run) if part in mine)
-    following = next((at for at in range(last + 1, len(run)) if run[at].calls), None)
+    last = max(at for at, part in enumerate(row) if part in mine)
+    following = next((at for at in range(last + 1, len(row)) if row[at].calls), None)
     if following is None:
-        return len(run)
-    others = parents(flow, run[following])
-    return max(last + 1, following - (place_of(flow, run[following], others) if others else 0))
+        return len(row)
+    # the reshapes before the next part with a weight belong to that part's chain if its step number says so
+    others = parents(flow, row[following])
+    return max(last + 1, following - (step_of(flow, row[following], others) if others else 0))
 
 
 def _site_of_first(flow: Flow, carriers: Sequence[Part]) -> tuple[tuple[str, ...], list[Part]]:
-    """Return the names P below which the first parts with weights stand, and these parts."""
+    """Return the names P that the first parts with weights have in common, and these parts."""
     above = parents(flow, carriers[0]) if carriers else ()
     mine: list[Part] = []
     for part in carriers:
@@ -162,7 +182,7 @@ def _site_of_first(flow: Flow, carriers: Sequence[Part]) -> tuple[tuple[str, ...
 
 
 def parents(flow: Flow, part: Part) -> tuple[str, ...]:
-    """Return the P of each name P.<step>.weight, or P.<step>.<row>.<call>.weight in a sum; none for other names."""
+    """Return the P of each name P.<step>.weight, or P.<step>.<row>.<call>.weight in a sum; nothing for other names."""
     branches = isinstance(part, BranchSum)
     found = {tuple(_parent(name, branches) for name in flow.tensors.aliases(call.weight)) for call in part.calls}
     return found.pop() if len(found) == 1 and all(all(names) for names in found) else ()
@@ -177,18 +197,18 @@ def _parent(name: str, branches: bool) -> str:
 
 
 def common(rows: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """Return the names that are in all rows: a factor that several sites share stands below each of them."""
+    """Return the names that are in all rows. A factor that several sites share has a name below each of them."""
     return tuple(name for name in rows[0] if all(name in row for row in rows[1:]))
 
 
-def place_of(flow: Flow, part: Part, above: tuple[str, ...]) -> int:
-    """Return which step of its chain a part with a weight is, by its name below the first name in ``above``."""
+def step_of(flow: Flow, part: Part, above: tuple[str, ...]) -> int:
+    """Return the number of the step that a part with a weight is in its chain, from its name below ``above[0]``."""
     names = flow.tensors.aliases(part.calls[0].weight)
     name = next(alias for alias in names if alias.startswith(f"{above[0]}."))
     return int(name.removeprefix(f"{above[0]}.").split(".")[0])
 
 
 def owners(flow: Flow, call: Call) -> frozenset[str]:
-    """Return the factored sites, by the record, of which a call is a factor."""
+    """Return the recorded sites that a call is a factor of."""
     names = flow.tensors.aliases(call.weight)
     return frozenset(site for site in flow.recorded if any(name.startswith(f"{site}.") for name in names))

@@ -1,4 +1,4 @@
-"""Sites and skips: what was found in a graph, as values that know no graph."""
+"""Sites and skips: what was found in a graph, as values that are independent of the graph."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from surgery.algebra.chain import Chain
 from surgery.algebra.operators import Operator, Shape
 from surgery.errors import CheckError, InputError
-from surgery.sites.epilogue import Loop, Neighbour
+from surgery.sites.epilogue import Epilogue, Loop
 
 __all__ = ["FactoredSite", "Site", "Skip", "Totals", "select"]
 
@@ -19,16 +19,17 @@ class Site:
     """One place in one graph where an operator stands.
 
     ``name`` is the dotted path of its weight without ``.weight``; ``aliases`` are the other names of a tied weight.
-    ``input_shapes`` has the shape of the activations of each call, the batch included. ``behind`` is what stands behind
-    each call, as far as a runtime makes one with it, or the loop of a recurrent layer around it. ``surplus`` counts the
-    parameters that a computed weight is computed from, over the numbers that it has.
+    ``input_shapes`` has the shape of the input of each call, the batch included. ``epilogue`` is what a runtime
+    computes in one kernel with each call: the batch norm and the activation after it, or the loop of a recurrent layer
+    around it. ``surplus`` is for a weight that is computed from parameters: the number of their entries, less that of
+    the weight's.
     """
 
     name: str
     operator: Operator
     input_shapes: tuple[Shape, ...]
     aliases: tuple[str, ...] = ()
-    behind: tuple[Neighbour, ...] = ()
+    epilogue: tuple[Epilogue, ...] = ()
     surplus: int = field(default=0, kw_only=True)
 
     @property
@@ -38,24 +39,24 @@ class Site:
 
     @property
     def calls(self) -> int:
-        """How often the operator is called in one run."""
+        """Number of calls of the operator in the graph."""
         return len(self.input_shapes)
 
     @property
     def runs(self) -> int:
-        """How often it runs in one run of the model: for all steps of a loop, of which a call has all at once."""
-        loops = [step for step in self.behind if isinstance(step, Loop)]
+        """Number of times the operator runs in one run of the model: in a loop, once for each step."""
+        loops = [step for step in self.epilogue if isinstance(step, Loop)]
         return sum(loops[0].steps(shape) for shape in self.input_shapes) if loops else self.calls
 
     @property
     def members(self) -> tuple[Site, ...]:
-        """The sites that are decided on together: itself alone, unless it is a joint one."""
+        """The sites that get one decision together: this site alone, unless it is a joint site."""
         return (self,)
 
     def placed(self, step: Operator | Chain) -> Operator | Chain:
-        """Return the operator or its chain with what stands behind it, for timing."""
+        """Return the operator or its chain followed by the epilogue, for timing."""
         steps = step.steps if isinstance(step, Chain) else (step,)
-        return Chain((*steps, *self.behind)) if self.behind else step
+        return Chain((*steps, *self.epilogue)) if self.epilogue else step
 
     @property
     def description(self) -> str:
@@ -64,7 +65,7 @@ class Site:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters, counted once however often it is called."""
+        """Number of parameters; several calls count once."""
         return self.operator.parameters + self.surplus
 
     @property
@@ -75,23 +76,23 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class FactoredSite(Site):
-    """A chain that a factorization has made at known ranks: a site that may be cut to lower ranks.
+    """A site where a chain of known factorization and ranks already stands; the chain may be cut to lower ranks.
 
-    ``operator`` is the one that it stands for, without numbers: its weight is on the meta device.
+    ``operator`` is the operator that the chain stands for. Its weight is on the meta device, without numbers.
     """
 
     chain: Chain = field(kw_only=True)
 
     @property
     def made_by(self) -> tuple[str, tuple[int, ...]]:
-        """The factorization and its ranks."""
+        """The name of the factorization and its ranks. Raises CheckError if the chain has no origin."""
         if self.chain.origin is None:
             raise CheckError(f"nothing says what made the chain of {self.name}")
         return self.chain.origin
 
     @property
     def description(self) -> str:
-        """The operator in words, and what it has become."""
+        """The operator in words, with its factorization and ranks."""
         method, ranks = self.made_by
         return f"{self.operator.description} as {method} {','.join(map(str, ranks))}"
 
@@ -119,14 +120,14 @@ class Skip:
 
 @dataclass(frozen=True)
 class Totals:
-    """Costs of a whole model: all parameters, and the multiply-accumulates of one run with weights, sites or not."""
+    """Costs of a whole model: all parameters, and the MACs of all products with weights in one run, sites or not."""
 
     parameters: int
     macs: int
 
 
 def select(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> dict[str, str | None]:
-    """Map each name to None if the glob patterns choose it, else to the reason why they do not.
+    """Map each name to None if the glob patterns select it, else to the reason why they do not.
 
     Raises:
         InputError: a pattern that matches no name.

@@ -1,1 +1,1 @@
-"""torch.fx graphs: read, changed, and the kind of a GraphModule."""
+"""torch.fx graphs: how they are read, run and changed; and the kind of GraphModules."""

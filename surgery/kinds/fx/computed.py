@@ -1,7 +1,7 @@
-"""Weights that a graph computes from parameters and constants alone, found and computed once: sites in evaluation.
+"""Weights that a graph computes from parameters and constants alone: each is computed once, and becomes a site.
 
-Left alone, with the reason: what is random, what changes or reads a state that the model updates, and what shares its
-parameters with other parts of the graph.
+Three kinds of computed weights are left alone, with the reason: random ones, those whose computation changes or reads
+state that the model updates, and those whose parameters other parts of the graph use too.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Values = MutableMapping[Node, nn.Parameter | Refusal]
 
 _PARAMETRIZED = re.compile(r"((?:.*\.)?)parametrizations\.(\w+)\.original\d*")
 _RAW = re.compile(r"((?:.*\.)?weight)_(?:v|g|orig|raw)")
-_MOST = 4096  # numbers of a parameter beside the main one that are kept in any case
+_MOST = 4096  # a parameter with at most this many entries is kept with its numbers, however small the weight is
 
 
 @dataclass(frozen=True, eq=False)
 class Constants:
-    """How a graph kind finds the name and the tensor of a buffer or constant by its node.
+    """How a kind of graphs finds the name and the tensor of a buffer or constant by its node.
 
-    ``updated`` are names of those that a run changes, beside what nodes write to.
+    ``updated`` names buffers that a run changes without a node that writes to them.
     """
 
     find: Callable[[Node], tuple[str, Tensor] | None]
@@ -46,10 +46,13 @@ class Constants:
 
 
 def lift(reader: Reader, constants: Constants, values: Values) -> Reader:
-    """Return the reader with each computed weight as a parameter, in the place of those that it is computed from.
+    """Return the reader with each computed weight as a parameter, in the place of the parameters it is computed from.
 
-    ``values`` has what was computed before, by node; it is added to.
+    ``values`` has the weights that were computed before, by node; new ones are added to it.
     """
+    # Each computed weight has a main parameter, of its own size. In the new reader the weight stands at the place of
+    # the main parameter, and all parameters that it is computed from are hidden: W = g v / |v| stands for v, and hides
+    # g.
     found: dict[Node, Lifted] = {}
     refused: dict[Node, str] = {}
     weights = _weights(reader)
@@ -66,6 +69,8 @@ def lift(reader: Reader, constants: Constants, values: Values) -> Reader:
     for name, tensor in reader.parameters.items():
         if name in heads:
             one = heads[name]
+            # the plain name of the weight may be taken by another parameter; then it keeps the name of its main
+            # parameter
             free = one.name not in reader.parameters or one.name in hidden
             heads[name] = one = one if free else replace(one, name=name)
             parameters[one.name] = one.value
@@ -85,7 +90,7 @@ def lift(reader: Reader, constants: Constants, values: Values) -> Reader:
 
 
 def _updated(reader: Reader, constants: Constants) -> frozenset[str]:
-    """Return the names of the buffers and constants that a run changes."""
+    """Return the names of all buffers and constants that a run changes."""
     inputs = (read for node in reader.graph.nodes if _writes(node) for read in node.all_input_nodes)
     return frozenset(found[0] for read in inputs if (found := constants.find(read)) is not None) | constants.updated
 
@@ -99,7 +104,7 @@ def _writes(node: Node) -> bool:
 
 
 def _weights(reader: Reader) -> list[Node]:
-    """Return the nodes that give calls of operators a weight that is no parameter and no buffer."""
+    """Return the nodes that give the weight of an operator's call and are neither parameters nor buffers."""
     nodes = (node for node in reader.graph.nodes if node not in reader.outlined)
     parts = [found for node in nodes if isinstance(found := read_call(node), Parts)]
     weights = dict.fromkeys(each.weight for each in parts)
@@ -113,7 +118,7 @@ class _Finder:
     values: Values
 
     def find(self, weight: Node) -> Lifted | Refusal | None:
-        """Return a computed weight, why it is left alone, or None for what depends on the inputs or on no parameter."""
+        """Return a computed weight, or why it is left alone; None if it depends on the inputs, or on no parameter."""
         nodes = self._ancestors(weight)
         names = [self.reader.providers[node] for node in nodes if node in self.reader.providers]
         if not names:
@@ -134,7 +139,7 @@ class _Finder:
         return Lifted(_weight_name(main), weight, own, recipe, parameters, aliases, main, value)
 
     def _ancestors(self, weight: Node) -> list[Node]:
-        """Return all nodes that a weight is computed by, in graph order; none if it depends on an input."""
+        """Return all nodes that a weight is computed by, in graph order; an empty list if it depends on an input."""
         found: set[Node] = set()
         pending = [weight]
         while pending:
@@ -142,6 +147,7 @@ class _Finder:
             if node in found:
                 continue
             found.add(node)
+            # the walk stops at parameters and constants; at an input it fails, since then the weight is not fixed
             if node in self.reader.providers or self.constants.find(node) is not None:
                 continue
             if node.op in ("placeholder", "get_attr") or node in self.reader.outlined:
@@ -149,6 +155,7 @@ class _Finder:
             pending += node.all_input_nodes
         nodes = list(self.reader.graph.nodes)
         before = nodes[: nodes.index(weight)]
+        # assertions about values on the way have no users, so the walk from the weight does not find them
         idle = {node for node in before if _idle(node) and found.issuperset(node.all_input_nodes)}
         found |= idle
         return [*(node for node in before if node in found), weight]
@@ -159,7 +166,7 @@ class _Finder:
         return read_recipe(nodes, leaf | {node: ("buffer", name) for node, (name, _) in constants.items()})
 
     def _refuse(self, nodes: Sequence[Node], parameters: Mapping[str, Tensor], own: Collection[Node]) -> Refusal | None:
-        """Refuse parameters that others use too, and state that changes."""
+        """Refuse parameters that other nodes use too, state that the model updates, and modules with parameters."""
         for name, tensor in parameters.items():
             if (reason := refuse_tensor(tensor, f"parameter {name}")) is not None:
                 return Refusal(reason)
@@ -190,13 +197,14 @@ class _Finder:
 
 
 def _idle(node: Node) -> bool:
-    """Whether nothing uses what a node gives: it asserts what its input is, as before a cast, or was only looked at."""
+    """Whether nothing uses the value of a node, such as an assertion about its input before a cast."""
     return not node.users and bool(node.all_input_nodes) and node.op in ("call_function", "call_method")
 
 
 def _own(nodes: Sequence[Node], weight: Node) -> tuple[Node, ...]:
-    """Return the nodes that nothing but the weight uses, in order."""
+    """Return the nodes that only serve to compute the weight, in order."""
     own = {weight, *filter(_idle, nodes)}
+    # from last to first, so that the users of each node are decided before the node itself
     for node in reversed(nodes):
         if all(user in own for user in node.users):
             own.add(node)
@@ -204,8 +212,10 @@ def _own(nodes: Sequence[Node], weight: Node) -> tuple[Node, ...]:
 
 
 def _compute(recipe: Recipe, tensors: Mapping[str, Tensor], module: Any) -> Tensor | Refusal:
-    """Return the value of a weight; refuse one that is random, or whose computation changes what it reads."""
+    """Return the value of a weight; refuse a random weight, and one whose computation changes the tensors it reads."""
     copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    # the weight is computed once, on copies; if this draws random numbers, or changes a copy, one value cannot stand
+    # for all runs
     devices = sorted({tensor.device.index or 0 for tensor in copies.values() if tensor.is_cuda})
     with torch.random.fork_rng(devices):
         before = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
@@ -225,12 +235,15 @@ def _compute(recipe: Recipe, tensors: Mapping[str, Tensor], module: Any) -> Tens
 
 
 def _main(parameters: Mapping[str, Tensor], value: Tensor) -> str | Refusal:
-    """Return the name of the parameter that is as large as the weight; all others are to be small."""
+    """Return the name of the parameter that is as large as the weight; refuse if there is none, or several large ones.
+
+    All parameters but this one are kept with their numbers, so they have to be small.
+    """
     sizes = {name: tensor.numel() for name, tensor in parameters.items()}
     mains = [name for name, size in sizes.items() if size == value.numel()]
     mains.sort(key=lambda name: parameters[name].shape != value.shape)
     if not mains:
-        return Refusal("its weight is computed from parameters of other sizes, which could not be put back")
+        return Refusal("its weight is computed from parameters of other sizes, which could not be restored")
     large = [name for name in sizes if name != mains[0] and sizes[name] > max(_MOST, value.numel() // 2)]
     if large:
         return Refusal(f"its weight is computed from several large parameters: {', '.join([mains[0], *large])}")
@@ -238,7 +251,7 @@ def _main(parameters: Mapping[str, Tensor], value: Tensor) -> str | Refusal:
 
 
 def _weight_name(main: str) -> str:
-    """Return what a computed weight is called, by its main parameter.
+    """Return the name of a computed weight, from the name of its main parameter.
 
     >>> _weight_name("conv.parametrizations.weight.original1"), _weight_name("conv.weight")
     ('conv.weight', 'conv.weight')

@@ -11,13 +11,13 @@ from torch import nn
 from torch.fx import Node
 
 from surgery.kinds.layers.modules import is_tracked_norm
-from surgery.sites.epilogue import Activation, BatchNorm, Neighbour
+from surgery.sites.epilogue import Activation, BatchNorm, Epilogue
 
 __all__ = ["epilogue_of", "is_norm", "norm_buffers"]
 
 aten = torch.ops.aten
 
-# target -> places of the running mean and of the running variance among its arguments
+# target -> positions of the running mean and of the running variance among its arguments
 _BATCH_NORMS: dict[Any, tuple[int, int]] = {
     F.batch_norm: (1, 2),
     torch.batch_norm: (3, 4),
@@ -33,12 +33,13 @@ _FUNCTIONS: dict[Any, str] = {
     **dict.fromkeys((torch.sigmoid, F.sigmoid, aten.sigmoid.default, aten.sigmoid_.default), "Sigmoid"),
     **dict.fromkeys((torch.tanh, F.tanh, aten.tanh.default, aten.tanh_.default), "Tanh"),
 }
+# torch.export writes ReLU6 as a hardtanh between 0 and 6
 _HARDTANH = (aten.hardtanh.default, aten.hardtanh_.default)  # what ReLU6 is exported as
 _METHODS = {"relu": "Relu", "relu_": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh"}
 
 
-def epilogue_of(node: Node, module: Callable[[str], nn.Module] | None) -> Neighbour | None:
-    """Return what a runtime makes of a node together with the operator before it: a batch norm or an activation."""
+def epilogue_of(node: Node, module: Callable[[str], nn.Module] | None) -> Epilogue | None:
+    """Return the epilogue that a node is for the operator before it: a batch norm or an activation; else None."""
     if is_norm(node, module):
         return BatchNorm()
     kind = _activation(node, module)
@@ -53,7 +54,7 @@ def is_norm(node: Node, module: Callable[[str], nn.Module] | None) -> bool:
 
 
 def norm_buffers(node: Node) -> tuple[Node, Node] | None:
-    """Return the nodes of running mean and variance of a batch norm's call; None for any other node."""
+    """Return the nodes of the running mean and variance of a batch norm's function call; None for any other node."""
     places = _BATCH_NORMS.get(node.target) if node.op == "call_function" else None
     if places is None:
         return None

@@ -1,4 +1,4 @@
-"""Make the flow of an fx graph that was read: its calls, reshapes and sums, and the costs of all else."""
+"""Make the flow of an fx graph from its reader: the calls, reshapes and sums, and the costs of all other nodes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ADDITIONS = (torch.add, python_operator.add, torch.ops.aten.add.Tensor)
 
 @dataclass(frozen=True, eq=False)
 class ChainCall:
-    """One call of the module of a chain, at a path."""
+    """One call of the module of a chain: its node, its input and the module's path."""
 
     node: Node
     source: Node
@@ -42,7 +42,7 @@ class ChainCall:
 
 @dataclass(frozen=True, eq=False)
 class Extras:
-    """What a kind knows of a model beside its graph: chains that are modules, layers, and what is recorded."""
+    """What a kind knows of a model in addition to its graph: chains that are modules, layers, and the record."""
 
     known: Sequence[Known] = ()
     chain_calls: Sequence[ChainCall] = ()
@@ -54,9 +54,11 @@ class Extras:
 
 
 def make_flow(reader: Reader, shape: Callable[[Node], Shape], extras: Extras) -> Flow:
-    """Return the flow of a graph; ``shape`` gives the shape of a node's value, and is asked as late as possible."""
+    """Return the flow of a graph; ``shape`` gives the shape of a node's value, and is called as late as possible."""
     nodes = list(reader.nodes)
     calls = reader.calls
+    # A value is one element: the last value of a call is the call; other values of a call, and nodes that an outline
+    # stands for, are Other; all other nodes are looked at.
     taken = {value for call in calls.values() for value in call.values}
     elements: list[Element] = []
     for number, node in enumerate(nodes, reader.start):
@@ -68,7 +70,10 @@ def make_flow(reader: Reader, shape: Callable[[Node], Shape], extras: Extras) ->
     def node_of(value: int) -> Node:
         return nodes[value - reader.start]
 
+    # shapes and costs may need a run on fake tensors, so they are computed only when they are asked for
     shapes = Lazy(every, lambda value: shape(node_of(value)))
+    # a chain that stands as a module is one node in the graph, and its input may be padded or reshaped before the
+    # factors
     inside = {numbers[call.node]: call for call in extras.chain_calls}
     modules = {path: known.modules[path] for known in extras.known for path in known.modules}
 
@@ -96,13 +101,14 @@ def make_flow(reader: Reader, shape: Callable[[Node], Shape], extras: Extras) ->
 
 
 def _element(number: int, node: Node, reader: Reader) -> Element:
-    """Return what a node is that calls no operator."""
+    """Return the element for a node that does not call an operator."""
     source = node.args[0] if node.args else None
     if isinstance(source, Node):
         reshape = partial(Reshape, number, reader.numbers[source])
         if node.op == "call_module" and reader.module is not None:
             path = str(node.target)
             module = reader.module(path)
+            # the bias of a chain that ends with a reshape is a module of its own
             if type(module) is layers.Shift:
                 return reshape(Shift(module.bias.detach()), path, f"{path}.bias")
             if (step := read_link_module(module)) is not None:
@@ -115,11 +121,12 @@ def _element(number: int, node: Node, reader: Reader) -> Element:
 
 
 def _addition(number: int, node: Node, first: Node, reader: Reader) -> Element:
-    """Return the addition of a parameter with one axis as a shift, that of another value as a sum."""
+    """Return the addition of a parameter with one axis as a reshape (a shift), and any other addition as a sum."""
     second: Any = node.args[1] if len(node.args) == 2 and not node.kwargs else None
     if not isinstance(second, Node):
         return Other(number)
     name = reader.providers.get(second)
+    # adding a parameter of shape (features,) is the last step of a chain; adding two activations may join branches
     if name is not None and reader.parameters[name].dim() == 1 and first not in reader.providers:
         shift = Shift(reader.parameters[name].detach())
         return Reshape(number, reader.numbers[first], shift, reader.owner(node), name)
@@ -127,7 +134,7 @@ def _addition(number: int, node: Node, first: Node, reader: Reader) -> Element:
 
 
 def _shape_in_call(call: Call, reader: Reader, shape: Shape) -> Shape:
-    """Return the shape of what the operator of a call reads; in a layer that does more it may be another one."""
+    """Return the shape of the operator's input; a layer that does more than its operator may have another input."""
     module = None if call.path is None or reader.module is None else reader.module(call.path)
     return shape if module is None else called_shape(module, shape)
 

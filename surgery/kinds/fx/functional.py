@@ -1,7 +1,7 @@
 """Function calls in fx graphs that are operators (torch or ATen), read and written.
 
-``read_call`` turns a call node into the parts of an operator; ``write_call`` inserts the call of an operator. What the
-one writes, the other reads.
+``read_call`` turns a call node into the parts of an operator, and ``write_call`` inserts the call of an operator. Each
+call that ``write_call`` writes can be read by ``read_call``. ``read_link`` and ``write_link`` do this for reshapes.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ _TRANSPOSES: dict[Any, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Parts:
-    """A call taken apart: its input, the nodes of weight and bias, and what makes the operator of their tensors.
+    """A call taken apart: its input, the nodes of weight and bias, and a function from their tensors to the operator.
 
-    ``stored`` is "in_out" for a linear weight that is stored as (in, out), as GPT-2's Conv1D does.
+    ``stored`` is "in_out" for a linear weight that is stored as (in, out), as in GPT-2's Conv1D.
     """
 
     input: Node
@@ -105,7 +105,7 @@ class Parts:
 
 
 def transposed_source(node: Node) -> Node | None:
-    """Return what a two-dimensional transpose node transposes, or None if it is no such node."""
+    """Return the input of a node that transposes a matrix, or None for any other node."""
     if node.op == "call_method" and node.target == "t" and isinstance(node.args[0], Node):
         return node.args[0]
     wanted = _TRANSPOSES.get(node.target) if node.op == "call_function" else None
@@ -123,12 +123,13 @@ def _read_embedding(node: Node) -> Parts | Refusal | None:
         return None
     if values.get("max_norm") is not None or values.get("scale_grad_by_freq") or values.get("sparse"):
         return Refusal("it renormalises its rows, or has gradients of its own (max_norm, scale_grad_by_freq, sparse)")
+    # ATen writes -1 for an embedding without a padding index
     index = None if padding in (None, -1) else padding
     return Parts(source, weight, None, lambda w, b: Embedding(w, padding_index=index))
 
 
 def read_call(node: Node) -> Parts | Refusal | None:
-    """Return the parts of an operator's call, why it cannot be one, or None for any other node."""
+    """Return the parts of an operator's call, or why the call is not that of an operator; None for any other node."""
     if node.op == "call_function" and node.target in _EMBEDDINGS:
         return _read_embedding(node)
     if node.op != "call_function" or node.target not in _CALLS:
@@ -143,19 +144,21 @@ def read_call(node: Node) -> Parts | Refusal | None:
         return None
     if dims == 0:
         return _linear_parts(names, source, weight, bias)
+    # aten.convolution says itself whether it is transposed; for all other functions the name does
     values.setdefault("transposed", names is _TRANSPOSED)
     return Parts(source, weight, bias, lambda w, b: _build_conv(values, dims, w, b))
 
 
 def _linear_parts(names: tuple[str, ...], source: Node, weight: Node, bias: Node | None) -> Parts:
     stored: Layout = "out_in" if names is _LINEAR else "in_out"
+    # addmm and matmul read (in, out); an explicit transpose before them turns that around once more
     origin = transposed_source(weight)
     if origin is not None:
         weight, stored = origin, "in_out" if stored == "out_in" else "out_in"
 
     def build(w: Tensor, b: Tensor | None) -> Operator | Refusal:
         if w.dim() != 2 or (b is not None and b.dim() != 1):
-            return Refusal("its weight is not a matrix, or its bias not a vector")
+            return Refusal("its weight is not a matrix, or its bias is not a vector")
         return Linear(w.t() if stored == "in_out" else w, bias=b)
 
     return Parts(source, weight, bias, build, stored)
@@ -204,6 +207,7 @@ def write_call(
 
 
 def _write_conv(graph: Graph, conv: Conv, source: Node, weight: Node, bias: Node | None, *, is_aten: bool) -> Node:
+    # the order of arguments differs: transposed ones have output_padding before groups, and dilation last
     g = conv.geometry
     key = (g.transposed, g.dims)
     if g.transposed:
@@ -212,6 +216,7 @@ def _write_conv(graph: Graph, conv: Conv, source: Node, weight: Node, bias: Node
         rest = (list(g.stride), padding, list(g.output_padding), conv.groups, list(g.dilation))
         return graph.call_function(target, (source, weight, bias, *rest))
     symmetric = g.symmetric
+    # torch can express a padding that differs between two sides only as "same"
     said = [before for before, _ in g.padding] if symmetric else "same"
     target = _WRITE_TORCH[key]
     if is_aten:
@@ -241,14 +246,16 @@ def read_link(node: Node) -> Link | None:
     make = _MAKE.get(node.target)
     try:
         return None if make is None else make(*node.args[1:], **node.kwargs)
-    except TypeError:  # arguments that none of ours has
+    except TypeError:  # the call has arguments that no step of a chain has
         return None
 
 
 def _read_view(node: Node, source: Node) -> Link | None:
-    """Return how a view splits or joins axes, by the shapes around it; None if it does both or neither."""
+    """Return how a view splits or joins axes, from the shapes before and after it; None if it does both or neither."""
     if "val" not in node.meta or "val" not in source.meta:
         return None
+    # What lies between the common head and tail of the two shapes has changed: (2, 6, 5) -> (2, 3, 2, 5) splits the 6,
+    # and (2, 3, 2, 5) -> (2, 6, 5) joins 3 and 2. Axes are counted from the end, since chains do not know their number.
     before, after = list(source.meta["val"].shape), list(node.meta["val"].shape)
     tail = _common(before[::-1], after[::-1])
     head = min(_common(before, after), min(len(before), len(after)) - tail)
@@ -259,7 +266,7 @@ def _read_view(node: Node, source: Node) -> Link | None:
 
 
 def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Return how many leading sizes are the same; symbolic ones if their expressions are."""
+    """Return how many leading sizes are the same; symbolic sizes are the same if their expressions are."""
     for count, (a, b) in enumerate(zip(first, second, strict=False)):
         if str(a) != str(b):
             return count
@@ -267,11 +274,15 @@ def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
 
 
 def write_link(graph: Graph, step: Link, source: Node, *, is_aten: bool) -> Node:
-    """Insert the function call of a reshape or transpose at the graph's insertion point, torch's or ATen's."""
+    """Insert the function call (torch or ATen) of a reshape or transpose at the graph's insertion point.
+
+    Raises:
+        TypeError: the step is neither of these.
+    """
     if isinstance(step, Unflatten):
         return graph.call_function(_UNFLATTEN[is_aten], (source, step.dim, list(step.sizes)))
     if isinstance(step, Flatten):
         return graph.call_function(_FLATTEN[is_aten], (source, step.start, step.end))
     if isinstance(step, Transpose):
         return graph.call_function(_TRANSPOSE[is_aten], (source, step.first, step.second))
-    raise TypeError(f"{type(step).__name__} is no reshape")
+    raise TypeError(f"{type(step).__name__} is not a reshape")

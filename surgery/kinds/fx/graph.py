@@ -1,7 +1,7 @@
-"""Open fx graphs: what all kinds of models with an fx graph have in common, and the small edits that all others need.
+"""Open fx graphs: what all kinds of models with an fx graph have in common, and the small steps that edits consist of.
 
-A kind says how a parameter is added, given to a node, and dropped; the rest is the same for get_attr and placeholder
-graphs.
+Each kind says how a parameter is added, provided to a node, and dropped. All else is the same for graphs that read
+parameters by get_attr nodes and for graphs that read them by placeholders.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["OpenGraph", "read_record", "write_record"]
 
 
 def read_record(module: GraphModule) -> Record:
-    """Return the record that a graph carries; an empty one if it has none that can be read."""
+    """Return the record that a graph carries; an empty record if there is none, or none that can be read."""
     try:
         return Record.from_json(module.meta.get("surgery"))
     except FileError:
@@ -39,16 +39,17 @@ def read_record(module: GraphModule) -> Record:
 
 
 def write_record(module: GraphModule, record: Record) -> None:
-    """Store the record where ``surgery.save`` finds it; an empty one is no record."""
+    """Store the record where ``surgery.save`` finds it; an empty record is not stored."""
     module.meta.pop("surgery", None)
     if record:
         module.meta["surgery"] = record.to_json()
 
 
 class OpenGraph(OpenModel):
-    """Base of the kinds whose models are fx graphs.
+    """Base of the open models that are fx graphs.
 
-    ``recurrences`` are layers whose module runs in the place of the nodes that compute them, where these are observed.
+    ``recurrences`` are the recurrent layers. While the graph is observed, the module of such a layer runs in the place
+    of the nodes that compute the layer.
     """
 
     graph: Graph
@@ -59,17 +60,17 @@ class OpenGraph(OpenModel):
 
     @cached_property
     def values(self) -> Values:
-        """The computed weights that are known so far, by node."""
+        """The computed weights that were computed so far, or why they could not be, by node."""
         return {}
 
     @cached_property
     def notes(self) -> dict[str, str]:
-        """What the user should know of sites that were put back, by name."""
+        """What the user should know about recomposed sites, by name."""
         return {}
 
     @cached_property
     def waiting(self) -> dict[str, Any]:
-        """What is kept of the computed weights that stand as parameters while their chains are cut again, by name."""
+        """The records of computed weights that stand as plain parameters while their chains are cut again, by name."""
         return {}
 
     @abstractmethod
@@ -86,22 +87,23 @@ class OpenGraph(OpenModel):
 
     @cached_property
     def _readers(self) -> list[Reader]:
-        """All readers that the graph has had: values of all of them can be replaced."""
+        """All readers that the graph has had, so that the values of each can still be looked up and replaced."""
         return []
 
     @property
     def start(self) -> int:
-        """The first number that no value has."""
+        """The first number that no value has yet."""
         return self._readers[-1].start + len(self._readers[-1].nodes) if self._readers else 0
 
     def reread(self) -> None:
-        """Read the graph as it is now; values that are known from before stay known."""
+        """Read the graph as it is now; the numbers of earlier values stay valid."""
         self.reader = self.look()
         self._readers.append(self.reader)
         vars(self).pop("flow", None)
 
     def node(self, value: int) -> Node:
-        """Return the node of a value as the graph has it now."""
+        """Return the node that gives a value now."""
+        # each reader numbers its values from its own start, so the number tells the reader
         return next(reader for reader in reversed(self._readers) if reader.start <= value).node(value)
 
     @abstractmethod
@@ -118,14 +120,14 @@ class OpenGraph(OpenModel):
 
     @abstractmethod
     def drop_parameter(self, name: str) -> None:
-        """Forget a parameter; the nodes that provided it are swept when nothing uses them."""
+        """Forget a parameter; ``sweep`` erases the nodes that provided it once nothing uses them."""
 
     def stamp(self, node: Node, like: Node) -> None:
-        """Give a new node the metadata of the one that it stands for."""
+        """Give a new node the metadata of the node that it replaces, except for the values."""
         node.meta = {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta", "example_value")}
 
     def write_sum(self, first: Node, second: Node, *, like: Node) -> Node:
-        """Insert an addition before ``like``, in its style."""
+        """Insert an addition before ``like``, in the style (torch or ATen) of ``like``."""
         with self.graph.inserting_before(like):
             target = torch.ops.aten.add.Tensor if is_aten(like) else torch.add
             node = self.graph.call_function(target, (first, second))
@@ -142,9 +144,9 @@ class OpenGraph(OpenModel):
         stored: Layout,
         style: Node | None = None,
     ) -> Node:
-        """Insert the call of an operator before ``like``, in the style of a call.
+        """Insert the call of an operator before ``like``, in the style (torch or ATen) of ``style`` or else ``like``.
 
-        ``names`` are those of weight and bias; what the graph computes is given as its node.
+        ``names`` has the names of weight and bias; a weight or a bias that the graph computes is given as its node.
         """
         weight, bias = (self.parameter_node(name, like) if isinstance(name, str) else name for name in names)
         assert weight is not None  # names[0] is a str
@@ -155,7 +157,8 @@ class OpenGraph(OpenModel):
         return node
 
     def replace(self, old: Node, new: Node) -> None:
-        """Let a new node take the place of an old one, for what is read from recurrent layers too."""
+        """Replace a node by a new one everywhere: in the graph, in the readers and in the recurrent layers."""
+        # three places know nodes: the graph, the readers by number, and the recurrent layers
         for layer in self.recurrences:
             layer.moved(old, new)
         for reader in self._readers:
@@ -172,4 +175,4 @@ class OpenGraph(OpenModel):
 
     @abstractmethod
     def is_dropped(self, node: Node) -> bool:
-        """Whether the node provides a parameter that has been dropped."""
+        """Whether the node provides a parameter that was dropped."""

@@ -1,4 +1,4 @@
-"""Open GraphModules: nodes are rewritten, module calls and function calls alike."""
+"""Open GraphModules: nodes are rewritten, whether they call modules or functions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from surgery.kinds.fx.recurrence import Recurrence, is_kernel, read_kernels
 from surgery.kinds.fx.run import ObservedGraph, bind_graph
 from surgery.kinds.fx.shapes import lazy_shapes
 from surgery.kinds.layers.carried import copy_module
-from surgery.kinds.layers.held import hung_skip
+from surgery.kinds.layers.held import held_skip
 from surgery.kinds.layers.modules import is_outlined
 from surgery.kinds.layers.recurrent_forms import loop_of
 from surgery.kinds.layers.unpacking import has_packed, pack_all, unpack_all
@@ -36,7 +36,7 @@ class OpenGraphModule(GraphEdits):
     """An open GraphModule."""
 
     def observe(self) -> Observed:
-        """Return the graph, interpreted."""
+        """Return the graph, to be interpreted node by node."""
         buffer = self.root.get_buffer
         bind = partial(bind_graph, self.graph)
         return ObservedGraph(self, self.root, bind, lambda node: (str(node.target), buffer(str(node.target))))
@@ -47,6 +47,7 @@ class OpenGraphModule(GraphEdits):
         self._packed = unpack_all(self.root)
         self.graph = self.root.graph
         for node in self.graph.find_nodes(op="call_module"):
+            # recurrent layers that are called as modules are unpacked already; each gets its outline before its call
             if is_outlined(self.root.get_submodule(str(node.target))):
                 source = node.args[0] if node.args else node.kwargs["input"]
                 add_outline(self.root, str(node.target), source, node)
@@ -57,6 +58,7 @@ class OpenGraphModule(GraphEdits):
         self.shared = {}
         self._dropped: set[str] = set()
         self.reread()
+        # unpacking of packed projections needs a reader, and changes the graph that was read
         if unpack(self):
             self.reread()
 
@@ -70,7 +72,7 @@ class OpenGraphModule(GraphEdits):
             providers,
             others,
             self.root.get_submodule,
-            lambda call, _: call if call.path is None else hung_skip(self.root, call) or call,
+            lambda call, _: call if call.path is None else held_skip(self.root, call) or call,
             loop=partial(loop_of, self.root),
             outlined=inside,
             start=self.start,
@@ -78,7 +80,7 @@ class OpenGraphModule(GraphEdits):
         return lift(reader, Constants(self._read_constant), self.values)
 
     def _read_constant(self, node: Node) -> tuple[str, Tensor] | None:
-        """Return the name and the tensor of a buffer or another tensor that a node reads."""
+        """Return the name and the tensor that a node reads if it is not a parameter; else None."""
         if node.op != "get_attr":
             return None
         path, _, leaf = str(node.target).rpartition(".")
@@ -88,7 +90,7 @@ class OpenGraphModule(GraphEdits):
         return str(node.target), value
 
     def constants(self) -> dict[str, Tensor]:
-        """Return all tensors of the module that are no parameters, by name."""
+        """Return all tensors of the module that are not parameters, by name."""
         found: dict[str, Tensor] = {}
         for path, module in self.root.named_modules():
             plain = {**vars(module), **module._buffers}.items()
@@ -100,30 +102,32 @@ class OpenGraphModule(GraphEdits):
         return self.parameter_node(name, user)
 
     def _reads(self) -> tuple[dict[str, nn.Parameter], dict[Node, str], frozenset[Node]]:
-        """Return all parameters, the nodes that read them, and those that read something else."""
+        """Return all parameters, the nodes that read them with the names, and the nodes that read other attributes."""
         parameters = dict(self.root.named_parameters(remove_duplicate=False))
         reads = {node: str(node.target) for node in self.graph.find_nodes(op="get_attr")}
         providers = {node: name for node, name in reads.items() if name in parameters}
         return parameters, providers, frozenset(reads.keys() - providers.keys())
 
     def _find_recurrences(self) -> list[Recurrence]:
-        """Read the calls of kernels, put a module in the place of what holds their weights, and add the outlines."""
+        """Read the calls of recurrent kernels, put a module where their weights are held, and add the outlines."""
         parameters, providers, _ = self._reads()
         found = []
         for layer in read_kernels(self.graph, providers, parameters):
             holder = self.root.get_submodule(layer.path)
+            # the module can stand in the holder's place only if the kernel reads all that the holder has
             if layer.names == {f"{layer.path}.{name}" for name in [*holder._parameters, *holder._modules]}:
                 self._holders[layer.path] = holder
-                vars(layer.module).update(holder._parameters)  # the kernel goes on reading them, until it is replaced
+                vars(layer.module).update(holder._parameters)  # the kernel reads these names until it is replaced
                 self.root.add_submodule(layer.path, layer.module)
                 add_outline(self.root, layer.path, layer.source, layer.inside[0])
                 found.append(layer)
         return found
 
     def _write(self, layer: Recurrence) -> None:
-        """Call the module of a layer in the place of the kernel."""
+        """Write the call of a layer's module in the place of the kernel's call."""
         for name in self._holders[layer.path]._parameters:
             vars(layer.module).pop(name)
+        # the new call stands where the first output is made: all its inputs come before
         like = next(node for node in layer.inside if node in layer.outputs)
         pair = layer.module.mode == "LSTM"
         with self.graph.inserting_before(like):
@@ -141,7 +145,7 @@ class OpenGraphModule(GraphEdits):
                 self.graph.erase_node(old)
 
     def add_parameter(self, names: Sequence[str], parameter: nn.Parameter) -> None:
-        """Add one parameter under all its names, making empty modules on the way."""
+        """Add one parameter under all its names, with empty modules along the paths where there are none."""
         for name in names:
             path, _, leaf = name.rpartition(".")
             module: nn.Module = self.root
@@ -158,22 +162,23 @@ class OpenGraphModule(GraphEdits):
             return self.graph.get_attr(name)
 
     def drop_parameter(self, name: str) -> None:
-        """Delete the attribute, and the modules that this leaves empty."""
+        """Delete the attribute, and the modules that become empty."""
         if name in self._dropped:
             return
         self._dropped.add(name)
         path, _, leaf = name.rpartition(".")
         delattr(self.root.get_submodule(path), leaf)
+        # modules that were made for factors alone go with the last of these
         while path and _is_empty(self.root.get_submodule(path)):
             path, _, leaf = path.rpartition(".")
             delattr(self.root.get_submodule(path), leaf)
 
     def is_dropped(self, node: Node) -> bool:
-        """Whether the node gets an attribute that is gone."""
+        """Whether the node reads an attribute that was deleted."""
         return node.op == "get_attr" and node.target in self._dropped
 
     def finish(self) -> GraphModule:
-        """Lint and recompile."""
+        """Drop the outlines, pack what is whole again, write the record, check the graph and recompile it."""
         drop_outline(self.graph)
         for layer in self.recurrences:
             if layer.changed:
@@ -189,6 +194,7 @@ class OpenGraphModule(GraphEdits):
 
 
 def _is_packed(model: GraphModule) -> bool:
+    # models like these are copied even if nothing is to be changed, since opening unpacks them
     attends = any(name.endswith("in_proj_weight") for name, _ in model.named_parameters())
     return attends or any(is_kernel(node) for node in model.graph.nodes)
 
@@ -198,9 +204,11 @@ def _is_empty(module: nn.Module) -> bool:
 
 
 def _placeholder_values(module: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Order the inputs as the graph's placeholders are; flatten them where the graph was exported with a tree."""
+    """Return the inputs in the order of the placeholders, flattened if the graph was exported with a tree of inputs."""
     if not args and not kwargs:
         raise InputError("sites have no costs without input shapes", next_step="give example_inputs")
+    # a graph from torch.export has one placeholder for each leaf of the inputs; a traced graph has one for each
+    # argument
     codegen = module.graph._codegen
     if hasattr(codegen, "pytree_info"):
         order = codegen.pytree_info.in_spec.child(1).context or []

@@ -1,4 +1,4 @@
-"""How a graph is called: what its placeholders say of its inputs."""
+"""How a graph is called: what its placeholders say about its inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["brought_inputs", "declare", "declared_inputs", "first_size", "fixed_
 
 
 def flattens(model: GraphModule) -> bool:
-    """Whether a graph was exported with a tree of inputs, which it flattens."""
+    """Whether a graph was exported with a tree of inputs, so that its placeholders are the leaves."""
     return hasattr(model.graph._codegen, "pytree_info")
 
 
@@ -28,7 +28,7 @@ def read_signature(model: GraphModule, example: Inputs) -> Signature:
 
 
 def brought_inputs(model: GraphModule, *, seed: int) -> Inputs | None:
-    """Return random inputs of the shapes that the placeholders of a traced graph have; None where they have none."""
+    """Return random inputs of the shapes of a graph's placeholders; None if a placeholder has no shape."""
     nodes = list(model.graph.find_nodes(op="placeholder"))
     values = [node.meta.get("val", node.meta.get("tensor_meta")) for node in nodes]
     if not nodes or not all(hasattr(value, "shape") for value in values):
@@ -38,12 +38,12 @@ def brought_inputs(model: GraphModule, *, seed: int) -> Inputs | None:
 
 
 def fixed_batch(model: GraphModule) -> int | None:
-    """Return the only batch size that a graph takes, or None if it takes any."""
+    """Return the only batch size that a graph accepts, or None if it accepts any."""
     return first_size(model.graph.find_nodes(op="placeholder")) if flattens(model) else None
 
 
 def first_size(placeholders: Iterable[Node]) -> int | None:
-    """Return the first axis of the first tensor, if that is a number."""
+    """Return the size of axis 0 of the first tensor among placeholders; None if that size is symbolic."""
     for node in placeholders:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.dim():
@@ -53,7 +53,7 @@ def first_size(placeholders: Iterable[Node]) -> int | None:
 
 
 def declared_inputs(model: GraphModule, example: Inputs, signature: Signature) -> dict[str, Declared]:
-    """Return what is known of the inputs that are tensors, by name: from the graph, else from the example inputs."""
+    """Return dtype, sizes and limits of the inputs that are tensors, by name: from the graph, or else the examples."""
     found = example_forms(model, example, signature)
     nodes = list(model.graph.find_nodes(op="placeholder"))
     return found | declare(signature.names, nodes, _no_limit)
@@ -64,7 +64,7 @@ def _no_limit(size: Any) -> int | None:
 
 
 def declare(names: Sequence[str], nodes: Sequence[Node], limit: Callable[[Any], int | None]) -> dict[str, Declared]:
-    """Return what placeholders say of inputs by name; ``limit`` gives the largest value of a dynamic size."""
+    """Return what placeholders say about inputs, by name; ``limit`` gives the largest value of a dynamic size."""
     if len(names) != len(nodes):
         return {}
     pairs = zip(names, nodes, strict=True)

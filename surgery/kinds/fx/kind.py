@@ -13,7 +13,7 @@ __all__ = ["GraphModuleKind"]
 
 
 class GraphModuleKind(Kind):
-    """torch.fx.GraphModules: nodes are rewritten."""
+    """torch.fx.GraphModules: their nodes are rewritten."""
 
     name = "fx"
     models = GraphModule
@@ -23,7 +23,7 @@ class GraphModuleKind(Kind):
         return OpenGraphModule(model, *inputs, access)
 
     def brought_inputs(self, model: GraphModule, *, seed: int = 0) -> Inputs | None:
-        """Return random inputs of the shapes that a traced graph knows."""
+        """Return random inputs of the shapes that the placeholders have; None if they have none."""
         return brought_inputs(model, seed=seed)
 
     def signature(self, model: GraphModule, example: Inputs) -> Signature:
@@ -31,13 +31,13 @@ class GraphModuleKind(Kind):
         return read_signature(model, example)
 
     def declared_inputs(self, model: GraphModule, example: Inputs, signature: Signature) -> dict[str, Declared]:
-        """Return what the graph says of its inputs, else the example inputs."""
+        """Return what the graph says about its inputs, or else what the example inputs say."""
         return declared_inputs(model, example, signature)
 
     def fixed_batch(self, model: GraphModule) -> int | None:
-        """Return the only batch size that a graph takes."""
+        """Return the only batch size that a graph accepts, or None."""
         return fixed_batch(model)
 
     def refuse_structure(self) -> str | None:
-        """Refuse: the chains of a graph are nodes, not layers."""
+        """Refuse, since the chains of a graph are nodes and not layers."""
         return "a graph"

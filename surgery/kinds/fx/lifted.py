@@ -1,9 +1,9 @@
-"""A weight that a graph computes from parameters and constants, as a value, and what is kept of it once it is factored.
+"""A weight that a graph computes from parameters and constants, as a value; and what the record keeps of it.
 
     conv(x, standardise(conv.weight) * conv.gain)  ->  conv(x, W)    with W as a parameter conv.weight, computed once
 
-What is kept is the recipe and, of each parameter, its names and form; and the numbers of all but the main one, which is
-as large as the weight and gets its numbers from what the factors compose to.
+After W is factored, the record keeps the recipe, the names and the form of each parameter, and the numbers of all
+parameters but the main one. The main parameter is as large as W; its numbers come from what the factors compose to.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ __all__ = ["Kept", "KeptParameter", "Lifted", "keep", "read_kept"]
 
 @dataclass(frozen=True, eq=False)
 class Lifted:
-    """A computed weight: ``name`` is what it is called as a parameter, ``value`` what it is.
+    """A computed weight, with its ``name`` as a parameter and its ``value``.
 
-    ``node`` gives it to the calls, and ``own`` are the nodes that nothing but it uses, in graph order. ``parameters``
-    are those that it is computed from, and ``names`` all their names; ``main`` is the name of the one of its size.
+    ``node`` is the node that gives the weight to the calls. ``own`` are the nodes that only serve to compute the
+    weight, in graph order. ``parameters`` are the parameters that it is computed from, and ``names`` has all names of
+    each. ``main`` is the name of the parameter that is as large as the weight.
     """
 
     name: str
@@ -41,13 +42,13 @@ class Lifted:
 
     @property
     def surplus(self) -> int:
-        """How many parameters it is computed from, over how many numbers it has."""
+        """Number of entries of the parameters that the weight is computed from, less the number of its own entries."""
         return sum(tensor.numel() for tensor in self.parameters.values()) - self.value.numel()
 
 
 @dataclass(frozen=True, eq=False)
 class KeptParameter:
-    """A parameter as it is to be put back; ``value`` is None for the main one."""
+    """A parameter to be restored; ``value`` is None for the main parameter."""
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
@@ -58,7 +59,7 @@ class KeptParameter:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What is kept of a computed weight: the recipe, and the parameters by the name that the recipe has for them."""
+    """What the record keeps of a computed weight: the recipe, and the parameters by their names in the recipe."""
 
     recipe: Recipe
     parameters: Mapping[str, KeptParameter]
@@ -66,7 +67,7 @@ class Kept:
 
 
 def keep(lifted: Lifted) -> dict[str, Any]:
-    """Return what is kept, as JSON values (but for functions that stand in the recipe themselves)."""
+    """Return what is kept, as JSON values; the recipe of a traced graph may also contain functions themselves."""
     return {
         "recipe": list(lifted.recipe),
         "main": lifted.main,
@@ -84,10 +85,10 @@ def keep(lifted: Lifted) -> dict[str, Any]:
 
 
 def read_kept(entry: Any) -> Kept:
-    """Return what a record says of a computed weight.
+    """Return what a record keeps of a computed weight.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError: it says something else; files may say anything.
+        ValueError, TypeError, KeyError, AttributeError: the entry has another form; files may contain anything.
     """
     parameters = {str(name): _read_parameter(row, name == entry["main"]) for name, row in entry["parameters"].items()}
     if entry["main"] not in parameters or not isinstance(entry["recipe"], list):
@@ -98,7 +99,7 @@ def read_kept(entry: Any) -> Kept:
 def _read_parameter(row: Mapping[str, Any], is_main: bool) -> KeptParameter:
     dtype, shape = getattr(torch, row["dtype"]), torch.Size(row["shape"])
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or any(size < 0 for size in shape):
-        raise ValueError(f"{row['dtype']} {row['shape']} is no parameter")
+        raise ValueError(f"{row['dtype']} {row['shape']} is not a parameter")
     names = tuple(map(str, row["names"]))
     value = None if is_main else _read_numbers(row["value"], dtype, shape)
     return KeptParameter(names, tuple(shape), dtype, bool(row["trains"]), value)
@@ -112,5 +113,5 @@ def _numbers(tensor: Tensor) -> str:
 def _read_numbers(text: str, dtype: torch.dtype, shape: torch.Size) -> Tensor:
     numbers = bytearray(base64.b64decode(text, validate=True))
     if len(numbers) != shape.numel() * dtype.itemsize:
-        raise ValueError(f"{len(numbers)} bytes are no {list(shape)} of {dtype}")
+        raise ValueError(f"{len(numbers)} bytes are not a tensor of shape {list(shape)} and {dtype}")
     return torch.frombuffer(numbers, dtype=dtype).view(shape) if numbers else torch.empty(shape, dtype=dtype)

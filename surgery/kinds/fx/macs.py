@@ -1,7 +1,7 @@
-"""The multiply-accumulates of nodes that are not sites, so that the totals are those of the whole model.
+"""The multiply-accumulates of nodes that are not sites, so that the totals cover the whole model.
 
-Only products with weights count, as for sites: convolutions, linear layers, recurrent kernels. A product of two
-activations, as in attention, does not.
+As for sites, only products with weights count: convolutions, linear layers, recurrent kernels. A product of two
+activations, as in attention, does not count.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from surgery.sites.flow import Call
 
 __all__ = ["macs_of"]
 
-_PRODUCTS = {"linear": 0, "matmul": 0, "mm": 0, "bmm": 0, "__matmul__": 0, "addmm": 1, "baddbmm": 1}  # first factor
+# name of a product -> which of its tensors is the first factor
+_PRODUCTS = {"linear": 0, "matmul": 0, "mm": 0, "bmm": 0, "__matmul__": 0, "addmm": 1, "baddbmm": 1}
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _COUNTED = ("convolution", "mm", "addmm", "_convolution")
 ShapeOf = Callable[[Node], Shape]
 
 
 def macs_of(value: int, node: Node, reader: Reader, shape: ShapeOf) -> int:
-    """Return the multiply-accumulates of a value, by its node; 0 where they are not known."""
+    """Return the multiply-accumulates of the node that gives a value; 0 if they are not known."""
     try:
         if value in reader.given_calls:
             return _of_call(reader.given_calls[value], reader, shape)
@@ -54,6 +55,7 @@ def _of_function(node: Node, shape: ShapeOf) -> int:
     name = function_name(node)
     args = [arg for arg in node.args if isinstance(arg, Node)]
     if "conv" in name:
+        # each sample and position of the output (of the input, if transposed) uses each number of the weight once
         source, weight = (shape(arg) for arg in args[:2])
         turned = "transpose" in name or (name == "convolution" and node.args[6] is True)
         place, channels = (source, weight[0]) if turned else (shape(node), weight[0])
@@ -68,7 +70,7 @@ def _of_function(node: Node, shape: ShapeOf) -> int:
 
 
 def _of_module(module: nn.Module, shapes: Sequence[Shape]) -> int:
-    """Count what a module multiplies in one run on fake tensors."""
+    """Count the multiply-accumulates of a module in one run on fake tensors."""
     if isinstance(module, nn.RNNBase):
         return math.prod(shapes[0][:-1]) * sum(p.numel() for p in module.parameters() if p.dim() > 1)
     like = next((p for p in module.parameters() if p.is_floating_point()), None)
@@ -84,7 +86,7 @@ def _of_module(module: nn.Module, shapes: Sequence[Shape]) -> int:
             counter,
         ):
             module(*(torch.empty(shape, dtype=like.dtype, device=like.device) for shape in shapes))
-    except Exception:  # a module may need other inputs than these; its cost is not known then
+    except Exception:  # a module may need other inputs than these; then its cost is not known
         return 0
     counts = counter.get_flop_counts().get("Global", {})
     return sum(flops for op, flops in counts.items() if str(op).rpartition(".")[2] in _COUNTED) // 2

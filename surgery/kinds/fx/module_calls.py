@@ -1,4 +1,4 @@
-"""Edits of the calls of submodules in an fx graph, for the graph kinds that have them beside function calls."""
+"""Edits of an fx graph that calls submodules as well as functions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from surgery.kinds.layers.edit import (
     find_known,
     fuse_modules,
     layers_of,
-    put_back_known,
+    restore_known,
     splice_modules,
 )
 from surgery.kinds.layers.factored import Factored, is_chain
@@ -35,7 +35,7 @@ __all__ = ["GraphEdits"]
 
 
 class GraphEdits(FunctionEdits):
-    """Base of the kinds in whose graphs submodules of ``root`` are called, too."""
+    """Base of the open graphs that call functions and submodules of ``root``."""
 
     root: GraphModule
     shape: Callable[[Node], Shape]
@@ -56,15 +56,16 @@ class GraphEdits(FunctionEdits):
         return is_chain(self.root.get_submodule(str(node.target)))
 
     def apply(self, edit: Edit) -> None:
-        """Carry an edit out: a module's call goes on calling what stands in its place."""
+        """Carry out an edit. A module is replaced under its own path, so that its call nodes can stay as they are."""
         if isinstance(edit, Replace):
             self._replace(edit.placement, edit.chain)
             return
+        # a chain is of modules or of function calls, never of both
         functions = isinstance(edit.chain, FusableChain) and edit.chain.calls[0][0].path is None
         for site in () if functions else edit.chain.sites:
             self.record = self.record.without(site)
         if isinstance(edit.chain, FusableModule):
-            put_back_known(self.root, self._known[edit.chain.sites], edit.chain.operators, self.notes)
+            restore_known(self.root, self._known[edit.chain.sites], edit.chain.operators, self.notes)
         elif functions:
             self.fuse_functions(edit.chain)
         else:
@@ -81,6 +82,7 @@ class GraphEdits(FunctionEdits):
 
     def _fuse_modules(self, chain: FusableChain) -> None:
         layers = self.flow.layers
+        # a whole nn.Sequential becomes one module at its own path; otherwise the first module of the row is replaced
         targets = [_fused_path(layers, row) for row in chain.rows]
         fuse_modules(self.root, chain, layers)
         for row, target in zip(chain.rows, targets, strict=True):
@@ -92,7 +94,7 @@ class GraphEdits(FunctionEdits):
             self.root.delete_submodule(path)
 
     def reopen(self, placements: Sequence[Placement]) -> dict[str, Placement]:
-        """Put operators without numbers where chains stand, and return their sites by name."""
+        """Put operators without numbers in the place of chains, and return their new placements by site name."""
         modules = [placement for placement in placements if isinstance(placement.chain, FusableModule)]
         for placement in modules:
             empty_known(self.root, self._known[(placement.site.name, *placement.site.aliases)], placement.site.operator)
@@ -113,16 +115,21 @@ class GraphEdits(FunctionEdits):
         return node
 
     def verify(self) -> dict[str, str]:
-        """See that the graph uses what every chain is made of; it says itself what runs."""
+        """Check that the graph uses the factors of every chain; a graph itself tells what runs, so no run is needed.
+
+        Raises:
+            CheckError: a chain is in the model, but nothing calls it.
+        """
         called = {str(node.target) for node in self.graph.find_nodes(op="call_module")}
         reader = self.look()
+        # a factor is used if a node reads it under any of its names
         used = {name for node, name in reader.providers.items() if node.users}
         for site in self.record.factored:
             factors = [name for name in reader.parameters if name.startswith(f"{site}.") and name.endswith(".weight")]
             tied = {alias for name in used for alias in reader.names[key_of(reader.parameters[name])]}
             runs = site in called or site in self.record.layers or any(name in tied for name in factors)
             if not runs and factors:
-                raise CheckError(f"the chain of {site} is in the model, and nothing calls it")
+                raise CheckError(f"the chain of {site} is in the model, but nothing calls it")
         return {}
 
 
@@ -132,16 +139,16 @@ def _fused_path(layers: Layers, row: Sequence[Part]) -> str:
 
 
 def _sites_by_stack(graph: Graph) -> frozenset[str]:
-    """Return the factored layers of the module that a graph was made from: each node says in whose forward it was made.
+    """Return the paths of factored layers in the module that a graph was made from.
 
-    Names are those of that module, without the mark of a call.
+    They are known because each node records the modules in whose forward it was made.
     """
     rows = (node.meta.get("nn_module_stack") or {} for node in graph.nodes)
     entries = (entry for row in rows for entry in row.values())
     return frozenset(str(path).split("@")[0] for path, kind in entries if _is_factored(kind))
 
 
-# graphs in files may name the class as it was called before
+# graphs in files may have the name that the class had in earlier versions
 _FACTORED = (f"{Factored.__module__}.{Factored.__qualname__}", "surgery.graphs.factored.Factored")
 
 

@@ -1,4 +1,4 @@
-"""Small readings of nodes and parts that edits of function calls need: biases and places."""
+"""Small helpers for edits of function calls: they erase nodes, and find biases and where biases stand."""
 
 from __future__ import annotations
 
@@ -24,26 +24,27 @@ _SUMS = (torch.add, torch.ops.aten.add.Tensor)
 
 
 def erase(graph: Graph, nodes: Sequence[Node], *, keep: Node) -> None:
-    """Erase nodes, users before what they use; ``keep`` is gone already."""
+    """Erase nodes from last to first, so that users go before their inputs; ``keep`` is not erased."""
     for node in reversed([node for node in nodes if node is not keep]):
         graph.erase_node(node)
 
 
 def first_node(graph: Graph, nodes: Collection[Node]) -> Node:
-    """Return the node of some that comes first in the graph as it is now."""
+    """Return the node among ``nodes`` that comes first in the graph."""
     return next(node for node in graph.nodes if node in nodes)
 
 
 def erase_unused(graph: Graph, nodes: Sequence[Node]) -> None:
-    """Erase those of some nodes, in graph order, that nothing uses any more; inputs of the graph stay."""
+    """Erase the nodes among ``nodes`` (in graph order) that nothing uses any more; inputs of the graph stay."""
     for node in reversed(nodes):
         if not node.users and node.op != "placeholder":
             graph.erase_node(node)
 
 
 def added_bias(node: Node) -> tuple[Node, Node] | None:
-    """Return the addition behind a chain that ends with a reshape, and the computed bias that it adds; None if it has
-    none.
+    """Return the addition after a chain that ends with a reshape, and the computed bias it adds; None if there is none.
+
+    ``node`` is the last node of the chain.
     """
     users = list(node.users)
     if len(users) != 1 or users[0].target not in _SUMS or len(users[0].args) != 2 or users[0].kwargs:
@@ -56,7 +57,7 @@ def added_bias(node: Node) -> tuple[Node, Node] | None:
 
 
 def through_transpose(user: Node, node: Node) -> list[Node]:
-    """Return the users of a transpose of a node; of another user, itself."""
+    """Return the users of ``user`` if it is a transpose of ``node``; otherwise ``user`` alone."""
     return list(user.users) if transposed_source(user) is node else [user]
 
 
@@ -67,6 +68,9 @@ def biases_of(part: Part) -> list[str]:
 
 
 def last_place(parts: Sequence[Part]) -> str:
-    """Return where the last part's bias stands below its site, if the parts are all steps of its chain."""
+    """Return the place of the last part's bias below its site, provided that the parts are all steps of the chain.
+
+    The place is "2" for the third step, and "2.1.0" for the first call in the second row of a sum of branches there.
+    """
     at, last = len(parts) - 1, parts[-1]
     return f"{at}.{len(last.rows) - 1}.{len(last.rows[-1]) - 1}" if isinstance(last, BranchSum) else str(at)

@@ -1,9 +1,10 @@
-"""The outline of recurrent layers in graphs: their parts' calls, beside what computes the layer itself.
+"""The outline of a recurrent layer in a graph: calls of the layer's parts, in addition to what computes the layer.
 
     lstm = call_module lstm(x)        ih_l0 = call_module lstm.ih_l0(x)    hh_l0 = call_module lstm.hh_l0(...)    ...
 
-Nothing reads what the outline puts out, and nobody runs it for its numbers: it is there to be found and changed while a
-graph is open. What takes the place of a call in it has the mark too, as metadata of the node.
+The outline exists only while a graph is open, so that the calls of the parts can be found and replaced. Nothing reads
+its outputs, and it is never run for its numbers. Each node of it has a mark in its metadata, which a node that replaces
+it gets too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ _MARK = "surgery_outline"
 
 
 def add_outline(root: nn.Module, path: str, source: Any, before: Node) -> list[Node]:
-    """Add the outline of the unpacked recurrent layer at a path, on the node of its input, and return its nodes."""
+    """Add the outline of the unpacked recurrent layer at ``path`` before a node, and return the new nodes.
+
+    ``source`` is the node of the layer's input.
+    """
     made: dict[Node, Any] = {}
     added = []
     with before.graph.inserting_before(before):
@@ -42,7 +46,7 @@ def in_outline(node: Node) -> bool:
 
 
 def drop_outline(graph: Graph) -> None:
-    """Take all outlines away."""
+    """Remove all outlines from a graph."""
     for node in reversed(list(graph.nodes)):
         if in_outline(node):
             graph.erase_node(node)

@@ -1,9 +1,9 @@
-"""The packed projections of attention in graphs of functions: taken apart when a graph is opened, packed at the end.
+"""The packed projections of attention in graphs of functions: unpacked when a graph is opened, packed again at the end.
 
     linear(x, in_proj_weight (3E, I), in_proj_bias)  <->  cat(linear(x, q), linear(x, k), linear(x, v)) + in_proj_bias
 
-with the rows of in_proj_weight as parameters in_proj_q.weight, in_proj_k.weight and in_proj_v.weight, so that each is
-a site. What is packed again has the original node, name and shape; a record of the packed weight says where to do so.
+The rows of in_proj_weight become the parameters in_proj_q.weight, in_proj_k.weight and in_proj_v.weight, so that each
+is a site. Packing gives the original call, name and shape again; the record of the packed weight says where to pack.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _SUMS = (torch.add, torch.ops.aten.add.Tensor)
 
 
 def unpack(kind: FunctionEdits) -> bool:
-    """Take all packed projections apart of which one call alone uses the weight; return whether there were any.
+    """Unpack each packed projection whose weight only one call uses; return whether there was one.
 
-    Cross attention splits the packed weight itself before it is used; that is left alone.
+    Cross attention splits the packed weight itself before it uses the parts; this is left alone.
     """
     calls = [call for call in kind.reader.packed_calls if _is_alone(kind, call)]
     for call in calls:
@@ -43,6 +43,7 @@ def unpack(kind: FunctionEdits) -> bool:
 def _is_alone(kind: FunctionEdits, call: Call) -> bool:
     tensor = kind.reader.parameters[call.weight]
     key = key_of(tensor)
+    # parts of a weight that is tied, or read by another node, would come apart
     alone = kind.reader.uses[key] == {kind.node(call.value)} and len(kind.reader.names[key]) == 1
     alone = alone and call.computed_bias is None and call.weight not in kind.reader.lifted
     return alone and isinstance(call.operator, Linear) and call.stored == "out_in" and tensor.shape[0] % 3 == 0
@@ -53,11 +54,13 @@ def _unpack_call(kind: FunctionEdits, call: Call) -> None:
     old = kind.node(call.value)
     prefix = call.weight.removesuffix(_PACKED)
     rows = []
+    # rows [0, E) are q, [E, 2E) are k and [2E, 3E) are v; they are copied, so they can be factored one by one
     for part, weight in zip(_PARTS, tensor.detach().chunk(3), strict=True):
         name = f"{prefix}{part}.weight"
         kind.add_parameter([name], nn.Parameter(weight.clone(), requires_grad=tensor.requires_grad))
         rows.append(kind.insert(Linear(weight), source, (name, None), like=old, stored="out_in"))
     with kind.graph.inserting_before(old):
+        # the bias stays whole and is added to the concatenation, as it was added to the product
         node = kind.graph.call_function(_CATS[is_aten(old)], (rows, -1))
     kind.stamp(node, old)
     if call.bias is not None:
@@ -69,7 +72,7 @@ def _unpack_call(kind: FunctionEdits, call: Call) -> None:
 
 
 def pack(kind: FunctionEdits) -> None:
-    """Put the packed projection back wherever the three parts are single linear layers again."""
+    """Pack the projections again wherever all three parts are single linear layers."""
     if not kind.record.packed:
         return
     reader = kind.look()
@@ -84,6 +87,7 @@ def _pack_rows(kind: FunctionEdits, reader: Reader, node: Node, calls: Sequence[
     nodes = [reader.node(call.value) for call in calls]
     prefix = calls[0].weight.removesuffix(f"{_PARTS[0]}.weight")
     packed, names = f"{prefix}{_PACKED}", [f"{prefix}{part}.weight" for part in _PARTS]
+    # three dense layers without biases that only this concatenation reads, under the names that unpack gave them
     plain = all(call.bias is None for call in calls) and all(len(row.users) == 1 for row in nodes)
     if packed not in kind.record.packed or [call.weight for call in calls] != names or not plain:
         return
@@ -102,7 +106,7 @@ def _pack_rows(kind: FunctionEdits, reader: Reader, node: Node, calls: Sequence[
 
 
 def _with_bias(reader: Reader, node: Node, name: str) -> tuple[Node, str | None]:
-    """Return the addition of the packed bias with its name, or the node itself where there is none."""
+    """Return the addition of the packed bias to a node, and the bias's name; ``(node, None)`` if there is none."""
     users = list(node.users)
     if len(users) == 1 and users[0].target in _SUMS and len(users[0].args) == 2:
         other = users[0].args[1]

@@ -1,7 +1,7 @@
-"""Read an fx graph: which nodes call operators, on which parameters. Values are numbered by the places of their nodes.
+"""Read an fx graph: which nodes call operators, and on which parameters. A value's number is the place of its node.
 
-All kinds of models that torch knows are read through it. Parameters are told apart by the memory that they stand on, so
-that tied weights are one, whatever their names.
+All of torch's kinds of models are read through a ``Reader``. Parameters are identified by their memory, so that tied
+weights are one parameter, whatever their names.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ def _no_owner(node: Node) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """An fx graph with what its nodes stand for.
+    """An fx graph together with the meaning of its nodes.
 
-    ``parameters`` has every name, aliases of tied weights included; ``providers`` maps nodes to parameter names;
-    ``buffers`` are nodes that provide buffers or constants; ``module`` finds the modules of call_module nodes.
-    ``adapt`` may turn a call into another or refuse it. ``owner`` has the path of the module that a reshape's function
-    call stands for, and ``loop`` the loop of a recurrent layer around the module at a path. Nodes in ``outlined`` have
-    an outline that is read in their place. ``lifted`` are weights that the graph computes and that stand among the
-    parameters, by name; ``refused`` says why others do not, by node. ``given`` are calls that are known already.
-    Numbers count from ``start``, so that values keep theirs when a graph that was changed is read again.
+    ``parameters`` has every name, including aliases of tied weights. ``providers`` maps nodes to parameter names;
+    ``buffers`` are the nodes that provide buffers or constants. ``module`` returns the module at the path of a
+    call_module node. ``adapt`` may replace or refuse a call. ``owner`` returns the path of the module whose reshape a
+    function call is, and ``loop`` the recurrent loop around the module at a path. Nodes in ``outlined`` are skipped,
+    because an outline is read in their place. ``lifted`` are the computed weights that count as parameters, by name,
+    and ``refused`` says why other computed weights do not, by node. ``given`` returns calls that need not be read.
+    Values are numbered from ``start``, so that they keep their numbers when a changed graph is read again.
     """
 
     graph: Graph
@@ -79,20 +79,20 @@ class Reader:
 
     @cached_property
     def nodes(self) -> list[Node]:
-        """The nodes in order; where one is replaced, the new one stands in its place."""
+        """The nodes in order; a node that replaces another takes its place."""
         return list(self.graph.nodes)
 
     @cached_property
     def numbers(self) -> dict[Node, int]:
-        """The value of each node."""
+        """The number of each node's value."""
         return {node: number for number, node in enumerate(self.nodes, self.start)}
 
     def node(self, value: int) -> Node:
-        """Return the node of a value."""
+        """Return the node that gives a value."""
         return self.nodes[value - self.start]
 
     def replaced(self, old: Node, new: Node) -> None:
-        """Let a new node stand for the value of an old one."""
+        """Let a new node give the value that an old node gave."""
         number = self.numbers.pop(old, None)
         if number is not None:
             self.nodes[number - self.start] = new
@@ -108,17 +108,17 @@ class Reader:
 
     @cached_property
     def calls(self) -> Mapping[int, Call]:
-        """All calls of operators by value, in order, before weights are looked at for other uses."""
+        """All calls of operators by value, in order, whether or not something else uses their weights too."""
         return self._read_all[0]
 
     @cached_property
     def left(self) -> tuple[Left, ...]:
-        """What was left alone, and at which values."""
+        """The skips, with the values that they are about."""
         return self._read_all[1]
 
     @cached_property
     def given_calls(self) -> Mapping[int, Call]:
-        """The calls that are known already, by value."""
+        """The calls that need not be read, by value."""
         return self.given(self)
 
     @cached_property
@@ -127,6 +127,8 @@ class Reader:
         skips: dict[str, Skip] = {}
         values: dict[str, list[int]] = defaultdict(list)
         for number, node in enumerate(list(self.nodes), self.start):
+            # a node gives a call, or skips for the weights that it reads; several nodes may give a skip of the same
+            # name, which is reported once with the values of all of them
             found: Call | Skip | Iterable[Skip] = self.given_calls.get(number, ())
             if node not in self.outlined:
                 found = self._read(node)
@@ -141,7 +143,7 @@ class Reader:
         return calls, tuple(Left(skip, tuple(values[name])) for name, skip in skips.items())
 
     def _placed(self, call: Call) -> Call:
-        """Return a call with what is around it: the loop of a recurrent layer, or a layer that does more."""
+        """Return a call with what surrounds it: the loop of a recurrent layer, or a layer that does more."""
         if call.path is None or self.module is None:
             return call
         within = within_of(self.module(call.path))
@@ -165,8 +167,9 @@ class Reader:
         if weight is None:
             return self._refuse_weight(node, parts.weight)
         operator: Operator | Refusal
+        # packed projections that can be unpacked were unpacked before; the ones that are left are used in other ways
         if weight.endswith("in_proj_weight"):
-            operator = Refusal("attention uses its packed weight (in_proj_weight) in another way than on one input")
+            operator = Refusal("attention does not use its packed weight (in_proj_weight) in one product on one input")
         else:
             operator = self._build(parts)
         if isinstance(operator, Refusal):
@@ -188,10 +191,11 @@ class Reader:
         )
 
     def _build(self, parts: Parts) -> Operator | Refusal:
-        """Return the operator of a call whose weight is a parameter; without a bias that the graph computes."""
+        """Return the operator of a call whose weight is a parameter; a bias that the graph computes is left out."""
         weight = self.parameters[self.providers[parts.weight]]
         if (reason := refuse_tensor(weight)) is not None:
             return Refusal(reason)
+        # a computed bias stays a node of the graph; it becomes part of no operator
         if parts.bias is None or parts.bias not in self.providers:
             return parts.build(weight.detach(), None)
         bias = self.parameters[self.providers[parts.bias]]
@@ -200,7 +204,7 @@ class Reader:
 
     @property
     def packed_calls(self) -> list[Call]:
-        """The calls on whole packed projections of attention (in_proj_weight)."""
+        """The calls that use the whole packed projection of attention (in_proj_weight)."""
         found = []
         for node in self.nodes:
             parts = read_call(node)
@@ -214,6 +218,7 @@ class Reader:
         assert self.module is not None  # only graphs with modules have such nodes
         path = str(node.target)
         module = self.module(path)
+        # a module's operator comes from the module, since its call node has no arguments but the input
         operator = _operator_of(module)
         if isinstance(operator, Refusal):
             return (Skip(path, type(module).__name__, operator.reason, count(module)),)
@@ -225,24 +230,25 @@ class Reader:
         return Call(self.numbers[node], self.numbers[source], operator, weight, bias, stored, path)
 
     def _refuse_weight(self, node: Node, weight: Node) -> Iterable[Skip]:
-        """Return the skips of an operator whose weight is not a parameter; none of a product of activations."""
+        """Return the skips for an operator whose weight is not a parameter; a product of activations has none."""
         name = function_name(node)
         if weight in self.refused:
             reason = self.refused[weight]
             return self._skips_of(node, reason) or (Skip(node.name, name, reason),)
         if weight in self.buffers:
             return (Skip(node.name, name, "its weight is a buffer or a constant, not a parameter"),)
+        # a product of two activations, as in attention, is not worth a skip; a convolution or a linear layer is
         if "conv" in name or "linear" in name:
             reason = "its weight is computed by the graph from its inputs, or from buffers (quantization)"
             return (Skip(node.name, name, reason),)
-        return self._skips_of(node, refuse_use(node) or "it is looked up in another way than by a layer")
+        return self._skips_of(node, refuse_use(node) or "it is used, but not as the weight of a layer")
 
     def _skips_of(self, node: Node, reason: str) -> Sequence[Skip]:
-        """Return a skip for each weight matrix that a node is given."""
+        """Return a skip for each weight matrix that a node reads."""
         return [self._skip(name, node, reason) for name in self._weights_of(node)]
 
     def _weights_of(self, node: Node) -> list[str]:
-        """Name the parameters with two axes or more that reach a node, whole or in part, or that its own graph has."""
+        """Return the names of the parameters with two axes or more that a node or its own graph reads, even in part."""
         found = [self.providers[n] for n in map(looked_through, node.all_input_nodes) if n in self.providers]
         names = [*found, *(self._own_weights(node) if is_region(node) else ())]
         return [
@@ -250,7 +256,7 @@ class Reader:
         ]
 
     def _own_weights(self, region: Node) -> list[str]:
-        """Name the parameters of the graphs that a region runs, where these hold some."""
+        """Return the names of the parameters that the graphs inside a region hold."""
         graphs = [f"{node.target}." for node in region.all_input_nodes if node.op == "get_attr"]
         return [name for name in self.parameters if name.startswith(tuple(graphs))]
 
@@ -259,19 +265,21 @@ class Reader:
 
     @cached_property
     def uses(self) -> Mapping[tuple[Any, ...], frozenset[Node]]:
-        """The nodes that use each parameter, by key; transposes of a weight are looked through."""
+        """The nodes that use each parameter, by key; the users of a transposed weight count as users of the weight."""
         uses: dict[tuple[Any, ...], set[Node]] = defaultdict(set)
         for node, name in self.providers.items():
             for user in node.users:
+                # linear(x, w.t()) has a node between the weight and the call that reads it
                 seen = user.users if transposed_source(user) is node else [user]
                 uses[key_of(self.parameters[name])].update(seen)
         for node in self.graph.nodes:
+            # modules and regions read their parameters without a node in this graph
             for parameter in self._held_by(node):
                 uses[key_of(parameter)].add(node)
         return {key: frozenset(nodes) for key, nodes in uses.items()}
 
     def _held_by(self, node: Node) -> Iterable[Tensor]:
-        """Return the parameters that a node uses without a node that provides them."""
+        """Return the parameters that a node uses by itself, without a node that provides them."""
         if is_region(node):
             return [self.parameters[name] for name in self._own_weights(node)]
         if node.op != "call_module" or self.module is None:
@@ -292,7 +300,7 @@ class Reader:
 
 
 def _operator_of(module: nn.Module) -> Operator | Refusal | None:
-    """Return the operator that a module is, or why it is none; None for modules without weight matrices."""
+    """Return the operator of a module, or why it is not an operator; None for modules without weight matrices."""
     lazy = [parameter for parameter in module.parameters() if is_lazy(parameter)]
     if lazy:
         return Refusal(str(refuse_tensor(lazy[0])))

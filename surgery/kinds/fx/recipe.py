@@ -5,9 +5,9 @@ A recipe is a list of steps; each is a parameter, a buffer, or a call on the val
     {"op": "parameter", "target": "conv.weight"}    {"op": "call_function", "target": "torch.ops.aten.mul.Tensor",
                                                      "args": {"tuple": [{"step": 0}, 2.0]}, "kwargs": {"dict": {}}}
 
-The recipe of a program is JSON. What a file says is held to the same list of operators as the program in it. Methods,
-and functions that are no operators of a program, stand in the recipe of a traced graph as they are, in memory alone: no
-name in a file leads to them.
+The recipe of a program is JSON. A recipe in a file may call only the operators that the program in the file may call.
+The recipe of a traced graph can also contain methods and other functions. They are kept as Python objects, in memory
+only; no name in a file leads to them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ __all__ = ["Recipe", "leaves", "read_recipe", "run_recipe", "write_recipe"]
 
 Recipe = Sequence[Mapping[str, Any]]
 
+# values that JSON does not have, by the word that marks them: {"dtype": "float32"} is torch.float32
 _KINDS: dict[str, type] = {
     "dtype": torch.dtype,
     "device": torch.device,
@@ -39,7 +40,10 @@ _KINDS: dict[str, type] = {
 
 
 def read_recipe(nodes: Sequence[Node], leaf: Mapping[Node, tuple[str, str]]) -> list[dict[str, Any]] | Refusal:
-    """Return the steps of nodes in graph order; ``leaf`` says which are a "parameter" or a "buffer", and its name."""
+    """Return the steps for nodes in graph order, or why there are none.
+
+    ``leaf`` has ("parameter", name) or ("buffer", name) for the nodes that provide one.
+    """
     place = {node: at for at, node in enumerate(nodes)}
     steps: list[dict[str, Any]] = []
     for node in nodes:
@@ -47,6 +51,7 @@ def read_recipe(nodes: Sequence[Node], leaf: Mapping[Node, tuple[str, str]]) -> 
             op, name = leaf[node]
             steps.append({"op": op, "target": name})
             continue
+        # inputs are numbers of earlier steps, so the recipe does not depend on names of nodes
         target = _name_target(node)
         args, kwargs = _encode(tuple(node.args), place), _encode(dict(node.kwargs), place)
         for part in (target, args, kwargs):
@@ -57,13 +62,14 @@ def read_recipe(nodes: Sequence[Node], leaf: Mapping[Node, tuple[str, str]]) -> 
 
 
 def _name_target(node: Node) -> Any:
-    """Return an operator's name as an archive has it; a function or a method of tensors as it is."""
+    """Return an operator's name as in an archive; for a function or a method of tensors, the function itself."""
     target: Any = node.target
     if isinstance(target, HigherOrderOperator):
         return Refusal("its weight is computed in a region with a graph of its own")
     if node.op == "call_method":
         found = getattr(Tensor, target, None)
-        return Refusal(f"its weight is computed by {target}, which is no method of tensors") if found is None else found
+        what = f"its weight is computed by {target}, which is not a method of tensors"
+        return Refusal(what) if found is None else found
     if isinstance(target, OpOverload):
         return f"torch.ops.{target.namespace}.{target._opname}.{target._overloadname}"
     name = f"_operator.{target.__name__}" if getattr(target, "__module__", "") == "_operator" else ""
@@ -77,6 +83,7 @@ def _encode(value: Any, place: Mapping[Node, int]) -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": str(value)}
+    # each container is a dict with its kind as the only key, since JSON has no tuples, slices or infinities
     if isinstance(value, tuple | list | slice):
         given = [value.start, value.stop, value.step] if isinstance(value, slice) else value
         parts = [_encode(part, place) for part in given]
@@ -98,6 +105,7 @@ def _encode(value: Any, place: Mapping[Node, int]) -> Any:
 def _decode(value: Any, made: Sequence[Any]) -> Any:
     if not isinstance(value, Mapping):
         return value
+    # a mapping has one key, the kind of the value
     ((kind, inner),) = value.items()
     if kind == "step":
         return made[inner]
@@ -111,16 +119,16 @@ def _decode(value: Any, made: Sequence[Any]) -> Any:
     if kind in _KINDS:
         found = getattr(torch, inner)
         if not isinstance(found, _KINDS[kind]):
-            raise ValueError(f"{inner} is no {kind}")
+            raise ValueError(f"{inner} is not a {kind}")
         return found
     return Ellipsis if kind == "ellipsis" else float(inner)
 
 
 def _resolve(target: Any) -> Any:
-    """Return the operator of a name; a name that a program may not have is refused, as in an archive.
+    """Return the operator of a name; a target that is not a name is returned as it is.
 
     Raises:
-        UnsafeFileError: the name is not on the list of those that a program may call.
+        UnsafeFileError: a program may not call the operator of this name.
     """
     if not isinstance(target, str):
         return target
@@ -132,16 +140,18 @@ def _resolve(target: Any) -> Any:
 
 
 def leaves(recipe: Recipe, op: str) -> list[str]:
-    """Return the names of the parameters or buffers (``op``) of a recipe, each once."""
+    """Return the names of a recipe's parameters or buffers, each once; ``op`` is "parameter" or "buffer"."""
     return list(dict.fromkeys(str(step["target"]) for step in recipe if step["op"] == op))
 
 
 def run_recipe(
     recipe: Recipe, tensors: Mapping[str, Tensor], module: Callable[[str], nn.Module] | None = None
 ) -> Tensor:
-    """Return the value of the last step, without gradients; ``module`` resolves the submodules that are called.
+    """Return the value of the last step, without gradients; ``module`` returns the submodule at a path.
 
-    Raises whatever the steps raise on these tensors.
+    Raises:
+        UnsafeFileError: a step calls an operator that a program may not call.
+        Exception: whatever the steps raise on these tensors.
     """
     made: list[Any] = []
     with torch.no_grad():
@@ -151,8 +161,10 @@ def run_recipe(
                 made.append(tensors[target])
                 continue
             args, kwargs = _decode(step["args"], made), _decode(step["kwargs"], made)
+            # all names are resolved through check_operator before anything is called
             callee = _callee(op, target, module)
             if op == "call_function" and isinstance(target, str):
+                # names are checked when they are resolved; the values of arguments can be checked only here
                 check_values(target, args, kwargs)
             made.append(callee(*args, **kwargs))
     value = made[-1]
@@ -166,15 +178,15 @@ def _callee(op: str, target: Any, module: Callable[[str], nn.Module] | None) -> 
         return module(target)
     if op == "call_function" or (op == "call_method" and not isinstance(target, str)):
         return _resolve(target)
-    raise ValueError(f"{op} of {target} is no step")  # a file may say anything
+    raise ValueError(f"{op} of {target} is not a step")  # a file may contain anything
 
 
 def write_recipe(
     graph: Graph, recipe: Recipe, leaf: Callable[[str, str], Node], stamp: Callable[[Node, Node], None], *, like: Node
 ) -> list[Node]:
-    """Insert the steps before ``like`` and return their nodes; ``leaf`` gives those of parameters and buffers.
+    """Insert the steps before ``like`` and return their nodes.
 
-    ``stamp`` is called on each new node and ``like``.
+    ``leaf`` returns the nodes of parameters and buffers. ``stamp`` is called with each new node and ``like``.
     """
     made: list[Node] = []
     for step in recipe:

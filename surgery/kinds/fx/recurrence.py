@@ -1,13 +1,15 @@
-"""Recurrent layers in exported programs: read as modules when a program is opened, written back where they changed.
+"""Recurrent layers in graphs: read as modules when a graph is opened, and written again where they changed.
 
-    out, h, c = aten.lstm.input(x, [h0, c0], weights, ...)    or, where the recurrent weight is factored, what torch
-                                                              exports of UnpackedRecurrent: linear layers and a scan
+    out, h, c = aten.lstm.input(x, [h0, c0], weights, ...)    the call of a kernel; or, if the recurrent weight is
+                                                              factored, the nodes of UnpackedRecurrent's own export:
+                                                              linear layers and a scan
 
-Either is a ``Recurrence``: a module with the program's own parameters, and the nodes that compute what it gives. While
-the program is open the module's outline stands beside these nodes. They are left as they are unless a part of the
-module was replaced; then they give way to the kernel's call, if all weights are whole, or to the module's own export.
+Both are a ``Recurrence``: a module with the graph's own parameters, and the nodes that compute the module's outputs.
+While the graph is open, it has the module's outline in addition to these nodes. The nodes stay as they are unless a
+part of the module was replaced. Then they are replaced by the kernel's call, if all weights are whole, or by the
+module's own export.
 
-A record of the layer says where a factored one is. It counts only where the nodes are those of its export, one by one.
+The record says where a factored layer is. It counts only if the graph has each node of the layer's own export.
 """
 
 from __future__ import annotations
@@ -59,10 +61,11 @@ _Names = Mapping[str, Tensor]
 
 @dataclass(eq=False)
 class Recurrence:
-    """A recurrent layer: its module, its input, its first states, and the nodes that compute what it gives.
+    """A recurrent layer in a graph: its module, its input and initial states, and the nodes that compute it.
 
-    ``outputs`` are the nodes of the hidden states of all steps and of the last states, None where the graph has no
-    such node. ``inside`` are all nodes of it, in order, and ``names`` those of its parameters, as they were at first.
+    ``outputs`` are the nodes of the hidden states of all steps and of the last states, or None if the graph does not
+    use that output. ``inside`` are all nodes that compute the layer, in order. ``names`` are the names that its
+    parameters had when the graph was opened. ``parts`` are the submodules at that time.
     """
 
     path: str
@@ -83,23 +86,23 @@ class Recurrence:
         return dict(self.module.named_children()) != self.parts
 
     def moved(self, old: Node, new: Node) -> None:
-        """Know that a node has taken the place of another."""
+        """Note that a node has replaced another."""
         self.source = new if self.source is old else self.source
         self.states = tuple(new if state is old else state for state in self.states)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of the module, by their names in the program."""
+        """The parameters of the module, by their names in the graph."""
         return dict(self.module.named_parameters(prefix=self.path, remove_duplicate=False))
 
     def run(self, x: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return what the outputs are, from the module."""
+        """Return the values of ``outputs``, computed by the module."""
         out, last = self.module(x, tuple(states) if self.module.mode == "LSTM" else states[0])
         return (out, *last) if isinstance(last, tuple) else (out, last)
 
 
 def read_kernels(graph: Graph, providers: Mapping[Node, str], parameters: _Names) -> Iterator[Recurrence]:
-    """Yield the recurrent layers that are the call of a kernel, if nothing else reads their weights."""
+    """Yield the recurrent layers that are the call of a kernel and whose weights nothing else reads."""
     for node in graph.nodes:
         if node.op == "call_function" and is_kernel(node) and len(node.args) == 9:
             found = _read_kernel(node, providers, parameters)
@@ -108,6 +111,8 @@ def read_kernels(graph: Graph, providers: Mapping[Node, str], parameters: _Names
 
 
 def _read_kernel(node: Node, providers: Mapping[Node, str], parameters: _Names) -> Recurrence | None:
+    # The arguments tell all settings of torch's module but its sizes, which follow from the first two weights. The
+    # module counts only if its parameters have just the names of the kernel's, and if nothing else reads these.
     args: Any = node.args
     x, states, rows, bias, layers, dropout, training, both, batch_first = args
     names = [providers.get(row, "") for row in rows]
@@ -129,6 +134,7 @@ def _read_kernel(node: Node, providers: Mapping[Node, str], parameters: _Names) 
     for name in layer._flat_weights_names:
         layer.register_parameter(name, parameters[f"{path}.{name}"])  # type: ignore[arg-type]
     module = unpack(layer.train(bool(training)))
+    # the kernel returns a tuple; each output that the graph uses has one getitem node
     gets: dict[Any, Node] = {user.args[1]: user for user in node.users if user.target is operator.getitem}
     if isinstance(module, Refusal) or len(gets) != len(node.users):
         return None
@@ -143,7 +149,10 @@ def read_factored(
     parameters: _Names,
     record: Record,
 ) -> Iterator[Recurrence]:
-    """Yield the layers of a record that are in the graph as they were written; ``nodes`` are those of parameters."""
+    """Yield the factored layers of a record that the graph has as they were written.
+
+    ``nodes`` are the nodes that provide the parameters, by name.
+    """
     for path, entry in record.layers.items():
         module = _rebuild(path, entry, parameters, record.origins)
         if module is not None:
@@ -153,7 +162,7 @@ def read_factored(
 
 
 def describe(module: UnpackedRecurrent) -> dict[str, Any]:
-    """Return the record of a layer, as JSON values: its settings, and the steps of each part that is a chain."""
+    """Return the record of a layer as JSON values: its settings, and the steps of each part that is a chain."""
     chains = {name: part.steps for name, part in module.named_children() if isinstance(part, Factored)}
     return {"recurrent": settings(module), "parts": {name: list(map(_row, steps)) for name, steps in chains.items()}}
 
@@ -176,7 +185,7 @@ _STEPS: dict[str, Callable[..., nn.Module]] = {
 
 
 def _rebuild(path: str, entry: Any, parameters: _Names, origins: Mapping[str, Origin]) -> UnpackedRecurrent | None:
-    """Return the layer that an entry of a record describes, with the parameters of these names."""
+    """Return the layer that an entry of a record describes, with the graph's parameters; None if they do not fit."""
     layer = empty(entry.get("recurrent")) if isinstance(entry, dict) else None
     parts = entry.get("parts") if isinstance(entry, dict) else None
     if layer is None or not isinstance(parts, dict):
@@ -200,7 +209,7 @@ def _rebuild(path: str, entry: Any, parameters: _Names, origins: Mapping[str, Or
 
 
 def _read_rows(rows: Any) -> list[nn.Module] | None:
-    """Return the modules of a record's rows, without numbers; None for anything that is none."""
+    """Return the modules that the rows of a record describe, without numbers; None if a row does not describe one."""
     try:
         return [_STEPS[kind](*map(operator.index, sizes)) for kind, *sizes in rows]
     except (TypeError, ValueError, KeyError, RuntimeError):
@@ -208,7 +217,9 @@ def _read_rows(rows: Any) -> list[nn.Module] | None:
 
 
 def export_layer(module: UnpackedRecurrent, x: Tensor, states: Sequence[Tensor]) -> ExportedProgram:
-    """Export a layer for inputs like these, which may be fake ones of another program: what is dynamic stays so."""
+    """Export a layer for inputs like these, which may be fake tensors of a program; dynamic sizes stay dynamic."""
+    # sizes with one symbol get one number, sizes with different symbols get different ones, so that export keeps them
+    # apart
     symbols: dict[str, int] = {}
 
     def sizes(fake: Tensor) -> dict[int, Any]:
@@ -227,7 +238,7 @@ def export_layer(module: UnpackedRecurrent, x: Tensor, states: Sequence[Tensor])
 
 
 def write_kernel(graph: Graph, layer: Recurrence, nodes: Callable[[str], Node], before: Node) -> Node | None:
-    """Insert the call of the kernel of a layer whose weights are whole, and return it; None if they are not."""
+    """Insert the call of a layer's kernel and return it; None if a weight of the layer is factored."""
     try:
         whole = repack(layer.module)
     except InputError:  # a part is factored
@@ -245,7 +256,7 @@ def is_kernel(node: Node) -> bool:
 
 
 def kernel_values(args: Sequence[Any]) -> tuple[Tensor, ...]:
-    """Return tensors like what a kernel gives; torch itself cannot run it on sizes that are symbols."""
+    """Return tensors like a kernel's outputs; torch itself cannot run a kernel on symbolic sizes."""
     x, states, *_, both, _ = args
     last = tuple(states) if isinstance(states, list | tuple) else (states,)
     return (x.new_empty(*x.shape[:2], last[0].shape[-1] * (2 if both else 1)), *map(torch.empty_like, last))
@@ -254,6 +265,9 @@ def kernel_values(args: Sequence[Any]) -> tuple[Tensor, ...]:
 def _match(
     path: str, module: UnpackedRecurrent, graph: Graph, root: nn.Module, nodes: Mapping[str, Node]
 ) -> Recurrence | None:
+    """Return a factored layer if the graph has each node of its export; else None."""
+    # The graph does not say which value is the layer's input, and the export depends on its shape. So the layer is
+    # exported once for each shape of a value that could be the input, and each export is compared with the graph.
     tried, dtype = set(), next(module.parameters()).dtype
     for node in graph.nodes:
         value = node.meta.get("val")
@@ -263,7 +277,7 @@ def _match(
             tried.add(str(value.shape))
             try:
                 program = export_layer(module, value, module.states_like(value))
-            except Exception:  # torch may raise anything, and a record may say anything
+            except Exception:  # torch may raise anything, and a record may contain anything
                 continue
             found = _Match(program, graph, root, path, nodes).find(module)
             if found is not None:
@@ -272,7 +286,7 @@ def _match(
 
 
 class _Match:
-    """The nodes of a graph that are those of a layer's own export."""
+    """Finds the nodes of a layer's own export in a graph."""
 
     def __init__(
         self, program: ExportedProgram, graph: Graph, root: nn.Module, path: str, nodes: Mapping[str, Node]
@@ -288,6 +302,9 @@ class _Match:
                 self._inputs.append(node)
 
     def find(self, module: UnpackedRecurrent) -> Recurrence | None:
+        """Return the layer, if each output of the export is computed by a node of the graph in just the same way."""
+        # ``bound`` maps nodes of the export to nodes of the graph. Each output is searched among all nodes of the
+        # graph, and must agree with what earlier outputs have bound. Nothing but the outputs may be used outside.
         bound: dict[Node, Node] = {}
         outputs: list[Node | None] = []
         [last] = self._own.graph.find_nodes(op="output")
@@ -303,6 +320,7 @@ class _Match:
         if not any(outputs) or None in given:
             return None
         inner = {node for own, node in bound.items() if own.op != "placeholder"}
+        # getitem nodes that nothing reads are in the graph, but not in the export
         inner |= {user for node in inner for user in node.users if user.target is operator.getitem and not user.users}
         if any(set(node.users) - inner for node in inner if node not in outputs):
             return None
@@ -313,10 +331,12 @@ class _Match:
         return Recurrence(self._path, module, source, tuple(states), tuple(outputs), inside, names)  # type: ignore[arg-type]
 
     def _same(self, own: Node, node: Node, bound: dict[Node, Node]) -> bool:
-        """Whether a node computes what one of the export does; ``bound`` gets all that this takes."""
+        """Whether a node computes the same as a node of the export; ``bound`` gets all pairs of nodes that agree."""
         pairs = [(own, node)]
         while pairs:
             own, node = pairs.pop()
+            # Placeholders of parameters must be the graph's node of that parameter; other placeholders, the inputs, may
+            # be any node, but the same one each time.
             if own in bound or own.op == "placeholder":
                 known = self._known.get(own, node)
                 if bound.setdefault(own, node) is not node or known is not node:
@@ -341,7 +361,7 @@ class _Match:
 
 
 def _same_graph(first: Any, second: Any) -> bool:
-    """Whether two graphs are the same but for names."""
+    """Whether two graphs are the same except for names."""
     if not isinstance(first, GraphModule) or not isinstance(second, GraphModule):
         return False
     at: dict[Node, int] = {}
@@ -358,7 +378,7 @@ def _same_graph(first: Any, second: Any) -> bool:
 
 
 def _flat(node: Node) -> list[Any]:
-    """Return the arguments of a node in a row, with brackets; a file makes lists of tuples."""
+    """Return the arguments of a node as a flat list with brackets; tuples count as lists, as files make them."""
     return list(_leaves((node.args, *sorted(node.kwargs.items()))))
 
 

@@ -1,7 +1,7 @@
-"""Run a graph node by node while something watches its values.
+"""Run an open graph node by node while observers see its values.
 
-Graphs run on the parameters that the open kind holds, with packed attention taken apart, and with hooks for what an
-outline stands for.
+The graph runs as it is while it is open, so packed attention is unpacked. The calls in an outline are not run; hooks on
+their modules take the place of these nodes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ __all__ = ["ObservedGraph", "bind_graph", "leaves_of"]
 
 
 class ObservedGraph(Observed):
-    """An open graph that is interpreted; ``bind`` gives the values of placeholders, and ``buffer`` that of a node."""
+    """An open graph that is interpreted.
+
+    ``bind`` returns the values of placeholders for some inputs; ``buffer`` returns the buffer that a node provides.
+    """
 
     def __init__(
         self,
@@ -46,14 +49,14 @@ class ObservedGraph(Observed):
         self._hooks = Hooks(self._additions)
 
     def watch(self, call: Call, see: See) -> None:
-        """Show the input of a call."""
+        """Call ``see`` with the input of a call."""
         if in_outline(self.graph.node(call.value)):
             self._hooks.watch(str(call.path), see)
         else:
             self.watch_node(self.graph.node(call.values[0]), self.graph.node(call.source), see)
 
     def watch_node(self, node: Node, source: Node, see: See) -> None:
-        """Show ``see`` the value of one of a node's inputs, just before the node runs."""
+        """Call ``see`` with the value of ``source``, an input of ``node``, just before ``node`` runs."""
 
         def show(value: Tensor) -> None:
             with self._additions.paused():
@@ -62,7 +65,7 @@ class ObservedGraph(Observed):
         self._watchers[node].append((source, show))
 
     def tap(self, call: Call, change: Change) -> None:
-        """Change the output of a call."""
+        """Replace the output of a call by what ``change`` returns."""
         node = self.graph.node(call.value)
         if in_outline(node):
             self._hooks.taps[str(call.path)] = change
@@ -70,24 +73,25 @@ class ObservedGraph(Observed):
             self._taps[node] = change
 
     def forget(self) -> None:
-        """Interpret the graph as it is."""
+        """Remove all observers and taps."""
         self._watchers.clear()
         self._taps.clear()
         self._hooks, self._follows = Hooks(self._additions), False
 
     @property
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Those of the graph's module; a program's come as tensors without gradients."""
+        """The parameters of the graph's module; those of a program come as tensors that need no gradients."""
         return self.module.parameters()
 
     def norms(self) -> list[Norm]:
-        """Return the batch norms that the graph calls as modules or as functions, one for each pair of buffers."""
+        """Return the batch norms that the graph calls, as modules or functions: one for each pair of buffers."""
         found: dict[str, Norm] = {}
         places: dict[str, list[Node]] = defaultdict(list)
         for node in self.module.graph.nodes:
             norm = self._norm(node, places)
             if norm is not None:
                 places[norm.name].append(node)
+                # a norm that is called twice has one pair of buffers, and all its inputs count
                 found.setdefault(norm.name, norm)
         return list(found.values())
 
@@ -121,12 +125,15 @@ class _Interpreter(Interpreter):
         taps: Mapping[Node, Change],
         layers: Sequence[Recurrence],
     ) -> None:
+        # the module of a layer runs when its first output is asked for, and needs inputs that the interpreter would
+        # free
         super().__init__(module, garbage_collect_values=not layers)
         self._watchers, self._taps = watchers, taps
         self._layers = {node: layer for layer in layers for node in layer.inside}
         self._found: dict[str, tuple[Tensor, ...]] = {}
 
     def run_node(self, n: Node) -> Any:
+        # nothing reads an outline, and its values would be wrong
         if in_outline(n):
             return None
         if n in self._layers:
@@ -137,7 +144,7 @@ class _Interpreter(Interpreter):
         return self._taps[n](value) if n in self._taps else value
 
     def _of_layer(self, layer: Recurrence, node: Node) -> Tensor | None:
-        """Return what a node has of a recurrent layer's results, by its module, which may be watched."""
+        """Return the output of a recurrent layer that a node gives; the layer's module runs once for all outputs."""
         if node not in layer.outputs:
             return None
         if layer.path not in self._found:
@@ -146,7 +153,11 @@ class _Interpreter(Interpreter):
 
 
 def bind_graph(graph: Graph, inputs: Inputs) -> dict[Node, Any]:
-    """Return the inputs by placeholder: flattened if the graph was exported with a tree, else by place and by name."""
+    """Return the inputs by placeholder: flattened if the graph was exported with a tree, else by position and name.
+
+    Raises:
+        InputError: a placeholder has neither a value nor a default.
+    """
     nodes = list(graph.find_nodes(op="placeholder"))
     if hasattr(graph._codegen, "pytree_info"):
         return dict(zip(nodes, leaves_of(inputs, graph._codegen.pytree_info.in_spec), strict=True))
@@ -163,7 +174,7 @@ def bind_graph(graph: Graph, inputs: Inputs) -> dict[Node, Any]:
 
 
 def leaves_of(inputs: Inputs, spec: Any) -> list[Any]:
-    """Return the inputs as a flat list, those by name in the order of the specification."""
+    """Return the inputs as a flat list; inputs by name come in the order of the specification."""
     args, kwargs = inputs
     order = spec.child(1).context or []
     if set(order) == set(kwargs):

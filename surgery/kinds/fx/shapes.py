@@ -1,4 +1,4 @@
-"""Shapes of a graph's values by fake tensors: no real forward pass, no memory for activations."""
+"""Shapes of a graph's values, found with fake tensors: without a real forward pass and memory for activations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Shapes(Interpreter):
 
 
 def lazy_shapes(module: GraphModule, inputs: Callable[[], tuple[Any, ...]]) -> Callable[[Node], Shape]:
-    """Return a function from nodes to shapes that runs ``fake_shapes`` when it is first asked."""
+    """Return a function from nodes to shapes; its first call runs ``fake_shapes``."""
     found: list[Callable[[Node], Shape]] = []
 
     def shape(node: Node) -> Shape:
@@ -47,11 +47,11 @@ def fake_shapes(module: GraphModule, inputs: tuple[Any, ...]) -> Callable[[Node]
     """Run a graph on fake tensors and return the shape of each node's value.
 
     Raises:
-        InputError: the graph does not accept the example inputs, or has lazy layers that would get their weights here.
+        InputError: the graph does not accept the example inputs, or it has lazy layers, which the run would initialise.
     """
     if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
         raise InputError("the model has lazy layers without weights", next_step="run the model once")
-    # loops whose number of steps depends on data need an environment for symbols, though all sizes are numbers
+    # all sizes are numbers, but a loop whose number of steps depends on data needs an environment for symbols
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
 
     def fake(value: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Capture of an nn.Module's graph: torch.fx's symbolic tracing first, torch.export where that fails.
+"""Capture the graph of an nn.Module: by torch.fx's symbolic tracing, or by torch.export if tracing fails.
 
-These graphs serve to find calls, not to be run: unpacked recurrent layers give their outline.
+The graphs serve to find calls and are not run. So unpacked recurrent layers are captured as their outlines.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _TRANSFORMERS = (
 class _Tracer(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, _TRANSFORMERS):
-            return False  # torch's own, but made of layers
+            return False  # a class of torch, which would be a leaf, but one that is made of layers
         return (
             is_operator_module(m)
             or is_link_module(m)
@@ -54,11 +54,11 @@ class _Tracer(Tracer):
 def trace_module(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[GraphModule, tuple[Any, ...]] | None:
-    """Trace symbolically; return the graph with the values of its placeholders, or None where tracing fails.
+    """Trace a module symbolically; return the graph and the values of its placeholders, or None if tracing fails.
 
-    Arguments that the example inputs leave out are fixed to their defaults: a tracer's proxy is never None, and would
-    silently take the other branch of ``if mask is None``. A tracer does not see hooks on the model itself, nor a
-    forward of the instance: a model that has one is not traced.
+    Arguments that the example inputs leave out are fixed to their defaults. A proxy would not do: it is never None, and
+    would silently take the other branch of ``if mask is None``. A model with hooks, or with a forward on the instance,
+    is not traced, because the tracer does not see them.
     """
     bound = None if is_watched(model) else _bind(model, args, kwargs)
     if bound is None:
@@ -68,22 +68,22 @@ def trace_module(
         with warnings.catch_warnings(), outlining(), kept_state(model):
             warnings.simplefilter("ignore")
             for module in model.modules():
-                is_operator_module(module)  # which may run its forward, and is known afterwards: here no tracer sees it
+                is_operator_module(module)  # this may run the module's forward, and must do so before the tracer is on
             graph = _Tracer().trace(model, concrete_args=defaults or None)
-            traced = GraphModule(model, graph)  # while the model has the constants that the tracer put there
+            traced = GraphModule(model, graph)  # while the model still has the constants that the tracer put there
     except Exception:  # user code on proxies may raise anything; torch.export is tried next
         return None
     values = []
     for node in graph.find_nodes(op="placeholder"):
         name = str(node.target)
-        if not name.startswith("*"):  # no variadic argument is given: _bind has seen to that
+        if not name.startswith("*"):  # _bind has made sure that no variadic argument is given
             # the tracer renames arguments that it fixes
             values.append(given[name] if name in given else defaults[name.removesuffix("_1")])
     return traced, tuple(values)
 
 
 def trace_outline(module: nn.Module) -> Graph:
-    """Return the graph of the outline of an unpacked recurrent module, from its input alone."""
+    """Return the graph of an unpacked recurrent module's outline, with the module's input as its only placeholder."""
     tracer = _Tracer()
     tracer.traced_func_name = "outline"
     return tracer.trace(module)
@@ -92,9 +92,12 @@ def trace_outline(module: nn.Module) -> Graph:
 def _bind(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Return the given arguments of forward and the defaults of the others; None where they do not fit or are variadic.
+    """Return the given arguments of forward, and the defaults of the other arguments; None if variadic ones are given.
 
-    Without any example inputs, the arguments without a default count as given, with no value.
+    Without example inputs, the arguments without a default count as given, with the value None.
+
+    Raises:
+        InputError: the example inputs do not fit the signature of forward.
     """
     signature = inspect.signature(model.forward)
     variadic = {p.name for p in signature.parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
@@ -112,10 +115,10 @@ def _bind(
 
 
 def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    """Export in evaluation mode, with the training flags left as they were.
+    """Export a module in evaluation mode; its training flags are restored afterwards.
 
     Raises:
-        CaptureError: torch.export cannot capture the model either.
+        CaptureError: torch.export cannot capture the model.
     """
     try:
         with warnings.catch_warnings(), torch.no_grad(), _quiet(model):
@@ -130,14 +133,14 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 @contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
-    """Let a model run for its graph alone: in evaluation mode, recurrent layers in outline, tensors as outputs."""
+    """Prepare a model for capture: evaluation mode, outlines of recurrent layers, and plain tensors as outputs."""
     with kept_state(model), evaluation(model), outlining(), _plain_outputs(model):
         yield
 
 
 @contextmanager
 def _plain_outputs(model: nn.Module) -> Iterator[None]:
-    """Let a model return the tensors in its output alone: torch.export does not know caches and other classes."""
+    """Let a model return only the tensors in its output: torch.export does not know caches and other classes."""
     own, forward = vars(model).get("forward"), model.forward
 
     @functools.wraps(forward)

@@ -1,7 +1,8 @@
-"""Nodes that are given weight matrices and are no call of an operator that can be factored: why they are left alone.
+"""Why a node that reads weight matrices is left alone, if it is not the call of an operator that can be factored.
 
-Only what multiplies by a matrix counts, and what nobody can look into: regions with a graph of their own, and functions
-from elsewhere. A table that is added to activations, such as a position embedding, is no layer.
+Reasons are given only for nodes that multiply by a matrix, and for nodes that cannot be looked into: regions with a
+graph of their own, and functions that are neither torch's nor Python's. A table that is added to activations, such as a
+position embedding, is not a layer.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from torch.fx import Node
 __all__ = ["function_name", "is_region", "looked_through", "refuse_use"]
 
 _KERNEL = (
-    "a kernel reads all weights of the recurrent layer; they are not taken apart where others read them too, or where "
-    "the program is of that layer alone"
+    "a kernel reads all weights of the recurrent layer; the layer is not taken apart if something else reads its "
+    "weights too, or if it is the whole program"
 )
 _CELL = "a recurrent cell of a single step is not handled"
 _BATCH = "a batch of weight matrices is not handled yet"
-_PRODUCT = "it is multiplied in another way than as the weight of a layer, which is not handled"
+_PRODUCT = "it is multiplied, but not as the weight of a layer, which is not handled"
 _SCAN = "a loop over the steps of a recurrent layer uses it; change the module that the program was exported from"
 
-# name of a function or method -> why the weight matrices that it is given are no site
+# name of a function or method -> why the weight matrices that it reads are not sites
 _FUNCTIONS: dict[str, str] = {
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _KERNEL),
     **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _CELL),
@@ -46,13 +47,13 @@ _REGIONS: dict[str, tuple[str, str]] = {
     "map_impl": ("a map over slices", _FIRST),
     "while_loop": ("a while_loop", _FIRST),
     "associative_scan": ("an associative scan", _FIRST),
-    "flex_attention": ("a function that flex attention is given", "compute what it reads outside of it"),
+    "flex_attention": ("a function that is passed to flex attention", "compute what it reads outside of it"),
     "tag_activation_checkpoint": ("activation checkpointing", "export without checkpointing"),
     "wrap_activation_checkpoint": ("activation checkpointing", "export without checkpointing"),
     "invoke_subgraph": ("a nested compiled region", "export without nested_compile_region"),
 }
 
-# what gives a view, a part or a copy of its one input
+# functions that return a view, a part or a copy of their one input
 _TURNS = ("t", "transpose", "permute", "movedim", "adjoint", "mT", "numpy_T", "getattr")
 _SHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand")
 _PARTS = ("select", "slice", "narrow", "getitem", "__getitem__", "chunk", "split", "split_with_sizes", "unbind")
@@ -61,7 +62,7 @@ _VIEWS = frozenset((*_TURNS, *_SHAPES, *_PARTS, *_COPIES))
 
 
 def function_name(node: Node) -> str:
-    """Return the plain name of what a node calls, as ``linear`` for ``aten.linear.default`` and ``F.linear``."""
+    """Return the plain name of the target of a node: ``linear`` for both ``aten.linear.default`` and ``F.linear``."""
     target: Any = node.target
     if isinstance(target, OpOverload):
         return target.overloadpacket.__name__
@@ -69,12 +70,12 @@ def function_name(node: Node) -> str:
 
 
 def is_region(node: Node) -> bool:
-    """Whether a node runs a graph of its own: a branch, a loop, or what stands under a context manager."""
+    """Whether a node runs a graph of its own: a branch, a loop, or the code under a context manager."""
     return isinstance(node.target, HigherOrderOperator)
 
 
 def looked_through(node: Node) -> Node:
-    """Return the node of which another is a view, a part or a copy; itself for any other.
+    """Return the node that a node is a view, a part or a copy of; for any other node, the node itself.
 
     >>> from torch.fx import symbolic_trace
     >>> graph = symbolic_trace(lambda x: x.t()[:2] + 1).graph
@@ -90,7 +91,7 @@ def looked_through(node: Node) -> Node:
 
 
 def refuse_use(node: Node) -> str | None:
-    """Return why the weight matrices that a node is given are left alone; None for a node that is no layer."""
+    """Return why the weight matrices that a node reads are left alone; None for a node that is not a layer."""
     name = function_name(node)
     if node.op == "call_method":
         return _FUNCTIONS.get(name)

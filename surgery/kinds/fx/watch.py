@@ -1,8 +1,8 @@
-"""Open a module by watching: one run on the example inputs notes which modules are called, on which values, in order.
+"""Find the calls of a module by watching one run on the example inputs: which modules are called, and on which values.
 
-This is for models that neither torch.fx nor torch.export captures: packed sequences, control flow that depends on
-data. The graph that comes of it has the calls of modules and the values that they read, and not how these come about.
-So sites are found, and nothing is proved about dataflow.
+This is for models that neither torch.fx nor torch.export can capture, as those with packed sequences or with control
+flow that depends on data. The resulting graph has the calls of modules and the values that they read, but not how these
+values are computed. So sites can be found, but nothing is proved about the dataflow.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _Key = tuple[Any, ...]
 
 @dataclass(eq=False)
 class Watched:
-    """The calls of modules in the order of one run: nodes of a graph, whose shapes are known."""
+    """The calls of modules in one run, in order, as nodes of a graph; the shapes of the values are known."""
 
     graph: Graph = field(default_factory=Graph)
     shapes: dict[Node, Shape] = field(default_factory=dict)
@@ -40,11 +40,13 @@ class Watched:
     _loops: dict[str, tuple[Node, list[Shape]]] = field(default_factory=dict)
 
     def note(self, path: str, value: Tensor) -> None:
-        """Note the call of the module at a path."""
+        """Note a call of the module at a path, on a value."""
         self.graph.call_module(path, (self._source(value),))
 
     def note_step(self, path: str, value: Tensor, *, batch_first: bool) -> None:
-        """Note one of the calls of a part in the loop of a recurrent layer, of which the graph has one in all."""
+        """Note one call of a part in the loop of a recurrent layer; the graph has one call for all steps together."""
+        # All steps have the shape (N, H): together they are (T, N, H), or (N, T, H) where batch_first. In a packed
+        # sequence, steps have different numbers of rows: together they are (sum of all rows, H).
         if path not in self._loops:
             source = self.graph.call_function(_value)
             self._loops[path] = (source, [])
@@ -52,19 +54,20 @@ class Watched:
         source, steps = self._loops[path]
         steps.append(tuple(value.shape))
         count, *rest = len(steps), *steps[0]
-        if len(set(steps)) > 1:  # rows come and go with the lengths of sequences
+        if len(set(steps)) > 1:
             self.shapes[source] = (sum(shape[0] for shape in steps), *steps[0][1:])
         else:
             self.shapes[source] = (rest[0], count, *rest[1:]) if batch_first else (count, *rest)
 
     def begin_loops(self, path: str) -> None:
-        """Know that the recurrent layer at a path is called once more."""
+        """Note that a new call of the recurrent layer at a path begins."""
         for part in [part for part in self._loops if part.startswith(f"{path}.")]:
             del self._loops[part]
 
     def _source(self, value: Tensor) -> Node:
-        """Return the node of a value: the same one for the same tensor, as long as nobody has written to it."""
+        """Return the node of a value: the same node for the same tensor, as long as nothing has written to it."""
         known = self._values.get(id(value))
+        # an id may be used again after its tensor is freed, and a tensor that is written to has a new value
         version = 0 if value.is_inference() else value._version
         if known is not None and known[0]() is value and known[1] == version:
             return known[2]
@@ -75,11 +78,11 @@ class Watched:
 
 
 def _value() -> None:
-    """Stand for a value of which only the shape is known."""
+    """Represent a value of which only the shape is known."""
 
 
 def watch(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Watched:
-    """Run a module once, in evaluation mode and without gradients, and return which modules with weights it called.
+    """Run a module once, in evaluation mode, and return the calls of its modules with weights.
 
     Raises:
         InputError: the model does not run on the example inputs.
@@ -101,14 +104,16 @@ def watch(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Wat
 
 
 def _seer(root: nn.Module, path: str, module: nn.Module, found: Watched) -> Callable[..., None] | None:
-    """Return the hook for a module that is looked at: an operator, a chain, or another that owns a matrix."""
+    """Return the hook for a module to watch, or None: an operator, a chain, or a module with parameters of its own."""
     owns = any(parameter is not None for parameter in module._parameters.values())
+    # factors are not looked at one by one: their chain is
     inside = any(is_chain(root.get_submodule(prefix)) for prefix in _prefixes(path))
     if inside or not path or not (is_operator_module(module) or is_chain(module) or owns):
         return None
     if isinstance(module, UnpackedRecurrent):
         return None
     parent = root.get_submodule(path.rpartition(".")[0])
+    # input weights (ih) run once for all steps; the recurrent parts run once in each step
     loops = isinstance(parent, UnpackedRecurrent) and not path.rpartition(".")[2].startswith("ih_")
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -129,15 +134,15 @@ def _prefixes(path: str) -> list[str]:
 
 
 def run_once(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a module in evaluation mode; its state and the random state are as before afterwards.
+    """Run a module in evaluation mode and return its output; its state and the random state are restored afterwards.
 
     Raises:
-        InputError: whatever the model raises.
+        InputError: the model does not run on the example inputs.
     """
     try:
         with torch.no_grad():
             return _run(root, args, kwargs)
-    except Exception:  # a model may differentiate in its forward
+    except Exception:  # a model may need gradients in its forward
         try:
             with torch.enable_grad():
                 return _run(root, args, kwargs)
@@ -152,7 +157,7 @@ def _run(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Return all tensors in an output, those in caches and other objects too, each once."""
+    """Return all tensors in an output, each once, including those in caches and other objects."""
     found: dict[int, Tensor] = {}
     seen: set[int] = set()
     todo = [value]

@@ -1,1 +1,1 @@
-"""Layers of torch.nn: read as operators, followed, taken apart, put together again."""
+"""Layers of torch.nn: how they are read as operators, unpacked, factored and put together again."""

@@ -1,4 +1,4 @@
-"""Run a layer around something else than its operator: a chain, or the operator itself while it is watched."""
+"""Run the forward of a layer with a chain in the place of its operator, or with observers of the operator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.fx import Proxy
 
 from surgery.algebra.operators import Operator, Shape
 from surgery.errors import InputError, Refusal
-from surgery.kinds.layers.follow import Beside, Instead, Parts, without_modes
+from surgery.kinds.layers.follow import Parts, Substitute, Tap, without_modes
 from surgery.kinds.layers.layer_call import follow, operator_of, trials
 from surgery.kinds.layers.untouched import evaluation
 from surgery.kinds.layers.within import Within
@@ -24,13 +24,13 @@ __all__ = ["inner_of_chain", "inner_shape", "read_within", "run_within", "watchi
 
 
 def read_within(module: nn.Module, within: Within) -> Operator | Refusal:
-    """Return the operator inside a layer, with the weight and the bias that it computes now."""
+    """Return the operator inside a layer, with the weight and the bias that the layer computes now."""
     found = follow(module, trials(module)[0])
     return found if isinstance(found, Refusal) else operator_of(found[0], pads=within.pads)
 
 
 def inner_shape(module: nn.Module, within: Within, shape: Shape) -> Shape:
-    """Return the shape of the operator's input inside a layer, for one of the layer's.
+    """Return the shape of the operator's input inside a layer, for an input shape of the layer.
 
     Raises:
         InputError: the layer's forward does not run at that shape.
@@ -41,6 +41,7 @@ def inner_shape(module: nn.Module, within: Within, shape: Shape) -> Shape:
         raise InputError(f"a layer cannot be followed at the shape {shape}: {first_line(error)}") from error
     if isinstance(found, Refusal):
         raise InputError(f"a layer cannot be followed at the shape {shape}: {found.reason}")
+    # a padding that is done by hand enlarges the last axes of the input
     pads = _pads(found[0].parts) if within.pads else ()
     return tuple(
         size + (2 * pads[at - len(found[0].shape)] if len(found[0].shape) - at <= len(pads) else 0)
@@ -49,18 +50,18 @@ def inner_shape(module: nn.Module, within: Within, shape: Shape) -> Shape:
 
 
 def _pads(parts: Parts) -> tuple[Any, ...]:
-    """Return the padding that a call has, on each side of each axis."""
+    """Return the padding of a call: for each spatial axis, the size on each of its two sides."""
     padding = dict(zip(parts.rest[0][2:], parts.rest[1:], strict=True))["padding"]
     dims = parts.weight.dim() - 2
     return padding if isinstance(padding, tuple) and len(padding) == dims else (padding,) * dims
 
 
 class _Reached(Exception):
-    """The operator is reached, which is all that was wanted."""
+    """Raised to stop a forward once it has reached the operator."""
 
 
 def inner_of_chain(layer: Any, within: Within, shape: Shape) -> Shape:
-    """Return the shape of the chain's input in a factored layer, for one of the layer's.
+    """Return the shape of the chain's input in a factored layer, for an input shape of the layer.
 
     Raises:
         InputError: the layer's forward does not run at that shape.
@@ -85,10 +86,15 @@ def inner_of_chain(layer: Any, within: Within, shape: Shape) -> Shape:
 
 
 def run_within(layer: nn.Module, within: Within, source: Any, run: Callable[[Any], Any], like: Tensor) -> Any:
-    """Run the forward of a layer that has the attributes of another, with ``run`` in the place of its operator.
+    """Run the forward of the original class of a factored layer, with ``run`` in the place of its operator.
 
-    ``like`` is a tensor of the dtype and on the device of the weight.
+    ``like`` is a tensor that has the dtype and the device of the weight.
+
+    Raises:
+        InputError: torch.fx traces the layer and cannot see the call, or the call has other arguments than before.
     """
+    # The forward runs on an object of the original class with the attributes of the factored layer. Ghosts, tensors
+    # without numbers, stand for the parameters that went into the chain; the operator is the call that reads them.
     with without_modes():
         ghosts = {name: torch.empty(shape, dtype=like.dtype, device="meta") for name, shape in within.ghosts}
     made: Any = object.__new__(within.kind)
@@ -101,18 +107,22 @@ def run_within(layer: nn.Module, within: Within, source: Any, run: Callable[[Any
         ran.append(parts)
         return run(_padded(within, parts))
 
-    with Instead(ghosts.values(), like.device, instead):
+    with Substitute(ghosts.values(), like.device, instead):
         result = within.kind.forward(made, source)
     if not ran and isinstance(source, Proxy):
         raise InputError("torch.fx cannot see a factored layer call its operator", next_step="use torch.export")
-    for name, value in own.items():  # what the forward keeps in its layer
+    for name, value in own.items():  # attributes that the forward has set belong to the layer
         if theirs.get(name, own) is not value and name not in ghosts:
             theirs[name] = value
     return result
 
 
 def _padded(within: Within, parts: Parts) -> Any:
-    """Return the input of an operator, padded by hand where its padding changes."""
+    """Return the input of an operator; it is padded here if the operator's padding changes with the input.
+
+    Raises:
+        InputError: the call has other arguments than the operator that was factored.
+    """
     if within.pads:
         return F.pad(parts.source, [side for pad in reversed(_pads(parts)) for side in (pad, pad)])
     if parts.rest != within.rest:
@@ -127,13 +137,13 @@ def _padded(within: Within, parts: Parts) -> Any:
 def watching(
     layer: nn.Module, within: Within, see: Callable[[Any], None], change: Callable[[Any], Any] | None = None
 ) -> Iterator[None]:
-    """Show ``see`` each input of the operator inside a layer, and put what ``change`` makes of its outputs in place."""
+    """Call ``see`` with each input of the operator inside a layer, and replace its outputs by those of ``change``."""
 
     def forward(source: Any) -> Any:
         def show(parts: Parts) -> None:
             see(_padded(within, parts))
 
-        with Beside(within.at, show, change):
+        with Tap(within.at, show, change):
             return type(layer).forward(layer, source)
 
     vars(layer)["forward"] = forward

@@ -6,8 +6,9 @@ nn.MultiheadAttention keeps Wq, Wk and Wv (E, E) as the rows of one in_proj_weig
 UnpackedAttention calls them as in_proj_q, in_proj_k and in_proj_v. The cost in MACs is the same, in three products
 instead of one; ``unpack`` and ``repack`` only copy, so they are exact, and the results are equal up to rounding.
 
-Axes are counted from the ends, not told from the number of them: with H heads of D features, (..., L, E) of the batch
-first and (L, ..., E) of the length first both become (..., H, L, D), batched or not, and torch.fx can trace it.
+Axes are counted from the ends, so the code does not depend on their number. With H heads of D features, both layouts,
+(..., L, E) with the batch first and (L, ..., E) with the length first, become (..., H, L, D), batched or not, and
+torch.fx can trace the code.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 class _NoTensor:
-    """Stands for in_proj_weight: any torch function that is given it raises a TypeError.
+    """Stands for in_proj_weight: any torch function that gets it raises a TypeError.
 
-    It also switches off the packed kernel of nn.TransformerEncoderLayer, and nn.TransformerEncoder's nested tensors,
-    which only that kernel takes: both leave weights alone that override torch functions.
+    It also switches off the packed kernel of nn.TransformerEncoderLayer and the nested tensors of
+    nn.TransformerEncoder, which only that kernel accepts: both are not used for weights that override torch functions.
     """
 
     @classmethod
@@ -43,9 +44,9 @@ class _NoTensor:
 class UnpackedAttention(nn.MultiheadAttention):
     """Attention that calls ``in_proj_q``, ``in_proj_k``, ``in_proj_v`` and ``out_proj``, modules on (..., features).
 
-    Made by ``unpack``. The projections have no bias: ``in_proj_bias`` (3E,) stays one parameter. All other attributes
-    and parameters, the training flag and the hooks are those of the attention it is made of; out_proj and the biases
-    are the same objects. Any of the four may be replaced by what maps the same widths, such as low-rank factors.
+    ``unpack`` makes it. The projections have no bias: ``in_proj_bias`` (3E,) stays one parameter. All other attributes
+    and parameters, the training flag and the hooks are those of the original attention; out_proj and the biases are the
+    same objects. Each of the four modules may be replaced by one that maps the same widths, such as low-rank factors.
     """
 
     in_proj_weight: Any = _NoTensor()
@@ -56,7 +57,7 @@ class UnpackedAttention(nn.MultiheadAttention):
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         nn.Module.__init__(self)
         carry(self, attention, own=[*attention._parameters, *attention._modules])
-        packed = ("in_proj_weight", *_SEPARATE)  # kept as None, for the order in which repack fills them again
+        packed = ("in_proj_weight", *_SEPARATE)  # kept as None, so that repack finds the order of the parameters
         self._parameters = {k: None if k in packed else v for k, v in attention._parameters.items()}
         self._modules = _projections(attention) | attention._modules
 
@@ -82,9 +83,13 @@ class UnpackedAttention(nn.MultiheadAttention):
         """
         if is_causal and attn_mask is None:
             raise InputError("is_causal is a hint about attn_mask, and there is none", next_step="give attn_mask too")
+        # q (..., H, L, D), k and v (..., H, S, D); the steps are those of nn.MultiheadAttention, so results agree with
+        # its own
         q = self._heads(self.in_proj_q(query), 0)
         k = self._lengthened(self._heads(self.in_proj_k(key), 1), self.bias_k)
         v = self._lengthened(self._heads(self.in_proj_v(value), 2), self.bias_v)
+        # torch's attention uses the hint in the place of the mask in this case only; in all others it needs the mask
+        # itself
         hinted = is_causal and key_padding_mask is None and not need_weights
         mask = None if hinted else self._mask(attn_mask, key_padding_mask, q, k, query.dtype)
         dropout, weights = self.dropout if self.training else 0.0, None
@@ -93,6 +98,7 @@ class UnpackedAttention(nn.MultiheadAttention):
             weights = weights.mean(-3) if average_attn_weights else weights
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, hinted)
+        # (..., H, L, D) back to (..., L, H, D) or (L, ..., H, D), whose last two axes are the features
         return self.out_proj(mixed.movedim(-2, self._length_axis).flatten(-2)), weights
 
     @property
@@ -109,6 +115,7 @@ class UnpackedAttention(nn.MultiheadAttention):
     def _lengthened(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Append the rows of add_bias_kv and of add_zero_attn to keys or values (..., H, S, D)."""
         if bias is not None:
+            # (1, 1, E) is split into heads, (H, 1, D), and repeated for the batch
             row = bias.view(self.num_heads, 1, self.head_dim)
             x = torch.cat([x, row.expand(x.shape[:-2] + row.shape[-2:])], -2)
         return F.pad(x, (0, 0, 0, 1)) if self.add_zero_attn else x
@@ -116,22 +123,24 @@ class UnpackedAttention(nn.MultiheadAttention):
     def _mask(
         self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor, dtype: torch.dtype
     ) -> Tensor | None:
-        """Return what both masks add to the scores (..., H, L, S), where the appended rows are never masked."""
+        """Return what both masks add to the scores (..., H, L, S); the appended keys are never masked."""
         parts = []
         if attn_mask is not None:
+            # a mask (N * heads, L, S) has one matrix for each sample and head; a mask (L, S) serves all
             leading = q.shape[:-2] if attn_mask.dim() == 3 else torch.Size()
             parts.append(_additive(attn_mask, dtype).reshape(leading + attn_mask.shape[-2:]))
         if padding is not None:
             parts.append(_additive(padding, dtype)[..., None, None, :])
         if not parts:
             return None
+        # both masks are added up at their own sizes before the appended keys get zeros
         appended = (self.bias_k is not None) + self.add_zero_attn
         whole = F.pad(parts[0] if len(parts) == 1 else parts[0] + parts[1], (0, appended))
         return whole.expand(q.shape[:-1] + k.shape[-2:-1])
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a boolean mask, true where nothing may be attended to, into one to add; leave others as they are."""
+    """Turn a boolean mask (true: do not attend) into a mask to add to the scores; return other masks as they are."""
     if mask.is_floating_point():
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
@@ -148,7 +157,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 def unpack(attention: nn.MultiheadAttention) -> UnpackedAttention | Refusal:
     """Return the attention with its projections as modules, or why it must stay as it is.
 
-    The argument is not changed. Of it, only the three weights are copied.
+    The argument is not changed. Only its three projection weights are copied; all else is shared.
 
     Example:
         >>> attention = nn.MultiheadAttention(16, 4)
@@ -159,12 +168,13 @@ def unpack(attention: nn.MultiheadAttention) -> UnpackedAttention | Refusal:
     parametrized = torch.nn.utils.parametrize.is_parametrized(attention)
     if not parametrized and (type(attention) is not nn.MultiheadAttention or "forward" in vars(attention)):
         return Refusal(
-            f"{kind} may compute otherwise than nn.MultiheadAttention: it is a subclass or has its own forward"
+            f"{kind} may compute something other than nn.MultiheadAttention: it is a subclass or has its own forward"
         )
     if parametrized or (own.get("in_proj_weight") is None and any(own.get(name) is None for name in _SEPARATE)):
         return Refusal("its weights are computed from other parameters (weight norm or another parametrization)")
+    # UnpackedAttention calls out_proj, so a forward of its own, which nn.MultiheadAttention ignores, would run
     if getattr(type(attention.out_proj), "forward", None) is not nn.Linear.forward:
-        reads = "of which nn.MultiheadAttention reads weight and bias without a call"
+        reads = "but nn.MultiheadAttention reads its weight and bias without calling it"
         return Refusal(f"its out_proj is a {type(attention.out_proj).__name__}, {reads}")
     reason = refuse_carrying(attention)
     return UnpackedAttention(attention) if reason is None else Refusal(reason)
@@ -173,7 +183,7 @@ def unpack(attention: nn.MultiheadAttention) -> UnpackedAttention | Refusal:
 def repack(attention: UnpackedAttention) -> nn.MultiheadAttention:
     """Return an nn.MultiheadAttention with the projections as one weight again: the inverse of ``unpack``.
 
-    Parameters have the names, shapes and order that the class gives them. The argument is not changed; all but
+    Parameters have the names, shapes and order of the original class. The argument is not changed; all but
     in_proj_weight is shared with it.
 
     Raises:
@@ -212,7 +222,7 @@ def _linear(weight: Tensor, source: Tensor) -> nn.Linear:
 
 
 def _plain(attention: UnpackedAttention, name: str, width: int) -> nn.Linear:
-    """Return a projection if nn.MultiheadAttention can hold it."""
+    """Return a projection if nn.MultiheadAttention can hold it; else raise InputError."""
     module, bias_too = getattr(attention, name), name == "out_proj"
     weight = module._parameters.get("weight") if type(module) in (nn.Linear, NonDynamicallyQuantizableLinear) else None
     shape = (attention.embed_dim, width)
@@ -226,7 +236,7 @@ def _plain(attention: UnpackedAttention, name: str, width: int) -> nn.Linear:
 
 
 def _one(weights: list[Tensor]) -> nn.Parameter:
-    """Return three weights as the rows of one."""
+    """Return three weights as the rows of one parameter; raise InputError if they cannot be one."""
     kinds = {(weight.dtype, weight.device, weight.requires_grad) for weight in weights}
     if len(kinds) > 1:
         raise InputError(
@@ -239,7 +249,10 @@ def _one(weights: list[Tensor]) -> nn.Parameter:
 
 
 def _as_out_proj(linear: nn.Linear) -> NonDynamicallyQuantizableLinear:
-    """Return the class that dynamic quantization leaves alone, as nn.MultiheadAttention reads the weight itself."""
+    """Return a linear layer as the class that dynamic quantization leaves alone.
+
+    nn.MultiheadAttention needs this class, because it reads the weight without calling the layer.
+    """
     if isinstance(linear, NonDynamicallyQuantizableLinear):
         return linear
     new = NonDynamicallyQuantizableLinear(linear.in_features, linear.out_features, bias=False, device="meta")

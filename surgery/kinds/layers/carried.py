@@ -1,7 +1,7 @@
-"""What a layer may have beside what it computes, and how each is carried to the module that takes its place.
+"""What a layer has in addition to its weights, and how it is carried to the module that takes the layer's place.
 
-``CARRIED`` is the one table of it: all that ``vars(nn.Module())`` has. What cannot be carried is a reason to leave the
-layer alone (``refuse_carrying``). Parameters keep their marks: attributes that users hang on them.
+``CARRIED`` is the one table for this; it has each entry of ``vars(nn.Module())``. A layer with something that cannot be
+carried is left alone (``refuse_carrying``). Parameters keep their marks, which are attributes that users set on them.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from surgery.text import first_line
 __all__ = ["CARRIED", "OWN", "carry", "copy_module", "is_watched", "mark", "refuse_carrying"]
 
 
-OWN = frozenset({"weight", "bias"})  # what a layer computes with
-_PREFIX = "surgery_"  # of attributes that are ours, and of no layer
+OWN = frozenset({"weight", "bias"})  # the parameters that a layer computes with
+_PREFIX = "surgery_"  # the names of surgery's own attributes start with this
 
 Carry = Callable[[str, nn.Module, nn.Module, Collection[str]], None]
 
 
 def _copy(name: str, new: nn.Module, old: nn.Module, own: Collection[str]) -> None:
-    """Give the same value."""
+    """Give the new module the same value."""
     vars(new)[name] = vars(old)[name]
 
 
 def _move(name: str, new: nn.Module, old: nn.Module, own: Collection[str]) -> None:
-    """Give the entries of a dictionary that are not what the layer computes with, under their names."""
+    """Give the new module the entries of a dictionary, except those that the layer computes with (``own``)."""
     entries = vars(new)[name]
     entries.update({key: value for key, value in vars(old)[name].items() if key not in own})
 
 
 def _copy_set(name: str, new: nn.Module, old: nn.Module, own: Collection[str]) -> None:
-    """Give a set of its own with the same names."""
+    """Give the new module a copy of a set."""
     vars(new)[name] = set(vars(old)[name])
 
 
 def _rebind(name: str, new: nn.Module, old: nn.Module, own: Collection[str]) -> None:
-    """Give the same dictionary of hooks, of which those that know their module are told of the new one."""
+    """Give the new module the same dictionary of hooks; hooks that know their module are bound to the new one."""
     hooks = vars(old)[name]
     for key, hook in hooks.items():
         if isinstance(hook, _WrappedHook) and hook.with_module:
@@ -56,12 +56,12 @@ def _rebind(name: str, new: nn.Module, old: nn.Module, own: Collection[str]) -> 
 
 
 def _training(name: str, new: nn.Module, old: nn.Module, own: Collection[str]) -> None:
-    """Give the flag to the parts too, which are new."""
+    """Give the training flag to the new module and to all its parts."""
     for module in new.modules():
         module.training = old.training
 
 
-# Hooks go as the very dictionaries that they are in, so that the handles users hold still remove them.
+# Hooks move together with their dictionary, so that the handles that users hold can still remove them.
 CARRIED: dict[str, Carry] = {
     "training": _training,
     "_parameters": _move,
@@ -85,14 +85,15 @@ _CALLED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward
 
 
 def carry(new: nn.Module, old: nn.Module, own: Collection[str] = OWN) -> None:
-    """Give a module all that another has but what it computes with: the parameters and children named in ``own``.
+    """Give a module all that another has, except the parameters and children that it computes with, named in ``own``.
 
-    Attributes go along, private ones too where the new module has none of that name; methods that are bound to the old
-    module are bound to the new one.
+    Attributes are carried as well; a private attribute is carried if the new module has none of that name. Methods that
+    are bound to the old module are bound to the new one.
     """
     for name, how in CARRIED.items():
         how(name, new, old, own)
     for name, value in vars(old).items():
+        # torch keeps private attributes of its own there, which belong to the class of the new module
         private = name.startswith("_") and name in vars(new)
         if name not in CARRIED and not name.startswith(_PREFIX) and not private:
             bound = isinstance(value, MethodType) and value.__self__ is old
@@ -100,7 +101,7 @@ def carry(new: nn.Module, old: nn.Module, own: Collection[str] = OWN) -> None:
 
 
 def mark(new: Tensor, old: Tensor) -> None:
-    """Give a parameter the attributes that users have hung on another."""
+    """Give a parameter the attributes that users have set on another."""
     vars(new).update(vars(old))
 
 
@@ -110,14 +111,15 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def refuse_carrying(module: nn.Module) -> str | None:
-    """Return why something else cannot take the place of a layer with all that hangs on it, or None."""
+    """Return why another module cannot take the place of a layer with all its hooks and attributes, or None."""
     for name, value in vars(module).items():
         if name not in CARRIED and callable(getattr(type(module), name, None)):
             return f"its {name} is patched on the instance"
         if name == "_compiled_call_impl" and value is not None:
             return "it is compiled on its own; compile the model after surgery"
+    # it would see only the last factor
     if module._backward_hooks and module._is_full_backward_hook is False:
-        return "it has a backward hook of the old kind, which sees one operation; use register_full_backward_hook"
+        return "it has a backward hook of the old kind, which sees only one operation; use register_full_backward_hook"
     names = [*module._parameters, *module._buffers, *module._modules]
     if taken := [name for name in names if name.isdecimal()]:
         return f"it has {taken[0]!r}, which is the name of a factor"
@@ -136,19 +138,20 @@ _M = TypeVar("_M", bound=nn.Module)
 
 
 def copy_module(model: _M) -> _M:
-    """Return a deep copy of a module, marks on its parameters and hooks on graph modules included.
+    """Return a deep copy of a module, including marks on its parameters and hooks on graph modules.
 
-    Tensors that old weight norm computes are copied as numbers: they are computed anew when the model runs.
+    Tensors that the old weight norm computes are copied as numbers; the model computes them again when it runs.
 
     Raises:
         InputError: something in the model cannot be copied.
     """
+    # deepcopy takes a copy that is in memo already, and does not try to make one
     memo: dict[int, object] = {id(tensor): made for tensor in _awkward(model) for made in [_copied(tensor)]}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch copies its own tree specs in a way that it deprecates
+            warnings.simplefilter("ignore")  # torch copies its own tree specs in a deprecated way
             copied = copy.deepcopy(model, memo)
-    except Exception as error:  # what hangs on a model may raise anything
+    except Exception as error:  # attributes of a model may raise anything
         what = f"the model cannot be copied: {first_line(error)}"
         raise InputError(what, next_step="give inplace=True, on a model that nothing else needs") from error
     for old, new in zip(model.modules(), copied.modules(), strict=True):
@@ -161,7 +164,7 @@ def copy_module(model: _M) -> _M:
 
 
 def _awkward(model: nn.Module) -> list[Tensor]:
-    """Return the tensors of which torch's own deep copy would raise an error."""
+    """Return the tensors for which torch's own deep copy would raise an error."""
     computed = (value for m in model.modules() for value in vars(m).values() if isinstance(value, Tensor))
     buffers = (buffer for buffer in model.buffers() if buffer is not None)
     sparse = (parameter for parameter in model.parameters() if parameter.layout != torch.strided)
@@ -174,7 +177,7 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _copy_hooks(new: nn.Module, old: nn.Module) -> None:
-    """Give a copy of a graph module the hooks that its own way of copying drops, but not torch's own checks."""
+    """Give a copy of a graph module the hooks that its deep copy drops, except for torch's own checks."""
     for name in CARRIED:
         hooks = vars(old)[name]
         if name.endswith("_hooks") and hooks and not vars(new).get(name):
@@ -186,7 +189,7 @@ def _copy_hooks(new: nn.Module, old: nn.Module) -> None:
 
 
 def _copy_marks(new: Any, old: nn.Parameter) -> None:
-    """Give a copy of a parameter the attributes and the hooks of its gradient, which torch's own copy drops."""
+    """Give a copy of a parameter the attributes and the gradient hooks, which torch's own copy drops."""
     mark(new, old)
     for hook in (old._backward_hooks or {}).values():
         new.register_hook(hook)

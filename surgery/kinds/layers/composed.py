@@ -1,8 +1,8 @@
-"""The weight that a chain of modules stands for, as a tensor that is computed when it is used, and only read.
+"""The weight that a chain of modules stands for, as a read-only tensor that is computed when it is used.
 
-Code around a layer reads its ``weight``: for its dtype, for prototypes, for a penalty. After surgery it reads the right
-numbers, and gradients reach the factors. What would write to it (an adapter that is merged, an initialisation) gets an
-error in place of a change that would be lost.
+Code around a layer reads its ``weight``: for its dtype, for prototypes, for a penalty. After surgery such code still
+reads the right numbers, and gradients reach the factors. Code that writes to the weight, such as an initialisation or
+the merge of an adapter, gets an error, because the change would be lost.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _WRITES = frozenset({"__set__", "__delete__", "__setitem__", "resize_", "set_", 
 
 
 class ComposedWeight(Tensor):
-    """A tensor of a known form whose numbers come from ``make`` at each use; a view of it cannot be written to either.
+    """A tensor of a known form whose numbers ``make`` computes at each use; its views are read-only too.
 
     >>> weight = ComposedWeight(lambda: torch.ones(2, 3), like=torch.empty(2, 3, device="meta"))
     >>> weight.shape, float(weight.sum())
@@ -51,7 +51,7 @@ class ComposedWeight(Tensor):
 
     @staticmethod
     def __new__(cls, make: Callable[[], Tensor], *, like: Tensor, device: Any = None) -> ComposedWeight:
-        """Return the tensor that stands for what ``make`` computes, of the form of ``like``."""
+        """Return a tensor with the form of ``like`` that stands for what ``make`` computes."""
         made: ComposedWeight = Tensor._make_wrapper_subclass(
             cls,
             like.shape,
@@ -61,7 +61,7 @@ class ComposedWeight(Tensor):
             requires_grad=like.requires_grad,
         )
         made._make = make
-        made._is_hf_initialized = True  # so that transformers, when it loads a model, leaves it to the factors
+        made._is_hf_initialized = True  # transformers must not initialise it when it loads a model
         return made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -78,13 +78,13 @@ class ComposedWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Compute with the numbers; only what goes past ``__torch_function__`` gets here."""
+        """Compute with the numbers; only operations that bypass ``__torch_function__`` get here."""
         plain = pytree.tree_map_only(ComposedWeight, lambda value: value._make().detach(), (args, kwargs or {}))
         return func(*plain[0], **plain[1])
 
 
 class _View(Tensor):
-    """Numbers of a composed weight, or a part of them, that cannot be written to either."""
+    """The numbers of a composed weight, or a part of them, read-only as well."""
 
     @classmethod
     def __torch_function__(
@@ -95,7 +95,9 @@ class _View(Tensor):
 
 
 def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return what a function gives of composed weights, unless it would write to one."""
+    """Return the result of a function of composed weights; raise InputError if it would write to one."""
+    # Three cases: attributes and methods that need no numbers (dtype, shape, dim) are answered by the empty tensor
+    # itself; writes are refused; for all else ``make`` runs, and results that share its memory become read-only views.
     name = getattr(func, "__name__", "")
     attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else ""
     if attribute == "is_leaf":
@@ -108,6 +110,7 @@ def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
             f"{name} would write to a weight that is factored, and the change would be lost",
             next_step="recompose the model first, or change the factors",
         )
+    # a weight that is an argument twice becomes one tensor
     made: dict[int, Tensor] = {}
 
     def plain(value: Any) -> Any:
@@ -127,7 +130,7 @@ def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 def _writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     inplace = name.endswith("_") and not name.endswith("__")
     augmented = name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
-    given = args[:1] or tuple(kwargs.values())  # torch.nn.init gives all of its arguments by name
+    given = args[:1] or tuple(kwargs.values())  # torch.nn.init passes all its arguments by name
     written = pytree.tree_leaves(given) if inplace or augmented or name in _WRITES else []
     written += pytree.tree_leaves(kwargs.get("out"))
     return any(isinstance(value, ComposedWeight | _View) for value in written)

@@ -1,4 +1,4 @@
-"""Edits of a tree of modules: a chain in the place of an operator module, and one module in the place of a chain."""
+"""Edits of a tree of modules: they replace an operator module by a chain, and a chain by one module."""
 
 from __future__ import annotations
 
@@ -36,26 +36,31 @@ __all__ = [
     "find_known",
     "fuse_modules",
     "layers_of",
-    "put_back_known",
+    "restore_known",
     "splice_modules",
     "swap_references",
 ]
 
 
-Shared = dict[int, tuple[Tensor, nn.Parameter]]  # by the id of a factor: itself, and the parameter that it became
-Replaced = dict[nn.Module, nn.Module]  # what took the place of what
+Shared = dict[int, tuple[Tensor, nn.Parameter]]  # id of a factor -> the factor (so that it lives) and its parameter
+Replaced = dict[nn.Module, nn.Module]  # old module -> the module that took its place
 
 
 def splice_modules(root: nn.Module, site: Site, chain: Chain, shared: Shared) -> Replaced:
-    """Replace the module at each name of a site by that of its chain; tied modules share its weights, not its bias.
+    """Replace the module at each name of a site by the module of its chain, and return the replacements.
 
-    A factor that is the same tensor as one of an earlier chain in ``shared`` becomes the same parameter.
+    Tied modules share the chain's weights; each keeps its own bias. A factor that is the same tensor as a factor of an
+    earlier chain in ``shared`` becomes the same parameter.
+
+    Raises:
+        CheckError: there is no operator module at any name of the site.
     """
     made: Replaced = {}
     before, after = site.operator.bias, chain.bias
     moved = None
-    if before is not None and after is not None and not before.is_meta:  # a site that is cut again has no numbers
+    if before is not None and after is not None and not before.is_meta:  # a chain that is cut has no numbers yet
         moved = None if torch.equal(before, after) else (after - before).detach()
+    # aliases may name one module twice, or several modules with a tied weight: each module gets one chain
     for path in (site.name, *site.aliases):
         module = root.get_submodule(path)
         if not is_operator_module(module):
@@ -74,7 +79,7 @@ def splice_modules(root: nn.Module, site: Site, chain: Chain, shared: Shared) ->
 
 
 def swap_references(root: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
-    """Let attributes that hold replaced modules hold what took their place: plain lists, dicts, bound methods."""
+    """Update attributes that hold replaced modules, also in lists, dicts, partial functions and bound methods."""
     for module in list(root.modules()) if replaced else ():
         own = vars(module)
         for name, value in list(own.items()):
@@ -93,6 +98,7 @@ def _swapped(value: Any, replaced: Mapping[nn.Module, nn.Module]) -> Any:
         inner, given, named = (_swapped(part, replaced) for part in (value.func, value.args, dict(value.keywords)))
         return value if inner is value.func and given is value.args else partial(inner, *given, **named)
     if isinstance(value, list):
+        # lists and dicts change in place, since other objects may hold them; tuples and sets are made anew
         value[:] = [_swapped(item, replaced) for item in value]
     elif isinstance(value, dict):
         value.update({key: _swapped(item, replaced) for key, item in value.items()})
@@ -103,17 +109,22 @@ def _swapped(value: Any, replaced: Mapping[nn.Module, nn.Module]) -> Any:
     return value
 
 
-def fuse_modules(root: nn.Module, run: FusableChain, layers: Layers) -> Replaced:
-    """Replace the modules of a chain by one: in the place of their nn.Sequential, or of the first of them."""
+def fuse_modules(root: nn.Module, chain: FusableChain, layers: Layers) -> Replaced:
+    """Replace the modules of each row of a chain by one module, and return the replacements.
+
+    If the modules are a whole nn.Sequential, the new module replaces it. Otherwise it replaces the first module, and
+    the other modules become nn.Identity.
+    """
     made: dict[int, nn.Module] = {}
     replaced: Replaced = {}
-    paths = {tuple(str(item.path) for item in items): i for i, items in enumerate(run.rows)}
+    paths = {tuple(str(part.path) for part in row): i for i, row in enumerate(chain.rows)}
     for modules, index in paths.items():
         parent = modules[0].rpartition(".")[0]
-        new = build_module(run.operators[index], _last_module(root, run.rows[index]))
+        new = build_module(chain.operators[index], _last_module(root, chain.rows[index]))
         _keep_flags(new, [root.get_submodule(path) for path in modules])
         if made:
             _share_weights(next(iter(made.values())), new)
+        # the container goes with its children, and its hooks and attributes go to the new module
         if is_whole_sequential(layers, modules):
             old = root.get_submodule(parent)
             carry(new, old, own=old._modules)
@@ -133,18 +144,19 @@ def fuse_modules(root: nn.Module, run: FusableChain, layers: Layers) -> Replaced
 
 
 def _keep_flags(new: nn.Module, old: Sequence[nn.Module]) -> None:
-    """Let a composed parameter train if any of those that it is made of does."""
+    """Let a composed parameter train if any of the parameters that it is composed of trains."""
     for name, parameter in new.named_parameters(recurse=False):
+        # the last word of a name is "weight" or "bias"
         parts = [p for module in old for own, p in module.named_parameters() if own.split(".")[-1] == name]
         parameter.requires_grad_(any(part.requires_grad for part in parts))
 
 
-def _last_module(root: nn.Module, items: Sequence[Part]) -> nn.Module:
-    return root.get_submodule(str(calls_of(items)[-1].path))
+def _last_module(root: nn.Module, row: Sequence[Part]) -> nn.Module:
+    return root.get_submodule(str(calls_of(row)[-1].path))
 
 
 def layers_of(root: nn.Module, *, alone: bool = False, unseen: tuple[Unseen, ...] = ()) -> Layers:
-    """Return what a flow says of the modules below a root, by path."""
+    """Return what a flow says about the modules below a root, by path."""
     modules = dict(root.named_modules(remove_duplicate=False))
     plain = {path: module for path, module in modules.items() if type(module) in (nn.Sequential, nn.Module)}
     children = {
@@ -154,7 +166,7 @@ def layers_of(root: nn.Module, *, alone: bool = False, unseen: tuple[Unseen, ...
 
 
 def _bound(module: nn.Module) -> str | None:
-    """Return why a module cannot become part of another, or None."""
+    """Return why a module cannot be fused with others, or None."""
     if any(map(is_watched, module.modules())):
         return "has a hook, or a forward of its own"
     if is_operator_module(module) and _has_more(module):
@@ -163,7 +175,7 @@ def _bound(module: nn.Module) -> str | None:
 
 
 def _has_more(layer: nn.Module) -> bool:
-    """Whether anything hangs on a layer that one layer for several could not have."""
+    """Whether a layer has buffers, children or parameters that a fused layer could not have."""
     return bool(layer._buffers or layer._modules or set(layer._parameters) - OWN)
 
 
@@ -183,7 +195,7 @@ def _share_weights(source: nn.Module, target: nn.Module) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """A chain that is a module, or several with the same weights and a bias each, with the modules by path."""
+    """A chain that stands as one module, or as several with the same weights and a bias each; the modules by path."""
 
     chain: ModuleChain
     modules: Mapping[str, Factored]
@@ -195,13 +207,14 @@ class Known:
 
 
 def find_known(root: nn.Module) -> tuple[list[Known], tuple[Skip, ...]]:
-    """Return the chains below a module, and those that were changed so that they are none any more."""
+    """Return the chains below a module, and skips for modules that were changed and are not chains any more."""
     groups: dict[tuple[Any, ...], dict[str, Factored]] = defaultdict(dict)
     skips = []
     for path, module in root.named_modules(remove_duplicate=False):
         if not isinstance(module, Factored):
             continue
         chain = chain_of(module)
+        # on the meta device composing costs nothing, and it refuses just the chains that would be refused later
         whole = chain if isinstance(chain, Refusal) else compose_steps([s.to(device="meta") for s in chain.steps])
         if isinstance(whole, Refusal):
             skips.append(Skip(path, "chain", whole.reason))
@@ -224,12 +237,12 @@ def _chain(module: Factored) -> Chain:
     return chain
 
 
-def put_back_known(
+def restore_known(
     root: nn.Module, known: Known, operators: Sequence[Operator], notes: MutableMapping[str, str] | None = None
 ) -> dict[nn.Module, nn.Module]:
-    """Put the layer where each module of a chain stands; return what took the place of what.
+    """Replace each module of a chain by the layer of its operator, and return the replacements.
 
-    ``notes`` gets what the user should know of it, by site.
+    If the layer's parameters cannot give the operator's weight exactly, ``notes`` gets a note for the user, by site.
     """
     made: dict[nn.Module, nn.Module] = {}
     for module, operator in zip(known.each, operators, strict=True):
@@ -238,6 +251,7 @@ def put_back_known(
             words = "no parameters of the layer give the composed weight exactly; the relative error of the nearest is"
             notes[known.chain.names[0]] = f"{words} {error:.2g}"
         if made:
+            # tied layers are made one by one, and then share the weight of the first
             path, _, leaf = weight_path(layer).rpartition(".")
             layer.get_submodule(path)._parameters[leaf] = weight_of(next(iter(made.values())))
         made[module] = layer
@@ -248,8 +262,8 @@ def put_back_known(
 
 
 def empty_known(root: nn.Module, known: Known, operator: Operator) -> dict[nn.Module, nn.Module]:
-    """Put layers of zeros where the modules of a chain stand, of the form of an operator; return what replaced what."""
+    """Replace the modules of a chain by layers of zeros of the form of an operator, and return the replacements."""
     like = weights(known.each[0])[0]
     bias = None if operator.bias is None else like.new_zeros(operator.bias.shape)
     zeros = without_numbers(operator, like=like).with_bias(bias)
-    return put_back_known(root, known, [zeros] * len(known.each))
+    return restore_known(root, known, [zeros] * len(known.each))

@@ -1,7 +1,7 @@
-"""The module that stands in the place of a factored layer: its factors in order, and all that hung on the layer.
+"""The module that takes the place of a factored layer: its factors in order, with the layer's hooks and attributes.
 
-It is the record of what decompose has made, too: which class the layer was of, which factorization made the factors, at
-which ranks. So recompose knows each chain by its module, wherever and however often the model calls it.
+The module is also the record of its factorization: it knows the class of the layer, the factorization and the ranks. So
+recompose finds each chain by its module, wherever and however often the model calls it.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ __all__ = [
 ]
 
 Origin = tuple[str, tuple[int, ...]]
-_FORMATS = {"channels_last": 4, "channels_last_3d": 5}  # memory formats, and the number of axes of theirs
+_FORMATS = {"channels_last": 4, "channels_last_3d": 5}  # memory format -> the number of axes that it needs
 
 
 class Factored(nn.Sequential):
-    """The factors of one layer, applied in order; hooks, buffers and other extras of the layer are its own.
+    """The factors of one layer, applied in order, with the layer's hooks, buffers and other attributes.
 
-    Children named ``0``, ``1``, ... are the factors; others are what the layer had. ``weight`` is what the factors
-    compose to, computed where it is read, and cannot be written to; ``bias`` is the parameter of the last of them.
+    Children named ``0``, ``1``, ... are the factors; other children are the layer's. ``weight`` is what the factors
+    compose to: a read-only tensor that is computed when it is read. ``bias`` is the bias of the last factor.
     """
 
     def __init__(self, steps: Sequence[nn.Module], *, kind: type[nn.Module], origin: Origin | None = None) -> None:
@@ -61,7 +61,7 @@ class Factored(nn.Sequential):
         return [self._modules[str(at)] for at in range(self.surgery_steps)]
 
     def forward(self, input: Tensor) -> Tensor:
-        """Apply all factors, inside of what the layer does around its operator."""
+        """Apply all factors, together with what the layer does before and after its operator."""
         within = self.surgery_within
         if within is None:
             return self.run(input)
@@ -75,20 +75,21 @@ class Factored(nn.Sequential):
         return input
 
     def __getattr__(self, name: str) -> Any:
+        # Python asks here for names that are not plain attributes; a factored layer computes its weight and bias
         if name == "weight" and "surgery_steps" in vars(self):
             return _composed(self)
         if name == "bias" and "surgery_steps" in vars(self):
             holder = self if "bias" in self._parameters else _bias_holder(self)
             return holder._parameters.get("bias")
         if name == "surgery_within":
-            return None  # of modules that were pickled before there was one
+            return None  # modules from older pickles do not have this attribute
         try:
             return super().__getattr__(name)
         except AttributeError:
             return self._of_kind(name)
 
     def _of_kind(self, name: str) -> Any:
-        """Return a method or another attribute that a user's class of layers has, beside what torch's have."""
+        """Return a method or class attribute that the user's class of layers has in addition to torch's."""
         for kind in vars(self).get("surgery_kind", nn.Module).__mro__:
             if kind.__module__.startswith("torch."):
                 break
@@ -104,7 +105,7 @@ class Factored(nn.Sequential):
 
 
 def _bias_holder(factored: Factored) -> nn.Module:
-    """Return the module whose bias is that of the layer: the last one with weights or the shift behind it."""
+    """Return the module that has the layer's bias: the last factor with weights, or the shift after it."""
     *_, last = (module for module in factored.steps if any(True for _ in module.parameters()))
     while isinstance(last, nn.Sequential | layers.Sum):  # of the last branch, where there are branches
         last = last[-1]
@@ -112,10 +113,12 @@ def _bias_holder(factored: Factored) -> nn.Module:
 
 
 def _composed(factored: Factored) -> Tensor:
-    """Return the weight, of which the form is known at once and the numbers are composed where they are used."""
+    """Return the weight: its form is known at once, and its numbers are composed when they are used."""
     turned = stored_as(factored.surgery_kind) == "in_out"
 
     def make() -> Tensor:
+        # the chain is checked first, with detached tensors; then it is read unchecked, so that gradients reach the
+        # factors
         exact = torch.compiler.is_dynamo_compiling() or isinstance(chain_of(factored), Chain)
         chain = chain_of(factored, detached=not exact)
         whole = chain if isinstance(chain, Refusal) else chain.compose()
@@ -133,7 +136,7 @@ def _composed(factored: Factored) -> Tensor:
 
 
 def chain_of(factored: Factored, *, detached: bool = True) -> Chain | Refusal:
-    """Return the chain that the module runs, or why it is none: a factor was exchanged, or has a hook."""
+    """Return the chain that the module runs, or why it is not a chain: a factor was exchanged, or has a hook."""
     steps = []
     for name, module in list(factored.named_children())[: factored.surgery_steps]:
         step = _read_step(module, detached=detached)
@@ -144,7 +147,7 @@ def chain_of(factored: Factored, *, detached: bool = True) -> Chain | Refusal:
 
 
 def is_chain(module: nn.Module) -> bool:
-    """Whether a module stands for a factored layer, and is its chain still."""
+    """Whether a module takes the place of a factored layer and is still a chain."""
     return isinstance(module, Factored) and isinstance(chain_of(module), Chain)
 
 
@@ -160,14 +163,14 @@ def _read_step(module: nn.Module, *, detached: bool) -> Step | Refusal:
         return read_link_module(module) or Refusal("is a reshape that no factorization makes")
     if type(module) is layers.Sum:
         return _read_sum(module, detached=detached)
-    return Refusal(f"is {type(module).__name__}, which is no plain layer")
+    return Refusal(f"is {type(module).__name__}, which is not a plain layer")
 
 
 def _read_sum(module: layers.Sum, *, detached: bool) -> Step | Refusal:
     rows = []
     for row in module:
         if type(row) is not nn.Sequential or is_watched(row):
-            return Refusal("is a sum of something else than rows of layers")
+            return Refusal("is a sum of things that are not rows of layers")
         steps = [_read_step(part, detached=detached) for part in row]
         refusals = [step for step in steps if isinstance(step, Refusal)]
         if refusals:
@@ -177,7 +180,7 @@ def _read_sum(module: layers.Sum, *, detached: bool) -> Step | Refusal:
 
 
 def _carriers(factored: Factored) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the factors with weights, by their paths below the module."""
+    """Yield the factors with weights, each with its path below the module."""
     for at, step in enumerate(factored.steps):
         for path, module in step.named_modules(prefix=str(at)):
             if "weight" in module._parameters:
@@ -190,18 +193,19 @@ def weights(factored: Factored) -> list[nn.Parameter]:
 
 
 def weight_names(factored: Factored, path: str) -> list[str]:
-    """Return the names of these parameters, for a module at a path."""
+    """Return the names of the weights of all factors, in order, for a module at a path."""
     return [f"{path}.{place}.weight" for place, _ in _carriers(factored)]
 
 
 def build_factored(chain: Chain, layer: nn.Module, moved: Tensor | None = None) -> Factored:
-    """Return the module of a chain that takes the place of a layer, with all that hangs on it, and its bias.
+    """Return the module of a chain that takes the place of a layer, with the layer's hooks, attributes and bias.
 
-    The bias is the layer's own parameter, to which ``moved`` is added, in place.
+    The bias is the layer's own parameter; ``moved`` is added to it in place.
     """
     within = within_of(layer)
     own = OWN
     if isinstance(within, Within):
+        # a bias that the layer computes goes into the chain as numbers; a bias that is a parameter is carried as it is
         own, bias = within.names, layer._parameters.get("bias") if "bias" in within.exact else None
         computed = within.bias is not None and bias is None
     else:
@@ -225,14 +229,15 @@ def build_factored(chain: Chain, layer: nn.Module, moved: Tensor | None = None) 
 
 
 def build_layer(factored: Factored, operator: Operator) -> nn.Module:
-    """Return the layer of an operator that takes the place of factors, of the class that it was, with all extras."""
+    """Return the layer of an operator that takes the place of factors: of the original class, with all attributes."""
     steps = {str(at) for at in range(factored.surgery_steps)}
     parts = weights(factored)
     if factored.surgery_within is not None:
         return _build_within(factored, factored.surgery_within, operator, steps)
     layer: nn.Module = build_module(operator, factored, kind=factored.surgery_kind)
+    # the attributes of the user's class are carried below, so its __init__ is not needed
     if base_of(factored.surgery_kind) is type(layer):
-        layer.__class__ = factored.surgery_kind  # of the user's own, which may be made with other arguments
+        layer.__class__ = factored.surgery_kind  # not called: a user's class may need other arguments
     carry(layer, factored, own=steps)
     _give(layer, "weight", layer.weight, parts[0], factored.surgery_format)
     layer.weight.requires_grad_(any(part.requires_grad for part in parts))
@@ -241,7 +246,7 @@ def build_layer(factored: Factored, operator: Operator) -> nn.Module:
 
 
 def _build_within(factored: Factored, within: Within, operator: Operator, steps: set[str]) -> nn.Module:
-    """Return the layer of a class that does more, with numbers from which it computes the operator's."""
+    """Return a layer of a class that does more than its operator, with parameters that give the operator's weight."""
     layer = restore(factored, within, operator, steps)
     parts = weights(factored)
     trains = any(part.requires_grad for part in parts)
@@ -257,7 +262,8 @@ def _build_within(factored: Factored, within: Within, operator: Operator, steps:
 
 
 def _give_bias(layer: nn.Module, factored: Factored) -> None:
-    """Give a layer the bias of factors: the very parameter, where there is one."""
+    """Give a layer the bias of the factors: the same parameter, if only the last factor has a bias."""
+    # if other factors got a bias too, the composed bias has other numbers than the last one
     holders = [m for step in factored.steps for m in step.modules() if m._parameters.get("bias") is not None]
     if holders:
         own = holders[-1]._parameters["bias"]
@@ -268,7 +274,7 @@ def _give_bias(layer: nn.Module, factored: Factored) -> None:
 
 
 def build_steps(chain: Chain, like: nn.Module) -> list[nn.Module]:
-    """Return a module for each step of a chain; the last may be of the class of the layer that it stands for."""
+    """Return a module for each step of a chain; the last may have the class of ``like``, the layer that is factored."""
     return [_build_step(step, like, last=step is chain.steps[-1]) for step in chain.steps]
 
 
@@ -281,7 +287,7 @@ def _build_step(step: Step, layer: nn.Module, *, last: bool) -> nn.Module:
 
 
 def _give(module: nn.Module, name: str, tensor: Any, like: Any, form: str = "") -> None:
-    """Put a tensor in a module as a parameter with the flag, the marks and the memory format of another."""
+    """Put a tensor into a module as a parameter, with the flag and the marks of ``like`` and a memory format."""
     fits = tensor.dim() == _FORMATS.get(form)
     data = tensor.detach().contiguous(memory_format=getattr(torch, form)) if fits else tensor.detach()
     parameter = nn.Parameter(data, requires_grad=like.requires_grad)

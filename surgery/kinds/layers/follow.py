@@ -1,8 +1,8 @@
-"""Follow the forward of a layer: see where it calls an operator on its own weight, or run a chain in its place.
+"""Follow the forward of a layer: find the call of an operator on the layer's own weight, or run a chain in its place.
 
 A layer of a class of its own may pad its input, scale its weight, or crop what comes out; in the middle it calls one
-function of torch. ``Follow`` runs a forward once on a tensor without numbers and notes that call; ``Instead`` runs it
-with tensors that stand for the weight, and computes the call by something else.
+function of torch. ``Follow`` runs a forward once on a tensor without numbers and notes that call; ``Substitute`` runs
+it with tensors that stand for the weight, and computes the call by something else.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from surgery.algebra.operators import Conv, Embedding, Linear, Operator, Shape
 from surgery.errors import Refusal
 from surgery.kinds.layers.geometry import conv_geometry
 
-__all__ = ["Beside", "Follow", "Instead", "Parts", "Seen", "without_modes"]
+__all__ = ["Tap", "Follow", "Substitute", "Parts", "Seen", "without_modes"]
 
-without_modes = _disable_current_modes  # of torch's tracers, for tensors that have no place in their graphs
+without_modes = _disable_current_modes  # torch's tracers must not see tensors that are not of their graphs
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -45,7 +45,11 @@ _RANDOM = ("dropout", "rand", "bernoulli")
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The call of an operator's function; ``rest`` are all arguments but the tensors."""
+    """The call of an operator's function.
+
+    ``rest`` has the names of the arguments, and the values of all arguments but the tensors. ``turned`` says that the
+    weight is (in, out), as in a product of matrices.
+    """
 
     source: Any
     weight: Any
@@ -54,7 +58,7 @@ class Parts:
     turned: bool = False
 
     def build(self, weight: Tensor, bias: Tensor | None) -> Operator | Refusal:
-        """Return the operator that the call is."""
+        """Return the operator of the call with a weight and a bias, or why there is none."""
         names, *values = self.rest
         given = dict(zip(names[2:], values, strict=True))
         if names == _EMBEDDING:
@@ -69,7 +73,7 @@ class Parts:
 
 
 def _read(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Parts | None:
-    """Return the parts of a call of an operator's function; None for any other."""
+    """Return the parts of the call of an operator's function; None for any other function."""
     if func in _PRODUCTS:
         weight = args[1] if len(args) == 2 else None
         names: tuple[str, ...] = ("input", "weight")
@@ -77,7 +81,7 @@ def _read(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Parts | 
         return Parts(args[0], weight, None, (names,), turned=True) if plain else None
     try:
         found = _CALLS.get(func)
-    except TypeError:  # a function that cannot be hashed is none of these
+    except TypeError:  # a function that cannot be hashed is not in the table
         return None
     if found is None:
         return None
@@ -107,7 +111,7 @@ def _given(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> list[Tensor
 
 
 def _attribute(func: Any) -> str:
-    """Return the name of the attribute that a function reads, or nothing."""
+    """Return the name of the tensor attribute that a function reads, or an empty string."""
     return str(func.__self__.__name__) if getattr(func, "__name__", "") == "__get__" else ""
 
 
@@ -117,9 +121,9 @@ def _storage(tensor: Tensor) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """One call of an operator: its tensors, of which parameters they are made, and the shape of its input.
+    """One call of an operator: its tensors, the names of the parameters that they are made of, and its input's shape.
 
-    It is the call ``at`` this place among all calls of operators' functions .
+    ``at`` is the place of this call among all calls of operators' functions in the forward.
     """
 
     parts: Parts
@@ -133,12 +137,16 @@ class Seen:
 
 
 class Follow(TorchFunctionMode):
-    """Notes what a forward does with ``parameters`` and with ``source``, a tensor on the meta device.
+    """Notes what a forward does with ``parameters`` and with ``source``, its input on the meta device.
 
-    What is computed from parameters alone has numbers; what ``source`` goes into has none. ``calls`` are the operators
-    that source runs through; ``elsewhere`` are parameters that meet it in another way, and ``refusals`` what no chain
-    could stand in for.
+    A tensor that is computed from parameters alone has numbers; a tensor that depends on ``source`` has none. ``calls``
+    are the calls of operators on tensors that depend on ``source``. ``elsewhere`` names the parameters that meet such
+    tensors in other functions. ``refusals`` says what the forward does that it could not do with a chain.
     """
+
+    # Two facts are kept for each tensor, by its id: which parameters it is made of (_from), and whether it depends on
+    # source (_flows). For y = conv(pad(x), g * v / |v|), pad(x) and y flow, the weight is made of {g, v}, and the call
+    # of conv is noted in calls.
 
     def __init__(self, parameters: Mapping[str, Tensor], source: Tensor, device: torch.device) -> None:
         super().__init__()
@@ -149,35 +157,41 @@ class Follow(TorchFunctionMode):
         self._own = {_storage(tensor) for tensor in parameters.values()}
         self._from = {id(tensor): frozenset({name}) for name, tensor in parameters.items()}
         self._flows = {id(source)}
-        self._kept: list[Any] = [source]  # ids are of tensors that live
+        self._kept: list[Any] = [source]  # an id is valid only while its tensor lives
         self._operators = 0
 
     def names(self, tensor: Any) -> frozenset[str]:
-        """The parameters of which a tensor is made, without source."""
+        """The names of the parameters that a tensor is computed from, if it does not depend on ``source``."""
         return self._from.get(id(tensor), frozenset())
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call the function, and note it."""
+        """Call the function, and note what it does."""
         kwargs = kwargs or {}
         given = _given(args, kwargs)
         flows = any(id(tensor) in self._flows for tensor in given)
         names = frozenset[str]().union(*map(self.names, given))
         attribute = _attribute(func)
+        # layers make tensors on the device of their input; the input's stand-in is on the meta device
         if attribute == "device" and flows:
             return self._device
         if attribute and attribute not in _TENSORS:
             return func(*args, **kwargs)
         if names:
             self._look(getattr(func, "__name__", ""), args, names)
+        # all calls of operators' functions are counted, so that a later run can find the same call by its place
         self._operators += _read(func, args, kwargs) is not None
         if not flows:
             return self._note(func(*args, **kwargs), names)
         return self._flow(func, args, kwargs, names)
 
     def _look(self, name: str, args: Sequence[Any], names: frozenset[str]) -> None:
-        """Know what a chain could not do for a weight: give its numbers away, be rounded, be written to."""
+        """Note uses of a weight that a chain could not serve: its numbers are read, rounded or drawn at random.
+
+        Raises:
+            ValueError: the forward writes to a parameter.
+        """
         if name in _READS:
             self.refusals.append("its forward reads the numbers of its weight")
         elif any(word in name for word in _RANDOM):
@@ -196,11 +210,13 @@ class Follow(TorchFunctionMode):
         return result
 
     def _flow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], names: frozenset[str]) -> Any:
+        # weight.to(x) must not move the weight to the meta device: it would lose its numbers
         if getattr(func, "__name__", "") in ("to", "type_as") and id(args[0]) not in self._flows:
             like = next(tensor for tensor in args[1:] if isinstance(tensor, Tensor))
             return self._note(args[0].to(dtype=like.dtype), names)
         parts = _read(func, args, kwargs)
         at, shape = self._operators - 1, () if parts is None else tuple(parts.source.shape)
+        # a function of the input runs on the meta device, so all its tensors have to be there
         plain = pytree.tree_map_only(Tensor, self._plain, (tuple(args), dict(kwargs)))
         result = func(*plain[0], **plain[1])
         for tensor in _tensors((result,)):
@@ -222,8 +238,8 @@ class Follow(TorchFunctionMode):
         return id(parts.source) in self._flows and bool(self.names(parts.weight)) and not flows
 
 
-class Beside(TorchFunctionMode):
-    """Shows the parts of the call of an operator at a place, and changes what comes out of it."""
+class Tap(TorchFunctionMode):
+    """Shows ``see`` the parts of an operator's call at a place, and replaces the output by what ``change`` returns."""
 
     def __init__(self, at: int, see: Callable[[Parts], None], change: Callable[[Any], Any] | None) -> None:
         super().__init__()
@@ -232,7 +248,7 @@ class Beside(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call the function."""
+        """Call the function, with ``see`` and ``change`` if it is the call at the place."""
         parts = _read(func, args, kwargs or {})
         here = parts is not None and self._left == 0
         self._left -= parts is not None
@@ -242,8 +258,11 @@ class Beside(TorchFunctionMode):
         return self._change(result) if here and self._change is not None else result
 
 
-class Instead(TorchFunctionMode):
-    """Calls ``run`` for the operator whose weight is made of ``ghosts``: tensors of the right form without numbers."""
+class Substitute(TorchFunctionMode):
+    """Calls ``run`` in the place of the operator whose weight is made of ``ghosts``.
+
+    Ghosts are tensors on the meta device that stand for parameters: they have the right form and no numbers.
+    """
 
     def __init__(self, ghosts: Collection[Tensor], device: torch.device, run: Callable[[Parts], Any]) -> None:
         super().__init__()
@@ -253,7 +272,7 @@ class Instead(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call the function; what is computed from ghosts is a ghost."""
+        """Call the function, or ``run`` for the operator; a tensor that is computed from ghosts is a ghost too."""
         kwargs = kwargs or {}
         if not any(id(tensor) in self._ghosts for tensor in _given(args, kwargs)):
             return func(*args, **kwargs)
@@ -262,6 +281,7 @@ class Instead(TorchFunctionMode):
         parts = _read(func, args, kwargs)
         if parts is not None and id(parts.weight) in self._ghosts and id(parts.source) not in self._ghosts:
             return self._run(parts)
+        # x.to(weight) takes the dtype of the ghost, but not its device
         if args and getattr(func, "__name__", "") in ("to", "type_as") and id(args[0]) not in self._ghosts:
             return args[0].to(dtype=next(t for t in args[1:] if isinstance(t, Tensor)).dtype)
         with without_modes():

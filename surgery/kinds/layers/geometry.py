@@ -1,4 +1,4 @@
-"""What torch's arguments of convolutions and layouts of weights mean for operators."""
+"""The meaning of torch's convolution arguments and weight layouts for operators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["conv_geometry", "stored_weight"]
 
 
 def stored_weight(operator: Operator, stored: Layout) -> Tensor:
-    """Return the weight as the graph stores it."""
+    """Return an operator's weight in the layout in which a graph stores it."""
     return operator.weight.t().contiguous() if stored == "in_out" else operator.weight
 
 
@@ -27,7 +27,7 @@ def conv_geometry(
     transposed: bool,
     padding_mode: PaddingMode = "zeros",
 ) -> Geometry | Refusal:
-    """Return the geometry that torch's arguments (numbers, sequences, 'same', 'valid') mean, or why there is none."""
+    """Return the geometry for torch's arguments (numbers, sequences, 'same', 'valid'), or why there is none."""
     dims = len(kernel_size)
     spread = [_spread(value, dims) for value in (stride, dilation, output_padding)]
     if any(value is None for value in spread):

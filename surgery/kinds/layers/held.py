@@ -1,4 +1,4 @@
-"""Layers that have to stay: with what cannot be carried to another layer, or with a weight that is held elsewhere."""
+"""Layers that have to stay, because something cannot be carried to another layer or their weight is held elsewhere."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from surgery.kinds.layers.within import Within, within_of
 from surgery.sites.flow import Call
 from surgery.sites.site import Skip
 
-__all__ = ["hung_skip"]
+__all__ = ["held_skip"]
 
 
-def hung_skip(root: nn.Module, call: Call, reason: str | None = None) -> Skip | None:
-    """Return why the module of a call has to stay, or None."""
+def held_skip(root: nn.Module, call: Call, reason: str | None = None) -> Skip | None:
+    """Return a skip if the module of a call has to stay, for ``reason`` or another; else None."""
     module = root.get_submodule(str(call.path))
     reason = reason or refuse_carrying(module) or _held_elsewhere(root, module)
     path, operator = str(call.path), call.operator
@@ -24,8 +24,12 @@ def hung_skip(root: nn.Module, call: Call, reason: str | None = None) -> Skip | 
 
 
 def _held_elsewhere(root: nn.Module, layer: nn.Module) -> str | None:
-    """Return where else the weight of a layer is held, if anywhere: there it would go on as it was, unused."""
+    """Return where else the weight of a layer is held, or None.
+
+    After surgery, another holder would still have the old weight, which the model does not use any more.
+    """
     weight, within = weight_of(layer), within_of(layer)
+    # a computed weight is not a parameter itself, so the parameters that it is computed from must not be shared
     names = within.names - within.exact if isinstance(within, Within) else ()
     computed = [layer.get_parameter(name) for name in names]
     inside = set(layer.modules())
@@ -44,7 +48,7 @@ def _held_elsewhere(root: nn.Module, layer: nn.Module) -> str | None:
 
 
 def _holds(value: Any, weight: Any) -> bool:
-    """Whether a value is a tensor, or a list or dict has it."""
+    """Whether a value is the weight, or is a list, tuple or dict that contains it."""
     if isinstance(value, list | tuple):
         return any(_holds(item, weight) for item in value)
     if type(value) is dict:

@@ -1,4 +1,4 @@
-"""The call of an operator in the forward of one layer: which layers there are, and how one of them is followed."""
+"""The call of an operator in the forward of one layer: which classes of layers count, and how a forward is followed."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ BASES: tuple[type[nn.Module], ...] = (
     nn.ConvTranspose3d,
 )
 _METHODS = ("forward", "_conv_forward", "__call__", "_call_impl", "__getattr__", "__getattribute__", "weight", "bias")
-_HOOKS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")  # whose hooks compute a weight
+_HOOKS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")  # the hooks of these modules compute a weight
 
 
 def base_of(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """Return the class of torch whose forward a class of layers has unchanged, if it is one of the known."""
+    """Return the class among ``BASES`` whose forward a class of layers has unchanged; None if there is none."""
     for base in BASES:
         if kind is base:
             return base
+        # a subclass that only adds methods or another __init__ computes as its base does
         own = issubclass(kind, base) and not kind.__module__.startswith("torch.")
         if own and all(getattr(kind, name, None) is getattr(base, name, None) for name in _METHODS):
             return base
@@ -43,7 +44,7 @@ def base_of(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is a layer of torch, or of a class that computes as one, with its weight as a parameter."""
+    """Whether a module computes as one of torch's layers, and has its weight as a parameter."""
     return base_of(type(module)) is not None and "weight" in module._parameters
 
 
@@ -55,19 +56,21 @@ def own_hooks(module: nn.Module) -> list[Any]:
 
 
 def computes(hook: Any) -> bool:
-    """Whether a hook is one of these."""
+    """Whether a hook is one of torch's that compute a weight."""
     hook = getattr(hook, "hook", hook)
     return type(hook).__module__.startswith(_HOOKS)
 
 
 def trials(module: nn.Module) -> list[Shape]:
-    """Return some shapes of inputs for a layer: the first that it takes, and for a convolution more that are larger."""
+    """Return shapes of trial inputs for a layer: the first that it accepts, or three sizes for a convolution."""
     layer: Any = module
     if isinstance(module, nn.Embedding):
         return [next(s for s in ((1, 4), (4,), (1, 4, 4)) if _takes(module, s))]
     if isinstance(module, nn.Linear):
         shapes: list[Shape] = [(1,) * axes + (layer.in_features,) for axes in (1, 2, 3)]
         return [next((shape for shape in shapes if _takes(module, shape)), shapes[0])]
+    # three inputs that are larger by 0, 1 and 2 show whether the padding depends on the size, as "same" with a stride
+    # does
     spans = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
     return [(1, layer.in_channels, *(2 * max(spans) + 9 + more for _ in spans)) for more in (0, 1, 2)]
 
@@ -81,7 +84,7 @@ def _takes(module: nn.Module, shape: Shape) -> bool:
 
 
 def clone(module: nn.Module, parameters: Mapping[str, Any]) -> nn.Module:
-    """Return a module with others for some of its parameters, by path; all else is the same objects."""
+    """Return a module with other tensors for some of its parameters, by path; it shares all else with the original."""
     made = object.__new__(type(module))
     vars(made).update(vars(module))
     for name in ("_parameters", "_buffers", "_modules"):
@@ -103,9 +106,10 @@ def _followed(module: nn.Module) -> Iterator[None]:
 def follow(
     module: nn.Module, shape: Shape, parameters: Mapping[str, Tensor] | None = None
 ) -> tuple[Seen, bool] | Refusal:
-    """Return the one call of an operator in a layer's forward at an input shape, and whether its output is the layer's.
+    """Return the one call of an operator in a layer's forward, and whether its output is the layer's output.
 
-    ``parameters`` are others in the place of its own; whatever its forward raises comes through.
+    The forward runs on an input of this shape, without numbers. ``parameters`` replace parameters of the layer, by
+    path. Raises whatever the forward raises.
     """
     layer = clone(module, parameters or {})
     own = {name: p for name, p in layer.named_parameters(remove_duplicate=False) if p is not None}
@@ -129,12 +133,13 @@ def _the_call(mode: Follow, layer: nn.Module, result: Any) -> tuple[Seen, bool] 
         words = "no function of an operator" if not mode.calls else "more than one function of an operator"
         return Refusal(f"its forward calls {words} on its own weight")
     seen = mode.calls[0]
+    # a parameter that the chain takes over must not be needed anywhere else in the forward
     names = seen.weight_from | seen.bias_from
     if shared := sorted((names & mode.elsewhere) | (seen.weight_from & seen.bias_from)):
         return Refusal(f"its forward uses {shared[0]} in more than its operator")
     if not isinstance(result, Tensor):
         return Refusal("its forward returns more than one tensor")
-    # what it keeps of its weight would be without numbers
+    # a tensor that the forward computes from the weight and keeps would have no numbers once the weight is a ghost
     kept = [v for v in vars(layer).values() if isinstance(v, Tensor) and v is not seen.weight and mode.names(v) & names]
     if kept and not own_hooks(layer):
         return Refusal("its forward keeps what it computes from its weight")
@@ -142,7 +147,7 @@ def _the_call(mode: Follow, layer: nn.Module, result: Any) -> tuple[Seen, bool] 
 
 
 def operator_of(seen: Seen, *, pads: bool) -> Operator | Refusal:
-    """Return the operator of a call with its numbers; without its padding where that is done in front of it."""
+    """Return the operator of a call with its numbers; ``pads`` leaves out the padding, which is then done before it."""
     operator = seen.parts.build(seen.weight.detach(), None if seen.bias is None else seen.bias.detach())
     if isinstance(operator, Conv) and pads:
         if not operator.geometry.symmetric or operator.geometry.padding_mode != "zeros":

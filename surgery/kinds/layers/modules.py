@@ -1,6 +1,6 @@
-"""Modules that are operators: nn.Linear, the nn.Conv family and GPT-2's Conv1D, read and built.
+"""Read and build modules that are operators: nn.Linear, nn.Embedding, the nn.Conv family and GPT-2's Conv1D.
 
-Subclasses of them are too, if their forward calls one operator on a weight of their own (see ``within``).
+A subclass is an operator too, if its forward calls one operator on a weight of its own (see ``within``).
 """
 
 from __future__ import annotations
@@ -55,64 +55,66 @@ _REASONS: dict[str, str] = {
 
 
 def _is_conv1d(kind: type[nn.Module]) -> bool:
-    """Whether this is transformers' Conv1D: a linear layer that stores its weight as (in, out)."""
+    """Whether a class is transformers' Conv1D, a linear layer that stores its weight as (in, out)."""
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def is_operator_module(module: nn.Module) -> bool:
-    """Whether the module is known to be an operator, by its class or by what its forward calls."""
+    """Whether a module is an operator, by its class or by what its forward calls."""
     kind = type(module)
     return _is_exact(kind) or base_of(kind) is not None or isinstance(within_of(module), Within)
 
 
 def _is_exact(kind: type[nn.Module]) -> bool:
-    """Whether a class is exactly one of the known."""
+    """Whether a class is exactly one of the known classes of operators, and not a subclass."""
     return kind in (nn.Linear, NonDynamicallyQuantizableLinear, nn.Embedding) or kind in _CONVS or _is_conv1d(kind)
 
 
 def weight_path(module: nn.Module) -> str:
-    """Return the name of the parameter that has the numbers of an operator's weight, below its module."""
+    """Return the path, below a module, of the parameter with the numbers of the operator's weight."""
     within = within_of(module)
     return within.weight if isinstance(within, Within) else "weight"
 
 
 def weight_of(module: nn.Module) -> nn.Parameter | None:
-    """Return that parameter; None where the module has none."""
+    """Return the parameter with the numbers of an operator's weight; None if the module has none."""
     path, _, name = weight_path(module).rpartition(".")
     return module.get_submodule(path)._parameters.get(name)
 
 
 def called_shape(module: nn.Module, shape: Shape) -> Shape:
-    """Return the shape on which a module calls its operator, for an input of a shape.
+    """Return the input shape of a module's operator, for an input shape of the module.
 
     Raises:
-        InputError: its forward does not run at that shape.
+        InputError: the module's forward does not run at that shape.
     """
     within = within_of(module)
     return inner_shape(module, within, shape) if isinstance(within, Within) else shape
 
 
 def ends_with_operator(module: nn.Module) -> bool:
-    """Whether what a module returns is what its operator returns."""
+    """Whether a module returns the output of its operator unchanged."""
     within = within_of(module)
     return not isinstance(within, Within) or within.ends
 
 
 def is_outlined(module: nn.Module) -> bool:
-    """Whether the calls of the module's parts stand beside its own in a graph, as an outline that is not to be run."""
+    """Whether a graph has the calls of the module's parts as an outline, in addition to the module's own call."""
     return getattr(module, "outlined", False)
 
 
 def stored_as(kind: type[nn.Module]) -> Layout:
-    """Return how a class of modules stores its weight, "out_in" or "in_out"."""
+    """Return the layout in which a class of modules stores its weight, "out_in" or "in_out"."""
     return "in_out" if _is_conv1d(kind) else "out_in"
 
 
 def read_module(module: nn.Module, *, detached: bool = True) -> Operator | Refusal:
-    """Return the operator of a module of a known class, or why it is none.
+    """Return the operator of a module of a known class, or why the module is not an operator.
 
-    With the parameters themselves, not ``detached`` ones, it is traced by torch.compile, and they are not looked at.
+    Unless ``detached``, the operator has the parameters themselves, and they are not checked; so torch.compile can
+    trace this function.
     """
+    # a layer with a weight that is not a plain parameter, or of a class that is not torch's, is read by following it
     own_weight = module._parameters.get("weight")
     if own_weight is None or not _is_exact(type(module)):
         within = within_of(module)
@@ -158,20 +160,21 @@ def _read_embedding(module: nn.Embedding, weight: Tensor) -> Operator | Refusal:
 
 
 def refuse_module(module: nn.Module) -> str | None:
-    """Return why a leaf module with matrix weights is no site, or None if it has no such weights."""
+    """Return why a leaf module with matrix weights is not a site, or None if it has no such weights."""
     name = type(module).__name__
     if is_link_module(module) or is_outlined(module) or "surgery_steps" in vars(module):
-        return None  # a chain has its own reasons
+        return None  # the reasons for a chain are given elsewhere
     if name in _REASONS:
         return _REASONS[name]
     if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
-        return "it is quantized; change the model before that"
+        return "it is quantized; change the model before it is quantized"
     if any(map(is_lazy, module.parameters(recurse=False))):
         return "its weight is not made yet; run the model once"
     if isinstance(within := within_of(module), Refusal):
         return within.reason
     if is_parametrized(module):
         return "its weight is computed from other parameters (weight norm or another parametrization)"
+    # norms may have weights of two axes and more, but they are not products with a matrix
     norms = nn.LayerNorm | nn.RMSNorm | nn.modules.batchnorm._BatchNorm | nn.GroupNorm
     if isinstance(module, norms) or not any(p.dim() > 1 for p in module.parameters() if not is_lazy(p)):
         return None
@@ -181,7 +184,10 @@ def refuse_module(module: nn.Module) -> str | None:
 def build_module(
     operator: Operator, like: nn.Module, *, last: bool = True, kind: type[nn.Module] | None = None
 ) -> nn.Module:
-    """Return a module for an operator, of the class ``kind`` (that of ``like``) if it fits, with its training flag."""
+    """Return a module for an operator, with the training flag of ``like``.
+
+    Its class is ``kind``, or the class of ``like``, if that class can hold the operator; otherwise it is torch's own.
+    """
     kwargs: dict[str, Any] = {"bias": operator.bias is not None, "device": "meta", "dtype": operator.weight.dtype}
     module: nn.Module
     kind = kind or type(like)
@@ -191,6 +197,7 @@ def build_module(
     elif isinstance(operator, Embedding):
         del kwargs["bias"]
         module = nn.Embedding(operator.in_channels, operator.out_channels, operator.padding_index, **kwargs)
+    # transformers' Conv1D always has a bias
     elif last and _is_conv1d(kind) and operator.bias is not None:
         made: Any = kind
         module, stored = made(operator.out_channels, operator.in_channels), "in_out"
@@ -210,6 +217,7 @@ def _own(tensor: Tensor) -> Tensor:
 
 def _build_conv(conv: Conv, kwargs: dict[str, Any]) -> nn.Module:
     g = conv.geometry
+    # modules are made on the meta device and get their tensors afterwards, so that no numbers are drawn at random
     kind: Callable[..., nn.Module] = next(k for k, v in _CONVS.items() if v == (g.transposed, g.dims))
     if g.transposed:
         kwargs["output_padding"] = g.output_padding

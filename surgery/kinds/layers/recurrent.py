@@ -4,14 +4,14 @@
     GRU     r, z = s(W x + R h)           n = tanh(W x + r R h)         h <- n + z (h - n)
     RNN     h <- tanh(W x + R h), or with relu
 
-(biases left out, s is the sigmoid). torch keeps W, R and P of layer k as weight_ih_lk, weight_hh_lk and weight_hr_lk,
-which only a kernel reads; UnpackedRecurrent calls them as ih_lk, hh_lk and hr_lk. W is one product for all steps. As
-long as R and P of a layer are dense, torch's kernel does the rest, with the last factor of W as its input weight; else
-there is a loop over the steps, which torch.export captures as one ``scan`` and ONNX has as one Scan.
+Biases are left out, and s is the sigmoid. torch keeps W, R and P of layer k as weight_ih_lk, weight_hh_lk and
+weight_hr_lk, which only a kernel reads; UnpackedRecurrent calls them as ih_lk, hh_lk and hr_lk. W is one product for
+all steps. As long as R and P of a layer are dense, torch's kernel does the rest, with the last factor of W as its input
+weight. Otherwise a loop runs over the steps; torch.export captures it as one ``scan``, and ONNX has it as one Scan.
 
-Outside of the kernel no call of R can be seen in a graph. So graphs that serve to find calls are made of an outline
-(``outlining``): the same modules on values of the same shapes, all steps at once, without the loop; never to be run for
-its numbers.
+While the kernel runs, a graph does not show the call of R. So a graph that serves to find calls has an outline instead
+(``outlining``): the same modules on values of the same shapes, for all steps at once, without the loop. An outline is
+never run for its numbers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ State = tuple[Tensor, ...]
 
 @contextmanager
 def outlining() -> Iterator[None]:
-    """Let unpacked recurrent modules give their outline, for a graph to be looked at and not to be run."""
+    """Let unpacked recurrent modules run as their outlines, for a graph that serves to find calls."""
     token = _OUTLINE.set(True)
     try:
         yield
@@ -55,7 +55,7 @@ def outlining() -> Iterator[None]:
 
 
 class _Step(nn.Module):
-    """One step: the states after it, from what W gives it (N, G H), and from the states before."""
+    """One step: it returns the states after the step, from W x (N, G H) and the states before the step."""
 
     def __init__(self, mode: str, hh: nn.Module, hr: nn.Module | None) -> None:
         super().__init__()
@@ -80,11 +80,11 @@ class _Step(nn.Module):
 class UnpackedRecurrent(nn.RNNBase):
     """A recurrent module that calls ``ih_l0``, ``hh_l0``, ... (``hr_l0`` with projections), on (..., features).
 
-    Made by ``unpack``, as an ``UnpackedLSTM``, ``UnpackedGRU`` or ``UnpackedRNN``, which are torch's classes, too. The
-    parts have no bias: ``bias_ih_l0``, ``bias_hh_l0``, ... (G H,) stay parameters here. All other attributes, the
-    training flag and the hooks are those of the module it is made of; biases and weights are the same objects, and
-    ``weight_ih_l0``, ... are there to be read as long as they are whole. Each of the parts may be replaced by what maps
-    the same widths, such as low-rank factors.
+    ``unpack`` makes it, as an ``UnpackedLSTM``, ``UnpackedGRU`` or ``UnpackedRNN``; these are subclasses of torch's
+    classes. The parts have no bias: ``bias_ih_l0``, ``bias_hh_l0``, ... (G H,) stay parameters of the module. All other
+    attributes, the training flag and the hooks are those of the original module; biases and weights are the same
+    objects. ``weight_ih_l0``, ... can be read as long as they are whole. Each part may be replaced by a module that
+    maps the same widths, such as low-rank factors.
     """
 
     outlined = True
@@ -92,7 +92,7 @@ class UnpackedRecurrent(nn.RNNBase):
     def __init__(self, module: nn.RNNBase) -> None:
         nn.Module.__init__(self)
         carry(self, module, own=module._flat_weights_names)
-        # what torch's class keeps for its kernel
+        # torch's class keeps these for its kernel, which does not run on the module itself any more
         self._flat_weights_names, self._flat_weights, self._flat_weight_refs = [], [], []
         self._all_weights = module._all_weights
         for name in module._flat_weights_names:
@@ -118,10 +118,10 @@ class UnpackedRecurrent(nn.RNNBase):
         nn.Module.__setstate__(self, state)
 
     def flatten_parameters(self) -> None:
-        """Do nothing: there is no one block of memory for all weights, as cuDNN wants it."""
+        """Do nothing: the weights are not in one block of memory, as cuDNN needs them."""
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
-        """Return the hidden states of the last layer and the last states of all, as nn.LSTM and its like do.
+        """Return the hidden states of the last layer and the last states of all layers, as torch's modules do.
 
         Shapes: input (T, N, I), or (N, T, I) where ``batch_first``, or (T, I), or a PackedSequence; hx (layers *
         directions, N, H), or the pair of hidden and cell states of an LSTM, without N for (T, I).
@@ -151,7 +151,7 @@ class UnpackedRecurrent(nn.RNNBase):
         return tuple(x.new_zeros(count, batch, width) for width in self._widths)
 
     def _initial(self, hx: Any, x: Tensor, batch: int, *, single: bool = False, order: Tensor | None = None) -> State:
-        """Return the states before the first step, (layers * directions, N, width) each, in the order of the rows."""
+        """Return the states before the first step, each (layers * directions, N, width), with rows in sorted order."""
         count = self.num_layers * self._directions
         shapes = [(count, batch, width) for width in self._widths]
         if hx is None:
@@ -207,12 +207,14 @@ class UnpackedRecurrent(nn.RNNBase):
         return self._modules.get(f"{part}_{suffix}")
 
     def _run(self, suffix: str, x: Tensor, state: State, sizes: list[int] | None) -> tuple[Tensor, State]:
-        """Run one layer in one direction; the states of the last step come with those of all."""
+        """Run one layer in one direction; return the hidden states of all steps and the states after the last step."""
         backwards = suffix.endswith("_reverse")
+        # the kernel runs one layer in one direction at a time, so that it can have its own first factors before it
         kernel = self._kernel_weights(suffix) if sizes is None else None
         if kernel is None:
             return self._loop(suffix, x, state, sizes, backwards=backwards)
         first, weights = kernel
+        # backward in time is forward over the flipped sequence
         x = first(x.flip(0) if backwards else x)
         begin = tuple(part.unsqueeze(0).contiguous() for part in state)
         hx = begin if self.mode == "LSTM" else begin[0]
@@ -221,7 +223,7 @@ class UnpackedRecurrent(nn.RNNBase):
         return out.flip(0) if backwards else out, tuple(part.squeeze(0) for part in ends)
 
     def _kernel_weights(self, suffix: str) -> tuple[nn.Module, list[Tensor]] | None:
-        """Return what torch's kernel takes as weights and what stands before it; None where it cannot be used."""
+        """Return the module to run before torch's kernel and the kernel's weights; None if it cannot be used."""
         first, last = _split(self.get_submodule(f"ih_{suffix}"))
         parts = [last, self._part("hh", suffix), self._part("hr", suffix)]
         if not all(part is None or _is_plain(part) for part in parts) or last is None:
@@ -236,12 +238,15 @@ class UnpackedRecurrent(nn.RNNBase):
     def _loop(
         self, suffix: str, x: Tensor, state: State, sizes: list[int] | None, *, backwards: bool
     ) -> tuple[Tensor, State]:
-        """Run one layer step by step. With ``sizes`` rows come and go: step t has so many, the first ones."""
+        """Run one layer step by step; with ``sizes``, step t is run for the first ``sizes[t]`` rows only."""
+        # Rows are sorted by length, longest first: step t has the first sizes[t] rows. For sizes [3, 3, 1] a forward
+        # run drops rows 1 and 2 before the last step and keeps their states as their ends; a backward run starts with
+        # row 0 and takes rows 1 and 2 in, with their initial states, at the second step.
         parts = self.get_submodule(f"ih_{suffix}")(x)
         biases = self._biases(suffix)
         if self.mode == "GRU":
             parts = parts + biases[0] if biases else parts
-        else:  # under autocast these kernels are of the lower precision throughout, that of a GRU is not
+        else:  # under autocast these kernels use the lower precision throughout; that of a GRU does not
             parts = sum(_as(biases, parts.dtype), parts)
             state = _as(state, parts.dtype)
         if sizes is None and torch.compiler.is_exporting():
@@ -263,15 +268,16 @@ class UnpackedRecurrent(nn.RNNBase):
             out.append(state[0])
         if backwards:
             out.reverse()
+        # rows that ended last were longest, and come first
         whole = [state, *reversed(ended)]
         ends = state if len(whole) == 1 else tuple(torch.cat(part) for part in zip(*whole, strict=True))
         return torch.stack(out) if sizes is None else torch.cat(out), ends
 
     def _scan(self, suffix: str, parts: Tensor, state: State, *, backwards: bool) -> tuple[Tensor, State]:
-        """Run the loop as one operator, whose body gets all parameters that it reads as inputs.
+        """Run the loop as one operator; the body of the loop gets all parameters that it reads as inputs.
 
-        The operator itself, without the wrapper that torch has for it: that compiles its call, and by what it has
-        compiled before takes some sizes for dynamic ones.
+        The operator is called directly, without torch's wrapper. The wrapper compiles its call, and takes some sizes
+        for dynamic ones because of earlier compilations.
         """
         from torch._higher_order_ops.scan import scan_op  # torch has no public name for it yet
 
@@ -280,13 +286,14 @@ class UnpackedRecurrent(nn.RNNBase):
         count = len(state)
 
         def body(*given: Tensor) -> list[Tensor]:
+            # a scan passes the states, then its slice of the inputs, then the further inputs
             part, *others = given[count:]
             after = torch.func.functional_call(
                 step,
                 dict(zip(names, others, strict=False)),
                 (part, given[:count], None if bias is None else others[-1]),
             )
-            return [*after, after[0].clone()]  # outputs may not be one value twice
+            return [*after, after[0].clone()]  # no value may be an output twice
 
         begin = [part.clone() for part in state]
         biases = () if bias is None else (bias,)
@@ -294,16 +301,18 @@ class UnpackedRecurrent(nn.RNNBase):
         return out.flip(0) if backwards else out, tuple(ends)
 
     def _step(self, suffix: str) -> tuple[_Step, Tensor | None]:
-        """Return what makes a step, and the bias that it takes."""
+        """Return the module for one step, and the bias that it needs."""
         step = _Step(self.mode, self.get_submodule(f"hh_{suffix}"), self._part("hr", suffix))
         return step, self._biases(suffix)[1] if self.bias and self.mode == "GRU" else None
 
     def outline(self, input: Tensor) -> tuple[Any, Any]:
-        """Return the outline from the input alone."""
+        """Run the outline on the input, without initial states."""
         return self._outline(input, None)
 
     def _outline(self, x: Any, hx: Any) -> tuple[Any, Any]:
-        """Call all parts on values of the right shapes, with an axis for all steps, whichever it is."""
+        """Call all parts on values of the right shapes, for all steps at once; return outputs of the right shapes."""
+        # Each part is called once, on (..., features) for all steps. The results have the right shapes and depend on
+        # all inputs, so that a tracer keeps every call.
         begin = () if hx is None else (hx[0].sum(), hx[1].sum()) if self.mode == "LSTM" else (hx.sum(),)
         ends: tuple[list[Tensor], ...] = tuple([] for _ in self._widths)
         for layer in range(self.num_layers):
@@ -322,7 +331,7 @@ class UnpackedRecurrent(nn.RNNBase):
         return x, tuple(last) if self.mode == "LSTM" else last[0]
 
     def extra_repr(self) -> str:
-        """Return what the class would say of itself."""
+        """Return the mode and the sizes of the module."""
         return f"{self.mode}, {self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"
 
 
@@ -339,7 +348,7 @@ class UnpackedRNN(UnpackedRecurrent, nn.RNN):
 
 
 def _as(tensors: Sequence[Tensor], dtype: torch.dtype) -> State:
-    """Return tensors in a dtype, with no operation in the graph of those that have it."""
+    """Return tensors in a dtype; tensors that already have it add no operation to a graph."""
     return tuple(tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors)
 
 
@@ -354,7 +363,7 @@ def _is_plain(module: Any) -> bool:
 
 
 def _split(module: nn.Module) -> tuple[nn.Module, Any]:
-    """Return a chain but for its last linear layer, and that; without one, None stands for it."""
+    """Split a part into the modules before its last linear layer, and that layer (None if it does not end with one)."""
     if _is_plain(module):
         return nn.Identity(), module
     watched = any(map(is_watched, module.modules()))

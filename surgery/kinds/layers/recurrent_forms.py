@@ -1,6 +1,6 @@
-"""Recurrent modules taken apart and put together again: between torch's own and those of ``recurrent``.
+"""Convert recurrent modules between torch's own form and the unpacked form of ``recurrent``.
 
-A recurrent module is its settings, which are JSON values, and its parameters; both forms have the same.
+A recurrent module consists of its settings, which are JSON values, and its parameters. They are the same in both forms.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def unpack(module: nn.RNNBase) -> UnpackedRecurrent | Refusal:
     """
     kind, parametrized = type(module), torch.nn.utils.parametrize.is_parametrized(module)
     if not parametrized and (kind not in _UNPACKED or "forward" in vars(module)):
-        what = f"{kind.__name__} may compute otherwise than torch's own"
+        what = f"{kind.__name__} may compute something other than torch's own"
         return Refusal(f"{what}: it is a subclass or has its own forward")
     if parametrized or any(module._parameters.get(name) is None for name in module._flat_weights_names):
         return Refusal("its weights are computed from other parameters (weight norm or another parametrization)")
@@ -59,7 +59,9 @@ def unpack(module: nn.RNNBase) -> UnpackedRecurrent | Refusal:
 
 
 def repack(module: UnpackedRecurrent) -> nn.RNNBase:
-    """Return torch's own module with the same weights and biases: the inverse of ``unpack``. The argument stays.
+    """Return torch's own module with the same weights and biases, as the inverse of ``unpack``.
+
+    The argument is not changed.
 
     Raises:
         InputError: a part is not a plain nn.Linear of the original shape without a bias.
@@ -74,12 +76,13 @@ def repack(module: UnpackedRecurrent) -> nn.RNNBase:
 
 
 def settings(module: UnpackedRecurrent) -> dict[str, Any]:
-    """Return all that makes the module but its parameters, as JSON values."""
+    """Return all settings of a module, without its parameters, as JSON values."""
     return {name: getattr(module, name) for name in _SETTINGS}
 
 
 def empty(wanted: Any) -> nn.RNNBase | None:
-    """Return torch's own module of these settings, on the meta device; None if there is none."""
+    """Return torch's own module with these settings, on the meta device; None if the settings are not valid."""
+    # the settings may come from a file: torch's class gets them only if they have the right names and types
     given = dict(wanted) if isinstance(wanted, dict) else {}
     if set(given) != set(_SETTINGS) or not isinstance(given["mode"], str) or given["mode"] not in _KINDS:
         return None
@@ -95,21 +98,21 @@ def empty(wanted: Any) -> nn.RNNBase | None:
         given["nonlinearity"] = mode.removeprefix("RNN_").lower()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # dropout that nothing comes of
+            warnings.simplefilter("ignore")  # torch warns of dropout in a module with one layer
             return _KINDS[mode](**given, device="meta").train(bool(training))
     except (TypeError, ValueError, RuntimeError):
         return None
 
 
 def is_part(name: str) -> bool:
-    """Whether an unpacked recurrent module may have a part of this name."""
+    """Whether a name is that of a part of an unpacked recurrent module."""
     return re.fullmatch(r"(ih|hh|hr)_l\d+(_reverse)?", name) is not None
 
 
 def loop_of(root: nn.Module, path: str | None) -> Loop | None:
-    """Return the loop in which the recurrent weight at a path runs, or a factor of it; None for all other modules.
+    """Return the loop around the recurrent weight at a path, or around a factor of it; None for all other modules.
 
-    And None where there are projections, which ONNX's kernel does not have.
+    It is None in layers with projections too, because ONNX's kernel has none.
     """
     words = (path or "").split(".")
     for at, word in enumerate(words):

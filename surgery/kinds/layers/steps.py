@@ -1,6 +1,6 @@
-"""Modules for what chains need and torch.nn does not have: a transpose, a shift by a bias, a sum of branches.
+"""Modules for the steps of chains that torch.nn does not have: a transpose, a shift by a bias, a sum of branches.
 
-They stand in the ``nn.Sequential`` of a factored site beside ``nn.Linear``, the convolutions, ``nn.Unflatten`` and
+A factored site is an ``nn.Sequential`` of these modules, ``nn.Linear``, convolutions, ``nn.Unflatten`` and
 ``nn.Flatten``.
 """
 
@@ -55,7 +55,7 @@ class Shift(nn.Module):
 
 
 class Sum(nn.ModuleList):
-    """Apply each child to the same input, and add up."""
+    """Apply each child to the same input, and add up the outputs."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sum of the children's outputs."""
@@ -67,29 +67,29 @@ class Sum(nn.ModuleList):
 
 
 def read_unflatten(dim: Any, sizes: Any) -> Link | None:
-    """Return the step of these arguments, or None where a chain has no such step."""
+    """Return the step that splits an axis counted from the end into fixed sizes; None for other arguments."""
     whole = all(isinstance(size, int) and size > 0 for size in sizes)
     return Unflatten(dim, tuple(sizes)) if isinstance(dim, int) and dim < 0 and whole else None
 
 
 def read_flatten(start: Any, end: Any) -> Link | None:
-    """Return the step of these arguments, or None where a chain has no such step."""
+    """Return the step that joins axes counted from the end; None for other arguments."""
     return Flatten(start, end) if isinstance(start, int) and start < end < 0 else None
 
 
 def read_transpose(first: Any, second: Any) -> Link | None:
-    """Return the step of these arguments, or None where a chain has no such step."""
+    """Return the step that swaps two axes counted from the end; None for other arguments."""
     both = isinstance(first, int) and isinstance(second, int) and first < 0 and second < 0
     return algebra.Transpose(min(first, second), max(first, second)) if both else None
 
 
 def is_link_module(module: nn.Module) -> bool:
-    """Whether the module's class is one of a step without a weight matrix."""
+    """Whether a module is a step without a weight matrix, by its class."""
     return type(module) in (nn.Unflatten, nn.Flatten, Transpose, Shift)
 
 
 def read_link_module(module: nn.Module) -> Link | None:
-    """Return the reshape or transpose that a module is, or None for any other module (a shift has a parameter)."""
+    """Return the reshape or transpose that a module is, or None for any other module, a shift included."""
     if type(module) is nn.Unflatten:
         return read_unflatten(module.dim, module.unflattened_size)
     if type(module) is nn.Flatten:
@@ -98,7 +98,7 @@ def read_link_module(module: nn.Module) -> Link | None:
 
 
 def build_link(step: Link) -> nn.Module:
-    """Return the module of a reshape or transpose."""
+    """Return a module for a reshape or transpose; raises TypeError for any other step."""
     if isinstance(step, Unflatten):
         return nn.Unflatten(step.dim, step.sizes)
     if isinstance(step, Flatten):

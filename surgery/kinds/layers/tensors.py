@@ -1,7 +1,7 @@
-"""Tensors that cannot be computed with exactly, or not at all: which they are, and why.
+"""Which tensors cannot be computed with exactly, and why; and how tensors are identified and counted.
 
-Weights may be complex, quantized, sparse, on the meta device, not yet of any shape, or of a class of their own that
-computes in its own way. Nothing here computes with a tensor or changes one.
+Weights may be complex, quantized, sparse, on the meta device, without a shape, or of a class with its own rules.
+Nothing here computes with a tensor or changes one.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ __all__ = ["count", "key_of", "memory", "refuse_tensor"]
 
 
 def refuse_tensor(tensor: Tensor, what: str = "weight") -> str | None:
-    """Return why a weight (or ``what`` it is) cannot be computed with exactly, and what to do; None if it can.
+    """Return why a tensor cannot be computed with exactly, and what to do; None if it can.
 
-    Fake tensors pass: shapes are computed with them.
+    ``what`` is the word for the tensor in the reason. Fake tensors pass, because shapes are computed with them.
 
     >>> refuse_tensor(torch.zeros(2, 2, dtype=torch.complex64))
     'its weight is complex64; complex numbers are not handled'
@@ -49,13 +49,14 @@ def _refuse_dtype(dtype: torch.dtype) -> str | None:
         return f"is {_word(dtype)}; complex numbers are not handled"
     if not dtype.is_floating_point:
         return f"is {_word(dtype)}, not floating point; change the model before it is quantized"
+    # float8 and the like
     if dtype.itemsize < 2:
         return f"is {_word(dtype)}, too coarse to compute with; change the model before it is quantized"
     return None
 
 
 def _has_own_rules(tensor: Tensor) -> bool:
-    """Whether the tensor's class says itself what operators do with it; a subclass that says nothing is plain."""
+    """Whether the class of a tensor overrides torch's functions or operators; other subclasses are plain."""
     kind = type(tensor)
     if kind in (Tensor, nn.Parameter):
         return False
@@ -79,19 +80,20 @@ def _word(value: object) -> str:
 
 
 def memory(tensor: Tensor) -> int:
-    """Return the address of the memory that a tensor is a view of; 0 if it has none of its own that can be told."""
+    """Return the address of the memory that a tensor is a view of; 0 if it has none that is known."""
     plain = not is_lazy(tensor) and not _has_own_rules(tensor) and _is_dense(tensor)
     return tensor.untyped_storage().data_ptr() if plain and tensor.device.type != "meta" else 0
 
 
 def count(tensors: nn.Module | Iterable[Tensor]) -> int:
-    """Return the number of entries of some tensors, or of a module's parameters; those without a shape count 0."""
+    """Return the number of entries of tensors, or of a module's parameters; tensors without a shape count as 0."""
     given = tensors.parameters() if isinstance(tensors, nn.Module) else tensors
     return sum(0 if is_lazy(tensor) else tensor.numel() for tensor in given)
 
 
 def key_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Return what two tensors have in common exactly if they are the same memory, seen the same way."""
+    """Return a key that two tensors share exactly if they are the same view of the same memory."""
+    # fake and meta tensors have no memory; each of these is its own parameter
     pointer = memory(tensor)
     if pointer == 0:
         return ("object", id(tensor))

@@ -1,14 +1,16 @@
-"""Numbers for the parameters of a layer from which its forward computes a given weight, as nearly as simple ones give.
+"""Find numbers for the parameters of a layer such that its forward computes a given weight, as nearly as possible.
 
-The forward is a function f from parameters to the weight of the layer's operator. For a weight W that is wanted,
-candidates for the parameter V with the weight's numbers, and for gains g (one for all, or one for each channel), are
+The forward is a function f from parameters to the weight of the layer's operator. For a wanted weight W, there are a
+few candidates for the parameter V, which is as large as the weight, and for gains g (one in all, or one for each
+channel):
 
-    V = W                            f computes what it is given again: a norm, a standardisation
+    V = W                            f leaves its own outputs as they are: a norm, a standardisation
     V = W c                          the same, where f divides by |V| + e for a small e, with c for each channel
     V = (W - f(0)) / (f(1) - f(0))   f is a scale, a mask or a shift of each number
     V = W, g = <W, f(V, 1)> / <f(V, 1), f(V, 1)>     the best gain of each channel, after a norm
 
-and what torch's parametrizations give themselves (``right_inverse``). Each is put into the forward; the nearest stays.
+and the numbers that torch's parametrizations themselves give (``right_inverse``). The forward is run with each
+candidate, and the candidate that gives the nearest weight is taken.
 """
 
 from __future__ import annotations
@@ -27,22 +29,22 @@ from surgery.kinds.layers.layer_call import follow, operator_of, trials
 
 __all__ = ["computed", "fit", "tolerance"]
 
-_FAR = 2.0**10
+_FAR = 2.0**10  # how much smaller the weight is in the second of two trials for a small number in a norm
 Numbers = dict[str, Tensor]
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Return the relative error that rounding in this dtype makes, with some room for sums."""
+    """Return the relative error that rounding in a dtype may cause, with some room for sums."""
     return min(64 * torch.finfo(dtype).eps, 0.05)
 
 
 def fit(
     layer: nn.Module, weight: tuple[str, Tensor], bias: tuple[str, Tensor] | None, gains: Collection[str]
 ) -> tuple[Numbers, float]:
-    """Return numbers for a layer's parameters, by name, and the relative error of its operator's weight with them.
+    """Return numbers for a layer's parameters, by name, and the relative error of what the layer computes from them.
 
-    ``weight`` and ``bias`` are the parameters that these are computed from, and what is to come out; the error is the
-    larger one of the two.
+    ``weight`` and ``bias`` are pairs: the name of the parameter that the weight or bias is computed from, and the
+    tensor that is wanted. The error is the larger of the errors of weight and bias.
     """
     numbers, error = _nearest(layer, weight, gains)
     if bias is not None:
@@ -67,7 +69,10 @@ def _nearest(layer: nn.Module, weight: tuple[str, Tensor], gains: Collection[str
 
 
 def computed(layer: nn.Module, numbers: Mapping[str, Tensor], of: str = "weight") -> Tensor | None:
-    """Return the weight (or the bias) that the layer's operator gets of these parameters; None if it has no such."""
+    """Return the weight or the bias (``of``) that the layer's operator gets from these parameters.
+
+    It is None if the operator has none, or if it is not finite.
+    """
     found = follow(layer, trials(layer)[0], numbers)
     operator = found if isinstance(found, Refusal) else operator_of(found[0], pads=False)
     value: Tensor | None = getattr(operator, of) if isinstance(operator, Operator) else None
@@ -79,6 +84,7 @@ def _candidates(layer: nn.Module, name: str, target: Tensor, gains: Collection[s
     raw = own[name]
     ones = {gain: torch.ones_like(own[gain]) for gain in gains}
     yield from _inverses(layer, name, target)
+    # cheap and exact candidates come first; the search stops at the first one within rounding
     for form in _forms(target, raw):
         yield {name: form} | ones
         yield from ({name: scaled} for scaled in (() if gains else _scaled(layer, name, form, target)))
@@ -91,7 +97,7 @@ def _candidates(layer: nn.Module, name: str, target: Tensor, gains: Collection[s
 
 
 def _forms(target: Tensor, raw: Tensor) -> Iterator[Tensor]:
-    """Return a weight in the form of the parameter that it is computed from: as it is, or turned."""
+    """Yield a weight in the form of the parameter that it is computed from: as it is, transposed, or reshaped."""
     for form in (target, target.mT) if target.dim() == 2 else (target,):
         if form.shape == raw.shape:
             yield form.detach().clone(memory_format=torch.contiguous_format)
@@ -100,15 +106,18 @@ def _forms(target: Tensor, raw: Tensor) -> Iterator[Tensor]:
 
 
 def _scaled(layer: nn.Module, name: str, form: Tensor, target: Tensor) -> Iterator[Tensor]:
-    """Return a weight with a factor c for each channel, where a norm adds a small number to what it divides by.
+    """Yield the weight with a factor c for each channel, for layers that divide by a norm plus a small number e.
 
-    With r(c) the length of what is computed over that of the target, (1 / r)^p = a + b / c^p, with p = 1 where it is
-    added to the norm, and p = 2 where it is to its square; r = 1 is wanted.
+    Let r(c) be the length of the computed weight over the length of the target. Then (1 / r)^p = a + b / c^p, with p =
+    1 if e is added to the norm, and p = 2 if e is added to its square. Two trials, c = 1 and c = 1 / _FAR, give a and
+    b; r = 1 is wanted.
     """
     near, far = (_lengths(layer, {name: form / by}, target) for by in (1.0, _FAR))
     if near is None or far is None or form.shape != target.shape:
         return
     for power in (1, 2):
+        # with y(c) = (1 / r)^p = a + b / c^p: b = (y(1 / F) - y(1)) / (F^p - 1), a = y(1) - b, and y = 1 at c^p = b /
+        # (1 - a)
         slope = (far**power - near**power) / (_FAR**power - 1)
         factor = (slope / (1 - near**power + slope)) ** (1 / power)
         if bool((factor.isfinite() & (factor > 0)).all()):
@@ -116,7 +125,7 @@ def _scaled(layer: nn.Module, name: str, form: Tensor, target: Tensor) -> Iterat
 
 
 def _lengths(layer: nn.Module, numbers: Mapping[str, Tensor], target: Tensor) -> Tensor | None:
-    """Return 1 / r of each channel."""
+    """Return 1 / r for each channel (see ``_scaled``); None if the layer computes no weight of the target's shape."""
     made = computed(layer, numbers)
     if made is None or made.shape != target.shape:
         return None
@@ -125,7 +134,7 @@ def _lengths(layer: nn.Module, numbers: Mapping[str, Tensor], target: Tensor) ->
 
 
 def _inverses(layer: nn.Module, name: str, target: Tensor) -> Iterator[Numbers]:
-    """Return what torch's parametrizations compute their parameters from, for a weight."""
+    """Yield the parameters that torch's parametrizations themselves give for a weight, by their right inverses."""
     if not name.startswith("parametrizations."):
         return
     path = name.rpartition(".")[0]
@@ -140,8 +149,9 @@ def _inverses(layer: nn.Module, name: str, target: Tensor) -> Iterator[Numbers]:
 
 
 def _gains(gain: Tensor, made: Tensor, target: Tensor) -> Iterator[Tensor]:
-    """Return the gains that bring what is computed with gains of one nearest to a target, for each axis they may be."""
+    """Yield the best gains for a target, for each axis that they fit; ``made`` is computed with gains of one."""
     product, square = (made * target).double(), (made * made).double()
+    # the gain's size tells its axis, unless two axes have this size: then both are tried
     axes = [a for a, size in enumerate(target.shape) if size == gain.numel()] if gain.numel() > 1 else [-1]
     for axis in axes:
         others = [other for other in range(target.dim()) if other != axis]
@@ -153,7 +163,7 @@ def _gains(gain: Tensor, made: Tensor, target: Tensor) -> Iterator[Tensor]:
 def _affine(
     layer: nn.Module, name: str, target: Tensor, others: Mapping[str, Tensor], of: str
 ) -> tuple[Numbers, float]:
-    """Return the parameter that a scale, a mask and a shift of each number make the target of, and the error."""
+    """Return the parameter that gives the target if f only scales, masks and shifts, and the relative error."""
     own: Any = dict(layer.named_parameters(remove_duplicate=False))
     zero, one = (computed(layer, {**others, name: make(own[name])}, of) for make in (torch.zeros_like, torch.ones_like))
     forms = list(_forms(target, own[name])) if of == "weight" else [target.detach().clone()]
@@ -161,6 +171,7 @@ def _affine(
     for turned in (False, True)[: len(forms)]:
         if zero is None or one is None:
             break
+        # a mask has slope 0 where it hides: there the value does not matter
         slope = one - zero
         value = torch.where(slope != 0, (target - zero) / slope, target)
         found = {name: (value.mT if turned else value).reshape(own[name].shape).contiguous()}

@@ -1,4 +1,4 @@
-"""Take apart all modules below a root whose weights only a kernel reads, and put together what stayed whole."""
+"""Unpack all modules below a root whose weights only a kernel reads, and pack again those that stayed whole."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ Originals = dict[int, _Packed]
 
 
 def has_packed(root: nn.Module) -> bool:
-    """Whether there is anything to unpack or to pack."""
+    """Whether a module below the root can be unpacked or packed."""
     return any(isinstance(module, _Packed | _Unpacked) for module in root.modules())
 
 
 def refuse_inplace(model: nn.Module) -> str | None:
-    """Return why a module cannot be changed in place, or None: it is nothing but a layer that is taken apart."""
+    """Return why a module cannot be changed in place, or None; a model that is itself unpacked has to be replaced."""
     if isinstance(model, _Packed | _Unpacked):
-        return f"a model that is nothing but {type(model).__name__} cannot be changed in place"
+        return f"a model that consists only of {type(model).__name__} cannot be changed in place"
     return None
 
 
 def packed_parameter(site: str) -> tuple[str, int, int] | None:
-    """Return the parameter that has the weight of a site as rows, which part of how many it is; None for other names.
+    """Return the packed parameter that has a site's weight, which part of it the weight is, and how many there are.
+
+    For the names of other sites, return None.
 
     >>> packed_parameter("block.attention.in_proj_k"), packed_parameter("lstm.hh_l0"), packed_parameter("head")
     (('block.attention.in_proj_weight', 1, 3), ('lstm.weight_hh_l0', 0, 1), None)
@@ -46,11 +48,12 @@ def packed_parameter(site: str) -> tuple[str, int, int] | None:
 
 
 def unpack_all(root: nn.Module) -> Originals:
-    """Unpack all below a module, in place; return the originals by the id of what took their place.
+    """Unpack all modules below a root, in place; return the originals by the id of the module in their place.
 
-    Attention whose packed weight is tied to that of another is left alone: its parts would come apart.
+    Attention whose packed weight is tied to that of another attention is left alone: unpacking would untie them.
     """
     originals: Originals = {}
+    # a module under two paths is one user, two modules with one weight are two
     users = Counter(id(m._parameters.get("in_proj_weight")) for m in root.modules() if _is_packed(m))
     made: dict[int, _Unpacked | Refusal] = {}
     for path, module in list(root.named_modules(remove_duplicate=False)):
@@ -58,6 +61,7 @@ def unpack_all(root: nn.Module) -> Originals:
             continue
         weight = module._parameters.get("in_proj_weight")
         if weight is None or users[id(weight)] < 2:
+            # a module under several paths is unpacked once
             if id(module) not in made:
                 made[id(module)] = _unpack(module)
             new = made[id(module)]
@@ -68,9 +72,9 @@ def unpack_all(root: nn.Module) -> Originals:
 
 
 def pack_all(root: nn.Module, originals: Originals) -> None:
-    """Pack all below a module whose parts are whole again, in place; what has not changed comes back as it was.
+    """Pack all modules below a root whose parts are whole, in place; an unchanged module becomes its original again.
 
-    ``originals`` are those that ``unpack_all`` gave for the same module.
+    ``originals`` is what ``unpack_all`` returned for the same root.
     """
     packed: dict[int, _Packed] = {}
     for path, module in list(root.named_modules(remove_duplicate=False)):
@@ -98,11 +102,12 @@ def _packed(module: _Unpacked, original: _Packed | None) -> _Packed | None:
         new = attention.repack(module) if isinstance(module, UnpackedAttention) else recurrent_forms.repack(module)
     except InputError:  # a part is factored
         return None
+    # the original object is what the user's own references hold
     return original if original is not None and _same(module, original, new) else new
 
 
 def _same(module: _Unpacked, original: _Packed, new: _Packed) -> bool:
-    """Whether what was packed again is the original: in what it holds, and in the parameters that were shared."""
+    """Whether a module that is packed again holds the same numbers and shares the same parameters as the original."""
     if isinstance(module, UnpackedAttention):
         if module.out_proj is not original.out_proj:
             return False
@@ -112,5 +117,5 @@ def _same(module: _Unpacked, original: _Packed, new: _Packed) -> bool:
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have the same numbers, or have none."""
+    """Whether two tensors have the same numbers, or no numbers."""
     return first.is_meta or torch.equal(first, second)

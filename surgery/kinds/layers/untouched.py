@@ -1,4 +1,4 @@
-"""Run a module and leave nothing behind: its mode, its state and the random numbers are as before."""
+"""Run a module without lasting effects: its mode, its state and the random state are restored afterwards."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["evaluation", "kept_buffers", "kept_random", "kept_state", "untouched
 
 @contextlib.contextmanager
 def evaluation(module: nn.Module) -> Iterator[None]:
-    """Put all modules in evaluation mode, and give each its own training flag back afterwards.
+    """Put all modules in evaluation mode, and restore the training flag of each afterwards.
 
-    The flags are set one by one: modules that torch.export made refuse ``eval()``.
+    The flags are set one by one, because modules that torch.export made refuse ``eval()``.
     """
     flags = {m: m.training for m in module.modules()}
     for m in flags:
@@ -29,14 +29,15 @@ def evaluation(module: nn.Module) -> Iterator[None]:
 
 
 def kept_random(root: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Give the random states that a model may use back: that of the CPU, and those of its devices."""
+    """Restore the random states that a model may use: that of the CPU and those of the model's devices."""
     found = {parameter.device for parameter in root.parameters() if parameter.device.type == "cuda"}
     return torch.random.fork_rng(devices=[device.index for device in found])
 
 
 @contextlib.contextmanager
 def kept_buffers(root: nn.Module) -> Iterator[None]:
-    """Give buffers that the model writes to their numbers back."""
+    """Restore the numbers of buffers that the model writes to."""
+    # torch counts the writes to a tensor, so that only changed buffers are copied back
     kept = [(b, b._version, b.detach().clone()) for b in root.buffers() if not b.is_inference()]
     try:
         yield
@@ -49,9 +50,9 @@ def kept_buffers(root: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_state(root: nn.Module) -> Iterator[None]:
-    """Give a model the state back that it keeps itself: attributes, entries of lists and dicts, buffers, counters.
+    """Restore the state that a model keeps itself: attributes, entries of lists and dicts, buffers, counters.
 
-    A tracer leaves its proxies there, and a run what it counts.
+    A tracer leaves proxies in this state, and a run updates its counters.
     """
     kept = [(module, dict(vars(module)), _entries(module)) for module in root.modules()]
     try:
@@ -69,7 +70,7 @@ def kept_state(root: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def untouched(model: Any) -> Iterator[None]:
-    """Give a module its own state and its random numbers back, as ``kept_state`` does; programs keep none."""
+    """Restore a module's own state, as ``kept_state`` does, and the random states; a program keeps no state."""
     if not isinstance(model, nn.Module):
         yield
         return
@@ -83,7 +84,7 @@ def _entries(module: nn.Module) -> list[tuple[Any, Any]]:
 
 
 def _restore(value: dict[Any, Any], before: dict[Any, Any]) -> None:
-    """Give a dict its entries back, where they are others."""
+    """Restore the entries of a dict, if they have changed."""
     same = list(map(id, value.values())) == list(map(id, before.values())) and len(value) == len(before)
     if not same:
         value.clear()

@@ -1,12 +1,12 @@
-"""Layers that do more than their operator: classes of users' own, weight norm, parametrizations.
+"""Layers that do more than their operator: users' own classes, weight norm, parametrizations.
 
-A subclass of a linear layer, a convolution or an embedding pads its input, computes its weight, scales its output, and
-calls one operator in the middle:
+A subclass of a linear layer, a convolution or an embedding may pad its input, compute its weight or scale its output;
+in the middle it calls one operator:
 
     y = after(operator(before(x)))        with a weight that is computed from the layer's own parameters alone
 
-``within_of`` finds that operator by following the forward on the meta device; nothing is assumed of the class. How a
-chain runs in the operator's place is in ``around``, and how parameters come back from a chain in ``restored``.
+``within_of`` finds this operator by following the forward on the meta device; it assumes nothing about the class. See
+``around`` for how a chain runs in the operator's place, and ``restored`` for how a chain becomes such a layer again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["Part", "Within", "know", "within_of"]
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter that goes into the chain of a layer, by its path below the layer."""
+    """A parameter of a layer that goes into the chain; ``name`` is its path below the layer."""
 
     name: str
     shape: Shape
@@ -43,13 +43,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Within:
-    """The operator inside a layer: ``kind`` is the class whose forward runs around it, on ``ghosts`` by name.
+    """The operator inside a layer, and all that is needed to run or restore the layer around it.
 
-    ``parts`` are all parameters that go into the chain; ``weight`` and ``bias`` are the names of the parameters that
-    are the operator's own or that theirs are computed from, and ``exact`` are those that are the operator's own.
-    ``rest`` are the arguments of the call, which is the one ``at`` this place of all calls of operators' functions; its
-    input is padded in front where ``pads``, since its padding changes with the input. ``ends`` says that the operator's
-    output is the layer's, and ``extra`` how many numbers more the parameters have than the operator.
+    ``kind`` is the class whose forward runs around the operator; ``ghosts`` are the names and shapes of the tensors
+    that stand for parameters in that forward. ``parts`` are all parameters that go into the chain. ``weight`` and
+    ``bias`` name the parameters that are the operator's weight and bias, or that these are computed from; ``exact``
+    names those that are the operator's own, and ``gains`` the other parameters of the weight. ``order`` has the names
+    of the layer's own parameters in order. ``rest`` are the arguments of the operator's call, which is the one ``at``
+    this place among all calls of operators' functions. ``pads`` says that the padding changes with the input, so that
+    the input is padded before the operator. ``ends`` says that the operator's output is the layer's output. ``extra``
+    is the number of entries of the parameters, less the number of the operator's.
     """
 
     kind: type[nn.Module]
@@ -76,7 +79,7 @@ _known: WeakKeyDictionary[nn.Module, tuple[Any, Within | Refusal]] = WeakKeyDict
 
 
 def within_of(module: nn.Module) -> Within | Refusal | None:
-    """Return the operator inside a layer, or why there is none that can be factored; None for what is no such layer."""
+    """Return the operator inside a layer, or why it cannot be factored; None for modules that are not such layers."""
     if not _is_candidate(module):
         return None
     if any(map(is_lazy, module.parameters())):
@@ -89,12 +92,12 @@ def within_of(module: nn.Module) -> Within | Refusal | None:
 
 
 def know(module: nn.Module, within: Within) -> None:
-    """Take it as known what is inside a layer: one that was built again has the same, whatever its numbers are."""
+    """Remember the operator inside a layer that was restored: it is the same as before, whatever the numbers are."""
     _known[module] = (_key(module), within)
 
 
 def _key(module: nn.Module) -> Any:
-    """Return what a layer's forward depends on, but for numbers."""
+    """Return all that a layer's forward depends on, except for numbers."""
     shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
     arguments = tuple(str(vars(module).get(name)) for name in ("stride", "padding", "dilation", "groups"))
     return (type(module), len(module._forward_pre_hooks), shapes, arguments)
@@ -106,12 +109,13 @@ def _is_candidate(module: nn.Module) -> bool:
         return False
     if is_parametrized(module) and any(type(part).__name__ == "_Orthogonal" for part in module.modules()):
         return False  # no chain of a lower rank is orthogonal
+    # users' classes, torch's parametrized classes, and torch's own classes without a plain weight (old weight norm)
     users = not kind.__module__.startswith("torch.")
     return users or (is_parametrized(module) and _unparametrized(kind) is not kind) or kind in BASES
 
 
 def _unparametrized(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return the class that a layer was of before torch gave it one with computed parameters."""
+    """Return the class that a layer had before torch parametrized it."""
     base = kind.__bases__[0]
     own = kind.__module__ == "torch.nn.utils.parametrize" and not base.__module__.startswith("torch.ao")
     return base if own else kind
@@ -132,7 +136,11 @@ def _find(module: nn.Module) -> Within | Refusal:
 def _read(module: nn.Module, first: tuple[Seen, bool], others: list[Seen]) -> Within | Refusal:
     seen, ends = first
     own = dict(module.named_parameters(remove_duplicate=False))
+    # The forward was followed at several input sizes. All calls must be the same except for padding, and the weight
+    # must be computed from one large parameter and small gains; only then can a chain stand in and the layer be
+    # restored.
     names = [name for name in own if name in seen.weight_from | seen.bias_from]
+    # "exact" parameters are the tensors themselves that the operator gets, not values computed from them
     exact = {name for name in names if own[name] is seen.weight or own[name] is seen.bias}
     if reason := _refuse_names(module, seen, own):
         return Refusal(reason)
@@ -148,10 +156,10 @@ def _read(module: nn.Module, first: tuple[Seen, bool], others: list[Seen]) -> Wi
     if large:
         return Refusal(f"its weight is made of several matrices, {weight} and {large[0]}")
     if own[weight].numel() != operator.weight.numel():
-        return Refusal("its weight is computed from another number of parameters")
+        return Refusal("its weight is computed from a parameter of another size")
     bias = next(iter(seen.bias_from), None)
     if not _comes_back(module, operator, (weight, bias), gains, exact):
-        return Refusal("its weight is computed in a way that cannot be undone, so that it could not come back")
+        return Refusal("its weight is computed in a way that cannot be undone, so that it could not be restored")
     return Within(
         kind=_unparametrized(type(module)),
         parts=tuple(Part(n, tuple(own[n].shape), own[n].requires_grad, dict(vars(own[n]))) for n in names),
@@ -172,10 +180,11 @@ def _read(module: nn.Module, first: tuple[Seen, bool], others: list[Seen]) -> Wi
 def _comes_back(
     module: nn.Module, operator: Operator, names: tuple[str, str | None], gains: tuple[str, ...], exact: set[str]
 ) -> bool:
-    """Whether parameters can be found from which the layer computes the weight and the bias that it has now."""
+    """Whether parameters can be found from which the layer computes its present weight and bias."""
     tensors = [t for t in (operator.weight, operator.bias) if t is not None]
     if exact >= {name for name in names if name is not None}:
         return True
+    # restoring is tried at once, on the present weight, so that a layer that cannot come back is never factored
     if any(t.device.type == "meta" or isinstance(t, FakeTensor) or not t.is_floating_point() for t in tensors):
         return True  # nothing can be tried without numbers
     bias = None if names[1] is None or operator.bias is None or names[1] in exact else (names[1], operator.bias)
@@ -184,17 +193,20 @@ def _comes_back(
 
 def _refuse_names(module: nn.Module, seen: Seen, own: Mapping[str, Tensor]) -> str | None:
     if seen.bias is not None and len(seen.bias_from) != 1:
-        return "its bias is computed from several parameters" if seen.bias_from else "its bias is no parameter"
+        return "its bias is computed from several parameters" if seen.bias_from else "its bias is not a parameter"
     for name in sorted(seen.weight_from | seen.bias_from):
         if "." in name and not (is_parametrized(module) and name.startswith("parametrizations.")):
-            return f"its weight is computed from {name}, a parameter of a part of it"
+            return f"its weight is computed from {name}, a parameter of a submodule"
     if own.get("weight") is not None and "weight" not in seen.weight_from:
         return "its forward does not use its weight as the weight of its operator"
     return None
 
 
 def _ghosts(module: nn.Module, names: list[str], own: Mapping[str, Tensor]) -> tuple[tuple[str, Shape], ...]:
-    """Return what stands for the parameters of a chain in a forward: for a computed one, what is computed."""
+    """Return the names and shapes of the tensors that stand for parameters of a chain in a layer's forward.
+
+    If torch computes a weight before the forward (weight norm, a parametrization), it is the computed weight.
+    """
     found: dict[str, Shape] = {}
     computed = {name.partition("_")[0]: name for name in names} if own_hooks(module) else {}
     for name in names:
@@ -202,7 +214,7 @@ def _ghosts(module: nn.Module, names: list[str], own: Mapping[str, Tensor]) -> t
             name = name.split(".")[1]
             found[name] = tuple(getattr(module, name).shape)
         elif "weight" in computed and name.startswith("weight_"):
-            found["weight"] = tuple(getattr(module, "weight").shape)  # noqa: B009  (it is no attribute of a Module)
+            found["weight"] = tuple(getattr(module, "weight").shape)  # noqa: B009  (mypy knows no such attribute)
         else:
             found[name] = tuple(own[name].shape)
     return tuple(found.items())

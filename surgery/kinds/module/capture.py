@@ -1,7 +1,7 @@
-"""The calls of a module's layers, however they can be had: by torch.fx, by torch.export, or by watching a run.
+"""Find the calls of a module's layers: by torch.fx, by torch.export, or by watching a run.
 
-A graph serves to find the calls and to prove the dataflow; it is thrown away. Where neither torch.fx nor torch.export
-captures the model, one run on the example inputs shows which modules it calls, and nothing is proved.
+A captured graph serves to find the calls and to prove the dataflow; then it is thrown away. If neither torch.fx nor
+torch.export can capture the model, one run on the example inputs shows which modules are called, and nothing is proved.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from surgery.kinds.fx.trace import export_program, trace_module
 from surgery.kinds.fx.watch import watch
 from surgery.kinds.layers.carried import copy_module
 from surgery.kinds.layers.factored import is_chain
-from surgery.kinds.layers.held import hung_skip
+from surgery.kinds.layers.held import held_skip
 from surgery.kinds.layers.modules import is_operator_module, read_module, weight_path
 from surgery.kinds.layers.recurrent_forms import loop_of
 from surgery.kinds.layers.steps import is_link_module
@@ -40,7 +40,7 @@ __all__ = ["Captured", "capture", "has_lazy", "trace_only"]
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """The reader of a module's graph, the shapes of its values, the calls of chains, and whether dataflow is proved."""
+    """The reader of a module's graph, the shapes of its values, the calls of chains, and whether it proves dataflow."""
 
     reader: Reader
     shape: Callable[[Node], Shape]
@@ -52,7 +52,7 @@ def capture(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> C
     """Return the calls of a module's layers.
 
     Raises:
-        InputError: the model does not run on the example inputs, or there are none and they are needed.
+        InputError: the model does not run on the example inputs, or it needs example inputs and has none.
     """
     with kept_random(root):  # user code may draw random numbers while it is traced
         return _captured(root, args, kwargs)
@@ -60,6 +60,7 @@ def capture(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> C
 
 def _captured(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     given = bool(args or kwargs)
+    # lazy layers get their weights in the first run, so a model with them can only be watched
     if not (given and has_lazy(root)):
         traced = trace_only(root, args, kwargs)
         if traced is not None:
@@ -69,12 +70,12 @@ def _captured(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         try:
             return _exported(root, args, kwargs)
         except CaptureError:
-            pass  # a run shows what can be seen, or why the inputs do not fit
+            pass  # a run shows the calls, or why the inputs do not fit
     return _watched(root, args, kwargs)
 
 
 def trace_only(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured | None:
-    """Return what torch.fx's tracing gives; None where it fails, or where what it gives does not run on the inputs."""
+    """Return the calls that torch.fx's tracing finds; None if it fails, or if its graph does not run on the inputs."""
     traced = trace_module(root, args, kwargs)
     if traced is None:
         return None
@@ -90,6 +91,7 @@ def trace_only(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         partial(_own_call, root),
         loop=partial(loop_of, root),
     )
+    # fake tensors check that the traced graph fits the inputs; a trace may have taken a branch that does not
     if args or kwargs:
         try:
             shape = fake_shapes(module, values)
@@ -110,22 +112,22 @@ def _chain_calls(root: nn.Module, graph: Graph) -> tuple[ChainCall, ...]:
 
 
 def _own_call(root: nn.Module, call: Call, reader: Reader) -> Call | Skip:
-    """Refuse the call of a function: in a tree of modules, nothing but modules can be changed."""
+    """Refuse the call of a function: in a tree of modules, only modules can be changed."""
     return _functional_skip(root, call) if call.path is None else _whole_call(root, call, reader)
 
 
 def _whole_call(root: nn.Module, call: Call, reader: Reader) -> Call | Skip:
-    """Refuse the call of a layer with what cannot be carried, or with more than its input."""
+    """Refuse the call of a layer that has to stay, or that is called with more than its input."""
     node = reader.node(call.value)
     more = node.op == "call_module" and len(node.args) + len(node.kwargs) != 1
     reason = "it is called with more than its input" if more else None
-    return hung_skip(root, call, reason) or call
+    return held_skip(root, call, reason) or call
 
 
 def _functional_skip(root: nn.Module, call: Call) -> Skip:
     try:
         layer = within_of(root.get_submodule(site_name(call.weight)))
-    except AttributeError:  # it is no layer's
+    except AttributeError:  # the weight is not that of a layer
         layer = None
     why = "a function in forward() uses it, not a module of its own"
     reason = f"{layer.reason if isinstance(layer, Refusal) else why}; factor an exported program instead"
@@ -133,7 +135,7 @@ def _functional_skip(root: nn.Module, call: Call) -> Skip:
 
 
 def has_lazy(root: nn.Module) -> bool:
-    """Whether the weights of any layer are not made yet."""
+    """Whether a layer has weights that are not initialised yet."""
     return any(map(is_lazy, root.parameters()))
 
 
@@ -170,15 +172,17 @@ _Group = tuple[str, list[Node], Node | None]
 
 
 def _groups(root: nn.Module, nodes: Any, wanted: Callable[[nn.Module], bool]) -> list[_Group]:
-    """Return the paths of wanted modules with the nodes that a call of theirs has made, and the node of its input."""
+    """Return, for each call of a wanted module, its path, the nodes that the call made, and the node of its input."""
     groups: dict[tuple[str, str], list[Node]] = {}
     for node in nodes:
+        # the outermost wanted module counts, and each call of it is a group of its own: keys have the name of the call
         key = next((key for key in _stack(node).items() if _is_at(root, key[1], wanted)), None)
         if key is not None:
             groups.setdefault(key, []).append(node)
     found = []
     for (_, path), group in groups.items():
         outside = (n for node in group for n in node.all_input_nodes if n not in group)
+        # placeholders with these prefixes are parameters, buffers and constants, not inputs
         sources = [n for n in outside if n.op != "placeholder" or not n.name.startswith(("p_", "b_", "c_"))]
         found.append((path, group, next(iter(sources), None)))
     return found
@@ -189,18 +193,18 @@ def _is_within(module: nn.Module) -> bool:
 
 
 def _is_read(root: nn.Module, group: _Group) -> bool:
-    """Whether a layer that does more than its operator has one that can be read, on one input."""
+    """Whether a layer that does more than its operator has one input and an operator that can be read."""
     path, _, source = group
     return source is not None and isinstance(read_module(root.get_submodule(path)), Operator)
 
 
 def _within_calls(root: nn.Module, groups: Sequence[_Group], reader: Reader) -> dict[int, Call]:
-    """Return the calls of layers that do more than their operator, each as one, by their last values."""
+    """Return one call for each call of a layer that does more than its operator, by its last value."""
     found = {}
     for path, rows, source in groups:
         module = root.get_submodule(path)
         operator = read_module(module)
-        assert source is not None  # _is_read has seen to it
+        assert source is not None  # _is_read has checked it
         assert isinstance(operator, Operator)  # likewise
         bias = None if operator.bias is None else f"{path}.bias"
         *inside, last = (reader.numbers[node] for node in rows)
@@ -211,7 +215,7 @@ def _within_calls(root: nn.Module, groups: Sequence[_Group], reader: Reader) -> 
 
 
 def _stack(node: Node) -> dict[str, str]:
-    """Return the paths of the modules in whose forward a node was made, from the outside in, by the call."""
+    """Return the paths of the modules in whose forward a node was made, outermost first, by the names of the calls."""
     stack = node.meta.get("nn_module_stack") or {}
     return {str(call): str(path).split("@")[0] for call, (path, _) in stack.items()}
 
@@ -225,22 +229,23 @@ def _is_at(root: nn.Module, path: str, wanted: Callable[[nn.Module], bool]) -> b
 
 @dataclass(frozen=True, eq=False)
 class _Exported:
-    """Reads the calls of an exported graph as those of the modules that made them."""
+    """Reads the calls of an exported graph as calls of the modules that made them."""
 
     root: nn.Module
     parameters: Mapping[str, nn.Parameter]
 
     def link_path(self, node: Node) -> str | None:
-        """Return the path of the link module whose forward made a node."""
+        """Return the path of the reshape module whose forward made a node; None if there is none."""
         path = _caller(self.root, node)
         return path if path is not None and is_link_module(self.root.get_submodule(path)) else None
 
     def own_call(self, call: Call, reader: Reader) -> Call | Skip:
-        """Turn a call of an exported graph into that of the module whose forward made it."""
+        """Turn a call in an exported graph into the call of the module whose forward made it, or refuse it."""
         if call.path is not None:
             return _whole_call(self.root, call, reader)
         path = _caller(self.root, reader.node(call.value))
         owner = None if path is None else self.root.get_submodule(path)
+        # a module's forward may call a function on a weight of another module
         owns = owner is not None and owner._parameters.get("weight") is self.parameters[call.weight]
         if path is None or owner is None or not is_operator_module(owner) or not owns:
             return _functional_skip(self.root, call)
@@ -249,9 +254,9 @@ class _Exported:
         if reason is not None:
             return Skip(path, call.operator.description, reason, call.operator.parameters)
         assert isinstance(operator, Operator)  # else there is a reason
-        weight = f"{path}.weight"  # torch.export calls weights that are tied by the name of one of them
+        weight = f"{path}.weight"  # torch.export gives tied weights the name of one of them
         call = replace(call, operator=operator, weight=weight, path=path, computed_bias=None)
-        skip = hung_skip(self.root, call)
+        skip = held_skip(self.root, call)
         return skip or (_without_views(call, reader) if call.stored == "in_out" else call)
 
 
@@ -265,10 +270,11 @@ def _refuse(operator: Operator, called: Operator) -> str | None:
 
 
 def _without_views(call: Call, reader: Reader) -> Call:
-    """Widen a Conv1D's product of matrices to the whole module, which flattens its input and shapes its output."""
+    """Widen the product of a Conv1D to the whole module, which flattens its input and restores the shape afterwards."""
     users, source = list(reader.node(call.value).users), reader.node(call.source)
     if not _is_view(source) or len(users) != 1 or not _is_view(users[0]):
         return call
+    # view -> addmm -> view is one call of the module: it reads what the first view reads and gives the last view
     outer, last = (reader.numbers[node] for node in (source.all_input_nodes[0], users[0]))
     return replace(call, source=outer, value=last, reader=call.value, inside=(call.source, call.value))
 
@@ -278,7 +284,7 @@ def _is_view(node: Node) -> bool:
 
 
 def _caller(root: nn.Module, node: Node) -> str | None:
-    """Return the path of the innermost module in whose forward the node was made."""
+    """Return the path of the innermost module in whose forward a node was made; None if the root has no such module."""
     path = next(reversed(_stack(node).values()), None)
     try:
         return None if path is None or root.get_submodule(path) is None else path

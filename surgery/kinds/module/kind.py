@@ -13,7 +13,7 @@ __all__ = ["ModuleKind"]
 
 
 class ModuleKind(Kind):
-    """nn.Modules: what is found in them are layers, and layers are replaced."""
+    """nn.Modules: their layers are replaced."""
 
     name = "module"
     models = nn.Module
@@ -23,17 +23,17 @@ class ModuleKind(Kind):
         return OpenModule(model, *inputs, access)
 
     def signature(self, model: nn.Module, example: Inputs) -> Signature:
-        """Return how a module is called, by its ``forward``."""
+        """Return how a module is called, from its ``forward``."""
         return forward_signature(model, example)
 
     def declared_inputs(self, model: nn.Module, example: Inputs, signature: Signature) -> dict[str, Declared]:
-        """Return what the example inputs say."""
+        """Return dtype and shape of the example inputs."""
         return example_forms(model, example, signature)
 
     def refuse_inplace(self, model: nn.Module) -> str | None:
-        """Refuse a model that is nothing but a layer which is taken apart."""
+        """Refuse a model that consists only of a layer that has to be unpacked."""
         return refuse_inplace(model)
 
     def says_what_runs(self) -> bool:
-        """False: a module may reach a layer by other ways than by its name."""
+        """Return False, because a module may reach a layer in other ways than by its name."""
         return False

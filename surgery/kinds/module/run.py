@@ -19,7 +19,7 @@ __all__ = ["ObservedModule"]
 
 
 class ObservedModule(Observed):
-    """An nn.Module whose submodules have hooks while it runs."""
+    """An nn.Module that runs with hooks on its submodules; packed layers are unpacked in a copy."""
 
     def __init__(self, model: nn.Module, flow: Flow) -> None:
         super().__init__(flow)
@@ -32,11 +32,11 @@ class ObservedModule(Observed):
         self._hooks = Hooks(self._additions)
 
     def watch(self, call: Call, see: See) -> None:
-        """Show the input of a module; one hook sees all its calls, so it is added once however many there are."""
+        """Call ``see`` with the inputs of a module; one hook sees all calls of the module, so it is added once."""
         self._hooks.watch(str(call.path), see)
 
     def norms(self) -> list[Norm]:
-        """Return the batch norms, by the path of their module."""
+        """Return the batch norms, each under the last path of its module."""
         paths = {id(module): path for path, module in self.root.named_modules() if is_tracked_norm(module)}
         return [self._norm(path) for path in paths.values()]
 
@@ -46,20 +46,20 @@ class ObservedModule(Observed):
         return Norm(path, mean, variance, lambda see: self._hooks.watch(path, see), kept)
 
     def tap(self, call: Call, change: Change) -> None:
-        """Change the output of a module."""
+        """Replace the output of a module by what ``change`` returns."""
         self._hooks.taps[str(call.path)] = change
 
     def forget(self) -> None:
-        """Have no hooks."""
+        """Remove all hooks."""
         self._hooks, self._follows = Hooks(self._additions), False
 
     @property
     def parameters(self) -> Iterable[nn.Parameter]:
-        """The module's own."""
+        """The parameters of the module that runs."""
         return self.root.parameters()
 
     def execute(self, inputs: Inputs) -> Any:
-        """Run with hooks, which are gone afterwards."""
+        """Run the module with its hooks, which are removed afterwards."""
         args, kwargs = inputs
         with self._hooks.on(self.root), evaluation(self.root):
             return self.root(*args, **kwargs)

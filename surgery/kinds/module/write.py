@@ -1,7 +1,8 @@
-"""Open modules: submodules are replaced, and the model stays of the user's own class.
+"""Open modules: submodules are replaced, and the model keeps the user's own class.
 
-What cannot be changed by replacing a submodule (functional calls in ``forward``) is skipped with that reason, and so is
-what the model does not reach by its registered name: the changed model is run once, to see which chains run.
+A functional call in ``forward`` cannot be changed by replacing a submodule, so it is skipped with that reason. A layer
+that the model does not reach by its registered name is skipped too; one run of the changed model shows which chains
+run.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from surgery.kinds.layers.edit import (
     find_known,
     fuse_modules,
     layers_of,
-    put_back_known,
+    restore_known,
     splice_modules,
     swap_references,
 )
@@ -53,14 +54,14 @@ class OpenModule(OpenModel):
     """An open nn.Module."""
 
     def observe(self) -> Observed:
-        """Return the model, with hooks on its submodules."""
+        """Return the model, to be run with hooks on its submodules."""
         return ObservedModule(self._model, self.flow)
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], access: Access) -> None:
         self._model = model
         root = copy_module(model) if access.copies or (has_packed(model) and not access.inplace) else model
         self._inputs = (args, kwargs)
-        self._holder = nn.ModuleList([root])  # in which the root can be replaced too, unless it is to stay the same
+        self._holder = nn.ModuleList([root])  # so that the root itself can be replaced, unless work is in place
         self._packed = unpack_all(root if access.inplace else self._holder)
         self._root = self._holder[0]
         self._shared: Shared = {}
@@ -71,14 +72,15 @@ class OpenModule(OpenModel):
             self._known, self._broken = find_known(self._root)
             self._captured = self._capture(known=access.known and bool(self._known))
         except BaseException:
-            self.finish()  # the model may be the caller's own
+            self.finish()  # the model may be the caller's own: it must not stay unpacked
             raise
 
     def _capture(self, *, known: bool) -> Captured | None:
-        """Return the calls of the layers; of a model whose chains are known, only what costs little."""
+        """Return the calls of the layers. If only known chains are wanted, only tracing is tried, since it is cheap."""
         if not known:
             found: Captured | None = capture(self._root, *self._inputs)
         else:
+            # chains that are modules need no graph; but a trace is cheap, and shows chains of the user's own as well
             try:
                 found = trace_only(self._root, *self._inputs)
             except SurgeryError:
@@ -91,7 +93,7 @@ class OpenModule(OpenModel):
         layers = layers_of(self._root, alone=True, unseen=tuple(_unseen(self._root)))
         modules = self._root.named_modules(remove_duplicate=False)
         recorded = frozenset(name for name, module in modules if isinstance(module, Factored))
-        if self._captured is None:  # only the chains that are modules are wanted
+        if self._captured is None:  # only the chains that are modules are known
             chains = tuple(known.chain for known in self._known)
             tensors = Tensors({}, {})
             return Flow((), {}, tensors, {}, {}, layers=layers, chains=chains, broken=self._broken, proved=False)
@@ -100,12 +102,12 @@ class OpenModule(OpenModel):
         return make_flow(found.reader, found.shape, extras)
 
     def apply(self, edit: Edit) -> None:
-        """Carry an edit out: replace modules, at all their names."""
+        """Carry out an edit: replace modules under all their names."""
         if isinstance(edit, Replace):
             self._replace(edit.placement, edit.chain)
         elif isinstance(edit.chain, FusableModule):
             known = next(known for known in self._known if known.chain.names == edit.chain.sites)
-            self._replaced |= put_back_known(self._root, known, edit.chain.operators, self._notes)
+            self._replaced |= restore_known(self._root, known, edit.chain.operators, self._notes)
         else:
             self._replaced |= fuse_modules(self._root, edit.chain, self.flow.layers)
 
@@ -118,11 +120,11 @@ class OpenModule(OpenModel):
 
     @property
     def notes(self) -> Mapping[str, str]:
-        """What the user should know of layers that were put back, by name."""
+        """What the user should know about recomposed layers, by name."""
         return self._notes
 
     def reopen(self, placements: Sequence[Placement]) -> dict[str, Placement]:
-        """Put operators without numbers where chains stand, and return their sites by name."""
+        """Put layers of zeros in the place of chains, and return their new placements by site name."""
         for placement in placements:
             names = (placement.site.name, *placement.site.aliases)
             known = next(known for known in self._known if known.chain.names == names)
@@ -130,10 +132,11 @@ class OpenModule(OpenModel):
         return {placement.site.name: Placement(placement.site, ()) for placement in placements}
 
     def verify(self) -> dict[str, str]:
-        """Run the changed model once, and put the layers of chains that do not run in it back; say why, by name."""
+        """Run the changed model once; restore the layers of chains that do not run, and return the reasons by name."""
         swap_references(self._root, self._final())
         if not any(self._inputs) or not self._dense:
             return {}
+        # a run would give lazy layers their weights, which is the user's to do
         root = copy_module(self._root) if has_lazy(self._root) else self._root
         old = {name: dense for name, (_, dense, _) in self._dense.items()}
         reasons = run_chains(root, old, *self._inputs, put=self._put)
@@ -142,14 +145,14 @@ class OpenModule(OpenModel):
         return reasons
 
     def _put(self, name: str, *, dense: bool) -> None:
-        """Put the layer or the chain at all names of a site."""
+        """Put the original layer (``dense``) or the chain under all names of a site."""
         paths, old, new = self._dense[name]
         for path in paths:
             replace_module(self._root, path, old if dense else new)
         swap_references(self._root, {new: old} if dense else {old: new})
 
     def _final(self) -> Mapping[nn.Module, nn.Module]:
-        """Return what stands in the place of each replaced module in the end."""
+        """Return the module that finally stands in the place of each replaced module."""
 
         def last(module: nn.Module) -> nn.Module:
             while module in self._replaced:
@@ -159,14 +162,14 @@ class OpenModule(OpenModel):
         return {old: last(new) for old, new in self._replaced.items()}
 
     def finish(self) -> nn.Module:
-        """Return the changed model, with packed weights where nothing has changed."""
+        """Return the changed model; layers whose parts are whole are packed again."""
         swap_references(self._root, self._final())
         pack_all(self._holder, self._packed)
         return self._holder[0]
 
 
 def _unseen(root: nn.Module) -> Iterator[Unseen]:
-    """Yield what to say of each layer that no call reaches: of operators, and of other layers with weights."""
+    """Yield the skips to report for layers that no call reaches: for operators, and for other layers with weights."""
     for path, module in root.named_modules():
         weight = module._parameters.get("weight")
         key = None if weight is None or is_lazy(weight) else key_of(weight)
@@ -178,12 +181,12 @@ def _unseen(root: nn.Module) -> Iterator[Unseen]:
 
 
 def _refuse_whole(module: nn.Module) -> str | None:
-    """Return why a layer of another kind is no site; None for containers, of which the parts are looked at."""
+    """Return why a layer of another kind is not a site; None for containers, whose parts are looked at instead."""
     whole = type(module).__module__.startswith("torch.ao.nn") or not list(module.children())
     return refuse_module(module) if whole else None
 
 
-_UNREACHED = "the model does not call it by its registered name, and what would take its place does not run"
+_UNREACHED = "the model does not call it by its registered name, so a chain in its place would not run"
 
 
 class _Put(Protocol):
@@ -193,11 +196,14 @@ class _Put(Protocol):
 def run_chains(
     root: nn.Module, dense: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], *, put: _Put
 ) -> dict[str, str]:
-    """Return why chains have to give way to their layers, by name; ``put`` exchanges the two in the root.
+    """Return the reasons why chains have to give way to their original layers, by name.
 
-    ``dense`` has the layers, which are not to run any more.
+    ``dense`` has the original layer of each chain, which must not run any more. ``put`` exchanges a chain and its layer
+    in the root. This takes one forward pass, unless the changed model raises an error; then the chains are tried one
+    after another.
 
-    It costs one forward pass, unless the changed model raises an error: then chains are tried one after another.
+    Raises:
+        InputError: the model does not run without any chain either.
     """
     try:
         reached = _run(root, dense, args, kwargs)
@@ -207,9 +213,9 @@ def run_chains(
 
 
 def _run(root: nn.Module, dense: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
-    """Run the model; return the names of chains that were called, and whose layers were not.
+    """Run the model; return the names of the chains that were called while their original layers were not.
 
-    A part of a recurrent layer runs with it: a hook on the part would keep it from torch's kernel.
+    The hook for a part of a recurrent layer is on the layer: a hook on the part would keep it from torch's kernel.
     """
     reached: set[str] = set()
     kept: set[str] = set()
@@ -217,6 +223,7 @@ def _run(root: nn.Module, dense: Mapping[str, nn.Module], args: tuple[Any, ...],
     for name, layer in dense.items():
         see = _seer(name, layer, reached, kept)
         parent = root.get_submodule(name.rpartition(".")[0])
+        # both hooks are needed: a model may call the chain in one place, and in another the old layer, which it kept
         module = parent if isinstance(parent, UnpackedRecurrent) else root.get_submodule(name)
         handles += [module.register_forward_pre_hook(see), layer.register_forward_pre_hook(see)]
     try:
@@ -228,7 +235,7 @@ def _run(root: nn.Module, dense: Mapping[str, nn.Module], args: tuple[Any, ...],
 
 
 def _seer(name: str, layer: nn.Module, reached: set[str], kept: set[str]) -> Callable[[nn.Module, Any], None]:
-    """Return a hook for both a layer and what stands in its place: their hooks are in one dictionary."""
+    """Return one hook for both a layer and the chain in its place, which share one dictionary of hooks."""
 
     def see(module: nn.Module, args: Any) -> None:
         (kept if module is layer else reached).add(name)
@@ -239,11 +246,12 @@ def _seer(name: str, layer: nn.Module, reached: set[str], kept: set[str]) -> Cal
 def _failing(
     root: nn.Module, dense: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], put: _Put
 ) -> dict[str, str]:
-    """Return which chains a model does not run with: all are taken out, and come back one by one."""
+    """Return the reasons for the chains with which a model does not run: all are removed, then added one by one."""
     reasons: dict[str, str] = {}
     for name in dense:
         put(name, dense=True)
-    run_once(root, args, kwargs)  # if the model does not run without any either, its inputs are wrong
+    run_once(root, args, kwargs)  # if the model does not run without any chain, its inputs are wrong
+    # chains that ran stay in while the next ones are tried, so that the final model has run with all of them
     good: dict[str, nn.Module] = {}
     for name, layer in dense.items():
         put(name, dense=False)

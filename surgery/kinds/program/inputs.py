@@ -1,4 +1,4 @@
-"""How an exported program is called: what its signature and its placeholders say of its inputs."""
+"""How an exported program is called: what its signature and its placeholders say about its inputs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from surgery.kinds.inputs import Declared, Inputs, Signature, given_inputs, inpu
 
 __all__ = ["declared_inputs", "fixed_batch", "program_inputs", "read_signature"]
 
-_ANY = 2**31  # a bound that torch.export has of its own is above this
+_ANY = 2**31  # torch.export's own bounds on dynamic sizes are larger than this
 
 
 def program_inputs(program: ExportedProgram, *, seed: int = 0) -> Inputs:
-    """Return the program's own example inputs, else random ones; a dynamic size is that of the export, or 2.
+    """Return the program's own example inputs, or else random ones; a dynamic size is its size at the export, or 2.
 
     Raises:
-        InputError: the program has no example inputs, and takes something else than tensors.
+        InputError: the program has no example inputs, and one of its inputs is not a tensor.
     """
     if program.example_inputs is not None:
         args, kwargs = program.example_inputs
@@ -33,7 +33,7 @@ def program_inputs(program: ExportedProgram, *, seed: int = 0) -> Inputs:
     for index, name in enumerate(program.graph_signature.user_inputs):
         value = values.get(str(name))
         if not isinstance(value, Tensor):
-            raise InputError(f"the input {name} of the program is no tensor", next_step="give example_inputs")
+            raise InputError(f"the input {name} of the program is not a tensor", next_step="give example_inputs")
         leaves.append(input_like(value, str(name), seed + index))
     args, kwargs = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
     return tuple(args), dict(kwargs)
@@ -43,6 +43,7 @@ def read_signature(program: ExportedProgram) -> Signature:
     """Return how a program is called."""
     args, kwargs = program_inputs(program)
     names = [str(name) for name in program.graph_signature.user_inputs]
+    # inputs that are themselves tuples or dicts have several names each; then positions get names of their own
     flat = len(names) == len(args) + len(kwargs)
     first = names[: len(args)] if flat else [f"arg{i}" for i in range(len(args))]
     every = (*first, *kwargs)
@@ -55,12 +56,12 @@ def _nodes(program: ExportedProgram) -> list[Node]:
 
 
 def fixed_batch(program: ExportedProgram) -> int | None:
-    """Return the only batch size that a program takes, or None if it takes any."""
+    """Return the only batch size that a program accepts, or None if it accepts any."""
     return first_size(_nodes(program))
 
 
 def declared_inputs(program: ExportedProgram, signature: Signature) -> dict[str, Declared]:
-    """Return what is known of the inputs that are tensors, by name: from the program, else from its example inputs."""
+    """Return dtype, sizes and limits of the inputs that are tensors, by name: from the program, or its examples."""
 
     def limit(size: Any) -> int | None:
         known = program.range_constraints.get(size.node.expr)
@@ -76,7 +77,7 @@ def declared_inputs(program: ExportedProgram, signature: Signature) -> dict[str,
 
 
 def _names_in_order(program: ExportedProgram, signature: Signature) -> Sequence[str]:
-    """Return the names in the order of the graph: a program may be called with others of the same names."""
+    """Return the names in the order of the graph; inputs by name may come in another order."""
     if program.call_spec.in_spec is None:
         return signature.names
     return *signature.names[: signature.positional], *(program.call_spec.in_spec.child(1).context or [])

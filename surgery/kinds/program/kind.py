@@ -17,13 +17,13 @@ __all__ = ["ProgramKind"]
 
 
 class ProgramKind(Kind):
-    """ExportedPrograms: ATen nodes are rewritten; a changed program is a new one."""
+    """ExportedPrograms: their ATen nodes are rewritten in a new program."""
 
     name = "program"
     models = ExportedProgram
 
     def open(self, model: ExportedProgram, inputs: Inputs, access: Access) -> OpenProgram:
-        """Open a program, which is never changed itself."""
+        """Open a program; the program itself is never changed."""
         return OpenProgram(model, *inputs)
 
     def runnable(self, model: ExportedProgram) -> nn.Module:
@@ -39,11 +39,11 @@ class ProgramKind(Kind):
         return model.state_dict
 
     def brought_inputs(self, model: ExportedProgram, *, seed: int = 0) -> Inputs | None:
-        """Return the example inputs of a program, else random ones."""
+        """Return the example inputs of a program, or else random ones."""
         return program_inputs(model, seed=seed)
 
     def brings_inputs(self) -> bool:
-        """True."""
+        """Return True: a program has example inputs, or declares shapes for random ones."""
         return True
 
     def signature(self, model: ExportedProgram, example: Inputs) -> Signature:
@@ -51,17 +51,17 @@ class ProgramKind(Kind):
         return read_signature(model)
 
     def declared_inputs(self, model: ExportedProgram, example: Inputs, signature: Signature) -> dict[str, Declared]:
-        """Return what the program says of its inputs."""
+        """Return what the program says about its inputs."""
         return declared_inputs(model, signature)
 
     def fixed_batch(self, model: ExportedProgram) -> int | None:
-        """Return the only batch size that a program takes."""
+        """Return the only batch size that a program accepts, or None."""
         return fixed_batch(model)
 
     def refuse_inplace(self, model: ExportedProgram) -> str | None:
-        """Refuse: a changed program is a new one."""
+        """Refuse, since a changed program is always a new program."""
         return "an exported program cannot be changed in place"
 
     def refuse_structure(self) -> str | None:
-        """Refuse: the chains of a program are nodes, not layers."""
+        """Refuse, since the chains of a program are nodes and not layers."""
         return "a graph"

@@ -1,4 +1,4 @@
-"""Parts of an exported program that are copied, renamed and untied from the old one when a new one is built."""
+"""Copy the parts of an exported program for a new one: its graph, the names in its signatures, and its state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["copy_graph", "final_names", "own_state", "rename_entry"]
 
 
 def copy_graph(graph: Graph) -> Graph:
-    """Copy a graph with the names of its nodes, to which the signature refers; fx would rename an ``input``."""
+    """Copy a graph and keep the names of its nodes, to which the signature refers; fx would rename a node ``input``."""
     copied = copy.deepcopy(graph)
     for old, new in zip(graph.nodes, copied.nodes, strict=True):
         new.name = old.name
@@ -26,7 +26,11 @@ def copy_graph(graph: Graph) -> Graph:
 
 
 def final_names(renamed: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Return the last name of each node that was replaced; what took its place may have been replaced as well."""
+    """Return the final name for each replaced node; a replacement may have been replaced as well.
+
+    >>> final_names([("a", "b"), ("b", "c")])
+    {'b': 'c', 'a': 'c'}
+    """
     names: dict[str, str] = {}
     for before, after in reversed(renamed):
         names[before] = names.get(after, after)
@@ -34,7 +38,7 @@ def final_names(renamed: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 
 def rename_entry(entry: ModuleCallEntry, names: dict[str, str]) -> ModuleCallEntry:
-    """Copy the part of a call's signature that names nodes, with the new names."""
+    """Copy the entry of a module call, with new names for the nodes that its signature refers to."""
     if entry.signature is None:
         return entry
     inputs, outputs = copy.deepcopy((entry.signature.inputs, entry.signature.outputs))
@@ -45,12 +49,13 @@ def rename_entry(entry: ModuleCallEntry, names: dict[str, str]) -> ModuleCallEnt
 
 
 def own_state(state: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy the tensors that the old program has too, each once, so that tied weights stay tied."""
+    """Copy the tensors that the new state shares with the old one; each is copied once, so tied weights stay tied."""
     copies: dict[tuple[Any, ...], Tensor] = {}
     others = {key_of(tensor) for tensor in old.values()}
     for name, tensor in state.items():
         key = key_of(tensor)
         if key not in copies:
+            # new factors belong to the new program alone; only shared tensors are copied
             mine = tensor.detach().clone() if key in others else tensor
             trains = isinstance(tensor, nn.Parameter)
             copies[key] = nn.Parameter(mine, requires_grad=tensor.requires_grad) if trains else mine

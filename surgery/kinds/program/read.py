@@ -1,4 +1,4 @@
-"""Read an exported program: its signature says what its parameters are, and inputs say what its symbolic sizes are."""
+"""Read an exported program: the signature tells its parameters, and the inputs tell its symbolic sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["program_shapes", "read_program"]
 
 
 def read_program(program: ExportedProgram, graph: Graph | None = None) -> Reader:
-    """Return the reader of a program (or of a copy of its graph): its parameters are what its signature says."""
+    """Return the reader of a program, or of ``graph``, a copy of its graph; the signature tells the parameters."""
     graph = program.graph if graph is None else graph
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
     providers, buffers = {}, set()
@@ -38,16 +38,20 @@ def read_program(program: ExportedProgram, graph: Graph | None = None) -> Reader
 def program_shapes(
     program: ExportedProgram, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None
 ) -> Callable[[Node], Shape]:
-    """Return a function from nodes to concrete shapes, with symbols as in the inputs or in the export's examples.
+    """Return a function from nodes to concrete shapes.
+
+    Symbolic sizes have the values that follow from the inputs, or those at the export if there are no inputs.
 
     Raises:
-        InputError: an input has another size than the program fixes, or there are more or fewer inputs.
+        InputError: an input has a size that the program does not accept, or there are too many or too few inputs. The
+            function itself raises it for a size that the inputs do not determine.
     """
     values = {} if inputs is None else _solve_symbols(program, inputs)
 
     def size(dim: Any) -> int:
         if isinstance(dim, int):
             return dim
+        # without inputs, the hint is the size at the export
         known = dim.node.expr.subs(values) if values else dim.node.hint
         if known is None or not getattr(known, "is_number", True):
             raise InputError(f"the program does not say how large {dim} is", next_step="give example_inputs")
@@ -57,7 +61,7 @@ def program_shapes(
 
 
 def _solve_symbols(program: ExportedProgram, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[Any, int]:
-    """Match the inputs' sizes with the symbolic sizes of the program's placeholders."""
+    """Return the values of symbolic sizes that follow from the sizes of the inputs."""
     wanted = [n for n in program.graph.find_nodes(op="placeholder") if n.name in program.graph_signature.user_inputs]
     given = [leaf for leaf in torch.utils._pytree.tree_leaves(inputs) if leaf is not None]
     wanted = [node for node in wanted if node.meta.get("val") is not None]
@@ -84,6 +88,7 @@ def _match(dim: Any, size: int, values: dict[Any, int]) -> bool:
     if isinstance(dim, int):
         return dim == size
     expression = dim.node.expr
+    # a plain symbol takes the size of the first input that has it; an expression such as 2*s0 has to agree with it
     if expression.is_Symbol:
         return values.setdefault(expression, size) == size
     return not expression.subs(values).is_number or int(expression.subs(values)) == size

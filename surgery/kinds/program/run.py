@@ -1,4 +1,4 @@
-"""Run an exported program node by node: the values of its placeholders, and of its buffers."""
+"""The values that an exported program needs to be run node by node: those of its placeholders and buffers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["bind_program", "buffer_of"]
 
 
 def bind_program(program: ExportedProgram, reader: Reader, inputs: Inputs) -> dict[Node, Any]:
-    """Return the inputs, the parameters (as the kind has them), buffers and constants by placeholder."""
+    """Return the values of all placeholders: inputs, parameters as the reader has them, buffers and constants."""
     given = iter(leaves_of(inputs, program.call_spec.in_spec))
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     values: dict[Node, Any] = {}
@@ -35,6 +35,6 @@ def bind_program(program: ExportedProgram, reader: Reader, inputs: Inputs) -> di
 
 
 def buffer_of(program: ExportedProgram, node: Node) -> tuple[str, Tensor]:
-    """Return the name and the tensor of the buffer that a placeholder stands for."""
+    """Return the name and the tensor of the buffer that a placeholder provides."""
     name = program.graph_signature.inputs_to_buffers[node.name]
     return name, program.state_dict[name]

@@ -1,8 +1,8 @@
-"""Open programs of torch.export: ATen nodes are rewritten, and a valid program is built anew.
+"""Open programs of torch.export: ATen nodes are rewritten, and a new valid program is built at the end.
 
-Parameters are placeholders: each edit keeps placeholders, input specs and state dict together. New nodes get their fake
-values by running them on the fake values of their inputs, so that dynamic shapes stay dynamic. While a program is open
-its recurrent layers are modules beside the nodes that compute them (``recurrence``).
+Parameters are placeholders: each edit keeps placeholders, input specs and state dict consistent. A new node gets its
+fake value by a run on the fake values of its inputs, so that dynamic shapes stay dynamic. While a program is open, its
+recurrent layers exist as modules too, in addition to the nodes that compute them (see ``recurrence``).
 """
 
 from __future__ import annotations
@@ -50,14 +50,16 @@ __all__ = ["OpenProgram"]
 
 
 class OpenProgram(GraphEdits):
-    """An open ExportedProgram; it works on a copy of the graph, and shares tensors until ``finish``."""
+    """An open ExportedProgram: it edits a copy of the graph, and shares tensors with the program until ``finish``."""
 
     def observe(self) -> Observed:
-        """Return the program, interpreted."""
+        """Return the program, to be interpreted node by node."""
         bind, buffer = partial(bind_program, self._program, self.reader), partial(buffer_of, self._program)
         return ObservedGraph(self, self.root, bind, buffer)
 
     def __init__(self, program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # The graph is copied, and tensors are shared. The signature refers to nodes by name, so names are kept.
+        # _state, _specs and _nodes always describe the same parameters.
         self._program = program
         self.root = GraphModule(program.graph_module, copy_graph(program.graph))
         self.graph = self.root.graph
@@ -93,7 +95,7 @@ class OpenProgram(GraphEdits):
         return lift(reader, Constants(self._read_constant, updated), self.values)
 
     def _read_constant(self, node: Node) -> tuple[str, Tensor] | None:
-        """Return the name and the tensor of a buffer or a constant that a placeholder stands for."""
+        """Return the name and the tensor of the buffer or constant that a placeholder provides; else None."""
         spec = self._specs.get(node.name) if node in self._first.buffers else None
         name = "" if spec is None else str(spec.target)
         value = self._state[name] if name in self._state else self._program.constants.get(name)
@@ -121,8 +123,9 @@ class OpenProgram(GraphEdits):
         return found
 
     def _write(self, layer: Recurrence) -> None:
-        """Write a layer that has changed: the call of a kernel, or what torch exports of its module."""
+        """Write a recurrent layer that has changed: as the call of a kernel, or as torch exports its module."""
         like = next(node for node in layer.inside if node in layer.outputs)
+        # a layer that is whole again needs no record
         self.record = self.record.without(layer.path)
         made: Sequence[Node | None]
         used: set[str] = set()
@@ -148,13 +151,17 @@ class OpenProgram(GraphEdits):
         return item
 
     def _layer_parameter(self, layer: Recurrence, used: set[str]) -> Callable[[str], Node]:
-        """Return a function from names of a layer's parameters to their nodes; it adds new ones and notes the names."""
+        """Return a function from the names of a layer's parameters to their nodes.
+
+        The function adds parameters that the program does not have yet, and puts all names that it gets into ``used``.
+        """
         own = layer.parameters
 
         def node(name: str) -> Node:
             used.add(name)
             path, _, leaf = name.rpartition(".")
             part = f"{path}.{leaf.removeprefix('weight_')}.weight" if leaf.startswith("weight_") else name
+            # the kernel reads weight_ih_l0; the module has it as ih_l0.weight, and it may be another tensor now
             if self._state.get(name) is not own[part]:
                 self.drop_parameter(name)
                 self.add_parameter([name], own[part])
@@ -166,6 +173,7 @@ class OpenProgram(GraphEdits):
         program = export_layer(layer.module, layer.source.meta["val"], [state.meta["val"] for state in layer.states])
         given = iter([layer.source, *layer.states])
         made: dict[Node, Node] = {}
+        # placeholders of the export become nodes of this graph: parameters by name, inputs in order
         specs = iter(program.graph_signature.input_specs)
         for node in program.graph.nodes:
             if node.op == "placeholder":
@@ -181,12 +189,13 @@ class OpenProgram(GraphEdits):
                 if node.op == "get_attr":
                     new.target = self._add_body(getattr(program.graph_module, str(node.target)))
                 self.stamp(new, like)
+                # a scan's body is a graph of its own; its nodes come with the fake values of the layer's export
                 if isinstance(body := new.args and new.args[0], Node) and body.op == "get_attr":
                     self._stamp_body(new, body)
         raise CheckError("an exported graph has no output")
 
     def _stamp_body(self, scan: Node, body: Node) -> None:
-        """Give the nodes of a loop's body fake values of this program."""
+        """Give the nodes of a loop's body the fake values that they have in this program."""
         given: Any = torch.fx.map_arg(scan.args, lambda n: n.meta["val"])
         _, states, parts, others = given
         module = self.root.get_submodule(str(body.target))
@@ -195,7 +204,7 @@ class OpenProgram(GraphEdits):
             _Stamping(module).run(*states, *(part[0] for part in parts), *others)
 
     def _add_body(self, body: GraphModule) -> str:
-        """Attach the body of a loop under a name that is free."""
+        """Attach the body of a loop under a free name, and return the name."""
         name = next(name for n in itertools.count() if not hasattr(self.root, name := f"scan_combine_graph_{n}"))
         setattr(self.root, name, body)
         return name
@@ -209,7 +218,8 @@ class OpenProgram(GraphEdits):
         raise CheckError("the program's nodes have no fake values", next_step="export it again")
 
     def add_parameter(self, names: Sequence[str], parameter: nn.Parameter) -> None:
-        """Add one parameter under all its names: state, placeholder and input spec each."""
+        """Add one parameter under all its names; each name gets an entry in the state, a placeholder and a spec."""
+        # torch.export lists parameters first: new ones go before the first placeholder that is not one
         others = (n for n in self.graph.find_nodes(op="placeholder") if self._specs[n.name].kind != InputKind.PARAMETER)
         anchor = next(others, None) or next(n for n in self.graph.nodes if n.op != "placeholder")
         for name in names:
@@ -225,7 +235,7 @@ class OpenProgram(GraphEdits):
         return self._nodes[name]
 
     def drop_parameter(self, name: str) -> None:
-        """Forget the state; the placeholder goes when it is swept."""
+        """Remove the parameter from the state; ``sweep`` erases its placeholder."""
         if name in self._state:
             del self._state[name]
             self._gone.add(self._nodes.pop(name))
@@ -235,18 +245,18 @@ class OpenProgram(GraphEdits):
         return node in self._gone
 
     def stamp(self, node: Node, like: Node) -> None:
-        """Copy the metadata, and run the node on fake values."""
+        """Copy the metadata of ``like``, and compute the fake value of the node."""
         super().stamp(node, like)
         node.meta["val"] = self._value_of(node)
 
     def _value_of(self, node: Node) -> Any:
-        """Run a node on fake values."""
+        """Return the fake value of a node, by a run on the fake values of its inputs."""
         if node.op == "get_attr":
             return self.root.get_submodule(str(node.target))
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         shape_env = self._mode.shape_env
         kept = nullcontext() if shape_env is None else shape_env.suppress_guards()
-        with self._mode, torch.no_grad(), kept:  # a guard on which kernel runs would narrow the sizes that are dynamic
+        with self._mode, torch.no_grad(), kept:  # a guard on the choice of a kernel would narrow dynamic sizes
             if is_kernel(node):
                 return kernel_values(args)
             if callable(node.target):
@@ -254,13 +264,18 @@ class OpenProgram(GraphEdits):
             if node.op == "call_method":
                 return getattr(args[0], node.target)(*args[1:], **kwargs)
             module = self.root.get_submodule(str(node.target))
+            # a module in an outline runs on fake copies of its parameters
             fakes: dict[str, Tensor] = {
                 name: self._mode.from_tensor(p, static_shapes=True) for name, p in module.named_parameters()
             }
             return torch.func.functional_call(module, fakes, args, kwargs)
 
     def replace(self, old: Node, new: Node) -> None:
-        """Check that both values have the same shape and dtype, replace, and remember the name."""
+        """Replace a node by a new one, and remember both names for the signature.
+
+        Raises:
+            CheckError: the values of the two nodes differ in shape or dtype.
+        """
         if in_outline(old):
             super().replace(old, new)
             return
@@ -271,7 +286,9 @@ class OpenProgram(GraphEdits):
         super().replace(old, new)
 
     def finish(self) -> ExportedProgram:
-        """Build and validate a new program: signature, state and call graph that belong to the rewritten nodes."""
+        """Build a new program from the rewritten graph, with its own signature, state and module call graph."""
+        # Recurrent layers that changed are written first, since they still need their modules. Packing comes after the
+        # sweep, and the signature at last, when all names are final.
         drop_outline(self.graph)
         for layer in self.recurrences:
             if layer.changed:

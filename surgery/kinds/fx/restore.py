@@ -1,10 +1,11 @@
-"""A computed weight put back where its chain stood: the nodes that compute it, and parameters that give it.
+"""Restore a computed weight in the place of its chain: the nodes that compute it, and parameters from which they do.
 
-The weight that the factors compose to is not always one that the nodes can give. Of simple choices for the parameters
-those count that give the nearest weight:
+The nodes cannot always compute the very weight that the factors compose to. Among a few simple choices for the
+parameters, the one is taken whose computed weight is nearest:
 
-    main parameter   the weight itself; or what the nodes make the weight of, if each entry of it goes to one entry of
-                     the weight, scaled and shifted (casts, constant scales, reshapes, sums with other parameters)
+    main parameter   the weight itself; or the inverse of the nodes, if they take each entry of the main parameter to
+                     one entry of the weight, scaled and shifted (casts, constant scales, reshapes, sums with other
+                     parameters)
     the others       as they were; or scaled so that the rows (columns, all) of the weight have the right length (gains,
                      the norms of weight norm)
 """
@@ -25,14 +26,14 @@ from surgery.kinds.fx.lifted import Kept, read_kept
 from surgery.kinds.fx.read import Reader
 from surgery.kinds.fx.recipe import leaves, run_recipe, write_recipe
 
-__all__ = ["put_back_computed"]
+__all__ = ["restore_computed"]
 
-_BASE = 32  # of the digits of places
+_BASE = 32  # places are written as digits in this base
 _Numbers = Mapping[str, Tensor]
 
 
 class _Kind(Protocol):
-    """What is used of a graph kind here."""
+    """The part of an open graph that this module uses."""
 
     graph: Graph
     reader: Reader
@@ -46,22 +47,23 @@ class _Kind(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class _Maker:
-    """Makes the weight from numbers for the parameters."""
+    """Computes the weight from numbers for the parameters."""
 
     kept: Kept
     constants: _Numbers
     module: Callable[[str], nn.Module] | None
 
     def __call__(self, numbers: _Numbers) -> Tensor:
+        # operators of the recipe may write to their inputs
         copies = {name: tensor.clone() for name, tensor in {**self.constants, **numbers}.items()}
         return run_recipe(self.kept.recipe, copies, self.module)
 
 
-def put_back_computed(kind: _Kind, entry: Any, weight: Tensor, *, like: Node) -> tuple[Node | None, str]:
-    """Write the nodes before ``like``, add the parameters, and return the node of the weight with a note.
+def restore_computed(kind: _Kind, entry: Any, weight: Tensor, *, like: Node) -> tuple[Node | None, str]:
+    """Write the nodes that compute a weight, add the parameters, and return the weight's node and a note.
 
-    The note says how far the weight is from the one that was given, if it is more than rounding; with no node, why the
-    weight has to stand as a parameter.
+    The nodes are inserted before ``like``. The note says how far the computed weight is from ``weight``, if the error
+    is more than rounding. If the node is None, the weight has to become a parameter itself, and the note says why.
     """
     try:
         kept = read_kept(entry)
@@ -71,8 +73,8 @@ def put_back_computed(kind: _Kind, entry: Any, weight: Tensor, *, like: Node) ->
         numbers, error = _nearest(make, weight)
     except UnsafeFileError:
         raise
-    except Exception as problem:  # a record may say anything, and operators may raise anything
-        return None, f"its weight was computed, and stands as it is: the record of that cannot be used ({problem})"
+    except Exception as problem:  # a record may contain anything, and operators may raise anything
+        return None, f"its weight was computed, and is a parameter now: the record of that cannot be used ({problem})"
     names = {name: parameter.names for name, parameter in kept.parameters.items()}
     for name, parameter in kept.parameters.items():
         kind.add_parameter(names[name], nn.Parameter(numbers[name], requires_grad=parameter.trains))
@@ -82,12 +84,12 @@ def put_back_computed(kind: _Kind, entry: Any, weight: Tensor, *, like: Node) ->
 
     made = write_recipe(kind.graph, kept.recipe, leaf, kind.stamp, like=like)
     exact = error <= (16 if weight.dtype.itemsize > 2 else 2) * torch.finfo(weight.dtype).eps
-    note = f"its weight is computed; the parameters put back give it with a relative weight error of {error:.1e}"
+    note = f"its weight is computed; the restored parameters give it with a relative weight error of {error:.1e}"
     return made[-1], "" if exact else note
 
 
 def _nearest(make: _Maker, weight: Tensor) -> tuple[_Numbers, float]:
-    """Return the numbers that give the nearest weight, and its relative error.
+    """Return the numbers for the parameters that give the nearest weight, and the relative error of that weight.
 
     Raises:
         ValueError: no numbers give a weight of this form.
@@ -95,7 +97,7 @@ def _nearest(make: _Maker, weight: Tensor) -> tuple[_Numbers, float]:
     best: tuple[_Numbers, float] | None = None
     for numbers in _choices(make, weight):
         error = _error(make, numbers, weight)
-        if error == error and (best is None or error < best[1] / 2):  # earlier ones are simpler
+        if error == error and (best is None or error < best[1] / 2):  # earlier choices are simpler; NaN never counts
             best = numbers, error
     if best is None:
         raise ValueError("no parameters give a finite weight")
@@ -114,9 +116,10 @@ def _choices(make: _Maker, weight: Tensor) -> Iterator[_Numbers]:
     others = {n: p.value.to(weight.device) for n, p in parameters.items() if p.value is not None}
     form = parameters[main]
     if torch.Size(form.shape).numel() != weight.numel():
-        raise ValueError(f"{main} of shape {list(form.shape)} is no weight of {weight.numel()} numbers")
+        raise ValueError(f"{main} of shape {list(form.shape)} cannot give a weight of {weight.numel()} numbers")
     mains = [weight.reshape(form.shape).to(form.dtype)]
     inverse = _inverse(lambda value: make({**others, main: value}), weight, like=mains[0])
+    # each choice for the main parameter is tried with the others as they were, and with the others scaled
     for value in (*([] if inverse is None else [inverse]), *mains):
         numbers = {**others, main: value.contiguous().clone()}
         yield numbers
@@ -124,10 +127,11 @@ def _choices(make: _Maker, weight: Tensor) -> Iterator[_Numbers]:
 
 
 def _inverse(make: Callable[[Tensor], Tensor], weight: Tensor, *, like: Tensor) -> Tensor | None:
-    """Return w with ``make(w) == weight`` if make moves, scales and shifts single entries; else what is near, or None.
+    """Return w with ``make(w) == weight`` if make moves, scales and shifts single entries; else an estimate, or None.
 
-    make(w)[i] = scale[i] w[place[i]] + shift[i]:  make(0) is the shift, make(1) - make(0) the scale, and the numbers
-    0, 1, 2, ... show the places. For make(w) = 2 w.t() + 1 the scale is 2, the shift 1, and w = (weight - 1).t() / 2.
+    Such a make is make(w)[i] = scale[i] w[place[i]] + shift[i]: make(0) is the shift, make(1) - make(0) is the scale,
+    and make of the numbers 0, 1, 2, ... tells the places. For make(w) = 2 w.t() + 1 the scale is 2, the shift is 1, and
+    w = (weight - 1).t() / 2.
     """
     shift = make(torch.zeros_like(like)).double()
     scale = make(torch.ones_like(like)).double() - shift
@@ -143,9 +147,9 @@ def _inverse(make: Callable[[Tensor], Tensor], weight: Tensor, *, like: Tensor) 
 
 
 def _places(moved: Callable[[Tensor], Tensor], count: Tensor) -> Tensor | None:
-    """Return where each of the numbers 0, 1, 2, ... in ``count`` is moved to, digit by digit; None if they get lost.
+    """Return which of the numbers 0, 1, 2, ... in ``count`` ends up at each place; None if a number gets lost.
 
-    Half precision has few exact integers, so that numbers are shown as digits.
+    The numbers are moved digit by digit in base 32, because half precision represents only small integers exactly.
     """
     place, power = torch.zeros_like(count, dtype=torch.float64), 1
     while power < count.numel():
@@ -156,13 +160,14 @@ def _places(moved: Callable[[Tensor], Tensor], count: Tensor) -> Tensor | None:
 
 
 def _scaled(make: _Maker, numbers: _Numbers, weight: Tensor) -> _Numbers:
-    """Scale each of the other parameters, as if the weight were in proportion to it, to the least squares fit."""
+    """Scale each parameter but the main one by least squares, as if the weight were proportional to it."""
     found = dict(numbers)
     for name in numbers:
         axes = _axes(numbers[name], weight)
         if name == make.kept.main or axes is None:
             continue
         made = make(found).double()
+        # least squares for one number a: the sum of (a made - weight)^2 is least at a = <made, weight> / <made, made>
         along, squares = ((value.sum(axes) if axes else value) for value in (made * weight.double(), made * made))
         ratio = torch.where(squares > 0, along / squares, torch.ones_like(along))
         value = found[name].double() * ratio.view(found[name].shape)
@@ -171,9 +176,14 @@ def _scaled(make: _Maker, numbers: _Numbers, weight: Tensor) -> _Numbers:
 
 
 def _axes(tensor: Tensor, weight: Tensor) -> tuple[int, ...] | None:
-    """Return the axes of the weight over which a parameter is one number: it broadcasts, or has as many as an axis."""
+    """Return the axes of the weight along which a parameter does not vary; None if it fits no axis.
+
+    A parameter fits if it broadcasts to the weight, or if it has one number for each entry of axis 0 or 1, or one at
+    all.
+    """
     every = range(weight.dim())
     sizes = zip(tensor.shape, weight.shape, strict=False)
+    # (O, 1, 1, 1) is one number for each row; its axes are 1, 2 and 3
     if tensor.dim() == weight.dim() and all(own in (1, size) for own, size in sizes):
         return tuple(axis for axis in every if tensor.shape[axis] == 1)
     for axis in (0, 1):

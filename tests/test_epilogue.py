@@ -1,4 +1,4 @@
-"""What stands behind a site is seen on every graph kind, and timed with it as it runs."""
+"""The epilogue of a site is found in every kind of graph, and timed together with the site."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def opened(kind: str, x: Tensor) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_norms_and_activations_are_seen(kind: str) -> None:
     x = torch.randn(2, 4, 5, 5)
-    found = {site.name: site.behind for site in find_sites(opened(kind, x), x)[0]}
+    found = {site.name: site.epilogue for site in find_sites(opened(kind, x), x)[0]}
     assert found == {
         "both": (BatchNorm(), Activation("Clip")),
         "norm": (BatchNorm(),),
@@ -64,13 +64,13 @@ def test_norms_and_activations_are_seen(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["Relu", "Clip", "Sigmoid", "Tanh"])
 @pytest.mark.parametrize("shape", [(2, 4, 5, 5), (3, 4)])
-def test_a_placed_operator_runs_with_what_stands_behind_it(kind: str, shape: tuple[int, ...]) -> None:
+def test_a_placed_operator_runs_with_its_epilogue(kind: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     operator: Operator = Linear(torch.randn(6, 4), bias=torch.randn(6))
     if len(shape) == 4:
         geometry = Geometry((1, 1), ((1, 1), (1, 1)), (1, 1), (0, 0))
         operator = Conv(torch.randn(6, 4, 3, 3), geometry, bias=torch.randn(6))
-    placed = Site("site", operator, (shape,), behind=(BatchNorm(), Activation(kind))).placed(operator)
+    placed = Site("site", operator, (shape,), epilogue=(BatchNorm(), Activation(kind))).placed(operator)
     assert isinstance(placed, Chain)
     x = 4 * torch.randn(shape)
     plain = operator(x) / (1 + 1e-5) ** 0.5
@@ -79,9 +79,9 @@ def test_a_placed_operator_runs_with_what_stands_behind_it(kind: str, shape: tup
     torch.testing.assert_close(torch.from_numpy(found), functions[kind](plain), rtol=1e-4, atol=1e-4)
 
 
-def test_both_sides_of_a_measurement_have_it() -> None:
+def test_both_sides_of_a_measurement_have_the_epilogue() -> None:
     operator = Linear(torch.randn(8, 8))
-    site = Site("site", operator, ((2, 8),), behind=(Activation("Relu"),))
+    site = Site("site", operator, ((2, 8),), epilogue=(Activation("Relu"),))
     candidates = candidates_of(site, "svd")
     assert isinstance(candidates, list)
     for dense, chain, shape, count in Candidate(site, candidates[0].factorization).pairs((2,)):
