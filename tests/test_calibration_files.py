@@ -181,8 +181,8 @@ BAD_LINES: dict[str, tuple[list[Any], str]] = {
     "another name": ([{"input_ids": OK, "atention_mask": OK}], "no input atention_mask; allowed: input_ids, attention"),
     "a strange name": ([{"input_ids": OK, "\x1b[2J": OK}], r"no input \\x1b\[2J"),
     "lengths": ([{"input_ids": OK, "attention_mask": [1]}], "attention_mask has 1 values, input_ids has 3"),
-    "nothing": ([], "there is no sample in it; allowed: a list of token ids"),
-    "blank": (["", "  "], "there is no sample in it"),
+    "nothing": ([], "holds no sample; allowed: a list of token ids"),
+    "blank": (["", "  "], "holds no sample"),
 }
 
 
@@ -231,7 +231,7 @@ def test_without_a_mask_sequences_have_one_length(tmp_path: Path) -> None:
         read_calibration(path, program)
     samples = read_calibration(write(path, [1, 2, 3], [4, 5]), program)
     assert samples.leaves[0].tolist() == [[1, 2], [4, 5]]
-    with pytest.raises(FileError, match="token ids, but the input input is float32 with 2 axes; give an"):
+    with pytest.raises(FileError, match="token ids, but input is float32 with 2 axes; give an"):
         read_calibration(path, as_kind(nn.Linear(3, 3), "program", {"input": torch.ones(2, 3)}))
 
 
@@ -357,7 +357,10 @@ def test_what_does_not_fit_is_told_by_its_header(tmp_path: Path) -> None:
 
 
 TENSORS: dict[str, tuple[Any, str]] = {
-    "repeated": (torch.ones(1, 1).expand(20_000, 20_000), "repeats the numbers of a tensor, to 1600000000 bytes"),
+    "repeated": (
+        torch.ones(1, 1).expand(20_000, 20_000),
+        "expands a tensor to 1600000000 bytes by repeating its numbers",
+    ),
     "sparse": (torch.eye(3).to_sparse(), "holds a tensor that is not plain"),
     "without numbers": (torch.ones(3, 3, device="meta"), "holds a tensor that is not plain"),
 }
@@ -379,7 +382,7 @@ def test_a_packed_checkpoint_is_not_unpacked(tmp_path: Path) -> None:
         for name in one.namelist():
             other.writestr(name, one.read(name))
     assert read_calibration(plain, linear()).count == 100
-    with pytest.raises(FileError, match="its entries are packed"):
+    with pytest.raises(FileError, match="its entries are compressed"):
         read_calibration(packed, linear())
 
 
