@@ -399,7 +399,7 @@ def test_lines_are_bounded_before_they_are_numbers(bound: str, tmp_path: Path, m
     path = write(tmp_path / "ids.jsonl", *[[1] * 3] * 4, [1] * 50)
     assert read_calibration(path, encoder()).count == 5
     monkeypatch.setattr(tokens, bound, 100)
-    with pytest.raises(FileError, match=r"past 100 chara|5 samples of 50 numbers; allowed: 100"):
+    with pytest.raises(FileError, match=r"passes 100 chara|5 samples of 50 numbers; allowed: 100"):
         read_calibration(path, encoder())
 
 

@@ -80,7 +80,7 @@ def reestimate_batch_norm(
     passes = passes or (2 if reference is None else 1)
     if also_watch is not None:
         also_watch(observed)
-    # Only the first pass normalises with the statistics of each batch; at its end, as of any pass, those of all are set.
+    # The first pass normalises with the statistics of each batch; each pass ends by setting those of all batches.
     for number in range(passes if norms or also_watch is not None else 0):
         for norm in norms:
             norm.own_batch, norm.seen = number == 0, _Statistics()

@@ -223,7 +223,7 @@ def _items(calibration: Any) -> Iterable[Any]:
         return [calibration]
     if isinstance(calibration, Iterable):
         return calibration
-    raise InputError(f"calibration inputs are a {type(calibration).__name__}", allowed=_ALLOWED)
+    raise InputError(f"calibration inputs have the type {type(calibration).__name__}", allowed=_ALLOWED)
 
 
 def _length(inputs: Inputs) -> int:
