@@ -97,6 +97,7 @@ def reestimate_batch_norm(
 
 def _corrected(before: Pair, reference: Pair, now: Pair) -> Pair:
     """Return the running mean and variance, corrected by the change from the reference to now."""
+    # A channel that was constant in the original has no ratio: its variance stays as it was.
     tiny = torch.finfo(torch.float64).tiny
     ratio = (now[1] / reference[1].clamp(min=tiny)).nan_to_num(nan=1.0, posinf=1.0)
     return before[0].double() + now[0] - reference[0], before[1].double() * torch.where(reference[1] > 0, ratio, 1.0)
@@ -163,6 +164,7 @@ class _Norm:
 
     def see(self, x: Tensor) -> None:
         """Add an input; in the first pass, set the statistics so that this input is normalised by its own."""
+        # This runs before the batch norm normalises x, so that the layers after it see the statistics set here.
         alone = self.seen.add(x)
         if self.own_batch:
             self.set(alone, len(self.seen.parts) - 1)
@@ -186,6 +188,7 @@ class _Distance(_Norm):
         """Add the squared distances of mean and deviation, relative to the running variance."""
         axes = [axis for axis in range(x.dim()) if axis != 1]
         running, scale = self.norm.mean.float(), self.norm.variance.float() + 1e-5
+        # ((m - m0)^2 + (s - s0)^2) / s0^2 for each channel, averaged: 0 if mean m and deviation s are as expected.
         variance, mean = torch.var_mean(x.float(), axes, correction=0)
         off = (mean - running).square() + ((variance + 1e-8).sqrt() - scale.sqrt()).square()
         self.distances.append((off / scale).mean())

@@ -122,6 +122,7 @@ def _stuffed_view(conv: Conv, x: Tensor) -> Tensor:
     stuffed = x.new_zeros(*x.shape[:2], *sizes)
     places = [slice(None), slice(None), *(slice(None, None, s) for s in g.stride)]
     stuffed[tuple(places)] = x
+    # padding p of a transposed convolution removes p outputs on each side: span - p zeros are left to add.
     spans = [d * (k - 1) for d, k in zip(g.dilation, conv.kernel_size, strict=True)]
     sides = zip(spans, g.padding, g.output_padding, strict=True)
     pads = [(span - before, span - after + extra) for span, (before, after), extra in sides]
@@ -130,6 +131,7 @@ def _stuffed_view(conv: Conv, x: Tensor) -> Tensor:
 
 
 def _windows(x: Tensor, size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
+    # Each unfold moves one axis of windows to the end; every d-th element of a window is a tap.
     for dim, (k, s, d) in enumerate(zip(size, stride, dilation, strict=True), start=2):
         x = x.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
     return x

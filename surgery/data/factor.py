@@ -98,6 +98,7 @@ class Problem:
     @cached_property
     def readers(self) -> frozenset[int]:
         """The indices of the factors that read the operator's input channels directly."""
+        # They are the first of each row. If the chain starts with a reshape, no factor reads the channels directly.
         first = self.method.skeleton(self.operator, self.ranks).steps[0]
         starts = accumulate(self._lengths[:-1], initial=0)
         return frozenset(starts if isinstance(first, Operator | Branches) else ())
@@ -158,8 +159,10 @@ def search(problem: Problem, plain: Chain | Refusal) -> Chain | None:
     target = target.to(problem.dtype)
     if problem.dtype != torch.float64:
         metric = metric.narrow()
+    # Above _JOINT columns, C is replaced by its Kronecker approximation (channels) x (taps).
     if metric.factors[0].shape[-1] > _JOINT:
         metric = metric.separated()
+    # Both starts are compared in the coordinates: the plain chain moved into them, and the solution found there.
     starts = []
     if isinstance(plain, Chain):
         starts.append(coordinates.move(problem, [operator.kernel.double() for operator in plain.operators], 0))
@@ -217,7 +220,7 @@ def fit(
         InputError, RankError: as ``method.factor``.
     """
     plain = method.factor(operator, ranks, solver=solver)
-    if ranks == method.max_ranks(operator):
+    if ranks == method.max_ranks(operator):  # exact already: no data can improve it
         return plain
     centred = operator.bias is not None if centred is None else centred
     metric = moments.centred if centred else moments.metric
@@ -261,6 +264,7 @@ def output_error(chain: Chain, operator: Operator, moments: Moments, *, weighed:
 
 def _mean_error(difference: Tensor, chain: Chain, operator: Operator, moments: Moments) -> Tensor:
     """Return D m + b - b' as (groups, O, 1)."""
+    # D m + b - b': a missing bias counts as 0.
     shift = _mean_shift(difference, moments)
     for sign, bias in ((1, operator.bias), (-1, chain.bias)):
         shift = shift if bias is None else shift + sign * bias.detach().to(shift.dtype).view_as(shift)

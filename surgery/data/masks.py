@@ -71,7 +71,7 @@ def find_masks(names: Sequence[str], leaves: Sequence[Any]) -> tuple[Mask, ...]:
 def _is_mask(name: str, leaf: Any) -> bool:
     if not isinstance(leaf, Tensor) or leaf.dim() != 2 or leaf.is_complex() or not is_mask_name(name):
         return False
-    if leaf.is_floating_point():  # all zeros: it is added to attention scores, and hides nothing
+    if leaf.is_floating_point():  # a float mask that is 0 everywhere is added to attention scores, and hides nothing
         return bool(((leaf == 0) | (leaf == 1)).all()) and bool(leaf.any())
     return not bool((leaf < 0).any())
 

@@ -89,10 +89,12 @@ def _leaves(output: object) -> list[Tensor]:
 
 
 def _backward(leaves: Sequence[Tensor], visible: Sequence[Tensor | None], generator: torch.Generator) -> None:
+    # The scalar <v, f> of the module docstring: each output is divided by its norm, and all by the square root of their
+    # number k, so that the expected square of its change is the mean of k squared relative errors.
     total: Tensor | None = None
     share = max(1, len(leaves)) ** -0.5
     for leaf, mask in zip(leaves, visible, strict=True):
-        # drawn for each output: what others get must not depend on which sites are wanted
+        # Drawn even if unused: the directions of later outputs must not depend on which sites are chosen.
         direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float32, device="cpu").to(leaf)
         if leaf.requires_grad:
             shown = leaf if mask is None else leaf.masked_fill(~mask, 0.0)
@@ -126,12 +128,14 @@ class _Gram:
 
     def mean(self, runs: int) -> Tensor:
         """Return G, mixed with the identity."""
+        # The mean of the diagonal is the level at which the identity has the same trace.
         mean, share = self._sum / runs, self._out / (self._out + self.count)
         level = mean.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         return (1 - share) * mean + share * level * torch.eye(self._out, dtype=mean.dtype, device=mean.device)
 
     def tap(self, y: Tensor, masks: Masks) -> Tensor:
         """Return a copy of the output whose gradient is added to the sum in the backward pass."""
+        # A new leaf starts the graph at the first site; its clone, unlike a leaf, may be changed in place later.
         own = y.detach().requires_grad_().clone() if not y.requires_grad else y.clone()
         own.register_hook(lambda gradient: self._add(gradient, masks))
         return own

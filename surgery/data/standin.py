@@ -124,6 +124,7 @@ def _ids(model: Model, example: Inputs, signature: Signature, found: Found) -> l
     """Return how many ids the table of each flat input has: None if not known, 0 for an input that must not change."""
     declared = kind_of(model).declared_inputs(model, example, signature)
     tables: dict[tuple[int, ...], int] = {}
+    # Whole numbers that an embedding reads directly are bounded by its table; the shape of the input identifies them.
     for placement in found.placements:
         operator = placement.site.operator
         if operator.reads_indices:
@@ -194,6 +195,7 @@ def _match_norms(model: Model, samples: Calibration, steps: int, progress: Progr
         leaves = [row[at].detach().clone().requires_grad_() for at in places]
         if not leaves:
             return None
+        # Each batch is optimised by itself: its inputs are the variables, and the model is fixed.
         deviation = torch.stack([leaf.detach().float().std() for leaf in leaves]).mean()
         optimizer = torch.optim.Adam(leaves, lr=_RATE * float(deviation.clamp(min=1e-3)))
         for done in range(steps):

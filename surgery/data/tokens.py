@@ -99,6 +99,7 @@ def _ids_name(signature: Signature, declared: Mapping[str, Declared]) -> str:
     names = signature.names
     if "input_ids" in names or not names:
         return "input_ids"
+    # Preferred in this order: whole numbers by declaration, names like ids or tokens, any other input, a mask.
     free = [name for name in names if not is_mask_name(name) and "type" not in name and "position" not in name]
     whole = [name for name in free if name in declared and not declared[name].dtype.is_floating_point]
     return next(iter([*whole, *(name for name in free if "ids" in name or "token" in name), *free, *names]))
@@ -217,6 +218,7 @@ def _column(form: _Form, name: str, lines: list[_Line]) -> Tensor:
     if len(lines) * length > _MOST_NUMBERS:
         what = f"{shown_path(form.path)}: {shown_name(name)} would have {len(lines)} samples of {length} numbers"
         raise FileError(what, allowed=f"{_MOST_NUMBERS} numbers", next_step="give fewer or shorter samples")
+    # Padding must be hidden: a mask that hides with ones is padded with ones, and everything else with zeros.
     pad = 1 if is_mask_name(name) and hides_with_ones(name) else 0
     rows = []
     for line in lines:

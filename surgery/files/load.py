@@ -83,6 +83,7 @@ def _zip_kind(raw: bytes) -> str:
 
 
 def _is_safetensors(raw: bytes) -> bool:
+    # 8 bytes of length, then that many bytes of JSON, then the tensors.
     length = int.from_bytes(raw[:8], "little")
     if len(raw) < 10 or length > len(raw) - 8 or raw[8:9] != b"{":
         return False
@@ -145,7 +146,7 @@ def _quietly() -> Iterator[None]:
 
 def _tie_again(program: ExportedProgram) -> None:
     """Make names that share one tensor share one object again, as they did before saving."""
-    # torch makes one tensor for each name. Equal memory, with equal sizes and strides, was one tensor.
+    # torch loads one tensor object for each name. Objects of one form at one address were one tensor before.
     seen: dict[tuple[Any, ...], torch.Tensor] = {}
     for name, tensor in program.state_dict.items():
         if type(tensor) not in (torch.Tensor, nn.Parameter) or not tensor.numel() or tensor.is_meta:
@@ -209,6 +210,7 @@ def _load_pickle(source: _Source) -> nn.Module | ExportedProgram:
 
 
 def _not_weights(error: pickle.UnpicklingError) -> FileError:
+    # torch names the first global that it refuses; without one, the bytes are damaged rather than unsafe.
     called = re.search(r"GLOBAL ([\w.]+)", str(error))
     if called is None:
         return FileError(
@@ -280,9 +282,8 @@ def _with_weights(source: _Source, tensors: Mapping[str, Any], record: Record | 
     if record is None or not record.sites:
         return _filled(made, tensors, record)
     given = isinstance(source.model, nn.Module)
-    _filled(
-        give_structure(copy_module(made), record.origins), tensors, record, fill=False
-    )  # check on a copy: a failure leaves ``made`` as it is
+    # A copy is checked first, so that a failure leaves ``made`` as it is.
+    _filled(give_structure(copy_module(made), record.origins), tensors, record, fill=False)
     module = give_structure(made, record.origins)
     if given and module is not made:
         raise InputError(f"holds a model that consists of one {type(made).__name__}", next_step="give a factory")

@@ -60,6 +60,7 @@ def program_need(program: ExportedProgram) -> int:
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Return a key that is the same for weights which share one tensor."""
+    # Memory identifies a tensor only if it has plain memory; any other is identified as an object.
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
     return (tensor.data_ptr() if plain else id(tensor)), tensor.shape, tensor.dtype
 

@@ -169,6 +169,7 @@ def _register(registry: ModuleType) -> None:
 
 def _own_sites(model: Any, sites: Any) -> dict[str, Any]:
     """Return the sites by their names in this model, which may have a head or not: the prefix differs."""
+    # GPT-2 with a head has the site transformer.h.0.mlp.c_fc, and its base model has h.0.mlp.c_fc.
     names = {name for name, _ in model.named_modules()}
     prefix = f"{model.base_model_prefix}."
     found = {}

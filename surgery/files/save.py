@@ -104,6 +104,7 @@ class _Guarded(io.RawIOBase):
     def write(self, data: Any) -> int:
         size = memoryview(data).nbytes
         try:
+            # ``_place`` follows where torch believes to write, also after an error.
             if self.error is None:
                 if self._file.tell() != self._place:
                     self._file.seek(self._place)

@@ -57,6 +57,8 @@ def give_structure(model: nn.Module, sites: Mapping[str, Origin], joint: Iterabl
             allowed="nn.Module",
             next_step="save the graph itself, as a program",
         )
+    # The holder lets a model that is itself a layer be replaced. Packed layers, such as attention, are unpacked into
+    # plain ones, and packed again at the end. Everything is checked and built before the first layer is spliced in.
     holder = nn.ModuleList([model])
     originals = unpack_all(holder)
     root = holder[0]
@@ -80,7 +82,7 @@ def _replacements(root: nn.Module, sites: Mapping[str, Origin]) -> dict[str, _Re
     layers = [name for name, module in modules.items() if is_operator_module(module)]
     if unknown := [name for name in sites if name not in modules]:
         known = ", ".join(layers[:8]) or "none: it has no layers to factor"
-        raise InputError(f"the structure names {unknown[0]!r}, which the model lacks", allowed=known)
+        raise InputError(f"the structure names {unknown[0]!r}, which the model does not have", allowed=known)
     replacements: dict[str, _Replacement] = {}
     taken: set[str] = set()
     for name, origin in sites.items():
@@ -88,6 +90,7 @@ def _replacements(root: nn.Module, sites: Mapping[str, Origin]) -> dict[str, _Re
             continue
         operator = _operator(name, modules[name])
         weight = weight_of(modules[name])
+        # Layers with one weight get one chain, so that they stay tied.
         tied = [other for other in layers if other != name and weight_of(modules[other]) is weight]
         taken |= {name, *tied}
         replacements[name] = _Replacement((name, *tied), operator, _chain(name, operator, origin))

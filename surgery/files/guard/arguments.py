@@ -32,8 +32,8 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_MOST_BITS, _SIZE_BITS = 1 << 16, 64
-_POSITIONAL = 1
+_MOST_BITS, _SIZE_BITS = 1 << 16, 64  # of a computed number, and of a size
+_POSITIONAL = 1  # the kind of an argument in the file
 
 
 def _literal(argument: Mapping[str, Any]) -> Any:
@@ -66,6 +66,8 @@ def _schema(target: str) -> Any:
 
 def _check_places(target: str, names: list[str], kinds: list[Any]) -> None:
     """Raise FileError unless names are in the schema, each once, and positional arguments have no gap."""
+    # torch binds positional arguments by order: they must be the first of the schema, or a checked value would arrive
+    # under another name.
     order = [each.name for each in _schema(target).arguments]
     placed = [name for name, kind in zip(names, kinds, strict=True) if kind == _POSITIONAL]
     if len(set(names)) != len(names) or not set(names) <= set(order) or set(placed) != set(order[: len(placed)]):
@@ -132,6 +134,7 @@ def _check_outputs(target: str, node: Mapping[str, Any]) -> None:
     elif target.startswith("torch.ops.higher_order."):
         fits = len(sizes) > 1 or node.get("is_hop_single_tensor_return") is False
     else:
+        # Tensors, lists and optional values are not numbers, whatever the file calls them.
         returns = _schema(target).returns
         kinds = [each.type.kind() not in ("TensorType", "ListType", "OptionalType") for each in returns]
         fits = len(kinds) == len(sizes) and all(may for may, size in zip(kinds, sizes, strict=True) if size)
@@ -172,6 +175,8 @@ def _check_node(node: Mapping[str, Any], known: _Graph) -> None:
     _check_outputs(target, node)
     if target in _NEW and isinstance(call.get("size"), list):
         _check_new(target, call["size"], node, known.graph["tensor_values"])
+    # The outputs of arithmetic are bounded by its inputs, those of a region by what may cross its border, and those of
+    # any other operator are sizes of tensors.
     used = max((known.used(each) for each in inputs), default=0)
     bits = known.arithmetic(target, inputs) if arithmetic else known.border if region else _SIZE_BITS
     if bits > _MOST_BITS or (region and used > MOST_BITS_OUTSIDE):

@@ -53,6 +53,7 @@ def _check_tensor(what: str, tensor: Any, value: Any) -> None:
     _check_plain(what, tensor)
     if not isinstance(value, Tensor):
         raise FileError(f"{what} is a tensor, and its graph takes none there", next_step=_AGAIN)
+    # A symbolic size of the graph fits any size of the weight.
     sizes = zip(tensor.shape, value.shape, strict=False)
     fits = tensor.dim() == value.dim() and all(not isinstance(want, int) or want == size for size, want in sizes)
     if not fits or tensor.dtype != value.dtype:
@@ -90,6 +91,7 @@ def _kinds(value: Any) -> type | tuple[type, ...]:
 
 def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any], wanted: pytree.TreeSpec | None) -> Iterable[Any]:
     """Return the leaves of the sample inputs in the order in which the program takes them."""
+    # The program names its keyword inputs in order; the file may hold them in another order.
     order = wanted.child(1).context if wanted is not None and wanted.num_children == 2 else None
     if isinstance(order, list) and set(order) == set(kwargs):
         kwargs = {name: kwargs[name] for name in order}

@@ -146,6 +146,7 @@ class _Reader:
         return _Value("number", both)
 
     def _comparison(self, nodes: list[ast.expr], depth: int) -> _Value:
+        # Two inputs could be two tensors, whose comparison runs on all their numbers.
         kinds = [self.read(node, depth).kind for node in nodes]
         if "sizes" in kinds or kinds.count("input") > 1 or {"text", "number"} <= set(kinds):
             self.refuse()
@@ -224,6 +225,8 @@ def _number_inputs(program: dict[str, Any]) -> frozenset[str]:
     keys = json.loads(parts[1]["context"] or "[]")
     names = [*(signature.get("forward_arg_names") or []), *[""] * len(args)][: len(args)]
     given = [_is_number(each) for each in module["signature"]["input_specs"] if each.keys() & _USER_INPUTS]
+    # Inputs are flat in the specs and nested in the tree: a plain number is one leaf, and ``start`` is its index among
+    # the flat ones.
     found, start = [], 0
     for name, child in zip([*names, *keys], [*args, *kwargs], strict=False):
         if child["type"] is None and given[start : start + 1] == [True]:

@@ -257,6 +257,7 @@ def _kind(argument: torch._C.Argument) -> str:
 
 def _form_fault(schema: torch._C.FunctionSchema, *, in_place: bool) -> str | None:
     """Return why a name without a dot does not cover an overload of this form, or None."""
+    # An overload that writes may write to its first argument only, and only in a group of in-place operators.
     written = [number for number, each in enumerate(schema.arguments) if each.alias_info and each.alias_info.is_write]
     if written != ([0] if in_place else []):
         return "which writes to its arguments"
@@ -284,6 +285,7 @@ def _is_dispatched(schema: torch._C.FunctionSchema) -> bool:
 @functools.cache
 def _overload_fault(namespace: str, name: str, overload: str) -> str | None:
     """Return why a program may not call this overload, or None."""
+    # A name with an overload is listed exactly; a bare name stands for all overloads of the right form.
     index = _index()
     label = index.get((namespace, f"{name}.{overload}"))
     whole = index.get((namespace, name))

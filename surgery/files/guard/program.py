@@ -68,8 +68,8 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_LONGEST = 1000
-_MOST_AXES = 64
+_LONGEST = 1000  # characters of a name or key
+_MOST_AXES = 64  # of a tensor
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _WORD = re.compile(r"[A-Za-z0-9_\-:/+@ ]+", re.ASCII)
 _DUNDER = re.compile(r"__.*__")
@@ -350,6 +350,8 @@ def check_schema(kind: Any, value: Any) -> None:
 
     Raises UnsafeFileError if a string could run code, and FileError if the data is malformed.
     """
+    # A kind is a container type, a union (one key), a dataclass, an enum of numbers, a float, or a plain JSON type.
+    # A type must match exactly: True is not an int here.
     if isinstance(kind, str | typing.ForwardRef):
         kind = getattr(schema, kind if isinstance(kind, str) else kind.__forward_arg__)
     if not isinstance(kind, type) or typing.get_origin(kind) is not None:

@@ -134,6 +134,7 @@ def check_program_sizes(program: ExportedProgram) -> None:
 
     Raises UnsafeFileError if the sizes of such a call do not fit, or cannot be followed.
     """
+    # A call that trusts sizes and was never checked was not reached: the sizes before it could not be followed.
     nodes = _nodes(program.graph_module)
     trusting = {node for node in nodes if _name(node.target) in BY_SIZES}
     if not trusting:
