@@ -113,6 +113,7 @@ class _Statistics:
     """Mean and variance of each channel, summed in float64; ``parts`` holds those of each input separately."""
 
     def __init__(self) -> None:
+        # Zeros without axes take the shape of the channels with the first batch.
         self._count, self._sum, self._squares = 0, torch.tensor(0.0, device="cpu"), torch.tensor(0.0, device="cpu")
         self.parts: list[Pair] = []
 

@@ -140,6 +140,7 @@ def _coordinates(problem: Problem, metric: Metric) -> _Coordinates:
     groups, out, channels = problem.kernel.shape[:3]
     ones = [problem.kernel.new_ones(groups, size, dtype=torch.float64) for size in (out, channels)]
     left, right = (ones[0], ones[0]), (ones[1], ones[1])
+    # Only a factor that reads or writes the channels directly can take a multiplier, and give it back afterwards.
     if problem.writes and problem.sensitivity is not None:
         lower, inverse = triangles(problem.sensitivity, problem.ridge)
         left = (lower, inverse) if lower.dim() == 2 else (lower.mT, inverse.mT)
@@ -229,6 +230,7 @@ def fit(
     if operator.bias is not None:
         chains = [correct_bias(chain, operator, moments) for chain in chains]
 
+    # The plain chain stays in the comparison, so that the result is never worse by the same measure.
     if len(chains) < 2:
         return chains[0] if chains else plain
     narrow = moments if operator.weight.dtype == torch.float64 else moments.narrow()

@@ -189,6 +189,8 @@ def _check_lengths(path: Path, found: Mapping[str, Tensor], declared: Mapping[st
     first, *rest = found
     for name in [first, *rest]:
         ours, theirs = found[first], found[name]
+        # Both hold samples if they are equally long along axis 0 in the model's example inputs; without examples, if
+        # both have more than one axis.
         if first in declared and name in declared:
             same = declared[first].shape[:1] == declared[name].shape[:1]
         else:

@@ -81,6 +81,7 @@ def read_masks(masks: Iterable[Mask], leaves: Sequence[Any]) -> tuple[Tensor, ..
 
     If two masks have the same length, nothing tells which one applies to a value: what either shows is visible.
     """
+    # Masks are keyed by their shape (N, T): encoder and decoder masks of different lengths stay apart.
     found: dict[tuple[int, ...], Tensor] = {}
     for mask in masks:
         leaf = leaves[mask.place]

@@ -107,6 +107,7 @@ class Calibration:
         if aside >= self.count:
             what = f"{self.count} calibration samples cannot be split into two parts"
             raise InputError(what, allowed=f"at least {2 * unit}", next_step="give more samples")
+        # The seed makes the same split in each run, on any device.
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed), device="cpu")
         return self.take(order[aside:]), self.take(order[:aside])
 
@@ -192,6 +193,7 @@ def _guarded_batch(model: Model, samples: Calibration) -> int | None:
     """
     kind = kind_of(model)
     module, example = kind.runnable(model), kind.brought_inputs(model)
+    # The sizes that will occur: full batches, and a smaller last one.
     sizes = {samples.batch_size, samples.count % samples.batch_size or samples.batch_size}
     if example is None or all(_takes(module, samples, size) for size in sizes):
         return None

@@ -86,6 +86,7 @@ class Originals:
                     record.follow(observed, placement, self._visible)
 
         reestimate_batch_norm(changed, self._samples, reference=norms, also_watch=watch)
+        # A site gets a target if it ran on as many rows as in the original; the first that qualifies also gets r.
         alike = {name: record for name, record in records.items() if record.is_like(self._records[name])}
         summed = (name for name, r in alike.items() if r.summed and self._records[name].summed and not r.adds_site)
         first = next(summed, None)
@@ -106,6 +107,7 @@ class _Record:
     def __init__(self, placement: Placement, batches: int) -> None:
         self.operator, self.calls = placement.site.operator, len(placement.calls)
         self.columns: list[Tensor] = []  # for each call (groups, rows, n)
+        # Both generators start alike, so that outputs are read where inputs are; the seed is that of the site's name.
         self._rows, seed = rows_of(placement, batches), zlib.crc32(placement.site.name.encode())
         self._reads, self._sees = (torch.Generator().manual_seed(seed) for _ in range(2))
         self._outputs: list[Tensor] = []  # for each call (groups, rows, outputs)
@@ -212,6 +214,7 @@ def _regression(halves: Sequence[tuple[Tensor, Tensor, int]]) -> Tensor:
     whole = _solve(sum(lags), sum(seconds))
     if len(halves) < 2:
         return whole * total / (total + columns)
+    # Each half predicts the other, and the two are pooled into one factor, cut to between 0 and 1.
     explained = energy = whole.new_zeros(())
     for one, other in ((0, 1), (1, 0)):
         moved = _solve(lags[one], seconds[one])

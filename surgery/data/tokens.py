@@ -135,6 +135,7 @@ def _line(form: _Form, where: str, text: str) -> _Line:
     if not isinstance(value, dict):
         raise FileError(f"{where}: is {_kind(value)}", allowed=_LINE)
     names, required = form.signature.names, form.signature.required
+    # Labels are skipped, unless the model cannot run without them.
     values = {name: found for name, found in value.items() if not is_label(name) or name in required}
     for name in values:
         if name not in names and not form.signature.open_ended:

@@ -63,7 +63,7 @@ class VisibleRows:
         Masks are (N, T) for rows ordered by sample, and (T, N) for rows ordered by position.
         """
         orders = self._orders.get(placement.site.name, ())
-        if orders and self._batch is not observed.batch:
+        if orders and self._batch is not observed.batch:  # read the masks once for each batch
             self._batch, self._masks = observed.batch, self._samples.visible(observed.batch)
         return [mask if order == 0 else mask.T for order in orders for mask in self._masks]
 
@@ -175,6 +175,8 @@ class VisibleOutputs:
         mask = _mask_of(masks, leaf)
         if mask is None:
             return False
+        # T may count features if there is no further axis, or if a later axis is as long as T. If N = T, either axis
+        # may be that of the samples.
         count, length = mask.shape
         return leaf.dim() == 2 or count == length or length in leaf.shape[2:]
 
@@ -193,6 +195,8 @@ def _with_other_hidden_values(batch: Inputs, samples: Calibration) -> tuple[Inpu
         mask = _mask_of(masks, leaf) if isinstance(leaf, Tensor) and at not in places else None
         if mask is None or not bool(mask.any()):
             continue
+        # Hidden positions get visible values, in reverse order and repeated as often as needed: these are inputs of the
+        # kind that the model expects.
         shown = leaf[mask]
         count = int((~mask).sum())
         changed = leaf.clone()

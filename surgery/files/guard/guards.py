@@ -29,11 +29,12 @@ _LONGEST_IN_ALL = 3_000_000  # characters of all guards; that Swin transformer h
 _DEEPEST = 100
 _MOST_BITS = 4096
 
+# A guard has no line breaks, comments, double quotes or backslashes; a key or a text in it has no quotes at all.
 _TEXT = re.compile(r"[\w\[\]().,'<>=!+\-*/%: ]*", re.ASCII)
 _KEY = re.compile(r"[\w.\-: ]*", re.ASCII)
 
 _SIZE_BITS = 63
-_FLOAT_BITS = 1024
+_FLOAT_BITS = 1024  # a double is below 2^1024
 
 _FLOATS = ("math.sqrt", "torch.sym_float", "torch.sym_sqrt")
 _WHOLES = ("math.floor", "math.ceil", "math.trunc")

@@ -71,6 +71,7 @@ def _words(text: str) -> frozenset[str]:
 _LONGEST = 1000  # characters of a name or key
 _MOST_AXES = 64  # of a tensor
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+# Words of a dotted path: none of these characters can end the quoted text that torch makes of it.
 _WORD = re.compile(r"[A-Za-z0-9_\-:/+@ ]+", re.ASCII)
 _DUNDER = re.compile(r"__.*__")
 
@@ -107,6 +108,7 @@ def _parse(text: str, what: str) -> Any:
 def _check_metadata(metadata: dict[str, str]) -> None:
     if any("\r" in value for value in metadata.values()):
         raise UnsafeFileError("its metadata holds a carriage return, which ends a comment in printed code")
+    # "name,target;name,target": torch follows each target by getattr.
     for entry in metadata.get("source_fn_stack", "").split(";"):
         target = entry.rpartition(",")[2]
         if any(_DUNDER.match(word) for word in target.split(".")):

@@ -152,6 +152,7 @@ def _antialiased(arguments: Arguments) -> str | None:
         return None
     if len(sizes) != 4 or not isinstance(out, list) or len(out) != 2:
         return "with scales, on an input whose sizes are not known"
+    # size * scale and the declared output size may differ by rounding, by less than 1.
     for size, wanted, scale in zip(sizes[2:], out, scales, strict=True):
         if scale is not None and (type(size) is not int or type(wanted) is not int or abs(size * scale - wanted) >= 1):
             return "with scales that do not fit the sizes"
@@ -178,6 +179,7 @@ def _weight_norm(arguments: Arguments) -> str | None:
         return "of a weight that is empty or whose sizes are not known"
     if type(dim) is not int or not 0 <= dim < len(weight):
         return f"along {dim}"
+    # v of sizes (4, 3, 3) with dim 0 needs norms of sizes (4, 1, 1).
     one = tuple(size if place == dim else 1 for place, size in enumerate(weight))
     return None if norms == one else f"with norms of sizes {norms}"
 
@@ -206,6 +208,7 @@ def _lstm(arguments: Arguments) -> str | None:
     held = [each.sizes for each in lists if isinstance(each, Held)]
     if given is None or len(given) != 3 or len(held) != len(lists) or [len(each) for each in held[:2]] != [3, 3]:
         return "on an input, states or weights whose sizes are not known"
+    # The states are (rows, batch, hidden) and (rows, batch, inside), with one row a layer and direction.
     batch, (hidden, inside, width) = given[0 if flags[2] else 1], (held[0][2], held[1][2], given[2])
     if type(hidden) is not int or type(inside) is not int or type(width) is not int:
         return "with states whose sizes are not known"

@@ -100,7 +100,7 @@ class _Follower:
         return self.run(module, inputs)
 
     def _call(self, node: Node, made: dict[Node, Any]) -> Any:
-        if any(made[each] is None for each in node.all_input_nodes):
+        if any(made[each] is None for each in node.all_input_nodes):  # nothing is known of a value that depends on one
             return None
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda each: made[each])
         target: Any = node.target
