@@ -326,9 +326,11 @@ def test_no_more_samples_are_read_than_will_be_used(order: Any, tmp_path: Path) 
     path, x = tmp_path / "data.npz", np.asarray(np.arange(3000, dtype=np.float32).reshape(1000, 3), order=order)
     np.savez(path, input=x, labels=np.zeros(10**6))  # the labels alone would be too much
     for limit, most, count in ((600, 1 << 20, 600), (2000, 1 << 20, 1000), (600, 12_000, 600), (2000, 12_000, 1000)):
-        found = read_file(path, forward_signature(linear(), ((), {})), {}, limit=limit, most=most)
+        found = read_file(path, forward_signature(nn.Linear(3, 3), ((), {})), {}, limit=limit, most=most)
         assert torch.equal(found["input"], torch.from_numpy(np.ascontiguousarray(x[:count])))
-    few = read_file(path, forward_signature(linear(), ((), {})), {}, limit=600, most=1200 if order == "C" else 12_000)
+    few = read_file(
+        path, forward_signature(nn.Linear(3, 3), ((), {})), {}, limit=600, most=1200 if order == "C" else 12_000
+    )
     assert len(few["input"]) == (100 if order == "C" else 600)
 
 
