@@ -80,7 +80,7 @@ def reestimate_batch_norm(
     passes = passes or (2 if reference is None else 1)
     if also_watch is not None:
         also_watch(observed)
-    # The first pass normalises with the statistics of each batch; each pass ends by setting those of all batches.
+    # The first pass normalises with the statistics of each batch; each pass ends by setting the ones of all batches.
     for number in range(passes if norms or also_watch is not None else 0):
         for norm in norms:
             norm.own_batch, norm.seen = number == 0, _Statistics()
@@ -110,7 +110,7 @@ def feeds_batch_norm(flow: Flow, placement: Placement) -> bool:
 
 
 class _Statistics:
-    """Mean and variance of each channel, summed in float64; ``parts`` holds those of each input separately."""
+    """Mean and variance of each channel, summed in float64; ``parts`` has one such pair for each input."""
 
     def __init__(self) -> None:
         # Zeros without axes take the shape of the channels with the first batch.
@@ -141,7 +141,7 @@ class _Statistics:
 
 @dataclass(eq=False)
 class _Norm:
-    """One batch norm: its running statistics, those of its inputs, and both of the original network as reference."""
+    """One batch norm: its running statistics, its inputs' statistics, and both of the original as reference."""
 
     norm: Norm
     own_batch: bool = False

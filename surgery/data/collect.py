@@ -81,7 +81,7 @@ def _finish(accumulator: Accumulator, placement: Placement) -> Moments:
 
 
 def _shared(placements: Sequence[Placement]) -> list[list[Placement]]:
-    """Return the sites in groups; those of a group read the same columns of the same values."""
+    """Return the sites in groups; the sites of a group read the same columns of the same values."""
     groups: dict[tuple[Any, ...], list[Placement]] = defaultdict(list)
     for placement in placements:
         sources = tuple(call.source for call in placement.calls)

@@ -35,7 +35,7 @@ def read_columns(
     """Yield at most ``rows`` columns of one input of a linear layer or a convolution, in blocks of bounded size.
 
     Columns have the dtype of the input, or float32 for half precisions. Positions are drawn without repetition among
-    those that the ``masks`` (N, T) show; the same masks and generator state give the same positions.
+    the positions that the ``masks`` (N, T) show; the same masks and generator state give the same positions.
 
     Raises:
         InputError: the operator is of another kind.

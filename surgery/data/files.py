@@ -197,7 +197,7 @@ def _check_lengths(path: Path, found: Mapping[str, Tensor], declared: Mapping[st
             same = ours.dim() > 1 and theirs.dim() > 1
         if same and len(ours) != len(theirs):
             raise FileError(
-                f"{path}: {first} has {len(ours)} samples, {name} has {len(theirs)}", allowed="as many of each"
+                f"{path}: {first} has {len(ours)} samples, {name} has {len(theirs)}", allowed="equal numbers"
             )
         if same and not len(theirs):
             raise FileError(f"{path}: {name} has no samples", next_step="give some; a few hundred are enough")

@@ -1,7 +1,7 @@
 """Second moments of operators' inputs, by which the error of an operator's *output* follows from its weights alone.
 
 A column x holds the n values that one output is computed from: y = W x. The moments are m = E[x] and C = E[x x^T]. The
-mean squared output of a kernel W is tr(W C W^T), and that of an error D = W - W' is tr(D C D^T).
+mean square of the output W x is tr(W C W^T), and the mean square of its error D x is tr(D C D^T) for D = W - W'.
 
     Linear      columns are tokens, n = I
     Conv        columns are the patches of each group, n = I K, in the order (channel, taps) of the kernel; padded as

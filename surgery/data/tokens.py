@@ -147,7 +147,7 @@ def _line(form: _Form, where: str, text: str) -> _Line:
         other = partner_of(name, form.ids)
         if other in line.values and len(found) != len(line.values[other]):
             what = f"{where}: {shown_name(name)} has {len(found)} values, {other} has {len(line.values[other])}"
-            raise FileError(what, allowed="as many of each")
+            raise FileError(what, allowed="equal numbers")
     return line
 
 

@@ -124,7 +124,7 @@ def _row_numbers(operator: Operator, x: Tensor, masks: Masks) -> Tensor:
 
 
 def _follow(first: Sequence[tuple[Tensor, ...]], second: Sequence[tuple[Tensor, ...]], axis: int) -> bool:
-    """Whether the rows of the second run are those of the first rotated along an axis, at each call that has any."""
+    """Whether the second run's rows are the first run's, rotated along an axis, at each call that has such rows."""
     if len(first) != len(second):
         return False
     pairs = [(a[axis], b[axis]) for a, b in zip(first, second, strict=True) if a[axis].numel() or b[axis].numel()]

@@ -238,7 +238,7 @@ def _check_tensor(meta: dict[str, Any]) -> None:
     sizes = meta["sizes"]
     if len(sizes) > _MOST_AXES or len(sizes) != len(meta["strides"]):
         what = f"it describes a tensor with {len(sizes)} sizes and {len(meta['strides'])} strides"
-        raise FileError(what, allowed=f"as many of both, and at most {_MOST_AXES}")
+        raise FileError(what, allowed=f"equal numbers of both, at most {_MOST_AXES}")
     check_sizes(size["as_expr"]["expr_str"] for size in sizes if "as_expr" in size)
 
 
