@@ -102,7 +102,7 @@ def test_an_epilogue_has_no_other_reader(others: int) -> None:
     elements += [Other(4)] * others
     reads = {1: [0], 2: [1], 3: [2]} | ({4: [1]} if others else {})
     [placement] = find(flow(elements, reads)).placements
-    assert placement.site.behind == (() if others else (BatchNorm(), Activation("Relu")))
+    assert placement.site.epilogue == (() if others else (BatchNorm(), Activation("Relu")))
 
 
 def test_a_value_that_is_read_twice_ends_a_chain() -> None:
