@@ -181,8 +181,8 @@ BAD_LINES: dict[str, tuple[list[Any], str]] = {
     "another name": ([{"input_ids": OK, "atention_mask": OK}], "no input atention_mask; allowed: input_ids, attention"),
     "a strange name": ([{"input_ids": OK, "\x1b[2J": OK}], r"no input \\x1b\[2J"),
     "lengths": ([{"input_ids": OK, "attention_mask": [1]}], "attention_mask has 1 values, input_ids has 3"),
-    "nothing": ([], "there is no sample in it; allowed: a list of token ids"),
-    "blank": (["", "  "], "there is no sample in it"),
+    "nothing": ([], "holds no sample; allowed: a list of token ids"),
+    "blank": (["", "  "], "holds no sample"),
 }
 
 
@@ -231,7 +231,7 @@ def test_without_a_mask_sequences_have_one_length(tmp_path: Path) -> None:
         read_calibration(path, program)
     samples = read_calibration(write(path, [1, 2, 3], [4, 5]), program)
     assert samples.leaves[0].tolist() == [[1, 2], [4, 5]]
-    with pytest.raises(FileError, match="token ids, but the input input is float32 with 2 axes; give an"):
+    with pytest.raises(FileError, match="token ids, but input is float32 with 2 axes; give an"):
         read_calibration(path, as_kind(nn.Linear(3, 3), "program", {"input": torch.ones(2, 3)}))
 
 
@@ -326,9 +326,11 @@ def test_no_more_samples_are_read_than_will_be_used(order: Any, tmp_path: Path) 
     path, x = tmp_path / "data.npz", np.asarray(np.arange(3000, dtype=np.float32).reshape(1000, 3), order=order)
     np.savez(path, input=x, labels=np.zeros(10**6))  # the labels alone would be too much
     for limit, most, count in ((600, 1 << 20, 600), (2000, 1 << 20, 1000), (600, 12_000, 600), (2000, 12_000, 1000)):
-        found = read_file(path, forward_signature(linear(), ((), {})), {}, limit=limit, most=most)
+        found = read_file(path, forward_signature(nn.Linear(3, 3), ((), {})), {}, limit=limit, most=most)
         assert torch.equal(found["input"], torch.from_numpy(np.ascontiguousarray(x[:count])))
-    few = read_file(path, forward_signature(linear(), ((), {})), {}, limit=600, most=1200 if order == "C" else 12_000)
+    few = read_file(
+        path, forward_signature(nn.Linear(3, 3), ((), {})), {}, limit=600, most=1200 if order == "C" else 12_000
+    )
     assert len(few["input"]) == (100 if order == "C" else 600)
 
 
@@ -357,7 +359,10 @@ def test_what_does_not_fit_is_told_by_its_header(tmp_path: Path) -> None:
 
 
 TENSORS: dict[str, tuple[Any, str]] = {
-    "repeated": (torch.ones(1, 1).expand(20_000, 20_000), "repeats the numbers of a tensor, to 1600000000 bytes"),
+    "repeated": (
+        torch.ones(1, 1).expand(20_000, 20_000),
+        "expands a tensor to 1600000000 bytes by repeating its numbers",
+    ),
     "sparse": (torch.eye(3).to_sparse(), "holds a tensor that is not plain"),
     "without numbers": (torch.ones(3, 3, device="meta"), "holds a tensor that is not plain"),
 }
@@ -379,7 +384,7 @@ def test_a_packed_checkpoint_is_not_unpacked(tmp_path: Path) -> None:
         for name in one.namelist():
             other.writestr(name, one.read(name))
     assert read_calibration(plain, linear()).count == 100
-    with pytest.raises(FileError, match="its entries are packed"):
+    with pytest.raises(FileError, match="its entries are compressed"):
         read_calibration(packed, linear())
 
 
@@ -396,7 +401,7 @@ def test_lines_are_bounded_before_they_are_numbers(bound: str, tmp_path: Path, m
     path = write(tmp_path / "ids.jsonl", *[[1] * 3] * 4, [1] * 50)
     assert read_calibration(path, encoder()).count == 5
     monkeypatch.setattr(tokens, bound, 100)
-    with pytest.raises(FileError, match=r"past 100 chara|5 samples of 50 numbers; allowed: 100"):
+    with pytest.raises(FileError, match=r"passes 100 chara|5 samples of 50 numbers; allowed: 100"):
         read_calibration(path, encoder())
 
 

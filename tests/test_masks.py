@@ -360,7 +360,7 @@ def test_samples_without_a_visible_position_are_left_out() -> None:
     samples = read_calibration(batch(lengths), model)
     assert samples.count == 2
     assert collect(model, samples)["q"].count == 10
-    with pytest.raises(InputError, match=r"all 2 calibration samples are hidden by attention_mask"):
+    with pytest.raises(InputError, match=r"attention_mask hides all positions of all 2 calibration samples"):
         read_calibration(batch((0, 0)), model)
     # of samples that come so, the site is told
     leaves = tuple(batch((0, 0)).values())

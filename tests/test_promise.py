@@ -203,7 +203,7 @@ def test_batch_norms_of_a_deep_network_are_corrected_together() -> None:
 
     def reach(network: nn.Module) -> Reference:
         watch = NormWatch()
-        collect(network, samples, sites=(), beside=watch)
+        collect(network, samples, sites=(), also_watch=watch)
         return watch.reference
 
     reference = reach(model)
@@ -220,7 +220,7 @@ def test_batch_norms_of_what_was_not_changed_stay_as_they_are() -> None:
     model.train()(x)
     samples = read_calibration(x + 1, model.eval(), batch_size=16)
     watch = NormWatch()
-    collect(model, samples, sites=(), beside=watch)
+    collect(model, samples, sites=(), also_watch=watch)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     reestimate_batch_norm(model, samples, reference=watch.reference)
     assert all(torch.allclose(value, before[name], rtol=1e-6) for name, value in model.state_dict().items())

@@ -33,7 +33,7 @@ FLOAT32 = 1e-5
 
 def targets(model: nn.Module, changed: nn.Module, x: Tensor, *sites: str, centred: bool = True) -> dict[str, Target]:
     batches, norms = read_calibration(x, model, x[:16], batch_size=16), NormWatch()
-    moments = collect(model, batches, beside=norms)
+    moments = collect(model, batches, also_watch=norms)
     found = Originals(model, batches, moments)
     return found.targets(changed, sites, norms.reference, sites if centred else ())
 

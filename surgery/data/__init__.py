@@ -1,1 +1,1 @@
-"""Data: calibration samples, what they say of the operators, and factors that are made for them."""
+"""Calibration data: samples, the statistics measured on them, and factors fitted to those statistics."""

@@ -1,11 +1,13 @@
 """The columns that an operator multiplies: tokens of a linear layer, patches of a convolution.
 
-Patches are a strided view of the padded input, indexed at some positions, so that none is copied that is not used. A
-transposed convolution is the plain one, of stride 1 and with the kernel mirrored, over the input with stride - 1 zeros
-stuffed between its values and d (k - 1) - padding around them; its patches are those, mirrored back.
+Patches are a strided view of the padded input. Only the patches at the chosen positions are copied. A transposed
+convolution equals a plain one of stride 1 with the mirrored kernel, over an input that has stride - 1 zeros between its
+values and d (k - 1) - padding zeros around them; its patches are those of the plain one, mirrored back.
 
-Where samples have masks, positions are drawn among the visible ones. A convolution along time has hidden positions if
-it puts out as many as it reads.
+    stride 2, 3 taps, padding 1    x = [a b]  ->  [0 a 0 b 0]  ->  patches, mirrored back: [0 a 0] [b 0 a] [0 b 0]
+
+If samples have masks, positions are drawn among the visible ones. Masks apply to a convolution along time if it has as
+many outputs as inputs.
 """
 
 from __future__ import annotations
@@ -23,20 +25,20 @@ from surgery.errors import InputError
 
 __all__ = ["Columns", "output_reader", "read_columns"]
 
-Columns = Tensor  # (groups, rows, n): n values of each row, in the order (channel, taps) of the kernel
+Columns = Tensor  # (groups, rows, n): each row holds one column x of n values, in the kernel's order (channel, taps)
 _BLOCK = 2**24  # numbers in one block
 
 
 def read_columns(
     operator: Operator, x: Tensor, *, rows: int, generator: torch.Generator, masks: Sequence[Tensor] = ()
 ) -> Iterator[Columns]:
-    """Yield at most ``rows`` columns, in blocks of bounded size, of an input of a linear layer or a convolution.
+    """Yield at most ``rows`` columns of one input of a linear layer or a convolution, in blocks of bounded size.
 
-    In the dtype of the input, half precisions in float32. Positions are drawn without repetition, among those that the
-    ``masks`` (N, T) of the samples show; the same ones for the same masks and state of the generator.
+    Columns have the dtype of the input, or float32 for half precisions. Positions are drawn without repetition among
+    the positions that the ``masks`` (N, T) show; the same masks and generator state give the same positions.
 
     Raises:
-        InputError: an operator of another kind.
+        InputError: the operator is of another kind.
     """
     x = x.detach()
     x = x if x.dtype == torch.float64 else x.float()
@@ -48,16 +50,17 @@ def read_columns(
     elif isinstance(operator, Conv):
         yield from _patches(operator, x, rows, generator, masks)
     else:
-        raise InputError(f"no columns are known of {type(operator).__name__}")
+        raise InputError(f"a {type(operator).__name__} has no columns to read", allowed="Linear, Conv")
 
 
 def output_reader(
     operator: Operator, y: Tensor, *, rows: int, generator: torch.Generator, masks: Sequence[Tensor] = ()
 ) -> Callable[[Tensor], Tensor]:
-    """Return what reads a value of the shape of an output where ``read_columns`` reads the input that it belongs to.
+    """Return a function that reads the rows of an output which belong to the columns that ``read_columns`` yields.
 
-    It gives (groups, rows, outputs of a group), in the order of the columns and with their dtypes. The generator has to
-    be in the state in which the other was, and the other arguments are the same.
+    The function takes any value with the shape of ``y``, and returns (groups, rows, outputs of a group) in the order
+    and the dtype of the columns. The generator must be in the state that it had for ``read_columns``, and the other
+    arguments must be the same.
     """
     dims = operator.spatial_dims
 
@@ -113,11 +116,13 @@ def _view(conv: Conv, x: Tensor) -> Tensor:
 
 
 def _stuffed_view(conv: Conv, x: Tensor) -> Tensor:
+    """Return the same for a transposed convolution, from the input with zeros between and around its values."""
     g = conv.geometry
     sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], g.stride, strict=True)]
     stuffed = x.new_zeros(*x.shape[:2], *sizes)
     places = [slice(None), slice(None), *(slice(None, None, s) for s in g.stride)]
     stuffed[tuple(places)] = x
+    # padding p of a transposed convolution removes p outputs on each side: span - p zeros are left to add.
     spans = [d * (k - 1) for d, k in zip(g.dilation, conv.kernel_size, strict=True)]
     sides = zip(spans, g.padding, g.output_padding, strict=True)
     pads = [(span - before, span - after + extra) for span, (before, after), extra in sides]
@@ -126,6 +131,7 @@ def _stuffed_view(conv: Conv, x: Tensor) -> Tensor:
 
 
 def _windows(x: Tensor, size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
+    # Each unfold moves one axis of windows to the end; every d-th element of a window is a tap.
     for dim, (k, s, d) in enumerate(zip(size, stride, dilation, strict=True), start=2):
         x = x.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
     return x

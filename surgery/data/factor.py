@@ -1,16 +1,18 @@
-"""Data-aware factors: the chain of an operator whose *output* on the calibration data is nearest to the operator's.
+"""Data-aware factors: the chain whose *output* on the calibration data is nearest to the operator's.
 
-Minimises tr(G (W - W') C (W - W')^T) over the chains of given ranks. C is the second moment of the inputs with a ridge.
-G is the sensitivity of the model's output where it was collected, so that errors go where they matter least, else the
-identity; it counts in chains whose last operator alone writes the output channels.
+``fit`` minimises tr(G (W - W') C (W - W')^T) over the chains of given ranks. C is the second moment of the inputs, with
+a ridge. G is the sensitivity of the model's output where it was collected, so that errors go where they matter least,
+and the identity elsewhere. G counts in chains whose last operator alone writes the output channels.
 
-Where the operator has a bias, that takes up the mean, b' = b + (W - W') m, so that the mean of the output over all
-positions stays as it was, and C is the covariance. (Where a convolution pads, the mean of a patch near the border
-differs from that inside; m is the mean over all of them.) What has no bias gets none; where a normalisation follows
-that is re-estimated, it takes up the mean in its place, and ``centred=True`` says so.
+If the operator has a bias, the bias absorbs the mean: b' = b + (W - W') m keeps the mean of the output over all
+positions, and C is the covariance. (Where a convolution pads, the mean of a patch near the border differs from the mean
+inside; m is the mean over all patches.) An operator without a bias gets none; if a normalisation that is re-estimated
+follows, that absorbs the mean, and ``centred=True`` says so.
 
-How the factors are found: ``surgery.data.factor``. The result is never worse on the data, by this measure, than
-the plain chain, which is taken where it is as good; at full ranks it is the plain chain.
+The search runs in coordinates S^T W R in which G = S S^T and the channels of C are as near to the identity as the
+method's factors can absorb. For ``svd`` the minimum has a closed form there. Other methods start from the better of the
+plain chain and the method's solution in these coordinates, and are refined step by step. The result is never worse than
+the plain chain by this measure, and is the plain chain where that is as good, or at full ranks.
 """
 
 from __future__ import annotations
@@ -35,13 +37,13 @@ from surgery.solvers.weighted import Metric, equal_norms, low_rank, refine, time
 __all__ = ["Problem", "RIDGE", "composed", "correct_bias", "fit", "output_error", "search", "squared_error"]
 
 
-_JOINT = 2304  # columns; above, each step under the whole moment takes seconds
-_EFFORT = ((576, 8, 16), (1152, 4, 16), (_JOINT, 1, 8))  # columns up to which so many steps of so many iterations pay
-_LEAST_EFFORT = (1, 4)
+_JOINT = 2304  # the largest n for which C stays one matrix; above it, each step takes seconds
+_EFFORT = ((576, 8, 16), (1152, 4, 16), (_JOINT, 1, 8))  # (largest n, steps, iterations of a step) that pay off
+_LEAST_EFFORT = (1, 4)  # steps and iterations for a larger n
 
 
 def composed(chain: Chain, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return the kernel of a chain, composed in this dtype."""
+    """Return the kernel (groups, O, I, *size) that a chain composes to, computed in this dtype."""
     composed = chain.with_bias(None).to(dtype=dtype).compose()
     if isinstance(composed, Refusal):
         raise CheckError(f"a factorization made a chain that is not one operator: {composed.reason}")
@@ -50,10 +52,10 @@ def composed(chain: Chain, dtype: torch.dtype = torch.float64) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What is to be fitted, under which metric of inputs and sensitivity of outputs (groups, O, O), and how.
+    """An operator to factor at given ranks, under a metric of inputs and a sensitivity of outputs (groups, O, O).
 
-    ``solver`` is that of the starts, ``ridge`` what is added to the diagonals of metric and sensitivity, relative to
-    their means. Coordinates are found in float64, factors in ``dtype``.
+    ``solver`` solves for the starts. ``ridge`` is added to the diagonals of metric and sensitivity, relative to their
+    means. Coordinates are computed in float64, and factors are searched in ``dtype``.
     """
 
     method: Factorization
@@ -66,7 +68,7 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What factors are searched in: float64 for weights of it, else float32, enough to improve errors by."""
+        """The dtype of the search: float64 for float64 weights, else float32, which is enough to lower errors."""
         return torch.float64 if self.operator.weight.dtype == torch.float64 else torch.float32
 
     @property
@@ -75,47 +77,48 @@ class Problem:
         return self.operator.kernel.detach().double()
 
     def chain(self, factors: Sequence[Tensor]) -> Chain:
-        """Return the chain in the operator's dtype, with its bias."""
+        """Return the chain of these factors in the operator's dtype, with the operator's bias."""
         dtype = self.operator.weight.dtype
         own = [factor.to(dtype).clone(memory_format=torch.contiguous_format) for factor in factors]
         return self.method.assemble(self.operator, own, self.ranks)
 
     def build(self, factors: Sequence[Tensor]) -> Tensor:
-        """Return the kernel that the factors make."""
+        """Return the kernel that the factors compose to, in their dtype."""
         dtype = factors[0].dtype
         bare = self.operator.with_bias(None).to(dtype=dtype)
         return composed(self.method.assemble(bare, factors, self.ranks), dtype)
 
     @cached_property
-    def _rows(self) -> list[int]:
-        """How many factors each product has: one, or one for each branch."""
+    def _lengths(self) -> list[int]:
+        """How many factors each row of the chain has: one row, or one for each branch."""
         skeleton = self.method.skeleton(self.operator, self.ranks)
         first = skeleton.steps[0]
         return [len(row) for row in first.rows] if isinstance(first, Branches) else [len(skeleton.operators)]
 
     @cached_property
     def readers(self) -> frozenset[int]:
-        """Which factors read the operator's input, all of its channels as they are."""
+        """The indices of the factors that read the operator's input channels directly."""
+        # They are the first of each row. If the chain starts with a reshape, no factor reads the channels directly.
         first = self.method.skeleton(self.operator, self.ranks).steps[0]
-        starts = accumulate(self._rows[:-1], initial=0)
+        starts = accumulate(self._lengths[:-1], initial=0)
         return frozenset(starts if isinstance(first, Operator | Branches) else ())
 
     @cached_property
     def writes(self) -> bool:
-        """Whether the last factor alone writes the output channels as they are."""
+        """Whether the last factor alone writes the operator's output channels."""
         last = self.method.skeleton(self.operator, self.ranks).steps[-1]
         shape = self.method.shapes(tuple(self.operator.kernel.shape), self.ranks)[-1]
         return isinstance(last, Operator) and tuple(shape[:2]) == tuple(self.operator.kernel.shape[:2])
 
     def balanced(self, factors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the factors with equal norms in each product."""
+        """Return the factors, rescaled to equal norms within each row of the chain."""
         rest = iter(factors)
-        return [factor for length in self._rows for factor in equal_norms(list(islice(rest, length)))]
+        return [factor for length in self._lengths for factor in equal_norms(list(islice(rest, length)))]
 
 
 @dataclass(frozen=True, eq=False)
 class _Coordinates:
-    """Multipliers of the output channels and of the input channels (dense, or diagonal ones), and their inverses."""
+    """Multipliers (matrix, inverse) of the output channels and of the input channels, each dense or diagonal."""
 
     out: tuple[Tensor, Tensor]
     channels: tuple[Tensor, Tensor]
@@ -125,7 +128,7 @@ class _Coordinates:
         return _on_out(_on_channels(kernel, self.channels[0]), self.out[0])
 
     def move(self, problem: Problem, factors: Sequence[Tensor], way: int) -> list[Tensor]:
-        """Multiply the factors that read and write the channels: into these coordinates (0) or out of them (1)."""
+        """Return the factors with their channels multiplied: into these coordinates (``way`` 0) or back out (1)."""
         moved = [_on_channels(f, self.channels[way]) if i in problem.readers else f for i, f in enumerate(factors)]
         if problem.writes:
             moved[-1] = _on_out(moved[-1], self.out[way])
@@ -133,20 +136,21 @@ class _Coordinates:
 
 
 def _coordinates(problem: Problem, metric: Metric) -> _Coordinates:
-    """Return coordinates in which the channels are as white as the method lets them be."""
+    """Return coordinates in which channels are uncorrelated, as far as the method's factors can absorb them."""
     groups, out, channels = problem.kernel.shape[:3]
     ones = [problem.kernel.new_ones(groups, size, dtype=torch.float64) for size in (out, channels)]
     left, right = (ones[0], ones[0]), (ones[1], ones[1])
+    # Only a factor that reads or writes the channels directly can take a multiplier, and give it back afterwards.
     if problem.writes and problem.sensitivity is not None:
         lower, inverse = triangles(problem.sensitivity, problem.ridge)
         left = (lower, inverse) if lower.dim() == 2 else (lower.mT, inverse.mT)
-    if problem.readers and problem.method.name != "svd":  # its closed form needs none
+    if problem.readers and problem.method.name != "svd":  # the closed form of svd whitens by itself
         right = triangles(metric.channels, problem.ridge)
     return _Coordinates(left, right)
 
 
 def search(problem: Problem, plain: Chain | Refusal) -> Chain | None:
-    """Return the chain in closed form, or found from the better start; None if there is no start."""
+    """Return the chain of the closed form, or refined from the better start; None if there is no start."""
     metric = problem.metric.regularised(problem.ridge)
     coordinates = _coordinates(problem, metric)
     target = coordinates.enter(problem.kernel)
@@ -156,8 +160,10 @@ def search(problem: Problem, plain: Chain | Refusal) -> Chain | None:
     target = target.to(problem.dtype)
     if problem.dtype != torch.float64:
         metric = metric.narrow()
+    # Above _JOINT columns, C is replaced by its Kronecker approximation (channels) x (taps).
     if metric.factors[0].shape[-1] > _JOINT:
         metric = metric.separated()
+    # Both starts are compared in the coordinates: the plain chain moved into them, and the solution found there.
     starts = []
     if isinstance(plain, Chain):
         starts.append(coordinates.move(problem, [operator.kernel.double() for operator in plain.operators], 0))
@@ -205,17 +211,17 @@ def fit(
     ridge: float = RIDGE,
     centred: bool | None = None,
 ) -> Chain | Refusal:
-    """Return the chain at these ranks for the data of the moments, its bias corrected if the operator has one.
+    """Return the chain at these ranks that is nearest on the data of the moments; a bias is corrected too.
 
-    ``centred`` leaves the mean of the error out of account; by default where the operator has a bias to take it up.
-    ``solver`` is that of the starts, and ``ridge`` what is added to the diagonals of C and G, relative to their means.
-    Refuses as ``method.factor``.
+    ``centred`` leaves the mean of the error out of account; by default, if the operator has a bias to absorb it.
+    ``solver`` solves for the starts. ``ridge`` is added to the diagonals of C and G, relative to their means. Refuses
+    where ``method.factor`` does.
 
     Raises:
         InputError, RankError: as ``method.factor``.
     """
     plain = method.factor(operator, ranks, solver=solver)
-    if ranks == method.max_ranks(operator):
+    if ranks == method.max_ranks(operator):  # exact already: no data can improve it
         return plain
     centred = operator.bias is not None if centred is None else centred
     metric = moments.centred if centred else moments.metric
@@ -224,6 +230,7 @@ def fit(
     if operator.bias is not None:
         chains = [correct_bias(chain, operator, moments) for chain in chains]
 
+    # The plain chain stays in the comparison, so that the result is never worse by the same measure.
     if len(chains) < 2:
         return chains[0] if chains else plain
     narrow = moments if operator.weight.dtype == torch.float64 else moments.narrow()
@@ -231,7 +238,7 @@ def fit(
 
 
 def squared_error(chain: Chain, operator: Operator, moments: Moments, *, centred: bool) -> float:
-    """Return ``tr(G D Cov D^T) + e^T G e`` for e = D m + b - b', without the second term if ``centred``."""
+    """Return ``tr(G D Cov D^T) + e^T G e`` for D = W - W' and e = D m + b - b'; ``centred`` drops the second term."""
     difference = _difference(chain, operator, moments.mean.dtype)
     energy = float(moments.centred_energy(difference, moments.sensitivity))
     if centred:
@@ -242,10 +249,10 @@ def squared_error(chain: Chain, operator: Operator, moments: Moments, *, centred
 
 
 def output_error(chain: Chain, operator: Operator, moments: Moments, *, weighed: bool = False) -> float:
-    """Return the relative error of a chain's output, over that of the operator without its bias.
+    """Return the relative error of a chain's output, relative to the operator's output without its bias.
 
-    ``sqrt((tr(D Cov D^T) + |D m + b - b'|^2) / tr(W C W^T))`` for D = W - W'; 0 where the operator has no output. If
-    ``weighed``, with the sensitivity on the left of D and W, where the moments have one.
+    It is ``sqrt((tr(D Cov D^T) + |D m + b - b'|^2) / tr(W C W^T))`` for D = W - W', or 0 if the operator gives only 0.
+    ``weighed`` puts the sensitivity, if the moments have one, on the left of D and W.
     """
     moments = moments if weighed else replace(moments, sensitivity=None)
     scale = float(moments.metric.energy(operator.kernel.detach().double().flatten(2), moments.sensitivity))
@@ -259,6 +266,7 @@ def output_error(chain: Chain, operator: Operator, moments: Moments, *, weighed:
 
 def _mean_error(difference: Tensor, chain: Chain, operator: Operator, moments: Moments) -> Tensor:
     """Return D m + b - b' as (groups, O, 1)."""
+    # D m + b - b': a missing bias counts as 0.
     shift = _mean_shift(difference, moments)
     for sign, bias in ((1, operator.bias), (-1, chain.bias)):
         shift = shift if bias is None else shift + sign * bias.detach().to(shift.dtype).view_as(shift)
@@ -266,7 +274,7 @@ def _mean_error(difference: Tensor, chain: Chain, operator: Operator, moments: M
 
 
 def correct_bias(chain: Chain, operator: Operator, moments: Moments) -> Chain:
-    """Return the chain with the bias at which the mean of its output is the operator's: ``b + (W - W') m``."""
+    """Return the chain with the bias ``b + (W - W') m``, which gives its output the mean of the operator's."""
     shift = _mean_shift(_difference(chain, operator), moments)
     bias = shift.flatten() if operator.bias is None else shift.flatten() + operator.bias.detach().double()
     return chain.with_bias(bias.to(operator.weight.dtype))

@@ -1,8 +1,8 @@
 """Files of inputs: arrays by input name (.npz, .npy, .pt), and token ids as JSON lines (.jsonl, see ``tokens``).
 
-What a file holds is fitted to what is known of the model's inputs: whole numbers are cast to whole numbers and floats
-to floats. What does not fit is one error that names the file and the input; of .npz and .npy files it is told by the
-headers, before any numbers are read, and of these no more are read than will be used. Nothing is unpickled.
+The arrays are cast to the dtypes of the model's inputs: whole numbers to whole numbers and floats to floats. An array
+that does not fit is one error that names the file and the input. For .npz and .npy files, the headers are checked
+before any numbers are read, and only the samples that will be used are read. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _TENSORS = ".npz, .npy or .pt files of tensors alone, or .jsonl files of token i
 def read_file(
     path: Path, signature: Signature, declared: Mapping[str, Declared], *, limit: int | None, most: int = MOST_BYTES
 ) -> Any:
-    """Return the inputs in a file: tensors by name that fit the model, or what else a .pt file holds.
+    """Return the inputs in a file: tensors by name that fit the model, or whatever else a .pt file holds.
 
-    At most ``limit`` samples are read of arrays and lines, and of arrays no more than are ``most`` bytes; without a
-    limit it is all samples, or an error.
+    At most ``limit`` samples of arrays and token ids are read, and of arrays at most ``most`` bytes. Without a limit,
+    all samples are read, and more than ``most`` bytes are an error.
 
     Raises:
-        FileError: a file that cannot be read, or does not fit the model.
+        FileError: the file cannot be read, or does not fit the model.
     """
     if path.suffix == ".jsonl":
         return _fit(path, read_tokens(path, signature, declared, limit=limit), signature, declared)
@@ -64,9 +64,9 @@ def _dtype(declared: Mapping[str, Declared], name: str) -> torch.dtype | None:
 def _rows(
     forms: Mapping[str, Tensor], declared: Mapping[str, Declared], limit: int | None, most: int
 ) -> dict[str, int | None]:
-    """Return how many rows are read of each input, None for all: so many samples as are wanted, and as ``most`` holds.
+    """Return how many rows to read of each input, None for all rows: at most ``limit`` samples, and ``most`` bytes.
 
-    The first input with an axis tells how many samples there are, as for inputs from elsewhere.
+    The length of the first input that has an axis is the number of samples, as in ``samples``.
     """
     lengths = {name: len(form) for name, form in forms.items() if form.dim()}
     count = next(iter(lengths.values()), 0)
@@ -75,40 +75,41 @@ def _rows(
         return rows
     sampled = [name for name, length in lengths.items() if length == count]
     sizes = {name: size_of(form, _dtype(declared, name)) for name, form in forms.items()}
+    # Each sample takes ``each`` bytes, and inputs without samples take ``rest`` bytes whatever the number of samples.
     each = sum(sizes[name] for name in sampled) // count
     rest = sum(sizes.values()) - each * count
     wanted = min(limit, count, max((most - rest) // max(each, 1), 1))
     while wanted in set(lengths.values()) - {count}:
-        wanted -= 1  # an input as long as what is read of others would be taken for samples
+        wanted -= 1  # else an input of this length that holds no samples would be taken for samples
     return rows | dict.fromkeys(sampled, wanted)
 
 
 def _read_tensors(path: Path, most: int) -> Any:
-    """Return what a file of ``torch.save`` holds, without unpickling more than tensors in plain containers."""
+    """Return what a file of ``torch.save`` holds; only tensors in plain containers are unpickled."""
     with open_regular(path) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch about old formats
+        warnings.simplefilter("ignore")  # torch warns of old formats
         try:
             _check_stored(file)
             found = torch.load(file, map_location="cpu", weights_only=True)
             leaves = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
-        except Exception as error:  # torch and zipfile raise whatever they meet
+        except Exception as error:  # torch and zipfile raise errors of many types
             what = f"{shown_path(path)}: cannot be read: {first_line(error)}"
             raise FileError(what, allowed=_TENSORS) from error
     for leaf in leaves:
         if leaf.layout != torch.strided or leaf.device.type != "cpu" or leaf.is_quantized or leaf.is_nested:
             raise FileError(f"{shown_path(path)}: holds a tensor that is not plain", allowed="dense tensors of numbers")
         if leaf.nbytes > max(most, leaf.untyped_storage().nbytes()):
-            what = f"{shown_path(path)}: repeats the numbers of a tensor, to {leaf.nbytes} bytes"
+            what = f"{shown_path(path)}: expands a tensor to {leaf.nbytes} bytes by repeating its numbers"
             raise FileError(what, allowed=f"{most}", next_step="give fewer samples")
     return found
 
 
 def _check_stored(file: BinaryIO) -> None:
-    """Raise unless what a zip file holds is no larger than the file: torch never packs."""
+    """Raise if a zip file has compressed entries, which may be far larger than the file; torch writes none."""
     if file.read(2) == b"PK":
         with zipfile.ZipFile(file) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("its entries are packed, which torch.save does not do")
+                raise ValueError("its entries are compressed, which torch.save does not do")
     file.seek(0)
 
 
@@ -117,7 +118,7 @@ def _by_name(found: Any) -> bool:
 
 
 def _named(found: Mapping[str, Tensor], signature: Signature) -> Mapping[str, Tensor]:
-    """Return one array for one input under the input's name: its own says nothing."""
+    """Return the arrays by input name: a single array for a single input gets that input's name."""
     other = not set(found) & set(signature.names) and not signature.open_ended
     if len(found) == len(signature.required) == 1 and other:
         return dict(zip(signature.required, found.values(), strict=True))
@@ -125,7 +126,7 @@ def _named(found: Mapping[str, Tensor], signature: Signature) -> Mapping[str, Te
 
 
 def _check(path: Path, found: Mapping[str, Tensor], signature: Signature, declared: Mapping[str, Declared]) -> None:
-    """Raise FileError where names, shapes or numbers of samples do not fit."""
+    """Raise FileError if names, shapes or numbers of samples do not fit."""
     names = signature.names
     for name in found:
         if name not in names and not signature.open_ended and not is_label(name):
@@ -149,7 +150,7 @@ def _check_shape(path: Path, name: str, value: Tensor, known: Declared | None) -
 def _fit(
     path: Path, found: Mapping[str, Tensor], signature: Signature, declared: Mapping[str, Declared]
 ) -> dict[str, Tensor]:
-    """Return the tensors in the model's types, by the names of its inputs."""
+    """Return the tensors by input name, in the dtypes of the model's inputs."""
     named = _named(found, signature)
     _check(path, named, signature, declared)
     return {name: _cast(path, name, value, declared.get(name)) for name, value in named.items()}
@@ -172,7 +173,7 @@ def _cast(path: Path, name: str, value: Tensor, known: Declared | None) -> Tenso
 
 
 def _castable(value: Tensor, dtype: torch.dtype, *, mask: bool) -> bool:
-    """Whether numbers stay what they are: whole ones whole; zeros and ones of a mask may be of any type."""
+    """Whether a cast keeps the numbers: whole numbers stay whole; the zeros and ones of a mask may have any dtype."""
     if value.dtype == dtype or (value.is_floating_point() and dtype.is_floating_point):
         return True
     whole = not value.is_floating_point() and not value.is_complex()
@@ -182,22 +183,24 @@ def _castable(value: Tensor, dtype: torch.dtype, *, mask: bool) -> bool:
 
 
 def _check_lengths(path: Path, found: Mapping[str, Tensor], declared: Mapping[str, Declared]) -> None:
-    """Raise FileError where inputs have different numbers of samples, or a mask has another length than its ids."""
+    """Raise FileError if inputs differ in their number of samples, or a mask has another shape than its ids."""
     if not found:
         return
     first, *rest = found
     for name in [first, *rest]:
         ours, theirs = found[first], found[name]
+        # Both hold samples if they are equally long along axis 0 in the model's example inputs; without examples, if
+        # both have more than one axis.
         if first in declared and name in declared:
             same = declared[first].shape[:1] == declared[name].shape[:1]
         else:
             same = ours.dim() > 1 and theirs.dim() > 1
         if same and len(ours) != len(theirs):
             raise FileError(
-                f"{path}: {first} has {len(ours)} samples, {name} has {len(theirs)}", allowed="as many of each"
+                f"{path}: {first} has {len(ours)} samples, {name} has {len(theirs)}", allowed="equal numbers"
             )
         if same and not len(theirs):
-            raise FileError(f"{path}: {name} has no samples", next_step="give some, a few hundred do")
+            raise FileError(f"{path}: {name} has no samples", next_step="give some; a few hundred are enough")
         other = found.get(partner_of(name, first))
         if (
             is_mask_name(name)

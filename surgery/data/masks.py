@@ -1,12 +1,12 @@
-"""Masks: which inputs say what positions of sequences are padding, and which rows of a value these positions are.
+"""Masks: inputs that say which positions of sequences are padding, and the rows of a value at those positions.
 
-A mask is an input (N, T) of zeros and ones (or of whole numbers: all but 0 count as 1) whose name has "mask" in it,
-beside another input (N, T, ...). A position with 0 is hidden, as in "attention_mask"; in torch's "key_padding_mask" it
-is one with 1. Other conventions have names of their own, and are no masks here: numbers of heads, tokens of a kind,
-positions to predict, and "padding_mask", of which either meaning is in use.
+A mask is an input (N, T) of zeros and ones, or of whole numbers of which all but 0 count as 1. Its name has "mask" in
+it, and another input has the shape (N, T, ...). A 0 hides the position, as in "attention_mask"; in torch's
+"key_padding_mask" a 1 hides it. Inputs of other conventions are not masks here: masks of heads, of special tokens or of
+positions to predict, and "padding_mask", which is in use with either meaning.
 
-Of a value only rows (N, T, ...) or (N*T, ...) can be hidden, or (T, N, ...) and (T*N, ...) with the mask's transpose.
-Which of these orders a value of such a shape has, if any, is for ``surgery.data.visible`` to see.
+A mask applies to values with rows (N, T, ...) or (N*T, ...), and its transpose to values with rows (T, N, ...) or
+(T*N, ...). ``surgery.data.visible`` finds out which of these orders, if any, the rows of a value have.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _OTHER = ("head_mask", "token_type", "global", "special", "masked", "pad", "mask
 
 @dataclass(frozen=True)
 class Mask:
-    """Where a mask lies among the flat inputs; if ``inverted``, its ones are hidden and not its zeros."""
+    """The index of a mask among the flat inputs; if ``inverted``, its ones hide positions instead of its zeros."""
 
     place: int
     inverted: bool = False
 
 
 def hides_with_ones(name: str) -> bool:
-    """Whether an input of this name follows torch's convention for padding: True is hidden."""
+    """Return whether a mask of this name follows torch's convention for padding: True hides a position."""
     return _HIDES_WITH_ONES in name
 
 
 def is_mask_name(name: str) -> bool:
-    """Whether an input of this name is a mask of positions.
+    """Return whether an input of this name is a mask of positions.
 
     >>> [is_mask_name(name) for name in ("attention_mask", "src_key_padding_mask", "head_mask", "bool_masked_pos")]
     [True, True, False, False]
@@ -50,7 +50,7 @@ def is_mask_name(name: str) -> bool:
 
 
 def leaf_names(names: Sequence[str], inputs: Inputs) -> list[str]:
-    """Return a name for each flat input: its own, the innermost one if nested; ``names`` are those by position."""
+    """Return a name for each flat input: the innermost key it is nested under, else its argument's from ``names``."""
     found = []
     for (_, *path), _ in pytree.tree_flatten_with_path(inputs)[0]:
         by_name = [str(key.key) for key in path if isinstance(key, pytree.MappingKey)]
@@ -61,26 +61,27 @@ def leaf_names(names: Sequence[str], inputs: Inputs) -> list[str]:
 
 
 def find_masks(names: Sequence[str], leaves: Sequence[Any]) -> tuple[Mask, ...]:
-    """Return the masks among flat inputs that hold all samples; none where they hide nothing."""
+    """Return the masks among flat inputs; none if they hide nothing. Leaves that hold no samples are None."""
     places = [at for at, (name, leaf) in enumerate(zip(names, leaves, strict=True)) if _is_mask(name, leaf)]
-    beside = [leaf.shape[:2] for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and at not in places]
-    masks = [Mask(at, hides_with_ones(names[at].lower())) for at in places if leaves[at].shape in beside]
+    masked = [leaf.shape[:2] for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and at not in places]
+    masks = [Mask(at, hides_with_ones(names[at].lower())) for at in places if leaves[at].shape in masked]
     return tuple(masks) if any(not bool(mask.all()) for mask in read_masks(masks, leaves)) else ()
 
 
 def _is_mask(name: str, leaf: Any) -> bool:
     if not isinstance(leaf, Tensor) or leaf.dim() != 2 or leaf.is_complex() or not is_mask_name(name):
         return False
-    if leaf.is_floating_point():  # one that is added to scores has zeros alone where it hides nothing
+    if leaf.is_floating_point():  # a float mask that is 0 everywhere is added to attention scores, and hides nothing
         return bool(((leaf == 0) | (leaf == 1)).all()) and bool(leaf.any())
     return not bool((leaf < 0).any())
 
 
 def read_masks(masks: Iterable[Mask], leaves: Sequence[Any]) -> tuple[Tensor, ...]:
-    """Return what is visible, (N, T) of bool, one for each length T.
+    """Return the visible positions, (N, T) of bool, one tensor for each length T.
 
-    Where two masks are of one length, it cannot be known whose rows a value has: what either shows is visible.
+    If two masks have the same length, nothing tells which one applies to a value: what either shows is visible.
     """
+    # Masks are keyed by their shape (N, T): encoder and decoder masks of different lengths stay apart.
     found: dict[tuple[int, ...], Tensor] = {}
     for mask in masks:
         leaf = leaves[mask.place]
@@ -91,9 +92,10 @@ def read_masks(masks: Iterable[Mask], leaves: Sequence[Any]) -> tuple[Tensor, ..
 
 
 def visible_rows(masks: Sequence[Tensor], positions: Sequence[int]) -> Tensor | None:
-    """Return which rows of a value are visible, flat, for positions of this shape; None where all of them are.
+    """Return which rows of a value are visible, as a flat bool tensor, or None where no mask applies.
 
-    Positions are (N, T, ...), or (N*T,); where T is among the other axes too, it is not known which one is meant.
+    ``positions`` is the shape of the rows: (N, T, ...) or (N*T,). If N or T is also the length of a later axis, it
+    is not known which axes the mask means, and it does not apply.
     """
     positions = tuple(positions)
     for mask in masks:

@@ -1,16 +1,16 @@
-"""Second moments of what operators read, so that the error of an operator's *output* is known from its weights alone.
+"""Second moments of operators' inputs, by which the error of an operator's *output* follows from its weights alone.
 
-For a column x (the n values that one output is a product of) the moments are m = E[x] and C = E[x x^T]; the mean
-squared output of a kernel W is tr(W C W^T), and that of its error tr(D C D^T) with D = W - W'.
+A column x holds the n values that one output is computed from: y = W x. The moments are m = E[x] and C = E[x x^T]. The
+mean square of the output W x is tr(W C W^T), and the mean square of its error D x is tr(D C D^T) for D = W - W'.
 
     Linear      columns are tokens, n = I
     Conv        columns are the patches of each group, n = I K, in the order (channel, taps) of the kernel; padded as
-                the operator pads, so that borders count as they are
+                the operator pads, so that borders are included as they are
     Embedding   columns are one-hot, so C is diagonal: the share of each entry
 
-Where n is above a limit (lower for patches) C is not stored as such. A convolution's is approximated by channels (x)
-taps, each averaged over the other (Grosse and Martens 2016, arXiv 1602.01407, do so for gradients), and a linear
-layer's by its diagonal.
+If n is above a limit (lower for patches), C is approximated. For a convolution it becomes the Kronecker product of a
+matrix of channels and a matrix of taps, each averaged over the other (Grosse and Martens 2016, arXiv 1602.01407, do so
+for gradients). For a linear layer only the diagonal is kept.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from surgery.solvers.weighted import Metric, roots
 
 __all__ = ["Accumulator", "Moments", "layout_bytes"]
 
-_PATCHES = 2304  # columns: a 3x3 convolution of 256 channels
+_PATCHES = 2304  # the largest n of patches with one matrix: a 3x3 convolution of 256 channels
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Moments of the columns that an operator reads, of ``count`` rows: mean (groups, n), and C as a metric; float64.
+    """Moments of ``count`` columns that an operator reads: mean (groups, n), and C as a metric, both in float64.
 
-    ``sensitivity`` G (groups, O, O), where it was collected, says how much the model's output minds an error of the
-    operator's: by about tr(G E) for an error with second moment E.
+    ``sensitivity`` G (groups, O, O), where it was collected, says how much an error of the operator's output changes
+    the model's output: by about tr(G E) for an error with second moment E.
     """
 
     count: int
@@ -47,13 +47,13 @@ class Moments:
     sensitivity: Tensor | None = None
 
     def narrow(self) -> Moments:
-        """Return the moments in float32, enough to compare errors by."""
+        """Return the moments in float32, which is enough to compare errors."""
         seen = None if self.sensitivity is None else self.sensitivity.float()
         return Moments(self.count, self.mean.float(), self.metric.narrow(), seen)
 
     @property
     def dense(self) -> bool:
-        """Whether C is stored as one matrix (groups, n, n), neither approximated nor, as of embeddings, diagonal."""
+        """Whether C is stored as one matrix (groups, n, n), and is neither approximated nor diagonal (embeddings)."""
         return self.metric.factors[0].shape[1:] == (self.mean.shape[1],) * 2
 
     @property
@@ -64,7 +64,9 @@ class Moments:
 
     @property
     def centred(self) -> Metric:
-        """The covariance ``C - m m^T``: what errors weigh where a bias takes up the mean."""
+        """The covariance ``C - m m^T``, by which errors count if a bias absorbs their mean."""
+        # C = A (x) B with channels A and taps B: the mean, as a matrix M (channels, taps), is taken out of each factor:
+        # A - M M^T / taps, and B tr(A) - M^T M, whose trace is then scaled to the number of taps again.
         taps = self.metric.taps
         if len(self.metric.factors) == 1:
             return Metric((_centre(self.metric.factors[0], self.mean.unsqueeze(1)),), taps)
@@ -76,9 +78,10 @@ class Moments:
         return Metric((channels, kernel * (taps / _trace(kernel).clamp(min=torch.finfo(kernel.dtype).tiny))), taps)
 
     def centred_energy(self, difference: Tensor, sensitivity: Tensor | None = None) -> Tensor:
-        """Return ``tr(D Cov D^T)`` of (groups, O, n), or with G on the left; without a second matrix where C is one."""
+        """Return ``tr(D Cov D^T)`` of (groups, O, n), or ``tr(G D Cov D^T)`` with a sensitivity G."""
         if len(self.metric.factors) > 1:
             return self.centred.energy(difference, sensitivity)
+        # Where C is one matrix, D C D^T - (D m)(D m)^T saves a covariance as large as C.
         shift = difference @ self.mean.unsqueeze(-1)
         other = shift if sensitivity is None else sensitivity @ shift
         return (self.metric.energy(difference, sensitivity) - (shift * other).sum()).clamp(min=0)
@@ -86,15 +89,15 @@ class Moments:
     def whitener(self, ridge: float = 1e-3) -> tuple[Tensor, ...]:
         """Return the symmetric positive definite root of each factor of C.
 
-        ``ridge`` is added to the diagonal, relative to its mean; eigenvalues that rounding made negative are 0 first.
+        Eigenvalues that rounding made negative are set to 0; then ``ridge`` times the mean of the diagonal is added.
         """
         return tuple(roots(factor, ridge)[0] for factor in self.metric.factors)
 
     def output_error(self, difference: Tensor, kernel: Tensor, *, centred: bool = False) -> float:
-        """Return ``sqrt(tr(D C D^T) / tr(W C W^T))`` of kernels (groups, O, I, *size): the output's relative error.
+        """Return the output's relative error ``sqrt(tr(D C D^T) / tr(W C W^T))``, of kernels (groups, O, I, *size).
 
-        ``centred`` leaves out the mean of the difference, as a corrected bias does; the scale is the same. 0 where the
-        kernel has no output.
+        ``centred`` leaves the mean of D x out of the error, as a corrected bias does, but not out of the scale. The
+        error is 0 if the kernel's output is 0.
         """
         metric = self.centred if centred else self.metric
         scale = self.metric.energy(kernel.detach().double().flatten(2))
@@ -104,7 +107,7 @@ class Moments:
 
 
 def _centre(factor: Tensor, rows: Tensor) -> Tensor:
-    """Return the factor without ``rows^T rows`` for rows (groups, r, m)."""
+    """Return the factor, dense or diagonal, minus ``rows^T rows`` for rows (groups, r, m)."""
     return factor - rows.square().sum(1) if factor.dim() == 2 else factor - rows.mT @ rows
 
 
@@ -113,12 +116,12 @@ def _trace(factor: Tensor) -> Tensor:
 
 
 def _whole(columns: int, taps: int, limit: int) -> bool:
-    """Whether C is stored as one matrix; for patches of more columns it takes more than it adds."""
+    """Whether C is stored as one matrix; for larger patches a matrix costs more than it improves."""
     return columns <= (min(limit, _PATCHES) if taps > 1 else limit)
 
 
 def layout_bytes(operator: Operator, limit: int) -> int:
-    """Return the bytes of an operator's C with at most ``limit`` columns stored in full."""
+    """Return the bytes that an operator's C takes if a matrix may have at most ``limit`` columns."""
     groups, _, channels, *size = operator.kernel.shape
     taps = math.prod(size)
     n = channels * taps
@@ -130,10 +133,10 @@ def layout_bytes(operator: Operator, limit: int) -> int:
 
 
 class Accumulator:
-    """Sums over the columns of one operator, for all its calls.
+    """Sums the moments of one operator's columns over all its calls.
 
-    ``limit`` is the largest n, or number of channels, for which a matrix is stored; of each input at most ``rows``
-    columns are used, at random positions that ``seed`` decides.
+    ``limit`` is the largest n, or number of channels, for which a matrix is stored. At most ``rows`` columns of each
+    input are used, at random positions that ``seed`` decides.
     """
 
     def __init__(self, operator: Operator, *, limit: int, rows: int, seed: int = 0) -> None:
@@ -144,6 +147,8 @@ class Accumulator:
         self._whole = _whole(n, self._taps, limit)
         self._generator = torch.Generator().manual_seed(seed)
         self._mean = torch.zeros(groups, n, dtype=torch.float64, device=operator.weight.device)
+        # ``_first`` sums x x^T: as one matrix, as its diagonal, or for channels alone, in which case ``_second`` sums
+        # the same for taps.
         wide = channels if operator.reads_indices or channels > limit else 0
         side = n if self._whole else channels
         self._first = self._mean.new_zeros((groups, side) if wide else (groups, side, side))
@@ -151,7 +156,7 @@ class Accumulator:
         self._second = self._mean.new_zeros(groups, self._taps, self._taps) if split else None
 
     def add(self, x: Tensor, masks: Sequence[Tensor] = ()) -> None:
-        """Add the columns of one input of the operator, those that the masks (N, T) of the samples show."""
+        """Add the columns of one input of the operator at the positions that the masks (N, T) show."""
         if self._operator.reads_indices:
             visible = visible_rows(masks, x.shape)
             x = x.flatten() if visible is None else x.flatten()[visible]
@@ -170,6 +175,7 @@ class Accumulator:
         if self._whole:
             self._first += block.mT @ block
             return
+        # C is the Kronecker product of two factors: x as X (channels, taps) adds X X^T to one and X^T X to the other.
         split = block.unflatten(2, (-1, self._taps))
         rows = split.mT.flatten(1, 2)
         self._first += rows.square().sum(1, dtype=torch.float64) if self._first.dim() == 2 else rows.mT @ rows
@@ -181,7 +187,7 @@ class Accumulator:
         """Return the moments of all that was added.
 
         Raises:
-            InputError: nothing was added, or values that are not finite.
+            InputError: nothing was added, or values are not finite.
         """
         if not self.count:
             raise InputError("no calibration input reached the operator")

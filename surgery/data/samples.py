@@ -1,10 +1,10 @@
-"""Calibration inputs in one form: the samples of all inputs, gone through in batches as often as need be.
+"""Calibration inputs in one form: all samples in memory, iterated in batches any number of times.
 
 Users give a tensor (a batch of samples), a sequence of inputs (each a tensor, a tuple of arguments, or a dict by name),
-a DataLoader, whose items may have labels after the inputs, or the path of a file (see ``files``). The samples are along
-axis 0 of each tensor that is as long there as the first one; whatever else an input holds goes with each batch as it is
-in the first. A program that was exported for one batch size gets batches of exactly that size. Masks among the inputs
-say which positions are padding; samples that are nothing else are left out.
+a DataLoader, whose batches may have labels after the inputs, or the path of a file (see ``files``). Samples lie along
+axis 0: a tensor holds samples if it is as long there as the input's first tensor. Everything else is taken from the
+first input and goes unchanged into each batch. A program that was exported for one batch size gets batches of exactly
+that size. Masks among the inputs say which positions are padding; samples of nothing but padding are left out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from surgery.system.arrays import open_arrays
 
 __all__ = ["Calibration", "read_calibration", "read_inputs", "samples_in"]
 
-_LEAST = 48  # samples
+_LEAST = 48  # samples that ``affordable`` always keeps
 _WORK = 2.0e11  # multiply-accumulates of one pass: 49 samples of a ResNet-50 at 224x224
 _PASSES = 3
 _ALLOWED = f"a tensor, a sequence of inputs, a DataLoader, or the path of a file ({FILES})"
@@ -38,10 +38,11 @@ _ALLOWED = f"a tensor, a sequence of inputs, a DataLoader, or the path of a file
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Samples of model inputs: iterate for batches ``(args, kwargs)`` of ``batch_size``; the last may be smaller.
+    """Samples of model inputs; iterating yields batches ``(args, kwargs)`` of ``batch_size``, the last maybe smaller.
 
-    ``leaves`` are the flat inputs, of which those that are ``sampled`` have all samples along axis 0. If ``exact``,
-    the model takes no other batch size, and there is no smaller batch. ``masks`` are those that hide something.
+    ``leaves`` are the flat inputs, and ``structure`` nests them. Leaves that are ``sampled`` hold all samples along
+    axis 0; the others are the same for each batch. If ``exact``, the model takes no other batch size, and no batch is
+    smaller. ``masks`` are the masks that hide at least one position.
     """
 
     leaves: tuple[Any, ...]
@@ -71,19 +72,20 @@ class Calibration:
         return tuple(args), dict(kwargs)
 
     def visible(self, batch: Inputs) -> tuple[Tensor, ...]:
-        """Return which positions of a batch are visible, (N, T) of bool for each length T where some are not."""
+        """Return which positions of a batch are visible: (N, T) of bool for each length T with hidden positions."""
         leaves = pytree.tree_leaves(batch) if self.masks else ()
         return tuple(shown for shown in read_masks(self.masks, leaves) if not bool(shown.all()))
 
     def take(self, index: Tensor | slice) -> Calibration:
-        """Return the samples of these numbers, in this order."""
+        """Return the samples at these indices, in this order."""
         rows = zip(self.leaves, self.sampled, strict=True)
         return replace(self, leaves=tuple(leaf[index] if many else leaf for leaf, many in rows))
 
     def affordable(self, macs: float, *, least: int = _LEAST) -> Calibration:
-        """Return the first samples: so many that a pass takes ``_WORK`` at ``macs`` each, at least ``least``.
+        """Return the first samples, as many as one pass affords at ``macs`` multiply-accumulates each.
 
-        In whole batches where they must be: however many there are, what is read of a large network is bounded.
+        A pass affords about 2e11 of them, and always ``least`` samples. Batches stay whole if ``exact``. This bounds
+        the time that a large network takes, however many samples there are.
         """
         wanted = int(max(least, _WORK / max(macs, 1.0)))
         if self.exact:
@@ -91,20 +93,21 @@ class Calibration:
         return self if wanted >= self.count else self.take(slice(wanted))
 
     def passes(self, macs: float) -> int:
-        """Return how many passes over all samples, at ``macs`` each, do ``_PASSES`` times ``_WORK``; 1 at least."""
+        """Return how many passes over all samples, at ``macs`` each, fit into about 6e11 of them; at least 1."""
         return max(1, int(_PASSES * _WORK / max(macs * self.count, 1.0)))
 
     def split(self, held_out: float = 0.25, *, seed: int = 0) -> tuple[Calibration, Calibration]:
-        """Return (fit, held out): a random share of the samples, or of whole batches where they must be, is set aside.
+        """Return (fit, held out): a random share of the samples is held out, in whole batches if ``exact``.
 
         Raises:
-            InputError: too few samples for two parts.
+            InputError: there are too few samples for two parts.
         """
         unit = self.batch_size if self.exact else 1
         aside = max(1, round(held_out * self.count / unit)) * unit
         if aside >= self.count:
             what = f"{self.count} calibration samples cannot be split into two parts"
             raise InputError(what, allowed=f"at least {2 * unit}", next_step="give more samples")
+        # The seed makes the same split in each run, on any device.
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed), device="cpu")
         return self.take(order[aside:]), self.take(order[:aside])
 
@@ -112,14 +115,14 @@ class Calibration:
 def read_calibration(
     calibration: Any, model: Model, example_inputs: Any = None, *, limit: int = 512, batch_size: int = 32
 ) -> Calibration:
-    """Return calibration inputs for a model, at most ``limit`` samples of what was given.
+    """Return calibration inputs for a model: the first ``limit`` samples that were given.
 
-    ``example_inputs`` tell how many arguments the model takes where its own signature does not. ``batch_size`` is that
-    of the batches unless the model fixes it; for one that does, samples that fill no batch are left out.
+    ``example_inputs`` say how many arguments the model takes where its own signature does not. A model that was
+    exported for one batch size gets batches of that size, and the samples that do not fill a batch are left out.
 
     Raises:
-        InputError: inputs that cannot be used, do not fit the model, or are too few for its batch size.
-        FileError: a file that cannot be read.
+        InputError: the inputs cannot be used, do not fit the model, or are too few for its batch size.
+        FileError: a file cannot be read.
     """
     if isinstance(calibration, Calibration):
         return calibration
@@ -139,7 +142,7 @@ def read_calibration(
     if not items:
         raise InputError("there is no calibration input", allowed=_ALLOWED)
     samples = _masked(_join(items, batch_size), leaf_names(signature.names, items[0]))
-    samples = _beside(model, samples.take(slice(min(limit, samples.count))))
+    samples = _on_device_of(model, samples.take(slice(min(limit, samples.count))))
     fixed = kind.fixed_batch(model)
     if fixed is None and kind.brings_inputs():
         fixed = _guarded_batch(model, samples)
@@ -147,10 +150,10 @@ def read_calibration(
 
 
 def read_inputs(path: Path, model: Model | None) -> Inputs:
-    """Return the inputs in a file, all of them, as one call of a model that knows its own; by name if it is not known.
+    """Return all inputs in a file as ``(args, kwargs)`` of one call of a model; keywords by name without a model.
 
     Raises:
-        FileError: a file that cannot be read, is too large, or does not fit the program.
+        FileError: the file cannot be read, is too large, or does not fit the model.
     """
     if model is None:
         with open_arrays(path) as arrays:
@@ -167,14 +170,15 @@ def _masked(samples: Calibration, names: Sequence[str]) -> Calibration:
     masks = find_masks(names, [leaf if many else None for leaf, many in held])
     if not masks:
         return samples
+    # A sample is kept if each of the masks shows at least one of its positions.
     shown = torch.stack([mask.any(1) for mask in read_masks(masks, samples.leaves)]).all(0)
     if not bool(shown.any()):
-        what = f"all positions of all {samples.count} calibration samples are hidden by {names[masks[0].place]}"
+        what = f"{names[masks[0].place]} hides all positions of all {samples.count} calibration samples"
         raise InputError(what, allowed="masks with ones where there are tokens")
     return replace(samples if bool(shown.all()) else samples.take(shown), masks=masks)
 
 
-def _beside(model: Model, samples: Calibration) -> Calibration:
+def _on_device_of(model: Model, samples: Calibration) -> Calibration:
     """Return the samples on the device of the model."""
     weights = kind_of(model).tensors(model)
     device = next((weight.device for weight in weights.values()), torch.device("cpu"))
@@ -183,12 +187,13 @@ def _beside(model: Model, samples: Calibration) -> Calibration:
 
 
 def _guarded_batch(model: Model, samples: Calibration) -> int | None:
-    """Return the batch size of the example that a model brings, where it refuses others though its batch is dynamic.
+    """Return the batch size of the example that a model brings if it refuses others, although its batch is dynamic.
 
-    torch.export guards the choice of a kernel that depends on the batch, as some convolutions' does.
+    torch.export adds a guard where the choice of a kernel depends on the batch size, as for some convolutions.
     """
     kind = kind_of(model)
     module, example = kind.runnable(model), kind.brought_inputs(model)
+    # The sizes that will occur: full batches, and a smaller last one.
     sizes = {samples.batch_size, samples.count % samples.batch_size or samples.batch_size}
     if example is None or all(_takes(module, samples, size) for size in sizes):
         return None
@@ -199,7 +204,7 @@ def _takes(module: nn.Module, samples: Calibration, size: int) -> bool:
     args, kwargs = next(iter(replace(samples, batch_size=size)))
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch about itself
+            warnings.simplefilter("ignore")  # torch's warnings about its own code
             module(*args, **kwargs)
     except Exception:  # a model may raise anything on inputs that do not fit
         return False
@@ -209,18 +214,18 @@ def _takes(module: nn.Module, samples: Calibration, size: int) -> bool:
 def _fill(samples: Calibration, size: int) -> Calibration:
     whole = samples.count // size * size
     if not whole:
-        what = f"{samples.count} calibration samples for a program that was exported for batches of {size}"
+        what = f"the program was exported for batches of {size}, but there are {samples.count} calibration samples"
         raise InputError(what, allowed=f"at least {size}", next_step="give more, or export with a dynamic batch size")
     return replace(samples.take(slice(whole)), batch_size=size, exact=True)
 
 
 def _items(calibration: Any) -> Iterable[Any]:
-    """Return the inputs one by one, each of one or more samples."""
+    """Return what was given as a sequence of inputs, each of one or more samples."""
     if isinstance(calibration, Tensor | np.ndarray | Mapping):
         return [calibration]
     if isinstance(calibration, Iterable):
         return calibration
-    raise InputError(f"calibration inputs of type {type(calibration).__name__}", allowed=_ALLOWED)
+    raise InputError(f"calibration inputs have the type {type(calibration).__name__}", allowed=_ALLOWED)
 
 
 def _length(inputs: Inputs) -> int:
@@ -232,18 +237,19 @@ def _length(inputs: Inputs) -> int:
 
 
 def samples_in(model: Model, inputs: Inputs) -> int:
-    """Return the number of samples in example inputs, or in those that a program brings; 1 where there are none."""
+    """Return the number of samples in a program's own example inputs, else in ``inputs``; 1 where there are none."""
     kind = kind_of(model)
     given = kind.brought_inputs(model) if kind.brings_inputs() else inputs
     return next((len(leaf) for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 
 def _join(items: Sequence[Inputs], batch_size: int) -> Calibration:
-    """Put the samples of all inputs one after another.
+    """Return the samples of all inputs, one after another.
 
     Raises:
-        InputError: inputs that differ in more than the number of samples.
+        InputError: the inputs differ in more than the number of samples.
     """
+    # One column a leaf: an input whose structure differs from the first is missing in it, and `_concatenate` sees that.
     flat = [pytree.tree_flatten(item) for item in items]
     lengths = [_length(item) for item in items]
     (first, structure), leaves, sampled = flat[0], [], []

@@ -1,16 +1,17 @@
-"""How much the output of a model minds an error in the output of each site, from gradients on calibration inputs.
+"""How much an error in the output of each site changes the model's output, from gradients on calibration inputs.
 
-For the model's output f and a random direction v, the gradient g of <v, f> with respect to a site's output y says by
-how much f moves: |df|^2 = E_v <v, df>^2 = E <g, dy>^2 to first order. With g taken as independent of the error dy and
-of itself at other positions (as K-FAC does: Martens and Grosse 2015, arXiv 1503.05671), that is tr(G E[dy dy^T]) for
+For the model's output f and a random direction v, the gradient g of <v, f> with respect to a site's output y says how
+far an error dy moves f: |df|^2 = E_v <v, df>^2 = E <g, dy>^2 to first order. Assume that g is independent of dy, and of
+g at other positions (as K-FAC does: Martens and Grosse 2015, arXiv 1503.05671). Then |df|^2 = tr(G E[dy dy^T]) for
 
     G = E[sum g g^T]    (groups, O, O), the sum over the positions of a run, the mean over runs
 
-and f taken relative to its norm, so that tr(G E) is the squared relative error of the output; of several outputs the
-mean of theirs. Of N gradients of O channels the share O / (O + N) of G is given to the identity of the same trace: what
-few gradients have not shown is not taken for harmless (Ledoit and Wolf 2004 shrink so).
+f is taken relative to its norm, so that tr(G E) is the squared relative error of the output; for several outputs it is
+the mean of their squared errors. With N gradients of O channels, G is mixed with the identity of the same trace, which
+gets the share O / (O + N): a direction that few gradients have not shown may still matter (Ledoit and Wolf 2004 shrink
+so).
 
-One backward pass for each batch. Positions that a mask hides count neither in outputs nor at sites.
+There is one backward pass for each batch. Positions that a mask hides count neither in outputs nor at sites.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from surgery.text import first_line
 
 __all__ = ["with_sensitivity"]
 
-_SAMPLES, _BATCH = 512, 8
+_SAMPLES, _BATCH = 512, 8  # samples at most, in batches of at most this size
 
 
 def with_sensitivity(
@@ -48,20 +49,20 @@ def with_sensitivity(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Mapping[str, Moments]:
-    """Return the moments with the sensitivity of each site, from at most so many samples in small batches.
+    """Return the moments with the sensitivity of each site, from at most ``samples`` samples in small batches.
 
-    A site that no gradient reaches keeps its moments without one.
-    ``progress`` gets ("differentiate", batches done, of all).
+    The moments of a site that no gradient reaches have no sensitivity. ``seed`` decides the random directions.
+    ``progress`` is called with ("differentiate", batches done, all batches).
 
     Raises:
         InputError: the model has no output to differentiate, or cannot be differentiated.
     """
     observed = observe(model, next(iter(batches)))
     few = _small(batches, samples)
-    spots = [spot for spot in observed.find().placements if spot.site.name in moments]
-    visible = VisibleRows(observed, few, spots)
+    placements = [placement for placement in observed.find().placements if placement.site.name in moments]
+    visible = VisibleRows(observed, few, placements)
     outputs = VisibleOutputs(lambda batch: _leaves(observed.run(batch)), few)
-    found = {spot.site.name: _tapped(observed, spot, visible) for spot in spots}
+    found = {placement.site.name: _tapped(observed, placement, visible) for placement in placements}
     generator = torch.Generator().manual_seed(seed)
     for done, batch in enumerate(few):
         if progress is not None:
@@ -88,10 +89,12 @@ def _leaves(output: object) -> list[Tensor]:
 
 
 def _backward(leaves: Sequence[Tensor], visible: Sequence[Tensor | None], generator: torch.Generator) -> None:
+    # The scalar <v, f> of the module docstring: each output is divided by its norm, and all by the square root of their
+    # number k, so that the expected square of its change is the mean of k squared relative errors.
     total: Tensor | None = None
     share = max(1, len(leaves)) ** -0.5
     for leaf, mask in zip(leaves, visible, strict=True):
-        # drawn for each output: what others get must not depend on which sites are wanted
+        # Drawn even if unused: the directions of later outputs must not depend on which sites are chosen.
         direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float32, device="cpu").to(leaf)
         if leaf.requires_grad:
             shown = leaf if mask is None else leaf.masked_fill(~mask, 0.0)
@@ -99,23 +102,23 @@ def _backward(leaves: Sequence[Tensor], visible: Sequence[Tensor | None], genera
             part = (shown * direction).sum() * (share / scale.to(leaf.dtype))
             total = part if total is None else total + part
     if total is None:
-        raise InputError("the model has no output that depends on its operators by gradients")
+        raise InputError("no gradient leads from an output of the model to its operators")
     try:
         total.backward()
     except RuntimeError as error:
         raise InputError(f"the model cannot be differentiated: {first_line(error)}") from error
 
 
-def _tapped(observed: Observed, spot: Placement, visible: VisibleRows) -> _Gram:
-    """Return the sums over gradients at a site's calls, in runs from now on."""
-    gram = _Gram(spot.site.operator)
-    for call in spot.calls:
-        observed.tap(call, lambda y: gram.tap(y, visible.now(observed, spot)))
+def _tapped(observed: Observed, placement: Placement, visible: VisibleRows) -> _Gram:
+    """Return the sums over gradients at a site's calls in later runs."""
+    gram = _Gram(placement.site.operator)
+    for call in placement.calls:
+        observed.tap(call, lambda y: gram.tap(y, visible.now(observed, placement)))
     return gram
 
 
 class _Gram:
-    """The sum of g g^T over the positions of a site's outputs, those that masks show."""
+    """The sum of g g^T over the visible positions of a site's outputs."""
 
     def __init__(self, operator: Operator) -> None:
         self.count = 0
@@ -124,13 +127,15 @@ class _Gram:
         self._sum = operator.weight.new_zeros(self._groups, self._out, self._out, dtype=torch.float64)
 
     def mean(self, runs: int) -> Tensor:
-        """Return G, shrunk."""
+        """Return G, mixed with the identity."""
+        # The mean of the diagonal is the level at which the identity has the same trace.
         mean, share = self._sum / runs, self._out / (self._out + self.count)
         level = mean.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         return (1 - share) * mean + share * level * torch.eye(self._out, dtype=mean.dtype, device=mean.device)
 
     def tap(self, y: Tensor, masks: Masks) -> Tensor:
-        """Return the output as a value of its own, whose gradient is added when it is known."""
+        """Return a copy of the output whose gradient is added to the sum in the backward pass."""
+        # A new leaf starts the graph at the first site; its clone, unlike a leaf, may be changed in place later.
         own = y.detach().requires_grad_().clone() if not y.requires_grad else y.clone()
         own.register_hook(lambda gradient: self._add(gradient, masks))
         return own

@@ -1,23 +1,23 @@
-"""Fit sites one after another: each to give what it gave in the original from what the factored network feeds it.
+"""Fit sites one after another: each site is fitted to the original's outputs on the inputs of the factored network.
 
-Where the sites before it have been factored, a site reads x' in the place of x, and what is added to its output, as the
-other branch of a residual connection is, is r' in the place of r. Of all operators on x' the one that comes nearest to
-the original's sum is the regression (Zhang et al. 2015, arXiv 1505.06798, fit their layers so, without the branch)
+Once earlier sites are factored, a site reads x' instead of x. If a tensor is added to its output, such as the other
+branch of a residual connection, that tensor is r' instead of r. The operator on x' whose sum comes nearest to the
+original's is the regression (Zhang et al. 2015, arXiv 1505.06798, fit their layers so, without the branch)
 
     W* = W + E[l x'^T] E[x' x'^T]^-1,        l = (W x + r) - (W x' + r')
 
-    E |W x + r - (W' x' + r')|^2  =  tr((W* - W') E[x' x'^T] (W* - W')^T) + what no W' can
+    E |W x + r - (W' x' + r')|^2  =  tr((W* - W') E[x' x'^T] (W* - W')^T) + a rest that does not depend on W'
 
-so that a chain is fitted to W* under the moments of x', and takes back what of the errors before it can be told from
-x'. Where the mean is taken up behind the operator, by a bias or a normalisation, moments are central ones, and the bias
-is b* = b + E[l] - (W* - W) m'. A ridge pulls W* towards W. So does a share that is found by cross-validation: few
-columns make a regression that holds for them alone, and how much of it holds in one half of the batches when it is
-found in the other is measured.
+l is the lag of the changed network behind the original. A chain is fitted to W* under the moments of x', and so
+corrects the part of earlier errors that x' explains. If a bias or a normalisation absorbs the mean of the output,
+moments are central, and the bias is b* = b + E[l] - (W* - W) m'. Two things pull W* towards W, because a regression on
+few columns overfits them: a ridge, and a factor between 0 and 1 from cross-validation. The factor measures how much of
+the regression on one half of the batches holds on the other half.
 
-There is an r where nothing reads the output but its addition to a tensor of the same shape. Of sites that are fitted at
-once the first such site alone has one, and only if r is not the output of another: what two sites make up for is made
-up for twice. The outputs of the original are read once; those of the changed network at the same positions. A site that
-is called on other numbers of rows there has no target.
+There is an r only if nothing reads the output except its addition to a tensor of the same shape. Among sites that are
+fitted together, only the first such site gets an r, and only if r is not the output of another site; otherwise two
+sites would correct the same error. The outputs of the original are read once, and those of the changed network at the
+same positions. A site that is called on another number of rows in the changed network has no target.
 """
 
 from __future__ import annotations
@@ -48,45 +48,47 @@ __all__ = ["Originals", "Target"]
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """What to fit a chain to: an operator, for inputs of these moments."""
+    """What to fit a chain to: the operator W* with bias b*, on inputs x' with these moments."""
 
     operator: Operator
     moments: Moments
 
 
 class Originals:
-    """What some sites of a model put out in a run over all samples, at as many positions as moments take; in memory."""
+    """The outputs of some sites of the original over all samples, kept in memory at the positions that moments use."""
 
     def __init__(self, model: Model, samples: Calibration, sites: Mapping[str, Moments]) -> None:
         self._samples, self._moments = samples, sites
         observed = observe(model, next(iter(samples)))
-        spots = _spots(observed, sites)
-        self._visible = VisibleRows(observed, samples, spots)
-        self._records = {spot.site.name: _Record(spot, len(samples)) for spot in spots}
-        for spot in spots:
-            self._records[spot.site.name].follow(observed, spot, self._visible)
+        placements = _placements(observed, sites)
+        self._visible = VisibleRows(observed, samples, placements)
+        self._records = {placement.site.name: _Record(placement, len(samples)) for placement in placements}
+        for placement in placements:
+            self._records[placement.site.name].follow(observed, placement, self._visible)
         for batch in samples:
             observed.run(batch)
 
     def targets(
         self, changed: Model, sites: Collection[str], norms: Reference, centred: Collection[str]
     ) -> dict[str, Target]:
-        """Return the targets of some sites in a changed model, whose batch norms are corrected on the way, in place.
+        """Return the targets of some sites in a changed model, by site name.
 
-        ``norms`` is what reached the batch norms of the original. ``centred`` are the sites whose mean is taken up.
+        The batch norms of the changed model are corrected in place, in the same run; ``norms`` is their reference, from
+        the original. ``centred`` names the sites whose mean a bias or a normalisation absorbs.
         """
         records: dict[str, _Record] = {}
 
         def watch(observed: Observed) -> None:
-            for spot in _spots(observed, sites):
-                if spot.site.name in self._records:
-                    records[spot.site.name] = record = _Record(spot, len(self._samples))
-                    self._visible.watch(observed, spot, record.read)
-                    record.follow(observed, spot, self._visible)
+            for placement in _placements(observed, sites):
+                if placement.site.name in self._records:
+                    records[placement.site.name] = record = _Record(placement, len(self._samples))
+                    self._visible.watch(observed, placement, record.read)
+                    record.follow(observed, placement, self._visible)
 
-        reestimate_batch_norm(changed, self._samples, reference=norms, beside=watch)
+        reestimate_batch_norm(changed, self._samples, reference=norms, also_watch=watch)
+        # A site gets a target if it ran on as many rows as in the original; the first that qualifies also gets r.
         alike = {name: record for name, record in records.items() if record.is_like(self._records[name])}
-        summed = (name for name, r in alike.items() if r.summed and self._records[name].summed and not r.beside)
+        summed = (name for name, r in alike.items() if r.summed and self._records[name].summed and not r.adds_site)
         first = next(summed, None)
         found: dict[str, Target] = {}
         for name, record in alike.items():
@@ -95,44 +97,45 @@ class Originals:
         return found
 
 
-def _spots(observed: Observed, sites: Collection[str]) -> list[Placement]:
-    return [spot for spot in observed.find().placements if spot.site.name in sites]
+def _placements(observed: Observed, sites: Collection[str]) -> list[Placement]:
+    return [placement for placement in observed.find().placements if placement.site.name in sites]
 
 
 class _Record:
-    """What one site reads and puts out in a run, at random positions that are the same in each run."""
+    """Inputs and outputs of one site in a run, at random positions that are the same in each run."""
 
-    def __init__(self, spot: Placement, batches: int) -> None:
-        self.operator, self.calls = spot.site.operator, len(spot.calls)
-        self.columns: list[Tensor] = []  # of each call (groups, rows, n)
-        self._rows, seed = rows_of(spot, batches), zlib.crc32(spot.site.name.encode())
+    def __init__(self, placement: Placement, batches: int) -> None:
+        self.operator, self.calls = placement.site.operator, len(placement.calls)
+        self.columns: list[Tensor] = []  # for each call (groups, rows, n)
+        # Both generators start alike, so that outputs are read where inputs are; the seed is that of the site's name.
+        self._rows, seed = rows_of(placement, batches), zlib.crc32(placement.site.name.encode())
         self._reads, self._sees = (torch.Generator().manual_seed(seed) for _ in range(2))
-        self._outputs: list[Tensor] = []  # likewise (groups, rows, outputs)
-        self._added: dict[int, Tensor] = {}  # likewise, by the number of the call
+        self._outputs: list[Tensor] = []  # for each call (groups, rows, outputs)
+        self._added: dict[int, Tensor] = {}  # r of the same shape, by the number of the call
         self._spoiled = False
-        self.beside = False  # whether what was added is the output of another site
+        self.adds_site = False  # whether r is the output of another site
 
     def read(self, x: Tensor, masks: Masks) -> None:
-        """Keep what the site reads."""
+        """Keep the columns of one input of the site."""
         blocks = read_columns(self.operator, x, rows=self._rows, generator=self._reads, masks=masks)
         self.columns.append(torch.cat(list(blocks), 1))
 
-    def follow(self, observed: Observed, spot: Placement, visible: VisibleRows) -> None:
-        """Keep what the site puts out in runs from now on, and what is added to it."""
+    def follow(self, observed: Observed, placement: Placement, visible: VisibleRows) -> None:
+        """Keep the site's outputs in later runs, and what is added to them."""
 
         def see(y: Tensor) -> Added:
-            masks = visible.now(observed, spot)
+            masks = visible.now(observed, placement)
             reader = output_reader(self.operator, y, rows=self._rows, generator=self._sees, masks=masks)
             call = len(self._outputs)
             self._outputs.append(reader(y))
 
-            def add(r: Tensor, beside: bool) -> None:
+            def add(r: Tensor, is_site: bool) -> None:
                 self._added[call] = reader(r)
-                self.beside |= beside
+                self.adds_site |= is_site
 
             return add
 
-        for call in spot.calls:
+        for call in placement.calls:
             observed.follow(call, see, self._spoil)
 
     def _spoil(self) -> None:
@@ -140,20 +143,20 @@ class _Record:
 
     @property
     def summed(self) -> bool:
-        """Whether all that became of each output is that something was added to it."""
+        """Whether nothing but one addition has read each output."""
         return not self._spoiled and len(self._added) == len(self._outputs)
 
     def is_like(self, other: _Record) -> bool:
-        """Whether both have the same calls, with as many rows in each; what data decide may differ."""
+        """Whether both records have the same calls with the same numbers of rows; these may depend on the data."""
         return [y.shape for y in self._outputs] == [y.shape for y in other._outputs] and bool(self._outputs)
 
     def outputs(self, *, summed: bool) -> list[Tensor]:
-        """Return what the site put out at each call, with what was added to it if ``summed``."""
+        """Return the site's output at each call, plus r if ``summed``."""
         return [y + self._added[call] if summed else y for call, y in enumerate(self._outputs)]
 
 
 class _Pairs:
-    """Sums over columns x' and what is to be made up for there, l, in float64, in two halves of the batches."""
+    """Sums of columns x' and of their lag l in float64, separately for two halves of the batches."""
 
     def __init__(self, original: _Record, changed: _Record, *, summed: bool) -> None:
         self._operator = operator = changed.operator
@@ -161,12 +164,13 @@ class _Pairs:
         n, self._taps = torch.Size(rest).numel(), torch.Size(rest[1:]).numel()
         self._counts = [0, 0]
         new = operator.weight.new_zeros
+        # Sums over the columns of each half: of l, x', l x'^T and x' x'^T.
         self._lag, self._mean = (new(2, groups, size, dtype=torch.float64) for size in (out, n))
         self._crossed, self._second = (new(2, groups, size, n, dtype=torch.float64) for size in (out, n))
         calls = zip(changed.columns, original.outputs(summed=summed), changed.outputs(summed=summed), strict=True)
         for number, (x, before, after) in enumerate(calls):
             half = number // changed.calls % 2
-            now, lag = x.double(), before.double() - after.double()  # a mean may be far above the deviation from it
+            now, lag = x.double(), before.double() - after.double()  # float64: a mean may far exceed the deviation
             self._counts[half] += now.shape[1]
             self._lag[half] += lag.sum(1)
             self._mean[half] += now.sum(1)
@@ -174,7 +178,7 @@ class _Pairs:
             self._second[half] += now.mT @ now
 
     def target(self, sensitivity: Tensor | None, *, centred: bool) -> Target:
-        """Return W* with b*, and the moments of x'."""
+        """Return W* and b*, with the moments of x'."""
         operator, count = self._operator, sum(self._counts)
         lag, mean = (sums.sum(0).unsqueeze(-1) / count for sums in (self._lag, self._mean))
         moments = Moments(count, mean.squeeze(-1), Metric((self._second.sum(0) / count,), self._taps), sensitivity)
@@ -188,9 +192,11 @@ class _Pairs:
         return Target(target, moments)
 
     def _sums(self, half: int, lag: Tensor, mean: Tensor, *, centred: bool) -> tuple[Tensor, Tensor, int]:
-        """Return the sums of l x'^T and of x' x'^T in a half, and the number of columns."""
+        """Return the sums of l x'^T and of x' x'^T over one half, and the number of its columns."""
         crossed, second, count = self._crossed[half], self._second[half], self._counts[half]
-        if centred:  # around the means of both halves: (l - E l)(x' - m')^T, and so on
+        if centred:
+            # The sum of (l - E l)(x' - m')^T, expanded, with the means E l and m' of both halves together;
+            # and likewise that of (x' - m')(x' - m')^T.
             then, here = self._lag[half].unsqueeze(-1), self._mean[half].unsqueeze(-1)
             crossed = crossed - then @ mean.mT - lag @ here.mT + count * lag @ mean.mT
             second = second - here @ mean.mT - mean @ here.mT + count * mean @ mean.mT
@@ -198,16 +204,17 @@ class _Pairs:
 
 
 def _regression(halves: Sequence[tuple[Tensor, Tensor, int]]) -> Tensor:
-    """Return by how much W moves: the regression of l on x', as much of it as holds in the other half.
+    """Return W* - W: the regression of l on x', times the factor that holds on the other half.
 
-    With V from one half and the sums of the other the share s lowers E |l - s V x'|^2 the most at
-    ``s = <l x'^T, V> / <V C, V>``; for one half alone the share N / (n + N) of N columns has to do.
+    For V from one half and the sums of the other, ``s = <l x'^T, V> / <V C, V>`` is the factor that minimises
+    E |l - s V x'|^2. With one half alone, the factor is N / (n + N) for N columns of n values.
     """
     lags, seconds, counts = zip(*halves, strict=True)
     total, columns = sum(counts), seconds[0].shape[-1]
     whole = _solve(sum(lags), sum(seconds))
     if len(halves) < 2:
         return whole * total / (total + columns)
+    # Each half predicts the other, and the two are pooled into one factor, cut to between 0 and 1.
     explained = energy = whole.new_zeros(())
     for one, other in ((0, 1), (1, 0)):
         moved = _solve(lags[one], seconds[one])
@@ -218,6 +225,6 @@ def _regression(halves: Sequence[tuple[Tensor, Tensor, int]]) -> Tensor:
 
 
 def _solve(lag: Tensor, second: Tensor) -> Tensor:
-    """Return ``E[l x'^T] (C + ridge)^-1``, where C may be nothing but what rounding left of a covariance."""
+    """Return ``E[l x'^T] (C + ridge)^-1``; C may be a covariance of which only rounding errors are left."""
     _, inverse = triangles(second, RIDGE)
     return lag @ inverse.mT @ inverse

@@ -1,12 +1,12 @@
-"""Stand-in data, for those who give none: inputs that a model could get, made from the model itself.
+"""Stand-in data for users who give none: plausible inputs, made from the model and its example inputs.
 
     floats     the example inputs, and noise with their mean and deviation, smooth along the last two axes where there
-               are two; where the model has batch norms the noise is moved, by gradients, until what reaches them has
-               the running statistics that training left there (Yin et al. 2020, arXiv 1912.08795)
-    ids        whole numbers of the table that the input is looked up in, else those of the example in another order
+               are two; if the model has batch norms, gradient steps move the noise until the inputs of the batch norms
+               have the running statistics that training left there (Yin et al. 2020, arXiv 1912.08795)
+    ids        random rows of the table that the input is looked up in, or else the example's ids in another order
     the rest   as in the example: masks, flags, positions, states
 
-What is measured on such data says how a model behaves near the inputs that it was made for, no more.
+Measurements on such data say how a model behaves near the inputs that it was made for, and nothing more.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ from surgery.sites.placement import Found
 __all__ = ["GLANCE", "Effort", "StandIn", "stand_in"]
 
 _BATCH = 16
-_RATE = 0.1  # of the deviation of the inputs, the first step
-_KEPT = ("position", "type", "segment")  # in names of whole numbers that are no free choice
+_RATE = 0.1  # the first step, in deviations of the inputs
+_KEPT = ("position", "type", "segment")  # words in the names of whole-number inputs that cannot be random
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How many samples to make, and in how many steps to match batch norms: at least, at most, and for how much work.
+    """How many samples to make, and how many steps to take to match batch norms.
 
-    ``pass_`` bounds the multiply-accumulates of one pass over all samples, ``work`` those of all steps.
+    ``samples`` and ``steps`` are (fewest, most). Between these, ``pass_`` bounds the multiply-accumulates of one pass
+    over all samples, and ``work`` those of all steps.
     """
 
     samples: tuple[int, int] = (16, 48)
@@ -50,11 +51,11 @@ class Effort:
     work: float = 1e11
 
     def samples_at(self, macs: float) -> int:
-        """Return how many samples to make where one takes so many multiply-accumulates."""
+        """Return how many samples to make where one sample takes ``macs`` multiply-accumulates."""
         return int(max(self.samples[0], min(self.samples[1], self.pass_ / max(macs, 1.0))))
 
     def steps_at(self, macs: float) -> int:
-        """Return how many steps to take where a pass takes so many multiply-accumulates."""
+        """Return how many steps to take where one pass takes ``macs`` multiply-accumulates."""
         return int(max(self.steps[0], min(self.steps[1], self.work / max(3 * macs, 1.0))))
 
 
@@ -63,7 +64,7 @@ GLANCE = Effort(samples=(8, 8), steps=(8, 16))
 
 @dataclass(frozen=True, eq=False)
 class StandIn:
-    """Made-up samples, and in a few words what they are."""
+    """Made-up samples; ``what`` describes them in a few words."""
 
     samples: Calibration
     what: str
@@ -78,17 +79,17 @@ def stand_in(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> StandIn | Refusal:
-    """Return made-up samples for a model, or why none can be made; ``found`` are its sites.
+    """Return made-up samples for a model, or a refusal that says why none can be made.
 
-    ``inputs`` are its example inputs, none for a program that brings its own. ``progress`` gets ("match", steps done,
-    of all) where batch norms are matched.
+    ``inputs`` are the model's example inputs, or empty for a program that brings its own; ``found`` are its sites.
+    While batch norms are matched, ``progress`` is called with ("match", steps done, all steps).
     """
     effort = effort or Effort()
     kind = kind_of(model)
     example = inputs if any(inputs) else kind.brought_inputs(model)
     leaves, structure = pytree.tree_flatten(example)
     if example is None or not any(isinstance(leaf, Tensor) and leaf.dim() and leaf.numel() for leaf in leaves):
-        return Refusal("its example inputs have no tensor to make others from")
+        return Refusal("its example inputs hold no tensor to make others from")
     signature = kind.signature(model, inputs)
     makers = [_Maker(leaf, ids) for leaf, ids in zip(leaves, _ids(model, example, signature, found), strict=True)]
     size = samples_in(model, inputs)
@@ -103,7 +104,7 @@ def stand_in(
             what = _what(makers, matched=matched is not None)
             return StandIn(read_calibration([example, *(matched or made)], model, inputs, batch_size=_BATCH), what)
     except InputError as error:
-        return Refusal(f"it takes no made-up inputs: {error.what}")
+        return Refusal(f"it does not take made-up inputs: {error.what}")
 
 
 def _as_inputs(leaves: Sequence[Any], structure: pytree.TreeSpec) -> Inputs:
@@ -112,7 +113,7 @@ def _as_inputs(leaves: Sequence[Any], structure: pytree.TreeSpec) -> Inputs:
 
 
 def _what(makers: Sequence[_Maker], *, matched: bool) -> str:
-    """Say what the samples are."""
+    """Describe the samples in a few words."""
     if matched:
         return "inputs made to match its batch norms"
     kinds = [kind for kind in ("noise", "random ids") if any(maker.kind == kind for maker in makers)]
@@ -120,14 +121,15 @@ def _what(makers: Sequence[_Maker], *, matched: bool) -> str:
 
 
 def _ids(model: Model, example: Inputs, signature: Signature, found: Found) -> list[int | None]:
-    """Return for each flat input how many ids its table has; 0 for whole numbers that are to stay as they are."""
+    """Return how many ids the table of each flat input has: None if not known, 0 for an input that must not change."""
     declared = kind_of(model).declared_inputs(model, example, signature)
     tables: dict[tuple[int, ...], int] = {}
-    for spot in found.placements:
-        operator = spot.site.operator
+    # Whole numbers that an embedding reads directly are bounded by its table; the shape of the input identifies them.
+    for placement in found.placements:
+        operator = placement.site.operator
         if operator.reads_indices:
             rows = len(operator.weight)
-            for shape in spot.site.input_shapes:
+            for shape in placement.site.input_shapes:
                 tables[tuple(shape)] = min(rows, tables.get(tuple(shape), rows))
     ids: list[int | None] = []
     for name, leaf in zip(leaf_names(signature.names, example), pytree.tree_leaves(example), strict=True):
@@ -140,14 +142,14 @@ def _ids(model: Model, example: Inputs, signature: Signature, found: Found) -> l
 
 @dataclass(frozen=True, eq=False)
 class _Maker:
-    """Makes values like one flat input; ``ids`` as ``_ids`` says."""
+    """Makes values like one flat input; ``ids`` is what ``_ids`` returns for it."""
 
     like: Any
     ids: int | None
 
     @property
     def kind(self) -> str:
-        """ "noise", "random ids" or "" for what stays as it is."""
+        """How values are made: "noise", "random ids", or "" for an input that stays as it is."""
         if not isinstance(self.like, Tensor) or not self.like.dim() or not self.like.numel():
             return ""
         if self.ids == 0 or self.like.is_complex() or self.like.dtype == torch.bool:
@@ -167,7 +169,8 @@ class _Maker:
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Return noise of the mean and the deviation of a tensor, of a random smoothness where that has two axes."""
+    """Return noise with the mean and the deviation of a tensor; images get noise of a random smoothness."""
+    # Images are smooth: most of the noise is drawn on a grid of 0.1 to 0.6 times the size, and interpolated.
     shape = tuple(like.shape)
     noise = torch.randn(shape, generator=generator)
     if len(shape) == 4 and min(shape[2:]) >= 8:
@@ -182,7 +185,7 @@ def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _match_norms(model: Model, samples: Calibration, steps: int, progress: Progress | None) -> list[Inputs] | None:
-    """Return the batches, moved until what reaches the batch norms has their statistics; None where there are none."""
+    """Return the batches, moved until the inputs of batch norms have their statistics; None if nothing can be moved."""
     observed = observe(model, next(iter(samples)))
     distances = NormDistances(observed)
     found: list[Inputs] = []
@@ -192,6 +195,7 @@ def _match_norms(model: Model, samples: Calibration, steps: int, progress: Progr
         leaves = [row[at].detach().clone().requires_grad_() for at in places]
         if not leaves:
             return None
+        # Each batch is optimised by itself: its inputs are the variables, and the model is fixed.
         deviation = torch.stack([leaf.detach().float().std() for leaf in leaves]).mean()
         optimizer = torch.optim.Adam(leaves, lr=_RATE * float(deviation.clamp(min=1e-3)))
         for done in range(steps):

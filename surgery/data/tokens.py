@@ -3,10 +3,10 @@
     [101, 7592, 102]
     {"input_ids": [101, 7592, 2088, 102], "token_type_ids": [0, 0, 0, 0]}
 
-Shorter sequences are padded with zeros behind, to the longest or to the only length that the model takes; what is
-longer than it takes is cut. A mask that the model has and a line lacks is made: ones for tokens, zeros for padding
-(or as the name has it). Where the model must have them, position_ids are 0, 1, 2, ..., and inputs of the shape of the
-ids are zeros.
+Shorter sequences are padded with zeros at the end, to the longest sequence or to the only length that the model takes.
+Sequences longer than the model takes are cut. If the model has a mask and a line lacks it, the mask is made: ones for
+tokens and zeros for padding, or the reverse where the mask's name means that. Inputs that the model requires and a line
+lacks are made too: position_ids are 0, 1, 2, ..., and other inputs of the shape of the ids are zeros.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _LINE = "a list of token ids, or an object of lists by input name, on each line"
 _LABELS = {"label", "labels", "target", "targets", "y"}
 _DECODER = "decoder_"
 _MOST = 2**63
-_LONG = 60  # characters that are shown
-_MOST_TEXT = 1 << 26  # characters of the lines that are read: as numbers they take ten times as much
+_LONG = 60  # characters shown of a value in a message
+_MOST_TEXT = 1 << 26  # characters read from a file; as numbers they take about ten times the memory
 _MOST_NUMBERS = 1 << 26  # in all samples of an input, after padding
 
 
 def is_label(name: str) -> bool:
-    """Whether a name in a file is one of labels, which no model needs to run."""
+    """Return whether a name in a file is a name of labels. No model needs labels to run."""
     return name in _LABELS or name.endswith(("_label", "_labels"))
 
 
 def partner_of(name: str, ids: str) -> str:
-    """Return the input of ids whose tokens another input marks.
+    """Return the name of the ids input whose tokens the input ``name`` marks; ``ids`` is the model's main one.
 
     >>> partner_of("attention_mask", "input_ids"), partner_of("decoder_attention_mask", "input_ids")
     ('input_ids', 'decoder_input_ids')
@@ -56,7 +56,7 @@ def partner_of(name: str, ids: str) -> str:
 
 @dataclass(frozen=True)
 class _Line:
-    """The sequences of one sample by input name; ``where`` names file and line."""
+    """The sequences of one sample by input name; ``where`` is the file and line, for messages."""
 
     where: str
     values: Mapping[str, list[int]]
@@ -64,7 +64,7 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Form:
-    """What lines are read for: the model's inputs, and the name of that of the ids."""
+    """What the lines of a file must fit: the model's inputs, of which ``ids`` holds the token ids."""
 
     path: Path
     ids: str
@@ -75,20 +75,20 @@ class _Form:
 def read_tokens(
     path: Path, signature: Signature, declared: Mapping[str, Declared], *, limit: int | None
 ) -> dict[str, Tensor]:
-    """Return the first ``limit`` samples of a file as whole numbers (samples, length), by input name.
+    """Return the first ``limit`` samples of a file: int64 tensors (samples, length) by input name.
 
     Raises:
-        FileError: a file or a line that cannot be used, or sequences of several lengths for a model without a mask.
+        FileError: the file or a line cannot be used, or sequences differ in length and the model has no mask.
     """
     form = _Form(path, _ids_name(signature, declared), signature, declared)
     known = declared.get(form.ids)
     if known is not None and (known.dtype.is_floating_point or len(known.sizes) != 2):
         kind = str(known.dtype).removeprefix("torch.")
-        what = f"{shown_path(path)}: token ids, but the input {form.ids} is {kind} with {len(known.sizes)} axes"
+        what = f"{shown_path(path)}: holds token ids, but {form.ids} is {kind} with {len(known.sizes)} axes"
         raise FileError(what, next_step="give an .npz file of arrays by input name")
     lines = list(islice(_lines(form), limit))
     if not lines:
-        raise FileError(f"{shown_path(path)}: there is no sample in it", allowed=_LINE)
+        raise FileError(f"{shown_path(path)}: holds no sample", allowed=_LINE)
     made = {name: _column(form, name, lines) for name in _wanted(form, lines)}
     for name in {form.ids, f"{_DECODER}input_ids"} & set(made):
         _check_padding(form, name, lines, made)
@@ -99,13 +99,14 @@ def _ids_name(signature: Signature, declared: Mapping[str, Declared]) -> str:
     names = signature.names
     if "input_ids" in names or not names:
         return "input_ids"
+    # Preferred in this order: whole numbers by declaration, names like ids or tokens, any other input, a mask.
     free = [name for name in names if not is_mask_name(name) and "type" not in name and "position" not in name]
     whole = [name for name in free if name in declared and not declared[name].dtype.is_floating_point]
     return next(iter([*whole, *(name for name in free if "ids" in name or "token" in name), *free, *names]))
 
 
 def _lines(form: _Form) -> Iterator[_Line]:
-    """Yield the lines that are not blank."""
+    """Yield the lines that are not blank, parsed and checked one by one."""
     left = _MOST_TEXT
     with open_regular(form.path) as file, io.TextIOWrapper(file, encoding="utf-8-sig") as lines:
         for number in count(1):
@@ -117,7 +118,7 @@ def _lines(form: _Form) -> Iterator[_Line]:
                 raise FileError(what, allowed="UTF-8 text") from error
             left -= len(text)
             if left < 0:
-                raise FileError(f"{where}: is past {_MOST_TEXT} characters", next_step="give fewer or shorter samples")
+                raise FileError(f"{where}: passes {_MOST_TEXT} characters", next_step="give fewer or shorter samples")
             if not text:
                 return
             if text.strip():
@@ -134,6 +135,7 @@ def _line(form: _Form, where: str, text: str) -> _Line:
     if not isinstance(value, dict):
         raise FileError(f"{where}: is {_kind(value)}", allowed=_LINE)
     names, required = form.signature.names, form.signature.required
+    # Labels are skipped, unless the model cannot run without them.
     values = {name: found for name, found in value.items() if not is_label(name) or name in required}
     for name in values:
         if name not in names and not form.signature.open_ended:
@@ -145,18 +147,18 @@ def _line(form: _Form, where: str, text: str) -> _Line:
         other = partner_of(name, form.ids)
         if other in line.values and len(found) != len(line.values[other]):
             what = f"{where}: {shown_name(name)} has {len(found)} values, {other} has {len(line.values[other])}"
-            raise FileError(what, allowed="as many of each")
+            raise FileError(what, allowed="equal numbers")
     return line
 
 
 def _sequence(form: _Form, where: str, name: str, value: Any) -> list[int]:
-    """Return a list of whole numbers from 0 on; of a mask, true and false too."""
+    """Return a checked list of whole numbers, 0 or more; a mask may hold true and false instead."""
     allowed = "a list of whole numbers, 0 or more"
     if not isinstance(value, list):
         raise FileError(f"{where}: {shown_name(name)} is {_kind(value)}", allowed=allowed)
     if not value:
         raise FileError(
-            f"{where}: {shown_name(name)} is empty", allowed=f"{allowed}, one at least", next_step="leave the line out"
+            f"{where}: {shown_name(name)} is empty", allowed=f"{allowed}, at least one", next_step="leave the line out"
         )
     kinds = int | bool if is_mask_name(name) else int
     ids = form.declared[name].ids if name in form.declared else None
@@ -180,7 +182,7 @@ def _kind(value: Any) -> str:
 
 
 def _wanted(form: _Form, lines: list[_Line]) -> list[str]:
-    """Return the names of the inputs that are given or made."""
+    """Return the names of the inputs that the lines give or that are made from them."""
     given = {name for line in lines for name in line.values}
     wanted = []
     for name in form.signature.names or given:
@@ -195,7 +197,7 @@ def _wanted(form: _Form, lines: list[_Line]) -> list[str]:
 
 
 def _is_made(form: _Form, name: str, lines: list[_Line]) -> bool:
-    """Whether a mask is made: of one axis of tokens, and one that the model needs or that has something to hide."""
+    """Whether a mask (samples, length) is made: the model requires it, or there is padding to hide."""
     other = partner_of(name, form.ids)
     lengths = {len(line.values[other]) for line in lines if other in line.values}
     if not is_mask_name(name) or not lengths or (name in form.declared and len(form.declared[name].sizes) != 2):
@@ -204,7 +206,7 @@ def _is_made(form: _Form, name: str, lines: list[_Line]) -> bool:
 
 
 def _can_be_made(form: _Form, name: str) -> bool:
-    """Whether an input that is no mask has the shape of the ids in the model's example inputs."""
+    """Whether an input that is not a mask has the shape of the ids in the model's example inputs."""
     ids, own = form.declared.get(form.ids), form.declared.get(name)
     alike = ids is not None and own is not None and ids.shape == own.shape and not own.dtype.is_floating_point
     return alike and not is_mask_name(name) and not name.startswith(_DECODER)
@@ -217,6 +219,7 @@ def _column(form: _Form, name: str, lines: list[_Line]) -> Tensor:
     if len(lines) * length > _MOST_NUMBERS:
         what = f"{shown_path(form.path)}: {shown_name(name)} would have {len(lines)} samples of {length} numbers"
         raise FileError(what, allowed=f"{_MOST_NUMBERS} numbers", next_step="give fewer or shorter samples")
+    # Padding must be hidden: a mask that hides with ones is padded with ones, and everything else with zeros.
     pad = 1 if is_mask_name(name) and hides_with_ones(name) else 0
     rows = []
     for line in lines:
@@ -238,7 +241,7 @@ def _column(form: _Form, name: str, lines: list[_Line]) -> Tensor:
 
 
 def _length(form: _Form, name: str, lines: list[_Line]) -> int:
-    """Return the only length that the model takes, or that of the longest sequence, up to what it takes."""
+    """Return the only length that the model takes; else the longest sequence's, at most what the model takes."""
     other = partner_of(name, form.ids)
     found = [form.declared[at] for at in (name, other) if at in form.declared]
     for known in found:
@@ -249,7 +252,7 @@ def _length(form: _Form, name: str, lines: list[_Line]) -> int:
 
 
 def _check_padding(form: _Form, name: str, lines: list[_Line], made: Mapping[str, Tensor]) -> None:
-    """Raise FileError where padding would be read as tokens: the model has no mask."""
+    """Raise FileError where sequences were padded or cut and the model has no mask: it would read padding as tokens."""
     if any(is_mask_name(other) and partner_of(other, form.ids) == name for other in made):
         return
     lengths = [len(line.values[name]) for line in lines if name in line.values]

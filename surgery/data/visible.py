@@ -1,11 +1,15 @@
-"""What is visible of the values in a run over samples with masks: rows of what sites read, and of a model's outputs.
+"""Which positions masks leave visible in the values of a run: in the inputs of sites, and in the model's outputs.
 
-Rows may have samples in front, or positions: torch's attention flattens (T, N, d) to (T*N, d), and a shape does not
-tell it from (N*T, d). So the order of a site's rows is seen from two runs of one batch, the samples in turn the second
-time: the rows of each sample go where it goes. A site whose rows have neither order counts them all.
+The rows of a value may be ordered by sample or by position: torch's attention flattens (T, N, d) to (T*N, d), which
+has the same shape as (N*T, d). To find the order, a batch is run twice, the second time with samples rotated by one.
+The axis along which the rows have rotated is that of the samples. A site that has no such axis counts all its rows.
 
-An output (N, T) may as well be T features of N samples. So where the shape alone does not tell, other inputs are put
-where they are hidden: such an output has hidden positions if it changes there, and not all over.
+    T = 2 positions of N = 3 samples     by sample (N*T, d)     by position (T*N, d)
+    a, b, c                              a1 a2 b1 b2 c1 c2      a1 b1 c1 a2 b2 c2
+    rotated: c, a, b                     c1 c2 a1 a2 b1 b2      c1 a1 b1 c2 a2 b2
+
+An output (N, T) may also be T features of N samples. Where the shape does not decide, the model is run once more with
+other inputs at hidden positions: the output has hidden positions if it changes there, and not everywhere.
 """
 
 from __future__ import annotations
@@ -33,54 +37,54 @@ _CLOSE = 1e-5
 
 
 class VisibleRows:
-    """The masks that apply to what each site reads.
+    """The masks that apply to the input rows of each site.
 
-    ``observed`` is run on a batch if samples have masks, before anything watches it.
+    If the samples have masks, the constructor runs ``observed`` twice, to find the order of each site's rows.
     """
 
-    def __init__(self, observed: Observed, samples: Calibration, spots: Iterable[Placement]) -> None:
+    def __init__(self, observed: Observed, samples: Calibration, placements: Iterable[Placement]) -> None:
         self._samples = samples
-        self._orders = _orders(observed, samples, list(spots)) if samples.masks else {}
+        self._orders = _orders(observed, samples, list(placements)) if samples.masks else {}
         self._batch: Inputs | None = None
         self._masks: Masks = ()
 
-    def watch(self, observed: Observed, spot: Placement, see: SeeRows) -> None:
-        """Show ``see`` what a site reads, with the masks of the batch; of this model, or of one made from it."""
+    def watch(self, observed: Observed, placement: Placement, see: SeeRows) -> None:
+        """Call ``see`` with each input of a site and its masks; ``observed`` is this model, or one made from it."""
 
         def show(x: Tensor) -> None:
-            see(x, self.now(observed, spot))
+            see(x, self.now(observed, placement))
 
-        for call in spot.calls:
+        for call in placement.calls:
             observed.watch(call, show)
 
-    def now(self, observed: Observed, spot: Placement) -> Masks:
-        """Return the masks that apply to a site's rows in the batch that runs; none where all are visible.
+    def now(self, observed: Observed, placement: Placement) -> Masks:
+        """Return the masks that apply to a site's rows in the batch that is being run; none where all rows are visible.
 
-        They are (T, N) for rows with positions in front.
+        Masks are (N, T) for rows ordered by sample, and (T, N) for rows ordered by position.
         """
-        orders = self._orders.get(spot.site.name, ())
-        if orders and self._batch is not observed.batch:
+        orders = self._orders.get(placement.site.name, ())
+        if orders and self._batch is not observed.batch:  # read the masks once for each batch
             self._batch, self._masks = observed.batch, self._samples.visible(observed.batch)
         return [mask if order == 0 else mask.T for order in orders for mask in self._masks]
 
 
-def _orders(observed: Observed, samples: Calibration, spots: Sequence[Placement]) -> dict[str, tuple[int, ...]]:
-    """Return the axis of the samples, 0 or 1, in the rows of each site, for those that have them at one of these."""
+def _orders(observed: Observed, samples: Calibration, placements: Sequence[Placement]) -> dict[str, tuple[int, ...]]:
+    """Return the axis of the samples, 0 or 1, in the rows of each site; a site with neither is left out."""
     batch = next(iter(samples))
     masks = read_masks(samples.masks, pytree.tree_leaves(batch))
     if len(masks[0]) == 1:
-        return {spot.site.name: (0, 1) for spot in spots}  # the shape tells
+        return {placement.site.name: (0, 1) for placement in placements}  # one sample: both orders are the same
     seen: list[dict[str, list[tuple[Tensor, Tensor]]]] = []
-    for spot in spots:
+    for placement in placements:
 
-        def see(x: Tensor, operator: Operator = spot.site.operator, name: str = spot.site.name) -> None:
-            front = _by_sample(operator, x, masks)
-            behind = x.new_empty(0) if operator.spatial_dims else _by_sample(operator, x, [m.T for m in masks])
-            seen[-1][name].append((front, behind))
+        def see(x: Tensor, operator: Operator = placement.site.operator, name: str = placement.site.name) -> None:
+            by_sample = _row_numbers(operator, x, masks)
+            by_position = x.new_empty(0) if operator.spatial_dims else _row_numbers(operator, x, [m.T for m in masks])
+            seen[-1][name].append((by_sample, by_position))
 
-        for call in spot.calls:
+        for call in placement.calls:
             observed.watch(call, see)
-    for inputs in (batch, _turned(batch, samples.sampled)):
+    for inputs in (batch, _rotated(batch, samples.sampled)):
         seen.append(defaultdict(list))
         observed.run(inputs)
     observed.forget()
@@ -92,41 +96,42 @@ def _orders(observed: Observed, samples: Calibration, spots: Sequence[Placement]
     return found
 
 
-def _turned(batch: Inputs, sampled: Sequence[bool]) -> Inputs:
-    """Return a batch with the last sample in front."""
+def _rotated(batch: Inputs, sampled: Sequence[bool]) -> Inputs:
+    """Return a batch whose samples are rotated by one: the last comes first."""
     leaves, structure = pytree.tree_flatten(batch)
     rows = zip(leaves, sampled, strict=True)
     args, kwargs = pytree.tree_unflatten([leaf.roll(1, 0) if many else leaf for leaf, many in rows], structure)
     return tuple(args), dict(kwargs)
 
 
-def _by_sample(operator: Operator, x: Tensor, masks: Masks) -> Tensor:
-    """Return one number of each row of a value, (N, ...) if it has the rows of a mask, (T, N, ...) of one (T, N).
+def _row_numbers(operator: Operator, x: Tensor, masks: Masks) -> Tensor:
+    """Return one number that stands for each row of a value, in the shape of the first mask that fits the rows.
 
-    Else an empty tensor.
+    The number is a fixed combination of the row's channels. Returns an empty tensor if no mask fits.
     """
     axis = None if operator.reads_indices else 1 if operator.spatial_dims else -1
     wide = x.detach() if axis is None or x.dim() < 3 else x.detach().movedim(axis, -1)
     shape = wide.shape if axis is None else wide.shape[:-1]
     along_time = bool(operator.spatial_dims) and x.dim() == 3
     for mask in masks:
-        in_front = shape[:2] == mask.shape or (along_time and len(x) == len(mask))
-        if in_front or shape == (mask.numel(),):
+        leading = shape[:2] == mask.shape or (along_time and len(x) == len(mask))
+        if leading or shape == (mask.numel(),):
             rows = wide.double() if axis is None else wide if x.dtype == torch.float64 else wide.float()
-            if axis is not None:
+            if axis is not None:  # weights without a pattern: different rows give different numbers
                 rows = rows @ torch.arange(1, rows.shape[-1] + 1, dtype=rows.dtype, device=rows.device).sin()
-            return rows if in_front else rows.view(mask.shape)
+            return rows if leading else rows.view(mask.shape)
     return x.new_empty(0)
 
 
 def _follow(first: Sequence[tuple[Tensor, ...]], second: Sequence[tuple[Tensor, ...]], axis: int) -> bool:
-    """Whether the rows of samples at an axis are where the samples are, at each call that has rows for positions."""
+    """Whether the second run's rows are the first run's, rotated along an axis, at each call that has such rows."""
     if len(first) != len(second):
         return False
     pairs = [(a[axis], b[axis]) for a, b in zip(first, second, strict=True) if a[axis].numel() or b[axis].numel()]
     for before, after in pairs:
         if before.shape != after.shape:
             return False
+        # The rows rotated with the samples if they are much nearer to the rotated rows than to the unrotated ones.
         off = float(torch.linalg.vector_norm(after - before.roll(1, axis)))
         moved = float(torch.linalg.vector_norm(after - before))
         if not off <= 0.01 * moved + _CLOSE * float(torch.linalg.vector_norm(before)):
@@ -135,40 +140,43 @@ def _follow(first: Sequence[tuple[Tensor, ...]], second: Sequence[tuple[Tensor, 
 
 
 class VisibleOutputs:
-    """What is visible of a model's outputs; ``run`` returns those of a batch, always in the same order.
+    """Which positions of a model's outputs are visible.
 
-    It is run once or twice more where samples have masks and a shape does not tell what it is.
+    ``run`` returns the outputs for a batch, always in the same order. The constructor calls it once if samples have
+    masks, and once more if the shape of an output does not decide whether its axes are samples and positions.
     """
 
     def __init__(self, run: Callable[[Inputs], Sequence[Tensor]], samples: Calibration) -> None:
         self._samples = samples
-        self._whole: set[int] = set()  # outputs that have the shape of positions, and none
+        self._unmasked: set[int] = set()  # outputs that have a mask's shape, but no positions
         batch = next((batch for batch in samples if samples.visible(batch)), None)
         if batch is None:
             return
         before = run(batch)
-        doubtful = [at for at, leaf in enumerate(before) if self._doubtful(leaf, samples.visible(batch))]
+        doubtful = [at for at, leaf in enumerate(before) if self._is_doubtful(leaf, samples.visible(batch))]
         if doubtful:
-            other, moved = _elsewhere(batch, samples)
+            other, moved = _with_other_hidden_values(batch, samples)
             after = run(other)
             for at in doubtful:
                 mask = _mask_of(samples.visible(batch), before[at])
-                assert mask is not None  # it would not be in doubt
+                assert mask is not None  # an output without a mask is never doubtful
                 if not _changes_where_hidden(before[at], after[at], mask, moved):
-                    self._whole.add(at)
+                    self._unmasked.add(at)
 
     def of(self, batch: Inputs, leaves: Sequence[Tensor]) -> Iterator[Tensor | None]:
-        """Return what is visible of each output of a batch, (N, T, 1, ...) of bool to be broadcast, or None for all."""
+        """Yield the visible positions of each output of a batch: (N, T, 1, ...) of bool, or None if all are visible."""
         masks = self._samples.visible(batch)
         for at, leaf in enumerate(leaves):
-            mask = None if at in self._whole else _mask_of(masks, leaf)
+            mask = None if at in self._unmasked else _mask_of(masks, leaf)
             yield None if mask is None else mask.reshape(*mask.shape, *(1 for _ in leaf.shape[2:]))
 
     @staticmethod
-    def _doubtful(leaf: Tensor, masks: Masks) -> bool:
+    def _is_doubtful(leaf: Tensor, masks: Masks) -> bool:
         mask = _mask_of(masks, leaf)
         if mask is None:
             return False
+        # T may count features if there is no further axis, or if a later axis is as long as T. If N = T, either axis
+        # may be that of the samples.
         count, length = mask.shape
         return leaf.dim() == 2 or count == length or length in leaf.shape[2:]
 
@@ -177,8 +185,8 @@ def _mask_of(masks: Masks, leaf: Tensor) -> Tensor | None:
     return next((mask for mask in masks if leaf.shape[:2] == mask.shape), None)
 
 
-def _elsewhere(batch: Inputs, samples: Calibration) -> tuple[Inputs, dict[torch.Size, Tensor]]:
-    """Return a batch with values of visible positions where others are hidden, and where these differ, by (N, T)."""
+def _with_other_hidden_values(batch: Inputs, samples: Calibration) -> tuple[Inputs, dict[torch.Size, Tensor]]:
+    """Return a batch with visible values copied to hidden positions, and where that changed a value, by (N, T)."""
     leaves, structure = pytree.tree_flatten(batch)
     masks = samples.visible(batch)
     moved = {mask.shape: torch.zeros_like(mask) for mask in masks}
@@ -187,6 +195,8 @@ def _elsewhere(batch: Inputs, samples: Calibration) -> tuple[Inputs, dict[torch.
         mask = _mask_of(masks, leaf) if isinstance(leaf, Tensor) and at not in places else None
         if mask is None or not bool(mask.any()):
             continue
+        # Hidden positions get visible values, in reverse order and repeated as often as needed: these are inputs of the
+        # kind that the model expects.
         shown = leaf[mask]
         count = int((~mask).sum())
         changed = leaf.clone()
@@ -198,11 +208,13 @@ def _elsewhere(batch: Inputs, samples: Calibration) -> tuple[Inputs, dict[torch.
 
 
 def _changes_where_hidden(before: Tensor, after: Tensor, mask: Tensor, moved: dict[torch.Size, Tensor]) -> bool:
-    """Whether an output changes where hidden inputs did and not all over, or is one number wherever it is hidden."""
+    """Whether an output is constant at hidden positions, or changes there, where inputs did, more than elsewhere."""
     before, after = (leaf.detach().double() for leaf in (before, after))
     hidden = before[~mask]
     if len(hidden) > 1 and bool((hidden == hidden[:1]).all()):
         return True
+    # Within the samples that have both hidden and visible positions, nearly all positions whose hidden inputs changed
+    # must change, and a smaller share of the visible ones.
     scale = float(before[mask].nan_to_num(posinf=0.0, neginf=0.0).abs().max()) if bool(mask.any()) else 0.0
     same = torch.isclose(after, before, rtol=0.0, atol=_CLOSE * scale, equal_nan=True)
     changed = ~same.reshape(*mask.shape, -1).all(-1)

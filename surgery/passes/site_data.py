@@ -91,7 +91,7 @@ def gather(original: Original, samples: Calibration, sites: Collection[str] | No
     macs = original.totals.macs / samples_in(model, original.inputs)
     samples = samples.affordable(macs)
     norms = NormWatch()
-    moments = collect(model, samples, sites=sites, progress=progress, beside=norms)
+    moments = collect(model, samples, sites=sites, progress=progress, also_watch=norms)
     with suppress(InputError):  # what cannot be differentiated is fitted without: all errors of an output count alike
         moments = with_sensitivity(model, samples.affordable(_BACKWARD * macs, least=1), moments, progress=progress)
     biases = Counter(address for site in original.sites.values() if (address := _bias(site)) is not None)
