@@ -299,7 +299,7 @@ def test_an_archive_of_torch_2_7_needs_trust(tmp_path: Path) -> None:
     assert _same(loaded.module()(*builder.inputs()), program.module()(*builder.inputs()))
 
 
-# -- what is no model --------------------------------------------------------------------------------------------------
+# -- what is not a model -----------------------------------------------------------------------------------------------
 
 
 def _onnx(path: Path) -> None:
@@ -320,8 +320,8 @@ _NO_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "text": (lambda path: path.write_text("a letter\nto you, dear é\n"), "is a text file"),
     "cut off": (lambda path: path.write_bytes(builder.honest()[:5000]), "cut off"),
     "onnx": (_onnx, "is an ONNX model"),
-    "zip": (_zip_of_text, "but no model"),
-    "bytes": (lambda path: path.write_bytes(bytes(range(256))), "is no model file"),
+    "zip": (_zip_of_text, "but not a model"),
+    "bytes": (lambda path: path.write_bytes(bytes(range(256))), "is not a model file"),
     "pickle": (lambda path: path.write_bytes(pickle.dumps([1])), "is a pickle"),
     "pipe": (lambda path: os.mkfifo(path), "is not a regular file"),
     "safetensors cut off": (lambda path: path.write_bytes(safetensors.torch.save({"a": torch.ones(9)})[:-5]), "cannot"),

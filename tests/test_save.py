@@ -45,7 +45,7 @@ def test_what_cannot_be_saved_is_a_clear_error(tmp_path: Path) -> None:
     quantized = nn.Linear(2, 2)
     vars(quantized)["_parameters"]["weight"] = torch.nn.parameter.UninitializedParameter()
     for other in (quantized, Extra()):
-        with pytest.raises(InputError, match="of the state is a"):
+        with pytest.raises(InputError, match="of the state dict is a"):
             save(other, tmp_path / "model.pt")
     graph = torch.fx.symbolic_trace(nn.Linear(2, 2))
     graph.meta["surgery"] = {"version": 1, "sites": {"weight": {}}}

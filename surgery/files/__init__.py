@@ -1,1 +1,1 @@
-"""Files of models: loaded, saved, and what is recorded in them."""
+"""Files of models: load them, save them, and keep the record of what was factored in them."""

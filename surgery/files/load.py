@@ -1,14 +1,15 @@
-"""Load a model from a file that is recognised by its content, whatever its suffix, and run none of its code.
+"""Load a model from a file without running code of the file. The content decides the kind of file, not the suffix.
 
-A file that would run code is refused, unless the caller trusts it. What is loaded is what was checked: the file is read
-once, and torch reads from memory. Every failure is one SurgeryError that names the file, the fault and the next step.
+A file that would run code is refused, unless the caller trusts it. The bytes that are checked are the bytes that are
+loaded: the file is read once, and torch reads from memory. Every failure is one SurgeryError that names the file, the
+fault and the next step.
 
 ====================================  =================================================================================
 content                               what comes back
 ====================================  =================================================================================
-``torch.export.save`` archive         the ExportedProgram, after the guard of ``archive.py``
-the same from torch 2.7 and earlier   the ExportedProgram, with ``trust`` only: its weights are pickles
-state dict: torch.save, safetensors   the module that ``model`` makes, with structure and weights, in eval mode
+``torch.export.save`` archive         the ExportedProgram, checked by ``guard/archive.py``
+the same of torch 2.7 and earlier     the ExportedProgram, with ``trust`` only: its weights are pickles
+state dict: torch.save, safetensors   the module that ``model`` makes, with these weights, in eval mode
 pickled module: torch.save            the module, with ``trust`` only
 TorchScript                           the ExportedProgram, with ``trust`` and ``example_inputs`` only
 ONNX, text, anything else             FileError
@@ -51,7 +52,7 @@ from surgery.text import first_line
 
 __all__ = ["load"]
 
-_TRUST = "if you trust who made it, pass --trust (in Python trust=True)"
+_TRUST = "if you trust its author, pass --trust (in Python trust=True)"
 _EXPORT = "export it again with torch.export.export(model, inputs) and torch.export.save"
 _FACTORY = "pass --model package.module:factory (in Python model=...), a function that makes the module"
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before torch 1.6
@@ -61,7 +62,7 @@ _SAMPLE_KEYS = 3
 
 @dataclass(frozen=True)
 class _Source:
-    """A file read into memory, and what its reader said about it."""
+    """A file read into memory, and the arguments of ``load`` for it."""
 
     raw: bytes
     trust: bool
@@ -82,6 +83,7 @@ def _zip_kind(raw: bytes) -> str:
 
 
 def _is_safetensors(raw: bytes) -> bool:
+    # 8 bytes of length, then that many bytes of JSON, then the tensors.
     length = int.from_bytes(raw[:8], "little")
     if len(raw) < 10 or length > len(raw) - 8 or raw[8:9] != b"{":
         return False
@@ -91,7 +93,7 @@ def _is_safetensors(raw: bytes) -> bool:
 
 
 def _is_onnx(raw: bytes) -> bool:
-    """A ModelProto starts with field 1, ir_version, a small varint, and goes on with a field of known length."""
+    """Whether the bytes start as a ModelProto: field 1 (ir_version, a small varint), then a field with a length."""
     return (
         len(raw) > 4 and raw[0] == 0x08 and 0 < raw[1] < 0x40 and raw[2] in (0x12, 0x1A, 0x22, 0x2A, 0x32, 0x3A, 0x42)
     )
@@ -117,7 +119,7 @@ def _kind(raw: bytes) -> str:
 
 @contextlib.contextmanager
 def _only_weights() -> Iterator[None]:
-    """Force ``weights_only=True`` inside torch: it would fall back to a full unpickler where a safe one fails."""
+    """Force ``weights_only=True`` inside torch, which else falls back to a full unpickler if the safe one fails."""
     names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
     before = {name: os.environ.pop(name, None) for name in names}
     os.environ[names[0]] = "1"
@@ -130,7 +132,7 @@ def _only_weights() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Silence torch, which warns of its own deprecations and logs what fails inside it, beside the error it raises."""
+    """Silence torch: it warns of its own deprecations, and logs each failure in addition to raising it."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -143,7 +145,8 @@ def _quietly() -> Iterator[None]:
 
 
 def _tie_again(program: ExportedProgram) -> None:
-    """Let names that share one tensor share one object again, as they did before saving."""
+    """Make names that share one tensor share one object again, as they did before saving."""
+    # torch loads one tensor object for each name. Objects of one form at one address were one tensor before.
     seen: dict[tuple[Any, ...], torch.Tensor] = {}
     for name, tensor in program.state_dict.items():
         if type(tensor) not in (torch.Tensor, nn.Parameter) or not tensor.numel() or tensor.is_meta:
@@ -183,14 +186,14 @@ def _load_torchscript(source: _Source) -> ExportedProgram:
     if not source.trust:
         raise UnsafeFileError("is TorchScript, which carries code", next_step=f"{_EXPORT}; {_TRUST}")
     if source.example_inputs is None:
-        raise InputError("is TorchScript, whose conversion needs example_inputs=(...)", next_step=_EXPORT)
+        raise InputError("is TorchScript: its conversion needs example_inputs=(...)", next_step=_EXPORT)
     from torch._export.converter import TS2EPConverter
 
     try:
         script = torch.jit.load(io.BytesIO(source.raw), map_location="cpu")
         return TS2EPConverter(script, source.example_inputs).convert()
     except Exception as error:
-        raise FileError(f"is TorchScript that does not convert: {_reason(error)}", next_step=_EXPORT) from error
+        raise FileError(f"is TorchScript that cannot be converted: {_reason(error)}", next_step=_EXPORT) from error
 
 
 def _load_pickle(source: _Source) -> nn.Module | ExportedProgram:
@@ -207,12 +210,13 @@ def _load_pickle(source: _Source) -> nn.Module | ExportedProgram:
 
 
 def _not_weights(error: pickle.UnpicklingError) -> FileError:
+    # torch names the first global that it refuses; without one, the bytes are damaged rather than unsafe.
     called = re.search(r"GLOBAL ([\w.]+)", str(error))
     if called is None:
         return FileError(
             f"cannot be read as weights ({_reason(error)})", next_step="get the file again from its source"
         )
-    what = f"holds pickled objects ({called[1]}), which run code when they are loaded"
+    what = f"holds pickled objects ({called[1]}), and loading them runs code"
     return UnsafeFileError(what, next_step=f"save the module's state_dict() and {_FACTORY}; {_TRUST}")
 
 
@@ -235,7 +239,7 @@ def _record(said: Any) -> Record:
 
 
 def _unwrap(found: Any) -> dict[str, torch.Tensor]:
-    """The state dict inside a checkpoint, without the prefixes that DistributedDataParallel and compile add."""
+    """Return the state dict inside a checkpoint, without the prefixes of DistributedDataParallel and compile."""
     if isinstance(found, Mapping):
         for key in ("state_dict", "model_state_dict", "model"):
             if isinstance(found.get(key), Mapping):
@@ -273,15 +277,16 @@ def _sample(keys: list[str]) -> str:
 
 def _with_weights(source: _Source, tensors: Mapping[str, Any], record: Record | None = None) -> nn.Module:
     if source.model is None:
-        raise InputError("is a state dict, weights without a model", next_step=_FACTORY)
+        raise InputError("is a state dict: weights without a model", next_step=_FACTORY)
     made = _make(source.model)
     if record is None or not record.sites:
         return _filled(made, tensors, record)
     given = isinstance(source.model, nn.Module)
-    _filled(give_structure(copy_module(made), record.origins), tensors, record, fill=False)  # nothing is half changed
+    # A copy is checked first, so that a failure leaves ``made`` as it is.
+    _filled(give_structure(copy_module(made), record.origins), tensors, record, fill=False)
     module = give_structure(made, record.origins)
     if given and module is not made:
-        raise InputError(f"is of a model that is nothing but {type(made).__name__}", next_step="give a factory")
+        raise InputError(f"holds a model that consists of one {type(made).__name__}", next_step="give a factory")
     return _filled(module, tensors, record)
 
 
@@ -313,7 +318,7 @@ def _shape(value: Any) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """One line about what went wrong at the root."""
+    """Return one line that says what the first error in the chain of causes was."""
     while error.__cause__ is not None:
         error = error.__cause__
     kind, said = type(error).__name__, first_line(error)[:160]
@@ -334,10 +339,10 @@ _LOADERS: dict[str, Callable[[_Source], ExportedProgram | nn.Module]] = {
     "pickle": _load_pickle,
     "safetensors": _load_safetensors,
     "onnx": _refusal("is an ONNX model", allowed="PyTorch files", next_step="read it with onnx.load"),
-    "zip": _refusal("is a zip file, but no model", next_step=_EXPORT),
+    "zip": _refusal("is a zip file, but not a model", next_step=_EXPORT),
     "text": _refusal("is a text file", allowed="a model file"),
     "plain pickle": _refusal("is a pickle that torch.save did not write", next_step=_EXPORT),
-    "unknown": _refusal("is no model file, or is cut off", allowed=".pt2, .pt, .safetensors", next_step=_EXPORT),
+    "unknown": _refusal("is not a model file, or is cut off", allowed=".pt2, .pt, .safetensors", next_step=_EXPORT),
 }
 
 
@@ -352,14 +357,14 @@ def load(
     """Return the model in a file: an ExportedProgram, or an ``nn.Module`` for a state dict or a pickled module.
 
     ``trust`` allows files that run code. ``model`` makes the module for a state dict: ``"package.module:factory"``, or
-    a function without arguments; or it is a dense module itself, which is changed in place. A module that was saved by
-    ``surgery.save`` gets its factored layers again. ``example_inputs`` are needed to convert TorchScript, and unused
-    otherwise. A model whose work may need more than ``memory`` bytes is refused before they are taken; by default more
-    than nine tenths of what is free. The record of earlier surgery on a program is in
+    a function without arguments. It may also be a dense module, which is changed in place. A module that
+    ``surgery.save`` saved gets its factored layers again. ``example_inputs`` are needed to convert TorchScript, and are
+    unused otherwise. A model is refused, before the memory is taken, if work on it may need more than ``memory`` bytes,
+    by default nine tenths of the free memory. The record of earlier surgery on a program is in
     ``program.graph_module.meta["surgery"]``.
 
-    Raises UnsafeFileError for a file that would run code, FileError for one that is no model, and InputError where
-    ``model`` or ``example_inputs`` is missing or does not work; the text is one line.
+    Raises UnsafeFileError for a file that would run code, FileError for a file that is not a model, and InputError if
+    ``model`` or ``example_inputs`` is missing or does not work. The message is one line.
 
     >>> program = load("model.pt2")  # doctest: +SKIP
     """

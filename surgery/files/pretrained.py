@@ -1,8 +1,9 @@
-"""Factored models of Hugging Face transformers: saved by ``save_pretrained``, and had again by ``from_pretrained``.
+"""Factored models of Hugging Face transformers: ``save_pretrained`` saves them, and ``from_pretrained`` loads them.
 
-The record of a factored model is in its ``config.json``, as the settings of a quantization method named ``surgery``:
-transformers asks a quantizer of that name, ours, to give a model on the meta device its structure before the weights
-are loaded. It has to be registered: ``import surgery`` does so when transformers is next imported (``watch_imports``).
+The record of a factored model is in its ``config.json``, as the settings of a quantization method named ``surgery``.
+transformers calls the quantizer of that name, which is ours, on the model on the meta device, before it loads the
+weights; the quantizer gives the model its factored layers. It must be registered first: ``import surgery`` registers it
+as soon as transformers is imported (``watch_imports``).
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ _REGISTRY = "transformers.quantizers.auto"
 
 
 def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """Return the factored model that ``save_pretrained`` has put into a folder, of the class that it was.
+    """Return the factored model that ``save_pretrained`` saved in a folder, as an instance of its original class.
 
-    ``kwargs`` are those of transformers' own ``from_pretrained``, which works as well once ``surgery`` is imported.
+    ``kwargs`` go to transformers' own ``from_pretrained``, which also works by itself once ``surgery`` is imported.
 
     Raises:
         InputError: transformers is not installed.
-        FileError: the folder has no configuration, or no class of transformers is named in it.
+        FileError: the folder has no configuration that names a class of transformers, or the model cannot be loaded.
 
     >>> model = from_pretrained("factored-gpt2")  # doctest: +SKIP
     """
@@ -51,18 +52,18 @@ def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
         names = json.loads(file.read_text())["architectures"]
         kind = getattr(transformers, names[0])
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        what = f"{file}: no class of transformers can be read from it"
-        raise FileError(what, allowed="a folder of save_pretrained") from error
+        what = f"{file}: names no class of transformers that can be loaded"
+        raise FileError(what, allowed="a folder that save_pretrained wrote") from error
     try:
         return kind.from_pretrained(folder, **kwargs)
     except SurgeryError:
         raise
-    except Exception as error:  # readers of files raise errors of their own
+    except Exception as error:  # the readers of the weights raise errors of their own types
         raise FileError(f"{folder}: {kind.__name__} cannot be loaded: {first_line(error)}") from error
 
 
 def note_record(model: Any) -> None:
-    """Put the record of a model of transformers into its configuration, or take it out if nothing is factored."""
+    """Put the record of a transformers model into its configuration, or remove it if nothing is factored."""
     module = sys.modules.get("transformers")
     kind = getattr(module, "PreTrainedModel", None) if module is not None else None
     if kind is None or not isinstance(model, kind):
@@ -82,7 +83,7 @@ def note_record(model: Any) -> None:
 
 
 def watch_imports() -> None:
-    """Register our quantizer as soon as transformers has a register for it; nothing is imported for that."""
+    """Register our quantizer as soon as transformers' registry is imported; this imports nothing itself."""
     if _REGISTRY in sys.modules:
         _register(sys.modules[_REGISTRY])
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -90,12 +91,12 @@ def watch_imports() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds transformers' register as others do, and lets it be loaded with ours in it."""
+    """Finds the module of transformers' registry as Python does, and adds our quantizer once it is loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Return the spec of the register with a loader of our own; None for any other module."""
+        """Return the spec of the registry's module with our loader; None for any other module."""
         if fullname != _REGISTRY:
             return None
         sys.meta_path.remove(self)
@@ -106,23 +107,23 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """Loads a module as another loader does, and registers afterwards."""
+    """Loads the registry with its own loader, and then registers our quantizer."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        """Leave that to the other loader."""
+        """Return what the registry's own loader creates."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the module, and register."""
+        """Run the module, then register our quantizer in it."""
         self._loader.exec_module(module)
         _register(module)
 
 
 def _register(registry: ModuleType) -> None:
-    """Add our configuration and our quantizer to transformers' register, once."""
+    """Add our configuration and our quantizer to transformers' registry, once."""
     if METHOD in registry.AUTO_QUANTIZER_MAPPING:
         return
     mixin: Any = registry.QuantizationConfigMixin
@@ -152,7 +153,7 @@ def _register(registry: ModuleType) -> None:
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             for name in ("hf_quantizer", "quantization_method", "is_quantized"):
-                vars(model).pop(name, None)  # it trains, moves and is saved as any model
+                vars(model).pop(name, None)  # transformers then trains, moves and saves it as any other model
             return model
 
         def is_serializable(self, **kwargs: Any) -> bool:
@@ -167,7 +168,8 @@ def _register(registry: ModuleType) -> None:
 
 
 def _own_sites(model: Any, sites: Any) -> dict[str, Any]:
-    """Return the sites under the names that they have in this model: with a head or without, as transformers does."""
+    """Return the sites by their names in this model, which may have a head or not: the prefix differs."""
+    # GPT-2 with a head has the site transformer.h.0.mlp.c_fc, and its base model has h.0.mlp.c_fc.
     names = {name for name, _ in model.named_modules()}
     prefix = f"{model.base_model_prefix}."
     found = {}
@@ -179,14 +181,14 @@ def _own_sites(model: Any, sites: Any) -> dict[str, Any]:
 
 
 def _is_in(name: str, names: set[str]) -> bool:
-    """Whether a model has a layer of this name, or the packed layer that it is a part of."""
+    """Whether a model has a layer of this name, or a packed layer of which it is one part."""
     parent, _, leaf = name.rpartition(".")
     packed = leaf.startswith(("in_proj_", "ih_l", "hh_l", "hr_l"))
     return name in names or (packed and parent in names)
 
 
 def _tie_structure(model: Any, ties: Sequence[Sequence[str]]) -> None:
-    """Let factors that several layers share be one parameter, where they have no numbers yet."""
+    """Make parameters of equal shape at these names one parameter; on the meta device they have no values yet."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for names in ties:
         places = [(modules.get(path), leaf) for path, _, leaf in (name.rpartition(".") for name in names)]

@@ -1,4 +1,4 @@
-"""The record of a module: its factored layers, enough to give a fresh module the same structure."""
+"""The record of a module: its factored layers, in enough detail to give a fresh module the same structure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["record_of"]
 
 
 def record_of(model: nn.Module) -> Record:
-    """Return the record of a module: its factored layers, and which entries of its state are one tensor."""
+    """Return the record of a module: its factored layers by name, and the groups of parameters that are tied."""
     sites = {
         name: Entry(module.surgery_origin)
         for name, module in model.named_modules(remove_duplicate=False)

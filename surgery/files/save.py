@@ -1,4 +1,4 @@
-"""Save a model: an ExportedProgram as a .pt2 archive, a module as safetensors, each with its record."""
+"""Save a model with its record: an ExportedProgram as a .pt2 archive, a module as safetensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from surgery.text import first_line
 
 __all__ = ["RECORD_KEY", "model_writer", "save", "state_dict_writer"]
 
-RECORD_KEY = "surgery"  # of the metadata of a safetensors file
+RECORD_KEY = "surgery"  # in the metadata of a safetensors file
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 _SAVABLE = "change the model so that torch.export.save takes it, or save its state_dict()"
@@ -48,10 +48,13 @@ def save(
 ) -> None:
     """Save an ExportedProgram as a .pt2 archive with its record, or a module as safetensors with its record.
 
-    The record of a program is ``program.graph_module.meta["surgery"]``, a dict of JSON values. That of a module says
-    which layers are factored and how: ``surgery.load(path, model=factory)`` gives a fresh module the same structure,
-    and the numbers. Nothing is pickled. Folders are not made. Raises FileError where the file cannot be written, and
-    InputError for a model that cannot be saved; the file that was there stays as it was.
+    The record of a program is ``program.graph_module.meta["surgery"]``, a dict of JSON values. The record of a module
+    says which layers are factored and how: ``surgery.load(path, model=factory)`` gives a fresh module the same
+    structure and the saved weights. Nothing is pickled. Missing folders are not made. ``force`` replaces an existing
+    file.
+
+    Raises FileError if the file cannot be written, and InputError if the model cannot be saved; an existing file then
+    stays as it was.
 
     >>> save(program, "model.pt2")  # doctest: +SKIP
     """
@@ -59,7 +62,7 @@ def save(
 
 
 def model_writer(model: ExportedProgram | nn.Module, path: str | os.PathLike[str]) -> Writer:
-    """Return what writes a model as ``save`` does; ``path`` is how errors call the file. Raises InputError likewise."""
+    """Return a function that writes a model as ``save`` does; errors name ``path``. Raises InputError as ``save``."""
     if not is_model(model):
         raise InputError(f"cannot save a {type(model).__name__}", allowed="ExportedProgram, nn.Module, GraphModule")
     kind = kind_of(model)
@@ -88,9 +91,9 @@ def _program_writer(model: ExportedProgram, name: str) -> Writer:
 
 
 class _Guarded(io.RawIOBase):
-    """A file that keeps its first error and takes no more from then on.
+    """A file that keeps its first error instead of raising it, and ignores all writes after it.
 
-    An error that passes through torch's writer of archives, which is C++, ends the process.
+    torch's writer of archives is C++: a Python error that passes through it ends the process.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -101,6 +104,7 @@ class _Guarded(io.RawIOBase):
     def write(self, data: Any) -> int:
         size = memoryview(data).nbytes
         try:
+            # ``_place`` follows where torch believes to write, also after an error.
             if self.error is None:
                 if self._file.tell() != self._place:
                     self._file.seek(self._place)
@@ -126,24 +130,24 @@ class _Guarded(io.RawIOBase):
 
 def _module_writer(model: nn.Module, name: str) -> Writer:
     if isinstance(model, torch.fx.GraphModule) and model.meta.get("surgery"):
-        what = f"{name}: a graph with factored functions cannot be saved as a state"
+        what = f"{name}: a graph with factored functions cannot be saved as a state dict"
         raise InputError(what, next_step="decompose the module it was made from, or its exported program")
     lazy = [key for key, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
-        what = f"{name}: {lazy[0]} of the state is a weight that is not made yet"
+        what = f"{name}: {lazy[0]} of the state dict is a lazy weight without values"
         raise InputError(what, next_step="run the model once")
     state = model.state_dict()
     others = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
     plain = [key for key, value in state.items() if key not in others and type(value) not in _PLAIN]
     if others or plain:
         first = (others + plain)[0]
-        what = f"{name}: {first} of the state is a {type(state[first]).__name__}"
+        what = f"{name}: {first} of the state dict is a {type(state[first]).__name__}"
         raise InputError(what, allowed="tensors", next_step="save it before it is quantized, or by its own tool")
     return state_dict_writer(state, metadata={RECORD_KEY: json.dumps(record_of(model).to_json())})
 
 
 def state_dict_writer(state: Mapping[str, torch.Tensor], *, metadata: dict[str, str] | None = None) -> Writer:
-    """Return what writes a state dict as safetensors; tied weights under each of their names, for strict loading."""
+    """Return a function that writes a state dict as safetensors, with tied weights repeated under each name."""
 
     def write(file: IO[bytes]) -> None:
         own = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}

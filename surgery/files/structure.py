@@ -1,7 +1,7 @@
-"""The structure of factored layers, given to a dense module without numbers: from a plan, or from a record.
+"""Give a dense module the structure of a factored one, from a plan or a record; the factors are zeros.
 
-Nothing is captured and nothing is run: the name of a site is the path of its layer. So it works on the meta device too,
-and any ``load_state_dict`` fits afterwards.
+A site's name is the path of its layer, so no graph is captured and nothing is run. This works on the meta device too.
+Afterwards, ``load_state_dict`` takes the weights of the factored model.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from surgery.sites.site import Site
 
 __all__ = ["give_structure", "tie"]
 
-_MOST, _LEAST = 64, 2**20  # numbers of all factors, over those of the layer, that a record may ask for; and at least
+_MOST, _LEAST = 64, 2**20  # a layer may get 64 times its own numbers in factors, and 2^20 more
 
 Origin = tuple[str, Ranks]
 
 
 @dataclass(frozen=True, eq=False)
-class _Piece:
-    """A layer by all its names, and the chain that is to take its place."""
+class _Replacement:
+    """A layer by all its names, and the chain that will replace it."""
 
     names: tuple[str, ...]
     operator: Operator
@@ -41,13 +41,14 @@ class _Piece:
 
 
 def give_structure(model: nn.Module, sites: Mapping[str, Origin], joint: Iterable[Sequence[str]] = ()) -> nn.Module:
-    """Put factors of zeros in the places of layers, by name; the sites of a group share all factors but the last.
+    """Replace layers by factors of zeros, in place, and return the model, which is new if it is itself a layer.
 
-    Nothing is changed unless everything can be.
+    ``sites`` maps the names of layers to (factorization, ranks). The sites of each ``joint`` group share all factors
+    but the last. Either all layers are replaced, or nothing is changed.
 
     Raises:
-        InputError: the model is a graph, has no such layer, or is factored already.
-        RankError: a rank that a layer cannot take.
+        InputError: the model is a graph, lacks a layer, or has one that is factored already or cannot be factored.
+        RankError: a layer cannot take its rank.
     """
     what = kind_of(model).refuse_structure() if is_model(model) else f"a {type(model).__name__}"
     if what is not None:
@@ -56,48 +57,53 @@ def give_structure(model: nn.Module, sites: Mapping[str, Origin], joint: Iterabl
             allowed="nn.Module",
             next_step="save the graph itself, as a program",
         )
+    # The holder lets a model that is itself a layer be replaced. Packed layers, such as attention, are unpacked into
+    # plain ones, and packed again at the end. Everything is checked and built before the first layer is spliced in.
     holder = nn.ModuleList([model])
     originals = unpack_all(holder)
     root = holder[0]
     try:
-        pieces = _pieces(root, sites)
+        replacements = _replacements(root, sites)
         for group in joint:
-            pieces = _sharing(pieces, group)
+            replacements = _sharing(replacements, group)
         shared: Shared = {}
         replaced: dict[nn.Module, nn.Module] = {}
-        for piece in pieces.values():
-            site = Site(piece.names[0], piece.operator, (), piece.names[1:])
-            replaced |= splice_modules(root, site, piece.chain, shared)
+        for replacement in replacements.values():
+            site = Site(replacement.names[0], replacement.operator, (), replacement.names[1:])
+            replaced |= splice_modules(root, site, replacement.chain, shared)
         swap_references(root, replaced)
     finally:
         pack_all(holder, originals)
     return holder[0]
 
 
-def _pieces(root: nn.Module, sites: Mapping[str, Origin]) -> dict[str, _Piece]:
+def _replacements(root: nn.Module, sites: Mapping[str, Origin]) -> dict[str, _Replacement]:
     modules = dict(root.named_modules(remove_duplicate=False))
     layers = [name for name, module in modules.items() if is_operator_module(module)]
     if unknown := [name for name in sites if name not in modules]:
-        known = ", ".join(layers[:8]) or "none: it has no such layers"
+        known = ", ".join(layers[:8]) or "none: it has no layers to factor"
         raise InputError(f"the structure names {unknown[0]!r}, which the model does not have", allowed=known)
-    pieces: dict[str, _Piece] = {}
+    replacements: dict[str, _Replacement] = {}
     taken: set[str] = set()
     for name, origin in sites.items():
         if name in taken:
             continue
         operator = _operator(name, modules[name])
         weight = weight_of(modules[name])
+        # Layers with one weight get one chain, so that they stay tied.
         tied = [other for other in layers if other != name and weight_of(modules[other]) is weight]
         taken |= {name, *tied}
-        pieces[name] = _Piece((name, *tied), operator, _chain(name, operator, origin))
-    return pieces
+        replacements[name] = _Replacement((name, *tied), operator, _chain(name, operator, origin))
+    return replacements
 
 
 def _operator(name: str, module: nn.Module) -> Operator:
-    """Return the operator of a layer that can be factored."""
+    """Return the operator of a layer; raises InputError if the layer cannot be factored."""
     if isinstance(module, Factored):
         raise InputError(f"{name} is factored already", next_step="give a fresh, dense model")
-    operator = read_module(module, detached=False) if is_operator_module(module) else Refusal("it is no linear layer")
+    operator = (
+        read_module(module, detached=False) if is_operator_module(module) else Refusal("it is not a linear layer")
+    )
     reason = operator.reason if isinstance(operator, Refusal) else refuse_carrying(module)
     if reason is not None or isinstance(operator, Refusal):
         raise InputError(f"{name}, a {type(module).__name__}, cannot be factored: {reason}")
@@ -108,7 +114,7 @@ def _chain(name: str, operator: Operator, origin: Origin) -> Chain:
     method, ranks = named(origin[0]), origin[1]
     refusal = method.refuse(operator)
     if refusal is not None:
-        raise InputError(f"{name}: {method.name} does not fit it: {refusal.reason}")
+        raise InputError(f"{name}: {method.name} does not apply: {refusal.reason}")
     kernel = tuple(operator.kernel.shape)
     count = len(method.rank_names(kernel))
     if len(ranks) != count:
@@ -120,21 +126,21 @@ def _chain(name: str, operator: Operator, origin: Origin) -> Chain:
     return replace(method.assemble(operator, [weight.new_zeros(shape) for shape in shapes], ranks), origin=origin)
 
 
-def _sharing(pieces: dict[str, _Piece], group: Sequence[str]) -> dict[str, _Piece]:
-    """Let the chains of a group have the same factors but for the last."""
-    members = [name for name in group if name in pieces]
+def _sharing(replacements: dict[str, _Replacement], group: Sequence[str]) -> dict[str, _Replacement]:
+    """Return the replacements in which the chains of a group have the same factors except the last."""
+    members = [name for name in group if name in replacements]
     if len(members) < 2:
-        return pieces
-    first = pieces[members[0]].chain.steps[:-1]
+        return replacements
+    first = replacements[members[0]].chain.steps[:-1]
     new = {}
     for name in members:
-        chain = pieces[name].chain
-        new[name] = replace(pieces[name], chain=replace(chain, steps=(*first, chain.steps[-1])))
-    return pieces | new
+        chain = replacements[name].chain
+        new[name] = replace(replacements[name], chain=replace(chain, steps=(*first, chain.steps[-1])))
+    return replacements | new
 
 
 def tie(model: nn.Module, ties: Iterable[Sequence[str]]) -> None:
-    """Let parameters of these names be one again, where they are equal."""
+    """Make the parameters of each group of names one parameter again, if their values are equal."""
     for names in ties:
         first: nn.Parameter | None = None
         for name in names:

@@ -1,1 +1,1 @@
-"""The guard: files of others are checked before any library opens them."""
+"""The guard: checks of files from others, before any library opens them."""

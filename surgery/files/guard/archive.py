@@ -1,25 +1,25 @@
-"""The guard for .pt2 archives: pure checks of bytes, before torch sees them. Runs nothing that the file says.
+"""Check .pt2 archives: pure checks of bytes, before torch sees them. Nothing that the file says is run.
 
-``torch.export.load`` trusts its file. Where it would run code or break, and how each way is closed:
+``torch.export.load`` trusts its file. These are the ways in which it would run code or break, and how each is closed:
 
 ==============================================  ==================================================================
 in the file                                     closed by
 ==============================================  ==================================================================
-weights and constants with ``use_pickle``       refused; torch's ``torch.load(weights_only=False)`` is not reached
+weights and constants with ``use_pickle``       refused: ``torch.load(weights_only=False)`` is never reached
 ``custom_obj_*`` (torchbind pickles) and        refused by entry name, by config path name, and in the program
 ``opaque_obj_*`` (``pickle.loads``)
 ``data/weights/model.pt``, ``constants``        refused: the pickled format of torch 2.8 and earlier
 ``data/aotinductor/*`` (``.so`` is loaded)      refused, like every entry that is not on a short list
 ``data/sample_inputs``: falls back to           loaded here with ``weights_only=True`` first, and must be plain
 ``weights_only=False`` when that fails          containers and tensors; ``weights_only`` is forced again while
-                                                torch loads (``loading.py``), so that the fallback cannot happen
-``models/model.json``                           held against its schema and allowlists (``archive_program.py``)
+                                                torch loads (``files/load.py``), so that it cannot fall back
+``models/model.json``                           checked against its schema and allowlists (``program.py``)
 sizes, strides and offsets past the payload     computed and compared with the entry's bytes
 compressed entries, bit flips, truncation       stored entries only, sizes and CRC-32 of each checked
 a zip that two readers read differently         torch reads a fresh archive, written here from the checked entries
 ==============================================  ==================================================================
 
-With ``trust`` the refusals of code are lifted; the checks of the container and of the payload sizes stay.
+``trust`` lifts the refusals of code; the checks of the container and of the payload sizes stay.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ __all__ = ["RECORD", "Archive", "check_archive", "entry_names", "rewrite"]
 RECORD = "surgery.json"
 
 _LONGEST_RECORD = 64 << 20
-_MOST_LEAVES = 100_000
+_MOST_LEAVES = 100_000  # values in the sample inputs
 _STORED_FLAGS = 0x808  # torch sets: sizes follow the data; names are UTF-8
 _AGAIN = "get the file again from its source"
 _RESAVE = "save it again with torch.export.save where it was made"
 
 _SAMPLES = "data/sample_inputs/model.pt"
 
-# name inside the archive's root folder -> what it is; all else is refused
+# names of entries inside the archive's root folder; any other entry is refused
 _ENTRIES = re.compile(
     r"archive_format|archive_version|byteorder|\.data/version|\.data/serialization_id|\.format_version|"
     r"\.storage_alignment|version|models/model\.json|data/sample_inputs/model\.pt|"
@@ -75,14 +75,14 @@ _NEEDED = (
 
 @dataclass(frozen=True)
 class Archive:
-    """What a checked archive holds: a fresh copy for torch to read, and the record of what surgery did before."""
+    """A checked archive: a fresh copy for torch to read, and the record of earlier surgery."""
 
     stream: io.BytesIO
     record: dict[str, Any] | None
 
 
 def entry_names(raw: bytes) -> list[str]:
-    """Return the entry names of a zip file, without its root folder; raises FileError where it is no whole zip."""
+    """Return the entry names of a zip file, without its root folder; raises FileError if the zip is damaged."""
     with _open(raw) as archive:
         return [name.partition("/")[2] or name for name in archive.namelist()]
 
@@ -90,7 +90,7 @@ def entry_names(raw: bytes) -> list[str]:
 def _open(raw: bytes) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(io.BytesIO(raw))
-    except Exception as error:  # zipfile raises what it meets: BadZipFile, struct.error, ValueError, ...
+    except Exception as error:  # zipfile raises BadZipFile, struct.error, ValueError and more
         raise FileError(f"the archive is cut off or damaged ({type(error).__name__})", next_step=_AGAIN) from None
 
 
@@ -114,6 +114,8 @@ def _check_layout(raw: bytes, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]
     name, copies = Counter(names).most_common(1)[0] if names else ("", 0)
     if copies != 1:
         raise UnsafeFileError(f"the archive has the entry {name[:80]!r} {copies} times", next_step=_AGAIN)
+    # The end record is the last 22 bytes: a comment, or data after it, could hold a second directory, which another
+    # reader would find. It counts the entries in 16 bits.
     counted, comment = struct.unpack("<H8xH", raw[-12:])
     if raw[-22:-18] != b"PK\5\6" or comment or counted != min(len(entries), 0xFFFF):
         raise FileError("the archive's directory is damaged, or data follow it", next_step=_AGAIN)
@@ -127,10 +129,10 @@ def _check_layout(raw: bytes, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]
 
 
 def rewrite(raw: bytes, *, nested: str | None = None) -> tuple[io.BytesIO, dict[str, int]]:
-    """Copy a zip file entry by entry into a fresh one, checking names, sizes and CRC-32 on the way.
+    """Copy a zip file entry by entry into a fresh one, and check names, sizes and CRC-32 on the way.
 
-    Returns the copy and the size in bytes of each entry, named without the root folder. The entry ``nested`` is itself
-    a zip file, if it is not empty, and is rewritten too. Raises FileError or UnsafeFileError.
+    Returns the copy, and the size of each entry in bytes, by its name without the root folder. ``nested`` names an
+    entry that is a zip file itself, unless it is empty; it is rewritten too. Raises FileError or UnsafeFileError.
     """
     copy, sizes = io.BytesIO(), {}
     try:
@@ -142,7 +144,7 @@ def rewrite(raw: bytes, *, nested: str | None = None) -> tuple[io.BytesIO, dict[
                     raise FileError(f"the entry {name[:80]!r} is cut off", next_step=_AGAIN)
                 if name == nested and data:
                     if not data.startswith(b"PK"):
-                        raise UnsafeFileError("its sample inputs are a pickle in a format of before torch 1.6")
+                        raise UnsafeFileError("its sample inputs are a pickle in a format older than torch 1.6")
                     data = rewrite(data)[0].getvalue()
                 fresh.writestr(zipfile.ZipInfo(f"archive/{name}"), data)
                 sizes[name] = len(data)
@@ -184,7 +186,7 @@ def _integers(values: list[dict[str, Any]]) -> list[int]:
 
 
 def _check_extent(name: str, meta: dict[str, Any], nbytes: int) -> None:
-    """A strided view must end inside its payload: (offset + sum((size - 1) * stride) + 1) * itemsize <= nbytes."""
+    """Check that a view ends inside its payload: (offset + sum((size - 1) * stride) + 1) * itemsize <= nbytes."""
     dtype = _SERIALIZE_TO_TORCH_DTYPE.get(meta["dtype"])
     if dtype is None or meta["layout"] != schema.Layout.Strided:
         raise FileError(f"the weight {name!r} has dtype {meta['dtype']}, layout {meta['layout']}", allowed="strided")
@@ -213,12 +215,12 @@ def _check_payloads(config: dict[str, Any], folder: str, sizes: dict[str, int], 
             raise FileError(f"the weight {name[:60]!r} has no shape", next_step=_AGAIN)
         _check_extent(name[:60], meta["tensor_meta"], sizes[f"{folder}/{path}"])
         dtype = meta["tensor_meta"]["dtype"]
-        if dtypes.setdefault(path, dtype) != dtype:  # torch would reinterpret the second one silently
+        if dtypes.setdefault(path, dtype) != dtype:  # torch would silently reinterpret the second weight
             raise FileError(f"the payload {path!r} is shared by two dtypes", next_step=_RESAVE)
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """The leaves and dict keys of plain containers; raises at anything else."""
+    """Yield the leaves and the dict keys of plain containers; an object of any other type is a leaf."""
     pending = [value]
     while pending:
         each = pending.pop()
@@ -232,7 +234,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _check_samples(data: bytes) -> None:
-    """Sample inputs must load with ``weights_only=True`` into at most 100000 plain values."""
+    """Check that sample inputs load with ``weights_only=True`` into at most 100000 plain values."""
     if not data:
         return
     stream = io.BytesIO(data)
@@ -280,10 +282,9 @@ def _check_contents(archive: zipfile.ZipFile, sizes: dict[str, int], *, trust: b
 
 
 def check_archive(raw: bytes, *, trust: bool = False) -> Archive:
-    """Check the bytes of a .pt2 archive, and return a fresh copy that torch can load without running its code.
+    """Check the bytes of a .pt2 archive, and return a fresh copy that torch can load without running code in it.
 
-    Raises UnsafeFileError where loading would run code, and
-    FileError where the archive is damaged or of a kind that cannot be loaded.
+    Raises UnsafeFileError if loading would run code, and FileError if the archive is damaged or cannot be loaded.
     """
     stream, sizes = rewrite(raw, nested=None if trust else _SAMPLES)
     _check_names(sizes, trust=trust)

@@ -1,15 +1,15 @@
-"""What a program in a file may hand to its operators, where an operator trusts what it is given. Runs nothing.
+"""Check the arguments that a program in a file passes to operators which do not check them. Runs nothing.
 
 ================================  ====================================================================================
 an argument                       what is allowed
 ================================  ====================================================================================
-names and places                  those of the operator's schema, each once, without a gap: so that what was checked
-                                  under a name is what arrives under it
-the name of a size                one that was made before, as a number: a list times a number would fill the memory
-Python's arithmetic on sizes      numbers alone; no literal zero as a divisor; literal exponents and shifts up to 64;
+names and positions               those of the operator's schema, each once, without a gap: the argument that was
+                                  checked under a name then arrives under that name
+the name of a size                a number that was made before: a list times a number could fill the memory
+Python's arithmetic on sizes      numbers only; no literal zero as a divisor; literal exponents and shifts up to 64;
                                   no value that could have more than 65,536 bits, and none over 1,024 into a region
-literal sizes of a new tensor     those that the file says it has
-what a kernel does not check      see ``archive_rules.py``; sizes are followed later (``archive_sizes.py``)
+literal sizes of a new tensor     those that the file declares for it
+what a kernel does not check      see ``rules.py``; sizes are followed later (``sizes.py``)
 ================================  ====================================================================================
 """
 
@@ -32,12 +32,12 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_MOST_BITS, _SIZE_BITS = 1 << 16, 64
-_POSITIONAL = 1
+_MOST_BITS, _SIZE_BITS = 1 << 16, 64  # of a computed number, and of a size
+_POSITIONAL = 1  # the kind of an argument in the file
 
 
 def _literal(argument: Mapping[str, Any]) -> Any:
-    """The value that an argument of a file spells out, or UNKNOWN."""
+    """Return the literal value of an argument of a file, or UNKNOWN."""
     ((kind, value),) = argument.items()
     if kind == "as_none":
         return None
@@ -53,19 +53,21 @@ def _literal(argument: Mapping[str, Any]) -> Any:
 
 
 def _tensor(argument: Mapping[str, Any]) -> str:
-    """The name of the tensor that an argument is, or nothing."""
+    """Return the name of the tensor that an argument is, or an empty text."""
     return argument["as_tensor"]["name"] if "as_tensor" in argument else ""
 
 
 def _schema(target: str) -> Any:
-    """The schema of an overload that was found to be allowed."""
+    """Return the schema of an overload that is allowed already."""
     *_, namespace, name, overload = target.split(".")
     found = torch._C._jit_get_schemas_for_operator(f"{namespace}::{name}")
     return next(each for each in found if (each.overload_name or "default") == overload)
 
 
 def _check_places(target: str, names: list[str], kinds: list[Any]) -> None:
-    """Names of the schema, each once; those by position without a gap."""
+    """Raise FileError unless names are in the schema, each once, and positional arguments have no gap."""
+    # torch binds positional arguments by order: they must be the first of the schema, or a checked value would arrive
+    # under another name.
     order = [each.name for each in _schema(target).arguments]
     placed = [name for name, kind in zip(names, kinds, strict=True) if kind == _POSITIONAL]
     if len(set(names)) != len(names) or not set(names) <= set(order) or set(placed) != set(order[: len(placed)]):
@@ -73,7 +75,7 @@ def _check_places(target: str, names: list[str], kinds: list[Any]) -> None:
 
 
 class _Graph:
-    """Follows the values of a graph: which are sizes, of how many bits at most, and which are tensors."""
+    """Follows the numbers of a graph: the most bits that each can have. Inputs have ``border`` bits at most."""
 
     def __init__(self, graph: Mapping[str, Any], border: int) -> None:
         self.graph = graph
@@ -88,7 +90,7 @@ class _Graph:
             self.bits[value["as_name"]] = bits
 
     def used(self, argument: Mapping[str, Any]) -> int:
-        """The most bits among the numbers of an argument; refuses a size that was not made."""
+        """Return the most bits among the numbers of an argument; raises FileError for a size that was not made."""
         ((kind, value),) = argument.items()
         if kind in ("as_sym_int", "as_sym_float", "as_sym_bool"):
             return self._symbol(value)
@@ -103,11 +105,13 @@ class _Graph:
             literal = _literal(value)
             return abs(literal).bit_length() if type(literal) is int else _SIZE_BITS
         if value["as_name"] not in self.bits:
-            raise FileError(f"it takes {value['as_name'][:60]!r} for a size, which is none or is not made by then")
+            raise FileError(f"it takes {value['as_name'][:60]!r} for a size, which is not a size or is made later")
         return self.bits[value["as_name"]]
 
     def arithmetic(self, target: str, inputs: list[Mapping[str, Any]]) -> int:
-        """The most bits that the result of Python's arithmetic can have."""
+        """Return the most bits that the result of Python's arithmetic can have."""
+        # A product has as many bits as its factors together, and a sum of n numbers log2(n) more than the largest. A
+        # power multiplies the bits by its exponent, and a shift adds its distance.
         bits = [self.used(each) for each in inputs]
         last = _literal(inputs[-1])
         if target in ("_operator.mul", "torch.sym_sum"):
@@ -116,12 +120,12 @@ class _Graph:
         if target in ("_operator.pow", "_operator.lshift"):
             return bits[0] * math.ceil(max(1, abs(last))) if target == "_operator.pow" else bits[0] + last
         if target.startswith("math.") or target == "torch.sym_int":
-            return max(MOST_BITS_OUTSIDE, *bits)  # of a float
+            return max(MOST_BITS_OUTSIDE, *bits)  # a float has at most 1024 bits before the point
         return max(bits) + 1
 
 
 def _check_outputs(target: str, node: Mapping[str, Any]) -> None:
-    """What an operator gives is what the file says: sizes are numbers, not lists."""
+    """Raise FileError if an operator's outputs are not numbers where the file declares sizes."""
     sizes = [next(iter(each)).startswith("as_sym") for each in node["outputs"]]
     if not any(sizes):
         return
@@ -130,11 +134,12 @@ def _check_outputs(target: str, node: Mapping[str, Any]) -> None:
     elif target.startswith("torch.ops.higher_order."):
         fits = len(sizes) > 1 or node.get("is_hop_single_tensor_return") is False
     else:
+        # Tensors, lists and optional values are not numbers, whatever the file calls them.
         returns = _schema(target).returns
         kinds = [each.type.kind() not in ("TensorType", "ListType", "OptionalType") for each in returns]
         fits = len(kinds) == len(sizes) and all(may for may, size in zip(kinds, sizes, strict=True) if size)
     if not fits:
-        raise FileError(f"it takes what {target[:80]!r} gives for a size")
+        raise FileError(f"it takes the output of {target[:80]!r} for a size")
 
 
 _NEW = frozenset(
@@ -149,13 +154,13 @@ _NEW = frozenset(
 
 
 def _check_new(target: str, sizes: Any, node: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """The literal sizes of a new tensor are those that the file says it has."""
+    """Raise FileError unless the literal sizes of a new tensor are those that the file declares."""
     name = _tensor(node["outputs"][0]) if node["outputs"] else ""
-    said = [each.get("as_int") for each in values[name]["sizes"]] if name in values else None
-    if said is None or None in said or -1 in sizes or UNKNOWN in sizes:
+    declared = [each.get("as_int") for each in values[name]["sizes"]] if name in values else None
+    if declared is None or None in declared or -1 in sizes or UNKNOWN in sizes:
         return
-    if sizes != said:
-        raise FileError(f"its call of {target!r} makes a tensor of {str(sizes)[:60]}, not of {str(said)[:60]} as said")
+    if sizes != declared:
+        raise FileError(f"its call of {target!r} makes a tensor of {str(sizes)[:60]}, not of {str(declared)[:60]}")
 
 
 def _check_node(node: Mapping[str, Any], known: _Graph) -> None:
@@ -170,6 +175,8 @@ def _check_node(node: Mapping[str, Any], known: _Graph) -> None:
     _check_outputs(target, node)
     if target in _NEW and isinstance(call.get("size"), list):
         _check_new(target, call["size"], node, known.graph["tensor_values"])
+    # The outputs of arithmetic are bounded by its inputs, those of a region by what may cross its border, and those of
+    # any other operator are sizes of tensors.
     used = max((known.used(each) for each in inputs), default=0)
     bits = known.arithmetic(target, inputs) if arithmetic else known.border if region else _SIZE_BITS
     if bits > _MOST_BITS or (region and used > MOST_BITS_OUTSIDE):
@@ -179,20 +186,20 @@ def _check_node(node: Mapping[str, Any], known: _Graph) -> None:
 
 
 def check_module(module: Mapping[str, Any]) -> None:
-    """Refuse the module of a file in which an operator would be given what it must not trust.
+    """Check the arguments of all calls in the module of a file.
 
-    Raises UnsafeFileError where a call could crash or hang, and FileError where it does not fit its operator.
+    Raises UnsafeFileError if a call could crash or hang, and FileError if a call does not fit its operator.
     """
     _follow(_Graph(module["graph"], _SIZE_BITS))
 
 
 def check_region(graph: Mapping[str, Any]) -> None:
-    """The same for the graph of a region, such as a branch; it is given sizes from outside, and gives some back."""
+    """Check the graph of a region, such as a branch, likewise; bounds the numbers that go into it and out of it."""
     known = _Graph(graph, MOST_BITS_OUTSIDE)
     _follow(known)
     crossing = max((known.used(each) for each in graph["outputs"]), default=0)
     if crossing > MOST_BITS_OUTSIDE:
-        raise UnsafeFileError(f"a region of it gives numbers of {crossing} bits", allowed="sizes")
+        raise UnsafeFileError(f"one of its regions returns numbers of {crossing} bits", allowed="sizes")
 
 
 def _follow(known: _Graph) -> None:

@@ -1,12 +1,15 @@
-"""Shape expressions inside a .pt2 archive, held to a grammar and to bounds before torch evaluates them.
+"""Check the shape expressions inside a .pt2 archive against a grammar and bounds, before torch evaluates them.
 
 An expression such as ``Mul(Integer(4), Symbol('s47', integer=True))`` goes through ``sympy.sympify``, which is
-``eval``, and sympy computes with it at once: a power of a power of a number can fill the memory, a product of sums
-expands without end, the largest of many products takes minutes. So an expression is parsed by ``ast``, each node must
-be on a list, and what grows is counted on the way. Nothing is evaluated here.
+``eval``, and sympy computes with it at once. A power of a power of a number can fill the memory, a product of sums
+expands without end, and the maximum of many products takes minutes. Here an expression is parsed by ``ast`` and never
+evaluated. Each node must be on a list. For each node, the reader bounds the terms that it has when multiplied out, and
+the bits that its value can have.
 
-The bounds leave several times what real models need. The largest that was met, of a Swin transformer whose image sizes
-are open, has 11,273 characters and 815 nodes, of which no more than 38 differ; they nest 17 deep.
+    Mul(Add(s0, 1), Add(s1, s2))      2 * 2 = 4 terms; a symbol has 63 bits, a sum of two 65, so the product 130
+
+The bounds are several times what real models need. The largest expression found in a real model, a Swin transformer
+with open image sizes, has 11,273 characters and 815 nodes, of which at most 38 differ, nested 17 deep.
 """
 
 from __future__ import annotations
@@ -26,13 +29,13 @@ from surgery.text import cut, shown
 __all__ = ["NUMBER", "TRUTH", "check_expression", "check_expressions_in_all", "check_sizes", "check_symbols"]
 
 _LONGEST = 40_000  # characters
-_LONGEST_IN_ALL = 1_000_000  # characters of all expressions of a file; 595,271 of that Swin transformer
-_LONGEST_DIFFERENT = 250_000  # of those that differ; 167,745 there
+_LONGEST_IN_ALL = 1_000_000  # characters of all expressions of a file; that Swin transformer has 595,271
+_LONGEST_DIFFERENT = 250_000  # characters of the different ones; it has 167,745
 _MOST_NODES = 4000
-_MOST_DIFFERENT = 150  # nodes that differ
+_MOST_DIFFERENT = 150  # different nodes
 _DEEPEST = 50
-_MOST_TERMS = 1000  # when it is multiplied out
-_MOST_BITS = 4096  # of a number that it could come to
+_MOST_TERMS = 1000  # of an expression that is multiplied out
+_MOST_BITS = 4096  # of any value in it
 _MOST_POWER = 64
 
 _SYMBOL = re.compile(r"(?:s|u|zf|zuf)\d{1,6}", re.ASCII)
@@ -47,12 +50,12 @@ NUMBER, TRUTH = "number", "truth value"
 
 @dataclass(frozen=True)
 class _Value:
-    """What is known of a part of an expression: its kind, its terms when multiplied out, the bits of its value."""
+    """What is known of a part of an expression: its kind, its terms when multiplied out, and its most bits."""
 
     kind: str
     terms: float = 1
     bits: float = 1
-    exponent: float | None = None  # the number that it spells out, where it can be an exponent
+    exponent: float | None = None  # the literal number that it is, if it may be an exponent
 
 
 Rule = Callable[[Sequence[_Value]], _Value]
@@ -67,7 +70,7 @@ def _product(parts: Sequence[_Value]) -> _Value:
 
 
 def _opaque(parts: Sequence[_Value]) -> _Value:
-    """A function that sympy does not multiply out, and whose value is no larger than its arguments."""
+    """A function that sympy does not multiply out, and whose value is about as large as its arguments at most."""
     return _Value(NUMBER, 1, max(each.bits for each in parts) + 1)
 
 
@@ -94,7 +97,7 @@ def _shift(parts: Sequence[_Value]) -> _Value:
 
 @dataclass(frozen=True)
 class _Function:
-    """How many arguments of which kinds (the last kind for all that follow), and what comes out."""
+    """How many arguments of which kinds a function takes (the last kind repeats), and the rule for its value."""
 
     fewest: int
     most: int
@@ -122,7 +125,7 @@ _FUNCTIONS = {
     **_functions("And Or", 2, 12, _truth, TRUTH),
     **_functions("Not", 1, 1, _truth, TRUTH),
 }
-# what Python's operators are to sympy
+# Python's operators -> the functions that sympy takes them for
 _OPERATORS: dict[type[ast.AST], str] = {
     ast.Add: "Add",
     ast.Sub: "Add",
@@ -144,7 +147,7 @@ _OPERATORS: dict[type[ast.AST], str] = {
 
 
 def _literal(node: ast.expr) -> _Value | None:
-    """What a node is that spells out a number, a truth value or a symbol; None for any other."""
+    """Return what is known of a literal number, truth value or symbol; None for any other node."""
     match node:
         case ast.Constant(value=bool()) | ast.Name(id="true" | "false"):
             return _Value(TRUTH)
@@ -191,7 +194,7 @@ def _is_double(node: ast.expr) -> bool:
 
 
 def _fraction(top: _Value | None, bottom: _Value | None) -> _Value | None:
-    """A fraction, which is no exponent: the root of a number stays a root, and sums of roots take long."""
+    """Return a fraction. It may not be an exponent: sympy keeps roots of numbers, and sums of roots take long."""
     if top is None or bottom is None or not isinstance(top.exponent, int) or not isinstance(bottom.exponent, int):
         return None
     return _Value(NUMBER, bits=top.bits + bottom.bits) if bottom.exponent else None
@@ -199,26 +202,28 @@ def _fraction(top: _Value | None, bottom: _Value | None) -> _Value | None:
 
 @dataclass
 class _Reader:
-    """Reads one expression, part by part; raises at the first that is not allowed or too much."""
+    """Reads one expression part by part; raises at the first part that is not allowed or too large."""
 
     text: str
     nodes: int = 0
-    numbers: dict[tuple[object, ...], int] = field(default_factory=dict)  # a part that differs -> its number
+    numbers: dict[tuple[object, ...], int] = field(default_factory=dict)  # a different part -> its number
 
     def refuse(self, what: str = "is more than arithmetic on sizes") -> NoReturn:
         raise UnsafeFileError(f"its expression {cut(shown(self.text), 60)} {what}")
 
     def read(self, node: ast.expr, depth: int = 0) -> tuple[_Value, int]:
-        """Return what is known of a part, and its number: the same for equal parts."""
+        """Return what is known of a part, and its number, which is the same for equal parts."""
+        # A part is identified by its function and the numbers of its operands, so that comparing parts stays cheap:
+        # in s0 + s0 * 2, s0 is part 0 both times, 2 is part 1, (Mul, 0, 1) is part 2, and (Add, 0, 2) is part 3.
         self.nodes += 1
         if self.nodes > _MOST_NODES or depth > _DEEPEST:
-            self.refuse(f"has more than {_MOST_NODES} parts, or {_DEEPEST} within each other")
+            self.refuse(f"has more than {_MOST_NODES} parts, or more than {_DEEPEST} nested in each other")
         value, key = self._read(node, depth)
         if value.terms > _MOST_TERMS or value.bits > _MOST_BITS:
             self.refuse(f"could have more than {_MOST_TERMS} terms or {_MOST_BITS} bits")
         number = self.numbers.setdefault(key, len(self.numbers))
         if number > _MOST_DIFFERENT:
-            self.refuse(f"has more than {_MOST_DIFFERENT} parts that differ")
+            self.refuse(f"has more than {_MOST_DIFFERENT} different parts")
         return value, number
 
     def _read(self, node: ast.expr, depth: int) -> tuple[_Value, tuple[object, ...]]:
@@ -238,7 +243,7 @@ class _Reader:
 
 
 def _operands(node: ast.expr) -> tuple[str, list[ast.expr]]:
-    """The function that a node applies, and to what; an empty name where it is no such node."""
+    """Return the function that a node applies and its operands; an empty name for a node that applies none."""
     match node:
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
             return name, arguments
@@ -267,13 +272,13 @@ def _read(text: str) -> _Value:
 
 
 def check_expression(text: str, kind: str = NUMBER) -> None:
-    """Refuse a shape expression that is anything but bounded arithmetic on symbols and numbers."""
+    """Raise UnsafeFileError unless a shape expression is bounded arithmetic on symbols and numbers, of this kind."""
     if _read(text).kind != kind:
-        raise UnsafeFileError(f"its expression {cut(shown(text), 60)} stands where a {kind} is needed")
+        raise UnsafeFileError(f"its expression {cut(shown(text), 60)} is not a {kind}, which is needed there")
 
 
 def check_sizes(texts: Iterable[str]) -> None:
-    """Refuse the sizes of one tensor if their product has too many terms: torch multiplies it out."""
+    """Raise UnsafeFileError if the product of a tensor's sizes has too many terms: torch multiplies it out."""
     terms = math.prod(_read(text).terms for text in texts)
     if terms > _MOST_TERMS:
         raise UnsafeFileError(
@@ -282,13 +287,16 @@ def check_sizes(texts: Iterable[str]) -> None:
 
 
 def check_symbols(names: Iterable[str]) -> None:
-    """Refuse names of symbols that torch does not give."""
+    """Raise UnsafeFileError for a symbol whose name is not of the form that torch gives."""
     if strange := next((name for name in names if not _SYMBOL.fullmatch(name)), None):
         raise UnsafeFileError(f"it names a size {cut(shown(strange), 60)}", allowed="symbols such as s77 or u0")
 
 
 def check_expressions_in_all(texts: Iterable[str], symbols: Collection[str]) -> None:
-    """Refuse more expressions in one file than any model has, and symbols that it gives no range."""
+    """Check all expressions of a file together: their total length, and that each symbol has a range.
+
+    Raises UnsafeFileError if there are more than any model has, and FileError for a symbol without a range.
+    """
     lengths = Counter(texts)
     used = {name for text in lengths for name in _SYMBOLS.findall(text)}
     if strange := next((name for name in sorted(used) if name not in symbols), None):
@@ -296,6 +304,6 @@ def check_expressions_in_all(texts: Iterable[str], symbols: Collection[str]) -> 
     whole, different = sum(len(text) * times for text, times in lengths.items()), sum(map(len, lengths))
     if whole > _LONGEST_IN_ALL or different > _LONGEST_DIFFERENT:
         raise UnsafeFileError(
-            f"its expressions have {whole} characters in all, {different} in those that differ",
+            f"its expressions have {whole} characters in all, and {different} in the different ones",
             allowed=f"{_LONGEST_IN_ALL} and {_LONGEST_DIFFERENT}",
         )

@@ -1,8 +1,9 @@
-"""Hold a loaded program against itself: its weights and its sample inputs must be what its graph says.
+"""Check that a loaded program is consistent: its weights and its sample inputs must fit its graph.
 
-torch loads an archive whose weights have other sizes than its graph, and fails later, somewhere else. What is checked
-here is what the passes rely on: each weight is there, dense, with the sizes and the type of its place in the graph; the
-sample inputs are ``(args, kwargs)`` of the program's structure, each a tensor or a number as the graph takes it.
+torch also loads an archive whose weights have other sizes than its graph says, and fails later, elsewhere. These checks
+cover what the passes rely on. Each weight exists, is dense, and has the sizes and the dtype that the graph declares.
+The sample inputs are ``(args, kwargs)`` in the structure of the program's inputs, each a tensor or a number as in the
+graph.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _AGAIN = "save it again with torch.export.save where it was made"
 
 
 def check_fit(program: ExportedProgram) -> None:
-    """Raise FileError unless the weights and the sample inputs of a program fit its graph."""
+    """Raise FileError if the weights or the sample inputs of a program do not fit its graph."""
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     weights = {**program.constants, **program.state_dict}
     for name, tensor in weights.items():
@@ -45,13 +46,14 @@ def check_fit(program: ExportedProgram) -> None:
 def _check_plain(what: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         found = f"{tensor.layout}, on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise FileError(f"{what} is no plain tensor ({found})", allowed="dense tensors with data", next_step=_AGAIN)
+        raise FileError(f"{what} is not a plain tensor ({found})", allowed="dense tensors with data", next_step=_AGAIN)
 
 
 def _check_tensor(what: str, tensor: Any, value: Any) -> None:
     _check_plain(what, tensor)
     if not isinstance(value, Tensor):
-        raise FileError(f"{what} stands where its graph takes no tensor", next_step=_AGAIN)
+        raise FileError(f"{what} is a tensor, and its graph takes none there", next_step=_AGAIN)
+    # A symbolic size of the graph fits any size of the weight.
     sizes = zip(tensor.shape, value.shape, strict=False)
     fits = tensor.dim() == value.dim() and all(not isinstance(want, int) or want == size for size, want in sizes)
     if not fits or tensor.dtype != value.dtype:
@@ -88,14 +90,15 @@ def _kinds(value: Any) -> type | tuple[type, ...]:
 
 
 def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any], wanted: pytree.TreeSpec | None) -> Iterable[Any]:
-    """The leaves of the sample inputs in the order in which the program takes them."""
+    """Return the leaves of the sample inputs in the order in which the program takes them."""
+    # The program names its keyword inputs in order; the file may hold them in another order.
     order = wanted.child(1).context if wanted is not None and wanted.num_children == 2 else None
     if isinstance(order, list) and set(order) == set(kwargs):
         kwargs = {name: kwargs[name] for name in order}
     leaves, found = pytree.tree_flatten((args, kwargs))
     if wanted is not None and found != wanted:
         what = f"its sample inputs have the structure {cut(shown(str(found)), 80)}"
-        raise FileError(" ".join(what.split()), allowed="that of its inputs", next_step=_AGAIN)
+        raise FileError(" ".join(what.split()), allowed="the structure of its inputs", next_step=_AGAIN)
     return leaves
 
 

@@ -1,11 +1,13 @@
-"""Guards inside a .pt2 archive, held to a grammar and to bounds before torch makes a function of them.
+"""Check the guards inside a .pt2 archive against a grammar and bounds, before torch makes a function of them.
 
 A guard such as ``L['x'].size()[0] == 2 * L['y'].size()[0]`` becomes a line of source that runs whenever the program
-does. It is parsed by ``ast``, each node must be on a list, and numbers are followed by their kind and the most bits
-that they could have: what could fill the memory or take long is refused. Nothing is evaluated here.
+runs. Here it is parsed by ``ast`` and never evaluated. Each node must be on a list. For each number, the reader tracks
+its kind and the most bits it could have, and refuses a guard that could fill the memory or take long.
 
-Inputs themselves may be compared; to compute with one, it must be a number. A text times a number is a long text, and
-what a tensor times a tensor is depends on both.
+    2 * L['y'].size()[0]      2 has 2 bits and a size 63, so the product has at most 65 bits
+
+A guard may compare inputs, but compute only with inputs that are numbers: a text times a number is a long text, and the
+cost of a tensor times a tensor depends on both.
 """
 
 from __future__ import annotations
@@ -22,21 +24,22 @@ from surgery.text import cut, shown
 
 __all__ = ["check_guard", "check_guards"]
 
-_LONGEST = 40_000  # characters; the longest of a Swin transformer with open image sizes has 12,029
-_LONGEST_IN_ALL = 3_000_000  # 472,024 there
+_LONGEST = 40_000  # characters; the longest guard of a Swin transformer with open image sizes has 12,029
+_LONGEST_IN_ALL = 3_000_000  # characters of all guards; that Swin transformer has 472,024
 _DEEPEST = 100
 _MOST_BITS = 4096
 
+# A guard has no line breaks, comments, double quotes or backslashes; a key or a text in it has no quotes at all.
 _TEXT = re.compile(r"[\w\[\]().,'<>=!+\-*/%: ]*", re.ASCII)
 _KEY = re.compile(r"[\w.\-: ]*", re.ASCII)
 
 _SIZE_BITS = 63
-_FLOAT_BITS = 1024
+_FLOAT_BITS = 1024  # a double is below 2^1024
 
 _FLOATS = ("math.sqrt", "torch.sym_float", "torch.sym_sqrt")
 _WHOLES = ("math.floor", "math.ceil", "math.trunc")
 _ONE_NUMBER = frozenset(["abs", "round", "torch.sym_not", "torch.sym_int", *_FLOATS, *_WHOLES])
-_ONE_INPUT = frozenset(["float", "int", "bool", "math.isnan"])  # of an input too, whatever it is
+_ONE_INPUT = frozenset(["float", "int", "bool", "math.isnan"])  # these take any input, too
 _NUMBERS = frozenset(["max", "min", "torch.sym_max", "torch.sym_min", "IsNonOverlappingAndDenseIndicator"])
 _OF_TENSORS = {"size": "sizes", "stride": "sizes", "storage_offset": "number", "dim": "number", "numel": "number"}
 _ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow)
@@ -47,7 +50,7 @@ _NUMBER_KINDS = frozenset(["as_int", "as_float", "as_bool", "as_sym_int", "as_sy
 
 @dataclass(frozen=True)
 class _Value:
-    """What is known of a part of a guard: a number, a text, the sizes of a tensor, or an input of any kind."""
+    """What is known of a part of a guard: its kind (number, text, sizes, or input) and the most bits of a number."""
 
     kind: str
     bits: int = 1
@@ -59,7 +62,7 @@ _FLOAT = _Value("number", _FLOAT_BITS, whole=False)
 
 
 class _Reader:
-    """Reads one guard, part by part; raises at the first that is not allowed or too much."""
+    """Reads one guard part by part; raises at the first part that is not allowed or too large."""
 
     def __init__(self, text: str, numbers: frozenset[str]) -> None:
         self.text, self.numbers = text, numbers
@@ -82,7 +85,7 @@ class _Reader:
         return value
 
     def numbers_of(self, nodes: Iterable[ast.expr], depth: int) -> _Value:
-        """The largest of several numbers, as far as is known."""
+        """Return a bound on the largest of several numbers."""
         values = [self.number(node, depth) for node in nodes]
         return _Value("number", max(each.bits for each in values), all(each.whole for each in values))
 
@@ -130,6 +133,8 @@ class _Reader:
         self.refuse()
 
     def _arithmetic(self, left: ast.expr, op: ast.operator, right: ast.expr, depth: int) -> _Value:
+        # The most bits of a result: of a product the sum of both, of a power a multiple of the base's, and of anything
+        # else one more than the larger. A result that may be no whole number is a float.
         one, other = self.number(left, depth), self.number(right, depth)
         if isinstance(op, ast.Pow):
             power = right.value if isinstance(right, ast.Constant) else None
@@ -142,6 +147,7 @@ class _Reader:
         return _Value("number", both)
 
     def _comparison(self, nodes: list[ast.expr], depth: int) -> _Value:
+        # Two inputs could be two tensors, whose comparison runs on all their numbers.
         kinds = [self.read(node, depth).kind for node in nodes]
         if "sizes" in kinds or kinds.count("input") > 1 or {"text", "number"} <= set(kinds):
             self.refuse()
@@ -171,7 +177,7 @@ def _is_index(node: ast.expr) -> bool:
 
 
 def _is_input(node: ast.expr) -> bool:
-    """Whether a node is an input, or a part of one: ``L['x']``, ``L['x'][0].feature``."""
+    """Whether a node is an input or a part of an input: ``L['x']``, ``L['x'][0].feature``."""
     match node:
         case ast.Name(id="L"):
             return True
@@ -185,9 +191,10 @@ def _is_input(node: ast.expr) -> bool:
 
 
 def check_guard(text: str, numbers: frozenset[str] = frozenset()) -> None:
-    """Refuse a guard that is anything but a comparison of sizes, strides and constants of the inputs.
+    """Raise UnsafeFileError unless a guard only compares sizes, strides and constants of the inputs.
 
-    ``numbers`` are the inputs that are numbers, as ``L['n']``: only with them and with sizes may a guard compute.
+    ``numbers`` lists the inputs that are numbers, in the form ``L['n']``: a guard may compute only with these and with
+    sizes.
     """
     reader = _Reader(text, numbers)
     if len(text) > _LONGEST or not _TEXT.fullmatch(text):
@@ -210,7 +217,7 @@ def _count_leaves(node: dict[str, Any]) -> int:
 
 
 def _number_inputs(program: dict[str, Any]) -> frozenset[str]:
-    """The inputs that are numbers by themselves, as guards name them: ``L['n']``."""
+    """Return the inputs that are plain numbers, as guards name them: ``L['n']``."""
     module = program["graph_module"]
     signature = next((each["signature"] for each in module["module_call_graph"] if each.get("signature")), None)
     if signature is None or len(parts := json.loads(signature["in_spec"])[1]["children_spec"]) != 2:
@@ -219,6 +226,8 @@ def _number_inputs(program: dict[str, Any]) -> frozenset[str]:
     keys = json.loads(parts[1]["context"] or "[]")
     names = [*(signature.get("forward_arg_names") or []), *[""] * len(args)][: len(args)]
     given = [_is_number(each) for each in module["signature"]["input_specs"] if each.keys() & _USER_INPUTS]
+    # Inputs are flat in the specs and nested in the tree: a plain number is one leaf, and ``start`` is its index among
+    # the flat ones.
     found, start = [], 0
     for name, child in zip([*names, *keys], [*args, *kwargs], strict=False):
         if child["type"] is None and given[start : start + 1] == [True]:
@@ -228,7 +237,7 @@ def _number_inputs(program: dict[str, Any]) -> frozenset[str]:
 
 
 def check_guards(program: dict[str, Any]) -> None:
-    """Check the guards of a program whose description was held against its schema: each, and all together."""
+    """Check each guard of a program, and their total length; the program must have passed ``check_schema``."""
     texts = program.get("guards_code", [])
     length = sum(map(len, texts))
     if length > _LONGEST_IN_ALL:

@@ -1,7 +1,8 @@
-"""ONNX files of others: what one may name outside itself, checked before onnxruntime opens it.
+"""Check the files that an ONNX file refers to, before onnxruntime opens it.
 
-An ONNX file may keep weights in other files. They must be regular files in its own folder: onnxruntime would else read
-into a model whatever this user may read, wait for a pipe, or take a place in its own memory for one in a file.
+An ONNX file may keep its weights in other files. These must be regular files in the folder of the ONNX file. Otherwise
+onnxruntime could read any file of this user into a model, wait for a pipe, or take an address in its own memory for a
+place in a file.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from surgery.system.opening import check_regular, read_regular, shown_name, show
 
 __all__ = ["check_onnx"]
 
-_LARGEST = 2**31  # that of any protobuf message
+_LARGEST = 2**31  # bytes of any protobuf message
 
 
 def check_onnx(path: Path) -> None:
-    """Raise FileError for what is no ONNX model, UnsafeFileError for one whose weights are not in its folder."""
+    """Raise FileError if the file is not an ONNX model, and UnsafeFileError if its weights lie outside its folder."""
     raw = read_regular(path, most=_LARGEST)
     try:
         model = onnx.ModelProto.FromString(raw)
-    except Exception as error:  # protobuf's own, which differ from version to version
-        raise FileError(f"{shown_path(path)}: is no ONNX model, or is cut off", next_step="get it again") from error
+    except Exception as error:  # protobuf's own errors differ from version to version
+        raise FileError(f"{shown_path(path)}: is not an ONNX model, or is cut off", next_step="get it again") from error
     for location in dict.fromkeys(_locations(model)):
         _check_location(path, location)
 
 
 def _locations(model: Message) -> Iterator[str]:
-    """Yield where the tensors in any part of a model have their numbers, if it is not in the model."""
+    """Yield the locations of external data of all tensors in any part of a model."""
     pending = [model]
     while pending:
         part = pending.pop()
@@ -44,7 +45,7 @@ def _locations(model: Message) -> Iterator[str]:
             if isinstance(value, Message):
                 pending.append(value)
             elif not isinstance(value, str | bytes | int | float):
-                pending.extend(item for item in value if isinstance(item, Message))
+                pending.extend(each for each in value if isinstance(each, Message))
 
 
 def _check_location(path: Path, location: str) -> None:
@@ -52,5 +53,5 @@ def _check_location(path: Path, location: str) -> None:
     plain = location.isprintable() and not os.path.isabs(location) and ".." not in Path(location).parts
     if not plain or not Path(os.path.realpath(weights)).is_relative_to(folder):
         what = f"{shown_path(path)}: has weights in {shown_name(location)}, outside its folder"
-        raise UnsafeFileError(what, allowed="regular files beside it, and no links out", next_step="copy them there")
+        raise UnsafeFileError(what, allowed="regular files in its folder, no links out", next_step="copy them there")
     check_regular(weights)

@@ -1,10 +1,10 @@
-"""The operators that a program in a file may call, by name; what the guard of archives and that of records hold to.
+"""The operators that a program in a file may call, by name. The checks of archives and of records use this list.
 
-A list, not a shape of types: an operator is on it because it is a functional one of Core ATen or of prims, or because
-torch.export writes it for real models. A name without a dot stands for all overloads of this name that take tensors and
-numbers, give tensors, and change none of their arguments. A name with a dot is one overload. Nothing here reads files
-or storages, takes another's memory by sizes and strides unchecked, or crashes on random arguments:
-``tools/check_operators.py`` shows the last, and which models need what is beyond Core ATen.
+An operator is on the list if it is a functional one of Core ATen or of prims, or if torch.export writes it for real
+models. A name without a dot stands for all overloads of this name that take tensors and numbers, return tensors, and
+change none of their arguments. A name with a dot is one overload. No operator here reads files or storages, views
+another tensor's memory by unchecked sizes and strides, or crashes on random arguments. ``tools/check_operators.py``
+shows the last, and which models need operators beyond Core ATen.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ GROUPS: dict[str, Group] = {
         """),
     ),
     "prims": Group(
-        "prims, functional: what decompositions write; not div, which the least whole number over -1 ends",
+        "prims, functional: what decompositions write; not div: the least whole number divided by -1 ends the process",
         _words("""
             abs acos acosh add amax amin asin asinh atan atan2 atanh bessel_i0 bessel_i0e bessel_i1 bessel_i1e
             bessel_j0 bessel_j1 bitwise_and bitwise_not bitwise_or bitwise_xor broadcast_in_dim cat cbrt ceil clone
@@ -76,7 +76,7 @@ GROUPS: dict[str, Group] = {
         namespace="prims",
     ),
     "layers": Group(
-        "layers of torch.nn, which torch.export writes whole",
+        "layers of torch.nn, which torch.export writes as one operator",
         _words("""
             conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear bilinear batch_norm
             layer_norm group_norm instance_norm rms_norm _fused_rms_norm _weight_norm _weight_norm_interface dropout
@@ -85,7 +85,7 @@ GROUPS: dict[str, Group] = {
         """),
     ),
     "decomposed": Group(
-        "what run_decompositions() leaves of layers, though it is not Core ATen",
+        "operators that run_decompositions() leaves of layers, although they are not Core ATen",
         _words("""
             _native_batch_norm_legit_functional _trilinear rrelu_with_noise_functional _fft_r2c _fft_c2r _fft_c2c
             _linalg_svd _linalg_eigh _linalg_det _linalg_slogdet _linalg_solve_ex linalg_inv_ex linalg_cholesky_ex
@@ -111,7 +111,7 @@ GROUPS: dict[str, Group] = {
         """),
     ),
     "shapes": Group(
-        "views, shapes and kinds of tensors, which Core ATen spells by others",
+        "views, shapes and kinds of tensors, which Core ATen expresses by other operators",
         _words("""
             mT mH matrix_H adjoint
             atleast_1d atleast_2d atleast_3d block_diag broadcast_tensors broadcast_to chunk column_stack concat
@@ -126,7 +126,7 @@ GROUPS: dict[str, Group] = {
         """),
     ),
     "arithmetic": Group(
-        "arithmetic of each number, which Core ATen spells by others",
+        "elementwise arithmetic, which Core ATen expresses by other operators",
         _words("""
             absolute addcdiv addcmul arccos arccosh arcsin arcsinh arctan arctan2 arctanh bitwise_left_shift
             bitwise_right_shift clamp_max clamp_min clip divide erfc erfinv exp2 fix float_power floor_divide fmax
@@ -140,7 +140,7 @@ GROUPS: dict[str, Group] = {
         """),
     ),
     "reductions": Group(
-        "sums, orders and statistics, which Core ATen spells by others",
+        "sums, orders and statistics, which Core ATen expresses by other operators",
         _words("""
             all aminmax argsort argwhere bucketize count_nonzero cummax cummin cumprod diff isin linalg_norm
             linalg_vector_norm logcumsumexp logsumexp median msort nanmean nansum norm quantile searchsorted std
@@ -178,7 +178,7 @@ GROUPS: dict[str, Group] = {
         """),
     ),
     "unsafe in name": Group(
-        "unsafe to differentiate in place, not in memory: both check as view and index do; exports hold them",
+        "unsafe only for in-place gradients: both check memory as view and index do, and exports hold them",
         _words("_unsafe_view _unsafe_index"),
     ),
     "losses": Group(
@@ -191,7 +191,7 @@ GROUPS: dict[str, Group] = {
         """),
     ),
     "in place": Group(
-        "inplace=True of layers, += on tensors, writes to parts, counted batches: torch.export keeps them as they are",
+        "inplace=True of layers, += on tensors, writes to slices, counters of batches: torch.export keeps them",
         _words("""
             add_ bernoulli_ bitwise_and_ bitwise_or_ bitwise_xor_ clamp_ clamp_max_ clamp_min_ clip_ copy_ detach_
             div_ dropout_ elu_ exp_ fill_ fill_diagonal_ floor_divide_ gelu_ hardsigmoid_ hardswish_ hardtanh_
@@ -206,7 +206,7 @@ GROUPS: dict[str, Group] = {
         in_place=True,
     ),
     "quantized": Group(
-        "quantization as arithmetic, which the quantizers of torchao write",
+        "quantization as plain arithmetic, which the quantizers of torchao write",
         _words("""
             choose_qparams choose_qparams_symmetric choose_qparams_per_token choose_qparams_per_token_asymmetric
             quantize_per_tensor dequantize_per_tensor quantize_per_channel dequantize_per_channel quantize_per_token
@@ -216,12 +216,12 @@ GROUPS: dict[str, Group] = {
     ),
 }
 
-# Core ATen, functional, and yet not on the list
+# functional operators of Core ATen that are not on the list, with the reason
 REFUSED_CORE: dict[str, str] = {
-    "_embedding_bag": "reads before its indices where an offset is negative, and past them where there is none",
+    "_embedding_bag": "reads before its indices if an offset is negative, and past them if it has no offsets",
 }
 
-# exact targets that export emits outside torch.ops
+# targets outside torch.ops that torch.export writes
 PLAIN_OPERATORS = frozenset(
     [f"_operator.{name}" for name in _words("eq ne le ge lt gt neg pos mul add sub floordiv mod pow truediv")]
     + [f"_operator.{name}" for name in ("and_", "or_", "lshift", "rshift", "getitem")]
@@ -238,13 +238,13 @@ _OVERLOAD = re.compile(r"torch\.ops\.([a-z]\w*)\.(\w+)\.(\w+)", re.ASCII)
 _PLAIN_ARGUMENTS = _words(
     "TensorType IntType FloatType BoolType ComplexType NumberType StringType DeviceObjType GeneratorType"
 )
-_BY_NAME = re.compile(r"names|dimname", re.IGNORECASE)  # overloads whose dimensions have names: never exported
-_ALLOWED = "the operators that are known to be safe (surgery/files/guard/operators.py); open an issue for one of yours"
+_BY_NAME = re.compile(r"names|dimname", re.IGNORECASE)  # overloads with named dimensions, which are never exported
+_ALLOWED = "operators known to be safe (surgery/files/guard/operators.py); open an issue if you need this one"
 
 
 @functools.cache
 def _index() -> dict[tuple[str, str], str]:
-    """The group of each listed name: (namespace, name) -> group."""
+    """Return the group of each listed name: (namespace, name) -> group."""
     return {(group.namespace, name): label for label, group in GROUPS.items() for name in group.names}
 
 
@@ -256,19 +256,20 @@ def _kind(argument: torch._C.Argument) -> str:
 
 
 def _form_fault(schema: torch._C.FunctionSchema, *, in_place: bool) -> str | None:
-    """Why no name stands for an overload of this form, or None."""
+    """Return why a name without a dot does not cover an overload of this form, or None."""
+    # An overload that writes may write to its first argument only, and only in a group of in-place operators.
     written = [number for number, each in enumerate(schema.arguments) if each.alias_info and each.alias_info.is_write]
     if written != ([0] if in_place else []):
         return "which writes to its arguments"
     if not {_kind(each) for each in schema.arguments} <= _PLAIN_ARGUMENTS:
         return "which takes objects"
     if not schema.returns or any(_kind(each) != "TensorType" for each in schema.returns):
-        return "which gives no tensors"
+        return "which returns no tensors"
     return "whose dimensions have names" if _BY_NAME.search(schema.overload_name) else None
 
 
 def _schemas(namespace: str, name: str) -> dict[str, torch._C.FunctionSchema]:
-    """The overloads of an operator that torch's dispatcher knows; TorchScript's own are left out. Calls nothing."""
+    """Return the overloads of an operator that torch's dispatcher has, without TorchScript's own. Calls nothing."""
     found = torch._C._jit_get_schemas_for_operator(f"{namespace}::{name}")
     return {each.overload_name or "default": each for each in found if _is_dispatched(each)}
 
@@ -283,7 +284,8 @@ def _is_dispatched(schema: torch._C.FunctionSchema) -> bool:
 
 @functools.cache
 def _overload_fault(namespace: str, name: str, overload: str) -> str | None:
-    """Why this overload cannot be in a program, or None."""
+    """Return why a program may not call this overload, or None."""
+    # A name with an overload is listed exactly; a bare name stands for all overloads of the right form.
     index = _index()
     label = index.get((namespace, f"{name}.{overload}"))
     whole = index.get((namespace, name))
@@ -291,7 +293,7 @@ def _overload_fault(namespace: str, name: str, overload: str) -> str | None:
         return "which is not on the list"
     schema = _schemas(namespace, name).get(overload)
     if schema is None:
-        return "which is not registered here"
+        return "which is not registered in this torch"
     return _form_fault(schema, in_place=GROUPS[whole].in_place) if label is None and whole else None
 
 
@@ -305,7 +307,7 @@ def group_of(target: str) -> str | None:
 
 
 def overloads() -> list[str]:
-    """Return all overloads of torch.ops that are allowed and registered here, higher-order ones left out."""
+    """Return all overloads of torch.ops that are allowed and registered in this torch, without higher-order ones."""
     found = []
     for group in GROUPS.values():
         for name in sorted(group.names):
@@ -316,7 +318,7 @@ def overloads() -> list[str]:
 
 
 def check_operator(target: str) -> None:
-    """Refuse a target that is no operator which a program may call."""
+    """Raise UnsafeFileError unless a program may call this target."""
     if target in PLAIN_OPERATORS:
         return
     if target.removeprefix("torch.ops.higher_order.") in _HIGHER_ORDER:

@@ -1,34 +1,34 @@
-"""The guard for the program inside a .pt2 archive: what ``models/model.json`` may say. Runs nothing.
+"""Check the program inside a .pt2 archive: what ``models/model.json`` may say. Runs nothing.
 
-torch builds the program from strings of this file, and several of those strings reach ``exec`` or ``eval``, ``getattr``
-or ``import``. Each path below was found by reading torch 2.13, and each is closed here, by an allowlist:
+torch builds the program from strings of this file. Several of these strings reach ``exec``, ``eval``, ``getattr`` or
+``import``. Each path below was found by reading torch 2.13, and each is closed here by an allowlist:
 
 =====================================  ==============================================================================
 a string of the file                   what torch does with it, and what is allowed instead
 =====================================  ==============================================================================
 names of values, nodes, graphs,        pasted into Python source that fx ``exec``s *while loading*
 arguments, ``forward_arg_names``       (``def forward(self, NAME)``): ASCII identifiers only
-keyword names in ``in_spec``           the same, by ``ep.module()``: ASCII identifiers only
+keyword names in ``in_spec``           pasted likewise by ``ep.module()``: ASCII identifiers only
 parameter, buffer, module names        pasted into ``getattr(x, "NAME")`` source: dotted words without quotes or dunders
 constant string inputs; keys of dict   pasted between quotes into the guards function that ``ep.module()`` ``exec``s:
 inputs                                 printable text without quotes, backslashes, braces
 ``guards_code``                        ``exec``ed by ``ep.module()``: comparisons of input sizes, by ``ast`` and bounded
-                                       (``archive_guards.py``)
+                                       (``guards.py``)
 ``expr_str``, range constraint keys    ``sympy.sympify``, which is ``eval``: symbols, arithmetic and named functions of
-                                       integers, by ``ast`` and bounded (``archive_expressions.py``)
+                                       integers, by ``ast`` and bounded (``expressions.py``)
 node targets, ``as_operator``          ``getattr`` chains from ``torch``, ``operator``, ``math``, later called
-                                       (``torch.load``, ``torch.hub.load``, ``_operator.methodcaller``), or crashing on
-                                       their arguments: a list (``archive_operators.py``) and checks of arguments
-                                       (``archive_arguments.py``)
+                                       (``torch.load``, ``torch.hub.load``, ``_operator.methodcaller``), or crash on
+                                       their arguments: a list (``operators.py``) and checks of arguments
+                                       (``arguments.py``)
 ``source_fn_stack`` in metadata        ``getattr`` chain, not called: dotted words without dunders
 treespecs                              ``__enum__`` contexts and ``defaultdict`` factories import any module and call
                                        any function: no enums, factories from a short list, registered types only
 custom objects                         ``torch._C._pickle_load_obj`` or ``pickle.loads``: none
 a wrong JSON type                      would slip a string past the checks above (``{"as_int": "code"}``): every
-                                       field is held against torch's own schema
+                                       field must have the type in torch's own schema
 =====================================  ==============================================================================
 
-What stays open by design: running the loaded program computes whatever tensor arithmetic it holds, however long.
+One thing stays open by design: running the loaded program computes any tensor arithmetic that it holds, however long.
 """
 
 from __future__ import annotations
@@ -68,14 +68,15 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_LONGEST = 1000
-_MOST_AXES = 64
+_LONGEST = 1000  # characters of a name or key
+_MOST_AXES = 64  # of a tensor
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+# Words of a dotted path: none of these characters can end the quoted text that torch makes of it.
 _WORD = re.compile(r"[A-Za-z0-9_\-:/+@ ]+", re.ASCII)
 _DUNDER = re.compile(r"__.*__")
 
 _DEFAULT_FACTORIES = frozenset(["list", "dict", "int", "float", "tuple", "set", "str", "bool"])
-# Output classes of this package register themselves with pytree when their module is imported.
+# The output classes of transformers register themselves with pytree when their module is imported.
 _OUTPUT_MODULES = re.compile(r"(transformers\.(?:modeling_outputs|models\.\w+\.modeling_\w+))\.\w+", re.ASCII)
 
 
@@ -92,7 +93,7 @@ def _check_path(path: str) -> None:
 
 
 def check_key(text: str) -> None:
-    """Refuse text that could end the quoted string which torch pastes it into."""
+    """Raise UnsafeFileError for text that could end the quoted string into which torch pastes it."""
     if len(text) > _LONGEST or not text.isprintable() or set(text) & set("'\"\\`{}"):
         raise UnsafeFileError(f"it uses {text[:60]!r} as a key or constant", allowed="text without quotes or braces")
 
@@ -106,7 +107,8 @@ def _parse(text: str, what: str) -> Any:
 
 def _check_metadata(metadata: dict[str, str]) -> None:
     if any("\r" in value for value in metadata.values()):
-        raise UnsafeFileError("its metadata hold a carriage return, which ends a comment in printed code")
+        raise UnsafeFileError("its metadata holds a carriage return, which ends a comment in printed code")
+    # "name,target;name,target": torch follows each target by getattr.
     for entry in metadata.get("source_fn_stack", "").split(";"):
         target = entry.rpartition(",")[2]
         if any(_DUNDER.match(word) for word in target.split(".")):
@@ -137,7 +139,7 @@ def _check_factory(context: Any) -> None:
 
 
 def _register(kind: str) -> None:
-    """Import the library module that registers this output class, where it is a known one and installed."""
+    """Import the library module that registers this output class, if the class is known and the library installed."""
     match = _OUTPUT_MODULES.fullmatch(kind)
     if match and kind not in _pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE and importlib.util.find_spec("transformers"):
         importlib.import_module(match[1])
@@ -152,7 +154,7 @@ def _check_tree(node: Any) -> None:
         if kind not in _pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE or kind == "NO_SERIALIZED_TYPE_NAME_FOUND":
             next_step = "import the module that registers it with torch.utils._pytree first"
             raise FileError(f"its inputs or outputs hold a {str(kind)[:80]!r}, unknown here", next_step=next_step)
-    # json.loads with torch's enum hook follows for most types, so look at what that will see
+    # torch parses the context of most types as JSON, with a hook for enums: check what the hook will see
     parsed = _parse(context, "a pytree context") if isinstance(context, str) and context[:1] in '[{"' else context
     _check_context(parsed)
     if kind == "collections.defaultdict":
@@ -162,7 +164,7 @@ def _check_tree(node: Any) -> None:
 
 
 def check_treespec(text: str) -> None:
-    """Refuse a serialised pytree structure that would import or call anything."""
+    """Check a serialised pytree structure; raises UnsafeFileError if it would import or call anything."""
     parsed = _parse(text, "a pytree structure")
     if not isinstance(parsed, list) or len(parsed) != 2:
         raise FileError("its input structure is malformed")
@@ -170,7 +172,7 @@ def check_treespec(text: str) -> None:
 
 
 def _check_keywords(text: str) -> None:
-    """Keyword arguments become parameters of ``def forward`` where ``forward_arg_names`` is empty."""
+    """Check keyword names: they become parameters of ``def forward`` if ``forward_arg_names`` is empty."""
     children = _parse(text, "a pytree structure")[1]["children_spec"]
     for child in children:
         if child.get("type") == "builtins.dict":
@@ -236,7 +238,7 @@ def _check_tensor(meta: dict[str, Any]) -> None:
     sizes = meta["sizes"]
     if len(sizes) > _MOST_AXES or len(sizes) != len(meta["strides"]):
         what = f"it describes a tensor with {len(sizes)} sizes and {len(meta['strides'])} strides"
-        raise FileError(what, allowed=f"as many of both, and at most {_MOST_AXES}")
+        raise FileError(what, allowed=f"equal numbers of both, at most {_MOST_AXES}")
     check_sizes(size["as_expr"]["expr_str"] for size in sizes if "as_expr" in size)
 
 
@@ -266,7 +268,7 @@ def _names(*fields: str) -> Callable[[dict[str, Any]], None]:
     return check
 
 
-# schema class -> what its strings may say, after its types were checked
+# schema class -> the check of its strings, made after the check of its types
 _CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "Argument": _check_argument,
     "BufferMutationSpec": _names("buffer_name"),
@@ -304,7 +306,7 @@ _CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
 
 @functools.cache
 def _fields(cls: type) -> dict[str, tuple[Any, bool]]:
-    """The fields of a schema class: name -> (type, whether it must be there)."""
+    """Return the fields of a schema class: name -> (type, whether it is required)."""
     hints = typing.get_type_hints(cls, globalns=vars(schema))
     missing = dataclasses.MISSING
     return {
@@ -315,7 +317,7 @@ def _fields(cls: type) -> dict[str, tuple[Any, bool]]:
 
 def _malformed(expected: Any, value: Any) -> FileError:
     name = getattr(expected, "__name__", str(expected))
-    return FileError(f"its description is malformed: {str(value)[:60]!r} stands where {name} is needed")
+    return FileError(f"its description is malformed: {str(value)[:60]!r} is not the {name} that is needed there")
 
 
 def _check_record(cls: type, value: Any) -> None:
@@ -346,10 +348,12 @@ def _check_container(kind: Any, value: Any) -> None:
 
 
 def check_schema(kind: Any, value: Any) -> None:
-    """Hold parsed JSON against a class of ``torch._export.serde.schema``: its types, then what its strings may say.
+    """Check parsed JSON against a class of ``torch._export.serde.schema``: first types, then what strings may say.
 
-    Raises UnsafeFileError where a string could run code, and FileError where the data is malformed.
+    Raises UnsafeFileError if a string could run code, and FileError if the data is malformed.
     """
+    # A kind is a container type, a union (one key), a dataclass, an enum of numbers, a float, or a plain JSON type.
+    # A type must match exactly: True is not an int here.
     if isinstance(kind, str | typing.ForwardRef):
         kind = getattr(schema, kind if isinstance(kind, str) else kind.__forward_arg__)
     if not isinstance(kind, type) or typing.get_origin(kind) is not None:
@@ -378,6 +382,6 @@ def _expressions(value: Any) -> Iterator[str]:
 
 
 def check_program(program: Any) -> None:
-    """Hold the parsed ``models/model.json`` against its schema, each part and all; raises like ``check_schema``."""
+    """Check the parsed ``models/model.json``: each part, and all parts together; raises as ``check_schema``."""
     check_schema(schema.ExportedProgram, program)
     check_expressions_in_all(_expressions(program), program["range_constraints"])

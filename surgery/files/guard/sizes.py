@@ -1,8 +1,8 @@
-"""Follow the sizes through a program from a file, where an operator of it trusts them. Computes no numbers.
+"""Follow sizes through a program from a file that calls operators which trust them. No tensor has data here.
 
-The sizes that a file claims are not believed: torch's own rules of shapes are applied from the inputs on, whose sizes
-are held against the data. Only programs with operators of ``archive_rules.BY_SIZES`` are followed. Such a call must be
-reached with sizes that fit; where something in front of it cannot be followed, it is refused.
+The sizes that a file claims are not believed. They are computed by torch's own shape rules from the inputs on, whose
+sizes were checked against the data. Only programs that call operators of ``rules.BY_SIZES`` are followed. Such a call
+must get sizes that fit. It is refused if the sizes before it cannot be followed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _name(target: Any) -> str:
 
 
 def _nodes(module: torch.nn.Module) -> list[Node]:
-    """All nodes, also those in regions."""
+    """Return all nodes of a program, with those in regions such as branches."""
     return [node for each in module.modules() if isinstance(each, GraphModule) for node in each.graph.nodes]
 
 
@@ -61,22 +61,23 @@ def _is_not_one(guard: Any) -> bool:
 
 
 class _Follower:
-    """Runs a graph on tensors without data; ``None`` stands for what could not be followed.
+    """Runs a graph on tensors without data; ``None`` stands for a value that could not be followed.
 
-    The body of a loop is run once, and says nothing of the sizes that a later pass would meet.
+    ``seen`` holds the calls whose sizes were checked for all inputs. The body of a loop is run once, which says nothing
+    about the sizes in later iterations: calls in it are not added.
 
-    A rule of torch that decides by a size adds a guard, and from there on what was found may hold for some inputs
-    alone: ``seen`` are the calls that were checked before. "Not 1" is no such guard, unless something is squeezed: what
-    holds for sizes that are broadcast otherwise holds for 1.
+    A shape rule of torch that decides by a size adds a guard. From there on, the results may hold for some inputs only,
+    and no call is added. The guard "not 1" is an exception, unless the program squeezes: it only decides whether an
+    axis is broadcast, and what was found for other sizes holds for 1 too.
     """
 
     def __init__(self, sizes: ShapeEnv | None, *, squeezes: bool) -> None:
         self.seen: set[Node] = set()
-        self._loops = 0  # that are around
+        self._loops = 0  # how many loops are around the current call
         self._sizes, self._guards, self._squeezes = sizes, 0 if sizes is None else len(sizes.guards), squeezes
 
     def _holds(self) -> bool:
-        """Whether what was found until now holds for all inputs."""
+        """Whether the sizes found so far hold for all inputs."""
         added = [] if self._sizes is None else self._sizes.guards[self._guards :]
         return not added or (not self._squeezes and all(_is_not_one(each.expr) for each in added))
 
@@ -99,7 +100,7 @@ class _Follower:
         return self.run(module, inputs)
 
     def _call(self, node: Node, made: dict[Node, Any]) -> Any:
-        if any(made[each] is None for each in node.all_input_nodes):
+        if any(made[each] is None for each in node.all_input_nodes):  # nothing is known of a value that depends on one
             return None
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda each: made[each])
         target: Any = node.target
@@ -107,7 +108,7 @@ class _Follower:
             names = [each.name for each in target._schema.arguments]
             call = dict(zip(names, args, strict=False)) | kwargs
             check_sizes(_name(target), {key: _held(value) for key, value in call.items()})
-            if self._holds() and not self._loops:
+            if self._holds() and not self._loops:  # else the check says nothing about some input or iteration
                 self.seen.add(node)
         loop = target in _LOOPS
         self._loops += loop
@@ -116,23 +117,24 @@ class _Follower:
                 return target(*args, **kwargs)
         except UnsafeFileError:
             raise
-        except Exception:  # torch has no rule for it, or the call is wrong: what depends on it is not known
+        except Exception:  # torch has no shape rule, or the call is wrong: values that depend on it are unknown
             return None
         finally:
             self._loops -= loop
 
     def _undecided(self, target: Any) -> AbstractContextManager[None]:
-        """What a convolution decides by a size is the kernel that is best for it, and never what comes out."""
+        """Return a context without guards for convolutions: they choose a kernel by sizes, never the result."""
         if self._sizes is None or target not in _CONVOLUTIONS:
             return nullcontext()
         return self._sizes.suppress_guards()
 
 
 def check_program_sizes(program: ExportedProgram) -> None:
-    """Refuse a program in which an operator would read past the end of a tensor.
+    """Check the calls of a program that would read past the end of a tensor if its sizes did not fit.
 
-    Raises UnsafeFileError where sizes do not fit, or cannot be followed.
+    Raises UnsafeFileError if the sizes of such a call do not fit, or cannot be followed.
     """
+    # A call that trusts sizes and was never checked was not reached: the sizes before it could not be followed.
     nodes = _nodes(program.graph_module)
     trusting = {node for node in nodes if _name(node.target) in BY_SIZES}
     if not trusting:
