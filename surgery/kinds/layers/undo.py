@@ -116,8 +116,8 @@ def _scaled(layer: nn.Module, name: str, form: Tensor, target: Tensor) -> Iterat
     if near is None or far is None or form.shape != target.shape:
         return
     for power in (1, 2):
-        # with y(c) = (1 / r)^p = a + b / c^p: b = (y(1 / F) - y(1)) / (F^p - 1), a = y(1) - b, and y = 1 at c^p = b /
-        # (1 - a)
+        # y(c) = (1 / r)^p = a + b / c^p gives b = (y(1 / F) - y(1)) / (F^p - 1) and a = y(1) - b;
+        # y = 1 at c^p = b / (1 - a)
         slope = (far**power - near**power) / (_FAR**power - 1)
         factor = (slope / (1 - near**power + slope)) ** (1 / power)
         if bool((factor.isfinite() & (factor > 0)).all()):
