@@ -98,13 +98,22 @@ class OpenGraph(OpenModel):
     def reread(self) -> None:
         """Read the graph as it is now; the numbers of earlier values stay valid."""
         self.reader = self.look()
+        self.reader.settle()
         self._readers.append(self.reader)
         vars(self).pop("flow", None)
 
     def node(self, value: int) -> Node:
         """Return the node that gives a value now."""
+        return self._reader_of(value).node(value)
+
+    def original(self, value: int) -> Node:
+        """Return the node that gave a value when the graph was read."""
+        reader = self._reader_of(value)
+        return reader.original[value - reader.start]
+
+    def _reader_of(self, value: int) -> Reader:
         # each reader numbers its values from its own start, so the number tells the reader
-        return next(reader for reader in reversed(self._readers) if reader.start <= value).node(value)
+        return next(reader for reader in reversed(self._readers) if reader.start <= value)
 
     @abstractmethod
     def look(self) -> Reader:

@@ -57,6 +57,7 @@ class GraphEdits(FunctionEdits):
 
     def apply(self, edit: Edit) -> None:
         """Carry out an edit. A module is replaced under its own path, so that its call nodes can stay as they are."""
+        _ = self.flow  # it shows the graph as it was read, so it is made before anything changes
         if isinstance(edit, Replace):
             self._replace(edit.placement, edit.chain)
             return

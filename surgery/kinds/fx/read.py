@@ -83,6 +83,15 @@ class Reader:
         return list(self.graph.nodes)
 
     @cached_property
+    def original(self) -> tuple[Node, ...]:
+        """The nodes in order, as they were when the graph was read."""
+        return tuple(self.graph.nodes)
+
+    def settle(self) -> None:
+        """Read now what depends on the nodes as they are, before any of them is replaced."""
+        _ = self.original, self.numbers, self.uses
+
+    @cached_property
     def numbers(self) -> dict[Node, int]:
         """The number of each node's value."""
         return {node: number for number, node in enumerate(self.nodes, self.start)}

@@ -260,8 +260,9 @@ class FunctionEdits(OpenGraph):
 
     def _has_strangers(self, tensor: Tensor, parts: Sequence[Part]) -> bool:
         """Whether something other than these parts uses a parameter."""
+        # nodes as they were read: parts may have their numbers from an earlier reading than the uses
         own = {call.user for call in calls_of(parts)} | {part.value for part in parts if isinstance(part, Reshape)}
-        return bool(self.flow.tensors.uses.get(key_of(tensor), frozenset()) - own)
+        return bool(self.reader.uses.get(key_of(tensor), frozenset()) - {self.original(value) for value in own})
 
     def _write_step(
         self,
