@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in examples/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in examples/ only
 
 import surgery
 from examples.fashion_resnet import build

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in examples/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in examples/ only
 
 import surgery
 from examples.methods_page import COLUMNS, Point, Report, cells, fill, page_table, plot

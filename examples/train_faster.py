@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in examples/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in examples/ only
 
 from examples.image_data import Data, batches, read_data
 from examples.train_networks import NETWORKS

@@ -34,7 +34,7 @@ from torch.nn import functional
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 from examples.image_data import Data, batches, read_data
 from surgery.errors import FileError, SurgeryError

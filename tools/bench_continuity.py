@@ -40,12 +40,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 from surgery.passes.recompose import recompose
 from surgery.training import LowRankTraining
-from surgery.training.propose import ForTraining, Sought, TrainingEvidence, sites_of
-from surgery.training.switch import switch_down
+from surgery.training.propose import ForTraining, Request, TrainingEvidence, sites_of
+from surgery.training.switch import switch_to_factors
 from surgery.training.transport import Jacobian
 
 SAMPLE = Path(__file__).resolve().parent.parent / "examples" / "data" / "fashion_sample.npz"
@@ -157,7 +157,7 @@ def second_moments(epoch: int, seed: int, count: int = 40) -> list[Predicted]:
     means = {name: optimizer.state[model.get_submodule(name).weight]["exp_avg"] for name in RANKS}
     inputs = data[0][:BATCH]
     sites = sites_of(model, inputs)
-    record, *_ = switch_down(model, inputs, ForTraining(Sought(RANKS)).plan(sites, TrainingEvidence()), sites)
+    record, *_ = switch_to_factors(model, inputs, ForTraining(Request(RANKS)).plan(sites, TrainingEvidence()), sites)
     composed = recompose(model, inputs).model
     rows = []
     for site in record:

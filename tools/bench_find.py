@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # torch imports it with the first fake tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 from surgery.kinds.registry import Model, open_model
 from surgery.sites.find import find

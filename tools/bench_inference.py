@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 import surgery
 from surgery.algebra.operators import Conv, Operator

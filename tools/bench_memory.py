@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(ROOT))  # a script finds modules in tools/ only
 
 METHODS = ("svd", "tucker", "cp", "tt", "tr")
 SHAPES: dict[str, tuple[int, ...]] = {"linear": (4096, 4096), "convolution": (2048, 2048, 3, 3)}

@@ -31,7 +31,7 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 from surgery.solvers.cp import als_sweeps, start
 from surgery.solvers.cp_model import CpModel

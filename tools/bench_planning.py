@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 import surgery
 from surgery.cost.registry import make_backend

@@ -32,7 +32,7 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 from surgery.algebra.chain import relative_error
 from surgery.factorizations import FACTORIZATIONS

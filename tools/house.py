@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 from tools.source import Module, Source
 

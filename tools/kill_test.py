@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 import torch
 from torch import nn

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 import surgery
 from examples.train_networks import transformer
