@@ -140,6 +140,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """
     if not high - low > 1e-12 * max(abs(low), abs(high), 1e-18):
         return [low]
+    # The step is 1, 2, 5 or 10 times a power of ten, whichever is nearest to an even division.
     rough = (high - low) / about
     size = 10.0 ** math.floor(math.log10(rough))
     step = size * min((1, 2, 5, 10), key=lambda factor: abs(factor * size - rough))

@@ -263,7 +263,7 @@ def _pair(value: Any, where: str) -> tuple[float, float]:
 def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
         raise _error(where, value, f"a number of at most {_LARGEST:g}")
-    return float(value) if abs(value) * _LARGEST > 1 else 0.0
+    return float(value) if abs(value) * _LARGEST > 1 else 0.0  # below 1 / _LARGEST it counts as zero
 
 
 def _error(where: str, value: Any, allowed: str) -> InputError:

@@ -121,6 +121,7 @@ def _trials(trials: Sequence[tuple[float, bool]], kind: str) -> Markup:
 def _sites(content: Content) -> Markup:
     if not content.replaced:
         return Markup()
+    # Errors of different sites add in squares, so a site's share is its square over the sum of all squares.
     total = sum(site.effect**2 for site in content.replaced if site.effect is not None)
     shares = [replace(r, effect=r.effect**2 / total if r.effect and total else None) for r in content.replaced]
     shown = [r for r in _COLUMNS if any(r[1](site) != "\u2013" for site in shares)]

@@ -48,6 +48,7 @@ class DenseStates:
     def _compose(self, module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         if not self._on or self._run.phase != "factored":
             return
+        # A module may hold the network and its mirrors, each under several names; every one of them is replaced.
         for root in self._run.roots:
             names = [name for name, inside in module.named_modules(remove_duplicate=False) if inside is root]
             if not names:

@@ -142,7 +142,7 @@ def _energy(chain: Chain) -> Tensor:
 def _apply(factor: nn.Parameter, change: Tensor, group: dict[str, Any]) -> None:
     strength = float(group["weight_decay"])
     if group.get("decoupled_weight_decay"):
-        share = float(group["lr"]) * strength
+        share = float(group["lr"]) * strength  # the step multiplies F by 1 - share, so C is divided by it beforehand
         factor.sub_(change, alpha=share / (1 - share))
     elif factor.grad is not None:
         factor.grad.add_(change, alpha=-strength if group.get("maximize") else strength)

@@ -37,7 +37,7 @@ def fit_factors(compose: Compose, factors: Sequence[Tensor], goal: Tensor) -> li
         step = jacobian.push_back(wanted - jacobian.weight)
         rows = [[factor + share * part for factor, part in zip(found, step, strict=True)] for share in _SHARES]
         distances = [_distance(compose, row, wanted) for row in rows]
-        before, nearest = distance, min(distances)
+        before, nearest = distance, min(distances)  # of equal distances the largest share is taken, as it comes first
         if not nearest < before:
             break
         found, distance = rows[distances.index(nearest)], nearest

@@ -47,6 +47,7 @@ def least_squares(apply: Map, adjoint: Map, target: Sequence[Tensor]) -> list[Te
     >>> least_squares(half, half, [torch.tensor([1.0, 2.0])])
     [tensor([2., 4.], dtype=torch.float64)]
     """
+    # With the largest entry scaled to 1, no square of a norm overflows or vanishes.
     scale = max((float(part.abs().max()) for part in target if part.numel()), default=0.0)
     wide = [part.double() / (scale or 1.0) for part in target]
     zero = [torch.zeros_like(part) for part in adjoint(wide)]
@@ -86,6 +87,7 @@ def _extremes(
 
 def _descend(apply: Map, adjoint: Map, target: Sequence[Tensor]) -> Iterator[_Iterate]:
     """Yield the steps of CGLS from zero, until the next would go along a direction that A hardly moves."""
+    # At the head of each step  rest = b - A x  and  gradient = A^T rest;  ``energy`` is the square of the gradient.
     rest = list(target)
     gradient = adjoint(rest)
     x = [torch.zeros_like(part) for part in gradient]
@@ -102,6 +104,7 @@ def _descend(apply: Map, adjoint: Map, target: Sequence[Tensor]) -> Iterator[_It
         rest = [part - step * i for part, i in zip(rest, image, strict=True)]
         gradient = adjoint(rest)
         before, energy = energy, _squares(gradient)
+        # noise: the square of eps ||A|| (||b|| + ||A|| ||x||), with ``stretch`` for ||A||^2
         yield _Iterate(x, energy, _REACHED**2 * stretch * (size + stretch * _squares(x)))
         direction = [g + energy / before * d for g, d in zip(gradient, direction, strict=True)]
 

@@ -117,6 +117,7 @@ class LowRankCallback(Callback):
         self._add_mirrors(trainer, pl_module)
         if self._saved:
             self._run.load_state_dict(self._saved)
+            # A mirror that the checkpoint does not have starts from the weights of the network.
             root, *copies = self._run.roots
             for copy, state in zip_longest(copies, self._saved.get("mirrors", ())):
                 copy.load_state_dict(root.state_dict() if state is None else state)

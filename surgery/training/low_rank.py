@@ -186,6 +186,8 @@ class LowRankTraining:
 
         A trainer that saves after the end of an epoch then saves the weights that it has scored.
         """
+        # The median from one step to the next leaves out pauses in the loop, such as an evaluation. A switch is judged
+        # by it; the row has the seconds of the clock.
         seconds, steps = time.perf_counter() - self._mark, len(self._ends)
         step = statistics.median(b - a for a, b in pairwise(self._ends)) if steps > 1 else None
         if self.phase == "dense" and not self._decided and self._measured:
@@ -202,7 +204,7 @@ class LowRankTraining:
         event = self._act(due) if due.done else None
         if event is not None:
             self.history = self.history.after_epoch(event)
-        self._mark += time.perf_counter() - start
+        self._mark += time.perf_counter() - start  # the next epoch's seconds leave the switch out
         return event
 
     def begin_epoch(self) -> Event | None:
@@ -276,6 +278,7 @@ class LowRankTraining:
             raise InputError("this run has begun already", next_step="load the state into a new one, on a dense model")
         self._formats = [bool(form) for form in state["formats"]]
         self._trainee.channels_last = self._formats[0]
+        # The structure comes first: the states of model and optimizer only fit a model that is factored like theirs.
         self._trainee.restore(Plan.from_json(state["plan"]), factored=state["phase"] == "factored")
         self._trainee.root.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -309,6 +312,8 @@ class LowRankTraining:
         return {site.name: stable_rank(site.operator) for site in self._trainee.sites}
 
     def _act(self, due: _Due) -> Event | None:
+        # Phases go dense -> factored -> recomposed. A decision to stay dense is final (``_decided``), so that each run
+        # measures a proposal once.
         if self.phase == "factored":
             reason = self._schedule.recompose_reason(due.done)
             if reason is not None:
@@ -323,7 +328,7 @@ class LowRankTraining:
         start, done = time.perf_counter(), due.done
         survey = self._trainee.survey()
         proposal: Proposal = self._trainee.agree(self._propose(due, survey) if self._trainee.leads else None)
-        self._decided, forecast = True, proposal.forecast
+        self._decided, forecast = True, proposal.forecast  # the leading process measured it; all follow it
         if all(decision.dense for decision in proposal.plan):
             why = refused(proposal.plan, survey.left)
             return self._say(Event("stay", done, why, time.perf_counter() - start))

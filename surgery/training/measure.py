@@ -79,6 +79,7 @@ def _run_pass(module: nn.Module, inputs: Inputs) -> Callable[[], object]:
 
     def run() -> None:
         with torch.enable_grad():
+            # autograd.grad leaves no gradients in the parameters, as backward would
             outputs = [leaf for leaf in pytree.tree_leaves(_plain(module(*args, **kwargs))) if _differentiable(leaf)]
             torch.autograd.grad(outputs, [*trained, *leaves], [_ones(y) for y in outputs], allow_unused=True)
         if outputs and outputs[0].is_cuda:
@@ -103,7 +104,7 @@ def _ones(output: Tensor) -> Tensor:
 def _fill(module: nn.Module) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.normal_(std=max(1, parameter[0].numel()) ** -0.5)
+            parameter.normal_(std=max(1, parameter[0].numel()) ** -0.5)  # 1 / sqrt(fan-in): values stay near 1
 
 
 def _input(dense: Operator, shape: Shape) -> Tensor:

@@ -87,7 +87,7 @@ def exchange_parameters(optimizer: Optimizer, exchanges: Sequence[Exchange], *, 
 def _carry(optimizer: Optimizer, exchange: Exchange) -> list[str]:
     """Give the new parameters their state; return one line with the reason if that is not possible."""
     states = [optimizer.state.get(old) or {} for old in exchange.old]
-    if not any(states) or exchange.old[0] is exchange.new[0]:
+    if not any(states) or exchange.old[0] is exchange.new[0]:  # nothing to carry, or the same object keeps its state
         return []
     unknown = sorted({key for state in states for key, value in state.items() if not _known(key, value)})
     uneven = any(set(state) != set(states[0]) for state in states)

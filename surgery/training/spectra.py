@@ -28,7 +28,7 @@ def stable_rank(operator: Operator) -> float:
     matrix = operator.kernel.detach().flatten(2)
     if matrix.shape[1] > matrix.shape[2]:
         matrix = matrix.mT
-    squares: Tensor = torch.linalg.eigvalsh(gram(matrix))
+    squares: Tensor = torch.linalg.eigvalsh(gram(matrix))  # s^2, in rising order
     largest = squares[:, -1]
     ranks = squares.clamp(min=0).sum(-1) / torch.where(largest > 0, largest, 1)
     return float(ranks.mean())

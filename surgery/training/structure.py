@@ -85,6 +85,7 @@ def with_weights(chain: Chain, weights: Iterable[Tensor]) -> Chain:
 
 
 def _fill(steps: Sequence[Step], weights: Iterator[Tensor]) -> Iterator[Step]:
+    # All levels draw from one iterator, so weights go to operators in order, one row of branches after the other.
     for step in steps:
         if isinstance(step, Operator):
             yield replace(step, weight=next(weights), bias=None)
@@ -108,6 +109,7 @@ def read_sites(sites: Sequence[Site], plan: Plan, stored: Mapping[str, Layout]) 
         if decision.factorization is None or decision.rank is None:
             continue
         chain = named(decision.factorization).skeleton(site.operator, decision.rank)
+        # A bias goes to the end of a chain, so the chain with any bias has the place of the bias last.
         places = tuple(place for place, part in chain.places if isinstance(part, Operator))
         shift = chain.with_bias(torch.empty(0)).places[-1][0]
         found.append(FactoredSite((site.name, *site.aliases), chain, places, shift, stored[site.name]))

@@ -51,6 +51,7 @@ def switch_to_dense(root: nn.Module, example_inputs: Any, record: Sequence[Facto
     Raises:
         CheckError: a chain did not come back as one operator.
     """
+    # Bind first: the exchanges need the factors after recompose has taken them out of the module.
     before = _parameters(root)
     bound = [site.bind(root) for site in record]
     recompose(root, example_inputs, inplace=True)
@@ -126,6 +127,7 @@ def _rebound(before: Parameters, after: Parameters, names: Mapping[str, str]) ->
 
     They keep their ``requires_grad``.
     """
+    # A tied parameter has several names; only its first counts, so that the optimizer gets it once.
     exchanges, seen = [], set()
     for name, old in before.items():
         moved = names.get(name, name)

@@ -57,6 +57,8 @@ class Jacobian:
     """
 
     def __init__(self, compose: Compose, factors: Sequence[Tensor]) -> None:
+        # The pull ``J^T p`` is linear in p, so the derivative of <J^T p, x> by p is ``J x``. Keep the pull as a graph
+        # over a probe p of zeros, whose value does not matter.
         self._compose = compose
         with torch.enable_grad():
             self._factors = [factor.detach().double().requires_grad_() for factor in factors]
@@ -88,6 +90,8 @@ class Jacobian:
 
         Distances are in units of each factor entry's effect on the weight, so the scales of the factors do not matter.
         """
+        # With D = diag((J^2)^T 1)^(-1/2) this solves  min ||D (J^T m - moments)||.  The diagonal has the squared length
+        # of each column of J, which is how far an entry of a factor moves the weight.
         told = self.squared().pull(torch.ones_like(self._weight))
         units = [torch.where(t > 0, t, 1).rsqrt() for t in told]
 
@@ -108,6 +112,8 @@ class Jacobian:
 
     def pull_back_squares(self, squares: Sequence[Tensor], mean: Tensor) -> Tensor:
         """Return the second moment of the weight's gradient, from those of the factors' and the weight's mean."""
+        # (v_F / c) / (J^2)^T 1 is the variance of a weight entry as each factor entry sees it. Its average over the
+        # factor entries that reach a weight entry, with weights J^2, is v_W.
         rows = self.squared()
         told = rows.pull(torch.ones_like(self._weight))
         independent = [square.double() / c for square, c in zip(squares, self._coherence(rows, mean), strict=True)]
@@ -128,4 +134,5 @@ def _times(units: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _over(values: Tensor, by: Tensor) -> Tensor:
+    # The inner ``where`` avoids 0 / 0, which would be NaN even where the outer one discards it.
     return torch.where(by > 0, values / torch.where(by > 0, by, 1), 0)
