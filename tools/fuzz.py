@@ -395,7 +395,7 @@ def one(target: Target, data: bytes) -> tuple[Outcome, list[str]]:
 
 
 def keep(folder: Path, number: int, target: Target, data: bytes, faults: list[str]) -> Path:
-    """Keep a failure: the file, and beside it the command line."""
+    """Save a failure: the file, and its command line in a second file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{number}-{target.file}"
     path.write_bytes(data)
