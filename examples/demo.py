@@ -1,10 +1,10 @@
-"""The main job on the trained network that the repository ships: every command of `surgery`, one after another.
+"""The demo: the main commands of `surgery`, one after another, on the trained network in this repository.
 
     python examples/demo.py [--output FOLDER]
 
-Each command is printed before it is run. The first decompose has no data: it promises little and dares little. The
-second has images to fit to; accuracy is measured on the others of the labelled sample. At the end the recomposed state
-dict is loaded into the original class.
+Each command is printed before it runs. The first decompose has no data, so it changes little and its promise holds for
+made-up inputs only. The second has images to fit to; accuracy is measured on the other labelled images. At the end the
+recomposed state dict is loaded into the original class.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in examples/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in examples/ only
 
 import surgery
 from examples.fashion_resnet import build
@@ -36,7 +36,7 @@ def run(*words: str | Path) -> None:
 
 
 def split() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return images to fit to, and other images with their labels."""
+    """Return images to fit to, then other images and their labels."""
     with np.load(SAMPLE) as sample:
         images = torch.from_numpy(sample["images"]).float().div(255).unsqueeze(1)
         labels = torch.from_numpy(sample["labels"]).long()
@@ -45,7 +45,7 @@ def split() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def accuracy(model: torch.nn.Module) -> float:
-    """Return the share of the images that the model labels right, of those that nothing is fitted to."""
+    """Return the share of images that the model classifies correctly, among those that nothing is fitted to."""
     _, images, labels = split()
     with torch.no_grad():
         predictions = torch.cat([model(batch).argmax(1) for batch in images.split(250)])
@@ -62,7 +62,7 @@ def say_accuracy(name: str, model: torch.nn.Module) -> float:
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for what is written")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for all written files")
     folder = parser.parse_args().output
     folder.mkdir(exist_ok=True)
     factored, recomposed = folder / "fashion.decomposed.pt2", folder / "fashion.recomposed.pt2"

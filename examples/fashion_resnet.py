@@ -5,8 +5,8 @@
       -> layer1, 64 channels at 14 x 14 -> layer2, 128 channels at 7 x 7
       -> mean over positions -> fc -> logits (N, 10)
 
-Nearly all of its time goes to 3 x 3 convolutions of 64 and 128 channels, the ones that a low-rank chain can make
-faster. `tools/train_demo.py` trains it.
+It spends nearly all of its time in 3 x 3 convolutions of 64 and 128 channels, which a low-rank chain can make faster.
+`tools/train_demo.py` trains it.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Stem(nn.Module):
 
 
 class Block(nn.Module):
-    """The basic residual block of He et al. (2016): two 3 x 3 convolutions beside a shortcut.
+    """The basic residual block of He et al. (2016): two 3 x 3 convolutions and a shortcut.
 
-    The shortcut is the identity, or a 1 x 1 convolution with batch-norm where the shape changes.
+    The shortcut is the identity, or a 1 x 1 convolution with batch-norm if the shape changes.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1) -> None:
@@ -73,8 +73,8 @@ class Block(nn.Module):
 class FashionResNet(nn.Module):
     """Maps float32 images (N, 1, 28, 28) in 0..1 to logits (N, 10) over `CLASSES`.
 
-    The buffers `mean` and `std` of the training pixels are part of the state dict, so that the saved model eats plain
-    images. An untrained model holds 0 and 1 there.
+    The buffers `mean` and `std` of the training pixels are part of the state dict, so that the saved model takes plain
+    images. In an untrained model they are 0 and 1.
     """
 
     mean: Tensor
@@ -98,7 +98,7 @@ class FashionResNet(nn.Module):
 
 
 def build() -> FashionResNet:
-    """Return the network with fresh weights (seed torch for the same ones again), in training mode.
+    """Return the network with fresh weights in training mode; seed torch to get the same weights again.
 
     >>> build()(torch.zeros(2, 1, 28, 28)).shape
     torch.Size([2, 10])

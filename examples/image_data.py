@@ -23,7 +23,7 @@ MAX_SHIFT = 2
 
 @dataclass(frozen=True)
 class Data:
-    """Uint8 images (N, C, H, W) and labels of both splits, and mean and deviation of the training pixels."""
+    """Uint8 images (N, C, H, W) and labels of both splits, and the mean and deviation of the training pixels."""
 
     images: Tensor
     labels: Tensor
@@ -33,11 +33,11 @@ class Data:
     std: Tensor
 
     def normalised(self, images: Tensor) -> Tensor:
-        """Return uint8 images as the network takes them."""
+        """Return uint8 images as the normalised floats that the network takes."""
         return (images.float() / 255 - self.mean) / self.std
 
     def to(self, device: str) -> Data:
-        """Return it on another device."""
+        """Return the data on another device."""
         return Data(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
@@ -45,7 +45,7 @@ def read_data(name: str, path: Path | None, count: int | None) -> Data:
     """Return a data set, or a sample of its training split.
 
     Raises:
-        FileError: the files are not there, or are none of this data set.
+        FileError: the files are missing, or do not belong to this data set.
     """
     rows = _read_fashion(path or DATA) if name == "fashion" else _read_cifar(path)
     images, labels = rows[0], rows[1]
@@ -83,7 +83,7 @@ def _read_cifar(path: Path | None) -> tuple[Tensor, ...]:
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Return each image shifted by up to `MAX_SHIFT` pixels each way, and mirrored in half the cases.
 
-    What is drawn depends on the generator, of the CPU, alone, not on the device of the images.
+    The shifts depend only on the generator, which is on the CPU, and not on the device of the images.
     """
     count, channels, height, width = images.shape
     padded = functional.pad(images, (MAX_SHIFT,) * 4)

@@ -1,12 +1,12 @@
-"""What each method does to one real layer: error, MACs and measured latency, as a table, JSON, a plot and a page.
+"""Measure what each method does to one real layer: error, MACs and latency, as a table, JSON, a plot and a page.
 
     python examples/methods.py [--model FILE] [--site NAME] [--threads N] [--seconds S] [--output FOLDER]
 
 Each factorization that fits the layer is tried over a sweep of ranks, spaced evenly in the logarithm of the MACs, up to
-where the chain needs as many as the dense layer. A method with several ranks gets those whose singular values pass one
-threshold, as `--ranks keep_macs=0.5` does. Ranks that are numbers of channels are rounded up to the multiple that the
-kernels like, as `--ranks auto` does. Each chain is timed against the dense layer at the layer's real input shape,
-interleaved, under onnxruntime; nothing is taken from the cache.
+as many MACs as the dense layer has. A method with several ranks keeps the singular values above one threshold, as
+`--ranks keep_macs=0.5` does. Ranks that are numbers of channels are rounded up to the multiple that the kernels like,
+as `--ranks auto` does. Each chain is timed against the dense layer at the layer's real input shape, interleaved, under
+onnxruntime; no latency comes from the cache.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in examples/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in examples/ only
 
 import surgery
 from examples.methods_page import COLUMNS, Point, Report, cells, fill, page_table, plot
@@ -44,11 +44,11 @@ from surgery.sites.site import Site, Totals
 HERE = Path(__file__).parent
 MODEL, RESULTS, PAGE = HERE / "data" / "fashion_resnet.pt2", HERE / "results", HERE / "methods.md"
 SHARES = np.geomspace(0.05, 0.95, 9)  # of the dense layer's MACs
-NOT_CHANNELS = ("depthwise", "tr")  # their ranks count branches and pieces: nothing to round for the kernels
+NOT_CHANNELS = ("depthwise", "tr")  # their ranks count branches and pieces, not channels, so they are not rounded
 
 
 def choose(sites: Sequence[Site], name: str | None) -> Site:
-    """Return the site of this name; without one the 3x3 convolution with the most parameters (the first of equals)."""
+    """Return the site of this name, or without a name the first 3x3 convolution with the most parameters."""
     if name is None:
         kernels = [site for site in sites if tuple(site.operator.kernel.shape[3:]) == (3, 3)]
         return max(kernels or sites, key=lambda site: site.parameters)
@@ -58,7 +58,7 @@ def choose(sites: Sequence[Site], name: str | None) -> Site:
 
 
 def sweep(candidate: Candidate, multiple: int) -> list[Ranks]:
-    """Return distinct ranks, by rising MACs, for each of ``SHARES`` that is in reach; none needs more than dense."""
+    """Return distinct ranks in order of MACs, for each of ``SHARES`` in reach; none needs more MACs than dense."""
     dense, found = candidate.dense_cost.macs, set()
     for share in SHARES:
         if (ranks := _ranks_of(candidate, float(share))) is None:
@@ -71,7 +71,7 @@ def sweep(candidate: Candidate, multiple: int) -> list[Ranks]:
 
 
 def _ranks_of(candidate: Candidate, share: float) -> Ranks | None:
-    """Return the ranks that keep this share of the MACs, or None where not even rank 1 needs so few."""
+    """Return the ranks that keep this share of the MACs, or None if even rank 1 needs more."""
     dense = candidate.dense_cost
     if len(candidate.max_ranks) == 1:
         rank = int(share * dense.macs / candidate.cost((1,)).macs)
@@ -84,7 +84,7 @@ def _ranks_of(candidate: Candidate, share: float) -> Ranks | None:
 
 
 def measure(candidate: Candidate, ranks: Ranks, latencies: OnnxRuntime) -> Point | Refusal:
-    """Factor the layer at these ranks and time it; or say why there is no good chain."""
+    """Factor the layer at these ranks and time the chain; if there is no good chain, return the reason."""
     site, dense, cost = candidate.site, candidate.dense_cost, candidate.cost(ranks)
     chain = candidate.factorization.factor(site.operator, ranks)
     if isinstance(chain, Refusal):
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--site", help="a layer; by default the 3x3 convolution with the most parameters")
     parser.add_argument("--threads", type=int, help="of onnxruntime; by default the physical cores")
     parser.add_argument("--seconds", type=float, default=1.0, help="to time each pair of dense layer and chain")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="another folder; methods.md is then left alone")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="another folder; methods.md then stays as it is")
     options = parser.parse_args(arguments)
     console = Console(width=100)
     sites, _ = surgery.find_sites(surgery.load(options.model))

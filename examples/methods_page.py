@@ -1,4 +1,4 @@
-"""What `methods.py` measured, as values, as the table of the page `methods.md`, and as its plot."""
+"""The results of `methods.py`: values, the table of the page `methods.md`, and its plot."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from surgery.plans.candidates import say_ranks
 __all__ = ["COLUMNS", "ERROR", "STYLES", "Point", "Report", "cells", "fill", "page_table", "plot"]
 
 START, END = "<!-- measured: start -->", "<!-- measured: end -->"
-ERROR = 0.4  # what the page's table allows
+ERROR = 0.4  # largest weight error in the page's table
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
-STYLES = {  # Okabe and Ito's colours, which colour-blind readers tell apart, and a marker each
+STYLES = {  # Okabe and Ito's colours, which colour-blind readers can tell apart, each with a marker
     "tucker": ("#0072B2", "o"),
     "svd": ("#000000", "s"),
     "spatial": ("#009E73", "^"),
@@ -44,7 +44,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Report:
-    """All that was measured of one layer; ``refused`` has the reasons for which a method gave no chain."""
+    """All measurements of one layer; ``refused`` has the reason for each method that gave no chain."""
 
     site: str
     layer: str
@@ -58,7 +58,7 @@ class Report:
 
 
 def cells(point: Point) -> list[str]:
-    """Return a row of either table: what is said of one chain."""
+    """Return the row of one chain, for the printed table and for the page."""
     costs = [f"{cost:.2f}x" for cost in (point.parameters, point.macs, point.latency)]
     return [point.method, say_ranks(point.ranks), f"{point.error:.3f}", *costs, point.verdict]
 
@@ -67,7 +67,7 @@ COLUMNS = ("method", "rank", "weight error", "parameters", "MACs", "latency", "v
 
 
 def page_table(report: Report) -> str:
-    """Return the page's table: of each method the chain with the fewest MACs whose error is at most ``ERROR``."""
+    """Return the page's table: for each method, the chain with the fewest MACs whose error is at most ``ERROR``."""
     where, size = report.environment, "x".join(map(str, report.weight))
     lines = [
         f"`{report.site}`: {report.layer}, weight {size}, input {'x'.join(map(str, report.input_shape))}; "
@@ -78,13 +78,13 @@ def page_table(report: Report) -> str:
         "|---|---:|---:|---:|---:|---:|---|",
     ]
     good = sorted((p for p in report.points if p.error <= ERROR), key=lambda p: p.macs)
-    least = {point.method: point for point in reversed(good)}  # of each method the last that is written: the cheapest
+    least = {point.method: point for point in reversed(good)}  # the last entry wins: the cheapest of each method
     lines += [f"| {' | '.join(cells(point))} |" for point in sorted(least.values(), key=lambda p: p.latency)]
     return "\n".join([*lines, "", *_disagreement(report)])
 
 
 def _disagreement(report: Report) -> list[str]:
-    """Say how many chains save MACs and no time, and where the two are furthest apart."""
+    """Say how many chains save MACs but no time, and where MACs and time are furthest apart."""
     saving = [point for point in report.points if point.macs < 1]
     slow = [point for point in saving if point.verdict != "faster"]
     widest = max(saving, key=lambda p: p.latency / p.macs)
@@ -103,7 +103,7 @@ def fill(page: str, table: str) -> str:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draw error against MACs and against measured latency, beside each other; hollow is what is not faster."""
+    """Draw error against MACs and against measured latency, side by side; a chain that is not faster is hollow."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Trains a network faster: decomposed in mid-run, recomposed at the end; against other ways.
+"""Train a network faster, decomposed partway through and recomposed at the end, and compare with other ways.
 
     python examples/train_faster.py --data fashion [--path FOLDER] [--epochs 15] [--seeds 3] [--configs dense,surgery]
     python examples/train_faster.py --data cifar --path cifar10_jpeg.npz
@@ -9,15 +9,15 @@ of `--network vit --images 4000 --epochs 15 --seeds 1 --rate 0.001`.
 
     dense        the original network to the end
     surgery      surgery.LowRankTraining with its defaults, recomposed at the end
-    compressed   dense with fewer epochs: as long as `surgery` took, its schedule compressed
+    compressed   dense with fewer epochs and a shorter schedule, for as long as `surgery` took
     paper        EVBMF ranks (Tucker) after a twentieth of the epochs, a fresh optimizer (Elhoushi et al. 2019)
     pufferfish   a quarter of the ranks (channel SVD) after a sixth of the epochs, first layer dense, a fresh optimizer
 
-All train on the same images in the same order of epochs, in the memory format in which the dense network is fastest
-here. Seconds are those of training, with everything that a switch takes (measuring, factoring, recomposing); accuracy
-is read after each epoch with the clock stopped, on some of the test images, and after the last on all. The weights of
-`surgery` are loaded into the original class, and the last accuracy is that of it. Each finished run is kept in the JSON
-file: start again to go on.
+All train on the same images in the same order, in the memory format in which the dense network is fastest on this
+machine. Seconds are those of training, with everything that a switch takes (measuring, factoring, recomposing).
+Accuracy is measured after each epoch with the clock stopped, on some of the test images, and after the last epoch on
+all of them. For `surgery` the last accuracy is that of the original class with the recomposed weights. Each finished
+run is kept in the JSON file; start the script again to continue.
 
 Fashion-MNIST comes from the Debian package `dataset-fashion-mnist`; CIFAR-10 is an .npz file of JPEG images.
 """
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in examples/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in examples/ only
 
 from examples.image_data import Data, batches, read_data
 from examples.train_networks import NETWORKS
@@ -47,7 +47,7 @@ from surgery.training.propose import try_formats
 
 BATCH = 32
 EVAL_BATCH = 500
-GLANCE = 1_000  # test images that are looked at after each epoch; after the last it is all of them
+GLANCE = 1_000  # test images used after each epoch; all of them are used after the last
 
 
 def build(task: Task, data: Data) -> nn.Module:
@@ -57,7 +57,7 @@ def build(task: Task, data: Data) -> nn.Module:
 
 
 def optimizer_of(model: nn.Module, task: Task) -> torch.optim.Optimizer:
-    """Return SGD for the convolutions, AdamW for the transformer, as is usual for each."""
+    """Return SGD for the convolutional network and AdamW for the transformer, as is usual."""
     if task.network == "vit":
         return torch.optim.AdamW(model.parameters(), lr=task.rate, weight_decay=0.05)
     return torch.optim.SGD(model.parameters(), lr=task.rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -65,7 +65,7 @@ def optimizer_of(model: nn.Module, task: Task) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Data, count: int | None = None) -> float:
-    """Return the share of test images, or of the first so many, that a model gets right."""
+    """Return the share of the test images, or of the first ones, that a model classifies correctly."""
     model.eval()
     images, labels = data.test_images[:count], data.test_labels[:count]
     pairs = zip(images.split(EVAL_BATCH), labels.split(EVAL_BATCH), strict=True)
@@ -74,16 +74,16 @@ def accuracy(model: nn.Module, data: Data, count: int | None = None) -> float:
 
 
 class Way:
-    """One way to train: what to do after each epoch; the dense network does nothing."""
+    """One way to train, given by its actions after each epoch; this base class trains the dense network."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, epochs: int) -> None:
         self.model, self.optimizer = model, optimizer
 
     def end_epoch(self, epoch: int) -> None:
-        """Do what comes after an epoch."""
+        """Act after an epoch."""
 
     def finish(self) -> str:
-        """Do what comes after the last epoch; return what there is to tell."""
+        """Act after the last epoch; return notes on the run."""
         return ""
 
 
@@ -95,7 +95,7 @@ class Surgery(Way):
         self.run = LowRankTraining(model, optimizer, inputs, epochs=epochs)
 
     def end_epoch(self, epoch: int) -> None:
-        """Let it decide."""
+        """Let LowRankTraining decide whether to switch."""
         event = self.run.end_epoch(epoch)
         if event is not None:
             print(event)
@@ -107,7 +107,7 @@ class Surgery(Way):
 
 
 class Fixed(Way):
-    """A switch at a fixed epoch to given ranks, a fresh optimizer, and factors to the end."""
+    """A switch at a fixed epoch to given ranks, with a fresh optimizer; the network stays factored to the end."""
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, at: int, settings: dict[str, Any]
@@ -117,7 +117,7 @@ class Fixed(Way):
         self.run = LowRankTraining(model, optimizer, inputs, **fixed)
 
     def end_epoch(self, epoch: int) -> None:
-        """Switch where it is time, and drop the optimizer's state."""
+        """Switch at the given epoch, and drop the optimizer's state."""
         event = self.run.end_epoch(epoch)
         if event is not None and event.kind == "decompose":
             self.optimizer.state.clear()
@@ -129,13 +129,13 @@ class Fixed(Way):
 
 
 def paper(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, epochs: int) -> Way:
-    """Return the way of Elhoushi et al.: epoch 10 of 200."""
+    """Return the way of Elhoushi et al. 2019, with a switch at epoch 10 of 200."""
     settings = {"ranks": "vbmf", "factorization": "tucker" if isinstance(model, nn.Sequential) else "svd"}
     return Fixed(model, optimizer, inputs, max(1, round(epochs / 20)), settings)
 
 
 def pufferfish(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, epochs: int) -> Way:
-    """Return Pufferfish's way: epoch 15 of 90, a quarter of the channels, the first layer and the head dense."""
+    """Return Pufferfish's way: a switch at epoch 15 of 90 to a quarter of the channels, first layer and head dense."""
     sites, _ = find_sites(model, inputs)
     ranks = {site.name: min(site.operator.in_channels, site.operator.out_channels) // 4 for site in sites[1:-1]}
     return Fixed(model, optimizer, inputs, max(1, round(epochs / 6)), {"ranks": ranks, "factorization": "svd"})
@@ -190,7 +190,7 @@ def _train_epoch(model: nn.Module, optimizer: Any, schedule: Any, stream: Iterat
 
 
 def save(model: nn.Module, task: Task, data: Data, folder: Path) -> None:
-    """Keep a trained dense network, with the normalised test images, as `tools/trained.py` reads it."""
+    """Save a trained dense network and the normalised test images in the format that `tools/trained.py` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     images = data.normalised(data.test_images)
     values = {"width": task.width, "state": model.state_dict(), "images": images, "labels": data.test_labels}
@@ -198,7 +198,7 @@ def save(model: nn.Module, task: Task, data: Data, folder: Path) -> None:
 
 
 def _original(model: nn.Module, task: Task, data: Data) -> nn.Module:
-    """Return a fresh dense network with the weights of one that was recomposed."""
+    """Return a fresh dense network with the weights of a recomposed one."""
     fresh = build(task, data)
     fresh.load_state_dict(model.state_dict(), strict=True)
     return fresh
@@ -208,7 +208,7 @@ def length(config: str, seed: int, task: Task, done: list[Result]) -> int:
     """Return the epochs of a run: for `compressed`, as many as fit into the time that `surgery` took.
 
     Raises:
-        InputError: the runs that this one is measured by are not done.
+        InputError: the runs of `dense` and `surgery`, whose times are needed, are not done.
     """
     if config != "compressed":
         return task.epochs
@@ -219,7 +219,7 @@ def length(config: str, seed: int, task: Task, done: list[Result]) -> int:
 
 
 def main() -> None:
-    """Train what is not done yet, then print the table and draw the plot."""
+    """Do the runs that are not done yet, then print the table and draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--network", choices=sorted(NETWORKS), default="cnn")
     parser.add_argument("--data", choices=("fashion", "cifar"), default="fashion")
@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--configs", help="comma-separated, of " + ", ".join(ORDER) + "  [default: all]")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--images", type=int, help="train on the first so many images only")
+    parser.add_argument("--images", type=int, help="train only on this many images")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--rate", type=float, default=0.1)
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="also keep the last dense network there")

@@ -14,7 +14,7 @@ _ROWS, _DEPTH, _HEADS = 4, 4, 4  # rows of patches in an image, blocks, heads
 
 
 def convolutional(channels: int, side: int, width: int) -> nn.Sequential:
-    """Return a network of a stem of stride 2, then two 3x3 convolutions each of 2 and 4 times its width."""
+    """Return a network with a stem of stride 2, then two 3x3 convolutions each at 2 and 4 times the stem's width."""
     layers: list[nn.Module] = []
     before = channels
     for rows, count, stride in ((width, 1, 2), (2 * width, 2, 1), (4 * width, 2, 1)):
@@ -28,7 +28,7 @@ def convolutional(channels: int, side: int, width: int) -> nn.Sequential:
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each after a layer norm and beside a shortcut."""
+    """Attention and a perceptron, each after a layer norm and added to a shortcut."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """4x4 patches with learned places, four blocks, and a head on the mean of the tokens."""
+    """4x4 patches with learned position embeddings, four blocks, and a head on the mean of the tokens."""
 
     def __init__(self, channels: int, side: int, width: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Transformer(nn.Module):
 
 
 def transformer(channels: int, side: int, width: int) -> nn.Module:
-    """Return the transformer, of 4 times the width in channels."""
+    """Return the transformer, with 4 times ``width`` channels."""
     return Transformer(channels, side, 4 * width)
 
 

@@ -1,4 +1,4 @@
-"""Results of `train_faster.py`: kept in a JSON file, summed up in a table, drawn as accuracy against seconds."""
+"""Results of `train_faster.py`: a JSON file of all runs, a table of means, and a plot of accuracy against seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ORDER = ("dense", "surgery", "compressed", "paper", "pufferfish")
 
 @dataclass(frozen=True)
 class Task:
-    """What all ways have in common."""
+    """The settings that all ways to train share."""
 
     network: str
     data: str
@@ -32,7 +32,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """One run: seconds after each epoch, test accuracy at the same times, and what the run tells of its switch."""
+    """One run: seconds after each epoch, test accuracy at the same times, and notes on its switch."""
 
     config: str
     seed: int
@@ -82,7 +82,7 @@ def summary(results: list[Result]) -> str:
 
 
 def plot(results: list[Result], path: Path) -> None:
-    """Draw accuracy against seconds: a line for each run, a colour for each way."""
+    """Draw accuracy against seconds, with a line for each run and a colour for each way."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -280,7 +280,7 @@ def test_wrong_arguments_are_one_clear_error() -> None:
     with pytest.raises(InputError, match="fused"):
         ADMM(model, fused, 3, example_inputs=batch()[0])
     run = make()
-    with pytest.raises(InputError, match="no state"):
+    with pytest.raises(InputError, match="not a state"):
         run.load_state_dict({"model": {}})
     state = run.state_dict()
     other = nn.Sequential(nn.Conv2d(2, 8, 3), nn.Flatten(), nn.Linear(128, 8))

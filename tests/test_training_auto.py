@@ -236,7 +236,7 @@ def test_measuring_leaves_the_model_and_the_random_state_alone() -> None:
     gradients = [None if p.grad is None else p.grad.clone() for p in run.model.parameters()]
     random = torch.random.get_rng_state()
     settings: dict[str, Any] = {"log": SpectrumLog(), "formats": [False, True], "epoch": (1.0, 3), "epochs_left": 9}
-    proposal = propose.propose(run.model, batch()[0], propose.Sought(), **settings)
+    proposal = propose.propose(run.model, batch()[0], propose.Request(), **settings)
     assert torch.equal(torch.random.get_rng_state(), random)
     assert all(torch.equal(run.model.state_dict()[name], value) for name, value in before.items())
     after = [p.grad for p in run.model.parameters()]

@@ -1,8 +1,8 @@
 """Small architectures with random weights: those of torchvision in its own spelling, and those of transformers by name.
 
-torchvision itself is not needed. Its networks are built from their blocks, with ``inplace=True`` where it says so: what
-torch.export writes depends on such spellings, not on sizes. Those of transformers come from their configurations, which
-are made small; nothing is downloaded.
+torchvision itself is not needed. Its networks are built here from their blocks, with ``inplace=True`` wherever
+torchvision has it, because the output of torch.export depends on such spellings and not on sizes. The models of
+transformers are built from small configurations; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _encoder() -> tuple[nn.Module, Inputs]:
 
 
 def _training() -> tuple[nn.Module, Inputs]:
-    """A network in training mode, which counts its batches."""
+    """A network in training mode: its batch norms count their batches."""
     return _head(_conv(3, 8), nn.Dropout2d(0.1, inplace=True), channels=8).train(), _image()
 
 

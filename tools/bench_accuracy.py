@@ -4,23 +4,24 @@
     python tools/bench_accuracy.py --network cifar --data FOLDER
     python tools/bench_accuracy.py --network minilm --groups      # the table of groups alone
 
-Each rule is swept over its own parameter; every model is timed against the original, interleaved, and its metric
-(accuracy, cosine or agreement, as `trained.py` says) is that of test samples which neither training nor calibration has
-seen. `auto` is asked for each target; the metric of a rule is read off the line through its points (best metric at
-that speed-up or more), in the table at the target, and for what is lost against the best of them at the speed-up that
-was measured for `auto`.
+Each rule is swept over its own parameter. Every model is timed against the original, interleaved. Its metric (accuracy,
+cosine or agreement, as in `trained.py`) is measured on test samples that neither training nor calibration has seen.
+`auto` is asked for each target. The metric of a rule is read off the line through its points (best metric at that
+speed-up or more): in the table at the target, and for the loss of `auto` against the best rule at the speed-up that was
+measured for `auto`.
 
     energy      SVD of every layer at one energy threshold
     vbmf        Tucker at the ranks of EVBMF, weakened or strengthened by a factor
     uniform     all ranks the same share of full
     auto        --calibration --target-speedup
 
-`predicted` is the latency of the whole model that `auto` expected before it was fitted, from a model with random
-factors (or from what each site saves alone), over the one measured in the end.
+`predicted` is the latency of the whole model that `auto` expected before fitting, from a model with random factors (or
+from what each site saves alone), divided by the latency measured at the end.
 
-The table of groups has the same SVD ranks in each row, those of a share of all parameters: of the factors nearest to
-the weights, and of those fitted to calibration data in 1 and in 6 runs and in as many as is the default. What is below
-the factors without data is shown with the difference over its standard error, and is WORSE if that is beyond two.
+The table of groups has the same SVD ranks in all columns of a row, at one share of all parameters. It compares the
+factors nearest to the weights with those fitted to calibration data in 1 group, in 6 groups and in the default number
+of groups. A fit with a metric below that of the factors without data is shown with the difference divided by its
+standard error, and marked WORSE if that is beyond two.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 from surgery.cost.registry import make_backend
 from surgery.errors import RankError
@@ -55,8 +56,8 @@ SWEEPS: dict[str, tuple[float, ...]] = {
     "vbmf": (2.0, 1.5, 1.0, 0.75, 0.5, 0.3),
     "uniform": (0.7, 0.55, 0.4, 0.3, 0.2, 0.1),
 }
-SHARES = (0.7, 0.5, 0.25)  # of the parameters, in the table of groups
-SURE = 2.0  # standard errors
+SHARES = (0.7, 0.5, 0.25)  # shares of the parameters in the table of groups
+SURE = 2.0  # standard errors from which a difference is certain
 PLAIN = "plain SVD"
 GROUPS: dict[str, int | None] = {"groups=1": 1, "groups=6": 6, "default": None}
 
@@ -74,7 +75,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Fit:
-    """The metric at one share of the parameters and in one way to fit; by how much it beats plain SVD, and for sure."""
+    """The metric of one fit at one share of the parameters; its gain over plain SVD, also in standard errors."""
 
     share: float
     way: str
@@ -84,7 +85,7 @@ class Fit:
 
     @property
     def worse(self) -> bool:
-        """Whether it is worse than the factors without data, and surely so."""
+        """Whether the fit is certainly worse than the factors without data."""
         return self.gain < 0 and self.deviations < -SURE
 
 
@@ -132,7 +133,7 @@ def automatic(network: Network, calibration: Network, test: Network) -> Iterator
 
 
 def fits(network: Network, calibration: Network, test: Network) -> Iterator[Fit]:
-    """Yield the metric of each way to fit at each share; nothing at a share that the rule of ranks cannot meet."""
+    """Yield the metric of each way to fit at each share; nothing at a share that the rank rule cannot meet."""
     for share in SHARES:
         asked: dict[str, Any] = {"factorization": "svd", "ranks": f"keep_params={share}"}
         plain: Tensor | None = None
@@ -151,7 +152,7 @@ def fits(network: Network, calibration: Network, test: Network) -> Iterator[Fit]
 
 
 def at_least(points: list[Point], rule: str, target: float) -> float | None:
-    """Return the best metric of a rule at a speed-up of at least the target; between points by the line."""
+    """Return the best metric of a rule at a speed-up of at least the target, interpolated between its points."""
     row = sorted((p for p in points if p.rule == rule), key=lambda p: p.speedup)
     found = [p.metric for p in row if p.speedup >= target]
     for low, high in itertools.pairwise(row):
@@ -178,7 +179,7 @@ def show(console: Console, network: Network, original: float, points: list[Point
 
 
 def show_groups(console: Console, network: Network, original: float, rows: list[Fit]) -> None:
-    """Print the metric of each way to fit at each share of the parameters; red what is surely worse than plain SVD."""
+    """Print the metric of each way to fit at each share of the parameters; red if certainly worse than plain SVD."""
     table = Table("parameters", PLAIN, *GROUPS)
     for share in dict.fromkeys(row.share for row in rows):
         cells = []
@@ -191,15 +192,15 @@ def show_groups(console: Console, network: Network, original: float, rows: list[
     console.print(f"\n{network.name}: {network.metric} at equal SVD ranks, in per cent; original {100 * original:.2f}")
     console.print(table)
     fitted = sum(row.way != PLAIN for row in rows)
-    console.print(f"{below} of {fitted} fits to calibration data are below plain SVD, {worse} of them surely")
+    console.print(f"{below} of {fitted} fits to calibration data are below plain SVD, {worse} of them certainly")
 
 
 def main() -> None:
     """Measure, print and write."""
-    warnings.simplefilter("ignore")  # of torch about itself
+    warnings.simplefilter("ignore")  # torch warns about itself
     parser = option_parser(__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=256, help="calibration samples")
-    parser.add_argument("--groups", action="store_true", help="the table of groups alone")
+    parser.add_argument("--groups", action="store_true", help="only the table of groups")
     options = parser.parse_args()
     console, report = Console(), {}
     for name in options.network or ["fashion"]:

@@ -1,17 +1,17 @@
-"""ADMM and fine-tuning against decomposition and fine-tuning of a trained CIFAR ResNet-20, at equal total epochs.
+"""Compare ADMM and fine-tuning with decomposition and fine-tuning of a trained CIFAR ResNet-20, at equal total epochs.
 
     python tools/bench_admm.py --weights resnet20.pt --data cifar10.npz --json admm.json
     python tools/bench_admm.py --weights resnet20.pt --data cifar10.npz --quick      # one method, few images
 
-    decompose    the trained network is decomposed, and fine-tuned for all epochs
-    admm         it is trained under the constraint for a part of them, decomposed, and fine-tuned for the others
-    dense        it is trained on for all epochs, as a reference
+    decompose    decompose the trained network, and fine-tune it for all epochs
+    admm         train it under the constraint for some of the epochs, decompose it, and fine-tune it for the others
+    dense        go on training the dense network for all epochs, as a reference
 
-Both ways have the ranks of one plan, made from the trained weights, the same batches, optimizer (SGD with momentum)
-and peak learning rate; the rate rises over a fifth of each phase, and falls to zero. `cut` is the accuracy right after
-the decomposition, `accuracy` that at the end, `error` the relative error of the weights that the decomposition made,
-`residual` the last ||W - Z|| / ||W|| of ADMM. Both are means over the sites, the error's weighed by parameters.
-Rows that the JSON file has already are not run again.
+The first two have the ranks of one plan, made from the trained weights, and the same batches, optimizer (SGD with
+momentum) and peak learning rate. The rate rises over a fifth of each phase, then falls to zero. `cut` is the accuracy
+right after the decomposition, and `accuracy` that at the end. `error` is the relative error of the decomposed weights,
+and `residual` the last ||W - Z|| / ||W|| of ADMM; both are means over the sites, `error` weighted by parameters. Rows
+that are already in the JSON file are not run again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch.nn import functional
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 from examples.image_data import Data, batches, read_data
 from surgery.errors import FileError, SurgeryError
@@ -53,7 +53,7 @@ BATCH = 128
 
 @dataclass(frozen=True)
 class Task:
-    """What all rows have in common: images, epochs in total and under ADMM, peak rate, weight of the penalty."""
+    """The settings of all rows: images, epochs in total and under ADMM, peak learning rate, weight of the penalty."""
 
     images: int
     test_images: int
@@ -81,7 +81,7 @@ class Row:
 
     @property
     def what(self) -> tuple[str, float, str]:
-        """What was done, whatever the seed."""
+        """The settings of the row apart from the seed."""
         return self.method, self.keep_params, self.way
 
 
@@ -95,7 +95,7 @@ def load_network(path: Path, device: str) -> ResNet20:
 
 
 def load_images(path: Path, task: Task) -> Data:
-    """Return a sample of the images, normalised as the network knows them; the file has them in order of class."""
+    """Return a random sample of the images, normalised as in training; the file has them in order of class."""
     data = read_data("cifar", path, None)
     mean, std = (torch.tensor(row)[:, None, None] for row in (MEAN, STD))
     generator = torch.Generator().manual_seed(0)
@@ -106,7 +106,7 @@ def load_images(path: Path, task: Task) -> Data:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Data) -> float:
-    """Return the share of test images that are recognised."""
+    """Return the share of test images that are classified correctly."""
     model.eval()
     right = 0
     for images, labels in zip(data.test_images.split(500), data.test_labels.split(500), strict=True):
@@ -123,7 +123,7 @@ def train(model: nn.Module, data: Data, task: Task, epochs: int, generator: torc
 
 
 def make_optimizer(model: nn.Module, task: Task, epochs: int) -> tuple[SGD, LRScheduler]:
-    """Return SGD as it is usual for this network, with a scheduler for the steps of so many epochs."""
+    """Return SGD with the usual settings for this network, and a scheduler for all steps of the given epochs."""
     optimizer = SGD(model.parameters(), lr=task.rate, momentum=0.9, weight_decay=1e-4)
     steps = max(1, epochs * (task.images // BATCH))
     return optimizer, OneCycleLR(optimizer, task.rate, total_steps=steps, pct_start=0.2, cycle_momentum=False)
@@ -160,13 +160,13 @@ def constrain(model: nn.Module, data: Data, task: Task, generator: torch.Generat
 
 
 def mean_error(result: DecomposeResult[Any]) -> float:
-    """Return the mean of the weights' errors, each weighed by its parameters."""
+    """Return the mean of the weight errors, weighted by parameters."""
     total = sum(change.dense_parameters for change in result.changes)
     return sum(change.error * change.dense_parameters for change in result.changes) / total
 
 
 def measure(weights: Path, data: Data, task: Task, seed: int, method: str, share: float, way: str) -> Row:
-    """Run one way with one seed."""
+    """Run one method with one seed."""
     start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
     model: nn.Module = load_network(weights, data.images.device.type)
     inputs, ranks = data.normalised(data.test_images[:1]), f"keep_params={share:.4f}"
@@ -213,7 +213,7 @@ def read_rows(path: Path | None) -> list[Row]:
 
 
 def device_name(device: str) -> str:
-    """Return what the rows were trained on."""
+    """Return the name of the device that trained the rows."""
     return torch.cuda.get_device_name() if device == "cuda" else cpu_name()
 
 

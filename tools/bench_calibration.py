@@ -1,16 +1,16 @@
-"""Accuracy without retraining at equal ranks: plain factors against data-aware ones, on the shipped trained network.
+"""Compare plain with data-aware factors by accuracy without retraining, at equal ranks, on the shipped network.
 
     python tools/bench_calibration.py --json calibration.json
     python tools/bench_calibration.py --quick          # one method and one size
 
-Images of the shipped sample are split: some calibrate, without their labels, and the others measure. Each row has the
-same ranks for all columns; `error` is the relative error of the logits against the original network's. Seconds are for
-the whole of calibration and factoring.
+The images of the shipped sample are split: some calibrate, without their labels, and the others measure. A row has the
+same ranks in all columns. `error` is the relative error of the logits to those of the original network. Seconds cover
+calibration and factoring.
 
     plain        the factors nearest to the weights
-    plain + BN   the same, batch-norm statistics re-estimated
-    data         the factors nearest in output, weighed by its gradients; means left to batch norms
-    data x 4     the same, in four groups, each on what those before it give
+    plain + BN   the same, with batch-norm statistics estimated anew
+    data         the factors nearest in output, weighted by the gradients; batch norms correct the means
+    data x 4     the same in four groups, each fitted on the inputs it receives after the earlier groups are factored
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.export import ExportedProgram
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 import surgery
 from surgery.data.batch_norm import reestimate_batch_norm
@@ -60,7 +60,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Setting:
-    """The network, its calibration images, and what it says about the others."""
+    """The network, its calibration images, and its logits of the test images."""
 
     program: ExportedProgram
     calibration: Calibration

@@ -1,23 +1,23 @@
-"""Training loss over the steps after the switch, with and without the optimizer's state carried across it.
+"""Measure the training loss after the switch, with and without the optimizer's state carried across it.
 
     python tools/bench_continuity.py [--switches 5] [--steps 50] [--json FILE] [--plot FILE.png]
 
 A small network of 3x3 convolutions learns the Fashion-MNIST sample of `examples/data` (2,000 images), once for each
-optimizer, learning rate and switch; switches come after 1, 2, 3, ... epochs, each with its own seed. At the switch the
-run is copied: one copy stays dense, the others are factored to the same weights and then see the same batches. They
-differ in the optimizer alone:
+optimizer, learning rate and switch. Switches come after 1, 2, 3, ... epochs, each with its own seed. At the switch the
+run is copied: one copy stays dense, the others get the same factors and then see the same batches. They differ only in
+the optimizer:
 
-- `carried`: moments cross by the chain rule, as `surgery.LowRankTraining` does it;
-- `factors anew`: those of the factors start from zero, all others go on;
+- `carried`: moments are carried over by the chain rule, as in `surgery.LowRankTraining`;
+- `factors anew`: the moments of the factors start from zero, all others continue;
 - `all anew`: a fresh optimizer, as in Elhoushi et al. 2019.
 
-A second table has the second moments of the factors' gradients that the rule predicts, over those measured on the
+A second table has the second moments of the factors' gradients that the rule predicts, divided by those measured on the
 factored network: with its coherence c, and as if the entries of a gradient were independent.
 
-The jump is the mean training loss over the steps minus that of the dense copy, whose batches are the same: what the
-truncation costs is in all three, what the optimizer loses is the difference between them. The learning rate matters: a
-fresh Adam takes larger steps at first, which helps where the rate is below what the network could take. So the table
-has the loss of the dense copy, by which rates can be compared.
+The jump is the mean training loss over the steps minus that of the dense copy on the same batches. The cost of the
+truncation is in all three jumps; the differences between them show the cost of the optimizer's state. The learning rate
+matters: a fresh Adam takes larger steps at first, which helps if the rate is lower than the network could take. So the
+table also has the loss of the dense copy, by which rates can be compared.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 from surgery.passes.recompose import recompose
 from surgery.training import LowRankTraining
-from surgery.training.propose import ForTraining, Sought, TrainingEvidence, sites_of
-from surgery.training.switch import switch_down
+from surgery.training.propose import ForTraining, Request, TrainingEvidence, sites_of
+from surgery.training.switch import switch_to_factors
 from surgery.training.transport import Jacobian
 
 SAMPLE = Path(__file__).resolve().parent.parent / "examples" / "data" / "fashion_sample.npz"
@@ -61,7 +61,7 @@ RATES = {"SGD, momentum 0.9": (0.02, 0.05, 0.1), "AdamW": (1e-3, 3e-3, 1e-2)}
 
 @dataclass(frozen=True)
 class Jump:
-    """The losses of each side over the steps after one switch."""
+    """The losses of each copy over the steps after one switch."""
 
     optimizer: str
     rate: float
@@ -70,7 +70,7 @@ class Jump:
     losses: dict[str, list[float]]
 
     def mean(self, side: str) -> float:
-        """Return the mean loss of a side minus that of the dense copy."""
+        """Return the mean loss of a copy minus that of the dense copy."""
         return statistics.fmean(self.losses[side]) - statistics.fmean(self.losses["dense"])
 
 
@@ -112,7 +112,7 @@ def steps(model: nn.Module, optimizer: Optimizer, stream: Iterator[tuple[Tensor,
 
 
 def switch(side: str, model: nn.Module, optimizer: Optimizer, inputs: Tensor) -> None:
-    """Factor the convolutions at half ranks, and drop of the optimizer's state what the side does without."""
+    """Factor the convolutions at half ranks, and drop the optimizer's state that this kind of copy starts anew."""
     if side == "dense":
         return
     before = set(map(id, model.parameters()))
@@ -123,7 +123,7 @@ def switch(side: str, model: nn.Module, optimizer: Optimizer, inputs: Tensor) ->
 
 
 def measure(name: str, rate: float, epoch: int, count: int) -> Jump:
-    """Train up to a switch, and return what follows on each side."""
+    """Train up to a switch, and return the losses of each copy after it."""
     seed = epoch
     torch.manual_seed(seed)
     data, model = read_sample(), build()
@@ -157,7 +157,7 @@ def second_moments(epoch: int, seed: int, count: int = 40) -> list[Predicted]:
     means = {name: optimizer.state[model.get_submodule(name).weight]["exp_avg"] for name in RANKS}
     inputs = data[0][:BATCH]
     sites = sites_of(model, inputs)
-    record, *_ = switch_down(model, inputs, ForTraining(Sought(RANKS)).plan(sites, TrainingEvidence()), sites)
+    record, *_ = switch_to_factors(model, inputs, ForTraining(Request(RANKS)).plan(sites, TrainingEvidence()), sites)
     composed = recompose(model, inputs).model
     rows = []
     for site in record:
@@ -176,7 +176,7 @@ def second_moments(epoch: int, seed: int, count: int = 40) -> list[Predicted]:
 
 
 def squares(model: nn.Module, weights: list[nn.Parameter], data: tuple[Tensor, Tensor], count: int) -> list[Tensor]:
-    """Return the mean squared gradients of some weights over batches, the same ones for each model."""
+    """Return the mean squared gradients of the given weights over batches; each model sees the same batches."""
     found, stream = [torch.zeros_like(weight) for weight in weights], batches(data, 77)
     for _ in range(count):
         images, labels = next(stream)
@@ -216,7 +216,7 @@ def grouped(jumps: list[Jump]) -> Iterator[tuple[str, float, list[Jump]]]:
 
 
 def plot(jumps: list[Jump], path: Path) -> None:
-    """Draw the loss of each side, minus the dense one, averaged over the switches."""
+    """Draw the loss of each copy minus that of the dense one, averaged over the switches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6), layout="constrained")
@@ -234,7 +234,7 @@ def plot(jumps: list[Jump], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure all switches, print the table, and write what was asked for."""
+    """Measure all switches, print the tables, and write the requested files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--switches", type=int, default=5)
     parser.add_argument("--steps", type=int, default=50)

@@ -1,8 +1,9 @@
-"""Time finding the sites of a ResNet-50 at 224x224, apart from loading and tracing, as a module and as a program.
+"""Time the search for the sites of a ResNet-50 at 224x224, without loading and tracing, as a module and as a program.
 
     python tools/bench_find.py [--repeats 5]
 
-What torch imports for its fake tensors is imported before; the first call of the process and the median are printed.
+The modules that torch needs for its fake tensors are imported first. The first call in the process and the median are
+printed.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import time
 from pathlib import Path
 
 import torch
-import torch._dynamo  # fake tensors import it when the first one is made
+import torch._dynamo  # torch imports it with the first fake tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 from surgery.kinds.registry import Model, open_model
 from surgery.sites.find import find
@@ -26,7 +27,7 @@ from tools.networks import build
 
 
 def time_find(model: Model, inputs: tuple[torch.Tensor, ...]) -> tuple[float, int]:
-    """Return the seconds of one search and the number of sites; the graph is traced before."""
+    """Return the seconds of one search and the number of sites; the graph is traced beforehand."""
     graph = open_model(model, (inputs, {}), copies=False)
     start = time.perf_counter()
     found = find(graph.flow)

@@ -1,14 +1,14 @@
-"""Measures what factoring really gains under onnxruntime on this CPU, at batch 1.
+"""Measure the real gain of factoring under onnxruntime on this CPU, at batch 1.
 
     python tools/bench_inference.py --json inference.json
     python tools/bench_inference.py --quick            # a small image and little time, to try the tool
 
-Three tables, all from what is measured in this run (the cache of latencies is not read):
+Three tables, all measured in this run (the cache of latencies is not read):
 
-1. layers: each distinct 3x3 convolution of ResNet-18's shapes against its chain; *realised* is the speed-up over the
-   reduction of MACs: 1 where all saved work is saved time.
+1. layers: each distinct 3x3 convolution of ResNet-18's shapes against its chain; *realised* is the speed-up divided by
+   the reduction of MACs, 1 if all saved work is saved time.
 2. network: the same chains in the whole ResNet-18.
-3. auto: `ranks="auto"` against dense over several networks, with its verdict.
+3. auto: `ranks="auto"` against the dense network, for several networks, with the verdict.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 import surgery
 from surgery.algebra.operators import Conv, Operator
@@ -66,7 +66,7 @@ class Gain:
 
     @property
     def realised(self) -> float:
-        """Speed-up over the reduction of MACs."""
+        """The speed-up divided by the reduction of MACs."""
         return self.speedup / self.mac_reduction
 
 
@@ -89,7 +89,7 @@ class Auto:
 
 
 def ranks_at(operator: Operator, method: str, share: float) -> tuple[int, ...]:
-    """Return ranks at a share of the channels, rounded to what onnxruntime's convolution likes."""
+    """Return ranks at a share of the channels, rounded to a multiple that onnxruntime's convolution likes."""
     multiple = make_backend().channel_multiple
     channels = (operator.out_channels, operator.in_channels)
     limits = named(method).max_ranks(operator)
@@ -148,7 +148,7 @@ def measure_network(model: torch.nn.Module, x: torch.Tensor, sites: tuple[Site, 
 
 
 def measure_auto(name: str, model: Any, x: torch.Tensor | None, latencies: OnnxRuntime, options: Any) -> Auto:
-    """Return how ``ranks="auto"`` fares against dense."""
+    """Return the comparison of ``ranks="auto"`` with the dense networks."""
     start = time.perf_counter()
     result = decompose(model, x, ranks=Goal.error(backend=latencies))
     planning = time.perf_counter() - start
@@ -172,16 +172,16 @@ def measure_auto(name: str, model: Any, x: torch.Tensor | None, latencies: OnnxR
 
 
 def networks(options: Any) -> Iterator[tuple[str, Any, torch.Tensor | None]]:
-    """Yield each network with its input; the demo's program brings its own."""
+    """Yield each network with its input; the demo's program has an example input of its own."""
     for name in options.networks:
-        size = options.image if name != "small_vit" else None  # its position table fixes the size
+        size = options.image if name != "small_vit" else None  # its table of positions fixes the size
         yield name, build(name), NETWORKS[name].inputs(size)
     if DEMO.exists():
         yield DEMO.stem, surgery.load(DEMO), None
 
 
 def show_gains(console: Console, title: str, gains: list[Gain]) -> None:
-    """Print one row a comparison."""
+    """Print one row for each comparison."""
     table = Table(
         "what", "method", "rank", "MACs", "dense ms", "factored ms", "speed-up", "95 %", "realised", "verdict"
     )
@@ -203,7 +203,7 @@ def show_gains(console: Console, title: str, gains: list[Gain]) -> None:
 
 
 def show_auto(console: Console, rows: list[Auto]) -> None:
-    """Print one row a network."""
+    """Print one row for each network."""
     table = Table(
         "network", "factored", "MACs", "dense ms", "auto ms", "speed-up", "95 %", "verdict", "error", "planned in"
     )
@@ -266,7 +266,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Run as a command; an error on purpose is one line."""
+    """Run as a command; an expected error is one line."""
     try:
         run(parse())
     except SurgeryError as error:

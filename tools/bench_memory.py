@@ -2,11 +2,11 @@
 
     python tools/bench_memory.py [--quick] [--double] [--low-rank] [--methods M ..] [--json FILE]
 
-Each runs in a fresh process: what its peak adds to the memory with the weight made, as a multiple of the weight's size,
-so that copies made for casts and of results count, and imports do not. At half ranks; cp and tr at rank 64 and
-16. Weights are random, of flat spectra; with ``--low-rank`` they have the rank but for noise of 1e-5, so that float32
-Gram matrices say too little about what is left, and solvers do more. Beside it what ``surgery.solvers.memory.estimate``
-says, and the relative error of outputs for random inputs.
+Each solver runs in a fresh process. The figure is the peak minus the memory after the weight was made, as a multiple of
+the weight's size; copies for casts and results count, and imports do not. Ranks are half of the full ones; 64 for cp
+and 16 for tr. Weights are random with flat spectra. With ``--low-rank`` they have the wanted rank plus noise of 1e-5:
+float32 Gram matrices then tell too little about the remainder, and solvers do more work. The table also has the
+estimate of ``surgery.solvers.memory.estimate``, and the relative error of the outputs for random inputs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(ROOT))  # a script finds modules in tools/ only
 
 METHODS = ("svd", "tucker", "cp", "tt", "tr")
 SHAPES: dict[str, tuple[int, ...]] = {"linear": (4096, 4096), "convolution": (2048, 2048, 3, 3)}
@@ -32,14 +32,14 @@ TARGET = 6.0  # times the weight
 
 
 def memory_bytes(*, peak: bool) -> int:
-    """Return the resident memory of this process now, or the largest since ``forget_peak`` (Linux)."""
+    """Return the bytes of resident memory of this process now, or the largest since ``forget_peak`` (Linux)."""
     name = "VmHWM:" if peak else "VmRSS:"
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 
 
 def forget_peak() -> None:
-    """Let the largest resident memory be the present one."""
+    """Reset the largest resident memory to the present one."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -56,7 +56,7 @@ def operator_of(shape: tuple[int, ...], *, double: bool) -> Any:
 
 
 def nearly_of_rank(factorization: Any, operator: Any, ranks: tuple[int, ...]) -> Any:
-    """Return an operator that random factors of these ranks compose to, but for noise."""
+    """Return an operator that random factors of these ranks compose to, plus noise."""
     import torch
 
     factors = []
@@ -73,7 +73,7 @@ def nearly_of_rank(factorization: Any, operator: Any, ranks: tuple[int, ...]) ->
 
 
 def measure(method: str, shape: tuple[int, ...], *, double: bool, low_rank: bool) -> dict[str, Any]:
-    """Factor a weight in this process; return bytes, seconds and error, or why there is nothing to measure."""
+    """Factor a weight in this process; return bytes, seconds and error, or the reason why nothing was measured."""
     import torch
 
     from surgery.algebra.chain import relative_error
@@ -106,7 +106,7 @@ def measure(method: str, shape: tuple[int, ...], *, double: bool, low_rank: bool
 
 
 def in_fresh_process(method: str, shape: tuple[int, ...], options: list[str]) -> dict[str, Any]:
-    """Return what ``measure`` says in a process of its own; this one has not imported torch, so that it is small."""
+    """Return the result of ``measure`` in a new process; this process stays small because it never imports torch."""
     command = [sys.executable, __file__, "--one", method, *map(str, shape), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -136,11 +136,11 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small weights: quick, but of processes more than solvers")
+    parser.add_argument("--quick", action="store_true", help="small weights, where the process outweighs the solver")
     parser.add_argument("--double", action="store_true", help="float64 weights")
-    parser.add_argument("--low-rank", action="store_true", help="weights that nearly have the rank")
+    parser.add_argument("--low-rank", action="store_true", help="weights that nearly have the wanted rank")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

@@ -2,11 +2,11 @@
 
     python tools/bench_overparameterized.py [--seeds 20] [--quick] [--json FILE] [--plot FILE.png]
 
-Each seed plants ``rank`` unit vectors in every mode, orthonormal or random, with weights of 1. A tensor is recovered
-where the relative error is below 1e-3 and each planted component has a found one of its own, with a product of cosines
-of at least 0.99. Both kinds of descent take the same number of steps on m components and end in the same way: merging,
-pruning to the rank, 50 sweeps of ALS (in the symmetric form: plain descent). "fit" is the median relative error of the
-m components before that. ALS is `surgery.solvers.cp` with its defaults; it has its own starts and acceleration.
+Each seed plants ``rank`` unit vectors in every mode, orthonormal or random, with weights of 1. A tensor is recovered if
+the relative error is below 1e-3 and each planted component matches a found component of its own, with a product of
+cosines of at least 0.99. Both kinds of descent take the same number of steps on m components and end in the same way:
+merging, pruning to the rank, 50 sweeps of ALS (in the symmetric form: plain descent). "fit" is the median relative
+error of the m components before that. ALS is `surgery.solvers.cp` with its defaults, its own starts and acceleration.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ METHODS: dict[str, Method] = {"over-parameterised": "overparameterized", "plain 
 
 @dataclass(frozen=True)
 class Case:
-    """What is planted: ``rank`` components in a tensor of ``order`` modes of ``size``."""
+    """A planted tensor: ``rank`` components in ``order`` modes of ``size``."""
 
     kind: str
     size: int
@@ -93,7 +93,7 @@ def errors_of(tensor: Tensor, factors: list[Tensor]) -> Tensor:
 
 
 def matched(truth: list[Tensor], factors: list[Tensor]) -> Tensor:
-    """Return for each seed whether the components are the planted ones, one for one, up to signs of vectors."""
+    """Return for each seed whether the components match the planted ones, one for one, up to the signs of vectors."""
     pairs = zip(truth, factors, strict=True)
     normalize = partial(torch.nn.functional.normalize, dim=1)
     cosines = reduce(mul, (true.double().mT @ normalize(found.double()) for true, found in pairs)).abs()
@@ -178,11 +178,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="two cases, at most five seeds")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--plot", type=Path, help="also draw the recovered shares here")
     options = parser.parse_args()
     console = Console(width=120)
-    torch.set_num_threads(1)  # on tensors so small a second thread costs more than it saves
+    torch.set_num_threads(1)  # a second thread costs more than it saves on tensors this small
     threadpool_limits(1)
     environment = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "python": platform.python_version()}
     environment |= {"torch": torch.__version__}

@@ -1,14 +1,15 @@
-"""Time four ways to sweep a CP, and two for Tucker: exact or by pairwise perturbation, plain or extrapolated.
+"""Time four kinds of CP sweeps, and two of Tucker sweeps: exact or by pairwise perturbation, plain or extrapolated.
 
     python tools/bench_pairwise.py [--quick] [--data FILE.npz] [--json FILE] [--plot FILE.png]
 
-"plain" is alternating least squares on a dimension tree, the baseline of Ma and Solomonik (arXiv 1811.10573), and
-"pairwise" their method on top of it, for which they report 1.3 to 2.8x; "extrapolated" is what this package does by
-default, and "both" its ``method="pp"``. All start from the same factors (HOSVD), run in the same process, and stop by
-the same tolerance or after as many sweeps. Seconds are CPU time of one thread, so that what else runs on the machine
-counts little, until an exact sweep reaches the same error: 1.0001 times the largest of the final ones; "gains" are
-those of pairwise perturbation over plain and over extrapolated sweeps, each at the end of the two. Problems are those
-of the paper (``tools/pairwise_cases.py``), with orders 3 to 6, and images. Tucker is HOOI, whole runs.
+"plain" is alternating least squares on a dimension tree, the baseline of Ma and Solomonik (arXiv 1811.10573).
+"pairwise" is their method on top of it, for which they report 1.3 to 2.8x. "extrapolated" is the default of this
+package, and "both" is its ``method="pp"``. All start from the same factors (HOSVD), run in the same process, and stop
+at the same tolerance or after the same number of sweeps. Seconds are CPU time of one thread, so that other work on the
+machine counts little. They run until an exact sweep reaches a common error, 1.0001 times the largest of the final
+errors. "gains" are those of pairwise perturbation over plain and over extrapolated sweeps, each at the larger final
+error of the two. Problems are those of the paper (``tools/pairwise_cases.py``), with orders 3 to 6, and images. Tucker
+is HOOI, timed over whole runs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 from surgery.solvers.cp import als_sweeps, start
 from surgery.solvers.cp_model import CpModel
@@ -53,14 +54,14 @@ Trace = list[tuple[float, float]]  # seconds and error after each exact sweep
 
 
 class Traced(CpModel):
-    """A model that notes when each exact sweep was done, and its error."""
+    """A CP model that records the time and the error of each exact sweep."""
 
     def __init__(self, tensor: Array, factors: list[Array], *, extrapolated: bool) -> None:
         super().__init__(tensor, factors, extrapolated=extrapolated)
         self.begin, self.trace = time.process_time(), Trace()
 
     def step(self, sweep: Callable[[], None]) -> Array:
-        """Note the error after a step by an exact sweep."""
+        """Take a step, and record the error if it was an exact sweep."""
         fell = super().step(sweep)
         if sweep == self.sweep:
             self.trace.append((time.process_time() - self.begin, float(np.sqrt(self.residual.mean()))))
@@ -85,12 +86,12 @@ def measure(problem: Problem) -> dict[str, Any]:
 
 
 def seconds_to(trace: Trace, error: float) -> float:
-    """Return when a trace first reached an error."""
+    """Return the seconds after which a trace first reached an error."""
     return next(seconds for seconds, reached in trace if reached <= error)
 
 
 def gain(before: Trace, after: Trace) -> float:
-    """Return how much faster one trace reaches the larger of the final errors of two."""
+    """Return how many times as fast one trace reaches the larger of the final errors of both."""
     target = 1.0001 * max(min(error for _, error in trace) for trace in (before, after))
     return seconds_to(before, target) / seconds_to(after, target)
 
@@ -107,7 +108,7 @@ def measure_tucker(problem: Problem) -> dict[str, Any]:
 
 
 def row_of(problem: Problem, tensor: Tensor, seconds: dict[str, float], errors: dict[str, float]) -> dict[str, Any]:
-    """Return what a table shows: seconds and errors of all sides, and how much faster they are than plain sweeps."""
+    """Return the row of a table: seconds and errors of all methods, and their speed relative to plain sweeps."""
     row = {"problem": problem.name, "shape": list(tensor.shape[1:]), "rank": problem.rank}
     gains = {side: seconds["plain"] / spent for side, spent in seconds.items()}
     return row | {"seconds": seconds, "error": errors, "speedup": gains}
@@ -141,7 +142,7 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw fit against time, one panel a problem, near to where it ends."""
+    """Draw fit against time near the end, one panel for each problem."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -169,9 +170,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small tensors, which say little about speed")
+    parser.add_argument("--quick", action="store_true", help="small tensors, which tell little about speed")
     parser.add_argument("--data", type=Path, default=DATA, help="cifar10_jpeg.npz; without it the images are left out")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--plot", type=Path, help="also draw fit against time here")
     options = parser.parse_args()
     console = Console(width=150)

@@ -3,14 +3,14 @@
     python tools/bench_planning.py [--network resnet50] [--samples 256] [--target-speedup 1.3 | --max-error 0.3]
                                    [--no-promise] [--json planning.json]
 
-    cold                  for a promise with calibration data, no latency known
-    warm                  the same, all latencies on disk
-    no data               `auto` as it is without calibration data, no latency known
+    cold                  a promise with calibration data, without known latencies
+    warm                  the same, with all latencies on disk
+    no data               `auto` without calibration data, without known latencies
     no data, no promise   the same with ``ranks="measured"``, if --no-promise is given
 
-Weights and images are random (weights of a quarter of the rank with noise, as in `networks.py`; images smooth), so the
-figures are for time alone; `minilm` is the trained network of `trained.py` with its sentences, as a program. The
-seconds of each step are those between its reports of progress.
+Weights and images are random (weights of a quarter of the rank with noise, as in `networks.py`; smooth images), so only
+the times mean something. `minilm` is the trained network of `trained.py` with its sentences, as a program. The seconds
+of each step are the times between reports of progress.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 import surgery
 from surgery.cost.registry import make_backend
@@ -52,7 +52,7 @@ class Clock:
         self._start, self._step, self._told = time.perf_counter(), "", told
 
     def __call__(self, step: str, done: int, total: int) -> None:
-        """Give the time since the last report to the step that it was of."""
+        """Add the time since the last report to the step that reported then."""
         now = time.perf_counter()
         self.seconds[self._step or step] += now - self._start
         if self._told and step != self._step:
@@ -69,7 +69,7 @@ def images(count: int, side: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its example inputs unless it brings them along, and calibration data."""
+    """A model, its example inputs unless it holds them itself, and calibration data."""
 
     model: Model
     example: Any
@@ -77,7 +77,7 @@ class Case:
 
 
 def case(name: str, samples: int) -> Case:
-    """Return a network by its name, with so many samples; raises Unavailable where it is not installed."""
+    """Return a network by its name, with ``samples`` samples; raises Unavailable if it is not installed."""
     if name == "minilm":
         network = minilm(None, samples)
         return Case(network.program, None, network.inputs)
@@ -89,7 +89,7 @@ Run = tuple[DecomposeResult[Any], float, Clock]
 
 
 def plan(network: Case, asked: dict[str, Any], *, told: bool) -> Run:
-    """Decompose a network as asked, and return the result, its seconds and where they went."""
+    """Decompose a network with the given options; return the result, its seconds, and the seconds of each step."""
     clock, start = Clock(told=told), time.perf_counter()
     result = surgery.decompose(network.model, network.example, progress=clock, **asked)
     return result, time.perf_counter() - start, clock
@@ -103,15 +103,15 @@ def read_options() -> argparse.Namespace:
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument("--target-speedup", type=float)
     goal.add_argument("--max-error", type=float)
-    parser.add_argument("--no-promise", action="store_true", help="without data also by the rule measured, to compare")
-    parser.add_argument("--progress", action="store_true", help="say each step on standard error")
-    parser.add_argument("--json", type=Path, help="also write the seconds here")
+    parser.add_argument("--no-promise", action="store_true", help="without data, also time ranks=measured")
+    parser.add_argument("--progress", action="store_true", help="print each step to standard error")
+    parser.add_argument("--json", type=Path, help="also write the seconds to this file")
     return parser.parse_args()
 
 
 def main() -> None:
     """Plan with fresh caches and with a warm one, and print where the time went."""
-    warnings.simplefilter("ignore")  # of torch about itself
+    warnings.simplefilter("ignore")  # torch warns about itself
     options = read_options()
     goal = Goal.error(options.max_error) if options.max_error else Goal.speedup(options.target_speedup or 1.3)
     network = case(options.network, options.samples)

@@ -1,9 +1,10 @@
-"""What it costs to see that what is reported happened: the run of a changed model at the end of decompose.
+"""Measure the cost of the check at the end of decompose, which runs the changed model once.
 
     python tools/bench_probe.py [--repeats 5]
 
-For each network: one forward pass, the whole of decompose, and how many forward passes on real numbers decompose made.
-Passes and forward runs take turns, so that a slow moment of the machine meets both.
+The table has, for each network, the seconds of one forward pass and of decompose, and the number of forward passes on
+real numbers inside decompose. Forward passes and decompositions take turns, so that a slow moment of the machine
+affects both.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 import surgery
 from surgery.system.machine import cpu_name
@@ -33,7 +34,7 @@ _runs: list[str] = []
 
 
 class Counted(nn.Module):
-    """A network that notes each run on real numbers."""
+    """A network that counts its runs on real numbers."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -47,7 +48,7 @@ class Counted(nn.Module):
 
 
 def measure(name: str, repeats: int) -> list[str]:
-    """Return the row of a network: seconds of a run, of decompose, the share, and the number of runs."""
+    """Return the row of a network: seconds of a run and of decompose, the share of a run, and the number of runs."""
     model, x = Counted(build(name)).eval(), NETWORKS[name].inputs()
     forward, whole, counts = [], [], []
     for _ in range(repeats):

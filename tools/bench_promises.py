@@ -1,24 +1,23 @@
-"""Promises of `auto` on data that it has never seen: how many of those that it says it kept are kept.
+"""Check promises of `auto` on data that it has never seen: count how many of those that it reports as kept are kept.
 
     python tools/bench_promises.py --json promises.json
     python tools/bench_promises.py --network cifar --network mnist --data FOLDER
     python tools/bench_promises.py --network minilm --network efficientnet-module
 
-Of each network's samples some calibrate, some are for the metric, and the rest are for this test alone. Each promise of
-the grid is asked for, and what is promised where nothing is asked for and no data are given, if anything is; what is
-returned is measured again:
+Some of each network's samples calibrate, some are for the metric, and the rest are for this test alone. Each promise of
+the grid is asked for; so is the default promise, without data. The returned model is measured again:
 
-    max_error        relative error of the output on the unseen samples, without what their masks hide
-    max_drop         what the metric (accuracy, cosine, agreement) loses on the unseen samples; each has a score
-    target_speedup   both models as ONNX files of torch's own exporter, each in new processes: the median
+    max_error        relative error of the output on the unseen samples, without positions that a mask hides
+    max_drop         loss of the metric (accuracy, cosine, agreement) on the unseen samples; each sample has a score
+    target_speedup   median speed-up of the ONNX files of torch's own exporter, each model in new processes
 
-The last is measured of every changed model, to compare with the speed-up that was said of it, if any was.
+The speed-up is measured of every changed model, and compared with the reported one, if there is one.
 
-Two networks that cannot get faster come last, one of depthwise convolutions and a tiny one: `auto` is to return them as
-they are, and to say why.
+Two networks that cannot get faster come last, one of depthwise convolutions and a tiny one: `auto` must return them
+unchanged, and say why.
 
-A promise that `auto` itself says it cannot keep (exit status 3 on the command line) counts as refused. Where it returns
-the original, what it promises of quality is kept, and the speed-up is 1.
+A promise that `auto` itself says it cannot keep (exit status 3 on the command line) counts as refused. If `auto`
+returns the original, a promise of quality is kept, and the speed-up is 1.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 import surgery
 from surgery.cost.registry import make_backend
@@ -56,14 +55,14 @@ GRID: dict[GoalKind, tuple[float, ...]] = {
     "max_drop": (0.002, 0.005, 0.01, 0.02),
     "target_speedup": (1.1, 1.25, 1.5, 2.0),
 }
-NEAR = 1.1  # a promise that is missed counts as near within a tenth of its limit
+NEAR = 1.1  # a missed promise counts as near if the measured value is within a tenth of its limit
 
 
 @dataclass(frozen=True)
 class Row:
-    """One promise: what was asked for, what `auto` said, and what was measured afterwards.
+    """One promise: its limit, the report of `auto`, and the values measured afterwards.
 
-    ``speedup`` is the one that was said, ``fresh`` are those of new processes; none where the original came back.
+    ``speedup`` is the reported one, and ``fresh`` has those of new processes; both are empty if the original came back.
     """
 
     network: str
@@ -80,19 +79,19 @@ class Row:
 
     @property
     def kept(self) -> bool:
-        """Whether it is kept on what was never seen."""
+        """Whether the promise is kept on unseen data."""
         return self.found >= self.limit if self.kind == "target_speedup" else self.found <= self.limit
 
     @property
     def near(self) -> bool:
-        """Whether it is missed by a tenth of its limit at most."""
+        """Whether the promise is missed by at most a tenth of its limit."""
         if self.kind == "target_speedup":
             return self.found * NEAR >= self.limit
         return self.found <= self.limit * NEAR
 
     @property
     def verdict(self) -> str:
-        """What became of the promise, in a word."""
+        """The outcome of the promise, in a word or two."""
         return "kept" if self.kept else "refused" if not self.said_kept else "near" if self.near else "MISSED"
 
 
@@ -115,7 +114,7 @@ def _outputs(model: Model, part: Network) -> list[Tensor]:
 
 
 def check(result: DecomposeResult[Any], test: Network, name: str, options: argparse.Namespace, taken: float) -> Row:
-    """Measure what a result promises on unseen samples and in new processes."""
+    """Measure the promise of a result on unseen samples and in new processes."""
     promise = result.promise
     assert promise is not None
     fresh: list[float] = []
@@ -135,7 +134,7 @@ def check(result: DecomposeResult[Any], test: Network, name: str, options: argpa
 
 
 def rows(network: Network, options: argparse.Namespace) -> Iterator[Row]:
-    """Yield the row of each promise of the grid, and of what is promised where nothing is asked for."""
+    """Yield the row of each promise of the grid, and of the default promise."""
     calibration, rest = split(network, options.samples, seed=0)
     metric, test = split(rest, len(rest) // 2, seed=1)
     asked: list[tuple[str, dict[str, Any]]] = [("nothing", {})]
@@ -152,7 +151,7 @@ def rows(network: Network, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def unpaying() -> dict[str, nn.Module]:
-    """Return networks that factoring cannot make faster: most work is depthwise, or there is hardly any."""
+    """Return networks that factoring cannot make faster: most work is depthwise, or there is hardly any work."""
     torch.manual_seed(0)
     blocks: list[nn.Module] = []
     for _ in range(6):
@@ -166,7 +165,7 @@ def unpaying() -> dict[str, nn.Module]:
 
 
 def show_unpaying(console: Console) -> None:
-    """Print what `auto` makes of the networks that cannot get faster, asked for an error and for a speed-up."""
+    """Print the answers of `auto` for networks that cannot get faster, asked for an error and for a speed-up."""
     images = torch.randn(256, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     table = Table("network", "asked for", "returned", "why")
     for name, model in unpaying().items():
@@ -182,7 +181,7 @@ def show_unpaying(console: Console) -> None:
 
 
 def show(console: Console, found: list[Row]) -> None:
-    """Print each promise, those that are not kept, and the share of those that are."""
+    """Print all promises, then those that are not kept, then the share of kept ones."""
     table = Table("network", "asked for", "promised", "auto says", "on unseen", "", "says", "new processes", "seconds")
     for row in found:
         said = f"{row.said:.3g}" if row.said_kept else f"{row.said:.3g}, not kept"
@@ -205,7 +204,7 @@ def show(console: Console, found: list[Row]) -> None:
 
 
 def show_speeds(console: Console, found: list[Row]) -> None:
-    """Print how the speed-ups in new processes compare with those that were said, and list what is slower."""
+    """Print the speed-ups in new processes divided by the reported ones, and list the models that are slower."""
     changed = [row for row in found if row.fresh]
     for row in changed:
         if statistics.median(row.fresh) < 1:
@@ -222,11 +221,11 @@ def show_speeds(console: Console, found: list[Row]) -> None:
 
 def main() -> None:
     """Ask, measure, print and write."""
-    warnings.simplefilter("ignore")  # of torch about itself
+    warnings.simplefilter("ignore")  # torch warns about itself
     parser = option_parser(__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=256, help="calibration samples")
     parser.add_argument("--promise", choices=GRID, action="append", help="may be repeated  [default: all]")
-    parser.add_argument("--processes", type=int, default=3, help="times that both models are timed in new processes")
+    parser.add_argument("--processes", type=int, default=3, help="how often both models are timed in new processes")
     options = parser.parse_args()
     console, found = Console(), []
     where = environment(make_backend().threads)
@@ -234,7 +233,7 @@ def main() -> None:
         for row in rows(open_network(name, options), options):
             found.append(row)
             console.print(f"{row.network} {row.asked}: {row.seconds:.0f} s, found {row.found:.4g}, {row.verdict}")
-            if options.json:  # each row as soon as it is known: all of them take long
+            if options.json:  # print each row as soon as it is known, since all together take long
                 values = {"rows": [asdict(row) for row in found], "environment": asdict(where)}
                 options.json.write_text(json.dumps(values, indent=2) + "\n")
     show(console, found)

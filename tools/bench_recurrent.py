@@ -3,14 +3,15 @@
     python tools/bench_recurrent.py [--threads N] [--seconds S] [--json FILE]
 
 A step of an LSTM or a GRU is ``gates = W x + R h + b`` with W (G H, I), R (G H, H), G = 4 or 3. ``surgery.decompose``
-factors them at a half and at a quarter of the full ranks:
+factors W and R at a half and at a quarter of the full ranks:
 
     input    W alone: one linear layer on all steps, before the runtime's own kernel with the other factor as its W
-    both     R as well: a loop over the steps (in Python under torch, a Scan under onnxruntime), as no kernel takes it
+    both     R as well: a loop over the steps (in Python under torch, a Scan under onnxruntime), because no kernel takes
+             a factored R
 
-Weights are random: times do not depend on their values. Each row's output is checked against the recomposed layer, and
-what onnxruntime gives against what torch gives. Speed-ups are over the dense kernel of the same runtime, with 95 %
-intervals: above 1, the row is faster.
+Weights are random, since times do not depend on their values. Each row's output is checked against the recomposed
+layer, and the output of onnxruntime against that of torch. Speed-ups are relative to the dense kernel of the same
+runtime, with 95 % intervals; above 1 the row is faster.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from surgery.cost.onnxruntime.sessions import bind, open_session
 from surgery.cost.timing import Budget, compare_samples, interleave
 from surgery.runtime.bench import environment
 
-TOLERANCE = 1e-4  # of float32 outputs over all steps
+TOLERANCE = 1e-4  # relative error of float32 outputs over all steps
 FRACTIONS = (0.5, 0.25)
 
 
@@ -57,7 +58,7 @@ LAYERS = [Layer(kind, *size) for kind in ("LSTM", "GRU") for size in SIZES]
 
 
 class Network(nn.Module):
-    """A layer, of whose results the hidden states are used."""
+    """A recurrent layer that returns only its hidden states."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
@@ -84,7 +85,7 @@ def variants(layer: Layer, x: Tensor) -> Iterator[tuple[str, nn.Module]]:
 
 
 def check(what: str, actual: Tensor, expected: Tensor) -> None:
-    """Stop if two outputs are not the same."""
+    """Stop if two outputs differ by more than rounding."""
     error = relative_error(actual, expected)
     if error > TOLERANCE:
         raise SystemExit(f"{what}: the output is off by {error:.1g}")
@@ -131,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, help="by default the physical cores")
     parser.add_argument("--seconds", type=float, default=6.0, help="to time all rows of one layer and runtime")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args()
     where = environment(options.threads)
     torch.set_num_threads(where.threads)

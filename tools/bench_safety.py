@@ -1,13 +1,13 @@
-"""What `surgery.decompose(model)` does to trained networks when nothing else is said: metric, speed-up, and its words.
+"""Run `surgery.decompose(model)` on trained networks with the defaults: metric, speed-up, and what it reports.
 
     python tools/bench_safety.py --data FOLDER --json safety.json
     python tools/bench_safety.py --network minilm --no-promise
 
-Each network is decomposed with the defaults alone: no calibration data, and example inputs only where it is an
-nn.Module. Its metric (accuracy, cosine or agreement, as `trained.py` says) is that of samples that it was not trained
-on, its speed-up that of whole models, interleaved; 1.00 where the original came back. A row that loses more than 0.01
-is marked. With `--no-promise` each network is also decomposed with ``ranks="measured"``, beside the other. The seconds
-are those of a run that finds on disk the latencies of earlier ones.
+Each network is decomposed with the defaults: no calibration data, and example inputs only if it is an nn.Module. Its
+metric (accuracy, cosine or agreement, as in `trained.py`) is measured on samples that it was not trained on. The
+speed-up is that of whole models, interleaved; 1.00 if the original came back. A row that loses more than 0.01 is
+marked. With `--no-promise` each network is also decomposed with ``ranks="measured"``, in columns of its own. The
+seconds are those of a run that finds earlier latencies on disk.
 
 Networks whose data or packages are not here are listed, each with what it needs.
 """
@@ -27,20 +27,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 from surgery.cost.registry import make_backend
 from surgery.passes.results import DecomposeResult
 from surgery.runtime.bench import environment
 from tools.trained import NETWORKS, Network, Unavailable, open_network, option_parser
 
-LOST = 0.01  # of the metric: more is marked
+LOST = 0.01  # a row that loses more of the metric is marked
 DEFAULT, WITHOUT = "default", "no promise"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One network, decomposed in one way: its metric before and after, its speed-up, and what was said of it."""
+    """One network, decomposed in one way: its metric before and after, its speed-up, and the report on it."""
 
     network: str
     metric: str
@@ -65,7 +65,7 @@ class Row:
 
 
 def said_of(result: DecomposeResult[Any]) -> str:
-    """Return the promise of a result; without one, how many sites were factored; and the notes of changes."""
+    """Return the promise of a result, or else the number of factored sites; then the notes of changes."""
     promise = f"no promise; {len(result.changes)} factored" if result.promise is None else str(result.promise)
     notes = dict.fromkeys(change.note for change in result.changes if change.note)
     return "; ".join((promise, *notes))
@@ -102,9 +102,9 @@ def show(console: Console, rows: Sequence[Row]) -> None:
 
 def main() -> None:
     """Decompose, measure, print and write."""
-    warnings.simplefilter("ignore")  # of torch about itself
-    parser = option_parser(__doc__.splitlines()[0], networks="all that are here")
-    parser.add_argument("--no-promise", action="store_true", help="also by the rule measured, to compare")
+    warnings.simplefilter("ignore")  # torch warns about itself
+    parser = option_parser(__doc__.splitlines()[0], networks="all that are available")
+    parser.add_argument("--no-promise", action="store_true", help="also decompose with ranks=measured")
     options = parser.parse_args()
     console, rows, missing = Console(), [], []
     for name in options.network or NETWORKS:
@@ -119,7 +119,7 @@ def main() -> None:
             console.print(f"{name} {rows[-1].way}: {rows[-1].seconds:.1f} s")
     show(console, rows)
     for text in missing:
-        console.print(f"not here: {text}")
+        console.print(f"not available: {text}")
     where = environment(make_backend().threads)
     console.print(f"{where.cpu}, {where.threads} threads, onnxruntime {where.onnxruntime}, torch {where.torch}")
     if options.json:

@@ -4,14 +4,13 @@
     python tools/bench_solver.py --all [--quick] [--methods M ..] [--kernels normal] [--threads 2]
         [--cpu-time] [--json FILE]
 
-TensorLy runs its 10 iterations; beside it, its default tolerance of 1e-4, which stops it early at a larger error.
-Both sides run in the same process on the same kernels, one after the other in turn; the table has medians, the errors
-of both (measured on the reconstruction), and beside them the floor: one Gram product of the unfolding in float64.
-Kernels are random ("normal", the hardest: a flat spectrum) and random with decaying spectra, as trained ones have
-("decaying").
+TensorLy runs 10 iterations; another column has its default tolerance of 1e-4, which stops it early at a larger error.
+Both libraries run in the same process on the same kernels, in turns. The table has the medians, the errors of both
+(measured on the reconstruction), and the floor: one Gram product of the unfolding in float64. Kernels are random
+("normal", the hardest, with a flat spectrum), or random with decaying spectra, like trained ones ("decaying").
 
-With ``--all``, every solver against TensorLy's on the distinct weights of ResNet-18, ResNet-50 and ViT-B, and the
-seconds to factor all sites of a ResNet-50 and of a ViT-B; ``--quick`` leaves all but the small weights out.
+``--all`` times every solver against TensorLy's on the distinct weights of ResNet-18, ResNet-50 and ViT-B, and the
+factoring of all sites of a ResNet-50 and of a ViT-B; ``--quick`` keeps only the small weights.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 from surgery.algebra.chain import relative_error
 from surgery.factorizations import FACTORIZATIONS
@@ -70,7 +69,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def measure(kind: str, out: int, columns: int, *, seed: int, repeats: int) -> dict[str, Any]:
-    """Return medians and errors of one layer; the sides take turns."""
+    """Return medians and errors of one layer; both libraries take turns."""
     kernel, ranks = kernel_of(kind, out, columns, seed), (out // 2, columns // 2)
     sides: dict[str, Callable[[], Any]] = {
         "gram": lambda: gram.gram(kernel.flatten(2)),
@@ -123,9 +122,9 @@ def show(console: Console, kind: str, rows: list[dict[str, Any]]) -> dict[str, A
 
 
 def compare(case: Case, method: str, least: int) -> dict[str, Any]:
-    """Return medians and errors of one case; the sides take turns, more often where they are quick.
+    """Return medians and errors of one case; both libraries take turns, more often if they are quick.
 
-    TensorLy's time is that of its fastest setting, its error the lowest of those tried.
+    TensorLy's time is that of its fastest setting, and its error is the lowest of all settings.
     """
     times: list[tuple[float, float]] = []
     while len(times) < least or (len(times) < MOST_REPEATS and sum(map(sum, times)) < ENOUGH):
@@ -159,7 +158,7 @@ def show_method(console: Console, title: str, rows: list[dict[str, Any]]) -> Non
 
 
 def factor_network(console: Console, network: str, repeats: int) -> dict[str, Any]:
-    """Time factoring all sites of a network at half ranks, beside the Gram products that it cannot do without."""
+    """Time factoring all sites of a network at half ranks, and the Gram products that any solver needs."""
     operators = sites(network)
     plan = [(o, FACTORIZATIONS[name]) for o, name in operators]
     ranks = [tuple(max(1, full // 2) for full in method.max_ranks(o)) for o, method in plan]
@@ -180,7 +179,7 @@ def factor_network(console: Console, network: str, repeats: int) -> dict[str, An
 
 
 def run_all(console: Console, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure and print all methods and networks; end with the rows in which we are behind."""
+    """Measure and print all methods and networks, then the rows in which TensorLy is better."""
     rows = []
     for method in options.methods:
         found: list[Any] = []
@@ -199,9 +198,9 @@ def run_all(console: Console, options: argparse.Namespace) -> dict[str, Any]:
         for network in TARGETS
         if not options.quick and len(options.methods) == len(TITLES)
     ]
-    behind = [r for r in rows if r["speedup"] < 1 or r["error_ratio"] > MOST_RATIO]
-    names = ", ".join(f"{r['method']} {r['weight']} rank {r['rank']}" for r in behind)
-    console.print(f"slower than TensorLy, or of more than {MOST_RATIO} times its error: {names or 'none'}")
+    worse = [r for r in rows if r["speedup"] < 1 or r["error_ratio"] > MOST_RATIO]
+    names = ", ".join(f"{r['method']} {r['weight']} rank {r['rank']}" for r in worse)
+    console.print(f"slower than TensorLy, or with more than {MOST_RATIO} times its error: {names or 'none'}")
     return {"rows": rows, "networks": networks}
 
 
@@ -225,9 +224,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="with --all: small weights only")
     parser.add_argument("--kernels", choices=("normal", "decaying"), default="decaying", help="with --all")
     parser.add_argument("--methods", nargs="+", choices=TITLES, default=TITLES, help="with --all: some of its tables")
-    parser.add_argument("--cpu-time", action="store_true", help="of one thread, where other work shares the machine")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread, for a shared machine")
     parser.add_argument("--threads", type=int, help="by default the libraries' own choice")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args()
     if options.cpu_time:
         CLOCK.append(time.process_time)

@@ -1,11 +1,12 @@
-"""Is the list of operators that a file may call right? Which it needs for real models, and whether any crashes.
+"""Check the list of operators that a file may call: whether real models need others, and whether a call crashes.
 
     .venv/bin/python tools/check_operators.py                    # exports some hundred architectures, one line for each
     .venv/bin/python tools/check_operators.py --fuzz             # calls each operator with random arguments
 
-Each architecture is exported in a process of its own, within a minute of work. It passes if all operators of its
-program are on the list; one that torch.export cannot write is named and not counted. The end says which operators are
-used, which of them are beyond Core ATen, and why those are on the list. --fuzz ends with 1 if a call ended its process.
+Each architecture is exported in its own process, within a minute of processor time. It passes if all operators of its
+program are on the list. An architecture that torch.export cannot write is named and not counted. The last lines list
+the operators that are used, those of them that are not in Core ATen, and why these are on the list. --fuzz ends with
+status 1 if a call ended its process.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 from surgery.errors import SurgeryError
 from surgery.files.guard.operators import GROUPS, check_operator, group_of
@@ -40,7 +41,7 @@ WIDTH = 110
 
 
 def architectures() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
-    """Yield the name of each architecture and what makes it with its inputs."""
+    """Yield the name of each architecture and a function that makes it with its inputs."""
     from tests.zoo import ZOO
 
     for name, build in ZOO.items():
@@ -77,7 +78,7 @@ def _export(build: Callable[[], tuple[nn.Module, Any]]) -> list[str]:
 
 
 def _apart(work: Callable[[], list[str]]) -> list[str] | str:
-    """Do some work in a child within a minute of work: what it returns, or why there is nothing."""
+    """Call a function in a child, within a minute of processor time; return its result, or why there is none."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -153,7 +154,7 @@ def table(only: list[str]) -> int:
 
 
 def main() -> int:
-    """Print what was asked for; return 1 if anything in it is wrong."""
+    """Run the requested check; return 1 if it finds anything wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="only architectures or operators whose names hold one of these")
     parser.add_argument("--fuzz", action="store_true", help="call each operator with random arguments")

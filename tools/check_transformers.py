@@ -1,11 +1,11 @@
-"""Do models of transformers come back? One row for each, measured just then: what is not right is named.
+"""Check that models of transformers survive surgery: one measured row for each model, which names what is wrong.
 
     .venv/bin/python tools/check_transformers.py
 
-Each model is tiny, has random weights, and comes as its class gives it (caches on). A row is right if the model is the
-same at full ranks and generates or classifies the same; if three steps of the Trainer with a switch in the middle leave
-a dense model that has learnt; if a factored model that save_pretrained wrote gives the same bits by surgery's and by
-plain from_pretrained; and if recompose gives the original's names and shapes back.
+Each model is tiny, has random weights and is used as its class makes it (with caches). Four things are checked. At full
+ranks the model gives the same outputs, and generates or classifies the same. Three steps of the Trainer with a switch
+in the middle leave a dense model that has learnt. A factored model that save_pretrained wrote gives the same bits when
+loaded by surgery's and by plain from_pretrained. Recompose restores the names and shapes of the original.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from surgery.algebra.chain import relative_error
 from surgery.system.tables import table
 
 VOCABULARY, LENGTH, ROWS = 50, 6, 8
-ALLOWED = 1e-5  # of the logits: float32 through a few dozen products
+ALLOWED = 1e-5  # relative error of the logits: float32 through a few dozen products
 _SMALL: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
 
 
@@ -78,7 +78,7 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def answers(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Return what a user reads: generated tokens, or classes."""
+    """Return the answers that a user reads: generated tokens, or classes."""
     if model.can_generate():
         made: Tensor = model.eval().generate(batch["input_ids"], max_new_tokens=4, min_new_tokens=4, do_sample=False)
         return made
@@ -95,7 +95,7 @@ def check_full_rank(model: nn.Module, batch: dict[str, Tensor]) -> str:
 
 
 def check_training(model: nn.Module, batch: dict[str, Tensor]) -> str:
-    """Train three steps by the Trainer, dense, factored and factored; what is left is dense, and has learnt."""
+    """Train three steps with the Trainer: dense, factored, factored; the model must end dense, and have learnt."""
     from transformers import Trainer, TrainingArguments
 
     from surgery.training.huggingface import LowRankCallback
@@ -120,7 +120,7 @@ def check_training(model: nn.Module, batch: dict[str, Tensor]) -> str:
 
 
 def check_files(model: nn.Module, batch: dict[str, Tensor]) -> tuple[str, str, str]:
-    """Save a factored model, load it in both ways, and recompose what was loaded."""
+    """Save a factored model, load it in both ways, and recompose the loaded models."""
     small = surgery.decompose(model, batch, ranks=4, factorization="svd").model
     expected = logits(small, batch)
     with tempfile.TemporaryDirectory() as folder:
@@ -196,7 +196,7 @@ def _ok(right: bool) -> str:
 
 
 def main() -> int:
-    """Print the table; return 1 if anything in it is wrong."""
+    """Print the table; return 1 if a check fails."""
     import transformers
 
     warnings.filterwarnings("ignore")

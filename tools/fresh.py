@@ -1,4 +1,4 @@
-"""Speed-ups measured in processes of their own, on ONNX files that torch's own exporter wrote."""
+"""Measure speed-ups in new processes, on ONNX files written by torch's own exporter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 from surgery.runtime.export import quiet
 from surgery.runtime.fresh import time_apart
@@ -22,10 +22,10 @@ Model = nn.Module | ExportedProgram
 
 
 def fresh_speedups(original: Model, changed: Model, args: tuple[Any, ...], seconds: float, times: int) -> list[float]:
-    """Return how many times as fast as the original a changed model is, so many times, each in new processes.
+    """Return the speed-ups of a changed model over the original, one from each round of new processes.
 
-    Both are exported with ``torch.onnx.export``, of a program with its dynamic sizes, and run on the same tensors
-    ``args`` for so many seconds each time.
+    Both models are exported with ``torch.onnx.export``, programs with their dynamic sizes, and run on the same tensors
+    ``args`` for the given seconds in each round.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,15 +1,15 @@
-"""A fuzzer of every kind of file that surgery opens: mutated by bytes, archive entries, JSON values and pickle opcodes.
+"""Fuzz every kind of file that surgery opens, by mutating bytes, archive entries, JSON values and pickle opcodes.
 
     python tools/fuzz.py --minutes 60 --seed 0
     python tools/fuzz.py --replay fuzz-failures/17-plan.json
 
-Each case is an honest file that was changed in a few places, and a command line that opens it, run in a fork of its own
-with limits of memory and work. It is handled badly where the process crashes, hangs or takes too much memory, prints a
-traceback, an internal error or control characters, ends with another status than 0, 2 or 3, leaves temporary files
-behind, or opens a file for writing, starts a process or a connection outside of what it was asked for (an audit hook
-sees them). What failed is kept in a folder, with the command line beside it, and can be replayed.
+Each case is a valid file changed in a few places, and a command line that opens it, run in its own fork with limits on
+memory and processor time. A case fails if the process crashes, hangs or takes too much memory; if it prints a
+traceback, an internal error or control characters; if it ends with a status other than 0, 2 or 3; if it leaves
+temporary files; or if it writes a file, starts a process or opens a connection that the command line does not ask for
+(an audit hook sees these). Failed files are kept in a folder with their command lines, and can be replayed.
 
-The exit status is 0 where nothing was handled badly.
+The exit status is 0 if no case failed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 os.environ |= {"OMP_NUM_THREADS": "1", "SURGERY_CACHE": "off"}  # before torch is imported
 
 import numpy as np
@@ -51,7 +51,7 @@ from torch import nn
 import surgery.cli.group  # noqa: F401  # forks start at once
 from surgery.cli import main as surgery_main
 
-MEMORY, WORK, WALL = 6 << 30, 20.0, 120.0  # bytes of address space, seconds of processor, of the clock
+MEMORY, WORK, WALL = 6 << 30, 20.0, 120.0  # bytes of address space, seconds of processor time, seconds of the clock
 RESIDENT = 3000  # megabytes
 ALLOWED = {0, 2, 3}
 QUICK = ["-o", "out", "--force", "--no-timing"]
@@ -89,7 +89,7 @@ class _Net(nn.Module):
 
 
 def write_seeds() -> list[Target]:
-    """Write the honest files into the current folder, and return the targets."""
+    """Write the valid files into the current folder, and return the targets."""
     torch.manual_seed(0)
     net, images = _Net().eval(), torch.randn(4, 3, 8, 8)
     batch = torch.export.Dim("batch", min=2, max=64)
@@ -133,7 +133,7 @@ def write_seeds() -> list[Target]:
 
 
 def mutate_bytes(data: bytes, chance: Random) -> bytes:
-    """Flip, cut, double or fill a few places."""
+    """Flip, cut, repeat or fill bytes in a few places."""
     raw = bytearray(data)
     for _ in range(chance.choice((1, 1, 2, 8, 64))):
         at, size = chance.randrange(len(raw) + 1), chance.choice((1, 2, 4, 8, 64, 4096))
@@ -154,7 +154,7 @@ def mutate_bytes(data: bytes, chance: Random) -> bytes:
 
 
 def mutate_json(data: bytes, chance: Random) -> bytes:
-    """Put other values in the places of some, at any depth; remove and double some."""
+    """Replace, remove or repeat a few values, at any depth."""
     value = json.loads(data)
     for _ in range(chance.choice((1, 1, 1, 2, 5))):
         places = list(_places(value))
@@ -168,7 +168,7 @@ def mutate_json(data: bytes, chance: Random) -> bytes:
                 holder.insert(key, holder[chance.randrange(len(holder))])
             case 2:
                 other, there = chance.choice(places)
-                with contextlib.suppress(LookupError):  # what was removed
+                with contextlib.suppress(LookupError):  # the place may be removed by now
                     holder[key] = json.loads(json.dumps(other[there]))
             case 3 if isinstance(holder[key], int):
                 holder[key] = holder[key] * chance.choice((-1, 2, 1 << 20)) + chance.choice((-1, 0, 1))
@@ -178,7 +178,7 @@ def mutate_json(data: bytes, chance: Random) -> bytes:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield each holder with each key in it."""
+    """Yield each dict or list in a value, with each key or index in it."""
     waiting = [value]
     while waiting:
         holder = waiting.pop()
@@ -189,7 +189,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def mutate_pickle(data: bytes, chance: Random) -> bytes:
-    """Remove, double or exchange opcodes, or change their arguments."""
+    """Remove, repeat or exchange opcodes, or change their arguments."""
     try:
         starts = [position for _, _, position in pickletools.genops(data) if position is not None]
     except ValueError:
@@ -210,7 +210,7 @@ def mutate_pickle(data: bytes, chance: Random) -> bytes:
 
 
 def mutate_zip(data: bytes, chance: Random) -> bytes:
-    """Change what is in one entry by its kind, or the names, the order and the number of entries."""
+    """Mutate the content of one entry by its kind, or change the names, the order or the number of entries."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = [(name, archive.read(name)) for name in archive.namelist()]
     at = chance.randrange(len(entries))
@@ -236,7 +236,7 @@ def mutate_zip(data: bytes, chance: Random) -> bytes:
 
 
 def mutation_of(name: str, data: bytes) -> Mutate:
-    """Return how a file of this name and content is changed with sense, and not by bytes."""
+    """Return the mutation that knows the format of a file, by its name and content."""
     if data[:2] == b"PK":
         return mutate_zip
     if name.endswith(".json"):
@@ -245,10 +245,10 @@ def mutation_of(name: str, data: bytes) -> Mutate:
 
 
 def mutated(name: str, data: bytes, chance: Random) -> bytes:
-    """Return another content for a file."""
+    """Return mutated content for a file."""
     mutate = mutation_of(name, data) if chance.random() < 0.8 else mutate_bytes
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of names that are twice in an archive
+        warnings.simplefilter("ignore")  # zipfile warns of duplicate names
         return mutate(data, chance)
 
 
@@ -257,7 +257,7 @@ def mutated(name: str, data: bytes, chance: Random) -> bytes:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a command line: its status, or why there is none; what it printed, did and took."""
+    """The outcome of a command line: its status, or why there is none; what it printed, did and used."""
 
     status: int | None
     ended: str
@@ -268,11 +268,11 @@ class Outcome:
 
     @property
     def said(self) -> str:
-        """What it printed, in a line."""
+        """The printed text, in one line."""
         return " | ".join((self.err or self.out).split("\n")).strip()
 
     def faults(self, *, left: list[str]) -> list[str]:
-        """Return what is wrong, in words; ``left`` are the temporary files that it has left behind."""
+        """Return what is wrong with an outcome, in words; ``left`` are the temporary files that the run left."""
         if self.ended:
             return [self.ended]
         text = self.out + self.err
@@ -311,7 +311,7 @@ def run(words: list[str]) -> Outcome:
 
 
 def _work(words: list[str], writer: int, log: int) -> None:
-    """Be the child: run, write what became of it, and end."""
+    """Run in the child process: run the command line, write its outcome, and exit."""
     for stream in (1, 2):
         os.dup2(log, stream)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -334,7 +334,7 @@ def _work(words: list[str], writer: int, log: int) -> None:
 
 
 def _watch(done: set[str]) -> Callable[[str, tuple[Any, ...]], None]:
-    """Return an audit hook that notes what no command that writes one file does."""
+    """Return an audit hook that records events that no command with one output file may cause."""
     here = os.getcwd()
 
     def see(event: str, arguments: tuple[Any, ...]) -> None:
@@ -352,7 +352,7 @@ def _watch(done: set[str]) -> Callable[[str, tuple[Any, ...]], None]:
 
 
 def _read(reader: int, child: int) -> tuple[bytes, str]:
-    """Return what the child wrote, and how it was stopped, if it was."""
+    """Return what the child wrote, and why it was stopped, if it was."""
     start, data = time.monotonic(), b""
     with os.fdopen(reader, "rb", buffering=0) as pipe:
         while True:
@@ -363,7 +363,7 @@ def _read(reader: int, child: int) -> tuple[bytes, str]:
                 data += chunk
             elif _processor_seconds(child) > WORK or time.monotonic() - start > WALL:
                 os.kill(child, signal.SIGKILL)
-                return b"", f"hung, {_processor_seconds(child):.0f} s of work"
+                return b"", f"timed out, {_processor_seconds(child):.0f} s of work"
 
 
 def _processor_seconds(process: int) -> float:
@@ -375,7 +375,7 @@ def _processor_seconds(process: int) -> float:
 
 
 def litter() -> list[str]:
-    """Return the temporary files in the folders of a run, and remove them."""
+    """Return the temporary files in the folders of a run, after removing them."""
     paths = [*Path().iterdir(), *Path("tmp").iterdir()]
     left = [path for path in paths if path.name.endswith(".tmp") or path.name.startswith("surgery-")]
     for path in left:
@@ -387,7 +387,7 @@ def litter() -> list[str]:
 
 
 def one(target: Target, data: bytes) -> tuple[Outcome, list[str]]:
-    """Run a target on a mutated file; return what became of it, and what is wrong with that."""
+    """Run a target on a mutated file; return the outcome, and what is wrong with it."""
     name = f"x{Path(target.file).suffix}"
     Path(name).write_bytes(data)
     outcome = run([name if word == "{}" else word for word in target.words])
@@ -395,7 +395,7 @@ def one(target: Target, data: bytes) -> tuple[Outcome, list[str]]:
 
 
 def keep(folder: Path, number: int, target: Target, data: bytes, faults: list[str]) -> Path:
-    """Keep a failure: the file, and beside it the command line."""
+    """Save a failure: the file, and its command line in a second file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{number}-{target.file}"
     path.write_bytes(data)
@@ -404,20 +404,20 @@ def keep(folder: Path, number: int, target: Target, data: bytes, faults: list[st
 
 
 def fuzz(minutes: float, seed: int, folder: Path, console: Console) -> int:
-    """Fuzz for so many minutes, print what was handled badly and a table of all, and return the number of the bad."""
+    """Fuzz for some minutes, print the failures and a table of all targets, and return the number of failures."""
     targets, chance = write_seeds(), Random(seed)
-    honest = {target.file: Path(target.file).read_bytes() for target in targets}
+    valid = {target.file: Path(target.file).read_bytes() for target in targets}
     for target in targets:
-        outcome, faults = one(target, honest[target.file])
+        outcome, faults = one(target, valid[target.file])
         if faults or outcome.status == 2:
-            raise SystemExit(f"the honest {target.file}, {' '.join(target.words)}: {faults} {outcome.said}")
+            raise SystemExit(f"the valid {target.file}, {' '.join(target.words)}: {faults} {outcome.said}")
     counts: Counter[tuple[str, str]] = Counter()
     until, number, bad = time.monotonic() + 60 * minutes, 0, 0
     with Progress(console=console) as progress:
         bar = progress.add_task("fuzz", total=60 * minutes)
         while (left := until - time.monotonic()) > 0:
             target = chance.choice(targets)
-            data = mutated(target.file, honest[target.file], chance)
+            data = mutated(target.file, valid[target.file], chance)
             outcome, faults = one(target, data)
             number, bad = number + 1, bad + bool(faults)
             counts[target.file, "bad" if faults else "taken" if outcome.status == 0 else "refused"] += 1
@@ -425,7 +425,7 @@ def fuzz(minutes: float, seed: int, folder: Path, console: Console) -> int:
                 path = keep(folder, number, target, data, faults)
                 console.print(f"{path}: {', '.join(faults)}: {outcome.said[:200]!r}", markup=False, highlight=False)
             progress.update(bar, completed=60 * minutes - left)
-    for file in honest:
+    for file in valid:
         row = ", ".join(f"{counts[file, what]} {what}" for what in ("taken", "refused", "bad"))
         console.print(f"{file:18} {row}", highlight=False)
     console.print(f"seed {seed}: {bad} of {number} handled badly", highlight=False)
@@ -437,7 +437,7 @@ def replay(file: Path, console: Console) -> int:
     case, data = json.loads(file.with_name(file.name + ".case").read_text()), file.read_bytes()
     write_seeds()
     outcome, faults = one(Target(file.name, tuple(case["words"])), data)
-    console.print(f"{', '.join(faults) or 'handled well'}: status {outcome.status}, {outcome.said}", markup=False)
+    console.print(f"{', '.join(faults) or 'no failure'}: status {outcome.status}, {outcome.said}", markup=False)
     return int(bool(faults))
 
 
@@ -446,7 +446,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"), help="folder for what was handled badly")
+    parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"), help="folder for failed files")
     parser.add_argument("--replay", type=Path, help="a file of that folder, to run again")
     options = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Calls that real programs make of their operators, recorded while they run: what random changes start from."""
+"""Record the calls of operators in real programs while they run; the fuzzer of operators changes them at random."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LSTM = [torch.randn(24, 4), torch.randn(24, 6), torch.randn(24), torch.randn(24
 _GRU = [torch.randn(18, 4), torch.randn(18, 6), torch.randn(18), torch.randn(18)]
 _STATE = torch.randn(1, 3, 6)
 
-# what layers, indices and losses do with an image x of 2 x 4 x 8 x 8; each is exported alone
+# layers, indexing and losses on an image x of 2 x 4 x 8 x 8; each is exported by itself
 _CORNERS: list[Rows] = [
     lambda x: F.embedding_bag(_I, x[0, 0], mode="mean"),
     lambda x: F.embedding_bag(_I.flatten(), x[0, 0], torch.tensor([0, 2]), mode="max", include_last_offset=True),
@@ -109,7 +109,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def honest_calls() -> dict[str, list[Call]]:
-    """Return calls by operator, of small networks and of what their layers, indices and losses do at the edges."""
+    """Return the calls by operator, of small networks and of the corner cases above."""
     torch.manual_seed(0)
     models: list[Any] = [build() for build in TORCHVISION.values()]
     models += [(_Corner(function), (torch.randn(2, 4, 8, 8),)) for function in _CORNERS]

@@ -2,10 +2,10 @@
 
     python tools/house.py [--at TREE]... [--json] [--tests] [--no-journeys]
 
-Fan-out counts the modules of the package that a module names in its imports, also inside functions and for type
-checkers; the closure of a module counts those that are loaded when it is imported, itself and packages included, and
-what is imported inside functions not. A journey counts the files in which a function runs. ``--tests`` runs the tests
-of each tree and prints their time.
+Fan-out counts the modules of the package that a module imports, including imports inside functions and for type
+checkers. The closure of a module counts the modules that are loaded when it is imported, with itself and the packages,
+without imports inside functions. A journey counts the files in which a function runs. ``--tests`` runs the tests of
+each tree and prints their time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 from tools.source import Module, Source
 
@@ -117,7 +117,7 @@ def _run_tests(tree: Path) -> dict[str, Figure]:
 
 
 def table(columns: dict[str, dict[str, Figure]]) -> str:
-    """Return the figures of several trees as a table, one column a tree, with the goals."""
+    """Return the figures of several trees as a table, with one column for each tree and the goals."""
     names = list(dict.fromkeys(name for figures in columns.values() for name in figures))
     cells = [["", *columns, "goal"]]
     cells += [[name, *(str(f.get(name, "-")) for f in columns.values()), GOALS.get(name, "")] for name in names]

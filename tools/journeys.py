@@ -1,9 +1,9 @@
-"""List the files of ``surgery`` in which a function runs, in one journey through them.
+"""List the files of ``surgery`` in which a function runs during one journey, such as one decomposition.
 
     PYTHONPATH=TREE python tools/journeys.py decompose-module|decompose-program|recompose
 
-Prints a JSON list of paths relative to the package. What modules do while they are imported does not count. The package
-is that of the search path, so that an older tree can be looked at.
+The output is a JSON list of paths relative to the package. Code that runs while a module is imported does not count.
+The package is imported from the search path, so that an older tree can be measured.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROOT = Path(surgery.__file__ or "").parent
 
 
 class Trace:
-    """The files in which functions ran while it was switched on; a profiler, to be given to ``sys.setprofile``."""
+    """A profiler for ``sys.setprofile``; it collects the files in which functions run while it is on."""
 
     def __init__(self) -> None:
         self.files: set[str] = set()
@@ -55,7 +55,7 @@ class Trace:
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
-        """Trace this thread, and those that start meanwhile."""
+        """Trace this thread, and threads that start in this context."""
         threading.setprofile(self)
         sys.setprofile(self)
         try:

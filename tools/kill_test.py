@@ -1,10 +1,11 @@
-"""Kill `surgery decompose` at random instants, and look at what is left: the old files or the new ones, each whole.
+"""Kill `surgery decompose` at random instants, and check that the old files or the new ones are there, each whole.
 
     python tools/kill_test.py --kills 200 --seed 0
 
 Each run writes a model and a plan over old ones, in a fork that has imported everything already. Half of the runs are
-struck at any instant of the run, half at one after the first draft has appeared. SIGINT and SIGTERM must be answered in
-one true line with status 130, and leave no temporary file; SIGKILL may leave some, which the next run removes.
+killed at any instant, and half at an instant after the first draft has appeared. After SIGINT and SIGTERM a run must
+print one true line, end with status 130 and leave no temporary file. After SIGKILL it may leave some, which the next
+run removes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ from torch.export import ExportedProgram
 import surgery.cli.group
 import surgery.cli.show
 import surgery.passes.decompose
-import surgery.report  # noqa: F401  # as those above: so that no fork has to import them
+import surgery.report  # noqa: F401  # imported here, like those above, so that no fork has to import it
 from surgery.cli import main as surgery_main
 from surgery.errors import SurgeryError
 from surgery.files.load import load
@@ -42,14 +43,14 @@ __all__ = ["SIGNALS", "Strike", "strikes"]
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 INTERRUPTED = "surgery: interrupted; "
-TOO_EARLY = 99  # the status of a run that was struck before the command line had begun
+TOO_EARLY = 99  # the status of a run that was killed before the command line began
 PATIENCE = 600.0  # seconds that a run may take on a busy machine
 OLD, NEW = "old", "new"
 
 
 @dataclass(frozen=True)
 class Strike:
-    """A run and what became of it: ``status`` is that of the process, negative for a signal; faults are in words."""
+    """A run and its outcome: the ``status`` of the process, negative for a signal, and the faults in words."""
 
     signal: signal.Signals
     status: int
@@ -61,7 +62,7 @@ class Strike:
 
     @property
     def outcome(self) -> str:
-        """In a few words, for the summary."""
+        """The outcome in a few words, for the summary."""
         if self.model != self.plan:
             return f"{self.model} model, {self.plan} plan"
         return f"{self.model} files, {'left drafts' if self.litter else 'no litter'}"
@@ -88,7 +89,7 @@ class _Place:
             path.write_bytes(raw)
 
     def litter(self) -> tuple[str, ...]:
-        """Return the files that nobody has asked for."""
+        """Return the files that no command was asked to write."""
         return tuple(sorted({*os.listdir(self._folder), *os.listdir(self.temporary)} - self._known))
 
     def state(self, path: Path, read: Callable[[Path], object]) -> str:
@@ -101,7 +102,7 @@ class _Place:
         return NEW
 
     def run(self, rank: int, strike: Callable[[int], None] | None = None) -> tuple[int, str]:
-        """Decompose in a fork; return the status and what it said on standard error."""
+        """Decompose in a fork; return the status and the text on standard error."""
         words = ["decompose", self.source, "-o", self.model, "--save-plan", self.plan, "--force"]
         words += ["--ranks", rank, "--no-timing"]
         reader, writer = os.pipe()
@@ -162,7 +163,7 @@ def _striker(place: _Place, number: signal.Signals, delay: float, *, drafts: boo
 
 
 def strikes(folder: Path, kills: int, seed: int) -> Iterator[Strike]:
-    """Yield so many runs, each struck by another signal at another instant; the folder is empty."""
+    """Yield the given number of runs in an empty folder, each killed by another signal at another instant."""
     generator = random.Random(seed)
     place = _Place(folder)
     begin = time.monotonic()
@@ -191,7 +192,7 @@ def _faults(
     if not set(states) <= {OLD, NEW}:
         yield f"model {states[0]}, plan {states[1]}"
     if status == 0 and (states != (NEW, NEW) or said):
-        yield "success without the new files, or with complaints"
+        yield "success without the new files, or with an error message"
     if number == signal.SIGKILL:
         if status not in (0, -signal.SIGKILL):
             yield f"status {status}"
@@ -199,7 +200,7 @@ def _faults(
     if litter:
         yield f"left {litter}"
     if len(set(states)) > 1:
-        yield "one file is new, the other old"
+        yield "one file is new, the other is old"
     if status == 130:
         fate = "nothing was written" if states[0] == OLD else f"{place.model} and {place.plan} were written"
         if said.strip() != INTERRUPTED + fate:
@@ -212,12 +213,12 @@ def _faults(
 
 
 def main() -> None:
-    """Print each run that goes wrong, and how many came out how."""
+    """Print each run that goes wrong, and the number of runs with each outcome."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    torch.set_num_threads(1)  # forks have no threads but their own
+    torch.set_num_threads(1)  # a fork does not inherit other threads
     outcomes: Counter[tuple[str, str]] = Counter()
     bad = 0
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
 """Networks for the tools, in plain torch: the shapes of ResNet-18 and ResNet-50, of VGG and of MobileNetV2, and a ViT.
 
-Weights are random from a seed, but not structureless: each is of low rank in its channels (a quarter of them) with
-noise of a tenth of its amplitude, so that a rank rule finds what it would find in a trained network. They say nothing
-about accuracy; they are for time and memory.
+Weights are random from a seed but have structure: each has low rank in its channels (a quarter of them), with noise of
+a tenth of its amplitude, so that a rank rule finds about the same as in a trained network. The networks serve to
+measure time and memory; they tell nothing about accuracy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RANK_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Network:
-    """How to make a network, and the shape of its input for an image size."""
+    """A function that makes a network, and the shape of its input for an image size."""
 
     make: Callable[[], nn.Module]
     image: int = 224
@@ -128,7 +128,7 @@ def vgg11() -> nn.Module:
 
 
 class Logits(nn.Module):
-    """A model of transformers that returns its logits alone."""
+    """A model of transformers that returns only its logits."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

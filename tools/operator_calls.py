@@ -1,9 +1,9 @@
-"""Random calls of the operators that a file may name, each operator in a process of its own: none may end it.
+"""Call the operators that a file may name at random, each operator in its own process, which no call may end.
 
-A call is an honest one (``tools/honest_calls.py``) of which a few arguments were changed, where there is one, or its
-arguments fit the schema and nothing else: small tensors of several kinds, some with strides of their own, a few long
-ones, whole numbers from -3 to 5 and huge ones. What ``check_call`` refuses is not called. Memory is held short, so that
-what asks for too much fails at once.
+A call is a real one (``tools/honest_calls.py``) with a few changed arguments, if there is one. Otherwise its arguments
+only fit the schema: small tensors of several kinds, some with unusual strides, a few long ones, whole numbers from -3
+to 5 and huge ones. Calls that ``check_call`` refuses are left out. Memory is limited, so that a call that asks for too
+much fails at once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MEBIBYTES, SECONDS = 600, 20
 _SHAPES: list[tuple[int, ...]] = [
     (), (0,), (1,), (3,), (2, 3), (3, 3), (3, 0), (2, 3, 4), (1, 4, 4), (1, 2, 4, 4), (2, 3, 4, 4), (1, 2, 3, 4, 4),
 ]  # fmt: skip
-# a few long ones: what reads past a short one beside them then leaves the memory that the process has
+# a few long ones: an operator that reads as far in a short one leaves the memory of the process
 _LONG: list[tuple[int, ...]] = [(1 << 20,), (2, 1 << 18), (1, 1 << 18, 2, 1)]
 _DTYPES = [torch.float32] * 4 + [
     torch.float64, torch.int64, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float16,
@@ -117,7 +117,7 @@ def _changed_tensor(dice: random.Random, value: Tensor) -> Tensor:
 
 
 def _changed(dice: random.Random, value: Any) -> Any:
-    """Another value of the same kind."""
+    """Return another value of the same kind."""
     if isinstance(value, Tensor):
         return _changed_tensor(dice, value)
     if isinstance(value, bool):
@@ -154,21 +154,21 @@ def _shown(value: Any) -> str:
 
 
 def _read(value: Any) -> None:
-    """Read every number of what came back."""
+    """Read every number in a result, so that memory errors show."""
     for each in value if isinstance(value, tuple | list) else [value]:
         if isinstance(each, Tensor) and each.numel() < 1 << 24:
             each.clone()
 
 
 def _copied(value: Any) -> Any:
-    """The same with tensors of its own, since an operator may write to them."""
+    """Return the arguments with copied tensors, since an operator may write to them."""
     return tree_map(lambda each: each.clone() if isinstance(each, Tensor) else each, value)
 
 
 def call_randomly(target: str, rounds: int, seed: int, honest: list[Call], tell: Callable[[str], None]) -> int:
-    """Call an operator with random arguments; return how many calls came back. ``tell`` hears of each before.
+    """Call an operator with random arguments; return how many calls came back. Each call is passed to ``tell`` first.
 
-    Where honest calls are given, three in four calls are changed ones of them.
+    If real calls are given, three in four calls are changed copies of them.
     """
     *_, namespace, name, overload = target.split(".")
     operator = getattr(getattr(getattr(torch.ops, namespace), name), overload)
@@ -200,7 +200,7 @@ def _limit() -> None:
 
 
 def outcome(target: str, rounds: int, seed: int, honest: list[Call]) -> tuple[int, str]:
-    """Call an operator in a child: the signal that ended it or 0; its last arguments, or how many calls came back."""
+    """Call an operator in a child; return its signal or 0, and its last arguments or how many calls came back."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -222,7 +222,7 @@ def _write(stream: int, text: str) -> None:
 
 
 def fuzz(words: list[str], rounds: int, seed: int) -> int:
-    """Call each operator that a file may name; print what ends a process, and return 1 if any does."""
+    """Call each operator that a file may name; print those that end a process, and return 1 if there are any."""
     warnings.simplefilter("ignore")
     import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 
@@ -237,7 +237,7 @@ def fuzz(words: list[str], rounds: int, seed: int) -> int:
         elif last == "0":
             never.append(target.removeprefix("torch.ops."))
     print(f"{len(targets)} operators, {rounds} calls of each, seed {seed}: {ended} ended their process")
-    print(f"{len(honest)} were called as real programs do; none of the calls of these {len(never)} came back:")
+    print(f"{len(honest)} were called as in real programs; no call of these {len(never)} returned:")
     print(" ".join(never))
     sys.stdout.flush()
     return int(ended > 0)

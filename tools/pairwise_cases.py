@@ -17,7 +17,7 @@ __all__ = ["Problem", "images", "problems", "synthetic", "tuckers"]
 
 @dataclass(frozen=True)
 class Problem:
-    """A tensor (1, n_1, ..., n_N), made when it is needed, and the rank or ranks asked for."""
+    """A tensor (1, n_1, ..., n_N), made when it is needed, and the wanted rank or ranks."""
 
     name: str
     build: Callable[[], Tensor]
@@ -46,7 +46,7 @@ def synthetic(
 
 
 def images(path: Path, count: int) -> Tensor | None:
-    """Return (1, count, 32, 32, 3) in float64 from the CIFAR-10 test images, or None where the file is not there."""
+    """Return CIFAR-10 test images (1, count, 32, 32, 3) in float64, or None if the file is not there."""
     if not path.exists():
         return None
     from PIL import Image
@@ -58,7 +58,7 @@ def images(path: Path, count: int) -> Tensor | None:
 
 
 def problems(*, quick: bool, data: Path) -> list[Problem]:
-    """Return the CP problems; that of the images is left out where their file is not there."""
+    """Return the CP problems, without that of the images if their file is not there."""
     low, collinear = ((80, 30), (60, 20)) if quick else ((300, 100), (160, 50))
     higher = [(20, 4, 16), (12, 5, 10), (8, 6, 8)] if quick else [(60, 4, 40), (20, 5, 20), (12, 6, 12)]
     found = [Problem("low rank, noise 0.1", lambda: synthetic((low[0],) * 3, low[1], noise=0.1), low[1])]

@@ -1,7 +1,8 @@
 """Pretrained networks and digit weights from packages of the package index, with inputs for them; none is downloaded.
 
-MiniLM reads sentences from the documentation and the licences of the installed packages. EfficientNet-Lite0 sees noise
-that is enlarged to the size of a photo, and crops of the photos in scikit-image where that is installed.
+The inputs of MiniLM are sentences from the documentation and licences of the installed packages. Those of
+EfficientNet-Lite0 are noise enlarged to the size of a photo, and crops of the photos in scikit-image if it is
+installed.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from torch.nn import functional
 
 __all__ = ["Unavailable", "digit_weights", "efficientnet", "minilm", "photos", "sentences"]
 
-TOKENS = 16  # of each sentence, the special ones included
+TOKENS = 16  # tokens of each sentence, with the special ones
 SIDE = 224  # pixels of an image
-_COARSE = 24  # pixels of the noise, before it is enlarged
-_CROPS = 8  # of each photo
+_COARSE = 24  # pixels of the noise before it is enlarged
+_CROPS = 8  # crops of each photo
 _WORDS, _LETTERS = 6, 400  # the fewest words and the most letters of a sentence
 _TEXTS = re.compile(r"(licen[cs]e|copying|notice|readme|authors)[^/]*", re.IGNORECASE)
 _ENDS = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
@@ -32,11 +33,11 @@ _PROSE = re.compile(r"[A-Z][\w\s,;:()'\"/-]+[.!?]")  # no markup, no tables, no 
 
 
 class Unavailable(SystemExit):
-    """Data or packages that are not here. The message says how to get them, and ends a tool that does not catch it."""
+    """Data or packages are missing. The message says how to get them; a tool that does not catch it ends with it."""
 
 
 def package_folder(name: str, *requirements: str) -> Path:
-    """Return the folder of a package without importing it; ``requirements`` are what is to be installed.
+    """Return the folder of a package without importing it; ``requirements`` are the packages to install for it.
 
     Raises:
         Unavailable: it is not installed.
@@ -76,7 +77,7 @@ def minilm(limit: int | None) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def sentences(count: int) -> list[str]:
-    """Return so many different sentences (or all) of the installed packages' texts, in an order drawn from a seed."""
+    """Return ``count`` different sentences (or all) from the installed packages' texts, in a seeded random order."""
     packages = sorted(distributions(), key=lambda package: (package.metadata["Name"] or "").lower())
     found = dict.fromkeys(sentence for package in packages for text in _texts(package) for sentence in _split(text))
     return random.Random(0).sample(list(found), min(count, len(found)))
@@ -119,8 +120,8 @@ def efficientnet(limit: int | None) -> tuple[nn.Module, Tensor]:
 def photos(count: int) -> Tensor:
     """Return photo-like images (count, 3, SIDE, SIDE), as ``(x - 127) / 128`` of values of 0 to 255.
 
-    They are crops of photos as far as there are any, and of the others one half noise of one size, which the network
-    puts into few classes, and one half noise of four sizes, as photos have it: the larger, the stronger.
+    Crops of photos come first, as far as there are any. One half of the others is noise of one scale, which the network
+    puts into few classes. The other half is noise of four scales, stronger at larger scales, as in photos.
     """
     generator = torch.Generator().manual_seed(0)
     crops = _crops(generator)[: count // 2]

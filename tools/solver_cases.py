@@ -1,8 +1,8 @@
-"""What `bench_solver.py --all` measures: the distinct weights of ResNet-18, ResNet-50 and ViT-B, and who solves them.
+"""The cases of `bench_solver.py --all`: the distinct weights of ResNet-18, ResNet-50 and ViT-B, and the two solvers.
 
-A case is one weight at one rank, solved by this package and by TensorLy at equal ranks, sweeps and dtype, and the way
-to assemble what both return, so that errors are measured and not reported. Weights are random, and decay as those of
-trained networks do unless asked for otherwise.
+A case is one weight at one rank. This package and TensorLy solve it at equal ranks, sweeps and dtype, and the case
+assembles the factors of both, so that errors are measured on the weight itself. Weights are random; by default their
+spectra decay like those of trained networks.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One weight at one rank: the two sides, and what makes the weight of their factors again."""
+    """One weight at one rank: the two solvers, and functions that assemble the weight from their factors."""
 
     name: str
     rank: str
@@ -54,7 +54,7 @@ class Case:
     ours: Callable[[], Any]
     tensorly: Callable[[], Any]
     assemble: Callable[[Any], Tensor]
-    slower: Callable[[], Any] | None = None  # a slower setting of TensorLy's whose error may be lower
+    slower: Callable[[], Any] | None = None  # a slower setting of TensorLy, whose error may be lower
 
 
 def kernel_of(kind: str, out: int, columns: int, seed: int, *, taps: int = 9) -> Tensor:
@@ -159,7 +159,7 @@ def _tt(kernel: Tensor) -> Iterator[Case]:
 
 
 def _tr(kernel: Tensor) -> Iterator[Case]:
-    """Yield a ring whose ranks beside each channel mode have half of its size as their product."""
+    """Yield rings in which the product of the two ranks next to a channel mode is half the size of the mode."""
     tensor = _row(kernel)
     columns, out = tensor.shape[1], tensor.shape[4]
     ranks = 4, columns // 8, min(columns, out) // 8 * 3, out // 8
@@ -197,7 +197,7 @@ _MAKERS: dict[str, Callable[[Tensor], Iterator[Case]]] = {
 
 
 def sites(network: str) -> list[tuple[Operator, str]]:
-    """Return the operators of "resnet50" or "vit_b", each with the method that fits: tucker where it does, else svd."""
+    """Return the operators of "resnet50" or "vit_b", each with its method: tucker if it fits, else svd."""
     if network == "vit_b":
         generator = torch.Generator().manual_seed(0)
         return [(Linear(torch.randn(shape, generator=generator) * 0.02), "svd") for shape in VIT_B]

@@ -1,7 +1,7 @@
-"""The structure of a checkout, measured from its source: what imports what, and how long files and functions are.
+"""The structure of a checkout, measured from its source: the imports, and the lengths of files and functions.
 
-``Source(tree)`` reads ``tree/surgery`` and imports nothing of it. An import is counted by its statement, so that what
-``importlib`` is told by a string is not seen.
+``Source(tree)`` reads ``tree/surgery`` and imports nothing of it. Only import statements count: an import by a string
+through ``importlib`` is not seen.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 __all__ = ["Function", "Module", "Source", "functions"]
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef
-_WITHOUT_ROOM = ("__init__", "__main__")  # of the files at the root: they are the package's own doors
+_WITHOUT_ROOM = ("__init__", "__main__")  # the package's entry points; they do not count as files at the root
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,14 @@ class Source:
 
     @property
     def at_the_root(self) -> list[str]:
-        """The files beside the rooms; ``__init__`` and ``__main__`` are not counted."""
+        """The files at the root of the package, without ``__init__`` and ``__main__``."""
         alone = [m for m in self.modules.values() if m.name.count(".") == 1 and not m.is_package]
         return [m.path.stem for m in alone if m.path.stem not in _WITHOUT_ROOM]
 
     def imports(self, name: str, *, lazy: bool = True) -> set[str]:
-        """The modules of the package that a module imports; without ``lazy`` those alone that run on import.
+        """The modules of the package that a module imports; without ``lazy`` only those that are loaded with it.
 
-        Imports inside functions and for type checkers alone are lazy.
+        Imports inside functions, and those only for type checkers, are lazy.
         """
         module = self.modules[name]
         nodes = ast.walk(module.tree) if lazy else _run_on_import(module.tree)
@@ -135,7 +135,7 @@ class Source:
         return found
 
     def public_functions(self) -> dict[str, Function]:
-        """What the package's own table of names gives: its functions, and the public methods of its classes."""
+        """The functions in the package's table of public names, and the public methods of the classes in it."""
         found: dict[str, Function] = {}
         init = self.modules[self.package]
         for node in _froms(init.tree):
@@ -152,7 +152,7 @@ class Source:
         return shown | {key: f for key, f in own.items() if key == name}
 
     def _home(self, module: str, name: str) -> str:
-        """Where a name is defined, when a package passes it on."""
+        """Return the module that defines a name, following packages that pass it on."""
         for node in _froms(self.modules[module].tree):
             passed = name in [alias.asname or alias.name for alias in node.names]
             if passed and node.module in self.modules:
@@ -176,7 +176,7 @@ def _read(root: Path, package: str) -> Iterator[Module]:
 
 
 def _run_on_import(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that run when a module is imported: not the bodies of functions, nor what is for type checkers."""
+    """Yield the nodes that run when a module is imported: no bodies of functions, no blocks for type checkers."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, Definition | ast.Lambda):
             continue

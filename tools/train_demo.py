@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=2 python tools/train_demo.py
 
 The images come from the Debian package `dataset-fashion-mnist` (`apt-get install dataset-fashion-mnist`). One seed
-draws the weights, the order and the augmentation; the same machine, thread count and torch give the same file. The
-test images choose nothing: they are read once, at the end, by the exported program loaded back from its file.
+draws the weights, the order and the augmentation. The same machine, thread count and torch version give the same file.
+The test images influence no choice: they are used once, at the end, by the exported program loaded from its file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 from examples.fashion_resnet import FashionResNet, build
 from surgery.errors import FileError, InputError, SurgeryError
@@ -204,9 +204,10 @@ def measure_accuracy(model: torch.nn.Module, split: Split) -> float:
 
 
 def check(trained: FashionResNet, path: Path, images: Tensor) -> torch.nn.Module:
-    """Return the program loaded back from `path`, once it is seen to be the trained network.
+    """Return the program loaded from `path`, after checking that it is the trained network.
 
-    Its state dict must fit the original class, its logits must be the trained ones, and any batch size must do.
+    Its state dict must fit the original class, its logits must be those of the trained network, and it must accept any
+    batch size.
     """
     program = torch.export.load(path)
     original = build().eval()
@@ -264,7 +265,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Run as a command; an error on purpose is one line."""
+    """Run as a command; an expected error is one line."""
     try:
         run(parse())
     except SurgeryError as error:

@@ -1,10 +1,10 @@
-"""Real trained networks with inputs and a metric of each, for the benchmarks that measure what is lost.
+"""Real trained networks, each with inputs and a metric, for the benchmarks that measure the loss of quality.
 
 fashion               shipped; accuracy
 cifar, mnist, vit     data in --data FOLDER; accuracy
 minilm                a package; cosine of the sentence embeddings to the original's
 efficientnet          packages; agreement with the original's best class
-efficientnet-module   the same, but surgery is given the nn.Module and example inputs, not the program
+efficientnet-module   the same, but given to surgery as nn.Module with example inputs, not as a program
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, python looks in tools/ only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 import surgery
 from examples.train_networks import transformer
@@ -44,12 +44,12 @@ Judge = Callable[[Any, dict[str, Tensor], Tensor], Tensor]
 
 
 def right(logits: Tensor, inputs: dict[str, Tensor], classes: Tensor) -> Tensor:
-    """Return 1 for each sample whose best class is the expected one, 0 for each other."""
+    """Return 1 for each sample whose best class is the expected one, and 0 for every other sample."""
     return (logits.argmax(1) == classes).double()
 
 
 def cosine(output: Any, inputs: dict[str, Tensor], embeddings: Tensor) -> Tensor:
-    """Return the cosine of each sentence's embedding to the expected one (samples, features), of length 1."""
+    """Return the cosine of each sentence's embedding with the expected one (samples, features), of length 1."""
     return (embedding(output, inputs) * embeddings).sum(1)
 
 
@@ -61,11 +61,11 @@ def embedding(output: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A program with a dynamic batch, inputs of samples that it was not trained on, and a score of each.
+    """A program with a dynamic batch, inputs of samples that it was not trained on, and a score for each sample.
 
-    ``inputs`` has all samples of each input by its name, in the order of the arguments; it does as calibration data.
-    ``expected`` (samples, ...) is what ``judge`` holds outputs against. ``module`` is what the program was exported
-    from, where there is such. Surgery is given the program, or the module if ``by_module``.
+    ``inputs`` maps the name of each input to all samples, in the order of the arguments; it can serve as calibration
+    data. ``judge`` compares outputs with ``expected`` (samples, ...). ``module`` is the module that the program was
+    exported from, if there is one. Surgery works on the program, or on the module if ``by_module``.
     """
 
     name: str
@@ -84,12 +84,12 @@ class Network:
 
     @property
     def model(self) -> Model:
-        """What surgery is given."""
+        """The model that surgery works on."""
         return self.module if self.by_module and self.module is not None else self.program
 
     @property
     def example(self) -> Any:
-        """The example inputs that go with a module, those of the program; None for a program, which has them itself."""
+        """The example inputs for a module, taken from the program; None for a program, which holds them itself."""
         return self.program.example_inputs if self.by_module else None
 
     def take(self, index: Tensor | slice) -> Network:
@@ -103,7 +103,7 @@ class Network:
 
     @torch.no_grad()
     def scores(self, model: Model) -> Tensor:
-        """Return the score of each sample (samples,): higher is better, and 1 the best."""
+        """Return the score of each sample (samples,): higher is better, and 1 is the best."""
         module = model.module() if isinstance(model, ExportedProgram) else model
         found = ((module(*part.inputs.values()), part) for part in self.parts())
         return torch.cat([self.judge(output, part.inputs, part.expected) for output, part in found])
@@ -113,17 +113,17 @@ class Network:
         return float(self.scores(model).mean())
 
     def decompose(self, **asked: Any) -> DecomposeResult[Any]:
-        """Decompose the model, given with its example inputs and with what is asked for."""
+        """Decompose the model with its example inputs and the given options."""
         return surgery.decompose(self.model, self.example, **asked)
 
     def speedup(self, changed: Model, seconds: float) -> float:
-        """Return how many times as fast as the original a changed model is, both interleaved for so many seconds."""
+        """Return the speed-up of a changed model over the original, both interleaved for the given seconds."""
         timing = surgery.bench([self.model, changed], self.example, seconds=seconds)
         return timing.comparisons[0].speedup
 
 
 def split(network: Network, count: int, seed: int) -> tuple[Network, Network]:
-    """Return the network with ``count`` of its samples, drawn at random, and with all others."""
+    """Return the network with ``count`` random samples, and the network with all other samples."""
     if not 0 < count < len(network):
         raise SystemExit(f"{network.name} has {len(network)} samples: {count} of them leave nothing to measure on")
     order = torch.randperm(len(network), generator=torch.Generator().manual_seed(seed))
@@ -131,13 +131,13 @@ def split(network: Network, count: int, seed: int) -> tuple[Network, Network]:
 
 
 def option_parser(description: str, *, networks: str = "fashion") -> argparse.ArgumentParser:
-    """Return a parser of the options that the benchmarks on these networks have in common."""
+    """Return a parser with the options that all benchmarks on these networks share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--network", choices=NETWORKS, action="append", help=f"may be repeated  [default: {networks}]")
-    parser.add_argument("--data", type=Path, help="folder of the data of networks that are not shipped")
+    parser.add_argument("--data", type=Path, help="folder with the data of networks that are not shipped")
     parser.add_argument("--limit", type=int, help="take no more samples of a network than this, for a quick look")
     parser.add_argument("--seconds", type=float, default=3.0, help="time to measure each model")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     return parser
 
 
@@ -154,7 +154,7 @@ def open_network(name: str, options: argparse.Namespace) -> Network:
 
 
 def _some(count: int, limit: int | None) -> Tensor:
-    """Return the numbers of the samples to take: all, or ``limit`` at random, since files may be sorted by class."""
+    """Return the indices of all samples, or of ``limit`` random ones, since files may be sorted by class."""
     if limit is None or limit >= count:
         return torch.arange(count)
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit]
@@ -211,7 +211,7 @@ class ResNet20(nn.Module):
 
 
 def _exported(model: nn.Module, inputs: dict[str, Tensor], count: int = 4) -> ExportedProgram:
-    """Export a module with a dynamic batch; ``count`` samples are its example."""
+    """Export a module with a dynamic batch; ``count`` samples are the example inputs."""
     example = tuple(tensor[:count].contiguous() for tensor in inputs.values())
     batch = torch.export.Dim("batch", min=1)
     return torch.export.export(model.eval(), example, dynamic_shapes={name: {0: batch} for name in inputs})

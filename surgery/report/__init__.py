@@ -1,4 +1,4 @@
-"""The report: what a decomposition did and why, as JSON values that travel with the model, and as one HTML file.
+"""The report of a decomposition: what was done and why, as JSON values stored with the model, and as one HTML file.
 
 collect(result) -> dict of JSON values -> attach to the model -> save, load -> read -> write as HTML
 """

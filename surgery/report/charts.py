@@ -1,6 +1,6 @@
-"""The two drawings of a report as SVG: bars of where the time goes, and the frontier of error against cost.
+"""The two charts of a report as SVG: bars that show where the time goes, and the frontier of error against cost.
 
-Both are drawn in user units that a page scales to its width: 760 units wide, text of 13.
+Both are drawn in user units, which the page scales to its width: 760 units wide, with text 13 units high.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360.0, 76.0, 24.0, 44.0, 52.0
 
 @dataclass(frozen=True)
 class Bar:
-    """A pair of bars: what something takes before and after; ``quiet`` draws it paler."""
+    """A pair of bars: the cost of a layer before and after; ``quiet`` makes both paler."""
 
     label: str
     before: float
@@ -30,7 +30,7 @@ class Bar:
 
 
 def bars(rows: Sequence[Bar], say: Callable[[float], str]) -> Markup:
-    """Return horizontal pairs of bars, in the order of the rows; ``say`` makes a label of a value."""
+    """Return horizontal pairs of bars, in the order of the rows; ``say`` turns a value into a label."""
     largest = max((max(row.before, row.after) for row in rows), default=0.0) or 1.0
     scale = (_WIDTH - _LABEL - _VALUE - 20) / largest
     drawn = [_pair(row, 8 + i * _ROW, scale, say) for i, row in enumerate(rows)]
@@ -50,7 +50,7 @@ def _pair(row: Bar, top: float, scale: float, say: Callable[[float], str]) -> Ma
 
 @dataclass(frozen=True)
 class Frontier:
-    """Points of (cost, error), the chosen one, and the largest error that is allowed, if there is a limit."""
+    """Points of (cost, error), the chosen point if there is one, the limit of the error if there is one."""
 
     points: Sequence[tuple[float, float]]
     chosen: tuple[float, float] | None
@@ -59,7 +59,8 @@ class Frontier:
 
 
 def frontier(plot: Frontier, say_cost: Callable[[float], str]) -> Markup:
-    """Return the plot of error against cost; errors far above those that matter are cut off."""
+    """Return the plot of error against cost; errors far above the chosen one and the limit are cut off."""
+    # The error axis ends at ``high``. The cost axis spans the points below it, with a margin of 6 % on both sides.
     high = _highest(plot)
     seen = [x for x, y in plot.points if y <= high] + ([plot.chosen[0]] if plot.chosen else [])
     costs = seen or [x for x, _ in plot.points]
@@ -84,7 +85,7 @@ def frontier(plot: Frontier, say_cost: Callable[[float], str]) -> Markup:
 
 
 def _highest(plot: Frontier) -> float:
-    """Return the top of the axis: twice the chosen error and the limit, but no more than the largest error."""
+    """Return the top of the axis: 2.5 times the chosen error or twice the limit, at most the largest error."""
     chosen = plot.chosen[1] if plot.chosen else 0.0
     wanted = max(2.5 * chosen, 2.0 * (plot.limit or 0.0))
     return max(chosen, min(max(y for _, y in plot.points), wanted or math.inf)) * 1.05 or 1.0
@@ -132,13 +133,14 @@ def _axis(low: float, high: float, start: float, end: float) -> Callable[[float]
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Return about so many round numbers from low to high; one where the two are too near to each other.
+    """Return round numbers from low to high, about ``about`` of them; only low if the two are nearly equal.
 
     >>> ticks(0.0, 0.05)
     [0.0, 0.01, 0.02, 0.03, 0.04, 0.05]
     """
     if not high - low > 1e-12 * max(abs(low), abs(high), 1e-18):
         return [low]
+    # The step is 1, 2, 5 or 10 times a power of ten, whichever is nearest to an even division.
     rough = (high - low) / about
     size = 10.0 ** math.floor(math.log10(rough))
     step = size * min((1, 2, 5, 10), key=lambda factor: abs(factor * size - rough))

@@ -1,4 +1,4 @@
-"""The JSON values of a report, from what decompose returned and what was measured of both models."""
+"""Collect the JSON values of a report, from the result of decompose and the timing of both models."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def collect(
 
     Args:
         result: what ``decompose`` returned.
-        timing: of the original and the new model, or why there is none; by default the one of the result's search.
-        where: the machine; by default that of the timing, or this one.
-        files: the two models' files, for their names and sizes; None for one that is not written yet.
+        timing: the timing of both models, or the reason why there is none; by default that of the result's search.
+        where: the machine; by default that of the timing, or else this machine.
+        files: the files of both models, for their names and sizes; None for a file that is not written.
     """
     measured = timing if timing is not None or result.search is None else result.search.timing
     timed = measured if isinstance(measured, Timing) else None
@@ -69,7 +69,7 @@ def _search(search: Search) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return JSON values alone: tuples as lists, and None for numbers that JSON does not have."""
+    """Return the value in JSON's types: tuples become lists, and numbers that are not finite become None."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The content of a report as values, read from JSON of strangers: each text is text, and each number is finite."""
+"""The content of a report as values, read from untrusted JSON: each text is a string, and each number is finite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from surgery.errors import InputError
 __all__ = ["Content", "Kept", "Latency", "Left", "Replaced", "Route", "Total", "VERSION", "read_content"]
 
 VERSION = 1
-_LARGEST = 1e30  # what is larger is no measurement, and would overflow in sums; so would quotients by 1 / this
+_LARGEST = 1e30  # a larger number is not a measurement and could overflow sums; 1 / this could overflow quotients
 _WIDE = 1.25
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 1
@@ -22,7 +22,7 @@ PROMISES = ("max_error", "max_drop", "target_speedup")
 
 @dataclass(frozen=True)
 class Total:
-    """What a whole model has: parameters, multiply-accumulates of a run, and bytes of its file."""
+    """Totals of a model: parameters, multiply-accumulates of one run, bytes of its file; None if not known."""
 
     parameters: float | None
     macs: float | None
@@ -31,7 +31,7 @@ class Total:
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of a run of both models (median, and what nine in ten stay below), and the speed-up with its interval."""
+    """Seconds of one run of both models (median and 90th percentile), and the speed-up with its 95 % interval."""
 
     before: float
     after: float
@@ -44,13 +44,13 @@ class Latency:
 
     @property
     def unsure(self) -> bool:
-        """Whether the interval is too wide for one number to stand for it."""
+        """Whether the interval is too wide to be summed up in one number."""
         return self.high > _WIDE * self.low
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """A site that was factored; ``effect`` is the relative error of the output that is expected of it alone."""
+    """A site that was factored; ``effect`` is the output error expected from this site alone."""
 
     site: str
     operator: str
@@ -67,7 +67,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Left:
-    """A place that was left alone, and why; ``latency`` in seconds where it was measured."""
+    """A place that was left alone, and why; ``latency`` is in seconds, or None if it was not measured."""
 
     name: str
     operator: str
@@ -78,7 +78,7 @@ class Left:
 
 @dataclass(frozen=True)
 class Kept:
-    """A promise: what was asked for, what was measured, and whether that keeps it."""
+    """A promise: its limit, the measured value, and whether it was kept."""
 
     kind: str
     limit: float
@@ -89,7 +89,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Route:
-    """How the result was found: (output error, cost) of the best choices, the chosen one, and (value, kept) trials."""
+    """How the result was found: the best and the chosen points (output error, cost), and the trials (value, kept)."""
 
     points: tuple[tuple[float, float], ...]
     chosen: tuple[float, float] | None
@@ -100,7 +100,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Content:
-    """All that a page shows."""
+    """Everything that a page shows."""
 
     source: str
     target: str
@@ -118,7 +118,7 @@ class Content:
 
 @dataclass(frozen=True)
 class _Row:
-    """One JSON object, with the place where it stands for messages."""
+    """One JSON object, and where it stands in the report, for error messages."""
 
     values: Mapping[str, Any]
     where: str
@@ -160,7 +160,7 @@ def read_content(report: Mapping[str, Any]) -> Content:
     """Return the content of a report.
 
     Raises:
-        InputError: a value that is missing or of another kind than it should be, with its place.
+        InputError: a value is missing or has the wrong type; the message says where.
     """
     top = _row(report, "report")
     if report.get("surgery_report") != VERSION:
@@ -263,7 +263,7 @@ def _pair(value: Any, where: str) -> tuple[float, float]:
 def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
         raise _error(where, value, f"a number of at most {_LARGEST:g}")
-    return float(value) if abs(value) * _LARGEST > 1 else 0.0
+    return float(value) if abs(value) * _LARGEST > 1 else 0.0  # below 1 / _LARGEST it counts as zero
 
 
 def _error(where: str, value: Any, allowed: str) -> InputError:

@@ -1,4 +1,4 @@
-"""The figures of a report with their words: where the time goes by layer, and what was possible."""
+"""The figures of a report with their captions: where the time goes by layer, and what was possible."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from surgery.text import count
 
 __all__ = ["places", "possible"]
 
-_BARS = 24  # more do not fit a screen; then layers of one block share a bar
+_BARS = 24  # more do not fit on a screen; then layers of one block share a bar
 _DEEPEST = 16
 _COSTS: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "latency": ("time", milliseconds),
@@ -23,7 +23,7 @@ _COSTS: dict[str, tuple[str, Callable[[float | None], str]]] = {
 
 
 def places(content: Content) -> Markup:
-    """Return bars of what each layer takes before and after: time where it was measured, else multiply-accumulates."""
+    """Return bars of each layer's cost before and after: time if it was measured, else multiply-accumulates."""
     rows, rest = _timed(content)
     say: Callable[[float | None], str] = milliseconds
     what = "time"
@@ -42,14 +42,14 @@ def places(content: Content) -> Markup:
     told = "Each layer was timed by itself." if what == "time" else "Multiply-accumulates of one run."
     told += " A number in brackets counts the layers of a block." if shared else ""
     if rest:
-        told += " Everything else is the time of the whole model less these layers: other operations, other layers."
+        told += " Everything else is the time of the whole model minus these layers: other operations, other layers."
     return section(
         f"Where the {what} goes", legend, bars([*rows[:_BARS], *_further(rows[_BARS:]), *rest], say), note(told)
     )
 
 
 def _timed(content: Content) -> tuple[list[Bar], list[Bar]]:
-    """Return the bars of the timed layers, and of what is left of the whole model's time."""
+    """Return the bars of the timed layers, and one bar for the rest of the whole model's time."""
     rows = [
         Bar(r.site, r.dense_latency, r.latency)
         for r in content.replaced
@@ -64,7 +64,9 @@ def _timed(content: Content) -> tuple[list[Bar], list[Bar]]:
 
 
 def _blocks(rows: Sequence[Bar]) -> Sequence[Bar]:
-    """Return one bar for each block, as small as they can be: few enough first parts of dotted names, if there are."""
+    """Return one bar for each block of layers, if there are too many layers for a bar each."""
+    # A block is a common prefix of dotted names. The longest prefixes that give few enough blocks are taken. Example:
+    # 30 layers "stage1.0.conv1" ... "stage2.4.conv3" become bars "stage1.0 (3)" ..., each the sum of its layers.
     deepest = min(_DEEPEST, max(row.label.count(".") for row in rows))
     for depth in range(deepest, 0, -1):
         if len(rows) <= _BARS:
@@ -94,6 +96,7 @@ def possible(content: Content) -> Markup:
         return Markup()
     what, say = _COSTS.get(route.cost, ("cost", count))
     promise = content.promise if content.promise and content.promise.kind == "max_error" else None
+    # The frontier has expected errors: scale it so that the chosen point lies at the error that was measured.
     expected = route.chosen[0] if route.chosen else 0.0
     scale = promise.measured / expected if promise and expected > 0 and promise.measured > 0 else 1.0
     plot = Frontier(
@@ -103,8 +106,8 @@ def possible(content: Content) -> Markup:
         cost=f"{what} of the layers that can be factored",
     )
     told = (
-        "Each point is the best combination of all layers for its cost, as expected from measurements of each layer"
-        f"{', and scaled to the error that was measured for the chosen one' if scale != 1 else ''}. "
-        "Left is cheaper, low is more exact."
+        "Each point is the combination of layers with the least expected error at its cost, from measurements of each "
+        f"layer{', scaled to the error that was measured at the chosen point' if scale != 1 else ''}. "
+        "Points to the left are cheaper, and lower points are more exact."
     )
     return section("What was possible", frontier(plot, say), note(told))

@@ -1,6 +1,6 @@
-"""Elements of HTML and SVG in which every text is escaped: only what ``tag`` returns is markup.
+"""Elements of HTML and SVG in which every text is escaped: only a ``Markup`` is inserted as it is.
 
-Names come from files of strangers. Characters that control a page or the direction of its text are shown as escapes.
+Names come from untrusted files. Characters that control a page or the direction of its text are shown as escapes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _EMPTY = {"br", "meta", "line", "rect", "circle", "polyline", "wbr"}
 
 
 class Markup(str):
-    """Text that is markup already."""
+    """A string that is already markup and needs no escaping."""
 
 
 def shorten(text: str, length: int) -> str:
-    """Return a text of at most so many characters, cut in the middle."""
+    """Return a text of at most ``length`` characters, cut in the middle if it is longer."""
     return cut(shown(text), length)
 
 
@@ -31,7 +31,7 @@ def dotted(name: str) -> Markup:
 
 
 def tag(name: str, /, *children: str | float, **attributes: str | float | None) -> Markup:
-    """Return an element; ``_`` in the name of an attribute is a hyphen, ``class_`` is class, None leaves it out.
+    """Return an element; ``_`` in an attribute's name becomes a hyphen, ``class_`` is class, None leaves it out.
 
     >>> tag("p", "a < b", class_="x")
     '<p class="x">a &lt; b</p>'
@@ -48,7 +48,7 @@ def join(*parts: str | float) -> Markup:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> Markup:
-    """Return a table whose first ``words`` columns are texts and the others numbers, which are set to the right."""
+    """Return a table whose first ``words`` columns are texts; the others are numbers, aligned to the right."""
     classes = [None if i < words else "number" for i in range(len(head))]
     top = tag("tr", *(tag("th", cell, class_=c, scope="col") for cell, c in zip(head, classes, strict=True)))
     body = [tag("tr", *(tag("td", cell, class_=c) for cell, c in zip(row, classes, strict=True))) for row in rows]

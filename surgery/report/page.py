@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a report: no script, nothing from elsewhere, every text escaped."""
+"""A report as one self-contained HTML page: no script, no external resources, every text escaped."""
 
 from __future__ import annotations
 
@@ -31,17 +31,21 @@ _NAMES = 6
 
 
 def write(report: Mapping[str, Any], path: str | os.PathLike[str], *, force: bool = True) -> None:
-    """Write a report as one HTML file; it is whole or not there.
+    """Write a report as one HTML file; the file is written whole or not at all.
 
     Raises:
-        InputError: a report with values that cannot be, as one from a damaged file.
+        InputError: the report has values that are not allowed, for example because its file is damaged.
         FileError: the file cannot be written, or exists and ``force`` is False.
     """
     write_atomically(path, text_writer(render(report)), force=force)
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """Return the HTML page of a report; raises InputError as ``write``."""
+    """Return the HTML page of a report.
+
+    Raises:
+        InputError: the report has values that are not allowed.
+    """
     content = read_content(report)
     sections = (
         _totals(content),
@@ -82,7 +86,7 @@ def _totals(content: Content) -> Markup:
         span = f"{time.low:.2f} to {time.high:.2f}"
         notes = [note(f"Speed-up {time.speedup:.2f} times, 95 % interval {span}: {time.verdict}.")]
         if time.unsure:
-            notes.append(note("The interval is wide: the machine was busy. Measure again on a quiet one."))
+            notes.append(note("The interval is wide, because the machine was busy. Measure again on a quiet machine."))
     elif content.no_latency:
         notes = [note(f"Latency was not measured: {content.no_latency}")]
     if content.seen is not None:
@@ -117,6 +121,7 @@ def _trials(trials: Sequence[tuple[float, bool]], kind: str) -> Markup:
 def _sites(content: Content) -> Markup:
     if not content.replaced:
         return Markup()
+    # Errors of different sites add in squares, so a site's share is its square over the sum of all squares.
     total = sum(site.effect**2 for site in content.replaced if site.effect is not None)
     shares = [replace(r, effect=r.effect**2 / total if r.effect and total else None) for r in content.replaced]
     shown = [r for r in _COLUMNS if any(r[1](site) != "\u2013" for site in shares)]

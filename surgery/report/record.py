@@ -1,6 +1,6 @@
-"""Where a report travels: in the record of a program, which ``surgery.save`` writes and ``surgery.load`` reads.
+"""Store a report with a model: in the record of a program, which ``surgery.save`` writes and ``surgery.load`` reads.
 
-``decompose`` and ``recompose`` write the record anew, so a report never outlives the model that it is about.
+``decompose`` and ``recompose`` write a new record, so a report never outlives the model that it describes.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ _KEY = "surgery"
 
 
 def attach(program: ExportedProgram, report: Mapping[str, Any]) -> None:
-    """Put a report into the record of a program, beside what is there; only the record is changed."""
+    """Add a report to the record of a program; only the record changes."""
     record = program.graph_module.meta.get(_KEY)
     kept = record if isinstance(record, dict) else {"version": 1, "sites": {}}
     program.graph_module.meta[_KEY] = {**kept, "report": dict(report)}
 
 
 def read(program: ExportedProgram) -> dict[str, Any]:
-    """Return the report that travels with a program, as it is: from a file, nothing in it is to be trusted.
+    """Return the report stored with a program, unchecked: if the program came from a file, do not trust its values.
 
     Raises:
-        InputError: the program has none.
+        InputError: the program has no report.
     """
     record = program.graph_module.meta.get(_KEY)
     report = record.get("report") if isinstance(record, dict) else None

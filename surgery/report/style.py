@@ -1,4 +1,4 @@
-"""The style sheet of a report, and the policy that keeps its page from loading or running anything."""
+"""The style sheet of a report, and the policy that stops the page from loading or running anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report says in plain words: the sentences at its top, how values are written, and what the terms mean."""
+"""The words of a report: the sentences at its top, values with their units, and the glossary."""
 
 from __future__ import annotations
 
@@ -24,20 +24,23 @@ GLOSSARY = (
     ("layer, site", "a place in the network that multiplies by a table of learned numbers, its weight"),
     (
         "factored",
-        "the one large table is replaced by two to four smaller ones, used one after another, that multiply to nearly "
+        "one large table is replaced by two to four smaller tables, used one after another, whose product is nearly "
         "the same",
     ),
     ("rank", "how wide the passage between the small tables is: a lower rank is faster and less exact"),
-    ("method", "the way in which a weight is taken apart, as svd, tucker or cp; all of them give ordinary layers"),
-    ("MACs", "multiply-accumulates: how many products the network computes for one input"),
-    ("latency", "the time of one run, measured with onnxruntime on the machine that is named above"),
+    ("method", "how a weight is factored, for example svd, tucker or cp; every method gives ordinary layers"),
+    ("MACs", "multiply-accumulates: the number of products that the network computes for one input"),
+    ("latency", "the time of one run, measured with onnxruntime on the machine named above"),
     (
         "95 % interval",
         "measured times vary; if the measurement were repeated, nearly all speed-ups would lie in this interval",
     ),
     ("weight error", "how far the product of the small tables is from the weight, relative to the weight"),
     ("output error", "how far the network's answers are from those of the original, relative to their size"),
-    ("share of it", "how much a layer adds to the output error, as expected from how sensitive the output is to it"),
+    (
+        "share of the output error",
+        "how much a layer adds to the output error, estimated from how sensitive the output is to it",
+    ),
     ("left alone", "a layer that stays as it was, because changing it would not pay or would cost too much accuracy"),
 )
 
@@ -64,9 +67,9 @@ def title(content: Content) -> str:
 
 
 def summary(content: Content) -> str:
-    """Return in a few sentences what was done, what it brings, and whether the promise is kept.
+    """Return in a few sentences what was done, what it gains, and whether the promise is kept.
 
-    Where most of the model was left alone, they begin with that, and with what to do about it.
+    If most of the model was left alone, the first sentence says so, with what to do about it.
     """
     left = left_alone(content.left, content.before.macs, exported=content.source.endswith(".pt2"))
     return _done(content) if left is None else f"{left}. {_done(content)}"
@@ -74,12 +77,10 @@ def summary(content: Content) -> str:
 
 def _done(content: Content) -> str:
     promise = content.promise
-    told = "" if promise is None else f" What was promised is {'kept' if promise.kept else 'not kept'}."
+    told = "" if promise is None else f" The promise is {'kept' if promise.kept else 'not kept'}."
     found = len(content.replaced)
     if not found:
-        return (
-            f"The model was left exactly as it was: no change was found that pays and keeps what was asked for.{told}"
-        )
+        return f"The model was left exactly as it was: no change was found that pays and does what was asked for.{told}"
     what = f"{found} {'layer was' if found == 1 else 'layers were'} replaced by cheaper ones"
     gains = [_speed(content.latency)] if content.latency else []
     before, after = content.before.parameters, content.after.parameters
@@ -104,14 +105,14 @@ def _fewer(before: float, after: float) -> str:
 
 
 def seen_sentence(seen: tuple[float, str]) -> str:
-    """Return how far the outputs have moved, and on what inputs; with a warning where that is far."""
+    """Return a sentence with the output error and the inputs it was measured on, and a warning if it is large."""
     error, what = seen
     far = " The outputs are no longer those of the original." if error > FAR else ""
     return f"The output error is {percent(error)}, measured on {what}.{far}"
 
 
 def promise_sentences(promise: Kept, metrics: tuple[float, float] | None) -> tuple[str, str]:
-    """Return what was promised, and what was measured."""
+    """Return two sentences: what was promised, and what was measured."""
     asked, measured = {
         "max_error": (
             f"The output error is at most {percent(promise.limit)}.",

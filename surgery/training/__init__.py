@@ -1,4 +1,4 @@
-"""Training that decomposes the model in mid-run and recomposes it at the end."""
+"""Training that decomposes the model partway through and recomposes it at the end."""
 
 from __future__ import annotations
 

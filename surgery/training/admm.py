@@ -1,14 +1,15 @@
-"""ADMM: training of a dense network under a rank constraint, so that it loses little when it is decomposed at the end.
+"""ADMM: train a dense network under a rank constraint, so that it loses little when it is decomposed at the end.
 
-For each constrained weight W, with Z of the wanted rank and the scaled dual U (Yin et al. 2021, CVPR):
+Each constrained weight W has a target Z of the wanted rank and a scaled dual U (Yin et al. 2021, CVPR):
 
     start    Z = W, U = 0
-    step     the gradient of  rho/2 ||W - Z + U||^2,  which is  rho (W - Z + U),  comes on top of that of the loss
+    step     add  rho (W - Z + U),  the gradient of the penalty  rho/2 ||W - Z + U||^2,  to the gradient of the loss
     update   Z <- project(W + U),  U <- U + W - Z;     rho is five times as large after 85 % of the epochs
 
-``project`` is the factorization's own: factor at the ranks of the plan, and compose. Where rho grows, U shrinks by as
-much: it is the multiplier over rho (Boyd et al. 2011, section 3.4.1). A step costs O(|W|), an update one decomposition
-of the model; memory is that of Z and U. The architecture, the loss and the optimizer's decay stay as they are.
+``project`` factors a weight at the ranks of the plan and composes the factors again. When rho grows, U shrinks by the
+same factor, because U is the multiplier divided by rho (Boyd et al. 2011, section 3.4.1). A step costs O(|W|), and an
+update costs one decomposition of the model. Z and U each take as much memory as the constrained weights. The
+architecture, the loss and the optimizer's weight decay do not change.
 """
 
 from __future__ import annotations
@@ -38,33 +39,33 @@ _LATE, _GROWTH = 0.85, 5.0  # Yin et al. 2021
 
 
 class ADMM:
-    """Rank-constrained training of a dense model, and the decomposition that it leads to.
+    """Train a dense model under a rank constraint, then decompose it.
 
         run = ADMM(model, optimizer, "keep_params=0.5", example_inputs=x, factorization="tt", epochs=20)
         for epoch in range(20):
             train_one_epoch(run.model, run.optimizer)
             run.end_epoch(epoch)
-        small = run.finish().model          # fine-tune it, with an optimizer of its own
+        small = run.finish().model          # fine-tune it, with a new optimizer
 
-    The penalty's gradient is added when the optimizer steps: after clipping and unscaling, with no change to the loss.
-    ``plan`` has the ranks; ``residuals`` has ``||W - Z|| / ||W||`` of each site at each update, which falls as the
-    weights come near their rank.
+    The gradient of the penalty is added when the optimizer steps, after clipping and unscaling; the loss itself does
+    not change. ``plan`` holds the ranks. ``residuals`` holds ``||W - Z|| / ||W||`` of each site at each update; it
+    falls as the weights approach their rank.
 
     Args:
-        model: an nn.Module; may be compiled, or distributed (then all processes make the same calls).
-        optimizer: any whose step follows gradients, as SGD, Adam, AdamW; not fused.
-        ranks: any rule of ``surgery.plan``'s.
+        model: an nn.Module; it may be compiled, or distributed (then all processes make the same calls).
+        optimizer: any optimizer that follows gradients, such as SGD, Adam or AdamW, and is not fused.
+        ranks: any rule that ``surgery.plan`` takes.
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
-        factorization: "auto", "tt", "tr", "tucker", "svd" or "spatial": those that project.
-        rho: weight of the penalty, above 0. Between two updates SGD takes a weight about ``rho`` x learning rate
-            x steps of its way to Z: where that is far below 1, as with 1e-3 over few epochs, little happens.
-        epochs: how many there will be: rho grows when 85 % of them are done, and never if they are not known.
-        every: steps between two updates; None is one at each ``end_epoch``, as is usual.
+        factorization: "auto", "tt", "tr", "tucker", "svd" or "spatial", the factorizations that project.
+        rho: weight of the penalty, above 0. Between two updates SGD moves a weight about ``rho`` x learning rate
+            x steps of its way to Z. If that product is far below 1, as with 1e-3 over few epochs, little happens.
+        epochs: total number of epochs. Rho grows when 85 % of them are done, and never if the total is not given.
+        every: steps between two updates; None updates at each ``end_epoch``, as is usual.
         include, exclude: glob patterns of site names.
 
     Raises:
-        InputError: arguments that cannot be used; a plan without a weight that this optimizer trains; a sharded model.
-        RankError: ranks out of bounds, or a budget that cannot be met.
+        InputError: an argument is not allowed; the optimizer trains no weight of the plan; the model is sharded.
+        RankError: ranks are out of bounds, or a budget cannot be met.
         CaptureError: the graph of the model can be neither traced nor exported.
     """
 
@@ -87,13 +88,13 @@ class ADMM:
         self._root, self._epochs, self._every = unwrap(model), epochs, every
         self.rho, self._late, self._steps = float(rho), False, 0
         self._group = group_of(model)
-        sought: dict[str, Any] = {
+        options: dict[str, Any] = {
             "ranks": ranks,
             "factorization": factorization,
             "include": include,
             "exclude": exclude,
         }
-        plan = agree(make_plan(self._root, example_inputs, **sought) if self._leads else None, self._group)
+        plan = agree(make_plan(self._root, example_inputs, **options) if self._leads else None, self._group)
         self.plan, self.constraints = constrain(self._root, optimizer, sites_of(self._root, example_inputs), plan)
         self.residuals: tuple[dict[str, float], ...] = ()
         self._handles = (
@@ -102,14 +103,14 @@ class ADMM:
         )
 
     def penalty(self) -> float:
-        """Return ``rho/2 sum ||W - Z + U||^2`` as it is now, for a report: do not add it to the loss."""
+        """Return the present value of ``rho/2 sum ||W - Z + U||^2``, to report it; do not add it to the loss."""
         gaps = [torch.linalg.vector_norm(constraint.gap.double()).square() for constraint in self.constraints]
         return self.rho / 2 * float(torch.stack(gaps).sum())
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
-        """Note an epoch that is done (the first is 0): update Z and U, unless steps decide, and let rho grow in time.
+        """Record the end of an epoch (the first is 0): update Z and U unless ``every`` is given, and raise rho if due.
 
-        Returns the latest residual of each site.
+        Returns the latest residual of each site by name.
         """
         if self._every is None:
             self._update()
@@ -121,16 +122,16 @@ class ADMM:
         return self.residuals[-1] if self.residuals else {}
 
     def finish(self) -> DecomposeResult[nn.Module]:
-        """End the run: take the hooks off the optimizer, and return what ``surgery.decompose`` makes by the plan.
+        """End the run: remove the hooks from the optimizer, decompose the model by the plan and return the result.
 
-        The model itself stays dense; the result has the factored one, a copy.
+        The model itself stays dense; the result holds a factored copy.
         """
         for handle in self._handles:
             handle.remove()
         return decompose(self._root, self._inputs, ranks=self.plan)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, the state of model and optimizer included; tensors and plain values."""
+        """Return all that a resumed run needs, with the states of model and optimizer, as tensors and plain values."""
         return {
             "version": _VERSION,
             "plan": self.plan.to_json(),
@@ -145,19 +146,19 @@ class ADMM:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Make this run the one that the state was taken from: the plan is the state's.
+        """Continue the run that the state was taken from, with the plan in that state.
 
-        Schedulers, scalers and random states are the user's to load.
+        The caller loads schedulers, scalers and random states.
 
         Raises:
-            InputError: the state is of another model or version.
+            InputError: the state belongs to another model or version.
         """
         if state.get("version") != _VERSION or "duals" not in state:
-            raise InputError("this is no state of ADMM", next_step="give what state_dict() returned")
+            raise InputError("this is not a state of ADMM", next_step="give what state_dict() returned")
         plan, sites = Plan.from_json(state["plan"]), sites_of(self._root, self._inputs)
         names = [site.name for site in sites]
         if names != [decision.site for decision in plan]:
-            raise InputError("the state is of a model with other sites", allowed=", ".join(names))
+            raise InputError("the state belongs to a model with other sites", allowed=", ".join(names))
         self._root.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.plan, self.constraints = constrain(self._root, self.optimizer, sites, plan)
@@ -169,7 +170,7 @@ class ADMM:
 
     @property
     def _leads(self) -> bool:
-        """Whether this process decides: it is alone, or rank 0 of its group."""
+        """Whether this process decides for its group: it runs alone, or is rank 0."""
         return self._group is None or self._group.rank() == 0
 
     @torch.no_grad()
@@ -190,6 +191,7 @@ class ADMM:
 
     @torch.no_grad()
     def _add_gradients(self) -> None:
+        # A hook before the step sees gradients that are unscaled and clipped, so rho means the same in mixed precision.
         groups = {id(weight): group for group in self.optimizer.param_groups for weight in group["params"]}
         for constraint in self.constraints:
             weight = constraint.weight
@@ -203,9 +205,9 @@ def _check(optimizer: Optimizer, factorization: str, rho: float, epochs: int | N
     if is_fused(optimizer):
         raise InputError("ADMM with a fused optimizer", next_step="make the optimizer with fused=False")
     if factorization not in PROJECTING:
-        raise InputError(f"factorization={factorization!r} is no projection", allowed=", ".join(PROJECTING))
+        raise InputError(f"factorization={factorization!r} is not a projection", allowed=", ".join(PROJECTING))
     if not 0 < rho < float("inf"):
-        raise InputError(f"rho={rho}", allowed="numbers above 0, as 1e-3")
+        raise InputError(f"rho={rho}", allowed="numbers above 0, such as 1e-3")
     for name, value in (("epochs", epochs), ("every", every)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise InputError(f"{name}={value!r}", allowed="whole numbers from 1, or None")

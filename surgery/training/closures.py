@@ -1,7 +1,7 @@
-"""What is to be done between the gradients and the step, in an optimizer's step pre-hook, with a closure or without.
+"""Change gradients between the backward pass and the step, in an optimizer's step pre-hook, with or without a closure.
 
-A step may be given a closure that computes the gradients inside of it, as Lightning's always is: what a pre-hook did to
-the gradients before, the closure's ``zero_grad`` undoes.
+A step may take a closure that computes the gradients; Lightning always passes one. The ``zero_grad`` in the closure
+would undo what a pre-hook did to the gradients before it, so the hook must act after the closure.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ __all__ = ["after_gradients", "is_fused"]
 
 
 def is_fused(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer may be given scaled gradients: a pre-hook would add to them what is not scaled."""
+    """Return whether an optimizer is fused: it may receive scaled gradients, and a pre-hook adds unscaled values."""
     return any(group.get("fused") for group in optimizer.param_groups)
 
 
 def after_gradients(act: Callable[[], None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Act now, or after the closure among a step's arguments; return what the pre-hook is to return.
+    """Call ``act`` now, or after the closure among the step's arguments; return what the pre-hook must return.
 
     >>> said = []
     >>> after_gradients(lambda: said.append("now"), ("optimizer",), {})

@@ -1,4 +1,4 @@
-"""Constraints of ADMM: each a weight that trains, with its projection to the rank that it is to have."""
+"""The constraints of ADMM: each is a weight that trains, with its projection onto the weights of a wanted rank."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROJECTING = ("auto", "tt", "tr", "tucker", "svd", "spatial")
 
 @dataclass(frozen=True, eq=False)
 class Constraint:
-    """One weight that is to have a rank; ``target`` is Z and ``dual`` is U, of its shape, and changed in place."""
+    """One weight and the rank that it must reach; ``target`` is Z and ``dual`` is U, both changed in place."""
 
     name: str
     weight: nn.Parameter
@@ -38,7 +38,7 @@ class Constraint:
 
     @property
     def gap(self) -> Tensor:
-        """``W - Z + U``: what the penalty is of."""
+        """``W - Z + U``, whose squared norm is the penalty."""
         return self.weight.detach() - self.target + self.dual
 
     @property
@@ -47,11 +47,12 @@ class Constraint:
         return relative_error(self.target, self.weight.detach())
 
     def project(self) -> Tensor:
-        """Return ``W + U`` at the rank.
+        """Return ``W + U`` projected to the rank.
 
         Raises:
             InputError: there are no good factors at this rank, or the weight has values that are not finite.
         """
+        # Operators hold weights as (out, in); a module that stores (in, out) is transposed on the way in and out.
         wanted = self.weight.detach() + self.dual
         turned = wanted.mT.contiguous() if self.stored == "in_out" else wanted
         chain = named(self.factorization).factor(replace(self.operator, weight=turned, bias=None), self.rank)
@@ -61,7 +62,7 @@ class Constraint:
         return composed.weight.mT if self.stored == "in_out" else composed.weight
 
     def update(self, target: Tensor) -> None:
-        """Take a new Z, and the dual step that follows from it."""
+        """Store a new Z, and take the dual step ``U <- U + W - Z``."""
         self.target.copy_(target)
         self.dual.add_(self.weight.detach()).sub_(self.target)
 
@@ -69,10 +70,10 @@ class Constraint:
 def constrain(
     root: nn.Module, optimizer: Optimizer, sites: Sequence[Site], plan: Plan
 ) -> tuple[Plan, tuple[Constraint, ...]]:
-    """Return the constraints of a plan; sites whose weight is not trained stay dense in the plan that comes back.
+    """Return the plan and its constraints; in the returned plan, sites whose weight does not train are dense.
 
     Raises:
-        InputError: no site is left.
+        InputError: no site is left to constrain.
     """
     reasons = untrained(root, optimizer, sites)
     modules = dict(root.named_modules(remove_duplicate=False))
@@ -83,7 +84,7 @@ def constrain(
         module = modules.get(site.name)
         weight = None if module is None else module._parameters.get("weight")
         if module is None or weight is None or site.name in reasons:
-            reason = "this optimizer trains no parameter that is its weight alone"
+            reason = "the optimizer trains no parameter that is the weight of this site alone"
             why = f": {reasons[site.name]}" if site.name in reasons else ""
             plan = plan.edit(site.name, rank=None, reason=f"{reason}{why}")
             continue

@@ -1,4 +1,4 @@
-"""Copies of a model that follow it, as averages of its weights: what is one, and where they are found."""
+"""Copies that follow a model, such as averages of its weights: how to recognise them, and where to find them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["averages_of", "inputs_for", "is_copy", "keeps_copy"]
 
 
 def is_copy(module: nn.Module, model: nn.Module) -> bool:
-    """Whether a module has the names and shapes of a model's parameters, each as a tensor of its own."""
+    """Whether a module has parameters of the same names and shapes as a model, and shares no tensor with it."""
     mine, others = dict(module.named_parameters()), dict(model.named_parameters())
     alike = mine.keys() == others.keys() and all(mine[name].shape == others[name].shape for name in mine)
     return alike and bool(mine) and not {id(p) for p in mine.values()} & {id(p) for p in others.values()}
 
 
 def averages_of(values: Iterable[Any], model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the copies of a model inside of the AveragedModels among some values."""
+    """Yield the copies of a model that are inside the AveragedModels among some values."""
     for value in values:
         if isinstance(value, AveragedModel):
             inside = (module for module in value.module.modules() if type(module) is type(model))
@@ -31,9 +31,9 @@ def averages_of(values: Iterable[Any], model: nn.Module) -> Iterator[nn.Module]:
 
 
 def keeps_copy(value: Any, model: nn.Module) -> bool:
-    """Whether a value is a copy of the model that is no AveragedModel, or a row of tensors of its parameters' shapes.
+    """Whether a value copies the model without AveragedModel: a module, or tensors of the parameters' shapes.
 
-    Nobody can know how such a copy is kept up to date, so that it cannot be taken along.
+    Nobody can know how such a copy is kept up to date, so a run cannot keep it in step with the model.
     """
     if isinstance(value, nn.Module) and not isinstance(value, AveragedModel):
         return any(type(module) is type(model) and is_copy(module, model) for module in value.modules())
@@ -45,13 +45,13 @@ def keeps_copy(value: Any, model: nn.Module) -> bool:
 
 
 def _missing(wanted: list[torch.Size], given: list[torch.Size]) -> list[torch.Size]:
-    """Return the shapes that are wanted and not given, each as often as it is."""
+    """Return the wanted shapes that are not given, counting repeats."""
     rest = list(given)
     return [shape for shape in wanted if shape not in rest or rest.remove(shape)]  # type: ignore[func-returns-value]
 
 
 def inputs_for(copy: nn.Module, model: nn.Module, example_inputs: Any) -> Inputs:
-    """Return example inputs of a model for a copy of it, which may be on another device or in another dtype."""
+    """Return a model's example inputs on the device and in the dtype of a copy of it."""
     mine, others = next(copy.parameters()), next(model.parameters())
 
     def convert(leaf: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Warnings of a run that would leave its model in factors though it was to be recomposed."""
+"""Warnings about a run that would leave its model factored although the user asked to recompose it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 __all__ = ["NO_END", "Ending", "warn_of_no_end"]
 
 NO_END = "LowRankTraining cannot know when to recompose: give epochs=, or call finish() when the training has ended"
-_LEFT = "a LowRankTraining has ended while its model is factored: call finish(), which recomposes it"
+_LEFT = "a LowRankTraining ended while its model was factored: call finish(), which recomposes the model"
 
 
 @dataclass(eq=False)
 class Ending:
-    """What a run leaves undone, kept apart from it: ``undone`` says whether its model is still to be recomposed."""
+    """Whether a run still has to recompose its model (``undone``); a separate object, so that it outlives the run."""
 
     undone: bool = False
 
     def watch(self, run: object) -> None:
-        """Warn when the run is collected, or the interpreter ends, while something is undone."""
+        """Warn if the run is garbage-collected, or the interpreter ends, before the model is recomposed."""
         weakref.finalize(run, self._tell)
 
     def _tell(self) -> None:
@@ -29,6 +29,6 @@ class Ending:
 
 
 def warn_of_no_end(recompose_at: int | str | None, epochs: int | None) -> None:
-    """Warn if nothing but ``finish()`` can recompose the model of a run."""
+    """Warn if only ``finish()`` can recompose the model of a run."""
     if recompose_at == "end" and epochs is None:
         warnings.warn(NO_END, UserWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""Whether a switch pays: a pure function of step times, steps left and what the switch costs.
+"""Whether a switch pays: a pure function of step times, of the steps left and of the cost of the switch, in seconds.
 
 saved = steps left x (dense step - factored step) - cost of the switch        epochs to break even = cost / gain
 """
@@ -12,15 +12,15 @@ from surgery.text import seconds
 
 __all__ = ["LEAST_GAIN", "Forecast", "make_forecast"]
 
-LEAST_GAIN = 0.03  # ours: of the step; below, noise of the measurement decides
+LEAST_GAIN = 0.03  # ours: share of the step; a smaller gain is lost in the noise of the measurement
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds of a step dense and factored, seconds that the switch costs, and what follows for the epochs left.
+    """Seconds of a dense and of a factored step, seconds that the switch costs, and what follows for the epochs left.
 
-    ``saved`` and ``break_even`` (epochs, infinite where a factored step is no shorter) are for the steps of an epoch as
-    they were; ``saved`` is None where it is not known how many epochs are left.
+    ``break_even`` is in epochs, and infinite if a factored step is not shorter. It and ``saved`` assume that each epoch
+    keeps its number of steps. ``saved`` is None if the number of epochs left is not known.
     """
 
     dense_step: float
@@ -31,7 +31,7 @@ class Forecast:
 
     @property
     def gain(self) -> float:
-        """Seconds that an epoch gets shorter."""
+        """Seconds by which an epoch gets shorter."""
         return self.steps * (self.dense_step - self.factored_step)
 
     @property
@@ -41,18 +41,18 @@ class Forecast:
 
     @property
     def saved(self) -> float | None:
-        """Seconds saved in all epochs left, the cost taken off."""
+        """Seconds saved in all epochs left, less the cost of the switch."""
         return None if self.epochs_left is None else self.epochs_left * self.gain - self.cost
 
     @property
     def pays(self) -> bool:
-        """Whether a step gets clearly shorter, and the epochs left earn what the switch costs."""
+        """Whether a step gets clearly shorter, and the epochs left save more than the switch costs."""
         shorter = self.factored_step < (1 - LEAST_GAIN) * self.dense_step
         return shorter and (self.saved is None or self.saved > 0)
 
     @property
     def reason(self) -> str:
-        """What speaks for the switch or against it, in words."""
+        """The reason for or against the switch, in words."""
         steps = f"a step of {seconds(self.dense_step)} becomes {seconds(self.factored_step)}"
         if self.factored_step >= (1 - LEAST_GAIN) * self.dense_step:
             return f"it would not train faster: {steps}"
@@ -74,10 +74,10 @@ def make_forecast(
     epochs_left: int | None,
     cost: float,
 ) -> Forecast:
-    """Return the forecast from a step as it was in training, and from measured passes of the model, in seconds.
+    """Return the forecast from the seconds of a training step and of measured passes of both models.
 
-    Only the passes change: what else is in a step (data, optimizer, evaluation) is taken to stay as it is, so that the
-    step gets shorter by as much as the passes do, but not below a share of them.
+    Only the forward and backward passes are assumed to change; data loading, optimizer and evaluation take as long as
+    before. So the step gets shorter by as many seconds as the passes do. It gets shorter at most by the same factor.
 
     >>> forecast = make_forecast(
     ...     dense_step=1.0, measured_dense=0.8, measured_factored=0.2, steps=10, epochs_left=5, cost=3.0

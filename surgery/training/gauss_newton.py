@@ -1,8 +1,8 @@
-"""Factors moved so that they compose to a wanted weight, by Gauss-Newton steps that are judged before they are taken.
+"""Move factors so that they compose to a wanted weight, by Gauss-Newton steps that are checked before they are taken.
 
-With J the Jacobian of the composition W(F) at the present factors, the full step is the least D with J D nearest to
-what is missing. W is linear along D only near F, so that the full step may lead farther away than no step. Of the
-shares 1, 1/2, ..., 1/64 of it, the one that comes nearest is taken, and none where F itself is nearer.
+Let J be the Jacobian of the composition W(F) at the present factors F. The full step is the shortest D for which J D is
+nearest to the difference between the wanted weight and W(F). W is linear along D only near F, so the full step may end
+farther away than F. Of the shares 1, 1/2, ..., 1/64 of D, the one that comes nearest is taken, or none if F is nearer.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ __all__ = ["fit_factors"]
 
 _STEPS = 3
 _SHARES = tuple(0.5**k for k in range(7))
-_WORTH = 0.9  # of the distance: what comes no nearer than this is worth no further step
+_WORTH = 0.9  # ours: share of the distance; after a step that leaves more than this, another one is not worth its time
 
 
 def fit_factors(compose: Compose, factors: Sequence[Tensor], goal: Tensor) -> list[Tensor]:
-    """Return factors near those given, in float64, that compose to what is as near to a weight, or nearer.
+    """Return float64 factors near the given ones whose composition is at least as near to the weight ``goal``.
 
     >>> product = lambda pair: pair[0] @ pair[1]
     >>> near = fit_factors(product, [torch.eye(2), torch.eye(2)], torch.tensor([[1.1, 0.0], [0.0, 0.9]]))
@@ -37,7 +37,7 @@ def fit_factors(compose: Compose, factors: Sequence[Tensor], goal: Tensor) -> li
         step = jacobian.push_back(wanted - jacobian.weight)
         rows = [[factor + share * part for factor, part in zip(found, step, strict=True)] for share in _SHARES]
         distances = [_distance(compose, row, wanted) for row in rows]
-        before, nearest = distance, min(distances)
+        before, nearest = distance, min(distances)  # of equal distances the largest share is taken, as it comes first
         if not nearest < before:
             break
         found, distance = rows[distances.index(nearest)], nearest
@@ -47,7 +47,7 @@ def fit_factors(compose: Compose, factors: Sequence[Tensor], goal: Tensor) -> li
 
 
 def _distance(compose: Compose, factors: Sequence[Tensor], goal: Tensor) -> float:
-    """Return ``||W(F) - goal||``; infinite where it is no number."""
+    """Return ``||W(F) - goal||``; infinite if it is not a number."""
     with torch.no_grad():
         distance = float(torch.linalg.vector_norm(compose(factors) - goal))
     return math.inf if math.isnan(distance) else distance

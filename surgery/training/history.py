@@ -1,4 +1,4 @@
-"""What happened in a run: one frozen row for each epoch, with the event after it if there was one; and its plot."""
+"""The history of a run: one frozen row for each epoch, with the event after that epoch if there was one; and a plot."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["EpochRow", "Event", "History"]
 
 @dataclass(frozen=True, repr=False)
 class Event:
-    """One decision: ``kind`` is "decompose", "recompose" or "stay" (dense, for good), ``reason`` says why.
+    """One decision: ``kind`` is "decompose", "redecompose", "recompose" or "stay" (dense to the end).
 
-    ``epoch`` is the number of epochs done, ``seconds`` what the decision took, measurements included. ``changes`` have
-    each factored site with the error of its weight; ``notes`` say what could not be carried over, and which sites stay
-    dense.
+    ``reason`` says why. ``epoch`` is the number of epochs done. ``seconds`` is the time that the decision took,
+    including measurements. ``changes`` lists the factored sites with their weight errors. ``notes`` say which state
+    could not be carried over, and which sites stay dense.
     """
 
     kind: str
@@ -36,7 +36,7 @@ class Event:
     channels_last: bool = False
 
     def __repr__(self) -> str:
-        """Say in a few lines what was done and why."""
+        """Return in a few lines what was done and why."""
         head = f"{self.kind} after epoch {self.epoch}: {self.reason}; took {seconds(self.seconds)}"
         rows = [["site", "method", "rank", "weight error"]]
         rows += [[c.site, c.factorization, rank_text(c.rank), f"{c.error:.3f}"] for c in self.changes]
@@ -46,12 +46,12 @@ class Event:
 
 @dataclass(frozen=True)
 class EpochRow:
-    """One epoch: its seconds and optimizer steps, the mean stable rank after it relative to the start, and its event.
+    """One epoch: its seconds, its optimizer steps, the mean stable rank after it relative to the start, and its event.
 
-    ``phase`` is what was trained: "dense", "factored" or "recomposed". The seconds are from the end of the last
-    ``end_epoch``, or from ``begin_epoch``, to the start of this ``end_epoch``, so with all that the loop does in
-    between; an event's own come on top of them. ``step`` is the median from one step of the optimizer to the next,
-    which evaluation between epochs does not touch.
+    ``phase`` is the phase of the model in this epoch: "dense", "factored" or "recomposed". ``seconds`` runs from the
+    end of the last ``end_epoch``, or from ``begin_epoch``, to the start of this ``end_epoch``, with all that the loop
+    does in between; it does not include the seconds of the event. ``step`` is the median time in seconds from one
+    optimizer step to the next; evaluation between epochs does not affect it.
     """
 
     epoch: int
@@ -65,15 +65,15 @@ class EpochRow:
 
     @property
     def step_seconds(self) -> float | None:
-        """Seconds of a step; where that is not known, of the whole epoch for each; None without steps."""
+        """Seconds of a step: the median, or else the epoch's seconds over its steps; None without steps."""
         return self.step or (self.seconds / self.steps if self.steps else None)
 
 
 @dataclass(frozen=True, repr=False)
 class History:
-    """The rows so far; ``setup`` are the seconds before the first epoch, ``closing`` is the event of ``finish()``.
+    """The rows so far; ``setup`` is the seconds before the first epoch, ``closing`` is the event of ``finish()``.
 
-    ``others`` are the events that came at no end of an epoch, as when a dense state is loaded.
+    ``others`` are the events that did not come at the end of an epoch, such as loading a dense state.
     """
 
     rows: tuple[EpochRow, ...] = ()
@@ -112,12 +112,12 @@ class History:
 
     @property
     def seconds(self) -> float:
-        """Seconds of all: set-up, epochs and events."""
+        """Seconds of the whole run: set-up, epochs and events."""
         return self.setup + sum(row.seconds for row in self.rows) + sum(event.seconds for event in self.events)
 
     @property
     def outcome(self) -> str:
-        """The forecast step beside the one that came, in words; empty before there is one."""
+        """The forecast step time and the measured one, in words; empty before both are known."""
         forecast = next((e.forecast for e in self.events if e.kind == "decompose" and e.forecast), None)
         factored = [row for row in self.rows if row.phase == "factored" and row.steps]
         if forecast is None or not factored:
@@ -134,7 +134,7 @@ class History:
         return replace(self, rows=(*self.rows[:-1], replace(self.rows[-1], event=event)))
 
     def between(self, event: Event) -> History:
-        """Return the history with an event that came at no end of an epoch."""
+        """Return the history with an event that did not come at the end of an epoch."""
         return replace(self, others=(*self.others, event))
 
     def close(self, event: Event) -> History:
@@ -142,7 +142,7 @@ class History:
         return replace(self, closing=event)
 
     def plot(self, path: str | Path) -> None:
-        """Draw accuracy against wall-clock seconds, with a line at each event, into a file.
+        """Write a plot of accuracy against wall-clock seconds, with a line at each event, to a file.
 
         Raises:
             InputError: no accuracy was given to ``end_epoch``, or matplotlib is not installed.
@@ -174,7 +174,7 @@ class History:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> History:
-        """Return the history of ``to_values``."""
+        """Return the history from the values that ``to_values`` returned."""
         rows = tuple(EpochRow(**{**row, "event": _event(row["event"])}) for row in values["rows"])
         others = tuple(map(_made, values.get("others", ())))
         return cls(rows, values["setup"], _event(values["closing"]), others)

@@ -1,4 +1,4 @@
-"""Hooks that hold their owner weakly, and do nothing in copies and pickles of what they are on."""
+"""Hooks that hold their owner weakly, and do nothing in copies and pickles of the module that they are on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ __all__ = ["WeakHook"]
 class WeakHook:
     """Calls a method of an object for as long as the object lives.
 
-    A copy of a module has its hooks. Were they bound methods, the owner would be copied as well: a run with its
-    optimizer. A copy of this hook calls nothing.
+    A copy of a module copies its hooks. If they were bound methods, the copy would contain their owner as well: a run
+    with its optimizer. A copy of this hook calls nothing.
 
     >>> class Owner:
     ...     def greet(self, name: str) -> str:
@@ -30,7 +30,7 @@ class WeakHook:
         self._act = None if act is None else weakref.WeakMethod(act)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the method returns; None without it."""
+        """Return what the method returns, or None if the object is gone."""
         act = None if self._act is None else self._act()
         return None if act is None else act(*args, **kwargs)
 

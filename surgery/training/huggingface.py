@@ -1,13 +1,14 @@
 """LowRankTraining as a callback of the Trainer of Hugging Face transformers.
 
-Its checkpoints have the weights of the dense architecture at any time, composed while the model is factored, so that
-``from_pretrained`` of the original class takes them. The Trainer loads a checkpoint before any callback can give the
-model its structure; so ``low_rank_training.pt`` beside it has the factors with the state of their optimizer, and the
-Trainer's own ``optimizer.pt`` is of the dense architecture too, without any state. Callback and Trainer together then
-go on with the run that it was.
+Its checkpoints always hold the weights of the dense architecture, composed while the model is factored, so that
+``from_pretrained`` of the original class can read them. The Trainer loads a checkpoint before any callback can give the
+model its factored structure. So the factors and the state of their optimizer are in ``low_rank_training.pt`` in the
+checkpoint's folder, and the Trainer's own ``optimizer.pt`` fits the dense architecture too, without any state.
+Callback and Trainer together then continue the run.
 
-What was scored is what is saved: the switch comes at the end of an epoch, before the Trainer evaluates and saves. With
-``load_best_model_at_end`` the model is recomposed before the best weights are loaded into it, wherever it stands.
+The weights that were scored are the weights that are saved: the switch comes at the end of an epoch, before the Trainer
+evaluates and saves. With ``load_best_model_at_end``, a model that is still factored is recomposed before the best
+weights are loaded into it.
 """
 
 from __future__ import annotations
@@ -46,22 +47,22 @@ STATE_NAME = "low_rank_training.pt"
 
 
 class LowRankCallback(TrainerCallback):
-    """Decomposes the model of a Trainer in mid-training, and recomposes it at the end.
+    """Decomposes the model of a Trainer partway through the training, and recomposes it at the end.
 
         callback = LowRankCallback({"pixel_values": images})
         Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
         print(callback.run.history)
 
-    An average of the weights goes along after ``callback.run.mirror(average)``, in ``on_train_begin`` of a callback
-    that comes after this one.
+    To switch an average of the weights as well, call ``callback.run.mirror(average)`` in ``on_train_begin`` of a
+    callback that comes after this one.
 
     Args:
-        example_inputs: one batch for the model as in training: a tensor, a tuple of arguments, or a dict of keywords.
-        options: those of ``LowRankTraining``; ``epochs`` is the Trainer's number of epochs unless it is given.
+        example_inputs: one training batch: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        options: the options of ``LowRankTraining``; ``epochs`` is the Trainer's number of epochs unless it is given.
 
     Raises:
-        InputError: from ``train``, arguments that cannot be used; more than one process or device; a checkpoint to
-            resume from that this callback did not save, or that is not in ``output_dir``.
+        InputError: from ``train``: an argument is not allowed; there is more than one process or device; this callback
+            did not save the checkpoint to resume from, or the checkpoint is not in ``output_dir``.
     """
 
     def __init__(self, example_inputs: Any, **options: Any) -> None:
@@ -74,7 +75,7 @@ class LowRankCallback(TrainerCallback):
         """The run, with its history and plan.
 
         Raises:
-            InputError: there is none before ``train``.
+            InputError: ``train`` has not begun.
         """
         if self._run is None:
             raise InputError("the training has not begun", next_step="call trainer.train first")
@@ -83,7 +84,7 @@ class LowRankCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make the run, or the one that was saved in the checkpoint to resume from."""
+        """Make the run; on resuming, load its state from the checkpoint."""
         if args.world_size > 1 or args.n_gpu > 1:
             raise InputError(
                 "a Trainer over several processes or devices",
@@ -101,7 +102,7 @@ class LowRankCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock of the epoch: what was evaluated and saved before is no part of it."""
+        """Start the clock of the epoch, which leaves out the evaluation and the saving before it."""
         self.run.begin_epoch()
 
     def on_epoch_end(
@@ -117,7 +118,7 @@ class LowRankCallback(TrainerCallback):
         self.run.finish()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the state of the run to a checkpoint, and make the rest of it that of the dense architecture."""
+        """Add the state of the run to a checkpoint, and make its other files fit the dense architecture."""
         folder = _folder(args, state)
         torch.save(self.run.state_dict(), folder / STATE_NAME)
         if self.run.phase != "factored":
@@ -128,7 +129,7 @@ class LowRankCallback(TrainerCallback):
 
 
 def _save_dense(run: LowRankTraining, example_inputs: Any, folder: Path) -> None:
-    """Write the dense weights in the place of the factors, in the way that the Trainer wrote those."""
+    """Write the dense weights over the factors, in the file format that the Trainer chose for them."""
     dense: Any = recompose(unwrap(run.model), example_inputs).model
     if hasattr(dense, "save_pretrained"):
         dense.save_pretrained(folder)
@@ -155,7 +156,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _without_state(optimizer: Optimizer, sizes: list[int]) -> dict[str, Any]:
-    """Return a state dict with the optimizer's options, for groups of these sizes, and no state."""
+    """Return a state dict with the optimizer's options for groups of these sizes, and without state."""
     groups, first = [], 0
     for group, size in zip(optimizer.state_dict()["param_groups"], sizes, strict=True):
         options = {key: value for key, value in group.items() if key != "param_names"}

@@ -1,21 +1,21 @@
 """Least squares by conjugate gradients (CGLS; Bjorck 1996, section 7.4), ended before rounding takes over.
 
-Of all x with the least ``||b - A x||`` the shortest is wanted. From zero the steps stay in the range of ``A^T``, and x
-only grows towards it. Each step goes along a direction p:
+The result is the shortest of all x that minimise ``||b - A x||``. The steps start from zero and stay in the range of
+``A^T``, so x only grows towards the shortest solution. Each step goes along a direction p:
 
     x <- x + t p,  r <- r - t A p,  t = ||A^T r||^2 / ||A p||^2        then p <- A^T r + (its growth) p
 
-In exact numbers this ends; in floating point ``A^T r`` stops falling at about ``eps ||A|| (||b|| + ||A|| ||x||)``.
-What is then left is noise. A step along a p that A hardly moves, ``||A p||`` near 0, turns it into an x without bounds.
-So the steps end (Paige and Saunders 1982, section 6, has the same three reasons)
+In exact arithmetic this ends. In floating point ``A^T r`` stops falling at about ``eps ||A|| (||b|| + ||A|| ||x||)``,
+and the rest of it is noise. If A hardly moves p (``||A p||`` near 0), a step along p turns this noise into an x without
+bounds. So the steps end at the first of three events (Paige and Saunders 1982, section 6, has the same three)
 
-    where ``||A^T r||`` is as small as the target is known, or as rounding lets it be
-    where A shortens p by more than ``_DEGENERATE`` beside the most that it stretches any: what is missing there hardly
-        shows in ``A x``, and would make x long
-    where ``||A^T r||`` has not fallen for ``_PATIENCE`` steps
+    ``||A^T r||`` is as small as the precision of the target, or as rounding allows
+    A shrinks p by more than ``_DEGENERATE``, relative to the direction that A has stretched most: what is missing along
+        p hardly shows in ``A x``, and would make x long
+    ``||A^T r||`` has not fallen for ``_PATIENCE`` steps
 
-The x with the least ``||A^T r||`` is kept, and ``A x`` is formed once more: what is not finite, or no nearer than zero,
-gives way to the first step, the steepest descent; and that, if need be, to zero.
+The x with the least ``||A^T r||`` is the candidate, and ``A x`` is computed once more to check it. If it is not finite,
+or not nearer to b than zero is, the first step (steepest descent) takes its place; if that fails too, zero does.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ Map = Callable[[Sequence[Tensor]], list[Tensor]]
 _EPS = torch.finfo(torch.float64).eps
 _STEPS = 300
 _PATIENCE = 50
-_REACHED = 4 * _EPS
+_REACHED = 4 * _EPS  # relative to ||A|| (||b|| + ||A|| ||x||): a smaller gradient is rounding noise
 _DEGENERATE = 1e-5
 
 
 def least_squares(apply: Map, adjoint: Map, target: Sequence[Tensor]) -> list[Tensor]:
     """Return the shortest x for which ``apply(x)`` is nearest to the target, in float64.
 
-    ``apply`` and ``adjoint`` are linear, and each the transpose of the other. What comes back is finite, and no farther
-    from the target than zero is; it is zero where the target is not finite.
+    ``apply`` and ``adjoint`` must be linear, and each the transpose of the other. The result is finite, and ``apply``
+    of it is never farther from the target than zero is. It is zero if the target is not finite.
 
     >>> half = lambda row: [0.5 * part for part in row]
     >>> least_squares(half, half, [torch.tensor([1.0, 2.0])])
     [tensor([2., 4.], dtype=torch.float64)]
     """
+    # With the largest entry scaled to 1, no square of a norm overflows or vanishes.
     scale = max((float(part.abs().max()) for part in target if part.numel()), default=0.0)
     wide = [part.double() / (scale or 1.0) for part in target]
     zero = [torch.zeros_like(part) for part in adjoint(wide)]
@@ -61,7 +62,7 @@ def least_squares(apply: Map, adjoint: Map, target: Sequence[Tensor]) -> list[Te
 
 @dataclass(frozen=True, eq=False)
 class _Iterate:
-    """A point x of the descent, with the squares of ``||A^T r||`` and of the noise that rounding puts into it."""
+    """A point x of the descent, with the squares of ``||A^T r||`` (energy) and of the rounding noise in it."""
 
     x: list[Tensor]
     energy: Tensor
@@ -71,7 +72,8 @@ class _Iterate:
 def _extremes(
     apply: Map, adjoint: Map, target: Sequence[Tensor], known: float
 ) -> tuple[list[Tensor], list[Tensor]] | None:
-    """Return the x after the first step, and the one with the least ``||A^T r||``; None where there is no step."""
+    """Return the x after the first step, and the one with the least ``||A^T r||``; None if there is no step."""
+    # ``best`` has the least energy so far, and ``waited`` counts the steps since it was found.
     first, best, waited = None, None, 0
     start = _squares(adjoint(target))
     for iterate in _descend(apply, adjoint, target):
@@ -84,12 +86,13 @@ def _extremes(
 
 
 def _descend(apply: Map, adjoint: Map, target: Sequence[Tensor]) -> Iterator[_Iterate]:
-    """Yield the steps of CGLS from zero, until one would go along a direction that nothing depends on."""
+    """Yield the steps of CGLS from zero, until the next would go along a direction that A hardly moves."""
+    # At the head of each step  rest = b - A x  and  gradient = A^T rest;  ``energy`` is the square of the gradient.
     rest = list(target)
     gradient = adjoint(rest)
     x = [torch.zeros_like(part) for part in gradient]
     direction, energy, size = gradient, _squares(gradient), _squares(rest)
-    stretch = torch.zeros_like(energy)  # the most so far of ||A p||^2 / ||p||^2, from below that of A
+    stretch = torch.zeros_like(energy)  # largest ||A p||^2 / ||p||^2 so far, a lower bound of ||A||^2
     for _ in range(_STEPS):
         image = apply(direction)
         length, moved = _squares(direction), _squares(image)
@@ -101,12 +104,13 @@ def _descend(apply: Map, adjoint: Map, target: Sequence[Tensor]) -> Iterator[_It
         rest = [part - step * i for part, i in zip(rest, image, strict=True)]
         gradient = adjoint(rest)
         before, energy = energy, _squares(gradient)
+        # noise: the square of eps ||A|| (||b|| + ||A|| ||x||), with ``stretch`` for ||A||^2
         yield _Iterate(x, energy, _REACHED**2 * stretch * (size + stretch * _squares(x)))
         direction = [g + energy / before * d for g, d in zip(gradient, direction, strict=True)]
 
 
 def _is_nearer(apply: Map, x: Sequence[Tensor], target: Sequence[Tensor]) -> bool:
-    """Whether ``apply(x)`` is finite and, up to rounding, as near to the target as zero is."""
+    """Whether x is finite and, up to rounding, ``apply(x)`` is as near to the target as zero is."""
     missing = _squares([b - a for b, a in zip(target, apply(x), strict=True)])
     return bool(_squares(x).isfinite()) and bool(missing <= (1 + 16 * _EPS) * _squares(target))
 

@@ -1,15 +1,16 @@
 """LowRankTraining as a callback of Lightning's Trainer.
 
-Its checkpoints have the weights of the dense architecture at any time, composed while the network is factored, so that
-``load_from_checkpoint`` of the original class takes them. The callback's own state in them has the factors; a fit from
-``ckpt_path`` loads the dense weights, then makes the run that it was, and then loads the optimizer's state as usual.
+Its checkpoints always hold the weights of the dense architecture, composed while the network is factored, so that
+``load_from_checkpoint`` of the original class can read them. The factors are in the callback's own state in the
+checkpoint. A fit from ``ckpt_path`` loads the dense weights, restores the run, and then loads the optimizer's state.
 
-A checkpoint that is saved at the end of an epoch has the weights that were scored in it: the epoch is noted there, and
-the switch that is due comes at the start of the next one.
+A checkpoint that is saved at the end of an epoch holds the weights that were scored in that epoch: the callback only
+records the epoch there, and a switch that is due comes at the start of the next epoch.
 
-Averages of the weights go along: those of ``WeightAveraging`` and ``EMAWeightAveraging``, in any order of callbacks,
-and every other AveragedModel that a callback or the LightningModule holds. ``StochasticWeightAveraging`` and callbacks
-with copies of their own kind are refused before the first epoch: nobody can know how to keep those up to date.
+Averages of the weights switch together with the network: those of ``WeightAveraging`` and ``EMAWeightAveraging``, in
+any order of callbacks, and every other AveragedModel that a callback or the LightningModule holds.
+``StochasticWeightAveraging`` and callbacks that copy the network in their own way are refused before the first epoch,
+because nobody can know how to keep such copies up to date.
 """
 
 from __future__ import annotations
@@ -43,26 +44,26 @@ __all__ = ["LowRankCallback"]
 
 
 class LowRankCallback(Callback):
-    """Decomposes a network inside of a LightningModule in mid-fit, and recomposes it at the end.
+    """Decomposes a network inside a LightningModule partway through the fit, and recomposes it at the end.
 
         callback = LowRankCallback(images, module="model")
         Trainer(max_epochs=20, callbacks=[callback]).fit(module, loader)
         print(callback.run.history)
 
-    While it is factored, ``state_dict`` of the LightningModule has the dense weights that the factors compose to. The
-    seconds in the history are without validation.
+    While the network is factored, ``state_dict`` of the LightningModule holds the dense weights that the factors
+    compose to. The seconds in the history do not include validation.
 
     Args:
-        example_inputs: one batch for the network as in training: a tensor, a tuple of arguments, or a dict of keywords.
+        example_inputs: one training batch: a tensor, a tuple of arguments, or a dict of keyword arguments.
         module: the dotted name of the network in the LightningModule.
-        monitor: the name of a logged metric that is the accuracy of the history.
-        mirrors: dotted names of modules in the LightningModule that are averages of the network, and go along; those in
-            an AveragedModel do in any case.
-        options: those of ``LowRankTraining``; ``epochs`` is the trainer's ``max_epochs`` unless it is given.
+        monitor: the name of a logged metric to record as the accuracy in the history.
+        mirrors: dotted names of modules in the LightningModule that are averages of the network and must switch with
+            it; an AveragedModel is found without being named.
+        options: the options of ``LowRankTraining``; ``epochs`` is the trainer's ``max_epochs`` unless it is given.
 
     Raises:
-        InputError: from ``fit``, arguments that cannot be used; more than one process; a callback that keeps a copy of
-            the network which cannot be taken along.
+        InputError: from ``fit``: an argument is not allowed; there is more than one process; a callback keeps a copy
+            of the network that cannot be kept up to date.
     """
 
     def __init__(
@@ -86,18 +87,18 @@ class LowRankCallback(Callback):
         """The run, with its history and plan.
 
         Raises:
-            InputError: there is none before ``fit``.
+            InputError: ``fit`` has not begun.
         """
         if self._run is None:
             raise InputError("the training has not begun", next_step="call trainer.fit first")
         return self._run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Note whether this is a fit, which alone goes on with what a checkpoint has."""
+        """Note whether this is a fit; only a fit continues the run that is in a checkpoint."""
         self._stage, self._saved = stage, None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the run, or the one that was saved."""
+        """Make the run; if a state was loaded, restore it."""
         if trainer.world_size > 1:
             raise InputError(
                 f"a Lightning fit over {trainer.world_size} processes",
@@ -110,22 +111,23 @@ class LowRankCallback(Callback):
         self._inputs = move_data_to_device(self._inputs, pl_module.device)
         optimizer = _optimizer_of(model, trainer.optimizers)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=NO_END)  # on_train_end does it
+            warnings.filterwarnings("ignore", message=NO_END)  # on_train_end calls finish()
             self._run = LowRankTraining(model, optimizer, self._inputs, **{"epochs": epochs, **self._options})
         self._states = DenseStates(self._run)
-        self._take_along(trainer, pl_module)
+        self._add_mirrors(trainer, pl_module)
         if self._saved:
             self._run.load_state_dict(self._saved)
+            # A mirror that the checkpoint does not have starts from the weights of the network.
             root, *copies = self._run.roots
             for copy, state in zip_longest(copies, self._saved.get("mirrors", ())):
                 copy.load_state_dict(root.state_dict() if state is None else state)
             self._saved = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Switch, if that is due after the last epoch; see before the first one what other callbacks have made."""
+        """Switch if that is due after the last epoch; before the first, check the copies that other callbacks made."""
         if not len(self.run.history):
             self._refuse_copies(trainer, unwrap(self.run.model))
-        self._take_along(trainer, pl_module)
+        self._add_mirrors(trainer, pl_module)
         self.run.begin_epoch()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -133,12 +135,12 @@ class LowRankCallback(Callback):
         self._validation = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the validation off the seconds of the epoch."""
+        """Subtract the time of the validation from the seconds of the epoch."""
         if self._run is not None:
             self._run.leave_out(time.perf_counter() - self._validation)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the epoch; what is due after it waits for the next one, or for the end."""
+        """Record the epoch; a switch that is due waits for the next epoch or for the end."""
         value = None if self._monitor is None else trainer.callback_metrics.get(self._monitor)
         self.run.note_epoch(trainer.current_epoch, accuracy=None if value is None else float(value))
 
@@ -149,7 +151,7 @@ class LowRankCallback(Callback):
             self._states.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the run and of the averages that go along, for a checkpoint."""
+        """Return the state of the run and of its mirrors, for a checkpoint."""
         if self._run is None or self._states is None:
             return {}
         with self._states.paused():
@@ -164,13 +166,13 @@ class LowRankCallback(Callback):
             for name, value in vars(callback).items():
                 if callback is not self and keeps_copy(value, network):
                     raise InputError(
-                        f"{type(callback).__name__} keeps a copy of the network in {name!r}, which cannot go along",
+                        f"{type(callback).__name__} keeps a copy of the network in {name!r}, which would go stale",
                         allowed="averages in an AveragedModel",
                         next_step="use WeightAveraging or EMAWeightAveraging",
                     )
 
-    def _take_along(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Mirror the averages of the network; in the modules that have them, states are to be dense as well."""
+    def _add_mirrors(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Mirror the averages of the network, and make the states of the modules that hold them dense as well."""
         run, states = self.run, self._states
         if run.phase != "dense" or states is None:
             return

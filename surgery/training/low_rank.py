@@ -1,8 +1,8 @@
-"""Training that goes on in low rank: decompose a network in mid-run, train its factors, put it back at the end.
+"""Low-rank training: decompose a network partway through, train its factors, recompose it at the end.
 
-After Elhoushi et al. 2019, in one run and in the user's own loop. Nothing is lost at the switch but what the factors
-leave out of the weights: the model and the optimizer stay the same objects, moments cross by the chain rule, schedulers
-and scalers go on. What is decided is measured before, and told after.
+After Elhoushi et al. 2019, in one run and in the user's own loop. A switch loses only what the factors leave out of the
+weights: the model and the optimizer stay the same objects, the optimizer's moments follow the chain rule, schedulers
+and scalers continue. Each decision rests on measurements, and the history reports it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from surgery.training.parameter_lists import check_lists
 from surgery.training.propose import (
     ForTraining,
     Proposal,
-    Sought,
+    Request,
     TrainingEvidence,
     propose,
     refused,
@@ -51,7 +51,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class _Due:
-    """What is to be decided: the epochs done, none for nothing; seconds and steps of the last one."""
+    """A decision that is due: the epochs done (0 if nothing is due), and the seconds and steps of the last epoch."""
 
     done: int = 0
     seconds: float = 0.0
@@ -63,7 +63,7 @@ _log = logging.getLogger(__name__)
 
 
 class LowRankTraining:
-    """One training run that decomposes the model when that pays, and recomposes it at the end.
+    """One training run that decomposes the model when this saves time, and recomposes it at the end.
 
         run = LowRankTraining(model, optimizer, example_inputs, epochs=20)
         for epoch in range(20):
@@ -71,36 +71,38 @@ class LowRankTraining:
             run.end_epoch(epoch)
         run.finish()
 
-    ``model`` is edited in place and stays the same object; only a DistributedDataParallel wrapper is made anew, so take
+    ``model`` is edited in place and stays the same object; only a DistributedDataParallel wrapper is replaced, so use
     ``run.model`` in each epoch. ``phase`` is "dense", "factored" or "recomposed"; ``plan`` says what is factored.
 
-    A site stays dense, with the reason in the plan, where its weight does not train (it needs no gradient, or is in no
-    param group), or has a hook on its gradient, which factors would not have. A state of the dense model may be loaded
-    at any time, as the best so far: while the model is factored, ``load_state_dict`` recomposes it first, in place.
+    A site stays dense, with the reason in the plan, if its weight does not train (it needs no gradient, or is in no
+    param group) or has a hook on its gradient, which factors would not have. A state of the dense model, such as the
+    best so far, may be loaded at any time: ``load_state_dict`` first recomposes a factored model in place.
 
     Args:
-        model: an nn.Module; may be compiled, or distributed (then all processes make the same calls).
-        optimizer: one that finds its parameters in ``param_groups`` alone, so not LBFGS, nor one around another; the
-            state of SGD, Adam, AdamW, NAdam and RAdam crosses the switch, that of others starts anew.
-        example_inputs: one batch as in training: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        model: an nn.Module; it may be compiled, or distributed (then all processes make the same calls).
+        optimizer: an optimizer that finds its parameters in ``param_groups`` alone: not LBFGS, and not a wrapper around
+            another optimizer. The state of SGD, Adam, AdamW, NAdam and RAdam crosses the switch; that of other
+            optimizers starts anew.
+        example_inputs: one training batch: a tensor, a tuple of arguments, or a dict of keyword arguments.
         decompose_at: epochs to train before the switch, or "auto": when the spectra of the weights have settled, and at
-            the latest after a twentieth of the epochs. Of several, as ``(2, 5)``, the later ones are epochs done after
-            which ranks are chosen anew, by the same rule, and lowered where they fell.
-        ranks: "auto" (by spectrum and measured time), or any rule of ``surgery.plan``'s.
-        factorization: "auto", or the name of one of ``surgery.FACTORIZATIONS``.
-        recompose_at: "end" (after ``epochs``, or at ``finish()`` where they are not known, of which a warning tells),
-            epochs done, or None. A run that is dropped, or cut off by the end of the program, before it has recomposed
-            warns as well.
-        epochs: how many there will be. The forecast of what is saved needs it.
+            the latest after a twentieth of the epochs. In a sequence such as ``(2, 5)``, the later entries are numbers
+            of epochs after which the same rule chooses ranks anew; ranks that fell are lowered.
+        ranks: "auto" (by spectrum and measured time), or any rule that ``surgery.plan`` takes.
+        factorization: "auto", or a name in ``surgery.FACTORIZATIONS``.
+        recompose_at: a number of epochs, "end", or None for never. "end" is after ``epochs``; if ``epochs`` is not
+            given, it is at ``finish()``, and a warning says so. A run also warns if it is garbage-collected, or if the
+            program ends, before its model is recomposed.
+        epochs: total number of epochs. The forecast of the time saved needs it.
         include, exclude: glob patterns of site names.
-        memory_format: "auto" (measured; may set channels_last on a model that is not), or None for the model's own.
-        frobenius_decay: decay what the factors compose to, as the weight was before, in the place of the factors. None
-            is yes for SGD, Adam, AdamW, NAdam and RAdam that are not fused, whose decay is known.
+        memory_format: "auto" (measured; it may set channels_last on a model in another format), or None to keep the
+            model's own.
+        frobenius_decay: decay the weight that the factors compose to, in place of the factors. None means yes for SGD,
+            Adam, AdamW, NAdam and RAdam that are not fused, whose way to decay is known.
 
-    With ``"auto"`` for the epoch or the ranks, a forecast is made first, and no switch where it would not pay.
+    If the epoch or the ranks are ``"auto"``, a forecast is made first, and there is no switch if it would not pay.
 
     Raises:
-        InputError: arguments that cannot be used; an optimizer with its own list of parameters; a sharded model.
+        InputError: an argument is not allowed; the optimizer keeps its own list of parameters; the model is sharded.
         CaptureError: the graph of the model can be neither traced nor exported.
     """
 
@@ -126,9 +128,9 @@ class LowRankTraining:
         self._schedule = Schedule.read(decompose_at, recompose_at, epochs)
         check_lists(optimizer)
         warn_of_no_end(recompose_at, epochs)
-        self._sought = Sought(ranks, factorization, tuple(include), tuple(exclude))
+        self._request = Request(ranks, factorization, tuple(include), tuple(exclude))
         self._trainee = Trainee(model, optimizer, example_inputs, frobenius_decay=frobenius_decay)
-        self._measured = self._sought.automatic or self._schedule.decompose_at == "auto"
+        self._measured = self._request.automatic or self._schedule.decompose_at == "auto"
         self._decided, self._phase, self._due = False, "dense", _NOTHING
         self._formats = [self._trainee.channels_last]
         if memory_format == "auto" and self._measured and not self._trainee.channels_last:
@@ -147,7 +149,7 @@ class LowRankTraining:
 
     @property
     def model(self) -> nn.Module:
-        """The model to train, in its wrappers."""
+        """The model to train, inside its wrappers."""
         return self._trainee.model
 
     @property
@@ -157,33 +159,35 @@ class LowRankTraining:
 
     @property
     def plan(self) -> Plan:
-        """What is factored and how, or was before the model was recomposed; empty before the first switch."""
+        """The plan of the last switch, also after the model was recomposed; empty before the first switch."""
         return self._trainee.plan
 
     @property
     def roots(self) -> tuple[nn.Module, ...]:
-        """All that switches together: the model without its wrappers, then the mirrors without theirs."""
+        """The modules that switch together: the model without its wrappers, then the mirrors without theirs."""
         return self._trainee.root, *self._trainee.mirrors
 
     @property
     def phase(self) -> str:
-        """What is trained: "dense", "factored", or "recomposed"."""
+        """The phase of the model: "dense", "factored", or "recomposed"."""
         return self._phase
 
     def end_epoch(self, epoch: int, *, accuracy: float | None = None) -> Event | None:
-        """Note an epoch that is done (the first is 0), and decompose or recompose if it is time to.
+        """Record the end of an epoch (the first is 0), and decompose or recompose if that is due.
 
-        Returns the event, if there was one: its text says what was done and why; it is logged, too. ``accuracy`` is for
-        the history. The optimizer's gradients should be used up: parameters that are exchanged have none.
+        Returns the event if there was one, and logs it; its text says what was done and why. ``accuracy`` goes to the
+        history. The optimizer should have used its gradients already: exchanged parameters have none.
         """
         self.note_epoch(epoch, accuracy=accuracy)
         return self.switch()
 
     def note_epoch(self, epoch: int, *, accuracy: float | None = None) -> None:
-        """Note an epoch that is done, and leave what is due after it to ``switch`` or ``begin_epoch``.
+        """Record the end of an epoch, and leave a switch that is due to ``switch`` or ``begin_epoch``.
 
-        So a trainer that saves after the end of an epoch saves the weights that it has scored.
+        A trainer that saves after the end of an epoch then saves the weights that it has scored.
         """
+        # The median from one step to the next leaves out pauses in the loop, such as an evaluation. A switch is judged
+        # by it; the row has the seconds of the clock.
         seconds, steps = time.perf_counter() - self._mark, len(self._ends)
         step = statistics.median(b - a for a, b in pairwise(self._ends)) if steps > 1 else None
         if self.phase == "dense" and not self._decided and self._measured:
@@ -195,28 +199,28 @@ class LowRankTraining:
         self._ends, self._mark = [], time.perf_counter()
 
     def switch(self) -> Event | None:
-        """Decompose or recompose if that is due after the epochs noted; return the event, if there was one."""
+        """Decompose or recompose if that is due after the recorded epochs; return the event, if there was one."""
         due, self._due, start = self._due, _NOTHING, time.perf_counter()
         event = self._act(due) if due.done else None
         if event is not None:
             self.history = self.history.after_epoch(event)
-        self._mark += time.perf_counter() - start
+        self._mark += time.perf_counter() - start  # the next epoch's seconds leave the switch out
         return event
 
     def begin_epoch(self) -> Event | None:
-        """Switch if that is due, and start the clock of the next epoch: what was in between is no part of it."""
+        """Switch if that is due, and start the clock of the next epoch, which leaves out the time before this call."""
         event = self.switch()
         self._ends, self._mark = [], time.perf_counter()
         return event
 
     def leave_out(self, seconds: float) -> None:
-        """Take seconds that have just passed, as of a validation, off the epoch that is running."""
+        """Subtract seconds that have just passed, such as those of a validation, from the running epoch."""
         self._mark += seconds
 
     def finish(self) -> Event | None:
-        """End the run: recompose if that was to be done at the end, and take the hooks off model and optimizer."""
+        """End the run: recompose if ``recompose_at`` is "end", and remove the hooks from model and optimizer."""
         ends = self._schedule.recompose_at == "end"
-        event = None if ends else self.switch()  # what is due would be undone at once
+        event = None if ends else self.switch()  # recomposing would undo a switch that is due at once
         if self.phase == "factored" and ends:
             event = self._recompose(len(self.history), "the training has ended")
             self.history = self.history.close(event)
@@ -227,25 +231,25 @@ class LowRankTraining:
         return event
 
     def mirror(self, copy: nn.Module) -> None:
-        """Take along a dense copy of the model, as an average of its weights: it gets the same structure at a switch.
+        """Switch a dense copy of the model, such as an average of its weights, together with the model.
 
-        Its factors start from the model's and are moved towards the copy's own weights, as far as that comes nearer to
-        them, so that they can be averaged on. An AveragedModel may be given as it is.
+        The factors of the copy start from those of the model and are moved towards the weights of the copy as far as
+        they come nearer. So both have the same basis, and averaging can continue. ``copy`` may be an AveragedModel.
 
         Raises:
-            InputError: the model is not dense any more, or this is no copy of it.
+            InputError: the model is already factored, or ``copy`` is not a copy of it.
         """
         if self.phase == "factored":
             raise InputError("the model is factored already", next_step="call mirror() before the switch")
         self._trainee.mirror(copy)
 
     def dense_state(self, root: nn.Module) -> dict[str, Any]:
-        """Return the ``state_dict`` of one of the roots in the dense architecture, composed where it is factored."""
+        """Return the ``state_dict`` of one of ``roots`` in the dense architecture, with its factors composed."""
         inputs = inputs_for(root, self._trainee.root, self._trainee.inputs)
         return (recompose(root, inputs).model if self.phase == "factored" else root).state_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, the state of model and optimizer included; tensors and plain values."""
+        """Return all that a resumed run needs, with the states of model and optimizer, as tensors and plain values."""
         return {
             "version": _VERSION,
             "phase": self.phase,
@@ -260,20 +264,21 @@ class LowRankTraining:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Make this run, just made on a dense model and its optimizer, the one that the state was taken from.
+        """Continue, in a new run on a dense model and its optimizer, the run that the state was taken from.
 
-        The model gets the structure that it had, then model and optimizer their states. Schedulers, scalers, random
-        states and mirrors are the user's to load, afterwards.
+        The model is given the structure in the state; then the states of model and optimizer are loaded. The caller
+        loads schedulers, scalers, random states and mirrors afterwards.
 
         Raises:
-            InputError: the run has already begun, or the state is of another model or version.
+            InputError: the run has already begun, or the state belongs to another model or version.
         """
         if state.get("version") != _VERSION:
-            raise InputError("this is no state of a LowRankTraining", next_step="give what state_dict() returned")
+            raise InputError("this is not a state of LowRankTraining", next_step="give what state_dict() returned")
         if self.phase != "dense" or len(self.history):
             raise InputError("this run has begun already", next_step="load the state into a new one, on a dense model")
         self._formats = [bool(form) for form in state["formats"]]
         self._trainee.channels_last = self._formats[0]
+        # The structure comes first: the states of model and optimizer only fit a model that is factored like theirs.
         self._trainee.restore(Plan.from_json(state["plan"]), factored=state["phase"] == "factored")
         self._trainee.root.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -307,6 +312,8 @@ class LowRankTraining:
         return {site.name: stable_rank(site.operator) for site in self._trainee.sites}
 
     def _act(self, due: _Due) -> Event | None:
+        # Phases go dense -> factored -> recomposed. A decision to stay dense is final (``_decided``), so that each run
+        # measures a proposal once.
         if self.phase == "factored":
             reason = self._schedule.recompose_reason(due.done)
             if reason is not None:
@@ -321,7 +328,7 @@ class LowRankTraining:
         start, done = time.perf_counter(), due.done
         survey = self._trainee.survey()
         proposal: Proposal = self._trainee.agree(self._propose(due, survey) if self._trainee.leads else None)
-        self._decided, forecast = True, proposal.forecast
+        self._decided, forecast = True, proposal.forecast  # the leading process measured it; all follow it
         if all(decision.dense for decision in proposal.plan):
             why = refused(proposal.plan, survey.left)
             return self._say(Event("stay", done, why, time.perf_counter() - start))
@@ -335,7 +342,7 @@ class LowRankTraining:
         return self._say(dataclasses.replace(event, notes=(*event.notes, *hooked)))
 
     def _factor(self, kind: str, done: int, reason: str, proposal: Proposal, start: float) -> Event:
-        changes, notes = self._trainee.down(proposal.plan)
+        changes, notes = self._trainee.to_factors(proposal.plan)
         self._enter("factored")
         dense = [f"stays dense: {decision.site}: {decision.reason}" for decision in self.plan if decision.dense]
         told = (*notes, *dense)
@@ -344,14 +351,14 @@ class LowRankTraining:
 
     def _propose(self, due: _Due, survey: Survey) -> Proposal:
         trainee, last = self._trainee, self._schedule.last
-        sought = self._sought.without(survey.hooked)
+        request = self._request.without(survey.hooked)
         if not self._measured:
-            plan = ForTraining(sought).plan(survey.sites, TrainingEvidence(survey.untrained))
+            plan = ForTraining(request).plan(survey.sites, TrainingEvidence(survey.untrained))
             return Proposal(plan, self._formats[0])
         return propose(
             trainee.root,
             trainee.inputs,
-            sought,
+            request,
             log=self._spectra,
             formats=self._formats,
             epoch=(due.seconds, due.steps),
@@ -361,17 +368,17 @@ class LowRankTraining:
 
     def _recompose(self, done: int, reason: str) -> Event:
         start = time.perf_counter()
-        notes = self._trainee.up()
+        notes = self._trainee.to_dense()
         self._enter("recomposed")
         return self._say(Event("recompose", done, reason, time.perf_counter() - start, notes=tuple(notes)))
 
     def _redecompose(self, done: int) -> Event:
-        """Compose, and factor again: at the new ranks where they are lower, and at the old ones elsewhere.
+        """Compose all sites and factor them again, each at its new ranks if they are lower, and else at its old ones.
 
-        What has ceased to train stays composed.
+        Sites whose weights no longer train stay composed.
         """
         start, before = time.perf_counter(), self.plan
-        notes = self._trainee.up()
+        notes = self._trainee.to_dense()
         if self._measured:
             self._spectra = self._spectra.add(self._stable_ranks())
         survey = self._trainee.survey()

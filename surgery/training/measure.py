@@ -1,8 +1,9 @@
 """Measured seconds of a forward and a backward pass in torch: of an operator, of its chains, and of whole models.
 
-At the real batch shape, in training mode, in the memory format asked for, what is compared interleaved. In the default
-format a factored convolution may take several times as long as the dense one on a CPU, and in ``channels_last`` a small
-part of it, so a number says nothing without its format. The global random state is left as it was.
+Passes run at the real batch shape, in training mode and in a given memory format, interleaved with those that they are
+compared with. On a CPU a factored convolution may take several times as long as the dense one in the default format,
+and a small part of it in ``channels_last``, so a time means nothing without its format. The global random state is left
+as it was.
 """
 
 from __future__ import annotations
@@ -24,26 +25,26 @@ from surgery.kinds.layers.modules import build_module
 
 __all__ = ["PassTimer", "has_formats", "time_models"]
 
-_Key = tuple[Form, tuple[tuple[Form, ...], ...], Shape]  # of the operator, of each chain, and the input shape
+_Key = tuple[Form, tuple[tuple[Form, ...], ...], Shape]  # forms of the operator and of each chain, input shape
 
 _SITE = Budget(seconds=0.15, min_rounds=3, max_rounds=50, warmup_rounds=1)
-_MODEL = Budget(seconds=0.6, min_rounds=1, max_rounds=20, warmup_rounds=1)  # of long passes one says enough, and costs
+_MODEL = Budget(seconds=0.6, min_rounds=1, max_rounds=20, warmup_rounds=1)  # one round of long passes tells enough
 
 
 def has_formats(operators: Sequence[Operator]) -> bool:
-    """Whether any operator is a convolution over two dimensions: all others know one memory format only."""
+    """Whether any operator is a convolution over two dimensions; all other operators have one memory format."""
     return any(operator.spatial_dims == 2 for operator in operators)
 
 
 @dataclass(frozen=True, eq=False)
 class PassTimer:
-    """Times operators against chains, one pair of each form once; ``channels_last`` is the memory format."""
+    """Times operators against chains, each combination of forms once; ``channels_last`` is the memory format."""
 
     channels_last: bool = False
     _known: dict[_Key, tuple[Samples, ...]] = field(default_factory=dict, repr=False)
 
     def compare(self, dense: Operator, chains: Sequence[Chain], shape: Shape) -> tuple[Samples, ...]:
-        """Return the samples of the operator and of each chain, whose numbers may be on the meta device."""
+        """Return the times of the operator and then of each chain; the chains may be on the meta device."""
         forms = tuple(tuple(operator.form for operator in chain.operators) for chain in chains)
         key = (dense.form, forms, shape)
         if key not in self._known:
@@ -66,7 +67,7 @@ class PassTimer:
 
 
 def time_models(models: Sequence[nn.Module], inputs: Inputs) -> tuple[Samples, ...]:
-    """Return the samples of a forward and backward pass of each model, which must be copies: their buffers move on."""
+    """Return the times of a forward and backward pass of each model; give copies, because their buffers change."""
     with torch.random.fork_rng():
         return interleave([_run_pass(model.train(), inputs) for model in models], _MODEL)
 
@@ -78,6 +79,7 @@ def _run_pass(module: nn.Module, inputs: Inputs) -> Callable[[], object]:
 
     def run() -> None:
         with torch.enable_grad():
+            # autograd.grad leaves no gradients in the parameters, as backward would
             outputs = [leaf for leaf in pytree.tree_leaves(_plain(module(*args, **kwargs))) if _differentiable(leaf)]
             torch.autograd.grad(outputs, [*trained, *leaves], [_ones(y) for y in outputs], allow_unused=True)
         if outputs and outputs[0].is_cuda:
@@ -87,7 +89,7 @@ def _run_pass(module: nn.Module, inputs: Inputs) -> Callable[[], object]:
 
 
 def _plain(output: Any) -> Any:
-    """Return an output as what pytree knows: the outputs of transformers are mappings of a class of their own."""
+    """Return an output in a form that pytree knows: transformers returns mappings of its own classes."""
     return dict(output) if isinstance(output, Mapping) else output
 
 
@@ -102,7 +104,7 @@ def _ones(output: Tensor) -> Tensor:
 def _fill(module: nn.Module) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.normal_(std=max(1, parameter[0].numel()) ** -0.5)
+            parameter.normal_(std=max(1, parameter[0].numel()) ** -0.5)  # 1 / sqrt(fan-in): values stay near 1
 
 
 def _input(dense: Operator, shape: Shape) -> Tensor:

@@ -1,19 +1,19 @@
-"""Parameters of an optimizer exchanged for others in place, with their state: the object stays the same.
+"""Exchange parameters of an optimizer and their state in place: the optimizer stays the same object.
 
-Schedulers, gradient scalers and users hold on to the optimizer and count on its groups: so new parameters stand in the
-group and at the place of those that they replace, with all options of the group, and no group comes or goes.
+Schedulers, gradient scalers and users keep references to the optimizer and rely on its groups. So new parameters take
+the place of the old ones in the same group, with all options of the group, and no group is added or removed.
 
-State moves by its name, since only some of it is known to be a moment of gradients:
+The name of a state decides how it is carried over, since only some states are known to be moments of gradients:
 
 | state | rule |
 |---|---|
 | ``momentum_buffer`` | velocity: the step is in its direction |
 | ``exp_avg`` | average of gradients |
 | ``exp_avg_sq``, ``max_exp_avg_sq`` | second moment |
-| numbers, as ``step`` | copied |
+| numbers, such as ``step`` | copied |
 | anything else | the state of this parameter is dropped, and starts anew |
 
-That is all that SGD, Adam, AdamW, NAdam and RAdam have.
+SGD, Adam, AdamW, NAdam and RAdam have no other states.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ State = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """Parameters that leave and those that take their place, with the Jacobian of the weight by its factors.
+    """Parameters to remove and those that take their place, with the Jacobian of the weight by its factors.
 
-    One for many is a weight that is factored, many for one a weight that is composed again; without a Jacobian the
-    one new parameter is the old one, in a new object or by another name. ``names`` are those of the new ones.
+    One ``old`` and several ``new`` parameters factor a weight; several old ones and one new one compose it again.
+    Without a Jacobian the new parameter is the old one, in a new object or under another name. ``names`` are the names
+    of the new parameters.
     """
 
     old: tuple[nn.Parameter, ...]
@@ -52,8 +53,11 @@ class Exchange:
 def exchange_parameters(optimizer: Optimizer, exchanges: Sequence[Exchange], *, carry: bool = True) -> list[str]:
     """Exchange parameters with their state; return one line for each state that could not be carried over.
 
-    With ``carry=False`` all state of what leaves is dropped. Parameters that the optimizer does not have are not added.
+    With ``carry=False`` the state of all old parameters is dropped. New parameters are not added if the optimizer does
+    not have the old ones.
     """
+    # All new parameters of an exchange go where its first old one was, and the other old ones are left out. Example:
+    # a group [a, w, b] with w -> (f, g) becomes [a, f, g, b], and (f, g) -> w gives [a, w, b] again.
     first = {id(exchange.old[0]): exchange for exchange in exchanges}
     leaving = {id(old) for exchange in exchanges for old in exchange.old}
     notes = []
@@ -81,9 +85,9 @@ def exchange_parameters(optimizer: Optimizer, exchanges: Sequence[Exchange], *, 
 
 
 def _carry(optimizer: Optimizer, exchange: Exchange) -> list[str]:
-    """Give the new parameters their state; return why it cannot be done, if so."""
+    """Give the new parameters their state; return one line with the reason if that is not possible."""
     states = [optimizer.state.get(old) or {} for old in exchange.old]
-    if not any(states) or exchange.old[0] is exchange.new[0]:
+    if not any(states) or exchange.old[0] is exchange.new[0]:  # nothing to carry, or the same object keeps its state
         return []
     unknown = sorted({key for state in states for key, value in state.items() if not _known(key, value)})
     uneven = any(set(state) != set(states[0]) for state in states)
@@ -104,7 +108,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _like(value: Any, parameter: nn.Parameter) -> Any:
-    """Return a moment in the dtype and the memory layout of its parameter; anything else as a copy."""
+    """Return a moment in the memory layout of its parameter, a copy of any other tensor, or a plain value as it is."""
     if not isinstance(value, Tensor):
         return value
     if value.shape != parameter.shape:
@@ -116,9 +120,9 @@ def _moved(states: Sequence[State], exchange: Exchange) -> list[State]:
     """Return the state of each new parameter."""
     if exchange.jacobian is None:
         return list(states)
-    jacobian, down = exchange.jacobian(), len(exchange.old) == 1
+    jacobian, factoring = exchange.jacobian(), len(exchange.old) == 1
     moved: list[State] = [{} for _ in exchange.new]
-    mean = _mean(jacobian, states, down=down)
+    mean = _mean(jacobian, states, factoring=factoring)
     for key in states[0]:
         rows = _rows(key, [state[key] for state in states], jacobian, mean, len(moved))
         for state, row in zip(moved, rows, strict=True):
@@ -126,23 +130,23 @@ def _moved(states: Sequence[State], exchange: Exchange) -> list[State]:
     return moved
 
 
-def _mean(jacobian: Jacobian, states: Sequence[State], *, down: bool) -> Tensor:
-    """Return the average of gradients of the weight; zeros where there is none."""
+def _mean(jacobian: Jacobian, states: Sequence[State], *, factoring: bool) -> Tensor:
+    """Return the average gradient of the weight, or zeros if the optimizer keeps none."""
     if _GRADIENT not in states[0]:
         return torch.zeros_like(jacobian.weight)
     means = [state[_GRADIENT] for state in states]
-    return means[0] if down else jacobian.pull_back(means)
+    return means[0] if factoring else jacobian.pull_back(means)
 
 
 def _rows(key: str, values: Sequence[Any], jacobian: Jacobian, mean: Tensor, count: int) -> Sequence[Any]:
     """Return one entry of the state for each of ``count`` new parameters."""
-    down = len(values) == 1
+    factoring = len(values) == 1
     if _is_number(values[0]):
         return [values[0]] * count
     if key == _VELOCITY:
-        rows = jacobian.push_back(values[0]) if down else [jacobian.push(values)]
+        rows = jacobian.push_back(values[0]) if factoring else [jacobian.push(values)]
     elif key == _GRADIENT:
-        rows = jacobian.pull(mean) if down else [mean]
+        rows = jacobian.pull(mean) if factoring else [mean]
     else:
-        rows = jacobian.pull_squares(values[0], mean) if down else [jacobian.pull_back_squares(values, mean)]
+        rows = jacobian.pull_squares(values[0], mean) if factoring else [jacobian.pull_back_squares(values, mean)]
     return [row.to(values[0].dtype) for row in rows]

@@ -1,7 +1,7 @@
-"""Whether an optimizer finds its parameters in ``param_groups`` only, as it must where they are exchanged in mid-run.
+"""Check that an optimizer finds its parameters in ``param_groups`` only, since a run exchanges them there.
 
-One that keeps a list of its own (LBFGS), a flat copy of all of them, or an optimizer inside of it (Lookahead, SAM)
-would go on to step the parameters that have left the model, and say nothing. So all attributes are searched.
+An optimizer with a list of its own (LBFGS), with a flat copy of all parameters, or around another optimizer (Lookahead,
+SAM) would silently go on to step the parameters that have left the model. So all its attributes are searched.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from surgery.errors import InputError
 
 __all__ = ["check_lists"]
 
-_DEPTH = 4  # of containers and objects in each other
+_DEPTH = 4  # levels of containers and objects inside each other
 
 
 def check_lists(optimizer: Optimizer) -> None:
-    """Check that an optimizer keeps its parameters in no place of its own.
+    """Check that an optimizer keeps its parameters in its groups only.
 
     Raises:
-        InputError: it does; the message names the attribute.
+        InputError: another attribute holds parameters; the message names it.
     """
     search = _Search.of(optimizer)
     for name, value in _attributes(optimizer):
         found = search.find(value, _DEPTH)
         if found is not None:
-            inner = f"{name}: give that one" if isinstance(value, Optimizer) else "SGD, Adam or AdamW, say"
+            inner = f"the optimizer in {name}" if isinstance(value, Optimizer) else "SGD, Adam or AdamW, for example"
             raise InputError(
                 f"{type(optimizer).__name__} keeps {found} in {name!r}: it would not see that parameters are exchanged",
                 allowed="optimizers that find their parameters in param_groups alone",
@@ -40,7 +40,7 @@ def check_lists(optimizer: Optimizer) -> None:
 
 
 def _attributes(optimizer: Optimizer) -> Iterator[tuple[str, Any]]:
-    """Yield what an optimizer has beside its groups, its state per parameter and its hooks; options of groups too."""
+    """Yield the attributes of an optimizer other than groups, state and hooks, and the options of its groups."""
     for name, value in vars(optimizer).items():
         if name not in ("param_groups", "state", "defaults") and not name.endswith("_hooks"):
             yield name, value
@@ -50,7 +50,7 @@ def _attributes(optimizer: Optimizer) -> Iterator[tuple[str, Any]]:
 
 @dataclass(frozen=True, eq=False)
 class _Search:
-    """What is looked for: parameters, by identity; their number of values, for flat copies; and other optimizers."""
+    """What to look for: parameters by identity, their total size for flat copies (-1 for none), other optimizers."""
 
     optimizer: Optimizer
     parameters: frozenset[int]
@@ -66,7 +66,7 @@ class _Search:
         return cls(optimizer, frozenset(map(id, held)), values, {id(optimizer)})
 
     def find(self, value: Any, depth: int) -> str | None:
-        """Return in words what a value holds of it, or None."""
+        """Return in words which of these a value holds, or None."""
         if id(value) in self.parameters or (isinstance(value, int) and value in self.parameters):
             return "parameters"
         if isinstance(value, Optimizer) and value is not self.optimizer:
@@ -80,7 +80,7 @@ class _Search:
 
 
 def _parts(value: Any) -> Collection[Any]:
-    """Return what is inside of a container, a module or an object; nothing for classes, functions and plain values."""
+    """Return what a container, a module or an object holds; nothing for classes, functions and plain values."""
     if isinstance(value, nn.Module):
         return list(value.parameters())
     if isinstance(value, Mapping):

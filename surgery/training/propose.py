@@ -1,4 +1,4 @@
-"""What to switch to: a plan, the memory format for it, and the forecast of what it saves; nothing is changed here."""
+"""Propose a switch: a plan, the memory format for it, and the forecast of the time saved; the model is not changed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from surgery.training.trained import as_pattern, keep_dense
 __all__ = [
     "ForTraining",
     "Proposal",
-    "Sought",
+    "Request",
     "TrainingEvidence",
     "propose",
     "refused",
@@ -41,35 +41,35 @@ __all__ = [
     "try_formats",
 ]
 
-_LEAST_SAVED = 0.01  # ours: of the dense time of all sites that can be factored
+_LEAST_SAVED = 0.01  # ours: share of the dense time of all sites that can be factored
 _NONE: Mapping[str, str] = MappingProxyType({})
 _FORMATS = {False: "contiguous", True: "channels_last"}
 
 
 @dataclass(frozen=True)
-class Sought:
-    """What the user asked for: ranks, factorization, which sites."""
+class Request:
+    """The user's request: ranks, factorization, and patterns of site names."""
 
     ranks: RankSpec | RankRule = "auto"
     factorization: str = "auto"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
-    def without(self, names: Collection[str]) -> Sought:
-        """Return the same without ranks for these names."""
+    def without(self, names: Collection[str]) -> Request:
+        """Return the request without ranks for these names."""
         if not isinstance(self.ranks, Mapping):
             return self
         return replace(self, ranks={name: rank for name, rank in self.ranks.items() if name not in names})
 
     @property
     def automatic(self) -> bool:
-        """Whether ranks are to be found by spectra and measured times."""
+        """Whether to choose ranks by spectra and measured times."""
         return self.ranks == "auto"
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A plan in a memory format, and the forecast of it, where it was measured."""
+    """A plan, the memory format for it, and its forecast if it was measured."""
 
     plan: Plan
     channels_last: bool
@@ -83,9 +83,9 @@ def sites_of(root: nn.Module, example_inputs: Any) -> tuple[Site, ...]:
 
 @dataclass(frozen=True)
 class TrainingEvidence:
-    """What a plan for training goes by: the sites that stay dense in any case, with reasons, and a measured rule.
+    """The evidence for a training plan: the sites that must stay dense, with reasons, and a measured rank rule.
 
-    Without a ``rule`` the ranks are those that were asked for.
+    Without a ``rule`` the plan has the ranks that the user asked for.
     """
 
     untrained: Mapping[str, str] = field(default_factory=dict)
@@ -94,25 +94,26 @@ class TrainingEvidence:
 
 @dataclass(frozen=True)
 class ForTraining:
-    """The planner of what was asked for, in which the sites that do not train are dense, each with its reason."""
+    """Plans what the user asked for, but leaves the sites that do not train dense, each with its reason."""
 
-    sought: Sought
+    request: Request
 
     def plan(self, sites: Sequence[Site], evidence: TrainingEvidence, /) -> Plan:
         """Return the plan.
 
-        Budgets are of what trains. Modules with packed weights stay dense: their state is one.
+        Budgets count only the sites that train. Modules with packed weights stay dense, because several sites share
+        one parameter and its optimizer state.
         """
-        sought, untrained = self.sought, evidence.untrained
+        request, untrained = self.request, evidence.untrained
         modules = {site.name.rpartition(".")[0] for site in sites if packed_parameter(site.name) is not None}
         packed = [site.name for site in sites if site.name.rpartition(".")[0] in modules]
         trained = [site for site in sites if site.name not in untrained]
-        ranks = sought.ranks if evidence.rule is None else evidence.rule
+        ranks = request.ranks if evidence.rule is None else evidence.rule
         rule = ByRule(
             ranks if trained else {},
-            sought.factorization,
-            sought.include,
-            (*sought.exclude, *map(as_pattern, untrained)),
+            request.factorization,
+            request.include,
+            (*request.exclude, *map(as_pattern, untrained)),
         )
         totals = Totals(sum(site.parameters for site in trained), sum(site.macs for site in trained))
         why = "modules with packed weights are not factored in training yet"
@@ -122,7 +123,7 @@ class ForTraining:
 def propose(
     root: nn.Module,
     example_inputs: Any,
-    sought: Sought,
+    request: Request,
     *,
     log: SpectrumLog,
     formats: Sequence[bool],
@@ -132,18 +133,20 @@ def propose(
 ) -> Proposal:
     """Return the best plan over the memory formats, with its forecast.
 
-    ``formats`` says which to try (True is channels_last), the present one first; ``epoch`` is the seconds of the last
-    epoch and its steps. ``untrained`` has the sites that stay dense in any case, each with the reason. The model is
-    copied, and neither it nor the random state changes.
+    ``formats`` lists the formats to try (True is channels_last), the present one first. ``epoch`` is the seconds of the
+    last epoch and its number of steps. ``untrained`` maps the sites that must stay dense to the reasons. Copies are
+    measured, so neither the model nor the random state changes.
     """
+    # One model for each format is built, and all are timed in one interleaved run. The cost in the forecast is the time
+    # of this function, plus that of the last build (``spent``), since the switch builds the chosen plan again.
     start = time.perf_counter()
     sites = sites_of(root, example_inputs)
     plans: dict[bool, Plan] = {}
     multiple = make_backend().channel_multiple
     for channels_last in formats:
-        rule = TrainingRanks(log, PassTimer(channels_last), multiple) if sought.automatic else None
-        plan = ForTraining(sought).plan(sites, TrainingEvidence(untrained, rule))
-        plans[channels_last] = _worthwhile(plan) if sought.automatic else plan
+        rule = TrainingRanks(log, PassTimer(channels_last), multiple) if request.automatic else None
+        plan = ForTraining(request).plan(sites, TrainingEvidence(untrained, rule))
+        plans[channels_last] = _worthwhile(plan) if request.automatic else plan
     factored = {form: plan for form, plan in plans.items() if not all(decision.dense for decision in plan)}
     if not factored:
         return Proposal(plans[formats[0]], formats[0])
@@ -168,7 +171,7 @@ def propose(
 
 
 def _worthwhile(plan: Plan) -> Plan:
-    """Return the plan with those sites dense that save next to nothing of the time of all: accuracy is not free."""
+    """Return the plan without factors that save under ``_LEAST_SAVED`` of all sites' time, as they cost accuracy."""
     least = _LEAST_SAVED * sum(decision.dense_latency or 0.0 for decision in plan)
     for decision in plan:
         if not decision.dense and decision.dense_latency is not None and decision.latency is not None:
@@ -180,9 +183,9 @@ def _worthwhile(plan: Plan) -> Plan:
 
 
 def try_formats(root: nn.Module, example_inputs: Any) -> list[bool]:
-    """Return the memory formats worth trying for a dense model, the fastest first: one where it is ahead by far.
+    """Return the memory formats worth trying for a dense model, the faster first; True is channels_last.
 
-    Only convolutions over two dimensions know more than one.
+    There is one if channels_last is faster already, or if no site has two spatial dimensions.
     """
     if not has_formats([site.operator for site in sites_of(root, example_inputs)]):
         return [False]
@@ -199,7 +202,7 @@ def _formatted(model: nn.Module, channels_last: bool) -> nn.Module:
 
 
 def shrunk(before: Plan, proposed: Plan) -> Plan:
-    """Return the plan with the proposed decisions where they cost fewer MACs, and those before elsewhere."""
+    """Return the plan with each proposed decision that costs fewer MACs than before, and the old decision elsewhere."""
     old = {decision.site: decision for decision in before}
     rows = [d if _macs(d) < _macs(old[d.site]) else old[d.site] for d in proposed]
     return Plan(tuple(rows), before.ranks)
@@ -211,7 +214,7 @@ def _macs(decision: Decision) -> int:
 
 
 def refused(plan: Plan, untrained: Mapping[str, str]) -> str:
-    """Return why no site of a plan is factored, in words; ``untrained`` has what cannot be, each with the reason."""
+    """Return in words why a plan factors no site; ``untrained`` maps the sites that cannot be factored to reasons."""
     reasons = {decision.site: decision.reason for decision in plan} | dict(untrained)
     head = "no site would train faster" if reasons.keys() - untrained.keys() else "nothing can be trained in factors"
     return "; ".join([head, *(f"{name}: {reason}" for name, reason in reasons.items())])

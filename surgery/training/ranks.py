@@ -1,13 +1,16 @@
-"""Ranks for training: how much of each unfolding to keep by its spectrum relative to that at the start, then by time.
+"""Ranks for training: each layer's spectrum, relative to its start, sets the ranks; measured time sets the method.
 
-EVBMF sees nothing in weights that are hardly trained, and the energy of a spectrum that is still nearly flat asks for
-almost all of it. A layer of which nothing is known yet gets ``MOST`` of its full rank, the quarter that Pufferfish
-(Wang et al. 2021) takes everywhere, or ``MOST_OF_EACH`` of several ranks, whose savings multiply. What tells layers
-apart is how far the stable rank has fallen: its share of that of the fresh weight (Cuttlefish's scaled stable rank) is
-the share of that to keep, not below ``LEAST``.
+EVBMF finds no signal in weights that have hardly trained, and an energy rule keeps almost all of a spectrum that is
+still nearly flat. So a fresh layer gets ``MOST`` of its full rank, the quarter that Pufferfish (Wang et al. 2021) takes
+everywhere, or ``MOST_OF_EACH`` of several ranks, whose savings multiply. Layers differ in how far their stable rank has
+fallen. The stable rank divided by that of the fresh weight (Cuttlefish's scaled stable rank) multiplies these shares:
 
-Ranks are rounded up to what the kernels like; of the factorizations that fit, the one is taken whose forward and
-backward pass measures shortest; where none is faster than dense, the site stays dense.
+    share = min(MOST, max(LEAST, MOST x stable rank now / stable rank at the start))
+
+Example: a full rank of 512 and a stable rank that has fallen from 80 to 60 give a rank of 512 x 1/4 x 60/80 = 96.
+
+Ranks are rounded up to what the kernels like. Of the factorizations that fit, the rule takes the one whose forward and
+backward pass is fastest; a site stays dense if none is faster than the dense layer.
 """
 
 from __future__ import annotations
@@ -29,12 +32,12 @@ from surgery.training.spectra import SpectrumLog
 __all__ = ["LEAST", "MOST", "MOST_OF_EACH", "TrainingRanks"]
 
 LEAST, MOST, MOST_OF_EACH = 1 / 8, 1 / 4, 1 / 3  # ours: shares of the full rank
-_CLOSE = 2.0  # ours: times the fewest MACs; what costs more is not worth the time to measure it
+_CLOSE = 2.0  # ours: multiple of the fewest MACs; a chain that costs more is not worth measuring
 
 
 @dataclass(frozen=True)
 class TrainingRanks(SiteRule):
-    """The rule; ``multiple`` is the number of channels that the kernels like."""
+    """The rank rule for training; ``multiple`` is the number of channels that the kernels like."""
 
     log: SpectrumLog
     timer: PassTimer
@@ -44,7 +47,7 @@ class TrainingRanks(SiteRule):
         return "auto (training)"
 
     def choose(self, candidates: Sequence[Candidate]) -> Choice | Refusal:
-        """Return the choice whose passes are shortest, with its measured seconds; refuse if none beats dense."""
+        """Return the choice with the fastest passes and its measured seconds; refuse if none beats the dense layer."""
         choices = [Choice(candidate, self.ranks(candidate)) for candidate in candidates]
         least = min(choices, key=lambda choice: choice.order)
         cheaper = [c for c in choices if c.saves("macs") and c.cost.macs <= _CLOSE * least.cost.macs]
@@ -64,7 +67,7 @@ class TrainingRanks(SiteRule):
         return Refusal(f"no chain trains faster than dense ({dense.median * 1e3:.3g} ms): {', '.join(said)}")
 
     def ranks(self, candidate: Candidate) -> Ranks:
-        """Return the ranks by the spectrum, rounded up to what the kernels like."""
+        """Return the ranks that the spectrum asks for, rounded up to what the kernels like."""
         most = MOST if len(candidate.max_ranks) == 1 else MOST_OF_EACH
         share = min(most, max(LEAST, most * self.log.relative(candidate.site.name)))
         groups = candidate.site.operator.kernel.shape[0]
@@ -73,7 +76,7 @@ class TrainingRanks(SiteRule):
         return tuple(min(full, snap(rank, groups=groups, multiple=self.multiple)) for rank, full in rows)
 
     def _times(self, choices: Sequence[Choice]) -> list[Samples]:
-        """Return the samples of dense and of each choice, over all calls of the site in one pass."""
+        """Return the times of the dense layer and then of each choice, summed over all calls of the site in a pass."""
         site = choices[0].candidate.site
         chains = [choice.candidate.factorization.skeleton(site.operator, choice.ranks) for choice in choices]
         calls = Counter(site.input_shapes)

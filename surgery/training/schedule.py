@@ -1,4 +1,4 @@
-"""When to switch: the epochs that the user named, or the rule for "auto"; a pure function of what is known."""
+"""When to switch: at the epochs that the user named, or by the rule for "auto"; pure functions of the run so far."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from surgery.training.spectra import SpectrumLog
 
 __all__ = ["SHARE", "Schedule"]
 
-SHARE = 0.05  # of the epochs, after which waiting is no longer worth it, as in the paper: 10 of 200
-_PATIENCE = 5  # ours: epochs, where their total is not known
+SHARE = 0.05  # longest wait as a share of the epochs, as in Elhoushi et al. 2019: 10 of 200
+_PATIENCE = 5  # ours: longest wait in epochs if their total is not known
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When to decompose and to recompose, in epochs that are done; ``epochs`` is their total, if it is known.
+    """When to decompose and to recompose, in epochs done; ``epochs`` is their total, or None if it is not known.
 
     ``decompose_at`` is "auto" or a number; ``recompose_at`` is "end", a number, or None for never. Ranks are chosen
-    anew at each of ``redecompose_at``.
+    anew after each number of epochs in ``redecompose_at``.
     """
 
     decompose_at: int | str
@@ -41,24 +41,24 @@ class Schedule:
     def read(
         cls, decompose_at: int | str | Sequence[int | str], recompose_at: int | str | None, epochs: int | None
     ) -> Schedule:
-        """Return the schedule; of several ``decompose_at`` all but the first are when ranks are chosen anew.
+        """Return the schedule; ranks are chosen anew at every ``decompose_at`` after the first.
 
         Raises:
-            InputError: what is not a number of epochs, or in the wrong order.
+            InputError: a value is not a number of epochs or an allowed word, or the order is wrong.
         """
         several = [decompose_at] if isinstance(decompose_at, int | str) else list(decompose_at)
         if not several:
             raise InputError("decompose_at is empty", allowed="'auto', or epochs done", next_step="give at least one")
         first, *later = several
-        return cls(first, recompose_at, epochs, tuple(later))  # type: ignore[arg-type]  # they are checked there
+        return cls(first, recompose_at, epochs, tuple(later))  # type: ignore[arg-type]  # __post_init__ checks them
 
     @property
     def last(self) -> int | None:
-        """After how many epochs factored training ends; None if that is not known."""
+        """The number of epochs after which factored training ends; None if it is not known."""
         return self.recompose_at if isinstance(self.recompose_at, int) else self.epochs
 
     def decompose_reason(self, done: int, log: SpectrumLog) -> str | None:
-        """Return why to decompose after so many epochs, or None if it is too early."""
+        """Return the reason to decompose after ``done`` epochs, or None if it is too early."""
         if isinstance(self.decompose_at, int):
             return f"decompose_at={self.decompose_at}" if done >= self.decompose_at else None
         if log.settled:
@@ -69,7 +69,7 @@ class Schedule:
         return f"waiting costs more than it saves after {limit} of {self.last or 'unknown'} epochs"
 
     def recompose_reason(self, done: int) -> str | None:
-        """Return why to recompose after so many epochs, or None if it is too early, or not to be done."""
+        """Return the reason to recompose after ``done`` epochs, or None if it is too early or never due."""
         if isinstance(self.recompose_at, int):
             return f"recompose_at={self.recompose_at}" if done >= self.recompose_at else None
         ends = self.recompose_at == "end" and self.epochs is not None and done >= self.epochs

@@ -1,9 +1,9 @@
-"""Spectra of weights as training goes: stable ranks, when they settle, and the rank that they say.
+"""Spectra of weights during training: their stable ranks, and when these settle.
 
 The stable rank of a matrix is ``sum s^2 / max s^2``, here of the unfolding (out, in x kernel) of each group, averaged
-over the groups. From the Gram matrix of the shorter side, at m^2 n + m^3; once an epoch, that is little beside the
-epoch itself. Relative to the freshly initialised weight it falls as training finds directions, and what it settles at
-tells how many are needed (Cuttlefish, Wang et al. 2023).
+over the groups. It comes from the Gram matrix of the shorter side, at a cost of m^2 n + m^3; once an epoch, that is
+little compared with the epoch. It falls from that of the fresh weight as training finds directions, and the value at
+which it settles tells how many directions the layer needs (Cuttlefish, Wang et al. 2023).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from surgery.solvers.gram import gram
 
 __all__ = ["SETTLED", "SpectrumLog", "stable_rank"]
 
-SETTLED = 0.05  # ours: the change of the stable rank in an epoch, relative to it, below which it has settled
+SETTLED = 0.05  # ours: a stable rank has settled if its relative change in an epoch is smaller
 _SMOOTHED = 2  # epochs over which the change is averaged
 
 
 def stable_rank(operator: Operator) -> float:
-    """Return ``sum s^2 / max s^2`` of the unfolding of the kernel, the mean over its groups; 0 for a zero weight."""
+    """Return ``sum s^2 / max s^2`` of the unfolded kernel, averaged over the groups; 0 for a zero weight."""
     matrix = operator.kernel.detach().flatten(2)
     if matrix.shape[1] > matrix.shape[2]:
         matrix = matrix.mT
-    squares: Tensor = torch.linalg.eigvalsh(gram(matrix))
+    squares: Tensor = torch.linalg.eigvalsh(gram(matrix))  # s^2, in rising order
     largest = squares[:, -1]
     ranks = squares.clamp(min=0).sum(-1) / torch.where(largest > 0, largest, 1)
     return float(ranks.mean())
@@ -45,19 +45,19 @@ class SpectrumLog:
         return SpectrumLog((*self.rows, dict(row)))
 
     def relative(self, site: str) -> float:
-        """Return the present stable rank of a site over that at the start; 1 where nothing is known."""
+        """Return the stable rank of a site now, divided by that at the start; 1 if it is not known."""
         first = self.rows[0].get(site, 0.0) if self.rows else 0.0
         return self.rows[-1].get(site, first) / first if first > 0 else 1.0
 
     @property
     def mean(self) -> float | None:
-        """The mean over the sites of ``relative``; None where nothing is known."""
+        """The mean of ``relative`` over the sites; None if the log is empty."""
         sites = list(self.rows[0]) if self.rows else []
         return sum(map(self.relative, sites)) / len(sites) if sites else None
 
     @property
     def change(self) -> float | None:
-        """The largest change of any site in an epoch, relative and smoothed; None before there are enough epochs."""
+        """The largest relative change of a site in an epoch, averaged over two epochs; None before there are two."""
         if len(self.rows) <= _SMOOTHED:
             return None
         now, before = self.rows[-1], self.rows[-1 - _SMOOTHED]
@@ -66,5 +66,5 @@ class SpectrumLog:
 
     @property
     def settled(self) -> bool:
-        """Whether no site's stable rank changes any more by ``SETTLED`` an epoch."""
+        """Whether the stable rank of every site changes by less than ``SETTLED`` an epoch."""
         return self.change is not None and self.change < SETTLED

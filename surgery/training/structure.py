@@ -1,7 +1,7 @@
 """Factored sites of a module that trains: which parameters stand for which weight, and how they compose.
 
-A plan and the dense module say all of it: ``build`` gives a module the structure of a plan with factors that are still
-empty, for a checkpoint to fill, and ``read_sites`` the record of it. Both only need shapes.
+The plan and the dense module determine both. ``build`` gives a module the structure of a plan with factors of zeros,
+for a checkpoint to fill; ``read_sites`` returns the record of that structure. Both need shapes only.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class FactoredSite:
-    """One factored site: the chain without numbers, the paths of what has its factors, and all names it stands for.
+    """One factored site: its chain without values, the paths of its factors, and all names of the site.
 
-    ``names`` are those of the site and of its aliases; ``places`` are below each of them, for each factor; ``shift`` is
-    the place of the bias. ``stored`` is how the dense module stores its weight.
+    ``names`` are the site's name and its aliases. ``places`` has the path of each factor's module below any of these
+    names, and ``shift`` the path of the bias. ``stored`` is the layout in which the dense module stores its weight.
     """
 
     names: tuple[str, ...]
@@ -52,9 +52,10 @@ class FactoredSite:
     stored: Layout
 
     def bind(self, root: nn.Module) -> tuple[list[nn.Parameter], Compose]:
-        """Return the weights of the factors in a module, and what composes them; both outlast the factors there.
+        """Return the factors' weights in a module, and a function that composes such weights to the dense weight.
 
-        Weights are as their modules store them, factors and dense weight alike; the composition is differentiable.
+        Both stay valid after the module is recomposed. The weights, factors and dense alike, have the layout in which
+        their modules store them. The function is differentiable.
         """
         parameters, fill = self.bind_chain(root)
 
@@ -67,7 +68,7 @@ class FactoredSite:
         return parameters, compose
 
     def bind_chain(self, root: nn.Module) -> tuple[list[nn.Parameter], Callable[[Sequence[Tensor]], Chain]]:
-        """Return the weights of the factors in a module, and what makes the chain of such weights, without a bias."""
+        """Return the factors' weights in a module, and a function that puts such weights into a chain without bias."""
         modules: list[Any] = [root.get_submodule(f"{self.names[0]}.{place}") for place in self.places]
         layouts = [stored_as(type(module)) for module in modules]
 
@@ -84,6 +85,7 @@ def with_weights(chain: Chain, weights: Iterable[Tensor]) -> Chain:
 
 
 def _fill(steps: Sequence[Step], weights: Iterator[Tensor]) -> Iterator[Step]:
+    # All levels draw from one iterator, so weights go to operators in order, one row of branches after the other.
     for step in steps:
         if isinstance(step, Operator):
             yield replace(step, weight=next(weights), bias=None)
@@ -95,18 +97,19 @@ def _fill(steps: Sequence[Step], weights: Iterator[Tensor]) -> Iterator[Step]:
 
 
 def layouts(root: nn.Module, sites: Sequence[Site]) -> dict[str, Layout]:
-    """Return how the dense modules of the sites store their weights; without a module there is no entry."""
+    """Map each site to the layout in which its dense module stores the weight; sites without a module are left out."""
     modules = dict(root.named_modules(remove_duplicate=False))
     return {site.name: stored_as(type(modules[site.name])) for site in sites if site.name in modules}
 
 
 def read_sites(sites: Sequence[Site], plan: Plan, stored: Mapping[str, Layout]) -> tuple[FactoredSite, ...]:
-    """Return the record of what a plan makes of the sites of a module."""
+    """Return the record of the sites that a plan factors; ``stored`` has the layouts of their dense modules."""
     found = []
     for site, decision in zip(sites, plan, strict=True):
         if decision.factorization is None or decision.rank is None:
             continue
         chain = named(decision.factorization).skeleton(site.operator, decision.rank)
+        # A bias goes to the end of a chain, so the chain with any bias has the place of the bias last.
         places = tuple(place for place, part in chain.places if isinstance(part, Operator))
         shift = chain.with_bias(torch.empty(0)).places[-1][0]
         found.append(FactoredSite((site.name, *site.aliases), chain, places, shift, stored[site.name]))
@@ -123,7 +126,9 @@ def build(root: nn.Module, example_inputs: Any, plan: Plan) -> tuple[FactoredSit
     names = list(original.sites)
     if names != [decision.site for decision in plan]:
         raise InputError(
-            "the plan is of a model with other sites", allowed=", ".join(names), next_step="make the same model, dense"
+            "the plan belongs to a model with other sites",
+            allowed=", ".join(names),
+            next_step="make the same model, dense",
         )
     sites = list(original.sites.values())
     record = read_sites(sites, plan, layouts(root, sites))
@@ -143,7 +148,7 @@ def _empty_chain(operator: Operator, factorization: str, ranks: Ranks) -> Chain:
 
 
 def factored_parameters(record: Sequence[FactoredSite]) -> dict[str, list[str]]:
-    """Map the name of each dense parameter to those that stand for it."""
+    """Map the name of each dense parameter to the names of the parameters that stand for it."""
     names: dict[str, list[str]] = {}
     for site in record:
         for name in site.names:
@@ -153,7 +158,7 @@ def factored_parameters(record: Sequence[FactoredSite]) -> dict[str, list[str]]:
 
 
 def has_dense(state: Mapping[str, Any], prefix: str, record: Sequence[FactoredSite]) -> bool:
-    """Return whether a state has the dense weight of a factored site, and none of its factors."""
+    """Return whether a state dict has the dense weight of a factored site, and none of its factors."""
     rows = factored_parameters(record).items()
     return any(
         f"{prefix}{old}" in state and not any(f"{prefix}{new}" in state for new in news)
@@ -163,11 +168,12 @@ def has_dense(state: Mapping[str, Any], prefix: str, record: Sequence[FactoredSi
 
 
 def balance(root: nn.Module, record: Sequence[FactoredSite]) -> None:
-    """Give the factors of each chain the same Frobenius norm, in place: what they compose to stays as it is.
+    """Scale the factors of each chain to the same Frobenius norm, in place; the composed weight stays the same.
 
-    Gradient flow keeps the differences of the squared norms (Du et al. 2018), so that factors that start alike learn
-    alike. Chains with a sum of branches, whose rows have scales of their own, are left as they are.
+    Gradient flow keeps the differences of the squared norms (Du et al. 2018), so factors with equal norms learn at
+    equal rates. A chain with a sum of branches is left as it is, because each branch has its own scale.
     """
+    # In logarithms: factor k is multiplied by exp(mean of all logs - log k), and these multipliers have the product 1.
     for site in record:
         if any(isinstance(step, Branches) for step in site.chain.steps):
             continue

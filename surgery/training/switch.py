@@ -1,8 +1,8 @@
-"""The switch itself: one module and its optimizer from dense to factored and back, in place, with all state.
+"""The switch itself: take one module and its optimizer from dense to factored and back, in place, with all state.
 
-What stays the same: the objects of the model and of the optimizer, every module but the sites, the groups of the
-optimizer, and what the factors compose to. Biases keep their values, their flags and their state, whether they are the
-same objects afterwards or new ones.
+The model and the optimizer stay the same objects; so do all modules other than the sites. The groups of the optimizer
+and the weights that the factors compose to stay as they are. Biases keep their values, their ``requires_grad`` and
+their state, even if a new object holds them.
 """
 
 from __future__ import annotations
@@ -25,32 +25,33 @@ from surgery.training.optimizer import Exchange
 from surgery.training.structure import FactoredSite, balance, build, factored_parameters, layouts, read_sites
 from surgery.training.transport import Jacobian
 
-__all__ = ["align_copy", "fill_structure", "set_format", "switch_down", "switch_up"]
+__all__ = ["align_copy", "fill_structure", "set_format", "switch_to_factors", "switch_to_dense"]
 
 Parameters = Mapping[str, nn.Parameter]
 
 
-def switch_down(
+def switch_to_factors(
     root: nn.Module, example_inputs: Any, plan: Plan, sites: Sequence[Site]
 ) -> tuple[tuple[FactoredSite, ...], Plan, tuple[Change, ...], list[Exchange]]:
-    """Factor the sites of a plan in place, balanced.
+    """Factor the sites of a plan in place, and balance the factors.
 
-    Return the record, the plan as it was carried out, the changes with their measured errors, and the exchanges that
-    the optimizer of the module needs.
+    Return the record, the plan as it was carried out, the changes with their measured errors, and the exchanges of
+    parameters that the optimizer needs.
     """
     stored, before = layouts(root, sites), _parameters(root)
     result = decompose(root, example_inputs, ranks=plan, inplace=True)
     record = read_sites(sites, result.plan, stored)
     balance(root, record)
-    return record, result.plan, result.changes, _exchanges_down(root, before, record)
+    return record, result.plan, result.changes, _factoring_exchanges(root, before, record)
 
 
-def switch_up(root: nn.Module, example_inputs: Any, record: Sequence[FactoredSite]) -> list[Exchange]:
-    """Compose the factored sites in place, exactly; return the exchanges that the optimizer needs.
+def switch_to_dense(root: nn.Module, example_inputs: Any, record: Sequence[FactoredSite]) -> list[Exchange]:
+    """Compose the factored sites in place, exactly; return the exchanges of parameters that the optimizer needs.
 
     Raises:
         CheckError: a chain did not come back as one operator.
     """
+    # Bind first: the exchanges need the factors after recompose has taken them out of the module.
     before = _parameters(root)
     bound = [site.bind(root) for site in record]
     recompose(root, example_inputs, inplace=True)
@@ -70,19 +71,19 @@ def switch_up(root: nn.Module, example_inputs: Any, record: Sequence[FactoredSit
 
 
 def fill_structure(root: nn.Module, example_inputs: Any, plan: Plan) -> tuple[tuple[FactoredSite, ...], list[Exchange]]:
-    """Give a dense module the structure of a plan, with empty factors; return the record and the exchanges."""
+    """Give a dense module the structure of a plan, with factors of zeros; return the record and the exchanges."""
     before = _parameters(root)
     record = build(root, example_inputs, plan)
-    return record, _exchanges_down(root, before, record)
+    return record, _factoring_exchanges(root, before, record)
 
 
 def align_copy(
     copy: nn.Module, example_inputs: Any, plan: Plan, factored: nn.Module, record: Sequence[FactoredSite]
 ) -> None:
-    """Give a dense copy of a model, as an average of its weights, factors near those of the model.
+    """Factor a dense copy of a model, such as an average of its weights, with factors near those of the model.
 
-    Factors are only determined up to a change of basis, and averages of factors in different bases mean nothing. So the
-    copy starts from the model's factors, and moves them towards its own weights as far as that comes nearer to them.
+    Factors are determined only up to a change of basis, and the average of factors in different bases means nothing. So
+    the copy starts from the model's factors, and moves them towards its own weights as far as they come nearer.
     """
     weights = {site.names[0]: copy.get_submodule(site.names[0]).weight for site in record}
     biases = _parameters(copy)
@@ -109,7 +110,7 @@ def _parameters(root: nn.Module) -> dict[str, nn.Parameter]:
     return dict(root.named_parameters(remove_duplicate=False))
 
 
-def _exchanges_down(root: nn.Module, before: Parameters, record: Sequence[FactoredSite]) -> list[Exchange]:
+def _factoring_exchanges(root: nn.Module, before: Parameters, record: Sequence[FactoredSite]) -> list[Exchange]:
     after, names, exchanges, taken = _parameters(root), factored_parameters(record), [], set()
     for site in record:
         weight = f"{site.names[0]}.weight"
@@ -122,10 +123,11 @@ def _exchanges_down(root: nn.Module, before: Parameters, record: Sequence[Factor
 
 
 def _rebound(before: Parameters, after: Parameters, names: Mapping[str, str]) -> list[Exchange]:
-    """Return the exchanges of parameters that are the same by another name, as biases, or in a new object.
+    """Return the exchanges of parameters that keep their values under another name (as biases do) or in a new object.
 
-    They keep their flag.
+    They keep their ``requires_grad``.
     """
+    # A tied parameter has several names; only its first counts, so that the optimizer gets it once.
     exchanges, seen = [], set()
     for name, old in before.items():
         moved = names.get(name, name)

@@ -1,8 +1,8 @@
-"""Which sites train: those whose weight gets gradients, and an optimizer that follows them.
+"""Which sites train: those whose weight gets gradients and is in a group of the optimizer.
 
-The others stay dense in a run: factors only approximate a weight, and training could not make up for it. So do those
-with hooks on the weight itself, as an optimizer inside of the backward pass has: factors are other parameters, which
-the hooks would not see.
+The others stay dense in a run, because factors only approximate a weight, and no training would make up for the error.
+Sites with a hook on the weight itself stay dense too, as with an optimizer that steps in the backward pass: the factors
+are other parameters, which the hook would not see.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ __all__ = ["Survey", "as_pattern", "hooked", "keep_dense", "untrained"]
 class Survey:
     """The sites of a model that trains.
 
-    ``untrained`` has those that cannot be trained in factors, ``hooked`` what is no site since its weight has a hook on
-    its gradient; each with the reason.
+    ``untrained`` maps the sites that cannot be trained in factors to the reasons. ``hooked`` does so for the modules
+    that are not sites because their weight has a hook on its gradient.
     """
 
     sites: tuple[Site, ...]
@@ -34,7 +34,7 @@ class Survey:
 
     @property
     def left(self) -> dict[str, str]:
-        """All that must be left as it is."""
+        """All names that must stay dense, with the reasons."""
         return dict(self.untrained) | dict(self.hooked)
 
 
@@ -42,14 +42,14 @@ _HOOKED = "its weight has a hook on its gradient, which factors do not have"
 
 
 def hooked(root: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Map those modules whose weight has a hook on its gradient to the reason to leave them as they are."""
+    """Map the modules whose weight has a hook on its gradient to the reason to leave them alone."""
     modules = dict(root.named_modules(remove_duplicate=False))
     weights = {name: modules[name]._parameters.get("weight") for name in names if name in modules}
     return {name: _HOOKED for name, weight in weights.items() if weight is not None and _has_hooks(weight)}
 
 
 def untrained(root: nn.Module, optimizer: Optimizer, sites: Sequence[Site]) -> dict[str, str]:
-    """Map each site that cannot be trained in factors to the reason; sites without a module are left to others."""
+    """Map each site that cannot be trained in factors to the reason; sites without a module are not judged here."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     modules = dict(root.named_modules(remove_duplicate=False))
     reasons = {}
@@ -69,20 +69,21 @@ def _refuse(weight: nn.Parameter, held: set[int]) -> str | None:
     if not weight.requires_grad:
         return "its weight does not train"
     if id(weight) not in held:
-        return "its weight does not train: it is in no param group of the optimizer"
+        return "its weight does not train: it is not in any param group of the optimizer"
     if _has_hooks(weight):
         return _HOOKED
     return None
 
 
 def _has_hooks(weight: Tensor) -> bool:
-    """Whether something happens when the gradient comes; the last of the three is torch's own optimizer in backward."""
+    """Whether the weight has a hook on its gradient."""
+    # The last name is that of torch's own optimizer-in-backward.
     kinds = ("_backward_hooks", "_post_accumulate_grad_hooks", "_in_backward_optimizers")
     return any(getattr(weight, kind, None) for kind in kinds)
 
 
 def keep_dense(plan: Plan, reasons: Mapping[str, str]) -> Plan:
-    """Return the plan in which these sites are dense, with the reasons."""
+    """Return the plan with these sites dense, each with its reason."""
     for name, reason in reasons.items():
         plan = plan.edit(name, rank=None, reason=reason)
     return plan

@@ -1,4 +1,4 @@
-"""A model with its optimizer and all else that hangs on its parameters, so that they switch together."""
+"""A model with its optimizer and everything else that depends on its parameters, so that all switch together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from surgery.training.frobenius import FrobeniusDecay, can_decay
 from surgery.training.optimizer import Exchange, exchange_parameters
 from surgery.training.propose import sites_of
 from surgery.training.structure import FactoredSite, build
-from surgery.training.switch import align_copy, fill_structure, set_format, switch_down, switch_up
+from surgery.training.switch import align_copy, fill_structure, set_format, switch_to_dense, switch_to_factors
 from surgery.training.trained import Survey, hooked, untrained
 from surgery.training.wrappers import agree, broadcast, group_of, rewrap, unwrap
 
@@ -28,11 +28,11 @@ __all__ = ["Trainee"]
 
 
 class Trainee:
-    """What is trained: ``down`` factors it, ``up`` composes it again, ``restore`` gives it a structure to load into.
+    """The model in training: ``to_factors`` and ``to_dense`` switch it, ``restore`` makes a structure to load into.
 
-    ``model`` is in the wrappers that the user gave, ``root`` is the module inside. ``record`` has the factored sites,
-    none while it is dense; ``plan`` is the last one carried out. ``channels_last`` is the format of 4-d weights.
-    ``mirrors`` are the copies that switch with it.
+    ``model`` has the user's wrappers; ``root`` is the module inside them. ``record`` lists the factored sites, and is
+    empty while the model is dense. ``plan`` is the last plan carried out. ``channels_last`` is the memory format of 4-d
+    weights. ``mirrors`` are the copies that switch with the model.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, inputs: Any, *, frobenius_decay: bool | None) -> None:
@@ -48,61 +48,61 @@ class Trainee:
 
     @property
     def root(self) -> nn.Module:
-        """The module inside of all wrappers."""
+        """The module inside all wrappers."""
         return unwrap(self.model)
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The sites of the module as it is."""
+        """The sites of the module as it is now."""
         return sites_of(self.root, self.inputs)
 
     @property
     def leads(self) -> bool:
-        """Whether this process decides: it is alone, or rank 0 of its group."""
+        """Whether this process decides for its group: it runs alone, or is rank 0."""
         group = group_of(self.model)
         return group is None or group.rank() == 0
 
     def agree(self, value: Any) -> Any:
-        """Return the value of the process that leads."""
+        """Return the value that the leading process gives."""
         return agree(value, group_of(self.model))
 
     def survey(self) -> Survey:
-        """Return the sites of the module as it is, and which of them cannot be trained in factors."""
+        """Return the sites of the module as it is now, and which of them cannot be trained in factors."""
         sites, skips = find_sites(self.root, self.inputs)
         names = [skip.name for skip in skips]
         return Survey(sites, untrained(self.root, self.optimizer, sites), hooked(self.root, names))
 
     def mirror(self, copy: nn.Module) -> None:
-        """Take a dense copy along; once, however often it is named.
+        """Add a dense copy that switches with the model; adding it twice changes nothing.
 
         Raises:
-            InputError: it is no copy of the model.
+            InputError: it is not a copy of the model.
         """
         inner = unwrap(copy.module if isinstance(copy, AveragedModel) else copy)
         if not is_copy(inner, self.root):
-            raise InputError("mirror() of what is no copy of the model", next_step="give a deep copy or AveragedModel")
+            raise InputError("mirror() needs a copy of the model", next_step="give a deep copy or an AveragedModel")
         if all(inner is not known for known in self.mirrors):
             self.mirrors.append(inner)
 
     def use_format(self, channels_last: bool) -> None:
-        """Give the 4-d weights of model and mirrors a memory format; what is channels_last already stays so."""
+        """Set the memory format of the model's and the mirrors' 4-d weights; False leaves them as they are."""
         self.channels_last = channels_last
         for module in (self.root, *self.mirrors):
             set_format(module, channels_last)
 
-    def down(self, plan: Plan) -> tuple[tuple[Change, ...], list[str]]:
+    def to_factors(self, plan: Plan) -> tuple[tuple[Change, ...], list[str]]:
         """Factor the sites of a plan; return the changes, and notes on state that could not be carried over."""
         root = self.root
-        record, self.plan, changes, exchanges = switch_down(root, self.inputs, plan, self.sites)
+        record, self.plan, changes, exchanges = switch_to_factors(root, self.inputs, plan, self.sites)
         notes = self._become(record, exchanges)
         for copy in self.mirrors:
             align_copy(copy, inputs_for(copy, root, self.inputs), self.plan, root, record)
         self.use_format(self.channels_last)
         return changes, notes
 
-    def up(self) -> list[str]:
+    def to_dense(self) -> list[str]:
         """Compose all factored sites; return notes on state that could not be carried over."""
-        exchanges = switch_up(self.root, self.inputs, self.record)
+        exchanges = switch_to_dense(self.root, self.inputs, self.record)
         notes = self._become((), exchanges)
         for copy in self.mirrors:
             recompose(copy, inputs_for(copy, self.root, self.inputs), inplace=True)
@@ -110,7 +110,7 @@ class Trainee:
         return notes
 
     def restore(self, plan: Plan, *, factored: bool) -> None:
-        """Give a dense model the structure that the plan had, without any state, for a checkpoint to fill."""
+        """Give a dense model the structure of a plan, without any state, for a checkpoint to fill."""
         self.plan = plan
         if factored:
             record, exchanges = fill_structure(self.root, self.inputs, plan)
@@ -120,19 +120,21 @@ class Trainee:
         self.use_format(self.channels_last)
 
     def end_epoch(self) -> None:
-        """Forget what a run that is resumed here would not know."""
+        """Drop what a run that is resumed from here would not have, so that both go on identically."""
         if self._decay is not None:
             self._decay.renew()
 
     def release(self) -> None:
-        """Take the hooks off the optimizer."""
+        """Remove the hooks from the optimizer."""
         if self._decay is not None:
             self._decay.remove()
 
     def _become(
         self, record: tuple[FactoredSite, ...], exchanges: Sequence[Exchange], *, carry: bool = True
     ) -> list[str]:
-        """Bring the optimizer, the wrappers and the decay up to date with the parameters of the module."""
+        """Update the optimizer, the wrappers and the decay to the parameters that the module has now."""
+        # The first broadcast makes the new values alike, so that every process computes state from the same factors;
+        # the second makes that state alike.
         root, group = self.root, group_of(self.model)
         set_format(root, self.channels_last)
         new = [parameter for exchange in exchanges for parameter in exchange.new]

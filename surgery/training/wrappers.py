@@ -1,8 +1,9 @@
-"""What may be around a model that trains: torch.compile's wrapper and DistributedDataParallel, taken off and put on.
+"""Unwrap and wrap a model that trains: torch.compile's wrapper and DistributedDataParallel.
 
-A compiled model stays the same object: its code is compiled again when it next runs. DistributedDataParallel has hooks
-on the parameters that it was given, so that after a switch there is a new one with the same settings. It sends nothing
-at its start, since what is new was made alike before. The old one can no longer run: it would not synchronise anything.
+A compiled model stays the same object, and is compiled again at its next run. DistributedDataParallel puts hooks on the
+parameters that it is given, so a switch makes a new one with the same settings. The new wrapper sends nothing at its
+start, because the new parameters are already alike in all processes. The old wrapper can no longer run, since it would
+not synchronise the new parameters.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ _KEPT = (
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside of all wrappers.
+    """Return the model inside all wrappers.
 
     Raises:
-        InputError: its parameters are shards, as FSDP's.
+        InputError: its parameters are shards, as with FSDP.
     """
     while (inner := _inside(model)) is not None:
         model = inner
@@ -59,7 +60,7 @@ def _inside(model: nn.Module) -> nn.Module | None:
 
 
 def rewrap(model: nn.Module) -> nn.Module:
-    """Return the model in the wrappers that it is in, made ready for the parameters that it has now."""
+    """Return the model in wrappers like its present ones, made ready for the parameters that it has now."""
     inner = _inside(model)
     if inner is None:
         return model
@@ -78,7 +79,7 @@ def _distributed(old: DistributedDataParallel, inner: nn.Module) -> DistributedD
 
 
 def group_of(model: nn.Module) -> Any:
-    """Return the process group of a distributed model; None for any other."""
+    """Return the process group of a distributed model; None for any other model."""
     inside: nn.Module | None = model
     while inside is not None:
         if isinstance(inside, DistributedDataParallel):
@@ -97,7 +98,7 @@ def agree(value: Any, group: Any) -> Any:
 
 
 def broadcast(parameters: Iterable[nn.Parameter], optimizer: Optimizer, group: Any) -> None:
-    """Make parameters and their optimizer state those of rank 0 of the group; nothing without a group."""
+    """Copy parameters and their optimizer state from rank 0 to the whole group; without a group do nothing."""
     if group is None:
         return
     source = dist.get_global_rank(group, 0)
