@@ -174,7 +174,7 @@ def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
         export_onnx(Net(), tmp_path / "net.onnx")
     with pytest.raises(InputError, match="does not run on these inputs"):
         export_onnx(Net(), tmp_path / "net.onnx", torch.ones(1, 4, 8, 8))
-    with pytest.raises(InputError, match="a model of type str"):
+    with pytest.raises(InputError, match="str is not a model"):
         export_onnx("net", tmp_path / "net.onnx")  # type: ignore[arg-type]
     with pytest.raises(FileError, match="does not exist"):
         export_onnx(nn.Linear(2, 2), tmp_path / "no" / "net.onnx", torch.ones(1, 2))

@@ -474,13 +474,13 @@ def test_what_cannot_be_factored_rightly_is_left_alone(kind: type[nn.Linear]) ->
 def test_no_parameters_give_a_standardised_weight_of_another_mean_and_the_note_says_so() -> None:
     torch.manual_seed(0)
     model, x = Net(Standardised(8, 16, 3, padding=1)).eval(), torch.randn(IMAGE)
-    small = surgery.decompose(model, x, ranks={"layer": (3, 3)}, factorization="tucker").model
+    small: Any = surgery.decompose(model, x, ranks={"layer": (3, 3)}, factorization="tucker").model
     result = surgery.recompose(small, x)
     words = result.changes[0].note
     assert "relative error" in words
     assert words in repr(result)
     assert float(words.split()[-1]) == pytest.approx(
-        relative_error(weight_in(result.model.layer), small.get_parameter("layer.weight")), rel=0.05
+        relative_error(weight_in(result.model.layer), small.layer.weight), rel=0.05
     )
 
 

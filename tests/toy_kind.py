@@ -37,6 +37,7 @@ class LayersKind(Kind):
 
     name = "layers"
     models = dict
+    label = "dict of layers"
 
     def open(self, model: dict[str, nn.Module], inputs: Inputs, access: Access) -> OpenLayers:
         return OpenLayers(model if access.inplace else dict(model), inputs)

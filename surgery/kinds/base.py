@@ -38,7 +38,8 @@ class Kind(ABC):
     """A kind of models: how such a model is opened, called and run. Each kind has one row in ``registry.KINDS``."""
 
     name: ClassVar[str]
-    models: ClassVar[type]  # the class (or classes) of the models of this kind
+    models: ClassVar[type]  # the class of the models of this kind
+    label: ClassVar[str]  # what messages call that class
 
     @abstractmethod
     def open(self, model: Any, inputs: Inputs, access: Access) -> OpenModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -50,8 +49,7 @@ def kind_of(model: Any) -> Kind:
 
 
 def _allowed() -> str:
-    names: Sequence[type] = [kind.models for kind in KINDS.values()]
-    return ", ".join(f"{name.__module__.partition('.')[0]}.{name.__qualname__}" for name in names)
+    return ", ".join(kind.label for kind in reversed(KINDS.values()))
 
 
 def open_model(

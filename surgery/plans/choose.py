@@ -74,7 +74,9 @@ def _solve(
         return []
     owner = np.repeat(np.arange(len(sites)), [len(site.options) for site in sites])
     one_each = scipy.sparse.csr_array((np.ones(len(options)), (owner, np.arange(len(options)))))
-    goals, weights = np.array(goal) / (max(goal) or 1.0), np.array(weight) / (limit or 1.0)
+    goals = np.array(goal) / (max(goal) or 1.0)
+    with np.errstate(over="ignore"):  # an option of more than the limit cannot be taken, however much it is
+        weights = np.minimum(np.array(weight) / (limit or 1.0), 2.0)
     budget = LinearConstraint(weights[None], -np.inf, 1.0 if limit else 0.0)
     with _silence():
         result = milp(

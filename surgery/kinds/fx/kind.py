@@ -17,6 +17,7 @@ class GraphModuleKind(Kind):
 
     name = "fx"
     models = GraphModule
+    label = "torch.fx.GraphModule"
 
     def open(self, model: GraphModule, inputs: Inputs, access: Access) -> OpenGraphModule:
         """Open a graph."""

@@ -17,6 +17,7 @@ class ModuleKind(Kind):
 
     name = "module"
     models = nn.Module
+    label = "nn.Module"
 
     def open(self, model: nn.Module, inputs: Inputs, access: Access) -> OpenModule:
         """Open a module."""

@@ -21,6 +21,7 @@ class ProgramKind(Kind):
 
     name = "program"
     models = ExportedProgram
+    label = "torch.export.ExportedProgram"
 
     def open(self, model: ExportedProgram, inputs: Inputs, access: Access) -> OpenProgram:
         """Open a program; the program itself is never changed."""
