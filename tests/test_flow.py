@@ -161,7 +161,8 @@ def test_a_chain_of_known_origin_is_a_site_that_can_be_cut() -> None:
     assert isinstance(placement.site, FactoredSite)
     assert placement.site.made_by == ("svd", (2,))
     others = find(flow(elements, reads, origins={"p": ("svd", (3,))}))  # the record says something else
-    assert [each.site.name for each in others.placements] == ["p.0", "p.1"]
+    assert not others.placements
+    assert all("cannot be cut as it stands" in skip.reason for skip in others.skips)
 
 
 @given(st.lists(st.sampled_from(["call", "shift", "other"]), min_size=1, max_size=9))
@@ -226,3 +227,16 @@ def test_only_the_registry_asks_of_what_class_a_model_is() -> None:
             asks = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"
             if asks and isinstance(node, ast.Call):
                 assert "ExportedProgram" not in ast.unparse(node.args[1]), path
+
+
+def test_a_factor_of_a_site_that_cannot_be_cut_is_no_site_of_its_own() -> None:
+    """Factors that two sites share, and chains of which nothing says how they were made, are recomposed first."""
+    shared = linear(1)
+    elements = [Other(0), call(1, 0, "p.0.weight", shared), call(2, 1, "p.1.weight")]
+    elements += [call(3, 0, "q.0.weight", shared), call(4, 3, "q.1.weight")]
+    reads = {1: [0], 2: [1], 3: [0], 4: [3]}
+    made = {"p": ("svd", (WIDTH,)), "q": ("svd", (WIDTH,))}
+    found = find(flow(elements, reads, ties={"q.0.weight": "p.0.weight"}, origins=made))
+    assert not found.placements
+    assert {skip.name for skip in found.skips} == {"p.0", "p.1", "q.1"}
+    assert any("p and q share" in skip.reason for skip in found.skips)

@@ -9,8 +9,11 @@ from dataclasses import is_dataclass
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import surgery
+from surgery.errors import InputError
 from surgery.kinds.registry import Model
 
 MOST = 12  # arguments
@@ -71,3 +74,32 @@ def test_results_are_of_the_kind_of_the_model(function: Callable[..., Any]) -> N
     hints = typing.get_type_hints(inspect.unwrap(function))
     assert typing.get_args(hints["return"]) == (hints["model"],)
     assert typing.get_type_hints(typing.get_origin(hints["return"]))["model"].__name__ in ("_Model", "_Result")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: surgery.load(5),  # type: ignore[arg-type]
+        lambda: surgery.save(nn.Linear(2, 2), 5),  # type: ignore[arg-type]
+        lambda: surgery.from_pretrained(5),  # type: ignore[arg-type]
+        lambda: surgery.bisect(5, nn.Linear(2, 2), torch.ones(1, 2), metric=float),  # type: ignore[arg-type]
+    ],
+    ids=["load", "save", "from_pretrained", "bisect"],
+)
+def test_what_is_no_path_and_no_model_is_said_so(call: Callable[[], object]) -> None:
+    with pytest.raises(InputError, match=r"a path of type int|int is not a model"):
+        call()
+
+
+def test_a_factored_original_has_nothing_to_bisect_with() -> None:
+    net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    x = torch.ones(2, 16)
+    small = surgery.decompose(net, x, ranks=4).model
+    smaller = surgery.decompose(small, x, ranks=2).model
+    with pytest.raises(InputError, match="the first model is factored itself"):
+        surgery.bisect(small, smaller, x, metric=lambda module: float(module(x).sum()))
+
+
+def test_a_site_is_shown_without_its_numbers() -> None:
+    sites, _ = surgery.find_sites(nn.Sequential(nn.Linear(16, 8)), torch.ones(2, 16))
+    assert repr(sites[0]) == "Site('0', Linear, inputs 2x16)"

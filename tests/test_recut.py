@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import surgery
 from surgery.algebra.chain import Chain, relative_error
@@ -124,3 +124,36 @@ def test_another_method_says_why_it_leaves_a_chain_alone() -> None:
     assert {s.name: s.reason for s in other.skips}["1.body.0.0"] == (
         "it is factored by svd already; recompose it first for another method"
     )
+
+
+class Joined(nn.Module):
+    """Two sites that read one value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.q(x) * self.k(x)
+        return y
+
+
+def test_joint_sites_of_a_program_are_recomposed_before_they_are_cut() -> None:
+    x = torch.linspace(-1, 1, 64).view(4, 16).sin()
+    program = torch.export.export(Joined().eval(), (x,))
+    joined = surgery.decompose(program, ranks=4, joint=[("q", "k")]).model
+    cut = surgery.decompose(joined, ranks=2)
+    assert not cut.changes
+    assert all("recompose" in skip.reason for skip in cut.skips)
+    assert set(surgery.recompose(cut.model).model.state_dict) == set(program.state_dict)
+
+
+def test_a_program_of_a_factored_module_comes_back_whatever_is_asked_of_it() -> None:
+    """Its graph does not say what made the chains: they are left alone, and are no layers to be factored again."""
+    x = torch.linspace(-1, 1, 64).view(4, 16).sin()
+    small = surgery.decompose(Joined().eval(), x, ranks=4).model
+    program = torch.export.export(small, (x,))
+    again = surgery.decompose(program, ranks=2)
+    assert not again.changes
+    assert {name.partition(".")[0] for name in surgery.recompose(again.model).model.state_dict} == {"q", "k"}
+    assert set(surgery.recompose(again.model).model.state_dict) == set(Joined().state_dict())

@@ -35,7 +35,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.export.pt2_archive._package import load_pt2
 
-from surgery.errors import FileError, InputError, SurgeryError, UnsafeFileError
+from surgery.errors import FileError, InputError, SurgeryError, UnsafeFileError, only_own_errors
 from surgery.files.guard.archive import check_archive, entry_names, rewrite
 from surgery.files.guard.fit import check_fit
 from surgery.files.guard.sizes import check_program_sizes
@@ -47,7 +47,7 @@ from surgery.kinds.layers.carried import copy_module
 from surgery.kinds.registry import is_model
 from surgery.sites.record import Record
 from surgery.system.importing import import_function
-from surgery.system.opening import check_regular, read_regular, shown_path
+from surgery.system.opening import check_path, check_regular, read_regular, shown_path
 from surgery.text import first_line
 
 __all__ = ["load"]
@@ -346,6 +346,7 @@ _LOADERS: dict[str, Callable[[_Source], ExportedProgram | nn.Module]] = {
 }
 
 
+@only_own_errors
 def load(
     path: str | os.PathLike[str],
     *,
@@ -368,6 +369,7 @@ def load(
 
     >>> program = load("model.pt2")  # doctest: +SKIP
     """
+    check_path(path)
     check_regular(path)
     try:
         check_room(file_need(os.path.getsize(path)), memory)

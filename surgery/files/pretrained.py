@@ -20,7 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from surgery.errors import FileError, InputError, SurgeryError
+from surgery.errors import FileError, InputError, SurgeryError, only_own_errors
+from surgery.system.opening import check_path
 from surgery.text import first_line
 
 __all__ = ["from_pretrained", "note_record", "watch_imports"]
@@ -29,6 +30,7 @@ METHOD = "surgery"
 _REGISTRY = "transformers.quantizers.auto"
 
 
+@only_own_errors
 def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
     """Return the factored model that ``save_pretrained`` saved in a folder, as an instance of its original class.
 
@@ -40,6 +42,7 @@ def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
 
     >>> model = from_pretrained("factored-gpt2")  # doctest: +SKIP
     """
+    check_path(folder)
     try:
         import transformers
     except ImportError as error:

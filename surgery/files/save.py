@@ -15,10 +15,11 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
-from surgery.errors import InputError
+from surgery.errors import InputError, only_own_errors
 from surgery.files.guard.archive import RECORD
 from surgery.files.record import record_of
 from surgery.kinds.registry import is_model, kind_of
+from surgery.system.opening import check_path
 from surgery.system.writing import Writer, write_atomically
 from surgery.text import first_line
 
@@ -40,6 +41,7 @@ def _extra_files(program: ExportedProgram) -> dict[str, str] | None:
         raise InputError(f"the record in graph_module.meta['surgery'] is not JSON: {error}") from error
 
 
+@only_own_errors
 def save(
     model: ExportedProgram | nn.Module | torch.fx.GraphModule,
     path: str | os.PathLike[str],
@@ -58,6 +60,7 @@ def save(
 
     >>> save(program, "model.pt2")  # doctest: +SKIP
     """
+    check_path(path)
     write_atomically(path, model_writer(model, path), force=force)
 
 

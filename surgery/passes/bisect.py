@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from surgery.errors import InputError
+from surgery.errors import InputError, only_own_errors
 from surgery.kinds.layers.unpacking import packed_parameter
 from surgery.kinds.registry import kind_of
 from surgery.passes.metrics import metric_of
@@ -68,6 +68,7 @@ class Bisection:
         return "\n".join([head, *([table(rows)] if self.blames else [])])
 
 
+@only_own_errors
 def bisect(
     original: Model,
     decomposed: Model,
@@ -96,6 +97,9 @@ def bisect(
     found = {change.site: _slots(change.site, first, second) for change in fused.changes}
     sites = [site for site, slots in found.items() if slots]
     if not sites:
+        if recompose(original, example_inputs).changes:
+            what = "the first model is factored itself, so that it does not have the weights of the original"
+            raise InputError(what, next_step="give the dense model, or recompose the first one")
         raise InputError("the second model has no site that was factored from the first", next_step="give both models")
     best, base = metric_of(first, metric), metric_of(second, metric)
     blames = [] if best <= base else bench.search(sites, found, base=base, loss=best - base, least=least)
@@ -106,6 +110,8 @@ def bisect(
 def _module(model: Model) -> nn.Module:
     try:
         return kind_of(model).runnable(model)
+    except InputError:
+        raise
     except Exception as error:  # whatever torch makes of odd names
         what = f"the exported program cannot be made a module: {first_line(error)}"
         raise InputError(what, next_step="export it again with torch.export.export(model, inputs)") from error

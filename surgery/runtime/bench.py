@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from surgery.cost.onnxruntime.sessions import bind, check_threads, open_session
 from surgery.cost.timing import Budget, Samples, compare_samples, interleave, waited
-from surgery.errors import InputError
+from surgery.errors import InputError, only_own_errors
 from surgery.kinds.inputs import Inputs, normalise_inputs
 from surgery.kinds.registry import is_model
 from surgery.runtime.compare import Model, open_model
@@ -133,6 +133,7 @@ class Ready:
     inputs: tuple[str, ...]
 
 
+@only_own_errors
 def bench(
     models: Sequence[nn.Module | ExportedProgram | str | os.PathLike[str]],
     example_inputs: Any = None,

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.algebra.chain import relative_error
 from surgery.cost.onnxruntime.sessions import open_session
-from surgery.errors import InputError
+from surgery.errors import InputError, only_own_errors
 from surgery.files.guard.onnx import check_onnx
 from surgery.files.load import load
 from surgery.kinds.inputs import Inputs, normalise_inputs
@@ -82,6 +82,7 @@ class Difference:
         return {"max_abs": self.max_abs, "relative": self.relative, "outputs": rows}
 
 
+@only_own_errors
 def compare(
     a: Model | str | os.PathLike[str], b: Model | str | os.PathLike[str], inputs: Any = None, *, seed: int = 0
 ) -> Difference:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from surgery.cost.onnxruntime.sessions import open_session
-from surgery.errors import CaptureError, CheckError, InputError
+from surgery.errors import CaptureError, CheckError, InputError, only_own_errors
 from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs
 from surgery.kinds.registry import kind_of
 from surgery.runtime.compare import Difference, compare_outputs, evaluating, flatten_outputs, run_model
@@ -74,6 +74,7 @@ class ExportReport:
     data: Path | None = None
 
 
+@only_own_errors
 def export_onnx(
     model: nn.Module | ExportedProgram,
     path: str | os.PathLike[str],

@@ -25,7 +25,7 @@ from surgery.cost.base import Backend, ModelFile
 from surgery.cost.onnxruntime.sessions import check_threads, open_session
 from surgery.cost.registry import make_backend
 from surgery.cost.timing import Speedup
-from surgery.errors import InputError
+from surgery.errors import InputError, only_own_errors
 from surgery.kinds.inputs import Inputs
 from surgery.runtime.bench import (
     ModelComparison,
@@ -71,6 +71,7 @@ class _Asked:
         return self.goal is None or not (found.low < self.goal <= found.high or found.high > _WIDE * found.low)
 
 
+@only_own_errors
 def time_apart(
     models: Sequence[_Given],
     example_inputs: Any = None,
@@ -155,6 +156,7 @@ class Apart:
         return _time(self._backend, models, asked, threads=threads, seconds=seconds, seed=0, progress=progress)
 
 
+@only_own_errors
 def time_batches(
     models: Sequence[_Given],
     example_inputs: Any = None,

@@ -10,7 +10,7 @@ from surgery.errors import InputError, Refusal
 from surgery.sites.epilogue import Activation, BatchNorm, Epilogue
 from surgery.sites.flow import Call, Flow, Key, Other, site_name
 from surgery.sites.placement import Found, FusableModule, Placement
-from surgery.sites.recut import placed_chain, placed_chains
+from surgery.sites.recut import placed_chain, placed_chains, refuse_factor
 from surgery.sites.site import Site, Skip, Totals
 
 __all__ = ["epilogues", "find"]
@@ -28,7 +28,12 @@ def find(flow: Flow) -> Found:
         if isinstance(found, Skip):
             skips.append(found)
         elif not any(call.value in inside for call in found.calls):
-            placed.append(found)
+            reason = refuse_factor(flow, found.calls)
+            if reason is None:
+                placed.append(found)
+            else:
+                site = found.site
+                skips.append(Skip(site.name, site.description, reason, site.parameters, site.macs))
     skips = [*_left(flow), *skips, *(found for found in modules if isinstance(found, Skip)), *flow.broken]
     placements = sorted([*chains, *placed], key=lambda placement: placement.first)
     skips = _with_macs(flow, skips)

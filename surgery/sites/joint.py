@@ -18,7 +18,7 @@ from surgery.sites.site import FactoredSite, Site
 __all__ = ["JointSite", "joined"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class JointSite(Site):
     """Several sites as one, with the outputs of their operators stacked; it has the name of the first site."""
 

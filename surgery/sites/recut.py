@@ -16,12 +16,12 @@ from surgery.algebra.operators import Operator
 from surgery.algebra.steps import Shift, Step
 from surgery.errors import Refusal
 from surgery.factorizations import FACTORIZATIONS, named
-from surgery.sites.flow import Flow, Key, ModuleChain, Origin
+from surgery.sites.flow import Call, Flow, Key, ModuleChain, Origin
 from surgery.sites.placement import FusableChain, FusableModule, Part, Placement, calls_of
-from surgery.sites.segments import find_segments, sites_of
+from surgery.sites.segments import find_segments, owners, sites_of
 from surgery.sites.site import FactoredSite, Skip
 
-__all__ = ["agrees", "placed_chain", "placed_chains"]
+__all__ = ["agrees", "placed_chain", "placed_chains", "refuse_factor"]
 
 
 def placed_chains(flow: Flow) -> list[Placement]:
@@ -39,7 +39,7 @@ def _placed_rows(flow: Flow, keys: tuple[Key, ...], rows: Sequence[list[Part]]) 
     sites = sites_of(flow, rows[0])
     origin = flow.origins.get(sites[0])
     own = {call.user for row in rows for call in calls_of(row)}
-    # a factor that something else reads must not be cut
+    # a factor that something else reads must not be cut; ``refuse_factor`` says so
     if origin is None or any(flow.tensors.uses.get(key, frozenset()) - own for key in keys):
         return None
     # The reshapes after the last factor may belong to the chain or to the model. So the longest row is tried first, and
@@ -56,6 +56,18 @@ def _placed_rows(flow: Flow, keys: tuple[Key, ...], rows: Sequence[list[Part]]) 
             cut = tuple(tuple(row[:end]) for row in rows)
             return Placement(site, (), FusableChain(sites, cut, tuple(operators)))
     return None
+
+
+def refuse_factor(flow: Flow, calls: Sequence[Call]) -> str | None:
+    """Return why calls are left alone that are factors of a site, but of no chain that can be cut; None for others."""
+    sites = sorted({site for call in calls for site in owners(flow, call)})
+    if len(sites) > 1:
+        return f"it is a factor that {' and '.join(sites)} share; recompose them first"
+    if not sites:
+        return None
+    if sites[0] in flow.origins:
+        return f"it is a factor of {sites[0]}, which cannot be cut as it stands; recompose it first"
+    return f"it is a factor of {sites[0]}, and nothing says what made that; recompose it first"
 
 
 def _operator(parts: Sequence[Part]) -> Operator | None:

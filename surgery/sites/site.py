@@ -14,7 +14,7 @@ from surgery.sites.epilogue import Epilogue, Loop
 __all__ = ["FactoredSite", "Site", "Skip", "Totals", "select"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Site:
     """One place in one graph where an operator stands.
 
@@ -31,6 +31,11 @@ class Site:
     aliases: tuple[str, ...] = ()
     epilogue: tuple[Epilogue, ...] = ()
     surplus: int = field(default=0, kw_only=True)
+
+    def __repr__(self) -> str:
+        """Say what the site is, without the numbers of its weight."""
+        shapes = ", ".join("x".join(map(str, shape)) for shape in self.input_shapes)
+        return f"{type(self).__name__}({self.name!r}, {self.description}, inputs {shapes})"
 
     @property
     def input_shape(self) -> Shape:
@@ -74,7 +79,7 @@ class Site:
         return sum(self.operator.macs(shape) for shape in self.input_shapes)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FactoredSite(Site):
     """A site where a chain of known factorization and ranks already stands; the chain may be cut to lower ranks.
 

@@ -7,10 +7,10 @@ import os
 import stat
 from typing import BinaryIO
 
-from surgery.errors import FileError
+from surgery.errors import FileError, InputError
 from surgery.text import cut, first_line, shown
 
-__all__ = ["check_regular", "open_regular", "read_regular", "shown_name", "shown_path"]
+__all__ = ["check_path", "check_regular", "open_regular", "read_regular", "shown_name", "shown_path"]
 
 _NO_WAITING = getattr(os, "O_NONBLOCK", 0)  # a pipe without a writer would wait for one; for files it means nothing
 _KINDS = {
@@ -22,6 +22,13 @@ _KINDS = {
 }
 _LONGEST_NAME = 200
 _COPY = "write what it holds to a file first"
+
+
+def check_path(path: object) -> None:
+    """Raise InputError for what is not a path."""
+    if not isinstance(path, str | os.PathLike):
+        what = f"a path of type {type(path).__name__}"
+        raise InputError(what, allowed="text, or a pathlib.Path", next_step="give the name of a file")
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:

@@ -26,7 +26,7 @@ from surgery.kinds.layers.carried import copy_module
 from surgery.kinds.layers.held import held_skip
 from surgery.kinds.layers.modules import is_outlined
 from surgery.kinds.layers.recurrent_forms import loop_of
-from surgery.kinds.layers.unpacking import has_packed, pack_all, unpack_all
+from surgery.kinds.layers.unpacking import has_packed, is_packed, pack_all, unpack_all
 from surgery.kinds.observed import Observed
 
 __all__ = ["OpenGraphModule"]
@@ -195,7 +195,7 @@ class OpenGraphModule(GraphEdits):
 
 def _is_packed(model: GraphModule) -> bool:
     # models like these are copied even if nothing is to be changed, since opening unpacks them
-    attends = any(name.endswith("in_proj_weight") for name, _ in model.named_parameters())
+    attends = any(is_packed(name) for name, _ in model.named_parameters())
     return attends or any(is_kernel(node) for node in model.graph.nodes)
 
 

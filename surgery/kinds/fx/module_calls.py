@@ -48,7 +48,7 @@ class GraphEdits(FunctionEdits):
         calls = [node for node in self.graph.find_nodes(op="call_module") if self._is_chain(node)]
         chain_calls = [ChainCall(node, node.all_input_nodes[0], str(node.target)) for node in calls]
         self._known = {each.chain.names: each for each in known}
-        recorded = self.record.factored | _sites_by_stack(self.graph)
+        recorded = frozenset(self.record.sites) | _sites_by_stack(self.graph)
         extras = Extras(known, chain_calls, broken, layers_of(self.root), self.record.origins, recorded)
         return make_flow(self.reader, self.shape, extras)
 

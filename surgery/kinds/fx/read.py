@@ -30,6 +30,7 @@ from surgery.kinds.layers.modules import (
     weight_path,
 )
 from surgery.kinds.layers.tensors import count, key_of, refuse_tensor
+from surgery.kinds.layers.unpacking import is_packed
 from surgery.kinds.layers.within import Within, within_of
 from surgery.sites.epilogue import Loop
 from surgery.sites.flow import Call, Left, Tensors, site_name
@@ -177,7 +178,7 @@ class Reader:
             return self._refuse_weight(node, parts.weight)
         operator: Operator | Refusal
         # packed projections that can be unpacked were unpacked before; the ones that are left are used in other ways
-        if weight.endswith("in_proj_weight"):
+        if is_packed(weight):
             operator = Refusal("attention does not use its packed weight (in_proj_weight) in one product on one input")
         else:
             operator = self._build(parts)
@@ -217,7 +218,7 @@ class Reader:
         found = []
         for node in self.nodes:
             parts = read_call(node)
-            if isinstance(parts, Parts) and self.providers.get(parts.weight, "").endswith("in_proj_weight"):
+            if isinstance(parts, Parts) and is_packed(self.providers.get(parts.weight, "")):
                 operator = self._build(parts)
                 if isinstance(operator, Operator):
                     found.append(self._call(node, parts, operator))

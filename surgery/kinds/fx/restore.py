@@ -28,6 +28,8 @@ from surgery.kinds.fx.recipe import leaves, run_recipe, write_recipe
 
 __all__ = ["restore_computed"]
 
+_MOST = 0.5  # relative error of a weight; farther from it than this, parameters no longer stand for it
+_FAR = "no parameters give the composed weight; the relative error of the nearest is"
 _BASE = 32  # places are written as digits in this base
 _Numbers = Mapping[str, Tensor]
 
@@ -75,6 +77,8 @@ def restore_computed(kind: _Kind, entry: Any, weight: Tensor, *, like: Node) -> 
         raise
     except Exception as problem:  # a record may contain anything, and operators may raise anything
         return None, f"its weight was computed, and is a parameter now: the record of that cannot be used ({problem})"
+    if not error <= _MOST:
+        return None, f"its weight was computed, and is a parameter now: {_FAR} {error:.1e}"
     names = {name: parameter.names for name, parameter in kept.parameters.items()}
     for name, parameter in kept.parameters.items():
         kind.add_parameter(names[name], nn.Parameter(numbers[name], requires_grad=parameter.trains))

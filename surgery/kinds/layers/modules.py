@@ -27,7 +27,6 @@ __all__ = [
     "buffers_of",
     "build_module",
     "called_shape",
-    "ends_with_operator",
     "is_operator_module",
     "is_outlined",
     "is_tracked_norm",
@@ -90,12 +89,6 @@ def called_shape(module: nn.Module, shape: Shape) -> Shape:
     """
     within = within_of(module)
     return inner_shape(module, within, shape) if isinstance(within, Within) else shape
-
-
-def ends_with_operator(module: nn.Module) -> bool:
-    """Whether a module returns the output of its operator unchanged."""
-    within = within_of(module)
-    return not isinstance(within, Within) or within.ends
 
 
 def is_outlined(module: nn.Module) -> bool:

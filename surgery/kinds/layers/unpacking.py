@@ -14,7 +14,7 @@ from surgery.kinds.layers.attention import UnpackedAttention
 from surgery.kinds.layers.modules import replace_module
 from surgery.kinds.layers.recurrent import UnpackedRecurrent
 
-__all__ = ["Originals", "refuse_inplace", "has_packed", "pack_all", "packed_parameter", "unpack_all"]
+__all__ = ["Originals", "has_packed", "is_packed", "pack_all", "packed_parameter", "refuse_inplace", "unpack_all"]
 
 _Packed = nn.MultiheadAttention | nn.RNNBase
 _Unpacked = UnpackedAttention | UnpackedRecurrent
@@ -31,6 +31,15 @@ def refuse_inplace(model: nn.Module) -> str | None:
     if isinstance(model, _Packed | _Unpacked):
         return f"a model that consists only of {type(model).__name__} cannot be changed in place"
     return None
+
+
+def is_packed(name: str) -> bool:
+    """Whether a parameter is the packed projections of torch's attention, which has this name for them alone.
+
+    >>> is_packed("block.attention.in_proj_weight"), is_packed("my_in_proj_weight")
+    (True, False)
+    """
+    return name.rpartition(".")[2] == "in_proj_weight"
 
 
 def packed_parameter(site: str) -> tuple[str, int, int] | None:
