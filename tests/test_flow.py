@@ -232,7 +232,7 @@ def test_only_the_registry_asks_of_what_class_a_model_is() -> None:
 def test_a_factor_of_a_site_that_cannot_be_cut_is_no_site_of_its_own() -> None:
     """Factors that two sites share, and chains of which nothing says how they were made, are recomposed first."""
     shared = linear(1)
-    elements = [Other(0), call(1, 0, "p.0.weight", shared), call(2, 1, "p.1.weight")]
+    elements: list[Element] = [Other(0), call(1, 0, "p.0.weight", shared), call(2, 1, "p.1.weight")]
     elements += [call(3, 0, "q.0.weight", shared), call(4, 3, "q.1.weight")]
     reads = {1: [0], 2: [1], 3: [0], 4: [3]}
     made = {"p": ("svd", (WIDTH,)), "q": ("svd", (WIDTH,))}
