@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import surgery
+from surgery import Goal
 from surgery.algebra.chain import Chain, relative_error
 from surgery.errors import CheckError, Refusal
 from surgery.factorizations import FACTORIZATIONS, Factorization, Ranks
@@ -20,10 +21,15 @@ from surgery.passes.recompose import recompose
 from surgery.sites.site import FactoredSite
 from tests.cases import Case
 from tests.fitted import EXACT, composed, each, factor, halved, slack
+from tests.test_calibration_models import as_kind
 from tests.test_graphs import assert_same, counted_macs, every_graph, lower_ranks, outputs, shapes, unique_parameters
 from tests.zoo import graph
 
 NESTED = ("svd", "spatial", "depthwise")  # truncated SVDs, of which each lower one is part of a higher one
+
+
+def dense_net() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 24)).eval()
 
 
 def cut(method: Factorization, case: Case, chain: Chain, ranks: Ranks) -> Cut:
@@ -124,3 +130,24 @@ def test_another_method_says_why_it_leaves_a_chain_alone() -> None:
     assert {s.name: s.reason for s in other.skips}["1.body.0.0"] == (
         "it is factored by svd already; recompose it first for another method"
     )
+
+
+@pytest.mark.parametrize("kind", ["module", "program"])
+@pytest.mark.parametrize("asked", [{"ranks": 2}, {"ranks": 2, "include": ["0"]}], ids=["all", "chain"])
+def test_calibration_cuts_chains_and_fits_the_other_sites(kind: str, asked: dict[str, Any]) -> None:
+    x = torch.randn(64, 16)
+    part = as_kind(surgery.decompose(dense_net(), x[:8], ranks=8, include=["0"]).model, kind, x[:8])
+    result = surgery.decompose(part, x[:8], calibration=x, **asked)
+    assert {c.site: c.rank for c in result.changes} == dict.fromkeys(["0"] if "include" in asked else ["0", "2"], (2,))
+    assert result.seen is not None
+
+
+@pytest.mark.parametrize("goal", [Goal.error(0.9, cost="macs"), Goal.error(0.9, cost="params")], ids=str)
+def test_a_goal_leaves_chains_and_factors_the_other_sites(goal: Goal) -> None:
+    x = torch.randn(64, 16)
+    part = surgery.decompose(dense_net(), x[:8], ranks=8, include=["0"]).model
+    result = surgery.decompose(part, x[:8], ranks=goal, calibration=x)
+    assert [c.site for c in result.changes] == ["2"]
+    assert result.plan["0"].reason == "it is factored already; give it ranks to cut it further"
+    whole = surgery.decompose(part, x[:8], ranks=2).model  # without a site that could be fitted
+    assert not surgery.decompose(whole, x[:8], ranks=goal, calibration=x).changes

@@ -23,10 +23,11 @@ from surgery.passes.results import DecomposeResult, Search
 from surgery.passes.rule_plans import plan_for
 from surgery.passes.site_options import Pricing
 from surgery.passes.verdict import promise_of_original
+from surgery.plans.faster import FACTORED_ALREADY
 from surgery.plans.goal import Goal
 from surgery.plans.plan import Plan
 from surgery.plans.prices import Counted, Measured, Prices, Ruled
-from surgery.sites.site import select
+from surgery.sites.site import FactoredSite, select
 
 __all__ = ["by_goal", "by_plan", "propose"]
 
@@ -106,7 +107,7 @@ class _Shown:
 def _searched(
     job: Job, goal: Goal, instruments: Instruments, original: Original, shown: _Shown
 ) -> tuple[Proposal, PromiseEvidence]:
-    reasons = dict(shown.reasons)
+    reasons = _factored_already(original) | dict(shown.reasons)
     reasons |= unreached(original, [name for name in original.sites if name not in reasons])
     evidence = read_evidence(
         original,
@@ -130,6 +131,11 @@ def _searched(
     planner = ByPromise(goal, pricing, instruments.margin, job.progress)
     known = PromiseEvidence(original, evidence, fitter, clock, reasons)
     return planner.propose(list(original.sites.values()), known), known
+
+
+def _factored_already(original: Original) -> dict[str, str]:
+    """Return why a goal leaves the chains alone that stand in the model already."""
+    return {name: FACTORED_ALREADY for name, site in original.sites.items() if isinstance(site, FactoredSite)}
 
 
 def _prices(goal: Goal, instruments: Instruments, ruled: Plan | None) -> Prices:
