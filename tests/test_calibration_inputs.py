@@ -79,8 +79,9 @@ def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
             read_calibration(tmp_path / name, model)
     with pytest.raises(InputError, match="type int"):
         read_calibration(3, model)
-    with pytest.raises(InputError, match="no calibration input"):
-        read_calibration([], model)
+    for nothing in ([], images(0), [images(0), images(0)]):
+        with pytest.raises(InputError, match="no calibration input"):
+            read_calibration(nothing, model)
     with pytest.raises(InputError, match="have no x"):
         read_calibration({"y": images(2), "z": images(2)}, model)
     with pytest.raises(InputError, match="more than the number"):
