@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery import Goal
+from surgery import Goal, OnnxRuntime
 from surgery.algebra.chain import Chain, relative_error
 from surgery.errors import CheckError, Refusal
 from surgery.factorizations import FACTORIZATIONS, Factorization, Ranks
@@ -151,3 +151,18 @@ def test_a_goal_leaves_chains_and_factors_the_other_sites(goal: Goal) -> None:
     assert result.plan["0"].reason == "it is factored already; give it ranks to cut it further"
     whole = surgery.decompose(part, x[:8], ranks=2).model  # without a site that could be fitted
     assert not surgery.decompose(whole, x[:8], ranks=goal, calibration=x).changes
+
+
+def test_the_latency_of_a_chain_that_stands_there_is_its_own() -> None:
+    timed: list[Any] = []
+
+    class Known(OnnxRuntime):
+        def compare(self, dense: Any, chain: Any, shape: Any) -> Any:
+            timed.append(dense)
+            return surgery.Comparison(2.0, 1.0, 2.0, 2.0, 2.0, "faster")
+
+    part = surgery.decompose(dense_net(), torch.randn(8, 16), ranks=8).model
+    found = surgery.plan(part, torch.randn(8, 16), ranks=2, backend=Known(keep=False))
+    assert found["0"].dense_latency == 2.0
+    assert timed
+    assert all(isinstance(dense, Chain) for dense in timed)
