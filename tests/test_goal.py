@@ -12,6 +12,11 @@ from torch import nn
 import surgery
 from surgery import Goal, OnnxRuntime, Plan
 from surgery.errors import InputError, RankError
+from surgery.passes.fitter import FitOptions
+from surgery.passes.instruments import Instruments
+from surgery.passes.job import Selection, read_job
+from surgery.passes.original import Original
+from surgery.passes.run import propose
 from surgery.plans.rules import parse_ranks
 
 X = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
@@ -101,6 +106,29 @@ def test_what_cannot_be_said_together_is_one_clear_error(arguments: dict[str, An
 def test_a_plan_ignores_nothing_that_it_is_given(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         surgery.plan(network(), X[:2], **arguments)
+
+
+class Untimed(OnnxRuntime):
+    """A backend that must not be asked."""
+
+    def compare(self, dense: Any, chain: Any, shape: Any) -> Any:
+        raise AssertionError("a count needs no timing")
+
+
+@pytest.mark.parametrize("cost", ["macs", "params"])
+@pytest.mark.parametrize("goal", [Goal.error, lambda limit, cost: Goal.drop(limit, metric, cost=cost)])
+def test_a_goal_that_counts_its_cost_times_nothing(goal: Any, cost: str) -> None:
+    asked = goal(0.99, cost=cost)
+    job = read_job(network(), X[:2], asked, Selection(exclude=("2",)), FitOptions())
+    instruments = Instruments(backend=Untimed(keep=False))
+    plan = propose(job, asked, instruments, Original(job.model, job.inputs))[0].plan
+    assert plan["0"].factorization is not None
+    assert plan["2"].reason == "excluded"
+    found = plan["0"].parameters if cost == "params" else plan["0"].macs
+    dense = plan["0"].dense_parameters if cost == "params" else plan["0"].dense_macs
+    assert found is not None
+    assert dense is not None
+    assert found < dense
 
 
 def test_a_promise_has_no_preview() -> None:
