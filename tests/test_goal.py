@@ -67,6 +67,20 @@ def test_goals_are_values() -> None:
     ]
 
 
+@pytest.mark.parametrize("function", [surgery.decompose, surgery.plan, surgery.preview])
+def test_a_text_is_one_pattern(function: Any) -> None:
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(11))).eval()
+    found = function(model, torch.randn(2, 16), ranks=4, include="10")
+    rows = found if isinstance(found, Plan) else found.plan
+    assert [d.site for d in rows if not d.dense] == ["10"]
+
+
+def test_a_plan_is_the_first_argument_of_apply() -> None:
+    for given in (5, network()):
+        with pytest.raises(InputError, match=r"the plan is a .*; allowed: surgery\.Plan"):
+            surgery.apply(given, network())  # type: ignore[arg-type]
+
+
 MADE = Plan(())
 TOGETHER: list[tuple[dict[str, Any], str]] = [
     ({"ranks": MADE, "factorization": "svd"}, "factorization with a plan, which says it for each site"),
@@ -79,6 +93,9 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     ({"ranks": 4, "calibration": X, "groups": 1.5}, "groups=1.5; allowed"),
     ({"ranks": 4, "solver": "magic"}, "the solver 'magic' is not known; allowed"),
     ({"ranks": MADE, "solver": "magic"}, "the solver 'magic' is not known; allowed"),
+    ({"ranks": 4, "include": 5}, "include=5; allowed: glob patterns"),
+    ({"ranks": 4, "exclude": ["0", 5]}, r"exclude=\['0', 5\]; allowed: glob patterns"),
+    ({"ranks": 4, "progress": 5}, "progress=5; allowed: a function"),
     ({"ranks": ANY.error(backend=3)}, "backend is a int; allowed: surgery.Backend"),
     (
         {"ranks": Goal.error(cost="macs", backend=OnnxRuntime(keep=False)), "calibration": X},

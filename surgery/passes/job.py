@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,7 +18,7 @@ from surgery.plans.plan import Plan
 from surgery.plans.planner import Progress, silent
 from surgery.plans.rules import RankSpec, parse_ranks
 
-__all__ = ["Asked", "Job", "Joint", "Selection", "read_job", "read_ranks"]
+__all__ = ["Asked", "Job", "Joint", "Selection", "read_job", "read_patterns", "read_ranks", "read_selection"]
 
 Joint: TypeAlias = str | Sequence[Sequence[str]]
 Asked: TypeAlias = RankSpec | Plan | Goal
@@ -47,6 +47,33 @@ class Job:
     progress: Progress = silent
 
 
+def read_selection(*, factorization: str, include: Any, exclude: Any, joint: Joint) -> Selection:
+    """Return the selection that arguments say.
+
+    Raises:
+        InputError: patterns that are no text.
+    """
+    return Selection(factorization, read_patterns(include, "include"), read_patterns(exclude, "exclude"), joint)
+
+
+def read_patterns(given: Any, name: str) -> tuple[str, ...]:
+    """Return the glob patterns of an argument of this name; a text is one pattern.
+
+    Raises:
+        InputError: something else than text.
+
+    >>> read_patterns("10", "include"), read_patterns(["0", "fc*"], "include")
+    (('10',), ('0', 'fc*'))
+    """
+    if isinstance(given, str):
+        return (given,)
+    patterns = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        what = f"{name}={given!r}"
+        raise InputError(what, allowed="glob patterns of site names", next_step=f"say for example {name}=['fc*']")
+    return patterns
+
+
 def read_job(
     model: Model,
     example_inputs: Any,
@@ -66,6 +93,9 @@ def read_job(
     asked = read_ranks(ranks)
     _check_together(asked, selection, data=calibration is not None)
     _check_fits(fits, data=calibration is not None)
+    if progress is not None and not callable(progress):
+        what = f"progress={progress!r}"
+        raise InputError(what, allowed="a function of a name, the number done and the number of all, or None")
     samples = None if calibration is None else read_calibration(calibration, model, example_inputs)
     inputs = normalise_inputs(example_inputs)
     if samples is not None and not any(inputs) and not kind_of(model).brings_inputs():

@@ -10,7 +10,7 @@ from surgery.kinds.inputs import normalise_inputs
 from surgery.kinds.registry import Model
 from surgery.passes.fitter import FitOptions
 from surgery.passes.instruments import backend_of, instruments_of
-from surgery.passes.job import Asked, Job, Joint, Selection, read_job
+from surgery.passes.job import Asked, Job, Joint, read_job, read_selection
 from surgery.passes.original import Original
 from surgery.passes.result_of import result_of
 from surgery.passes.results import DecomposeResult
@@ -75,7 +75,7 @@ def plan(
         RankError: ranks out of bounds, or a budget that cannot be met.
         CaptureError: the graph of an nn.Module can be neither traced nor exported.
     """
-    selection = Selection(factorization, tuple(include), tuple(exclude), joint)
+    selection = read_selection(factorization=factorization, include=include, exclude=exclude, joint=joint)
     fits = FitOptions(solver, groups)
     if not isinstance(ranks, Goal) and ranks != "auto":
         _refuse_data(calibration, solver)
@@ -105,7 +105,7 @@ def preview(
     Arguments and errors are those of ``plan``. What a goal comes to is known by measuring models alone: see the result
     of ``decompose``.
     """
-    selection = Selection(factorization, tuple(include), tuple(exclude), joint)
+    selection = read_selection(factorization=factorization, include=include, exclude=exclude, joint=joint)
     job = read_job(model, example_inputs, ranks, selection, FitOptions(), progress=progress)
     if isinstance(job.ranks, Goal):
         what = f"preview of the promise {job.ranks}, which is known by building models"
