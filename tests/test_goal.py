@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery import Goal, OnnxRuntime, Plan
+from surgery import Decision, Goal, OnnxRuntime, Plan
 from surgery.errors import InputError, RankError
 from surgery.passes.fitter import FitOptions
 from surgery.passes.instruments import Instruments
@@ -46,6 +46,7 @@ def metric(module: nn.Module) -> float:
         (lambda: Goal.speedup(0.5), r"target_speedup=0\.5; allowed: numbers from 1"),
         (lambda: Goal("target_speedup", 2.0, cost="macs"), r"Goal\.speedup with cost='macs'; allowed: cost='latency'"),
         (lambda: Goal("max_error", 0.1, best_effort=True), r"Goal\.error with best_effort; allowed"),
+        (lambda: ANY.speedup(1.5, best_effort="no"), r"best_effort='no'; allowed: True, False"),
         (lambda: Goal.drop(-0.1, metric), r"max_drop=-0\.1; allowed: numbers from 0"),
         (lambda: Goal("max_drop", 0.1), r"Goal\.drop has no metric"),
         (lambda: ANY("energy", 0.1), "the goal 'energy' is not known; allowed: max_error"),
@@ -96,6 +97,17 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     ({"ranks": 4, "include": 5}, "include=5; allowed: glob patterns"),
     ({"ranks": 4, "exclude": ["0", 5]}, r"exclude=\['0', 5\]; allowed: glob patterns"),
     ({"ranks": 4, "progress": 5}, "progress=5; allowed: a function"),
+    ({"ranks": 4, "solver": "pp", "factorization": "svd"}, "the solver 'pp' for svd; allowed: auto, tensorly"),
+    ({"ranks": Goal.error(), "solver": "pp", "factorization": "svd"}, "the solver 'pp' for svd"),
+    (
+        {"ranks": Plan((Decision("0", "svd", (4,)),)), "solver": "gd"},
+        "the solver 'gd' for svd; allowed: auto, tensorly",
+    ),
+    (
+        {"ranks": 4, "joint": ["0", "2"]},
+        r"joint=\['0', '2'\], in which '0' is no group; allowed: \"inputs\", or groups",
+    ),
+    ({"ranks": 4, "joint": 5}, "joint=5, in which 5 is no group"),
     ({"ranks": ANY.error(backend=3)}, "backend is a int; allowed: surgery.Backend"),
     (
         {"ranks": Goal.error(cost="macs", backend=OnnxRuntime(keep=False)), "calibration": X},

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from surgery.data.samples import Calibration, read_calibration
 from surgery.errors import InputError
-from surgery.factorizations import SOLVERS
+from surgery.factorizations import FACTORIZATIONS, SOLVERS
 from surgery.kinds.inputs import Inputs, normalise_inputs
 from surgery.kinds.registry import Model, kind_of
 from surgery.passes.fitter import FitOptions
@@ -51,9 +51,23 @@ def read_selection(*, factorization: str, include: Any, exclude: Any, joint: Joi
     """Return the selection that arguments say.
 
     Raises:
-        InputError: patterns that are no text.
+        InputError: patterns that are no text, or groups that are none.
     """
-    return Selection(factorization, read_patterns(include, "include"), read_patterns(exclude, "exclude"), joint)
+    patterns = read_patterns(include, "include"), read_patterns(exclude, "exclude")
+    return Selection(factorization, *patterns, _read_joint(joint))
+
+
+def _read_joint(joint: Any) -> Joint:
+    """Return the groups; a name in the place of a group would be read letter by letter."""
+    if isinstance(joint, str):
+        return joint
+    groups = list(joint) if isinstance(joint, Iterable) else [joint]
+    for group in groups:
+        if isinstance(group, str) or not isinstance(group, Iterable):
+            what = f"joint={joint!r}, in which {group!r} is no group"
+            allowed = '"inputs", or groups of site names'
+            raise InputError(what, allowed=allowed, next_step="say for example joint=[('q', 'k')]")
+    return [list(group) for group in groups]
 
 
 def read_patterns(given: Any, name: str) -> tuple[str, ...]:
@@ -93,6 +107,7 @@ def read_job(
     asked = read_ranks(ranks)
     _check_together(asked, selection, data=calibration is not None)
     _check_fits(fits, data=calibration is not None)
+    _check_solver(fits.solver, asked, selection)
     if progress is not None and not callable(progress):
         what = f"progress={progress!r}"
         raise InputError(what, allowed="a function of a name, the number done and the number of all, or None")
@@ -143,9 +158,6 @@ def _check_together(ranks: Asked, selection: Selection, *, data: bool) -> None:
 
 
 def _check_fits(fits: FitOptions, *, data: bool) -> None:
-    if fits.solver not in SOLVERS:
-        what = f"the solver {fits.solver!r} is not known"
-        raise InputError(what, allowed=", ".join(SOLVERS), next_step="say one of these")
     groups = fits.groups
     if groups is None:
         return
@@ -154,3 +166,16 @@ def _check_fits(fits: FitOptions, *, data: bool) -> None:
     if not data:
         what = f"groups={groups} without calibration data, to which groups are fitted"
         raise InputError(what, next_step="give calibration as well, or leave groups out")
+
+
+def _check_solver(solver: str, ranks: Asked, selection: Selection) -> None:
+    """Refuse a solver that no method has; of "auto" those methods use it that have it."""
+    if solver not in SOLVERS:
+        what = f"the solver {solver!r} is not known"
+        raise InputError(what, allowed=", ".join(SOLVERS), next_step="say one of these")
+    names = {d.factorization for d in ranks} if isinstance(ranks, Plan) else {selection.factorization}
+    methods = [method for name, method in FACTORIZATIONS.items() if name in names]
+    if methods and not any(solver in method.solvers for method in methods):
+        allowed = dict.fromkeys(name for method in methods for name in method.solvers)
+        what = f"the solver {solver!r} for {', '.join(method.name for method in methods)}"
+        raise InputError(what, allowed=", ".join(allowed), next_step="say one of these, or leave solver out")

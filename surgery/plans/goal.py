@@ -60,6 +60,8 @@ class Goal:
         if self.kind == "target_speedup" and self.cost != "latency":
             what = f"Goal.speedup with cost={self.cost!r}"
             raise InputError(what, allowed="cost='latency', since a speed-up is measured", next_step="leave cost out")
+        if not isinstance(self.best_effort, bool):
+            raise InputError(f"best_effort={self.best_effort!r}", allowed="True, False", next_step="say one of these")
         if self.best_effort and self.kind != "target_speedup":
             what = f"{_CALLS[self.kind]} with best_effort"
             raise InputError(what, allowed="best_effort with Goal.speedup alone", next_step="leave it out")
