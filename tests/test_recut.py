@@ -12,7 +12,7 @@ from torch import nn
 import surgery
 from surgery import Goal, OnnxRuntime
 from surgery.algebra.chain import Chain, relative_error
-from surgery.errors import CheckError, Refusal
+from surgery.errors import CheckError, RankError, Refusal
 from surgery.factorizations import FACTORIZATIONS, Factorization, Ranks
 from surgery.factorizations.recut import Cut, chain_spectra, recut
 from surgery.passes.decompose import decompose
@@ -166,3 +166,12 @@ def test_the_latency_of_a_chain_that_stands_there_is_its_own() -> None:
     assert found["0"].dense_latency == 2.0
     assert timed
     assert all(isinstance(dense, Chain) for dense in timed)
+
+
+def test_a_rank_above_that_of_a_chain_says_what_the_chain_has() -> None:
+    x = torch.randn(8, 16)
+    plan = surgery.plan(dense_net(), x, ranks=8)
+    part = surgery.decompose(dense_net(), x, ranks=4).model
+    message = "site '0', which is factored already, cannot take rank 8; allowed: svd rank 1 to 4"
+    with pytest.raises(RankError, match=message):
+        surgery.decompose(part, x, ranks=plan)

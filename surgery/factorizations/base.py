@@ -154,10 +154,10 @@ class Factorization(ABC):
             got = ",".join(map(str, ranks))
             raise RankError(f"{self.name} cannot take rank {got} here", allowed=self.spans(operator))
 
-    def spans(self, operator: Operator) -> str:
-        """Return the span of each rank in words, as ``out 1 to 8, in 1 to 6``."""
+    def spans(self, operator: Operator, full: Ranks | None = None) -> str:
+        """Return the span of each rank in words, as ``out 1 to 8, in 1 to 6``; up to other than the full ranks."""
         names = self.rank_names(tuple(operator.kernel.shape))
-        rows = zip(names, self.max_ranks(operator), strict=True)
+        rows = zip(names, self.max_ranks(operator) if full is None else full, strict=True)
         return ", ".join(f"{name} 1 to {full}" for name, full in rows)
 
     def factor(self, operator: Operator, ranks: Ranks, *, solver: str = "auto") -> Chain | Refusal:
