@@ -13,7 +13,7 @@ import surgery
 from surgery import Decision, Goal, OnnxRuntime, Plan
 from surgery.errors import InputError, RankError
 from surgery.passes.fitter import FitOptions
-from surgery.passes.instruments import Instruments
+from surgery.passes.instruments import Instruments, instruments_of
 from surgery.passes.job import Selection, read_job
 from surgery.passes.original import Original
 from surgery.passes.run import propose
@@ -108,7 +108,8 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
         r"joint=\['0', '2'\], in which '0' is no group; allowed: \"inputs\", or groups",
     ),
     ({"ranks": 4, "joint": 5}, "joint=5, in which 5 is no group"),
-    ({"ranks": ANY.error(backend=3)}, "backend is a int; allowed: surgery.Backend"),
+    ({"ranks": ANY.error(backend=3)}, "backend is a int; allowed: surgery.Backend, onnxruntime"),
+    ({"ranks": Goal.error(backend="abacus")}, "the backend 'abacus' is not known; allowed: onnxruntime"),
     (
         {"ranks": Goal.error(cost="macs", backend=OnnxRuntime(keep=False)), "calibration": X},
         "a backend with cost='macs' and calibration data, for which nothing is timed",
@@ -130,6 +131,7 @@ def test_what_cannot_be_said_together_is_one_clear_error(arguments: dict[str, An
         ({"ranks": 4, "solver": "als"}, "solver for the plan of a rule"),
         ({"ranks": Goal.error(), "backend": OnnxRuntime(keep=False)}, "a backend with a Goal, which has its own"),
         ({"ranks": 4, "backend": 3}, "backend is a int"),
+        ({"ranks": 4, "backend": "abacus"}, "the backend 'abacus' is not known; allowed: onnxruntime"),
     ],
 )
 def test_a_plan_ignores_nothing_that_it_is_given(arguments: dict[str, Any], message: str) -> None:
@@ -176,6 +178,10 @@ def test_a_plan_is_still_narrowed() -> None:
     result = surgery.decompose(network(), X[:2], ranks=made, exclude=["2"])
     assert [change.site for change in result.changes] == ["0"]
     assert result.plan["2"].reason == "excluded"
+
+
+def test_a_backend_can_be_named() -> None:
+    assert isinstance(instruments_of(Goal.error(backend="onnxruntime")).backend, OnnxRuntime)
 
 
 def test_a_plan_with_latencies_is_carried_out_with_them() -> None:

@@ -68,7 +68,8 @@ def plan(
         model, example_inputs, factorization, include, exclude, joint, progress: as ``decompose`` takes them.
         ranks: a rule, or a ``Goal``; "measured" keeps a chain where it is measured faster than the site.
         solver, calibration, groups: how factors are fitted on the way to a goal. Rules do not look at data.
-        backend: measures the latency of each site and of its chain, for the plan; a goal has its own.
+        backend: measures the latency of each site and of its chain, for the plan: a ``Backend``, or the name of one, as
+            "onnxruntime". A goal has its own.
 
     Raises:
         InputError: arguments that cannot be used, or not together, with what is allowed.
@@ -117,8 +118,8 @@ def preview(
 
 def _ruled(job: Job, backend: Any) -> tuple[Original, Plan]:
     assert not isinstance(job.ranks, Goal)  # the callers have seen to it
-    original = Original(job.model, job.inputs)
     measuring = None if backend is None else backend_of(backend)
+    original = Original(job.model, job.inputs)
     return original, plan_for(original, job.ranks, job.selection, backend=measuring, progress=job.progress)
 
 
