@@ -47,6 +47,8 @@ def metric(module: nn.Module) -> float:
         (lambda: Goal("target_speedup", 2.0, cost="macs"), r"Goal\.speedup with cost='macs'; allowed: cost='latency'"),
         (lambda: Goal("max_error", 0.1, best_effort=True), r"Goal\.error with best_effort; allowed"),
         (lambda: ANY.speedup(1.5, best_effort="no"), r"best_effort='no'; allowed: True, False"),
+        (lambda: Goal.error(0.1, cost="macs", backend="onnxruntime"), "a backend with cost='macs', for which nothing"),
+        (lambda: Goal.drop(0, metric, cost="params", backend=OnnxRuntime(keep=False)), "a backend with cost='params'"),
         (lambda: Goal.drop(-0.1, metric), r"max_drop=-0\.1; allowed: numbers from 0"),
         (lambda: Goal("max_drop", 0.1), r"Goal\.drop has no metric"),
         (lambda: ANY("energy", 0.1), "the goal 'energy' is not known; allowed: max_error"),
@@ -110,10 +112,6 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     ({"ranks": 4, "joint": 5}, "joint=5, in which 5 is no group"),
     ({"ranks": ANY.error(backend=3)}, "backend is a int; allowed: surgery.Backend, onnxruntime"),
     ({"ranks": Goal.error(backend="abacus")}, "the backend 'abacus' is not known; allowed: onnxruntime"),
-    (
-        {"ranks": Goal.error(cost="macs", backend=OnnxRuntime(keep=False)), "calibration": X},
-        "a backend with cost='macs' and calibration data, for which nothing is timed",
-    ),
 ]
 
 

@@ -105,7 +105,7 @@ def read_job(
         RankError: ranks that do not say a rule.
     """
     asked = read_ranks(ranks)
-    _check_together(asked, selection, data=calibration is not None)
+    _check_together(asked, selection)
     _check_fits(fits, data=calibration is not None)
     _check_solver(fits.solver, asked, selection)
     if progress is not None and not callable(progress):
@@ -131,7 +131,7 @@ def read_ranks(ranks: Asked) -> Asked:
     return ranks
 
 
-def _check_together(ranks: Asked, selection: Selection, *, data: bool) -> None:
+def _check_together(ranks: Asked, selection: Selection) -> None:
     if isinstance(ranks, Plan):
         given = {"factorization": selection.factorization != "auto", "joint": bool(selection.joint)}
         for name in (name for name, said in given.items() if said):
@@ -149,12 +149,6 @@ def _check_together(ranks: Asked, selection: Selection, *, data: bool) -> None:
             )
         if ranks.backend is not None:
             backend_of(ranks.backend)
-        if ranks.backend is not None and ranks.cost != "latency" and data:
-            raise InputError(
-                f"a backend with cost={ranks.cost!r} and calibration data, for which nothing is timed",
-                allowed="a backend with cost='latency'",
-                next_step="leave one of them out",
-            )
 
 
 def _check_fits(fits: FitOptions, *, data: bool) -> None:

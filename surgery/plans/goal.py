@@ -60,6 +60,9 @@ class Goal:
         if self.kind == "target_speedup" and self.cost != "latency":
             what = f"Goal.speedup with cost={self.cost!r}"
             raise InputError(what, allowed="cost='latency', since a speed-up is measured", next_step="leave cost out")
+        if self.backend is not None and self.cost != "latency":
+            what = f"a backend with cost={self.cost!r}, for which nothing is timed"
+            raise InputError(what, allowed="a backend with cost='latency'", next_step="leave one of them out")
         if not isinstance(self.best_effort, bool):
             raise InputError(f"best_effort={self.best_effort!r}", allowed="True, False", next_step="say one of these")
         if self.best_effort and self.kind != "target_speedup":
