@@ -66,7 +66,8 @@ def plan(
 
     Args:
         model, example_inputs, factorization, include, exclude, joint, progress: as ``decompose`` takes them.
-        ranks: a rule, or a ``Goal``; "measured" keeps a chain where it is measured faster than the site.
+        ranks: a rule, a ``Goal``, or a ``Plan``, which is checked and completed. The rule "measured" keeps a chain
+            where it is measured faster than the site.
         solver, calibration, groups: how factors are fitted on the way to a goal. Rules do not look at data.
         backend: measures the latency of each site and of its chain, for the plan: a ``Backend``, or the name of one, as
             "onnxruntime". A goal has its own.
