@@ -90,6 +90,12 @@ def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
         observe(model, ((images(2),), {})).run(((images(2)[:, :2],), {}))
 
 
+def test_inputs_that_are_not_finite_name_the_site() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(InputError, match="site '0': its inputs have values that are not finite; check the data"):
+        collect(model, read_calibration(torch.full((4, 4), torch.inf), model))
+
+
 def test_a_fixed_batch_size_is_kept() -> None:
     program = as_kind(net(), "program", images(4))
     calibration = read_calibration(images(15), program)

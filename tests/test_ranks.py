@@ -135,6 +135,13 @@ def test_a_bad_spec_is_one_clear_error(spec: object) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_bad_rank_of_a_site_is_said_in_plain_words() -> None:
+    with pytest.raises(RankError, match=r"the ranks of '0' are 0, which cannot be used; allowed: whole numbers from 1"):
+        parse_ranks({"0": 0})
+    with pytest.raises(RankError, match=r"ranks=0, which cannot be used"):
+        parse_ranks(0)
+
+
 def test_pages_and_help_name_all_rules() -> None:
     with pytest.raises(RankError) as error:
         parse_ranks("nothing")

@@ -185,7 +185,7 @@ class Accumulator:
         if not self.count:
             raise InputError("no calibration input reached the operator")
         if not bool(torch.isfinite(self._mean).all()) or not bool(torch.isfinite(self._first).all()):
-            raise InputError("the inputs of an operator have values that are not finite", next_step="check the data")
+            raise InputError("its inputs have values that are not finite", next_step="check the data")
         if self._second is None:
             factors: tuple[Tensor, ...] = (self._first / self.count,)
         else:
