@@ -166,6 +166,19 @@ def test_a_promise_has_no_preview() -> None:
             surgery.preview(network(), X[:2], ranks=ranks)
 
 
+def test_a_predicted_error_that_is_a_bound_says_so() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 3)).eval()
+    x = torch.randn(1, 8, 8, 8)
+    for factorization, bound in (("tucker", "at most"), ("cp", "at least"), ("spatial", "")):
+        shown = surgery.preview(model, x, ranks=2, factorization=factorization)
+        assert [change.bound for change in shown.changes] == [bound]
+        assert (f"  {bound} " in repr(shown)) == bool(bound)
+        made = surgery.decompose(model, x, ranks=2, factorization=factorization)
+        assert [change.bound for change in made.changes] == [""]
+        ratio = made.changes[0].error / shown.changes[0].error
+        assert ratio <= 1 + 1e-4 if bound != "at least" else ratio >= 1 - 1e-4
+
+
 def test_a_promise_is_not_a_rule() -> None:
     with pytest.raises(RankError, match="ranks='auto' is a promise, which is not a rule"):
         parse_ranks("auto")

@@ -68,12 +68,14 @@ class Factorization(ABC):
 
     ``solvers`` are the names of its solvers: "auto" is its own best, "tensorly" the field's reference. ``automatic``
     says whether the method is tried if the user does not name one. Its errors must then follow from spectra, and its
-    chains must run fast.
+    chains must run fast. ``bound`` says what the error that spectra predict is to the error of the chain: "at most",
+    "at least", or "" where both are the same.
     """
 
     name: ClassVar[str]
     automatic: ClassVar[bool] = False
     solvers: ClassVar[tuple[str, ...]] = ("auto", "tensorly")
+    bound: ClassVar[str] = "at most"
 
     @abstractmethod
     def refuse(self, operator: Operator) -> Refusal | None:
@@ -261,6 +263,8 @@ def truncated_svd(matrix: Tensor, rank: int, solver: str) -> tuple[Tensor, Tenso
 
 class MatrixFactorization(Factorization):
     """Base of the methods with one rank, whose cores are left and right."""
+
+    bound = ""
 
     def matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Return the matrices themselves."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from surgery.errors import InputError, only_own_errors
+from surgery.factorizations import named
 from surgery.kinds.inputs import normalise_inputs
 from surgery.kinds.registry import Model
 from surgery.passes.fitter import FitOptions
@@ -13,7 +15,7 @@ from surgery.passes.instruments import backend_of, instruments_of
 from surgery.passes.job import Asked, Job, Joint, read_job, read_selection
 from surgery.passes.original import Original
 from surgery.passes.result_of import result_of
-from surgery.passes.results import DecomposeResult
+from surgery.passes.results import Change, DecomposeResult
 from surgery.passes.rule_plans import plan_for
 from surgery.passes.run import propose
 from surgery.plans.goal import Goal
@@ -114,7 +116,13 @@ def preview(
         raise InputError(what, allowed="a rule or a plan", next_step="say 'measured', or call plan or decompose")
     original, found = _ruled(job, backend)
     errors = {d.site: d.error or 0.0 for d in found if not d.dense}
-    return result_of(model, found, errors, original)
+    result = result_of(model, found, errors, original)
+    return replace(result, changes=tuple(replace(c, bound=_bound(c)) for c in result.changes))
+
+
+def _bound(change: Change) -> str:
+    """Return what the predicted error of a change is to the one that would be measured."""
+    return named(change.factorization).bound if change.error else ""
 
 
 def _ruled(job: Job, backend: Any) -> tuple[Original, Plan]:
