@@ -79,14 +79,21 @@ def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
             read_calibration(tmp_path / name, model)
     with pytest.raises(InputError, match="type int"):
         read_calibration(3, model)
-    with pytest.raises(InputError, match="no calibration input"):
-        read_calibration([], model)
+    for nothing in ([], images(0), [images(0), images(0)]):
+        with pytest.raises(InputError, match="no calibration input"):
+            read_calibration(nothing, model)
     with pytest.raises(InputError, match="have no x"):
         read_calibration({"y": images(2), "z": images(2)}, model)
     with pytest.raises(InputError, match="more than the number"):
         read_calibration([images(2), images(2)[..., :4]], model)
     with pytest.raises(InputError, match="does not run on the calibration inputs"):
         observe(model, ((images(2),), {})).run(((images(2)[:, :2],), {}))
+
+
+def test_inputs_that_are_not_finite_name_the_site() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(InputError, match="site '0': its inputs have values that are not finite; check the data"):
+        collect(model, read_calibration(torch.full((4, 4), torch.inf), model))
 
 
 def test_a_fixed_batch_size_is_kept() -> None:

@@ -118,6 +118,17 @@ def test_what_is_seen_is_the_error_on_samples_that_were_held_out() -> None:
     assert str(result.seen) in repr(result)
 
 
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(1, "1 calibration sample that chains were fitted to, too few to hold any out"), (2, "1 calibration sample")],
+)
+def test_a_fit_that_is_judged_on_what_it_was_fitted_to_says_so(count: int, said: str) -> None:
+    model, x, _ = residual()
+    result = surgery.decompose(model, x[:4], ranks=6, calibration=x[:count])
+    assert result.seen is not None
+    assert result.seen.what == said
+
+
 def test_a_rule_without_data_says_how_far_the_outputs_are() -> None:
     model, x, _ = residual()
     near, far = (surgery.decompose(model, x[:4], ranks=rank, factorization="svd") for rank in (23, 1))

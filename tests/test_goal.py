@@ -10,8 +10,13 @@ import torch
 from torch import nn
 
 import surgery
-from surgery import Goal, OnnxRuntime, Plan
+from surgery import Decision, Goal, OnnxRuntime, Plan
 from surgery.errors import InputError, RankError
+from surgery.passes.fitter import FitOptions
+from surgery.passes.instruments import Instruments, instruments_of
+from surgery.passes.job import Selection, read_job
+from surgery.passes.original import Original
+from surgery.passes.run import propose
 from surgery.plans.rules import parse_ranks
 
 X = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
@@ -41,6 +46,9 @@ def metric(module: nn.Module) -> float:
         (lambda: Goal.speedup(0.5), r"target_speedup=0\.5; allowed: numbers from 1"),
         (lambda: Goal("target_speedup", 2.0, cost="macs"), r"Goal\.speedup with cost='macs'; allowed: cost='latency'"),
         (lambda: Goal("max_error", 0.1, best_effort=True), r"Goal\.error with best_effort; allowed"),
+        (lambda: ANY.speedup(1.5, best_effort="no"), r"best_effort='no'; allowed: True, False"),
+        (lambda: Goal.error(0.1, cost="macs", backend="onnxruntime"), "a backend with cost='macs', for which nothing"),
+        (lambda: Goal.drop(0, metric, cost="params", backend=OnnxRuntime(keep=False)), "a backend with cost='params'"),
         (lambda: Goal.drop(-0.1, metric), r"max_drop=-0\.1; allowed: numbers from 0"),
         (lambda: Goal("max_drop", 0.1), r"Goal\.drop has no metric"),
         (lambda: ANY("energy", 0.1), "the goal 'energy' is not known; allowed: max_error"),
@@ -62,6 +70,20 @@ def test_goals_are_values() -> None:
     ]
 
 
+@pytest.mark.parametrize("function", [surgery.decompose, surgery.plan, surgery.preview])
+def test_a_text_is_one_pattern(function: Any) -> None:
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(11))).eval()
+    found = function(model, torch.randn(2, 16), ranks=4, include="10")
+    rows = found if isinstance(found, Plan) else found.plan
+    assert [d.site for d in rows if not d.dense] == ["10"]
+
+
+def test_a_plan_is_the_first_argument_of_apply() -> None:
+    for given in (5, network()):
+        with pytest.raises(InputError, match=r"the plan is a .*; allowed: surgery\.Plan"):
+            surgery.apply(given, network())  # type: ignore[arg-type]
+
+
 MADE = Plan(())
 TOGETHER: list[tuple[dict[str, Any], str]] = [
     ({"ranks": MADE, "factorization": "svd"}, "factorization with a plan, which says it for each site"),
@@ -74,11 +96,22 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     ({"ranks": 4, "calibration": X, "groups": 1.5}, "groups=1.5; allowed"),
     ({"ranks": 4, "solver": "magic"}, "the solver 'magic' is not known; allowed"),
     ({"ranks": MADE, "solver": "magic"}, "the solver 'magic' is not known; allowed"),
-    ({"ranks": ANY.error(backend=3)}, "backend is a int; allowed: surgery.Backend"),
+    ({"ranks": 4, "include": 5}, "include=5; allowed: glob patterns"),
+    ({"ranks": 4, "exclude": ["0", 5]}, r"exclude=\['0', 5\]; allowed: glob patterns"),
+    ({"ranks": 4, "progress": 5}, "progress=5; allowed: a function"),
+    ({"ranks": 4, "solver": "pp", "factorization": "svd"}, "the solver 'pp' for svd; allowed: auto, tensorly"),
+    ({"ranks": Goal.error(), "solver": "pp", "factorization": "svd"}, "the solver 'pp' for svd"),
     (
-        {"ranks": Goal.error(cost="macs", backend=OnnxRuntime(keep=False)), "calibration": X},
-        "a backend with cost='macs' and calibration data, for which nothing is timed",
+        {"ranks": Plan((Decision("0", "svd", (4,)),)), "solver": "gd"},
+        "the solver 'gd' for svd; allowed: auto, tensorly",
     ),
+    (
+        {"ranks": 4, "joint": ["0", "2"]},
+        r"joint=\['0', '2'\], in which '0' is no group; allowed: \"inputs\", or groups",
+    ),
+    ({"ranks": 4, "joint": 5}, "joint=5, in which 5 is no group"),
+    ({"ranks": ANY.error(backend=3)}, "backend is a int; allowed: surgery.Backend, onnxruntime"),
+    ({"ranks": Goal.error(backend="abacus")}, "the backend 'abacus' is not known; allowed: onnxruntime"),
 ]
 
 
@@ -96,6 +129,7 @@ def test_what_cannot_be_said_together_is_one_clear_error(arguments: dict[str, An
         ({"ranks": 4, "solver": "als"}, "solver for the plan of a rule"),
         ({"ranks": Goal.error(), "backend": OnnxRuntime(keep=False)}, "a backend with a Goal, which has its own"),
         ({"ranks": 4, "backend": 3}, "backend is a int"),
+        ({"ranks": 4, "backend": "abacus"}, "the backend 'abacus' is not known; allowed: onnxruntime"),
     ],
 )
 def test_a_plan_ignores_nothing_that_it_is_given(arguments: dict[str, Any], message: str) -> None:
@@ -103,10 +137,46 @@ def test_a_plan_ignores_nothing_that_it_is_given(arguments: dict[str, Any], mess
         surgery.plan(network(), X[:2], **arguments)
 
 
+class Untimed(OnnxRuntime):
+    """A backend that must not be asked."""
+
+    def compare(self, dense: Any, chain: Any, shape: Any) -> Any:
+        raise AssertionError("a count needs no timing")
+
+
+@pytest.mark.parametrize("cost", ["macs", "params"])
+@pytest.mark.parametrize("goal", [Goal.error, lambda limit, cost: Goal.drop(limit, metric, cost=cost)])
+def test_a_goal_that_counts_its_cost_times_nothing(goal: Any, cost: str) -> None:
+    asked = goal(0.99, cost=cost)
+    job = read_job(network(), X[:2], asked, Selection(exclude=("2",)), FitOptions())
+    instruments = Instruments(backend=Untimed(keep=False))
+    plan = propose(job, asked, instruments, Original(job.model, job.inputs))[0].plan
+    assert plan["0"].factorization is not None
+    assert plan["2"].reason == "excluded"
+    found = plan["0"].parameters if cost == "params" else plan["0"].macs
+    dense = plan["0"].dense_parameters if cost == "params" else plan["0"].dense_macs
+    assert found is not None
+    assert dense is not None
+    assert found < dense
+
+
 def test_a_promise_has_no_preview() -> None:
     for ranks in ("auto", Goal.speedup(2)):
         with pytest.raises(InputError, match="which is known by building models"):
             surgery.preview(network(), X[:2], ranks=ranks)
+
+
+def test_a_predicted_error_that_is_a_bound_says_so() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 3)).eval()
+    x = torch.randn(1, 8, 8, 8)
+    for factorization, bound in (("tucker", "at most"), ("cp", "at least"), ("spatial", "")):
+        shown = surgery.preview(model, x, ranks=2, factorization=factorization)
+        assert [change.bound for change in shown.changes] == [bound]
+        assert (f"  {bound} " in repr(shown)) == bool(bound)
+        made = surgery.decompose(model, x, ranks=2, factorization=factorization)
+        assert [change.bound for change in made.changes] == [""]
+        ratio = made.changes[0].error / shown.changes[0].error
+        assert ratio <= 1 + 1e-4 if bound != "at least" else ratio >= 1 - 1e-4
 
 
 def test_a_promise_is_not_a_rule() -> None:
@@ -119,6 +189,10 @@ def test_a_plan_is_still_narrowed() -> None:
     result = surgery.decompose(network(), X[:2], ranks=made, exclude=["2"])
     assert [change.site for change in result.changes] == ["0"]
     assert result.plan["2"].reason == "excluded"
+
+
+def test_a_backend_can_be_named() -> None:
+    assert isinstance(instruments_of(Goal.error(backend="onnxruntime")).backend, OnnxRuntime)
 
 
 def test_a_plan_with_latencies_is_carried_out_with_them() -> None:

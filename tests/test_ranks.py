@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import surgery
 from surgery.algebra.chain import Chain, relative_error
 from surgery.algebra.operators import Conv, Geometry, Linear, Operator, Shape
+from surgery.cli.group import cli
 from surgery.errors import InputError, RankError, Refusal
 from surgery.factorizations import FACTORIZATIONS, Factorization, named
+from surgery.plans import rules as rules_module
 from surgery.plans.by_rule import ByRule, ModelFacts
 from surgery.plans.candidates import Candidate, candidates_of
 from surgery.plans.faster import FALLBACK_ENERGY, KeepFaster, snap
@@ -127,6 +133,24 @@ def test_a_bad_spec_is_one_clear_error(spec: object) -> None:
     assert error.value.allowed
     assert error.value.next_step
     assert "\n" not in str(error.value)
+
+
+def test_a_bad_rank_of_a_site_is_said_in_plain_words() -> None:
+    with pytest.raises(RankError, match=r"the ranks of '0' are 0, which cannot be used; allowed: whole numbers from 1"):
+        parse_ranks({"0": 0})
+    with pytest.raises(RankError, match=r"ranks=0, which cannot be used"):
+        parse_ranks(0)
+
+
+def test_pages_and_help_name_all_rules() -> None:
+    with pytest.raises(RankError) as error:
+        parse_ranks("nothing")
+    rules = re.findall(r"\b[a-z_]+(?:=|(?=,))", error.value.allowed or "")
+    assert {"vbmf", "energy=", "keep_macs="} < set(rules)
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    help_text = CliRunner().invoke(cli, ["decompose", "--help"]).output
+    for text in (readme, help_text, rules_module.__doc__, surgery.decompose.__doc__):
+        assert [rule for rule in rules if rule not in (text or "")] == []
 
 
 def test_a_misspelt_rule_is_suggested() -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import surgery
+from surgery import Goal, OnnxRuntime
 from surgery.algebra.chain import Chain, relative_error
-from surgery.errors import CheckError, Refusal
+from surgery.errors import CheckError, RankError, Refusal
 from surgery.factorizations import FACTORIZATIONS, Factorization, Ranks
 from surgery.factorizations.recut import Cut, chain_spectra, recut
 from surgery.passes.decompose import decompose
@@ -20,10 +21,15 @@ from surgery.passes.recompose import recompose
 from surgery.sites.site import FactoredSite
 from tests.cases import Case
 from tests.fitted import EXACT, composed, each, factor, halved, slack
+from tests.test_calibration_models import as_kind
 from tests.test_graphs import assert_same, counted_macs, every_graph, lower_ranks, outputs, shapes, unique_parameters
 from tests.zoo import graph
 
 NESTED = ("svd", "spatial", "depthwise")  # truncated SVDs, of which each lower one is part of a higher one
+
+
+def dense_net() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 24)).eval()
 
 
 def cut(method: Factorization, case: Case, chain: Chain, ranks: Ranks) -> Cut:
@@ -157,3 +163,48 @@ def test_a_program_of_a_factored_module_comes_back_whatever_is_asked_of_it() -> 
     assert not again.changes
     assert {name.partition(".")[0] for name in surgery.recompose(again.model).model.state_dict} == {"q", "k"}
     assert set(surgery.recompose(again.model).model.state_dict) == set(Joined().state_dict())
+
+
+@pytest.mark.parametrize("kind", ["module", "program"])
+@pytest.mark.parametrize("asked", [{"ranks": 2}, {"ranks": 2, "include": ["0"]}], ids=["all", "chain"])
+def test_calibration_cuts_chains_and_fits_the_other_sites(kind: str, asked: dict[str, Any]) -> None:
+    x = torch.randn(64, 16)
+    part = as_kind(surgery.decompose(dense_net(), x[:8], ranks=8, include=["0"]).model, kind, x[:8])
+    result = surgery.decompose(part, x[:8], calibration=x, **asked)
+    assert {c.site: c.rank for c in result.changes} == dict.fromkeys(["0"] if "include" in asked else ["0", "2"], (2,))
+    assert result.seen is not None
+
+
+@pytest.mark.parametrize("goal", [Goal.error(0.9, cost="macs"), Goal.error(0.9, cost="params")], ids=str)
+def test_a_goal_leaves_chains_and_factors_the_other_sites(goal: Goal) -> None:
+    x = torch.randn(64, 16)
+    part = surgery.decompose(dense_net(), x[:8], ranks=8, include=["0"]).model
+    result = surgery.decompose(part, x[:8], ranks=goal, calibration=x)
+    assert [c.site for c in result.changes] == ["2"]
+    assert result.plan["0"].reason == "it is factored already; give it ranks to cut it further"
+    whole = surgery.decompose(part, x[:8], ranks=2).model  # without a site that could be fitted
+    assert not surgery.decompose(whole, x[:8], ranks=goal, calibration=x).changes
+
+
+def test_the_latency_of_a_chain_that_stands_there_is_its_own() -> None:
+    timed: list[Any] = []
+
+    class Known(OnnxRuntime):
+        def compare(self, dense: Any, chain: Any, shape: Any) -> Any:
+            timed.append(dense)
+            return surgery.Comparison(2.0, 1.0, 2.0, 2.0, 2.0, "faster")
+
+    part = surgery.decompose(dense_net(), torch.randn(8, 16), ranks=8).model
+    found = surgery.plan(part, torch.randn(8, 16), ranks=2, backend=Known(keep=False))
+    assert found["0"].dense_latency == 2.0
+    assert timed
+    assert all(isinstance(dense, Chain) for dense in timed)
+
+
+def test_a_rank_above_that_of_a_chain_says_what_the_chain_has() -> None:
+    x = torch.randn(8, 16)
+    plan = surgery.plan(dense_net(), x, ranks=8)
+    part = surgery.decompose(dense_net(), x, ranks=4).model
+    message = "site '0', which is factored already, cannot take rank 8; allowed: svd rank 1 to 4"
+    with pytest.raises(RankError, match=message):
+        surgery.decompose(part, x, ranks=plan)

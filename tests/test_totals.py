@@ -130,6 +130,16 @@ def test_the_reason_that_holds_most_comes_first_and_numbers_do_not_tell_reasons_
     assert "(2 layers); ask for lower ranks" in said
     assert left_alone(places, 300) is None
     assert left_alone(places, None) is None
+    promises = {
+        "every chain would cost more of the promise than it gains": "promise less",
+        "no chain measured faster than dense": "try another factorization",
+        "no chain costs less than dense": "try another factorization",
+        "svd: no rank needs fewer MACs than dense": "try another factorization",
+    }
+    for reason, step in promises.items():  # a goal has no ranks that could be lower
+        advice = left_alone([Skip("0", "Linear", reason, macs=40)], 50) or ""
+        assert step in advice
+        assert "ranks" not in advice
     quantized = left_alone([places[2]], 50)
     assert quantized is not None
     assert quantized.endswith("change the model before it is quantized")

@@ -43,6 +43,7 @@ class DecomposeOptions:
     no_promise: bool
     best_effort: bool
     timing: bool
+    backend: str | None
     force: bool
     json_: bool
     opening: dict[str, Any]
@@ -87,6 +88,7 @@ def asked_for(options: DecomposeOptions) -> Asked:
     """
     automatic = options.ranks in (None, "auto") and options.plan_file is None
     _check_plan(options)
+    _check_backend(options, goal=automatic and not options.no_promise and not options.dry_run)
     if options.of_goals and not automatic:
         raise InputError(
             f"{options.of_goals[0]} needs --ranks auto", next_step="leave it out, or the ranks or the plan"
@@ -107,6 +109,16 @@ def asked_for(options: DecomposeOptions) -> Asked:
     if not automatic:
         return options.ranks or "auto"
     return "measured" if options.no_promise or options.dry_run else _goal(options)
+
+
+def _check_backend(options: DecomposeOptions, *, goal: bool) -> None:
+    if options.backend is None:
+        return
+    if not options.timing and not goal:
+        raise InputError("--backend with --no-timing", allowed="--backend where latencies are", next_step=_LEAVE_OUT)
+    from surgery.cost.registry import make_backend
+
+    make_backend(options.backend)  # an unknown name is told before any work
 
 
 def _check_plan(options: DecomposeOptions) -> None:
@@ -133,7 +145,7 @@ def _goal(options: DecomposeOptions) -> Goal:
         raise InputError("--max-drop without a metric", next_step="give --eval module:function")
     if options.best_effort and options.target_speedup is None:
         raise InputError("--best-effort without --target-speedup", next_step="give it, or leave --best-effort out")
-    metric = None if options.metric is None else load_function(options.metric)
+    metric, backend = None if options.metric is None else load_function(options.metric), options.backend
     if options.target_speedup is not None:
         if options.cost != "latency":
             raise InputError(
@@ -141,9 +153,9 @@ def _goal(options: DecomposeOptions) -> Goal:
                 allowed="--cost latency, since a speed-up is measured",
                 next_step=_LEAVE_OUT,
             )
-        return Goal.speedup(options.target_speedup, best_effort=options.best_effort, metric=metric)
+        return Goal.speedup(options.target_speedup, best_effort=options.best_effort, metric=metric, backend=backend)
     cost: Any = options.cost  # click has checked it
     if options.max_drop is not None and metric is not None:
-        return Goal.drop(options.max_drop, metric, cost=cost)
+        return Goal.drop(options.max_drop, metric, cost=cost, backend=backend)
     limit = DEFAULT_ERROR if options.max_error is None else options.max_error
-    return Goal.error(limit, metric=metric, cost=cost)
+    return Goal.error(limit, metric=metric, cost=cost, backend=backend)

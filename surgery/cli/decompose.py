@@ -71,6 +71,7 @@ __all__ = ["decompose"]
 @click.option("--no-promise", is_flag=True, help="For auto: the rule measured, which promises nothing.")
 @click.option("--best-effort", is_flag=True, help="Where a speed-up is out of reach: the nearest, not the original.")
 @click.option("--timing/--no-timing", default=True, help="Measure latencies (auto always does, for its choice).")
+@click.option("--backend", show_default="onnxruntime", metavar="NAME", help="What measures latencies: onnxruntime.")
 @click.option("--force", is_flag=True, help="Overwrite files that exist.")
 @model_options
 @as_json
@@ -110,7 +111,6 @@ def _result(
     options: DecomposeOptions, asked: Asked, program: ExportedProgram, inputs: Any, progress: Progress
 ) -> DecomposeResult[Any]:
     """Return what is asked for; of a dry run with the model as it is."""
-    from surgery.cost.registry import make_backend
     from surgery.passes.decompose import decompose as run
     from surgery.passes.preview import preview
     from surgery.plans.goal import Goal
@@ -120,7 +120,7 @@ def _result(
     fits: dict[str, Any] = {"solver": options.solver, "calibration": options.calibration, "groups": options.groups}
     if isinstance(asked, Goal):
         return run(program, inputs, ranks=asked, joint=options.joint_groups, progress=progress, **chosen, **fits)
-    chosen |= {"joint": options.joint_groups, "backend": make_backend() if options.timing else None}
+    chosen |= {"joint": options.joint_groups, "backend": (options.backend or "onnxruntime") if options.timing else None}
     planned = preview(program, inputs, ranks=asked, progress=progress, **chosen)
     if options.dry_run:
         return planned

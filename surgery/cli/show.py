@@ -234,7 +234,7 @@ def decompose_tables(
     timed = any(c.latency is not None for c in result.changes)
     rows = [["site", "operator", "method", "rank", "weight error", "MACs", *["latency"] * timed]]
     for c in result.changes:
-        error = "-" if c.error is None else f"{c.error:.3g}"
+        error = "-" if c.error is None else f"{c.bounded}{c.error:.3g}"
         macs = f"{count(c.dense_macs)} -> {count(c.macs)}"
         latency = "-" if c.latency is None else f"{seconds(c.dense_latency)} -> {seconds(c.latency)}"
         rows.append([c.site, c.operator, c.factorization, rank_text(c.rank), error, macs, *[latency] * timed])

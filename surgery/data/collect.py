@@ -77,7 +77,7 @@ def _finish(accumulator: Accumulator, placement: Placement) -> Moments:
     try:
         return accumulator.moments()
     except InputError as error:
-        raise InputError(f"{placement.site.name}: {error.what}", next_step=error.next_step) from None
+        raise InputError(f"site {placement.site.name!r}: {error.what}", next_step=error.next_step) from None
 
 
 def _shared(placements: Sequence[Placement]) -> list[list[Placement]]:

@@ -26,7 +26,7 @@ from surgery.algebra.operators import Operator
 from surgery.data.columns import Columns, read_columns
 from surgery.data.masks import visible_rows
 from surgery.errors import InputError
-from surgery.solvers.weighted import Metric, roots
+from surgery.solvers.weighted import Metric
 
 __all__ = ["Accumulator", "Moments", "layout_bytes"]
 
@@ -85,13 +85,6 @@ class Moments:
         shift = difference @ self.mean.unsqueeze(-1)
         other = shift if sensitivity is None else sensitivity @ shift
         return (self.metric.energy(difference, sensitivity) - (shift * other).sum()).clamp(min=0)
-
-    def whitener(self, ridge: float = 1e-3) -> tuple[Tensor, ...]:
-        """Return the symmetric positive definite root of each factor of C.
-
-        Eigenvalues that rounding made negative are set to 0; then ``ridge`` times the mean of the diagonal is added.
-        """
-        return tuple(roots(factor, ridge)[0] for factor in self.metric.factors)
 
     def output_error(self, difference: Tensor, kernel: Tensor, *, centred: bool = False) -> float:
         """Return the output's relative error ``sqrt(tr(D C D^T) / tr(W C W^T))``, of kernels (groups, O, I, *size).
@@ -192,7 +185,7 @@ class Accumulator:
         if not self.count:
             raise InputError("no calibration input reached the operator")
         if not bool(torch.isfinite(self._mean).all()) or not bool(torch.isfinite(self._first).all()):
-            raise InputError("the inputs of an operator have values that are not finite", next_step="check the data")
+            raise InputError("its inputs have values that are not finite", next_step="check the data")
         if self._second is None:
             factors: tuple[Tensor, ...] = (self._first / self.count,)
         else:

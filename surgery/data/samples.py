@@ -139,7 +139,7 @@ def read_calibration(
         found += _length(items[-1])
         if found >= limit:
             break
-    if not items:
+    if not found:
         raise InputError("there is no calibration input", allowed=_ALLOWED)
     samples = _masked(_join(items, batch_size), leaf_names(signature.names, items[0]))
     samples = _on_device_of(model, samples.take(slice(min(limit, samples.count))))

@@ -68,12 +68,14 @@ class Factorization(ABC):
 
     ``solvers`` are the names of its solvers: "auto" is its own best, "tensorly" the field's reference. ``automatic``
     says whether the method is tried if the user does not name one. Its errors must then follow from spectra, and its
-    chains must run fast.
+    chains must run fast. ``bound`` says what the error that spectra predict is to the error of the chain: "at most",
+    "at least", or "" where both are the same.
     """
 
     name: ClassVar[str]
     automatic: ClassVar[bool] = False
     solvers: ClassVar[tuple[str, ...]] = ("auto", "tensorly")
+    bound: ClassVar[str] = "at most"
 
     @abstractmethod
     def refuse(self, operator: Operator) -> Refusal | None:
@@ -154,10 +156,10 @@ class Factorization(ABC):
             got = ",".join(map(str, ranks))
             raise RankError(f"{self.name} cannot take rank {got} here", allowed=self.spans(operator))
 
-    def spans(self, operator: Operator) -> str:
-        """Return the span of each rank in words, as ``out 1 to 8, in 1 to 6``."""
+    def spans(self, operator: Operator, full: Ranks | None = None) -> str:
+        """Return the span of each rank in words, as ``out 1 to 8, in 1 to 6``; up to other than the full ranks."""
         names = self.rank_names(tuple(operator.kernel.shape))
-        rows = zip(names, self.max_ranks(operator), strict=True)
+        rows = zip(names, self.max_ranks(operator) if full is None else full, strict=True)
         return ", ".join(f"{name} 1 to {full}" for name, full in rows)
 
     def factor(self, operator: Operator, ranks: Ranks, *, solver: str = "auto") -> Chain | Refusal:
@@ -261,6 +263,8 @@ def truncated_svd(matrix: Tensor, rank: int, solver: str) -> tuple[Tensor, Tenso
 
 class MatrixFactorization(Factorization):
     """Base of the methods with one rank, whose cores are left and right."""
+
+    bound = ""
 
     def matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Return the matrices themselves."""

@@ -35,6 +35,7 @@ class Cp(Factorization):
     """CP of convolutions."""
 
     name = "cp"
+    bound = "at least"
     solvers = ("auto", "als", "pp", "gd", "tensorly")
 
     def refuse(self, operator: Operator) -> Refusal | None:

@@ -42,6 +42,7 @@ class Tr(Factorization):
     """Tensor rings: convolutions over output, kernel and input; linear layers over two factors of each side."""
 
     name = "tr"
+    bound = "at least"
 
     def refuse(self, operator: Operator) -> Refusal | None:
         """Refuse whatever tt refuses, and convolutions over three dimensions."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from surgery.errors import only_own_errors
+from surgery.errors import InputError, only_own_errors
 from surgery.files.pretrained import note_record
 from surgery.files.structure import give_structure
 from surgery.plans.joining import joint_groups
@@ -27,9 +27,12 @@ def apply(plan: Plan, model: nn.Module) -> nn.Module:
     take what is returned.
 
     Raises:
-        InputError: the model is a graph, has no such layer, or is factored already.
+        InputError: the plan is something else; the model is a graph, has no such layer, or is factored already.
         RankError: a rank that a layer cannot take.
     """
+    if not isinstance(plan, Plan):
+        what = f"the plan is a {type(plan).__name__}"
+        raise InputError(what, allowed="surgery.Plan", next_step="give the plan first, then the model")
     sites = {d.site: (d.factorization, d.rank) for d in plan if d.factorization is not None and d.rank is not None}
     made = give_structure(model, sites, joint_groups(plan))
     note_record(made)

@@ -75,16 +75,14 @@ class ByPromise:
     margin: float = MARGIN
     progress: Progress = silent
 
-    def plan(self, sites: Sequence[Site], evidence: PromiseEvidence, /) -> Plan:
+    def propose(self, sites: Sequence[Site], evidence: PromiseEvidence) -> Proposal:
         """Return the plan of the fastest model that keeps the promise on held-out samples, or all sites dense.
+
+        With it come the promise as measured, and how it was searched for.
 
         Raises:
             InputError: calibration inputs or a metric that cannot be used, as ``collect`` and ``scores_of`` say.
         """
-        return self.propose(sites, evidence).plan
-
-    def propose(self, sites: Sequence[Site], evidence: PromiseEvidence) -> Proposal:
-        """Return what ``plan`` does, with what was promised and how it was found."""
         data, known = evidence.evidence.data, evidence.reasons
         assert data is not None  # there is no promise without moments
         listed = list_options((s for s in sites if s.name not in known), data, self.pricing, self.progress)

@@ -9,7 +9,7 @@ from surgery.errors import only_own_errors
 from surgery.kinds.registry import Model, check_inplace
 from surgery.passes.fitter import FitOptions
 from surgery.passes.instruments import instruments_of
-from surgery.passes.job import Asked, Joint, Selection, read_job
+from surgery.passes.job import Asked, Joint, read_job, read_selection
 from surgery.passes.original import Original
 from surgery.passes.results import DecomposeResult
 from surgery.passes.rule_plans import plan_for
@@ -51,7 +51,7 @@ def decompose(
             "keep_macs=0.5", a whole number, a tuple, or a dict from site names (or globs) to ranks, with None for
             dense. "auto" is ``Goal.error(0.05)``.
         factorization: "auto", or the name of one of ``surgery.FACTORIZATIONS``. A plan has its own.
-        include, exclude: glob patterns of site names. They narrow a plan as well.
+        include, exclude: glob patterns of site names, or one of them. They narrow a plan as well.
         solver: "auto"; "als", "pp" or "gd" for cp; "tensorly" for TensorLy's own decompositions.
         joint: groups of sites that share all factors but the last, as ``[("attn.q", "attn.k", "attn.v")]``; or "inputs"
             for all alike sites that read the same value. For rules only.
@@ -75,7 +75,7 @@ def decompose(
     """
     if inplace:
         check_inplace(model)
-    selection = Selection(factorization, tuple(include), tuple(exclude), joint)
+    selection = read_selection(factorization=factorization, include=include, exclude=exclude, joint=joint)
     fits = FitOptions(solver, groups)
     job = read_job(model, example_inputs, ranks, selection, fits, calibration=calibration, progress=progress)
     if isinstance(job.ranks, Goal):

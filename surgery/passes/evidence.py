@@ -41,13 +41,15 @@ class Evidence:
     """The model, samples to judge changed models by, and what other samples say of its sites.
 
     ``data`` is None where nothing is known of the sites. ``made_up`` says what the samples are if they are not the
-    user's: nothing is fitted to these, since a fit would be near to the original on them alone.
+    user's: nothing is fitted to these, since a fit would be near to the original on them alone. Where the samples were
+    too few for two parts, those to judge by are ``fitted_to`` as well.
     """
 
     model: Model
     judging: Calibration
     data: SiteData | None
     made_up: str = ""
+    fitted_to: bool = False
 
     @property
     def fit_to(self) -> SiteData | None:
@@ -62,7 +64,11 @@ class Evidence:
     @property
     def what(self) -> str:
         """What the samples to judge by are, in words."""
-        return self.made_up or f"{self.held_out.count} calibration samples"
+        if self.made_up:
+            return self.made_up
+        count = self.held_out.count
+        samples = f"{count} calibration sample{'' if count == 1 else 's'}"
+        return f"{samples} that chains were fitted to, too few to hold any out" if self.fitted_to else samples
 
     def see(self, changed: Any) -> Seen:
         """Return how far the outputs of a changed model are from the original's."""
@@ -80,7 +86,8 @@ def read_evidence(
 ) -> Evidence:
     """Return the evidence of samples for some sites; ``share`` of them is to judge by."""
     fit, judging = split_samples(samples, share)
-    return Evidence(original.model, judging, gather(original, fit, sites, progress), made_up)
+    data = gather(original, fit, sites, progress)
+    return Evidence(original.model, judging, data, made_up, fitted_to=judging is fit)
 
 
 def glance(original: Original, progress: Progress) -> Evidence | None:

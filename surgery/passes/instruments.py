@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 from surgery.cost.base import Backend
-from surgery.cost.registry import make_backend
+from surgery.cost.registry import BACKENDS, make_backend
 from surgery.cost.timing import MARGIN
 from surgery.errors import InputError
 from surgery.plans.goal import Goal
@@ -57,18 +57,22 @@ def instruments_of(goal: Goal) -> Instruments:
     """Return the instruments that a goal names, or the usual ones.
 
     Raises:
-        InputError: its backend is not a ``Backend``.
+        InputError: its backend is neither a ``Backend`` nor the name of one.
     """
     return Instruments() if goal.backend is None else Instruments(backend_of(goal.backend))
 
 
 def backend_of(given: Any) -> Backend:
-    """Return the backend that was given.
+    """Return the backend that was given, or a new one of this name.
 
     Raises:
-        InputError: it is something else.
+        InputError: an unknown name, or something else.
     """
     if isinstance(given, Backend):
         return given
+    if isinstance(given, str):
+        return make_backend(given)
     what = f"backend is a {type(given).__name__}"
-    raise InputError(what, allowed="surgery.Backend", next_step="give surgery.make_backend(), or leave it out")
+    raise InputError(
+        what, allowed=f"surgery.Backend, {', '.join(BACKENDS)}", next_step="say one of these, or leave it out"
+    )

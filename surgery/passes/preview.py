@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from surgery.errors import InputError, only_own_errors
+from surgery.factorizations import named
 from surgery.kinds.inputs import normalise_inputs
 from surgery.kinds.registry import Model
 from surgery.passes.fitter import FitOptions
 from surgery.passes.instruments import backend_of, instruments_of
-from surgery.passes.job import Asked, Job, Joint, Selection, read_job
+from surgery.passes.job import Asked, Job, Joint, read_job, read_selection
 from surgery.passes.original import Original
 from surgery.passes.result_of import result_of
-from surgery.passes.results import DecomposeResult
+from surgery.passes.results import Change, DecomposeResult
 from surgery.passes.rule_plans import plan_for
 from surgery.passes.run import propose
 from surgery.plans.goal import Goal
@@ -66,16 +68,18 @@ def plan(
 
     Args:
         model, example_inputs, factorization, include, exclude, joint, progress: as ``decompose`` takes them.
-        ranks: a rule, or a ``Goal``; "measured" keeps a chain where it is measured faster than the site.
+        ranks: a rule, a ``Goal``, or a ``Plan``, which is checked and completed. The rule "measured" keeps a chain
+            where it is measured faster than the site.
         solver, calibration, groups: how factors are fitted on the way to a goal. Rules do not look at data.
-        backend: measures the latency of each site and of its chain, for the plan; a goal has its own.
+        backend: measures the latency of each site and of its chain, for the plan: a ``Backend``, or the name of one, as
+            "onnxruntime". A goal has its own.
 
     Raises:
         InputError: arguments that cannot be used, or not together, with what is allowed.
         RankError: ranks out of bounds, or a budget that cannot be met.
         CaptureError: the graph of an nn.Module can be neither traced nor exported.
     """
-    selection = Selection(factorization, tuple(include), tuple(exclude), joint)
+    selection = read_selection(factorization=factorization, include=include, exclude=exclude, joint=joint)
     fits = FitOptions(solver, groups)
     if not isinstance(ranks, Goal) and ranks != "auto":
         _refuse_data(calibration, solver)
@@ -105,20 +109,26 @@ def preview(
     Arguments and errors are those of ``plan``. What a goal comes to is known by measuring models alone: see the result
     of ``decompose``.
     """
-    selection = Selection(factorization, tuple(include), tuple(exclude), joint)
+    selection = read_selection(factorization=factorization, include=include, exclude=exclude, joint=joint)
     job = read_job(model, example_inputs, ranks, selection, FitOptions(), progress=progress)
     if isinstance(job.ranks, Goal):
         what = f"preview of the promise {job.ranks}, which is known by building models"
         raise InputError(what, allowed="a rule or a plan", next_step="say 'measured', or call plan or decompose")
     original, found = _ruled(job, backend)
     errors = {d.site: d.error or 0.0 for d in found if not d.dense}
-    return result_of(model, found, errors, original)
+    result = result_of(model, found, errors, original)
+    return replace(result, changes=tuple(replace(c, bound=_bound(c)) for c in result.changes))
+
+
+def _bound(change: Change) -> str:
+    """Return what the predicted error of a change is to the one that would be measured."""
+    return named(change.factorization).bound if change.error else ""
 
 
 def _ruled(job: Job, backend: Any) -> tuple[Original, Plan]:
     assert not isinstance(job.ranks, Goal)  # the callers have seen to it
-    original = Original(job.model, job.inputs)
     measuring = None if backend is None else backend_of(backend)
+    original = Original(job.model, job.inputs)
     return original, plan_for(original, job.ranks, job.selection, backend=measuring, progress=job.progress)
 
 

@@ -26,7 +26,8 @@ class Change:
 
     Of a chain that was cut to lower ranks, costs before and the error are those to the chain that it was.
     ``joint`` names the group with which it shares factors, whose parameters count for the first of them. ``note`` says
-    what the user should know of it, as that another method had to take the place of the planned one.
+    what the user should know of it, as that another method had to take the place of the planned one. ``bound`` is "at
+    most" or "at least" where the error is predicted and no more than that; a measured one has none.
     """
 
     site: str
@@ -42,6 +43,12 @@ class Change:
     latency: float | None = None
     joint: str | None = None
     note: str = ""
+    bound: str = ""
+
+    @property
+    def bounded(self) -> str:
+        """What to write before the error: the bound and a space, or nothing."""
+        return f"{self.bound} " if self.bound else ""
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ class DecomposeResult(Generic[_Model]):
         rows = [["site", "method", "rank", "weight error", "parameters", "MACs"]]
         for c in self.changes:
             parameters, macs = change(c.dense_parameters, c.parameters), change(c.dense_macs, c.macs)
-            rows.append([c.site, c.factorization, rank_text(c.rank), f"{c.error:.2e}", parameters, macs])
+            rows.append([c.site, c.factorization, rank_text(c.rank), f"{c.bounded}{c.error:.2e}", parameters, macs])
         notes = [f"note: {c.site}: {c.note}" for c in self.changes if c.note]
         skips = [f"left alone: {skip.name}: {skip.reason}" for skip in self.skips]
         promised = [str(said) for said in (self.promise, self.seen) if said is not None]

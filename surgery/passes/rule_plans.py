@@ -16,6 +16,7 @@ from surgery.passes.factoring import split_chain
 from surgery.passes.job import Joint, Selection
 from surgery.passes.original import Original
 from surgery.plans.by_rule import ByRule, ModelFacts
+from surgery.plans.candidates import standing
 from surgery.plans.complete import complete_plan
 from surgery.plans.joining import check_groups, join, joint_groups
 from surgery.plans.plan import Decision, Plan
@@ -77,7 +78,7 @@ def _measure(plan: Plan, sites: Sequence[Site], backend: Backend, progress: Prog
     for done, unit in enumerate(units):
         progress("measure", done, len(units))
         for number, (site, chain) in enumerate(zip(unit.members, _skeletons(unit, plan[unit.name]), strict=True)):
-            dense_step, chain_step = site.placed(site.operator), site.placed(chain)
+            dense_step, chain_step = standing(site), site.placed(chain)
             times = [backend.compare(dense_step, chain_step, shape) for shape in site.input_shapes]
             dense, after = sum(t.dense_s for t in times), sum(t.chain_s for t in times)
             if number:

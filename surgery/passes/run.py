@@ -23,10 +23,11 @@ from surgery.passes.results import DecomposeResult, Search
 from surgery.passes.rule_plans import plan_for
 from surgery.passes.site_options import Pricing
 from surgery.passes.verdict import promise_of_original
+from surgery.plans.faster import FACTORED_ALREADY
 from surgery.plans.goal import Goal
-from surgery.plans.plan import Plan
+from surgery.plans.plan import Decision, Plan
 from surgery.plans.prices import Counted, Measured, Prices, Ruled
-from surgery.sites.site import select
+from surgery.sites.site import FactoredSite, select
 
 __all__ = ["by_goal", "by_plan", "propose"]
 
@@ -76,21 +77,36 @@ def propose(
 ) -> tuple[Proposal, PromiseEvidence | None]:
     """Return the plan that keeps a goal, and what it was found with; None where nothing can be shown of the model.
 
-    Without samples it is for the sites of the plan of a rule, on made-up inputs.
+    Without samples it is found on made-up inputs; where latency is to be low, for the sites of the plan of a rule.
     """
     if job.samples is not None:
-        left_out = select(list(original.sites), job.selection.include, job.selection.exclude)
-        reasons = {name: reason for name, reason in left_out.items() if reason is not None}
-        return _searched(job, goal, instruments, original, _Shown(job.samples, reasons))
-    ruled = plan_for(original, "measured", job.selection, backend=instruments.backend, progress=job.progress)
-    if all(decision.dense for decision in ruled):
-        return _nothing_shown(ruled, goal, "no site has a chain that measured faster"), None
+        return _searched(job, goal, instruments, original, _Shown(job.samples, _left_out(job, original)))
+    ruled = None
+    if goal.cost == "latency":  # other costs are counted as options are made, for all sites
+        ruled = plan_for(original, "measured", job.selection, backend=instruments.backend, progress=job.progress)
+        if all(decision.dense for decision in ruled):
+            return _nothing_shown(ruled, goal, "no site has a chain that measured faster"), None
+    reasons = _left_out(job, original) if ruled is None else {d.site: d.reason or "" for d in ruled if d.dense}
     made = stand_in(original.model, original.inputs, original.found, progress=job.progress)
     if not isinstance(made, StandIn):
         reason = f"nothing shows what its outputs would be, since {made.reason}; give calibration data"
-        return _nothing_shown(ruled, goal, reason), None
-    reasons = {d.site: d.reason or "" for d in ruled if d.dense}
+        return _nothing_shown(_as_they_are(original, reasons) if ruled is None else ruled, goal, reason), None
     return _searched(job, goal, instruments, original, _Shown(made.samples, reasons, made.what, ruled))
+
+
+def _left_out(job: Job, original: Original) -> dict[str, str]:
+    """Return why the patterns of the job leave sites out."""
+    found = select(list(original.sites), job.selection.include, job.selection.exclude)
+    return {name: reason for name, reason in found.items() if reason is not None}
+
+
+def _as_they_are(original: Original, reasons: Mapping[str, str]) -> Plan:
+    """Return the plan in which all sites stay dense, for these reasons."""
+    rows = (
+        Decision(name, dense_parameters=site.parameters, dense_macs=site.macs, reason=reasons.get(name))
+        for name, site in original.sites.items()
+    )
+    return Plan(tuple(rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +122,7 @@ class _Shown:
 def _searched(
     job: Job, goal: Goal, instruments: Instruments, original: Original, shown: _Shown
 ) -> tuple[Proposal, PromiseEvidence]:
-    reasons = dict(shown.reasons)
+    reasons = _factored_already(original) | dict(shown.reasons)
     reasons |= unreached(original, [name for name in original.sites if name not in reasons])
     evidence = read_evidence(
         original,
@@ -132,6 +148,11 @@ def _searched(
     return planner.propose(list(original.sites.values()), known), known
 
 
+def _factored_already(original: Original) -> dict[str, str]:
+    """Return why a goal leaves the chains alone that stand in the model already."""
+    return {name: FACTORED_ALREADY for name, site in original.sites.items() if isinstance(site, FactoredSite)}
+
+
 def _prices(goal: Goal, instruments: Instruments, ruled: Plan | None) -> Prices:
     if goal.cost != "latency":
         return Counted(goal.cost)
@@ -139,7 +160,7 @@ def _prices(goal: Goal, instruments: Instruments, ruled: Plan | None) -> Prices:
 
 
 def _nothing_shown(ruled: Plan, goal: Goal, reason: str) -> Proposal:
-    """Return the plan of a rule with all sites dense, for a reason where they have none of their own."""
-    rows = tuple(d if d.dense else d.left_dense(reason) for d in ruled)
+    """Return a plan with all sites dense, for a reason where they have none of their own."""
+    rows = tuple(d if d.dense and d.reason else d.left_dense(reason) for d in ruled)
     promise = promise_of_original(goal, reason)
     return Proposal(Plan(rows, ranks=str(goal)), promise, Search(cost=goal.cost))

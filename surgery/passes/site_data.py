@@ -85,13 +85,16 @@ class SiteData:
 def gather(original: Original, samples: Calibration, sites: Collection[str] | None, progress: Progress) -> SiteData:
     """Return what the samples say of some sites of a model, or of all, with sensitivities as far as there are any.
 
-    Of a large model only the samples that ``Calibration.affordable`` says are read.
+    Chains that stand there already are left out: they are cut without data. Of a large model only the samples that
+    ``Calibration.affordable`` says are read.
     """
     model = original.model
     macs = original.totals.macs / samples_in(model, original.inputs)
     samples = samples.affordable(macs)
     norms = NormWatch()
-    moments = collect(model, samples, sites=sites, progress=progress, also_watch=norms)
+    wanted = original.sites if sites is None else sites
+    fitted = [name for name in wanted if not isinstance(original.sites[name], FactoredSite)]
+    moments = collect(model, samples, sites=fitted, progress=progress, also_watch=norms)
     with suppress(InputError):  # what cannot be differentiated is fitted without: all errors of an output count alike
         moments = with_sensitivity(model, samples.affordable(_BACKWARD * macs, least=1), moments, progress=progress)
     biases = Counter(address for site in original.sites.values() if (address := _bias(site)) is not None)

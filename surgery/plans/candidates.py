@@ -24,7 +24,7 @@ from surgery.factorizations.recut import chain_spectra
 from surgery.sites.joint import JointSite
 from surgery.sites.site import FactoredSite, Site
 
-__all__ = ["Candidate", "Choice", "Cost", "candidates_of", "say_ranks"]
+__all__ = ["Candidate", "Choice", "Cost", "candidates_of", "say_ranks", "standing"]
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ class Candidate:
         return [Cost(own, sum(n * chain.macs(shape) for shape, n in times.items())) for chain, times, own in rows]
 
     def pairs(self, ranks: Ranks) -> list[tuple[Operator | Chain, Operator | Chain, Shape, int]]:
-        """Return what to time: operator and chain in their place, an input shape, and how many calls have it."""
+        """Return what to time: what stands there and the chain, an input shape, and how many calls have it."""
         chains = self.chains(ranks)
         if isinstance(chains, Refusal):
             return []
         return [
-            (member.placed(member.operator), member.placed(chain), shape, count)
+            (standing(member), member.placed(chain), shape, count)
             for member, chain in zip(self.site.members, chains, strict=True)
             for shape, count in Counter(member.input_shapes).items()
         ]
@@ -164,6 +164,11 @@ class Choice:
             return Refusal(f"{what} would cost as much as dense ({chain} {name})")
         times = f"{chain / dense:.2g}x" if dense and chain / dense >= 1.05 else f"{dense} -> {chain}"
         return Refusal(f"{what} would cost more than dense ({name} {times})")
+
+
+def standing(site: Site) -> Operator | Chain:
+    """Return what stands at a site now, in its place: the operator, or the chain that is there already."""
+    return site.placed(site.chain if isinstance(site, FactoredSite) else site.operator)
 
 
 def candidates_of(site: Site, factorization: str) -> list[Candidate] | Refusal:

@@ -14,9 +14,10 @@ from surgery.plans.candidates import Candidate, Choice, say_ranks
 from surgery.plans.quality import SiteRule, energy_counts, vbmf_counts
 from surgery.sites.site import FactoredSite
 
-__all__ = ["FALLBACK_ENERGY", "Comparison", "KeepFaster", "Latencies", "snap"]
+__all__ = ["FACTORED_ALREADY", "FALLBACK_ENERGY", "Comparison", "KeepFaster", "Latencies", "snap"]
 
 FALLBACK_ENERGY = 0.9  # ours: what a mode keeps in which EVBMF finds no signal, as in weights that are hardly trained
+FACTORED_ALREADY = "it is factored already; give it ranks to cut it further"
 _LEAST = 4  # ours: no kernel gains from fewer channels
 
 
@@ -60,7 +61,7 @@ class KeepFaster(SiteRule):
     def choose(self, candidates: Sequence[Candidate]) -> Choice | Refusal:
         """Return the choice with the fewest MACs that is faster than dense; refuse if none is."""
         if isinstance(candidates[0].site, FactoredSite):
-            return Refusal("it is factored already; give it ranks to cut it further")
+            return Refusal(FACTORED_ALREADY)
         choices = [Choice(candidate, self.ranks(candidate)) for candidate in candidates]
         choices.sort(key=lambda choice: choice.order)
         cheaper = [choice for choice in choices if choice.saves("macs")]

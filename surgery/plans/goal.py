@@ -32,8 +32,8 @@ class Goal:
     """One promise. Make it with ``Goal.error``, ``Goal.speedup`` or ``Goal.drop``, and give it as ``ranks``.
 
     ``limit`` is the largest error or drop, or the least speed-up. ``metric(module)`` returns a number or the score of
-    each sample; higher is better. ``cost`` says what is to be low. ``backend`` measures layers and whole models; None
-    is ``make_backend()``, onnxruntime with its cache on disk.
+    each sample; higher is better. ``cost`` says what is to be low. ``backend`` measures layers and whole models: a
+    ``Backend``, or the name of one; None is ``make_backend()``, onnxruntime with its cache on disk.
 
     >>> Goal.error(0.1), str(Goal.speedup(1.5))
     (Goal(kind='max_error', limit=0.1), 'target_speedup=1.5')
@@ -44,7 +44,7 @@ class Goal:
     metric: Metric | None = None
     cost: Cost = "latency"
     best_effort: bool = False
-    backend: Latencies | None = None
+    backend: Latencies | str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(GoalKind):
@@ -60,6 +60,11 @@ class Goal:
         if self.kind == "target_speedup" and self.cost != "latency":
             what = f"Goal.speedup with cost={self.cost!r}"
             raise InputError(what, allowed="cost='latency', since a speed-up is measured", next_step="leave cost out")
+        if self.backend is not None and self.cost != "latency":
+            what = f"a backend with cost={self.cost!r}, for which nothing is timed"
+            raise InputError(what, allowed="a backend with cost='latency'", next_step="leave one of them out")
+        if not isinstance(self.best_effort, bool):
+            raise InputError(f"best_effort={self.best_effort!r}", allowed="True, False", next_step="say one of these")
         if self.best_effort and self.kind != "target_speedup":
             what = f"{_CALLS[self.kind]} with best_effort"
             raise InputError(what, allowed="best_effort with Goal.speedup alone", next_step="leave it out")
@@ -79,7 +84,7 @@ class Goal:
         *,
         metric: Metric | None = None,
         cost: Cost = "latency",
-        backend: Latencies | None = None,
+        backend: Latencies | str | None = None,
     ) -> Goal:
         """Return the goal of a relative output error of at most ``limit``; a ``metric`` is only measured.
 
@@ -95,7 +100,7 @@ class Goal:
         *,
         best_effort: bool = False,
         metric: Metric | None = None,
-        backend: Latencies | None = None,
+        backend: Latencies | str | None = None,
     ) -> Goal:
         """Return the goal of a whole model at least ``target`` times as fast, with the least output error.
 
@@ -113,7 +118,7 @@ class Goal:
         metric: Metric,
         *,
         cost: Cost = "latency",
-        backend: Latencies | None = None,
+        backend: Latencies | str | None = None,
     ) -> Goal:
         """Return the goal of a metric, ``metric(module)``, higher is better, that falls by at most ``limit``.
 

@@ -11,6 +11,7 @@ from surgery.errors import InputError, RankError, Refusal
 from surgery.factorizations import Ranks
 from surgery.plans.candidates import Candidate, Choice, say_ranks
 from surgery.plans.quality import Fixed, SiteRule
+from surgery.sites.site import FactoredSite
 
 __all__ = ["PerSite", "check_known", "explicit"]
 
@@ -72,8 +73,9 @@ def explicit(candidates: Sequence[Candidate], ranks: Ranks) -> Choice:
     full = fits[0].max_ranks if fits else ()
     limits = (max(full),) if len(ranks) == 1 and fits else full
     if not fits or any(not 1 <= rank <= limit for rank, limit in zip(ranks, limits, strict=True)):
+        already = ", which is factored already," if isinstance(candidates[0].site, FactoredSite) else ""
         raise RankError(
-            f"site {site!r} cannot take rank {say_ranks(ranks)}",
+            f"site {site!r}{already} cannot take rank {say_ranks(ranks)}",
             allowed=spans,
             next_step="give it a rank in this span, or none to keep it dense",
         )
@@ -93,4 +95,6 @@ def check_known(unknown: Iterable[str], sites: Sequence[str], who: str) -> None:
 
 
 def _spans(candidate: Candidate) -> str:
-    return f"{candidate.factorization.name} {candidate.factorization.spans(candidate.site.operator)}"
+    return (
+        f"{candidate.factorization.name} {candidate.factorization.spans(candidate.site.operator, candidate.max_ranks)}"
+    )

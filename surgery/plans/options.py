@@ -22,7 +22,7 @@ from surgery.data.moments import Moments
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import Ranks
 from surgery.plans.candidates import Candidate, candidates_of
-from surgery.plans.faster import snap
+from surgery.plans.faster import FACTORED_ALREADY, snap
 from surgery.plans.prices import Prices
 from surgery.sites.joint import JointSite
 from surgery.sites.site import FactoredSite, Site
@@ -86,7 +86,7 @@ def options_of(
     ``centred`` leaves the mean of the site's inputs out of account, which a bias or a normalisation takes up.
     """
     if isinstance(site, FactoredSite | JointSite):
-        return Refusal("it is factored already; give it ranks to cut it further")
+        return Refusal(FACTORED_ALREADY)
     plain = candidates_of(site, factorization)
     if isinstance(plain, Refusal):
         return plain

@@ -41,7 +41,7 @@ class Prices(Protocol):
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds under onnxruntime on this CPU, for all calls of one run; ``knots`` ranks are timed for each method."""
+    """Seconds of what measures latencies, for all calls of one run; ``knots`` ranks are timed for each method."""
 
     latencies: Latencies
     knots: int = 4

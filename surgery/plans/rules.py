@@ -105,5 +105,6 @@ def _parse_ints(ranks: object, what: str) -> Ranks:
     whole = tuple(rank for rank in rows if isinstance(rank, int) and not isinstance(rank, bool) and rank > 0)
     if not rows or len(whole) < len(rows):
         allowed = _ALLOWED if what == "ranks" else "whole numbers from 1, tuples of them, or None"
-        raise RankError(f"{what}={ranks!r} cannot be used", allowed=allowed, next_step="ranks are whole numbers from 1")
+        said = f"ranks={ranks!r}" if what == "ranks" else f"{what} are {ranks!r}"
+        raise RankError(f"{said}, which cannot be used", allowed=allowed, next_step="ranks are whole numbers from 1")
     return whole

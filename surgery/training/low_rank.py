@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from surgery.errors import InputError
+from surgery.passes.job import read_patterns
 from surgery.passes.recompose import recompose
 from surgery.plans.plan import Plan
 from surgery.plans.rules import RankSpec
@@ -128,7 +129,8 @@ class LowRankTraining:
         self._schedule = Schedule.read(decompose_at, recompose_at, epochs)
         check_lists(optimizer)
         warn_of_no_end(recompose_at, epochs)
-        self._request = Request(ranks, factorization, tuple(include), tuple(exclude))
+        patterns = read_patterns(include, "include"), read_patterns(exclude, "exclude")
+        self._request = Request(ranks, factorization, *patterns)
         self._trainee = Trainee(model, optimizer, example_inputs, frobenius_decay=frobenius_decay)
         self._measured = self._request.automatic or self._schedule.decompose_at == "auto"
         self._decided, self._phase, self._due = False, "dense", _NOTHING
