@@ -169,7 +169,7 @@ def test_a_program_of_a_factored_module_comes_back_whatever_is_asked_of_it() -> 
 @pytest.mark.parametrize("asked", [{"ranks": 2}, {"ranks": 2, "include": ["0"]}], ids=["all", "chain"])
 def test_calibration_cuts_chains_and_fits_the_other_sites(kind: str, asked: dict[str, Any]) -> None:
     x = torch.randn(64, 16)
-    part = as_kind(surgery.decompose(dense_net(), x[:8], ranks=8, include=["0"]).model, kind, x[:8])
+    part = surgery.decompose(as_kind(dense_net(), kind, x[:8]), x[:8], ranks=8, include=["0"]).model
     result = surgery.decompose(part, x[:8], calibration=x, **asked)
     assert {c.site: c.rank for c in result.changes} == dict.fromkeys(["0"] if "include" in asked else ["0", "2"], (2,))
     assert result.seen is not None

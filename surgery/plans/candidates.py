@@ -116,8 +116,9 @@ class Candidate:
         if ranks == self.max_ranks:
             return 0.0
         counts = self.factorization.counts(ranks)
-        lost = sum(float(np.square(v[c:]).sum()) for v, c in zip(self.levels, counts, strict=True))
-        return min(1.0, math.sqrt(lost))
+        lost = [float(np.square(v[c:]).sum()) for v, c in zip(self.levels, counts, strict=True)]
+        # each unfolding alone bounds the error from below, and all of them together from above
+        return min(1.0, math.sqrt(max(lost) if self.factorization.bound == "at least" else sum(lost)))
 
     def widened(self, ranks: Ranks, cost: str) -> Ranks:
         """Return these ranks, or with one mode at its full rank where the chain then costs less.
