@@ -165,6 +165,19 @@ def test_a_program_of_a_factored_module_comes_back_whatever_is_asked_of_it() -> 
     assert set(surgery.recompose(again.model).model.state_dict) == set(Joined().state_dict())
 
 
+@pytest.mark.parametrize("read", ["trace", "program"])
+def test_a_graph_of_a_factored_module_is_factored_again_once_it_is_recomposed(read: str) -> None:
+    """Its nodes still record that they were made in factored layers."""
+    x = torch.linspace(-1, 1, 64).view(4, 16).sin()
+    small = surgery.decompose(Joined().eval(), x, ranks=4).model
+    graph: Any = torch.fx.symbolic_trace(small) if read == "trace" else torch.export.export(small, (x,))
+    dense = surgery.recompose(graph).model
+    found = surgery.decompose(dense, (x,), ranks=2)
+    assert [change.site for change in found.changes] == ["q", "k"]
+    names = [name for name, _ in surgery.recompose(found.model).model.named_parameters()]
+    assert names == [name for name, _ in dense.named_parameters()]
+
+
 @pytest.mark.parametrize("kind", ["module", "program"])
 @pytest.mark.parametrize("asked", [{"ranks": 2}, {"ranks": 2, "include": ["0"]}], ids=["all", "chain"])
 def test_calibration_cuts_chains_and_fits_the_other_sites(kind: str, asked: dict[str, Any]) -> None:

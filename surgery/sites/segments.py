@@ -209,6 +209,10 @@ def step_of(flow: Flow, part: Part, above: tuple[str, ...]) -> int:
 
 
 def owners(flow: Flow, call: Call) -> frozenset[str]:
-    """Return the recorded sites that a call is a factor of."""
+    """Return the recorded sites P that a call is a factor of: its name is P.<number>... (P.weight is dense again)."""
     names = flow.tensors.aliases(call.weight)
-    return frozenset(site for site in flow.recorded if any(name.startswith(f"{site}.") for name in names))
+    return frozenset(site for site in flow.recorded if any(_is_factor_of(site, name) for name in names))
+
+
+def _is_factor_of(site: str, name: str) -> bool:
+    return name.startswith(f"{site}.") and name.removeprefix(f"{site}.").partition(".")[0].isdecimal()
