@@ -91,7 +91,7 @@ class Judge:
         short = f", short by {limit - found.speedup:.2f}" if found.speedup < limit else ""
         batch = samples_in(self.original.model, self.original.inputs)
         least = found.low / DRIFT
-        note = f"at least {least:.3g} with 97.5 %{short}, in new processes, at a batch of {batch}; others differ"
+        note = f"at least {least:.3g} with 97.5 %{short}, in new processes, at a batch of {batch}; other batches differ"
         return self._promise(found.speedup, least >= limit, note)
 
     def _promise(self, measured: float, kept: bool, note: str) -> Promise:
