@@ -29,17 +29,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script find
 
 import surgery
 from examples.methods_page import COLUMNS, Point, Report, cells, fill, page_table, plot
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
+from surgery.cost.base import make_backend
 from surgery.cost.onnxruntime.backend import OnnxRuntime
-from surgery.cost.registry import make_backend
 from surgery.cost.timing import Budget
 from surgery.errors import InputError, RankError, Refusal
 from surgery.factorizations import Ranks
 from surgery.plans.candidates import Candidate, candidates_of, say_ranks
 from surgery.plans.faster import snap
-from surgery.plans.keep import Keep
+from surgery.plans.quality import Keep
 from surgery.runtime.bench import environment
-from surgery.sites.site import Site, Totals
+from surgery.sites import Site, Totals
 
 HERE = Path(__file__).parent
 MODEL, RESULTS, PAGE = HERE / "data" / "fashion_resnet.pt2", HERE / "results", HERE / "methods.md"

@@ -23,8 +23,8 @@ if TYPE_CHECKING:  # the table below, for type checkers; a test compares the two
     from surgery.cost.base import ModelFile as ModelFile
     from surgery.cost.base import ModelTimes as ModelTimes
     from surgery.cost.base import Seconds as Seconds
+    from surgery.cost.base import make_backend as make_backend
     from surgery.cost.onnxruntime.backend import OnnxRuntime as OnnxRuntime
-    from surgery.cost.registry import make_backend as make_backend
     from surgery.cost.timing import Budget as Budget
     from surgery.cost.timing import Samples as Samples
     from surgery.cost.timing import Speedup as Speedup
@@ -40,23 +40,23 @@ if TYPE_CHECKING:  # the table below, for type checkers; a test compares the two
     from surgery.files.load import load as load
     from surgery.files.pretrained import from_pretrained as from_pretrained
     from surgery.files.save import save as save
-    from surgery.passes.apply import apply as apply
     from surgery.passes.bisect import Bisection as Bisection
     from surgery.passes.bisect import Blame as Blame
     from surgery.passes.bisect import bisect as bisect
     from surgery.passes.decompose import decompose as decompose
+    from surgery.passes.preview import apply as apply
     from surgery.passes.preview import find_sites as find_sites
     from surgery.passes.preview import plan as plan
     from surgery.passes.preview import preview as preview
-    from surgery.passes.promised import Promise as Promise
-    from surgery.passes.promised import Seen as Seen
     from surgery.passes.recompose import Fusion as Fusion
     from surgery.passes.recompose import RecomposeResult as RecomposeResult
     from surgery.passes.recompose import recompose as recompose
     from surgery.passes.results import Change as Change
     from surgery.passes.results import DecomposeResult as DecomposeResult
+    from surgery.passes.results import Promise as Promise
     from surgery.passes.results import Search as Search
-    from surgery.plans.bisection import Trial as Trial
+    from surgery.passes.results import Seen as Seen
+    from surgery.plans.choose import Trial as Trial
     from surgery.plans.goal import Goal as Goal
     from surgery.plans.plan import Decision as Decision
     from surgery.plans.plan import Plan as Plan
@@ -88,9 +88,8 @@ __version__ = "0.1.0"
 _PUBLIC: dict[str, tuple[str, ...]] = {
     "surgery.algebra.chain": ("Chain",),
     "surgery.algebra.operators": ("Conv", "Embedding", "Geometry", "Linear", "Operator"),
-    "surgery.cost.base": ("Backend", "Comparison", "ModelFile", "ModelTimes", "Seconds"),
+    "surgery.cost.base": ("Backend", "Comparison", "ModelFile", "ModelTimes", "Seconds", "make_backend"),
     "surgery.cost.onnxruntime.backend": ("OnnxRuntime",),
-    "surgery.cost.registry": ("make_backend",),
     "surgery.cost.timing": ("Budget", "Samples", "Speedup"),
     "surgery.errors": (
         "CaptureError",
@@ -106,14 +105,12 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "surgery.files.load": ("load",),
     "surgery.files.pretrained": ("from_pretrained",),
     "surgery.files.save": ("save",),
-    "surgery.passes.apply": ("apply",),
     "surgery.passes.bisect": ("Bisection", "Blame", "bisect"),
     "surgery.passes.decompose": ("decompose",),
-    "surgery.passes.preview": ("find_sites", "plan", "preview"),
-    "surgery.passes.promised": ("Promise", "Seen"),
+    "surgery.passes.preview": ("apply", "find_sites", "plan", "preview"),
     "surgery.passes.recompose": ("Fusion", "RecomposeResult", "recompose"),
-    "surgery.passes.results": ("Change", "DecomposeResult", "Search"),
-    "surgery.plans.bisection": ("Trial",),
+    "surgery.passes.results": ("Change", "DecomposeResult", "Promise", "Search", "Seen"),
+    "surgery.plans.choose": ("Trial",),
     "surgery.plans.goal": ("Goal",),
     "surgery.plans.plan": ("Decision", "Plan"),
     "surgery.runtime.bench": ("Environment", "ModelComparison", "ModelTiming", "Timing", "bench"),

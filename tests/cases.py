@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surgery.algebra.operators import Conv, Embedding, Geometry, Linear, Operator, Shape
+from surgery.algebra import Conv, Embedding, Geometry, Linear, Operator, Shape
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from surgery.algebra.chain import Chain, relative_error
-from surgery.algebra.operators import Operator
+from surgery.algebra import Chain, Operator, relative_error
 from surgery.errors import Refusal
 from surgery.factorizations import FACTORIZATIONS, Factorization, Ranks, named
 from tests.cases import CASES, Case

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 
 import surgery
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
 from surgery.errors import InputError
 from surgery.training.admm import ADMM
 from tests.tolerances import assert_close, tolerance

@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Conv, Operator
+from surgery.algebra import Chain, Conv, Operator
 from surgery.errors import InputError, RankError, Refusal
 from surgery.factorizations import FACTORIZATIONS, Factorization, Ranks, fitting, named
 from tests.cases import CASES, Case

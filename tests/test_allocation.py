@@ -12,18 +12,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.algebra.operators import Linear
+from surgery.algebra import Linear
 from surgery.data.factor import RIDGE
 from surgery.data.moments import Moments
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import Ranks, named
 from surgery.plans import choose
-from surgery.plans.bisection import largest_budget
 from surgery.plans.candidates import Candidate
-from surgery.plans.choose import choose_damage, choose_least_cost, frontier
-from surgery.plans.options import Option, Options, options_of
-from surgery.plans.prices import Counted
-from surgery.sites.site import Site
+from surgery.plans.choose import choose_damage, choose_least_cost, frontier, largest_budget
+from surgery.plans.options import Counted, Option, Options, options_of
+from surgery.sites import Site
 from surgery.solvers.weighted import Metric
 
 SITE = Site("s", Linear(torch.ones(2, 2)), ((1, 2),))

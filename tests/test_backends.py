@@ -13,11 +13,9 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Linear, Operator, Shape
-from surgery.cost.base import Backend, Comparison, ModelFile, ModelTimes, Seconds
+from surgery.algebra import Chain, Linear, Operator, Shape
+from surgery.cost.base import BACKENDS, Backend, Comparison, ModelFile, ModelTimes, Seconds, make_backend
 from surgery.cost.onnxruntime.backend import OnnxRuntime
-from surgery.cost.registry import BACKENDS, make_backend
 from surgery.cost.timing import Samples, Speedup
 from surgery.errors import InputError
 from surgery.runtime.fresh import Apart, time_apart

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery.algebra.chain import Chain, relative_error
-from surgery.algebra.operators import Conv, Embedding, Linear, Operator
+from surgery.algebra import Chain, Conv, Embedding, Linear, Operator, relative_error
 from surgery.data.factor import correct_bias, fit, output_error
 from surgery.data.moments import Accumulator, Moments, layout_bytes
 from surgery.errors import InputError, Refusal

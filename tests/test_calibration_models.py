@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
 from surgery.data.batch_norm import reestimate_batch_norm
-from surgery.data.collect import collect
+from surgery.data.collect import collect, with_sensitivity
 from surgery.data.moments import layout_bytes
 from surgery.data.samples import read_calibration
-from surgery.data.sensitivity import with_sensitivity
 from surgery.errors import InputError
 from surgery.passes.decompose import decompose
 from surgery.passes.preview import find_sites, plan

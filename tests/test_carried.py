@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgery
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
 from surgery.factorizations import FACTORIZATIONS
 from surgery.kinds.layers.carried import CARRIED
 from tests.tolerances import tolerance

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from surgery.algebra.operators import Conv, Embedding
+from surgery.algebra import Conv, Embedding
 from tests.cases import CASES, Case
 from tests.tolerances import assert_close, reduction, tolerance
 

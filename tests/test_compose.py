@@ -11,9 +11,7 @@ from hypothesis import assume, event, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from surgery.algebra.chain import Chain, relative_error
-from surgery.algebra.compose import compose
-from surgery.algebra.operators import Conv, Geometry, Linear, Operator, PaddingMode, Shape
+from surgery.algebra import Chain, Conv, Geometry, Linear, Operator, PaddingMode, Shape, compose, relative_error
 from surgery.errors import Refusal
 from tests.cases import operator_of
 from tests.tolerances import assert_close

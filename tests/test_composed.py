@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgery
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
 from surgery.errors import InputError
 from surgery.factorizations import FACTORIZATIONS
 from tests.tolerances import tolerance

@@ -18,16 +18,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
 from surgery.errors import Refusal, UnsafeFileError
 from surgery.factorizations import FACTORIZATIONS, fitting
 from surgery.files.load import load
 from surgery.files.save import save
-from surgery.kinds.fx.unhandled import function_name
+from surgery.kinds.fx.nodes import function_name
 from surgery.passes.decompose import decompose
 from surgery.passes.preview import find_sites
 from surgery.passes.recompose import recompose
-from surgery.sites.site import Site
+from surgery.sites import Site
 from tests.cases import decaying
 from tests.tolerances import assert_close, tolerance
 from tests.zoo import GRAPH_KINDS, call, export

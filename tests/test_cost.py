@@ -19,14 +19,12 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from surgery.algebra.chain import Chain, relative_error
-from surgery.algebra.operators import Conv, Geometry, Linear, Operator, Shape
-from surgery.cost.cache import Store, cache_path
+from surgery.algebra import Chain, Conv, Geometry, Linear, Operator, Shape, relative_error
+from surgery.cost.cache import Store, cache_path, described
 from surgery.cost.onnxruntime import backend
 from surgery.cost.onnxruntime.backend import OnnxRuntime
 from surgery.cost.onnxruntime.model import build_choice, build_model
 from surgery.cost.onnxruntime.sessions import bind, open_session
-from surgery.cost.structure import described
 from surgery.cost.timing import Budget, Samples, Speedup, compare_samples, interleave
 from surgery.errors import InputError
 from surgery.factorizations import named

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from surgery.algebra.chain import Chain
+from surgery.algebra import Chain
 from surgery.data.samples import read_calibration
 from surgery.factorizations import fitting, named
 from surgery.kinds.inputs import normalise_inputs
 from surgery.kinds.registry import open_model
-from surgery.passes.effects import Effects
-from surgery.passes.held_out import HeldOut
+from surgery.passes.damages import Effects
+from surgery.passes.evidence import HeldOut
 from surgery.runtime.compare import run_model
-from surgery.sites.edit import Replace
+from surgery.sites import Replace
 from surgery.sites.find import find
 from tests.covering import ALL
 from tests.test_calibration_models import KINDS

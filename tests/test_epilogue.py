@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Conv, Geometry, Linear, Operator
+from surgery.algebra import Chain, Conv, Geometry, Linear, Operator
 from surgery.cost.onnxruntime.model import build_model
 from surgery.passes.preview import find_sites
 from surgery.plans.candidates import Candidate, candidates_of
-from surgery.sites.epilogue import Activation, BatchNorm
-from surgery.sites.site import Site
+from surgery.sites import Activation, BatchNorm, Site
 
 KINDS = ("module", "graph", "program")
 

@@ -16,9 +16,8 @@ from surgery.cost.onnxruntime.sessions import open_session
 from surgery.errors import CaptureError, CheckError, FileError, InputError
 from surgery.kinds.inputs import flatten_inputs, normalise_inputs, random_tensor
 from surgery.runtime import export
-from surgery.runtime.compare import compare, compare_outputs, run_model
+from surgery.runtime.compare import compare, compare_outputs, default_inputs, feed, run_model
 from surgery.runtime.export import check_export, export_onnx
-from surgery.runtime.feeds import default_inputs, feed
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
 from surgery.errors import InputError
 from surgery.kinds.inputs import normalise_inputs
 from surgery.plans.goal import Goal

@@ -12,16 +12,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import surgery
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Conv, Geometry, Linear
-from surgery.algebra.steps import Shift
+from surgery.algebra import Chain, Conv, Geometry, Linear, Shift
 from surgery.factorizations import FACTORIZATIONS
-from surgery.sites.epilogue import Activation, BatchNorm
+from surgery.sites import (
+    Activation,
+    BatchNorm,
+    Call,
+    Element,
+    FactoredSite,
+    Flow,
+    FusableChain,
+    Left,
+    Other,
+    Reshape,
+    Skip,
+    Sum,
+    Tensors,
+)
 from surgery.sites.find import find
-from surgery.sites.flow import Call, Element, Flow, Left, Other, Reshape, Sum, Tensors
 from surgery.sites.fusable import fusable
-from surgery.sites.placement import FusableChain
-from surgery.sites.site import FactoredSite, Skip
 
 ROOT = Path(surgery.__file__).parent
 WIDTH = 6

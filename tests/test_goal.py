@@ -12,8 +12,8 @@ from torch import nn
 import surgery
 from surgery import Decision, Goal, OnnxRuntime, Plan
 from surgery.errors import InputError, RankError
-from surgery.passes.fitter import FitOptions
-from surgery.passes.instruments import Instruments, instruments_of
+from surgery.passes.clock import Instruments, instruments_of
+from surgery.passes.fitting import FitOptions
 from surgery.passes.job import Selection, read_job
 from surgery.passes.original import Original
 from surgery.passes.run import propose

@@ -19,7 +19,7 @@ from torch.fx import Interpreter
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
 from surgery.errors import Refusal
 from surgery.factorizations import FACTORIZATIONS, fitting
 from surgery.files.load import load
@@ -31,7 +31,7 @@ from surgery.passes.preview import find_sites
 from surgery.passes.recompose import RecomposeResult, recompose
 from surgery.passes.results import DecomposeResult
 from surgery.runtime.export import export_onnx
-from surgery.sites.site import Site
+from surgery.sites import Site
 from tests.covering import ALL, grouped, tried
 from tests.tolerances import reduction, tolerance
 from tests.zoo import KINDS_OF, ZOO, Inputs, call, graph

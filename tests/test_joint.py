@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import surgery
-from surgery.algebra.chain import Chain, relative_error
-from surgery.algebra.operators import Conv, Geometry, Linear, Operator
-from surgery.algebra.stack import split
+from surgery.algebra import Chain, Conv, Geometry, Linear, Operator, relative_error, split
 from surgery.cost.base import Comparison
 from surgery.cost.onnxruntime.backend import OnnxRuntime
 from surgery.errors import InputError, RankError, Refusal
@@ -23,8 +21,7 @@ from surgery.passes.preview import find_sites, plan
 from surgery.passes.recompose import recompose
 from surgery.plans.plan import Plan
 from surgery.runtime.export import export_onnx
-from surgery.sites.joint import JointSite, joined
-from surgery.sites.site import Site
+from surgery.sites import JointSite, Site, joined
 from tests.test_graphs import assert_same, counted_macs, every_graph, outputs, shapes, unique_parameters
 from tests.tolerances import reduction, tolerance
 from tests.zoo import graph

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
 from surgery.training.gauss_newton import fit_factors
 from surgery.training.least_squares import least_squares
 

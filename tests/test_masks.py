@@ -12,18 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
-from surgery.algebra.operators import Conv, Geometry, Linear
-from surgery.data.collect import collect
-from surgery.data.columns import read_columns
+from surgery.algebra import Conv, Geometry, Linear
+from surgery.data.collect import collect, with_sensitivity
 from surgery.data.masks import find_masks, is_mask_name, read_masks, visible_rows
-from surgery.data.moments import Moments
+from surgery.data.moments import Moments, read_columns
 from surgery.data.samples import Calibration, read_calibration
-from surgery.data.sensitivity import with_sensitivity
 from surgery.data.visible import VisibleRows
 from surgery.errors import InputError
 from surgery.kinds.registry import observe
 from surgery.passes.decompose import decompose
-from surgery.passes.held_out import HeldOut
+from surgery.passes.evidence import HeldOut
 from surgery.plans.goal import Goal
 from tests.tolerances import tolerance
 

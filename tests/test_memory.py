@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from surgery.errors import InputError
 from surgery.factorizations import FACTORIZATIONS
-from surgery.solvers.memory import check_memory, estimate
 from surgery.system import memory
+from surgery.system.memory import check_memory, estimate
 
 METHODS = st.sampled_from([*FACTORIZATIONS, "tt", "tr", "cp", "another"])
 KERNELS = st.lists(st.integers(1, 300), min_size=3, max_size=5)

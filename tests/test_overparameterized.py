@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
 from surgery.errors import InputError, RankError
 from surgery.solvers.components import mttkrp, reduce_rank
 from surgery.solvers.overparameterized import Method, descend, gradient_cp, symmetric_cp

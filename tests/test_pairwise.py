@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
 from surgery.errors import InputError, RankError
 from surgery.solvers.cp import cp
 from surgery.solvers.cp_model import CpModel

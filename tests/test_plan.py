@@ -14,15 +14,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.algebra.operators import Conv, Geometry, Linear, Operator
+from surgery.algebra import Conv, Geometry, Linear, Operator
 from surgery.errors import FileError, InputError, RankError
 from surgery.factorizations import FACTORIZATIONS, Spectrum
 from surgery.factorizations.svd import Svd
-from surgery.plans.by_rule import ByRule, ModelFacts
-from surgery.plans.complete import complete_plan
-from surgery.plans.plan import Decision, Plan
-from surgery.plans.planner import Progress, silent
-from surgery.sites.site import Site, Totals
+from surgery.plans.by_rule import ByRule, ModelFacts, complete_plan
+from surgery.plans.plan import Decision, Plan, Progress, silent
+from surgery.sites import Site, Totals
 from tests.cases import decaying
 
 

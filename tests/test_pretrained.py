@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
 from surgery.errors import SurgeryError
 from tools import check_transformers as tool
 

@@ -17,7 +17,7 @@ from surgery.data.batch_norm import NormWatch, Reference, reestimate_batch_norm
 from surgery.data.collect import collect
 from surgery.data.samples import read_calibration
 from surgery.errors import InputError
-from surgery.passes.held_out import HeldOut
+from surgery.passes.evidence import HeldOut
 from surgery.passes.metrics import drop_of
 from surgery.plans.goal import Goal
 from surgery.plans.plan import Plan

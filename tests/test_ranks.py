@@ -18,8 +18,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import surgery
-from surgery.algebra.chain import Chain, relative_error
-from surgery.algebra.operators import Conv, Geometry, Linear, Operator, Shape
+from surgery.algebra import Chain, Conv, Geometry, Linear, Operator, Shape, relative_error
 from surgery.cli.group import cli
 from surgery.errors import InputError, RankError, Refusal
 from surgery.factorizations import FACTORIZATIONS, Factorization, named
@@ -27,12 +26,10 @@ from surgery.plans import rules as rules_module
 from surgery.plans.by_rule import ByRule, ModelFacts
 from surgery.plans.candidates import Candidate, candidates_of
 from surgery.plans.faster import FALLBACK_ENERGY, KeepFaster, snap
-from surgery.plans.keep import Keep
-from surgery.plans.named import PerSite
 from surgery.plans.plan import Decision, Plan
-from surgery.plans.quality import Energy, Fixed, Full, Vbmf, energy_counts
-from surgery.plans.rules import parse_ranks
-from surgery.sites.site import Site, Totals
+from surgery.plans.quality import Energy, Fixed, Full, Keep, Vbmf, energy_counts
+from surgery.plans.rules import PerSite, parse_ranks
+from surgery.sites import Site, Totals
 from tests.cases import CASES, Case, decaying
 from tests.fitted import each
 

@@ -23,8 +23,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils import _pytree as pytree
 
 import surgery
-from surgery.algebra.chain import Chain, relative_error
-from surgery.algebra.operators import Linear
+from surgery.algebra import Chain, Linear, relative_error
 from surgery.cost.onnxruntime.backend import OnnxRuntime
 from surgery.cost.onnxruntime.model import build_model
 from surgery.cost.timing import Budget
@@ -34,7 +33,7 @@ from surgery.kinds.layers.recurrent import UnpackedRecurrent
 from surgery.kinds.layers.recurrent_forms import empty, repack, unpack
 from surgery.kinds.layers.recurrent_forms import settings as settings_of
 from surgery.kinds.layers.unpacking import pack_all, unpack_all
-from surgery.sites.epilogue import Loop
+from surgery.sites import Loop
 from tests.covering import ALL
 from tests.tolerances import tolerance
 

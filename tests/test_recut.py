@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 import surgery
 from surgery import Goal, OnnxRuntime
-from surgery.algebra.chain import Chain, relative_error
+from surgery.algebra import Chain, relative_error
 from surgery.errors import CheckError, RankError, Refusal
 from surgery.factorizations import FACTORIZATIONS, Factorization, Ranks
 from surgery.factorizations.recut import Cut, chain_spectra, recut
 from surgery.passes.decompose import decompose
 from surgery.passes.preview import find_sites
 from surgery.passes.recompose import recompose
-from surgery.sites.site import FactoredSite
+from surgery.sites import FactoredSite
 from tests.cases import Case
 from tests.fitted import EXACT, composed, each, factor, halved, slack
 from tests.test_calibration_models import as_kind

@@ -23,9 +23,8 @@ import surgery
 from surgery.cli import cli
 from surgery.cost.timing import Samples
 from surgery.errors import FileError, InputError
-from surgery.passes.promised import Promise
-from surgery.passes.results import DecomposeResult, Search
-from surgery.plans.bisection import Trial
+from surgery.passes.results import DecomposeResult, Promise, Search
+from surgery.plans.choose import Trial
 from surgery.report import attach, collect, read, render, write
 from surgery.report.charts import ticks
 from surgery.report.content import read_content

@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import surgery
-from surgery.algebra.chain import Chain, relative_error
-from surgery.algebra.operators import Linear
+from surgery.algebra import Chain, Linear, relative_error
 from surgery.errors import CheckError, InputError, SurgeryError
 from surgery.factorizations import FACTORIZATIONS
 from surgery.kinds.registry import open_model
-from surgery.sites.edit import Replace
+from surgery.sites import Entry, Replace
 from surgery.sites.find import find
-from surgery.sites.record import Entry
 from tests.test_carried import KINDS, run, state
 from tests.tolerances import tolerance
 

@@ -10,27 +10,25 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Operator, Shape
+from surgery.algebra import Chain, Operator, Shape
 from surgery.cost.base import Comparison
 from surgery.cost.onnxruntime.backend import OnnxRuntime
 from surgery.cost.timing import Samples
 from surgery.data.samples import read_calibration
 from surgery.kinds.inputs import normalise_inputs
-from surgery.passes.choices import ChoicePlans
+from surgery.passes.choices import ChoicePlans, Pricing, list_options
+from surgery.passes.clock import Instruments
 from surgery.passes.damages import Damages
 from surgery.passes.evidence import read_evidence
-from surgery.passes.fitter import FitOptions, Fitter
-from surgery.passes.instruments import Instruments
+from surgery.passes.fitting import FitOptions, Fitter
 from surgery.passes.job import Selection, read_job
 from surgery.passes.original import Original
 from surgery.passes.results import DecomposeResult
 from surgery.passes.run import by_goal
-from surgery.passes.site_options import Pricing, list_options
 from surgery.plans.choose import choose_least_cost
 from surgery.plans.goal import Goal
-from surgery.plans.planner import silent
-from surgery.plans.prices import Counted
+from surgery.plans.options import Counted
+from surgery.plans.plan import silent
 from surgery.runtime.bench import ModelComparison, ModelTiming, Timing, environment
 from tests.cases import decaying
 from tests.test_calibration_models import as_kind

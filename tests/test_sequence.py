@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
 from surgery.data.batch_norm import NormWatch
 from surgery.data.collect import collect
 from surgery.data.samples import read_calibration
 from surgery.data.sequence import Originals, Target
-from surgery.kinds.added import Additions
 from surgery.kinds.inputs import normalise_inputs
+from surgery.kinds.observed import Additions
 from surgery.kinds.registry import open_model
 from surgery.passes.decompose import decompose
+from surgery.passes.factoring import gather
 from surgery.passes.original import Original
 from surgery.passes.preview import find_sites
-from surgery.passes.site_data import gather
 from surgery.runtime.compare import run_model
 from tests.test_calibration_models import KINDS, as_kind, images, net
 from tests.zoo import ZOO, graph

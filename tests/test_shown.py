@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.cli import show
-from surgery.cli.names import FILE
-from surgery.cli.options import default_output
+from surgery.cli.options import FILE, default_output
 from surgery.errors import InputError
 from surgery.passes.bisect import Bisection, Blame
-from surgery.passes.promised import Promise, Seen
+from surgery.passes.results import Promise, Seen
 from surgery.report import collect, render
-from surgery.sites.site import Skip
+from surgery.sites import Skip
 from surgery.system.tables import layout, table
 from surgery.text import cut, shown, width, wrap
 from surgery.training.history import Event

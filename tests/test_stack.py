@@ -7,9 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Conv, Embedding, Geometry, Linear, Operator
-from surgery.algebra.stack import own_parameters, split, stack, stack_key
+from surgery.algebra import Chain, Conv, Embedding, Geometry, Linear, Operator, own_parameters, split, stack, stack_key
 from surgery.errors import Refusal
 
 CONV = Conv(torch.randn(4, 3, 3, 3), Geometry.pointwise(2), bias=torch.randn(4))

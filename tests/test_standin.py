@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import surgery
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
 from surgery.cli.decompose import decompose as command
 from surgery.data.batch_norm import NormDistances
 from surgery.data.standin import StandIn, stand_in

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery.data.collect import collect
+from surgery.data.collect import collect, with_sensitivity
 from surgery.data.samples import read_calibration
-from surgery.data.sensitivity import with_sensitivity
 from surgery.errors import CaptureError, InputError, SurgeryError
 from surgery.passes.metrics import scores_of
 from surgery.runtime.compare import run_model

@@ -13,9 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import surgery
 from surgery.kinds.registry import open_model
 from surgery.report import collect, render
+from surgery.sites import Skip, left_alone
 from surgery.sites.find import find
-from surgery.sites.leftover import left_alone
-from surgery.sites.site import Skip
 
 
 class Exponential(nn.Conv2d):

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.algebra.chain import Chain, relative_error
-from surgery.algebra.operators import Linear, Operator
+from surgery.algebra import Chain, Linear, Operator, relative_error
 from surgery.factorizations import FACTORIZATIONS
 from surgery.kinds.registry import KINDS, kind_of
 from tests.tolerances import tolerance

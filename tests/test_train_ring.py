@@ -11,9 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery.algebra.chain import Chain, relative_error
-from surgery.algebra.operators import Linear, Operator
-from surgery.algebra.steps import Flatten, Shift, Transpose, Unflatten
+from surgery.algebra import Chain, Flatten, Linear, Operator, Shift, Transpose, Unflatten, relative_error
 from surgery.errors import InputError, Refusal
 from surgery.factorizations.base import Factorization, Ranks
 from surgery.factorizations.tr import Tr

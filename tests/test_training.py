@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
 from surgery.training import LowRankTraining
 from tests.tolerances import tolerance
 from tests.training_cases import FULL, OPTIMIZERS, RANKS, Net, batch, make_run, train

@@ -15,18 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Linear, Operator, Shape
+from surgery.algebra import Chain, Linear, Operator, Shape
 from surgery.cost.timing import Samples
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import named
 from surgery.plans.candidates import Choice, candidates_of
-from surgery.sites.site import Site
+from surgery.sites import Site
 from surgery.training import LowRankTraining, make_forecast, propose
 from surgery.training.measure import PassTimer, time_models
 from surgery.training.ranks import TrainingRanks
-from surgery.training.schedule import Schedule
-from surgery.training.spectra import SpectrumLog, stable_rank
+from surgery.training.schedule import Schedule, SpectrumLog, stable_rank
 from tests.tolerances import tolerance
 from tests.training_cases import OPTIMIZERS, Net, batch, train
 

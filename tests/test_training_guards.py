@@ -14,7 +14,7 @@ from torch.optim import SGD, Optimizer
 
 from surgery.errors import InputError
 from surgery.training import ADMM, LowRankTraining
-from surgery.training.parameter_lists import check_lists
+from surgery.training.optimizer import check_lists
 from tests.training_cases import RANKS, Net, batch, make_run, train
 
 # --- weights that do not train

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from surgery.algebra.chain import Chain, relative_error
-from surgery.algebra.operators import Linear
+from surgery.algebra import Chain, Linear, relative_error
 from surgery.errors import InputError
 from surgery.training import LowRankTraining
 from surgery.training.frobenius import product_gradients

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import surgery
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
 from surgery.errors import InputError
 from surgery.training import LowRankTraining
 from tests.training_cases import OPTIMIZERS, Net, batch, loss_of, make_run, train

@@ -14,7 +14,7 @@ from torch import nn
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
 from surgery.training import LowRankTraining
 from surgery.training.wrappers import unwrap
 from tests.tolerances import tolerance

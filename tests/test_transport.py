@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery.algebra.chain import Chain, relative_error
-from surgery.algebra.operators import Conv, Geometry, Linear, Operator
+from surgery.algebra import Chain, Conv, Geometry, Linear, Operator, relative_error
 from surgery.errors import Refusal
 from surgery.factorizations import FACTORIZATIONS, Factorization, named
 from surgery.training.frobenius import product_gradients

@@ -13,8 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from surgery.algebra.chain import relative_error
-from surgery.algebra.operators import Operator
+from surgery.algebra import Operator, relative_error
 
 # Over the estimate above. The solvers work in float64, or in TensorLy's case in the kernel's dtype from float32 on, and
 # an eigendecomposition is off by several u of its own; half precisions only see the result, but what a sum of

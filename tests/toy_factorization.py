@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from surgery.algebra.operators import Linear, Operator, Shape
+from surgery.algebra import Linear, Operator, Shape
 from surgery.errors import Refusal
 from surgery.factorizations.base import MatrixFactorization, Ranks
 

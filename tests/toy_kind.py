@@ -9,14 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Linear
+from surgery.algebra import Chain, Linear
 from surgery.kinds.base import Access, Kind, OpenModel
 from surgery.kinds.inputs import Declared, Inputs, Signature
 from surgery.kinds.observed import Change, Norm, Observed, See
-from surgery.sites.edit import Edit, Replace
-from surgery.sites.flow import Call, Element, Flow, ModuleChain, Other, Tensors
-from surgery.sites.placement import FusableModule, Placement
+from surgery.sites import Call, Edit, Element, Flow, FusableModule, ModuleChain, Other, Placement, Replace, Tensors
 
 __all__ = ["LayersKind"]
 

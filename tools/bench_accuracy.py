@@ -42,7 +42,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
-from surgery.cost.registry import make_backend
+from surgery.cost.base import make_backend
 from surgery.errors import RankError
 from surgery.factorizations import fitting
 from surgery.passes.preview import find_sites, plan

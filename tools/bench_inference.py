@@ -29,9 +29,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 import surgery
-from surgery.algebra.operators import Conv, Operator
+from surgery.algebra import Conv, Operator
+from surgery.cost.base import make_backend
 from surgery.cost.onnxruntime.backend import OnnxRuntime
-from surgery.cost.registry import make_backend
 from surgery.cost.timing import Budget
 from surgery.errors import SurgeryError
 from surgery.factorizations import named
@@ -39,7 +39,7 @@ from surgery.passes.decompose import decompose
 from surgery.passes.preview import find_sites
 from surgery.plans.goal import Goal
 from surgery.runtime.bench import environment as measured_on
-from surgery.sites.site import Site
+from surgery.sites import Site
 from tools.networks import NETWORKS, build
 
 ROOT = Path(__file__).resolve().parent.parent

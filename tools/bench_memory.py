@@ -6,7 +6,7 @@ Each solver runs in a fresh process. The figure is the peak minus the memory aft
 the weight's size; copies for casts and results count, and imports do not. Ranks are half of the full ones; 64 for cp
 and 16 for tr. Weights are random with flat spectra. With ``--low-rank`` they have the wanted rank plus noise of 1e-5:
 float32 Gram matrices then tell too little about the remainder, and solvers do more work. The table also has the
-estimate of ``surgery.solvers.memory.estimate``, and the relative error of the outputs for random inputs.
+estimate of ``surgery.system.memory.estimate``, and the relative error of the outputs for random inputs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def operator_of(shape: tuple[int, ...], *, double: bool) -> Any:
     """Return an operator of random weights."""
     import torch
 
-    from surgery.algebra.operators import Conv, Geometry, Linear
+    from surgery.algebra import Conv, Geometry, Linear
 
     weight = torch.empty(shape, dtype=torch.float64 if double else torch.float32)
     weight.normal_(generator=torch.Generator().manual_seed(0))
@@ -76,10 +76,10 @@ def measure(method: str, shape: tuple[int, ...], *, double: bool, low_rank: bool
     """Factor a weight in this process; return bytes, seconds and error, or the reason why nothing was measured."""
     import torch
 
-    from surgery.algebra.chain import relative_error
+    from surgery.algebra import relative_error
     from surgery.errors import Refusal
     from surgery.factorizations import FACTORIZATIONS
-    from surgery.solvers.memory import estimate
+    from surgery.system.memory import estimate
 
     factorization, operator = FACTORIZATIONS[method], operator_of(shape, double=double)
     if (refusal := factorization.refuse(operator)) is not None:

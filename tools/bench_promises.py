@@ -43,7 +43,7 @@ from torch.utils import _pytree as pytree
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
 import surgery
-from surgery.cost.registry import make_backend
+from surgery.cost.base import make_backend
 from surgery.passes.results import DecomposeResult
 from surgery.plans.goal import Goal, GoalKind
 from surgery.runtime.bench import environment

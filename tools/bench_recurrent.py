@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import surgery
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
 from surgery.cost.onnxruntime.sessions import bind, open_session
 from surgery.cost.timing import Budget, compare_samples, interleave
 from surgery.runtime.bench import environment

@@ -29,7 +29,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
-from surgery.cost.registry import make_backend
+from surgery.cost.base import make_backend
 from surgery.passes.results import DecomposeResult
 from surgery.runtime.bench import environment
 from tools.trained import NETWORKS, Network, Unavailable, open_network, option_parser

@@ -34,7 +34,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
 from surgery.factorizations import FACTORIZATIONS
 from surgery.solvers import gram, hooi, reference
 from surgery.system.machine import cpu_name

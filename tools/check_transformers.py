@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgery
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
 from surgery.system.tables import table
 
 VOCABULARY, LENGTH, ROWS = 50, 6, 8

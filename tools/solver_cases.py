@@ -20,7 +20,7 @@ import tensorly
 import torch
 from torch import Tensor, nn
 
-from surgery.algebra.operators import Conv, Geometry, Linear, Operator
+from surgery.algebra import Conv, Geometry, Linear, Operator
 from surgery.factorizations import FACTORIZATIONS
 from surgery.solvers import gram, hooi, reference
 from surgery.solvers.cp import cp

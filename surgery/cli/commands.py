@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from surgery.cli.names import FILE
-from surgery.cli.options import as_json, default_output, file_inputs, model_options, open_program
+from surgery.cli.options import FILE, as_json, default_output, file_inputs, model_options, open_program
 from surgery.system.writing import Writer, check_outputs, write_together
 
 __all__ = ["bench", "compare", "export", "inspect", "recompose"]

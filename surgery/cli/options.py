@@ -1,7 +1,11 @@
-"""Options that several commands share, and the opening of MODEL."""
+"""Options that several commands share, and the opening of MODEL.
+
+File names from the command line, which are shown as they were typed: ``http://x`` does not become ``http:/x``.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from surgery.cli.names import TypedPath
 from surgery.errors import FileError, InputError
 from surgery.system.importing import import_function
 from surgery.text import cut, first_line
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 __all__ = [
+    "FILE",
+    "TypedPath",
     "as_json",
     "default_output",
     "file_inputs",
@@ -27,6 +32,36 @@ __all__ = [
     "parse_bytes",
     "parse_shapes",
 ]
+
+
+class TypedPath(type(Path())):  # type: ignore[misc]
+    """A path whose text is what was typed; paths that are made of it have the usual text."""
+
+    typed = ""
+
+    def __str__(self) -> str:
+        return self.typed or super().__str__()
+
+    def beside(self, name: str) -> TypedPath:
+        """Return the path of another file in the same folder, as it would be typed."""
+        found: TypedPath = self.with_name(name)
+        if self.typed.endswith(self.name):
+            found.typed = self.typed.removesuffix(self.name) + name
+        return found
+
+
+class _File(click.Path):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> TypedPath:
+        if isinstance(value, TypedPath):
+            return value
+        text = os.fsdecode(super().convert(value, param, ctx))
+        path = TypedPath(text)
+        path.typed = text
+        return path
+
+
+FILE = _File()
+
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _SEED = click.IntRange(0, 2**63 - 1)
@@ -112,7 +147,7 @@ def open_program(
     """
 
     from surgery.files.load import load
-    from surgery.kinds.program.inputs import program_inputs
+    from surgery.kinds.program.kind import program_inputs
     from surgery.kinds.registry import kind_of
     from surgery.runtime.export import capture
 
@@ -131,8 +166,7 @@ def open_program(
 
 def file_inputs(path: Path, options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return random inputs for an .onnx file, of the shapes that are said, or else that it declares."""
-    from surgery.runtime.compare import open_model
-    from surgery.runtime.feeds import session_inputs
+    from surgery.runtime.compare import open_model, session_inputs
 
     said = parse_shapes(options["input_shapes"])
     shapes = {name or place: shape for place, (name, shape) in enumerate(said)}
@@ -162,7 +196,7 @@ def _fill(
     from torch.utils import _pytree as pytree
 
     from surgery.kinds.inputs import random_tensor
-    from surgery.kinds.program.inputs import program_inputs
+    from surgery.kinds.program.kind import program_inputs
 
     leaves, spec = pytree.tree_flatten(program_inputs(program, seed=seed))
     names = [str(name) for name in program.graph_signature.user_inputs]

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.names import FILE
-from surgery.cli.options import as_json, default_output, load_function, model_options, open_program
+from surgery.cli.options import FILE, as_json, default_output, load_function, model_options, open_program
 from surgery.errors import InputError
 from surgery.system.writing import check_outputs
 

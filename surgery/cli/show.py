@@ -23,8 +23,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from surgery.sites.leftover import left_alone
-from surgery.sites.site import Skip
+from surgery.sites import Skip, left_alone
 from surgery.system.tables import layout
 from surgery.text import change, count, rank_text, seconds, shown, wrap
 

@@ -1,7 +1,7 @@
 """The interface of a backend: whatever measures costs where a model is to run.
 
 A backend times operators against chains, for the choice of ranks, and whole models against an original, for promises.
-A new one is a subclass of ``Backend`` in a folder of its own and a row in ``surgery.cost.registry.BACKENDS``. It says
+A new one is a subclass of ``Backend`` in a folder of its own and a row in ``surgery.cost.base.BACKENDS``. It says
 
 - ``key``: all that its numbers depend on besides the model: versions, the machine, the number of threads;
 - ``channel_multiple``: the number of channels that its kernels like;
@@ -9,6 +9,8 @@ A new one is a subclass of ``Backend`` in a folder of its own and a row in ``sur
 
 What was measured is kept under the key, so that no backend sees the numbers of another. Models come to a backend as
 .onnx files: whoever calls has exported them, and a backend knows neither torch's graphs nor how they are exported.
+
+The backends by name. Each is imported when it is first asked for.
 """
 
 from __future__ import annotations
@@ -21,14 +23,13 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy.typing as npt
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Operator, Shape
-from surgery.cost.cache import Cache, cache_path
-from surgery.cost.structure import described
+from surgery.algebra import Chain, Operator, Shape
+from surgery.cost.cache import Cache, cache_path, described
 from surgery.cost.timing import Samples, Speedup
+from surgery.errors import InputError
 from surgery.text import Verdict
 
-__all__ = ["Backend", "Comparison", "ModelFile", "ModelTimes", "Seconds"]
+__all__ = ["BACKENDS", "Backend", "Comparison", "ModelFile", "ModelTimes", "Seconds", "make_backend"]
 
 _Value = TypeVar("_Value")
 
@@ -149,3 +150,29 @@ class Backend(ABC):
         a dataclass of numbers and verdicts. A value that ``keep`` turns down is returned, but not kept.
         """
         return self._cache.recall(kind, {**what, **self.key, "backend": self.name}, measure, keep=keep)
+
+
+def _onnxruntime(**options: Any) -> Backend:
+    from surgery.cost.onnxruntime.backend import OnnxRuntime
+
+    return OnnxRuntime(**options)
+
+
+BACKENDS: dict[str, Callable[..., Backend]] = {
+    "onnxruntime": _onnxruntime,
+}
+
+
+def make_backend(name: str = "onnxruntime", **options: Any) -> Backend:
+    """Return a new backend of this name; the options are those of its class.
+
+    Raises:
+        InputError: an unknown name.
+
+    >>> make_backend("abacus")
+    Traceback (most recent call last):
+    surgery.errors.InputError: the backend 'abacus' is not known; allowed: onnxruntime
+    """
+    if name not in BACKENDS:
+        raise InputError(f"the backend {name!r} is not known", allowed=", ".join(BACKENDS))
+    return BACKENDS[name](**options)

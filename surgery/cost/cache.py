@@ -3,6 +3,8 @@
 The file is ``latencies.sqlite3`` in ``~/.cache/surgery`` (``$XDG_CACHE_HOME/surgery``). The environment variable
 ``SURGERY_CACHE`` names another folder, or is ``off``. Any number of processes may share the file. Where it cannot be
 read or written, a log line says so, and measuring goes on without it.
+
+What a latency depends on in operators and chains: kinds, shapes and geometries, as JSON values, and no numbers.
 """
 
 from __future__ import annotations
@@ -18,11 +20,37 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from surgery.algebra import Branches, Chain, Operator, Shape, Shift, Step
 from surgery.errors import FileError
 from surgery.system.opening import check_regular, shown_path
 from surgery.text import VERDICTS, first_line
 
-__all__ = ["Cache", "Store", "cache_path"]
+__all__ = ["Cache", "Store", "cache_path", "described"]
+
+
+def described(shape: Shape, *operators: Operator | Chain) -> dict[str, Any]:
+    """Return an input shape and the structure of what runs on it, as JSON values.
+
+    >>> import torch
+    >>> from surgery.algebra.operators import Linear
+    >>> described((1, 3), Linear(torch.ones(2, 3)))
+    {'operators': [{'kind': 'Linear', 'weight': [2, 3], 'bias': False}], 'shape': [1, 3]}
+    """
+    return {"operators": [_structure(operator) for operator in operators], "shape": list(shape)}
+
+
+def _structure(step: Step | Chain) -> Any:
+    if isinstance(step, Chain):
+        return [_structure(each) for each in step.steps]
+    if isinstance(step, Branches):
+        return {"branches": [[_structure(each) for each in row] for row in step.rows]}
+    kind = type(step).__name__
+    if not isinstance(step, Operator):
+        return {"kind": kind} | ({} if isinstance(step, Shift) else asdict(step))
+    found: dict[str, Any] = {"kind": kind, "weight": list(step.weight.shape), "bias": step.bias is not None}
+    form = step.form
+    return found if form.geometry is None else found | {"groups": form.kernel[0], "geometry": asdict(form.geometry)}
+
 
 _LEAST, _MOST = 1e-12, 1e12  # of seconds, and of ratios of them: what is stored may be from anywhere
 _LONGEST = 1 << 20  # bytes of a value, or of a key

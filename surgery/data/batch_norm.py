@@ -25,9 +25,7 @@ from surgery.data.collect import Progress
 from surgery.data.samples import Calibration
 from surgery.kinds.observed import Norm, Observed
 from surgery.kinds.registry import Model, observe
-from surgery.sites.epilogue import BatchNorm
-from surgery.sites.flow import Flow, Other
-from surgery.sites.placement import Placement
+from surgery.sites import BatchNorm, Flow, Other, Placement
 
 __all__ = ["NormDistances", "NormWatch", "Reference", "feeds_batch_norm", "reestimate_batch_norm"]
 

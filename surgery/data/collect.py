@@ -1,21 +1,156 @@
-"""Collect the moments of all sites of a model in one pass over calibration inputs."""
+"""What one pass over calibration inputs says of all sites: moments of inputs, and sensitivities.
+
+For the model's output f and a random direction v, the gradient g of <v, f> with respect to a site's output y says how
+far an error dy moves f: |df|^2 = E_v <v, df>^2 = E <g, dy>^2 to first order. Assume that g is independent of dy, and of
+g at other positions (as K-FAC does: Martens and Grosse 2015, arXiv 1503.05671). Then |df|^2 = tr(G E[dy dy^T]) for
+
+    G = E[sum g g^T]    (groups, O, O), the sum over the positions of a run, the mean over runs
+
+f is taken relative to its norm, so that tr(G E) is the squared relative error of the output; for several outputs it is
+the mean of their squared errors. With N gradients of O channels, G is mixed with the identity of the same trace, which
+gets the share O / (O + N): a direction that few gradients have not shown may still matter (Ledoit and Wolf 2004 shrink
+so).
+
+There is one backward pass for each batch. Positions that a mask hides count neither in outputs nor at sites.
+"""
 
 from __future__ import annotations
 
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from surgery.algebra import Operator
+from surgery.data.masks import visible_rows
 from surgery.data.moments import Accumulator, Moments, layout_bytes
 from surgery.data.samples import Calibration
-from surgery.data.visible import VisibleRows
+from surgery.data.visible import Masks, VisibleOutputs, VisibleRows
 from surgery.errors import InputError
 from surgery.kinds.observed import Observed
 from surgery.kinds.registry import Model, observe
-from surgery.sites.placement import Placement
+from surgery.sites import Placement
+from surgery.text import first_line
 
-__all__ = ["Progress", "collect", "rows_of"]
+__all__ = ["Progress", "collect", "rows_of", "with_sensitivity"]
+
+_SAMPLES, _BATCH = 512, 8  # samples at most, in batches of at most this size
+
+
+def with_sensitivity(
+    model: Model,
+    batches: Calibration,
+    moments: Mapping[str, Moments],
+    *,
+    samples: int = _SAMPLES,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Mapping[str, Moments]:
+    """Return the moments with the sensitivity of each site, from at most ``samples`` samples in small batches.
+
+    The moments of a site that no gradient reaches have no sensitivity. ``seed`` decides the random directions.
+    ``progress`` is called with ("differentiate", batches done, all batches).
+
+    Raises:
+        InputError: the model has no output to differentiate, or cannot be differentiated.
+    """
+    observed = observe(model, next(iter(batches)))
+    few = _small(batches, samples)
+    placements = [placement for placement in observed.find().placements if placement.site.name in moments]
+    visible = VisibleRows(observed, few, placements)
+    outputs = VisibleOutputs(lambda batch: _leaves(observed.run(batch)), few)
+    found = {placement.site.name: _tapped(observed, placement, visible) for placement in placements}
+    generator = torch.Generator().manual_seed(seed)
+    for done, batch in enumerate(few):
+        if progress is not None:
+            progress("differentiate", done, len(few))
+        leaves = _leaves(observed.run(batch, gradients=True))
+        _backward(leaves, list(outputs.of(batch, leaves)), generator)
+    return {
+        name: replace(m, sensitivity=found[name].mean(len(few)) if name in found and found[name].count else None)
+        for name, m in moments.items()
+    }
+
+
+def _small(batches: Calibration, samples: int) -> Calibration:
+    if batches.exact:
+        whole = max(1, samples // batches.batch_size) * batches.batch_size
+        return batches.take(slice(min(whole, batches.count)))
+    few = batches.take(slice(min(samples, batches.count)))
+    return replace(few, batch_size=min(_BATCH, few.batch_size))
+
+
+def _leaves(output: object) -> list[Tensor]:
+    leaves = pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _backward(leaves: Sequence[Tensor], visible: Sequence[Tensor | None], generator: torch.Generator) -> None:
+    # The scalar <v, f> of the module docstring: each output is divided by its norm, and all by the square root of their
+    # number k, so that the expected square of its change is the mean of k squared relative errors.
+    total: Tensor | None = None
+    share = max(1, len(leaves)) ** -0.5
+    for leaf, mask in zip(leaves, visible, strict=True):
+        # Drawn even if unused: the directions of later outputs must not depend on which sites are chosen.
+        direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float32, device="cpu").to(leaf)
+        if leaf.requires_grad:
+            shown = leaf if mask is None else leaf.masked_fill(~mask, 0.0)
+            scale = torch.linalg.vector_norm(shown.detach().float()).clamp(min=1e-12)
+            part = (shown * direction).sum() * (share / scale.to(leaf.dtype))
+            total = part if total is None else total + part
+    if total is None:
+        raise InputError("no gradient leads from an output of the model to its operators")
+    try:
+        total.backward()
+    except RuntimeError as error:
+        raise InputError(f"the model cannot be differentiated: {first_line(error)}") from error
+
+
+def _tapped(observed: Observed, placement: Placement, visible: VisibleRows) -> _Gram:
+    """Return the sums over gradients at a site's calls in later runs."""
+    gram = _Gram(placement.site.operator)
+    for call in placement.calls:
+        observed.tap(call, lambda y: gram.tap(y, visible.now(observed, placement)))
+    return gram
+
+
+class _Gram:
+    """The sum of g g^T over the visible positions of a site's outputs."""
+
+    def __init__(self, operator: Operator) -> None:
+        self.count = 0
+        self._groups, self._out = operator.kernel.shape[:2]
+        self._axis = -1 - operator.spatial_dims
+        self._sum = operator.weight.new_zeros(self._groups, self._out, self._out, dtype=torch.float64)
+
+    def mean(self, runs: int) -> Tensor:
+        """Return G, mixed with the identity."""
+        # The mean of the diagonal is the level at which the identity has the same trace.
+        mean, share = self._sum / runs, self._out / (self._out + self.count)
+        level = mean.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        return (1 - share) * mean + share * level * torch.eye(self._out, dtype=mean.dtype, device=mean.device)
+
+    def tap(self, y: Tensor, masks: Masks) -> Tensor:
+        """Return a copy of the output whose gradient is added to the sum in the backward pass."""
+        # A new leaf starts the graph at the first site; its clone, unlike a leaf, may be changed in place later.
+        own = y.detach().requires_grad_().clone() if not y.requires_grad else y.clone()
+        own.register_hook(lambda gradient: self._add(gradient, masks))
+        return own
+
+    def _add(self, gradient: Tensor, masks: Masks) -> None:
+        rows = gradient.detach().movedim(self._axis, -1)
+        visible = visible_rows(masks, rows.shape[:-1]) if self._axis >= -2 else None
+        rows = rows.reshape(-1, self._groups, self._out)
+        rows = (rows if visible is None else rows[visible]).transpose(0, 1)
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        self._sum += rows.mT @ rows
+        self.count += rows.shape[1]
+
 
 Progress = Callable[[str, int, int], None]  # (name of the work, batches or steps done, all of them)
 _LIMITS = (4608, 2304, 1152, 576, 288, 144, 72, 36, 18)  # of n: up to which the second moment is one matrix

@@ -26,9 +26,7 @@ from itertools import accumulate, islice
 import torch
 from torch import Tensor
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Operator
-from surgery.algebra.steps import Branches
+from surgery.algebra import Branches, Chain, Operator
 from surgery.data.moments import Moments
 from surgery.errors import CheckError, Refusal
 from surgery.factorizations import Factorization, Ranks

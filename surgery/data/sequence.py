@@ -29,18 +29,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from surgery.algebra.operators import Operator
+from surgery.algebra import Operator
 from surgery.data.batch_norm import Reference, reestimate_batch_norm
 from surgery.data.collect import rows_of
-from surgery.data.columns import output_reader, read_columns
 from surgery.data.factor import RIDGE
-from surgery.data.moments import Moments
+from surgery.data.moments import Moments, output_reader, read_columns
 from surgery.data.samples import Calibration
 from surgery.data.visible import Masks, VisibleRows
-from surgery.kinds.added import Added
-from surgery.kinds.observed import Observed
+from surgery.kinds.observed import Added, Observed
 from surgery.kinds.registry import Model, observe
-from surgery.sites.placement import Placement
+from surgery.sites import Placement
 from surgery.solvers.weighted import Metric, triangles
 
 __all__ = ["Originals", "Target"]

@@ -28,7 +28,7 @@ from surgery.errors import InputError, Refusal
 from surgery.kinds.inputs import Inputs, Signature
 from surgery.kinds.layers.untouched import untouched
 from surgery.kinds.registry import Model, kind_of, observe
-from surgery.sites.placement import Found
+from surgery.sites import Found
 
 __all__ = ["GLANCE", "Effort", "StandIn", "stand_in"]
 

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.algebra.operators import Operator
+from surgery.algebra import Operator
 from surgery.data.masks import read_masks
 from surgery.data.samples import Calibration
 from surgery.kinds.inputs import Inputs
 from surgery.kinds.observed import Observed
-from surgery.sites.placement import Placement
+from surgery.sites import Placement
 
 __all__ = ["Masks", "SeeRows", "VisibleOutputs", "VisibleRows"]
 

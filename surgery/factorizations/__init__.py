@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from surgery.algebra.operators import Operator
+from surgery.algebra import Operator
 from surgery.errors import InputError, Refusal
 from surgery.factorizations.base import SOLVERS, Factorization, Ranks, Spectrum
 from surgery.factorizations.cp import Cp

@@ -23,13 +23,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Conv, Embedding, Geometry, Linear, Operator, Shape
-from surgery.algebra.steps import Step
+from surgery.algebra import Chain, Conv, Embedding, Geometry, Linear, Operator, Shape, Step
 from surgery.errors import InputError, RankError, Refusal
 from surgery.solvers import gram, reference
 from surgery.solvers.gram import singular_values
-from surgery.solvers.memory import check_memory, estimate
+from surgery.system.memory import check_memory, estimate
 
 __all__ = [
     "Factorization",

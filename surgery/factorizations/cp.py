@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from surgery.algebra.operators import Geometry, Operator, Shape
+from surgery.algebra import Geometry, Operator, Shape
 from surgery.errors import Refusal
 from surgery.factorizations.base import Factorization, Ranks, along_each, only, refuse_channels, spatial_dims
 from surgery.solvers import reference

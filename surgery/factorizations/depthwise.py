@@ -16,8 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from surgery.algebra.operators import Conv, Geometry, Operator, Shape
-from surgery.algebra.steps import Branches, Step
+from surgery.algebra import Branches, Conv, Geometry, Operator, Shape, Step
 from surgery.errors import Refusal
 from surgery.factorizations.base import MatrixFactorization, Ranks
 

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgery.algebra.chain import Chain, relative_error
-from surgery.algebra.operators import Operator
+from surgery.algebra import Chain, Operator, relative_error
 from surgery.errors import Refusal
 from surgery.factorizations.base import Factorization, Ranks, Spectrum
 from surgery.solvers.gram import singular_values

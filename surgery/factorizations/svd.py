@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from surgery.algebra.operators import Geometry, Operator, Shape
+from surgery.algebra import Geometry, Operator, Shape
 from surgery.errors import Refusal
 from surgery.factorizations.base import MatrixFactorization, Ranks
 

@@ -27,8 +27,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from surgery.algebra.operators import Conv, Geometry, Linear, Operator, Shape
-from surgery.algebra.steps import Flatten, Step, Transpose, Unflatten
+from surgery.algebra import Conv, Flatten, Geometry, Linear, Operator, Shape, Step, Transpose, Unflatten
 from surgery.errors import Refusal
 from surgery.factorizations.base import Factorization, Ranks
 from surgery.factorizations.tt import balanced, refuse_train

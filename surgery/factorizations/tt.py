@@ -25,8 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from surgery.algebra.operators import Geometry, Linear, Operator, Shape
-from surgery.algebra.steps import Flatten, Step, Transpose, Unflatten
+from surgery.algebra import Flatten, Geometry, Linear, Operator, Shape, Step, Transpose, Unflatten
 from surgery.errors import Refusal
 from surgery.factorizations.base import (
     Factorization,

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from surgery.algebra.operators import Geometry, Operator, Shape
+from surgery.algebra import Geometry, Operator, Shape
 from surgery.errors import Refusal
 from surgery.factorizations.base import Factorization, Ranks, refuse_channels
 from surgery.solvers import hooi, reference

@@ -37,15 +37,14 @@ from torch.export.pt2_archive._package import load_pt2
 
 from surgery.errors import FileError, InputError, SurgeryError, UnsafeFileError, only_own_errors
 from surgery.files.guard.archive import check_archive, entry_names, rewrite
-from surgery.files.guard.fit import check_fit
-from surgery.files.guard.sizes import check_program_sizes
+from surgery.files.guard.sizes import check_fit, check_program_sizes
 from surgery.files.memory import check_room, file_need, program_need
 from surgery.files.pretrained import note_record
 from surgery.files.save import RECORD_KEY
 from surgery.files.structure import give_structure, tie
 from surgery.kinds.layers.carried import copy_module
 from surgery.kinds.registry import is_model
-from surgery.sites.record import Record
+from surgery.sites import Record
 from surgery.system.importing import import_function
 from surgery.system.opening import check_path, check_regular, read_regular, shown_path
 from surgery.text import first_line

@@ -4,7 +4,7 @@ Reading a file takes three times its size: its bytes, the checked copy, and the 
 times: in the model, in its copy, and as the bytes that are written. Running the program holds a few values, each at
 most as large as the largest one. The file says all these sizes. It may declare a weight of four bytes as a matrix of
 60,000 x 60,000 equal numbers; that counts with its full size, which a pass would allocate. The memory of a solver comes
-on top, and is checked site by site (``solvers/memory.py``).
+on top, and is checked site by site (``system/memory.py``).
 """
 
 from __future__ import annotations

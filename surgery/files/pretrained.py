@@ -147,7 +147,7 @@ def _register(registry: ModuleType) -> None:
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             from surgery.files.structure import give_structure
-            from surgery.sites.record import Record
+            from surgery.sites import Record
 
             record = Record.from_json(self.quantization_config.record).check()
             give_structure(model, _own_sites(model, record.origins))

@@ -9,7 +9,7 @@ from torch import nn
 
 from surgery.kinds.layers.factored import Factored
 from surgery.kinds.layers.tensors import key_of
-from surgery.sites.record import Entry, Record
+from surgery.sites import Entry, Record
 
 __all__ = ["record_of"]
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Operator
+from surgery.algebra import Chain, Operator
 from surgery.errors import InputError, RankError, Refusal
 from surgery.factorizations import Ranks, named
 from surgery.kinds.layers.carried import refuse_carrying
@@ -22,7 +21,7 @@ from surgery.kinds.layers.factored import Factored
 from surgery.kinds.layers.modules import is_operator_module, read_module, weight_of
 from surgery.kinds.layers.unpacking import pack_all, unpack_all
 from surgery.kinds.registry import is_model, kind_of
-from surgery.sites.site import Site
+from surgery.sites import Site
 
 __all__ = ["give_structure", "tie"]
 

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
 
     from surgery.kinds.inputs import Declared, Inputs, Signature
     from surgery.kinds.observed import Observed
-    from surgery.sites.edit import Edit
-    from surgery.sites.flow import Flow
-    from surgery.sites.placement import Placement
+    from surgery.sites import Edit, Flow, Placement
 
 __all__ = ["Access", "Kind", "OpenModel"]
 

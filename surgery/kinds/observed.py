@@ -2,6 +2,8 @@
 
 The model runs in evaluation mode, and without gradients unless the caller asks for them. The model itself is not
 changed.
+
+The other branch of a residual connection: the tensor that is added to a site's output, seen while a model runs.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,18 +19,110 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from surgery.errors import InputError
-from surgery.kinds.added import Added, Additions
 from surgery.kinds.inputs import Inputs
 from surgery.kinds.layers.around import watching
 from surgery.kinds.layers.within import Within, within_of
+from surgery.sites import Call, Flow, Found
 from surgery.sites.find import find
-from surgery.sites.flow import Call, Flow
-from surgery.sites.placement import Found
 from surgery.text import first_line
 
-__all__ = ["Change", "Hooks", "Norm", "Observed", "See"]
+__all__ = ["Added", "Additions", "Change", "Hooks", "Norm", "Observed", "See"]
+
+_ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+_VIEW = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.alias.default)
+
+Added = Callable[[Tensor, bool], None]
+
+
+@dataclass(eq=False)
+class _Followed:
+    """A followed value: ``add`` is called with a tensor that is added to it, ``spoil`` if anything else reads it."""
+
+    shape: torch.Size
+    add: Added
+    spoil: Callable[[], None]
+    added: bool = False
+
+
+class Additions(TorchDispatchMode):
+    """A mode that follows values and tells which of them only an addition reads, once, with a tensor of their shape.
+
+    The mode sees the operators that torch runs, so it works for modules, interpreted graphs and functions alike. Views
+    of a value that keep its memory (view, alias) are followed too. A value that is transposed or sliced first counts as
+    read by something else.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
+        self._followed: Any = WeakIdKeyDictionary()
+        self._paused = False
+
+    def follow(self, value: Tensor, add: Added, spoil: Callable[[], None]) -> None:
+        """Call ``add`` with the tensor that is added to a value, and ``spoil`` if anything else reads the value.
+
+        The tensor comes in the shape of the value. ``add`` also gets whether this tensor is itself a followed value.
+        """
+        self._followed[value] = _Followed(value.shape, add, spoil)
+
+    def give(self, output: Any) -> None:
+        """Spoil the followed values in a model's output: the caller reads them."""
+        for _, followed in self._read((output,), {}):
+            followed.spoil()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Ignore everything for a while: the observer, not the model, handles the values now."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operator, and note what it does to the values that are followed."""
+        # A followed value has at most one good end: one plain addition of its own shape. Each other read spoils it,
+        # except for a view, which is followed in its place: for y = site(x).view(n, c); y + r, the tensor r is seen.
+        kwargs = kwargs or {}
+        # looked up before the operator runs, as it may write to its inputs
+        read = [] if self._paused or not self._followed else self._read(args, kwargs)
+        if func in _ADD and kwargs.get("alpha", 1) == 1 and _alike(args):
+            for value, followed in read:
+                self._see(followed, args[1] if value is args[0] else args[0])
+            if func is torch.ops.aten.add_.Tensor:  # the tensor holds the sum from now on
+                self._followed.pop(args[0], None)
+            read = []
+        result = func(*args, **kwargs)
+        for _, followed in read:
+            if func in _VIEW:
+                self._followed[result] = followed
+            else:
+                followed.spoil()
+        return result
+
+    def _read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Tensor, _Followed]]:
+        tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        return [(tensor, self._followed[tensor]) for tensor in tensors if tensor in self._followed]
+
+    def _see(self, followed: _Followed, other: Tensor) -> None:
+        if followed.added:
+            followed.spoil()
+        else:
+            followed.added = True
+            followed.add(other.reshape(followed.shape), other in self._followed)
+
+
+def _alike(args: Sequence[Any]) -> bool:
+    return len(args) == 2 and all(isinstance(a, Tensor) for a in args) and args[0].shape == args[1].shape
+
 
 See = Callable[[Tensor], None]
 Change = Callable[[Tensor], Tensor]

@@ -23,8 +23,8 @@ from surgery.kinds.registry import kind_of
 from surgery.passes.metrics import metric_of
 from surgery.passes.recompose import recompose
 from surgery.plans.goal import Metric
-from surgery.plans.planner import Progress, silent
-from surgery.sites.site import Skip
+from surgery.plans.plan import Progress, silent
+from surgery.sites import Skip
 from surgery.system.tables import table
 from surgery.text import first_line
 

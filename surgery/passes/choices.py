@@ -1,18 +1,78 @@
-"""Plans of choices: one option for each site that has any, and the reasons of all others to stay dense."""
+"""Plans of choices: one option for each site that has any, and the reasons of all others to stay dense.
+
+What each site of a model could become, with the damage and the cost of each, by the moments of its inputs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from surgery.errors import Refusal
 from surgery.factorizations import Ranks, named
+from surgery.passes.factoring import SiteData
 from surgery.plans.candidates import Candidate, Cost
 from surgery.plans.goal import Goal
-from surgery.plans.options import Option, Options
-from surgery.plans.plan import Decision, Plan
-from surgery.sites.site import Site
+from surgery.plans.options import Option, Options, Prices, options_of
+from surgery.plans.plan import Decision, Plan, Progress
+from surgery.sites import Site
 
-__all__ = ["ChoicePlans"]
+__all__ = ["ChoicePlans", "Pricing", "SiteOptions", "list_options"]
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """How options are made and priced.
+
+    ``ruled`` is a plan whose factorizations are taken over; ``multiple`` is the number of channels that kernels like.
+    """
+
+    prices: Prices
+    factorization: str = "auto"
+    multiple: int | None = None
+    ruled: Plan | None = None
+
+    def factorization_of(self, site: str) -> str:
+        """Return the factorization that a site may have, or "auto"."""
+        return self.factorization if self.ruled is None else self.ruled[site].factorization or "auto"
+
+
+@dataclass(frozen=True, eq=False)
+class SiteOptions:
+    """The options of the sites that have any, and why the others have none, by name."""
+
+    sites: tuple[Options, ...]
+    reasons: dict[str, str]
+
+
+def list_options(sites: Iterable[Site], data: SiteData, pricing: Pricing, progress: Progress) -> SiteOptions:
+    """Return the options of each site."""
+    wanted = tuple(sites)
+    found: list[Options] = []
+    reasons: dict[str, str] = {}
+    for done, site in enumerate(wanted):
+        progress("measure", done, len(wanted))
+        options = _options(site, data, pricing)
+        if isinstance(options, Refusal):
+            reasons[site.name] = options.reason
+        else:
+            found.append(options)
+    progress("measure", len(wanted), len(wanted))
+    return SiteOptions(tuple(found), reasons)
+
+
+def _options(site: Site, data: SiteData, pricing: Pricing) -> Options | Refusal:
+    if site.name not in data.moments:
+        return Refusal("no calibration input reaches it")
+    return options_of(
+        site,
+        data.moments[site.name],
+        pricing.prices,
+        factorization=pricing.factorization_of(site.name),
+        multiple=pricing.multiple,
+        centred=site.name in data.centred,
+    )
+
 
 _TOO_DEAR = "every chain would cost more of the promise than it gains"
 

@@ -7,15 +7,14 @@ from typing import Any, TypeVar
 
 from surgery.errors import only_own_errors
 from surgery.kinds.registry import Model, check_inplace
-from surgery.passes.fitter import FitOptions
-from surgery.passes.instruments import instruments_of
+from surgery.passes.clock import instruments_of
+from surgery.passes.fitting import FitOptions
 from surgery.passes.job import Asked, Joint, read_job, read_selection
 from surgery.passes.original import Original
 from surgery.passes.results import DecomposeResult
-from surgery.passes.rule_plans import plan_for
-from surgery.passes.run import by_goal, by_plan
+from surgery.passes.run import by_goal, by_plan, plan_for
 from surgery.plans.goal import Goal
-from surgery.plans.planner import Progress
+from surgery.plans.plan import Progress
 
 __all__ = ["decompose"]
 

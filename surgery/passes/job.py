@@ -11,11 +11,10 @@ from surgery.errors import InputError
 from surgery.factorizations import FACTORIZATIONS, SOLVERS
 from surgery.kinds.inputs import Inputs, normalise_inputs
 from surgery.kinds.registry import Model, kind_of
-from surgery.passes.fitter import FitOptions
-from surgery.passes.instruments import backend_of
+from surgery.passes.clock import backend_of
+from surgery.passes.fitting import FitOptions
 from surgery.plans.goal import Goal
-from surgery.plans.plan import Plan
-from surgery.plans.planner import Progress, silent
+from surgery.plans.plan import Plan, Progress, silent
 from surgery.plans.rules import RankSpec, parse_ranks
 
 __all__ = ["Asked", "Job", "Joint", "Selection", "read_job", "read_patterns", "read_ranks", "read_selection"]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from surgery.errors import InputError
 from surgery.kinds.registry import Model, kind_of
-from surgery.passes.confidence import beyond
+from surgery.passes.evidence import beyond
 from surgery.plans.goal import Metric
 from surgery.runtime.compare import evaluating
 from surgery.text import first_line

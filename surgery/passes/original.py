@@ -1,25 +1,27 @@
 """The model as it was given: its sites, and other models with chains in their places.
 
 Passes read sites and splice chains through this file alone.
+
+Which sites of a module run when something takes their place: seen in one run, before anything is fitted to data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.algebra.chain import Chain
+from surgery.algebra import Chain, Operator
 from surgery.data.batch_norm import feeds_batch_norm
+from surgery.errors import Refusal
+from surgery.factorizations import fitting
 from surgery.kinds.base import OpenModel
 from surgery.kinds.inputs import Inputs
-from surgery.kinds.registry import Model, open_model
-from surgery.sites.edit import Replace
+from surgery.kinds.registry import Model, kind_of, open_model
+from surgery.sites import FactoredSite, Found, Replace, Site, Skip, Totals
 from surgery.sites.find import find
-from surgery.sites.placement import Found
-from surgery.sites.site import Site, Skip, Totals
 
-__all__ = ["Original", "Spliced"]
+__all__ = ["Original", "Spliced", "unreached"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,3 +93,25 @@ def _splice(opened: OpenModel, found: Found, chains: Mapping[str, Chain]) -> Non
     places |= opened.reopen([p for name, p in places.items() if p.chain is not None and name in chains])
     for name, chain in chains.items():
         opened.apply(Replace(places[name], chain))
+
+
+def unreached(original: Original, names: Collection[str]) -> Mapping[str, str]:
+    """Return why some sites have to stay dense, by name: a copy with the least chains at all of them is run once.
+
+    Graphs say themselves what runs; of them none is refused here.
+    """
+    if kind_of(original.model).says_what_runs():
+        return {}
+    sites = (original.sites[name] for name in names)
+    chains = {site.name: _least(site.operator) for site in sites if not isinstance(site, FactoredSite)}
+    return original.spliced({name: chain for name, chain in chains.items() if chain is not None}).refused
+
+
+def _least(operator: Operator) -> Chain | None:
+    """Return the chain of the lowest ranks, of zeros; None where no factorization fits."""
+    methods = fitting(operator, "auto")
+    if isinstance(methods, Refusal):
+        return None
+    ranks = tuple(1 for _ in methods[0].max_ranks(operator))
+    shapes = methods[0].shapes(tuple(operator.kernel.shape), ranks)
+    return methods[0].assemble(operator, [operator.weight.new_zeros(shape) for shape in shapes], ranks)

@@ -1,4 +1,7 @@
-"""The steps before a model is changed, each on its own: the sites, the plan, and what it would come to."""
+"""The steps before a model is changed, each on its own: the sites, the plan, and what it would come to.
+
+apply: the structure of a plan for a fresh model, so that the state of a factored one fits it.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from torch import nn
+
 from surgery.errors import InputError, only_own_errors
 from surgery.factorizations import named
+from surgery.files.pretrained import note_record
+from surgery.files.structure import give_structure
 from surgery.kinds.inputs import normalise_inputs
 from surgery.kinds.registry import Model
-from surgery.passes.fitter import FitOptions
-from surgery.passes.instruments import backend_of, instruments_of
+from surgery.passes.clock import backend_of, instruments_of
+from surgery.passes.fitting import FitOptions
 from surgery.passes.job import Asked, Job, Joint, read_job, read_selection
 from surgery.passes.original import Original
-from surgery.passes.result_of import result_of
 from surgery.passes.results import Change, DecomposeResult
-from surgery.passes.rule_plans import plan_for
-from surgery.passes.run import propose
+from surgery.passes.run import plan_for, propose, result_of
 from surgery.plans.goal import Goal
-from surgery.plans.plan import Plan
-from surgery.plans.planner import Progress
-from surgery.sites.site import Site, Skip
+from surgery.plans.plan import Plan, Progress
+from surgery.plans.rules import joint_groups
+from surgery.sites import Site, Skip
 
-__all__ = ["find_sites", "plan", "preview"]
+__all__ = ["apply", "find_sites", "plan", "preview"]
 
 _Model = TypeVar("_Model", bound=Model)
 
@@ -149,3 +154,29 @@ def _refuse_backend(backend: Any) -> None:
             allowed="a backend with a rule or a plan",
             next_step="give it to the goal, as Goal.error(0.05, backend=...)",
         )
+
+
+@only_own_errors
+def apply(plan: Plan, model: nn.Module) -> nn.Module:
+    """Give a dense module the structure of a plan, in place, with factors of zeros, and return it.
+
+    A state of the model that the plan was carried out on then fits, by any tool's ``load_state_dict``:
+
+        result = surgery.decompose(net, inputs)
+        fresh = surgery.apply(result.plan, Net())
+        fresh.load_state_dict(result.model.state_dict())
+
+    Nothing is captured or run. A model that is nothing but one layer with packed weights cannot be changed in place:
+    take what is returned.
+
+    Raises:
+        InputError: the plan is something else; the model is a graph, has no such layer, or is factored already.
+        RankError: a rank that a layer cannot take.
+    """
+    if not isinstance(plan, Plan):
+        what = f"the plan is a {type(plan).__name__}"
+        raise InputError(what, allowed="surgery.Plan", next_step="give the plan first, then the model")
+    sites = {d.site: (d.factorization, d.rank) for d in plan if d.factorization is not None and d.rank is not None}
+    made = give_structure(model, sites, joint_groups(plan))
+    note_record(made)
+    return made

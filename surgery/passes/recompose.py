@@ -10,10 +10,8 @@ from surgery.errors import only_own_errors
 from surgery.files.pretrained import note_record
 from surgery.kinds.inputs import normalise_inputs
 from surgery.kinds.registry import Model, check_inplace, open_model
-from surgery.sites.edit import Fuse
+from surgery.sites import Fusable, Fuse, Skip
 from surgery.sites.fusable import fusable
-from surgery.sites.placement import Fusable
-from surgery.sites.site import Skip
 from surgery.system.tables import table
 from surgery.text import change, count, shown
 

@@ -1,4 +1,4 @@
-"""What decompose returns: the new model, and each change and each place left alone as values."""
+"""What decompose returns: the new model, its changes, what was promised and what was seen, as values."""
 
 from __future__ import annotations
 
@@ -6,16 +6,46 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from surgery.factorizations import Ranks
-from surgery.passes.promised import Promise, Seen
-from surgery.plans.bisection import Trial
+from surgery.plans.choose import Trial
+from surgery.plans.goal import GoalKind
 from surgery.plans.plan import Plan
 from surgery.runtime.bench import Timing
-from surgery.sites.leftover import left_alone
-from surgery.sites.site import Skip, Totals
+from surgery.sites import Skip, Totals, left_alone
 from surgery.system.tables import table
-from surgery.text import change, count, rank_text, shown
+from surgery.text import FAR, change, count, rank_text, shown
 
-__all__ = ["Change", "DecomposeResult", "Search"]
+__all__ = ["Change", "DecomposeResult", "Promise", "Search", "Seen"]
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A goal, what was measured for the result, and whether it is kept; ``note`` says what stood in the way."""
+
+    kind: GoalKind
+    limit: float
+    measured: float
+    kept: bool
+    note: str = ""
+
+    def __str__(self) -> str:
+        what = {"max_error": "output error", "max_drop": "drop of the metric", "target_speedup": "speed-up"}[self.kind]
+        bound = "at least" if self.kind == "target_speedup" else "at most"
+        state = "kept" if self.kept else "NOT KEPT"
+        note = shown(f"; {self.note}") if self.note else ""
+        return f"{what} {bound} {self.limit:g}: measured {self.measured:.3g}, {state}{note}"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The relative error of a changed model's outputs, and on what inputs it was measured."""
+
+    error: float
+    what: str
+
+    def __str__(self) -> str:
+        warning = ": the outputs are no longer those of the original" if self.error > FAR else ""
+        return f"output error {self.error:.3g} on {shown(self.what)}{warning}"
+
 
 _Model = TypeVar("_Model", covariant=True)
 

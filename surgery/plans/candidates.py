@@ -15,14 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Operator, Shape
-from surgery.algebra.stack import own_parameters, split
+from surgery.algebra import Chain, Operator, Shape, own_parameters, split
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import Factorization, Ranks, Spectrum, fitting, named
 from surgery.factorizations.recut import chain_spectra
-from surgery.sites.joint import JointSite
-from surgery.sites.site import FactoredSite, Site
+from surgery.sites import FactoredSite, JointSite, Site
 
 __all__ = ["Candidate", "Choice", "Cost", "candidates_of", "say_ranks", "standing"]
 

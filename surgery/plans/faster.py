@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Operator, Shape
+from surgery.algebra import Chain, Operator, Shape
 from surgery.errors import InputError, Refusal
 from surgery.plans.candidates import Candidate, Choice, say_ranks
 from surgery.plans.quality import SiteRule, energy_counts, vbmf_counts
-from surgery.sites.site import FactoredSite
+from surgery.sites import FactoredSite
 
 __all__ = ["FACTORED_ALREADY", "FALLBACK_ENERGY", "Comparison", "KeepFaster", "Latencies", "snap"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgery.errors import InputError
 from surgery.plans.faster import Latencies
-from surgery.plans.prices import COSTS, Cost
+from surgery.plans.options import COSTS, Cost
 
 __all__ = ["DEFAULT_ERROR", "Goal", "GoalKind", "Metric"]
 

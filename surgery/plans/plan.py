@@ -1,4 +1,15 @@
-"""The plan: for each site a factorization and ranks, or the reason to stay dense; serialisable, editable, diffable."""
+"""The plan: for each site a factorization and ranks, or the reason to stay dense; serialisable, editable, diffable.
+
+What makes plans: sites and evidence in, a plan out, before anything is built.
+
+| planner | room | evidence |
+|---|---|---|
+| ``ByRule`` | plans | the totals of the model, and what measures latencies |
+| ``ByPromise`` | passes | samples, and what fits, judges and times whole models on them |
+| ``ForTraining`` | training | which sites train, and the seconds of their passes |
+
+Each of them reports its steps to a ``Progress``.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +19,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from surgery.errors import FileError, InputError, RankError
 from surgery.factorizations import FACTORIZATIONS, Ranks, named
 from surgery.system.opening import read_regular, shown_path
 
-__all__ = ["Decision", "Plan"]
+__all__ = ["Decision", "Plan", "Progress", "silent"]
 
 _VERSION = 1
 _MOST = 2**63 - 1  # what a tensor may have of anything
@@ -235,3 +246,10 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "latency": _NUMBER,
     "joint": _TEXT,
 }
+
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+
+
+def silent(step: str, done: int, total: int) -> None:
+    """Report nothing."""

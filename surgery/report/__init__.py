@@ -5,8 +5,7 @@ collect(result) -> dict of JSON values -> attach to the model -> save, load -> r
 
 from __future__ import annotations
 
-from surgery.report.collect import collect
+from surgery.report.collect import attach, collect, read
 from surgery.report.page import render, write
-from surgery.report.record import attach, read
 
 __all__ = ["attach", "collect", "read", "render", "write"]

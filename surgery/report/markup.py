@@ -1,6 +1,8 @@
 """Elements of HTML and SVG in which every text is escaped: only a ``Markup`` is inserted as it is.
 
 Names come from untrusted files. Characters that control a page or the direction of its text are shown as escapes.
+
+The style sheet of a report, and the policy that stops the page from loading or running anything.
 """
 
 from __future__ import annotations
@@ -10,7 +12,53 @@ from collections.abc import Sequence
 
 from surgery.text import cut, shown
 
-__all__ = ["Markup", "dotted", "join", "note", "section", "shorten", "table", "tag"]
+__all__ = ["POLICY", "STYLE", "Markup", "dotted", "join", "note", "section", "shorten", "table", "tag"]
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+STYLE = """
+:root { color-scheme: light; --ink: #1d2733; --soft: #5b6775; --line: #dde3ea; --old: #b4bdc9; --new: #2468b2; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #fff; color: var(--ink);
+  font: 16px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
+main { max-width: 960px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .5rem; }
+h1, p { overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; }
+.lead { font-size: 1.15rem; margin: 0; }
+.note, .legend { color: var(--soft); font-size: .9rem; margin: .6rem 0; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .88rem; }
+th { text-align: left; font-weight: 600; color: var(--soft); }
+th, td { padding: .4rem .75rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
+  unicode-bidi: isolate; }
+td { overflow-wrap: break-word; max-width: 24rem; }
+.number { text-align: right; padding-right: 0; padding-left: .75rem; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
+th.number { white-space: normal; }
+.state { display: inline-block; padding: .1rem .6rem; border-radius: 1rem; font-weight: 600; }
+.kept { background: #dff3e4; color: #14602c; }
+.broken { background: #fde4e1; color: #93200f; }
+details { margin: .4rem 0; }
+summary { cursor: pointer; color: var(--soft); font-size: .9rem; }
+svg { display: block; width: 100%; height: auto; font-size: 13px; }
+svg text { fill: var(--ink); paint-order: stroke; stroke: #fff; stroke-width: 3px; }
+svg .value { fill: var(--soft); font-size: 12px; }
+svg .strong { font-weight: 600; }
+rect.before, .key.before { fill: var(--old); background: var(--old); }
+rect.after, .key.after { fill: var(--new); background: var(--new); }
+rect.quiet { opacity: .45; }
+.key { display: inline-block; width: .8em; height: .8em; margin-left: .6em; }
+.grid { stroke: var(--line); }
+.frontier { fill: none; stroke: var(--old); stroke-width: 2; }
+.point { fill: var(--old); }
+.chosen { fill: var(--new); }
+.limit { stroke: #c0392b; stroke-dasharray: 5 4; }
+dt { font-weight: 600; float: left; clear: left; min-width: 9rem; font-size: .9rem; }
+dd { margin: 0 0 .5rem 9.5rem; font-size: .9rem; color: var(--soft); }
+@media print { details > * { display: block; } section { break-inside: avoid; } }
+"""
+
 
 _EMPTY = {"br", "meta", "line", "rect", "circle", "polyline", "wbr"}
 

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from surgery.report.charts import places, possible
 from surgery.report.content import Content, Left, Replaced, read_content
-from surgery.report.figures import places, possible
-from surgery.report.markup import Markup, dotted, join, note, section, table, tag
-from surgery.report.style import POLICY, STYLE
+from surgery.report.markup import POLICY, STYLE, Markup, dotted, join, note, section, table, tag
 from surgery.report.words import (
     GLOSSARY,
     bytes_text,

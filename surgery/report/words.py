@@ -6,7 +6,7 @@ from pathlib import PurePath
 
 from surgery.report.content import Content, Kept, Latency
 from surgery.report.markup import shorten
-from surgery.sites.leftover import left_alone
+from surgery.sites import left_alone
 from surgery.text import FAR, count, seconds
 
 __all__ = [

@@ -20,9 +20,8 @@ from surgery.cost.timing import Budget, Samples, compare_samples, interleave, wa
 from surgery.errors import InputError, only_own_errors
 from surgery.kinds.inputs import Inputs, normalise_inputs
 from surgery.kinds.registry import is_model
-from surgery.runtime.compare import Model, open_model
+from surgery.runtime.compare import Model, default_inputs, feed, open_model
 from surgery.runtime.export import capture, export_onnx
-from surgery.runtime.feeds import default_inputs, feed
 from surgery.system.machine import cpu_name, physical_cores
 from surgery.system.scratch import scratch_folder
 from surgery.text import Verdict

@@ -21,8 +21,15 @@ from surgery.cost.onnxruntime.sessions import open_session
 from surgery.errors import CaptureError, CheckError, InputError, only_own_errors
 from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs
 from surgery.kinds.registry import kind_of
-from surgery.runtime.compare import Difference, compare_outputs, evaluating, flatten_outputs, run_model
-from surgery.runtime.feeds import default_inputs, feed
+from surgery.runtime.compare import (
+    Difference,
+    compare_outputs,
+    default_inputs,
+    evaluating,
+    feed,
+    flatten_outputs,
+    run_model,
+)
 from surgery.runtime.rounding import float64_outputs, shaken_outputs
 from surgery.system.scratch import scratch_folder
 from surgery.system.writing import Writer, check_outputs, write_together

@@ -21,9 +21,8 @@ import onnxruntime as ort
 from torch import nn
 from torch.export import ExportedProgram
 
-from surgery.cost.base import Backend, ModelFile
+from surgery.cost.base import Backend, ModelFile, make_backend
 from surgery.cost.onnxruntime.sessions import check_threads, open_session
-from surgery.cost.registry import make_backend
 from surgery.cost.timing import Speedup
 from surgery.errors import InputError, only_own_errors
 from surgery.kinds.inputs import Inputs
@@ -37,9 +36,8 @@ from surgery.runtime.bench import (
     name_of,
     shared_inputs,
 )
-from surgery.runtime.compare import open_model
+from surgery.runtime.compare import feed, open_model
 from surgery.runtime.export import capture, export_onnx
-from surgery.runtime.feeds import feed
 from surgery.system.scratch import scratch_folder
 
 __all__ = ["Apart", "time_apart", "time_batches"]

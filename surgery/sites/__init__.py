@@ -1,1 +1,82 @@
 """What surgery finds in a graph and what it may do to it, as plain values that know no framework."""
+
+from __future__ import annotations
+
+from surgery.sites.flow import (
+    Call,
+    Element,
+    Flow,
+    Key,
+    Layers,
+    Left,
+    ModuleChain,
+    Origin,
+    Other,
+    Reshape,
+    Sum,
+    Tensors,
+    Unseen,
+    site_name,
+)
+from surgery.sites.fusable import is_whole_sequential
+from surgery.sites.leftover import left_alone
+from surgery.sites.placement import (
+    BranchSum,
+    Edit,
+    Found,
+    Fusable,
+    FusableChain,
+    FusableModule,
+    Fuse,
+    JointSite,
+    Part,
+    Placement,
+    Replace,
+    calls_of,
+    joined,
+)
+from surgery.sites.record import Entry, Record
+from surgery.sites.site import Activation, BatchNorm, Epilogue, FactoredSite, Loop, Site, Skip, Totals, select
+
+__all__ = [
+    "Activation",
+    "BatchNorm",
+    "BranchSum",
+    "Call",
+    "Edit",
+    "Element",
+    "Entry",
+    "Epilogue",
+    "FactoredSite",
+    "Flow",
+    "Found",
+    "Fusable",
+    "FusableChain",
+    "FusableModule",
+    "Fuse",
+    "JointSite",
+    "Key",
+    "Layers",
+    "Left",
+    "Loop",
+    "ModuleChain",
+    "Origin",
+    "Other",
+    "Part",
+    "Placement",
+    "Record",
+    "Replace",
+    "Reshape",
+    "Site",
+    "Skip",
+    "Sum",
+    "Tensors",
+    "Totals",
+    "Unseen",
+    "calls_of",
+    "is_whole_sequential",
+    "joined",
+    "left_alone",
+    "select",
+    "site_name",
+]

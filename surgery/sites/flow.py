@@ -19,11 +19,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Layout, Operator, Shape
-from surgery.algebra.steps import Link
-from surgery.sites.epilogue import Epilogue, Loop
-from surgery.sites.site import Skip
+from surgery.algebra import Chain, Layout, Link, Operator, Shape
+from surgery.sites.site import Epilogue, Loop, Skip
 
 __all__ = [
     "Call",

@@ -11,8 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from surgery.algebra.compose import compose, compose_steps
-from surgery.algebra.operators import Conv, Operator
+from surgery.algebra import Conv, Operator, compose, compose_steps
 from surgery.errors import Refusal
 from surgery.sites.flow import Call, Flow, Key, Layers, site_name
 from surgery.sites.placement import Fusable, FusableChain, FusableModule, Part, calls_of

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from surgery.algebra.operators import Layout
+from surgery.algebra import Layout
 from surgery.errors import FileError
 from surgery.factorizations import FACTORIZATIONS
 from surgery.sites.flow import Origin

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from surgery.algebra.compose import add, compose_steps
+from surgery.algebra import add, compose_steps
 from surgery.errors import Refusal
 from surgery.sites.flow import Call, Flow, Reshape, Sum, site_name
 from surgery.sites.placement import BranchSum, Part, calls_of

@@ -25,8 +25,8 @@ from torch import Tensor
 from surgery.errors import InputError
 from surgery.solvers.cp_model import CpModel
 from surgery.solvers.dimension_tree import Array
+from surgery.solvers.gram import normalised
 from surgery.solvers.pairwise import pairwise_sweeps
-from surgery.solvers.scaling import normalised
 from surgery.solvers.threads import one_pool
 
 __all__ = ["CpResult", "als_sweeps", "cp", "start"]

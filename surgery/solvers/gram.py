@@ -13,6 +13,13 @@ way float32 suffices to its own accuracy, in half of the time and memory of floa
 Up to a quarter of the full rank, a random start and Chebyshev filters of the float32 Gram matrix replace its
 eigendecomposition (Halko et al. 2011), at m^2 r for each product. A few more columns than r speed this up. It stops
 when what is still to come, by the rate at which gains fall, is below a two-thousandth of the missed energy.
+
+Scales at which squares of entries neither overflow nor vanish, whatever the unit of a weight.
+
+Eigenvectors of symmetric matrices, also in float32, where LAPACK's solver may not converge.
+
+Divide and conquer (``syevd``) can fail in float32 if many eigenvalues are zero apart from rounding. In float64 it does
+not fail on the same matrix. Every eigendecomposition of a solver therefore comes from here.
 """
 
 from __future__ import annotations
@@ -21,10 +28,64 @@ import torch
 from torch import Tensor
 
 from surgery.solvers.chebyshev import filter_basis, filter_degree
-from surgery.solvers.eigen import leading_eigen
-from surgery.solvers.scaling import normalised
 
-__all__ = ["gram", "left_subspace", "low_rank", "row_gram", "singular_values"]
+__all__ = [
+    "gram",
+    "leading_eigen",
+    "leading_subspace",
+    "left_subspace",
+    "low_rank",
+    "normalised",
+    "row_gram",
+    "singular_values",
+    "symmetric_eigen",
+]
+
+_SAFE = 2.0**-40, 2.0**40  # largest entries for which sums of squares are far from the ends of float32
+
+
+def normalised(tensor: Tensor, *, groups: int = 0) -> tuple[Tensor, Tensor]:
+    """Return the tensor over its largest magnitude, and that magnitude; or the tensor itself, not a copy, and 1.
+
+    The second is returned if the squares are within range as they are. The first ``groups`` axes have their own scales:
+    the magnitude has one entry for each group, and extent 1 elsewhere.
+    """
+    axes = tuple(range(groups, tensor.dim()))
+    low, high = tensor.amin(axes, keepdim=True), tensor.amax(axes, keepdim=True)
+    peak = torch.maximum(-low, high)
+    if all(value == 0 or _SAFE[0] < value < _SAFE[1] for value in peak.flatten().tolist()):
+        return tensor, torch.ones_like(peak)
+    peak.clamp_(min=torch.finfo(tensor.dtype).tiny)
+    return tensor / peak, peak
+
+
+def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues (..., n), ascending, and eigenvectors (..., n, n), in the dtype of the matrix.
+
+    This takes three times the memory of the matrix on top of it.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except RuntimeError:
+        if matrix.dtype == torch.float64:
+            raise
+        values, vectors = torch.linalg.eigh(matrix.double())
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def leading_eigen(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the largest eigenvalues (..., count), descending, and their eigenvectors (..., n, count).
+
+    The matrix is negated in place: the wanted eigenvalues then come first, and no copy has to flip the vectors.
+    """
+    values, vectors = symmetric_eigen(matrix.neg_())
+    return -values[..., :count], vectors[..., :count]
+
+
+def leading_subspace(matrix: Tensor, count: int) -> Tensor:
+    """Return orthonormal eigenvectors (..., n, count) of the largest eigenvalues, in descending order of these."""
+    return leading_eigen(matrix.clone(), count)[1]
+
 
 _MISSED = 3e-4  # share of the energy that float32 Gram matrices are sure to see
 _RESOLVED = 1e-4  # share of the largest eigenvalue, likewise

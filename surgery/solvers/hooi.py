@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 
 from surgery.solvers.chebyshev import filter_basis, filter_degree
-from surgery.solvers.eigen import leading_subspace
-from surgery.solvers.gram import row_gram
+from surgery.solvers.gram import leading_subspace, row_gram
 
 __all__ = ["tucker2"]
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgery.solvers.scaling import normalised
+from surgery.solvers.gram import normalised
 from surgery.solvers.train import cut
 
 __all__ = ["ring_tensor", "tensor_ring"]

@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgery.solvers.gram import left_subspace
-from surgery.solvers.scaling import normalised
+from surgery.solvers.gram import left_subspace, normalised
 
 __all__ = ["cut", "round_train", "tensor_train", "train_tensor"]
 

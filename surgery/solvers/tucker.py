@@ -25,7 +25,7 @@ from torch import Tensor
 
 from surgery.errors import InputError, RankError
 from surgery.solvers.dimension_tree import Array, Modes, pair_nodes, visit
-from surgery.solvers.eigen import leading_subspace
+from surgery.solvers.gram import leading_subspace
 from surgery.solvers.pairwise import drift
 
 __all__ = ["TuckerResult", "tucker"]

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from surgery.solvers.eigen import leading_subspace
+from surgery.solvers.gram import leading_subspace
 
 __all__ = ["Metric", "equal_norms", "low_rank", "refine", "roots", "times_channels", "triangle", "triangles"]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from surgery.training.admm import ADMM
-from surgery.training.forecast import Forecast, make_forecast
 from surgery.training.history import EpochRow, Event, History
 from surgery.training.low_rank import LowRankTraining
+from surgery.training.propose import Forecast, make_forecast
 
 __all__ = ["ADMM", "EpochRow", "Event", "Forecast", "History", "LowRankTraining", "make_forecast"]

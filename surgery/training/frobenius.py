@@ -28,10 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Operator
+from surgery.algebra import Chain, Operator
 from surgery.errors import CheckError, InputError, Refusal
-from surgery.training.closures import after_gradients, is_fused
+from surgery.training.hooks import after_gradients, is_fused
 
 __all__ = ["FrobeniusDecay", "can_decay", "product_gradients"]
 

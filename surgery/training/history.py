@@ -12,7 +12,7 @@ from surgery.errors import InputError
 from surgery.passes.results import Change
 from surgery.system.tables import table
 from surgery.text import rank_text, seconds, shown
-from surgery.training.forecast import Forecast
+from surgery.training.propose import Forecast
 
 __all__ = ["EpochRow", "Event", "History"]
 

@@ -26,11 +26,10 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from surgery.errors import InputError
-from surgery.training.copies import averages_of, keeps_copy
 from surgery.training.dense_state import DenseStates
-from surgery.training.ending import NO_END
 from surgery.training.low_rank import LowRankTraining
-from surgery.training.wrappers import unwrap
+from surgery.training.trainee import averages_of, keeps_copy
+from surgery.training.wrappers import NO_END, unwrap
 
 try:
     from lightning.fabric.utilities import move_data_to_device

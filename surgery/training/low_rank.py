@@ -24,11 +24,9 @@ from surgery.passes.job import read_patterns
 from surgery.passes.recompose import recompose
 from surgery.plans.plan import Plan
 from surgery.plans.rules import RankSpec
-from surgery.training.copies import inputs_for
-from surgery.training.ending import Ending, warn_of_no_end
 from surgery.training.history import EpochRow, Event, History
 from surgery.training.hooks import WeakHook
-from surgery.training.parameter_lists import check_lists
+from surgery.training.optimizer import check_lists
 from surgery.training.propose import (
     ForTraining,
     Proposal,
@@ -39,11 +37,11 @@ from surgery.training.propose import (
     shrunk,
     try_formats,
 )
-from surgery.training.schedule import Schedule
-from surgery.training.spectra import SpectrumLog, stable_rank
+from surgery.training.ranks import Survey, keep_dense
+from surgery.training.schedule import Schedule, SpectrumLog, stable_rank
 from surgery.training.structure import has_dense
-from surgery.training.trained import Survey, keep_dense
-from surgery.training.trainee import Trainee
+from surgery.training.trainee import Trainee, inputs_for
+from surgery.training.wrappers import Ending, warn_of_no_end
 
 __all__ = ["LowRankTraining"]
 

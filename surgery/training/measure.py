@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Form, Operator, Shape
+from surgery.algebra import Chain, Form, Operator, Shape
 from surgery.cost.timing import Budget, Samples, interleave
 from surgery.kinds.inputs import Inputs, random_tensor
 from surgery.kinds.layers.factored import build_steps

@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Layout, Operator
-from surgery.algebra.steps import Branches, Shift, Step
+from surgery.algebra import Branches, Chain, Layout, Operator, Shift, Step
 from surgery.errors import CheckError, InputError, Refusal
 from surgery.factorizations import Ranks, named
 from surgery.kinds.inputs import normalise_inputs
 from surgery.kinds.layers.modules import stored_as
 from surgery.passes.original import Original
 from surgery.plans.plan import Plan
-from surgery.sites.site import Site
+from surgery.sites import Site
 from surgery.training.transport import Compose
 
 __all__ = [

@@ -19,7 +19,7 @@ from surgery.passes.decompose import decompose
 from surgery.passes.recompose import recompose
 from surgery.passes.results import Change
 from surgery.plans.plan import Plan
-from surgery.sites.site import Site
+from surgery.sites import Site
 from surgery.training.gauss_newton import fit_factors
 from surgery.training.optimizer import Exchange
 from surgery.training.structure import FactoredSite, balance, build, factored_parameters, layouts, read_sites

@@ -4,12 +4,17 @@ A compiled model stays the same object, and is compiled again at its next run. D
 parameters that it is given, so a switch makes a new one with the same settings. The new wrapper sends nothing at its
 start, because the new parameters are already alike in all processes. The old wrapper can no longer run, since it would
 not synchronise the new parameters.
+
+Warnings about a run that would leave its model factored although the user asked to recompose it.
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
+import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +25,7 @@ from torch.optim import Optimizer
 
 from surgery.errors import InputError
 
-__all__ = ["agree", "broadcast", "group_of", "rewrap", "unwrap"]
+__all__ = ["NO_END", "Ending", "agree", "broadcast", "group_of", "rewrap", "unwrap", "warn_of_no_end"]
 
 _BUFFERS = "forward_sync_buffers"  # the name since torch 2.13, which warns of the one before
 _KEPT = (
@@ -108,3 +113,29 @@ def broadcast(parameters: Iterable[nn.Parameter], optimizer: Optimizer, group: A
             whole = tensor.contiguous()
             dist.broadcast(whole, src=source, group=group)
             tensor.copy_(whole)
+
+
+NO_END = "LowRankTraining cannot know when to recompose: give epochs=, or call finish() when the training has ended"
+_LEFT = "a LowRankTraining ended while its model was factored: call finish(), which recomposes the model"
+
+
+@dataclass(eq=False)
+class Ending:
+    """Whether a run still has to recompose its model (``undone``); a separate object, so that it outlives the run."""
+
+    undone: bool = False
+
+    def watch(self, run: object) -> None:
+        """Warn if the run is garbage-collected, or the interpreter ends, before the model is recomposed."""
+        weakref.finalize(run, self._tell)
+
+    def _tell(self) -> None:
+        if self.undone:
+            self.undone = False
+            warnings.warn(_LEFT, UserWarning, stacklevel=2)
+
+
+def warn_of_no_end(recompose_at: int | str | None, epochs: int | None) -> None:
+    """Warn if only ``finish()`` can recompose the model of a run."""
+    if recompose_at == "end" and epochs is None:
+        warnings.warn(NO_END, UserWarning, stacklevel=3)

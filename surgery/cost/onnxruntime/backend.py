@@ -3,31 +3,64 @@
 A latency depends on shapes and geometry, on the machine and on the runtime, not on the values of weights. All operators
 are measured in float32 (``model`` says why), so that the dtype is not part of a key. An operator and its chain are
 measured in one interleaved run, and kept as a pair. Whole models run alone, in new processes (``processes``).
+
+The number of channels that onnxruntime's convolutions like on this machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime as ort
 import torch
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Operator, Shape
+from surgery.algebra import Chain, Conv, Geometry, Operator, Shape
 from surgery.cost.base import Backend, Comparison, ModelFile, ModelTimes, Seconds
-from surgery.cost.onnxruntime.channels import channel_multiple
 from surgery.cost.onnxruntime.model import build_choice, build_model, entries
 from surgery.cost.onnxruntime.processes import Blocks, Job, compare_generations, time_generations
 from surgery.cost.onnxruntime.sessions import bind, check_threads, open_session
 from surgery.cost.timing import Budget, Samples, Speedup, compare_samples, interleave
+from surgery.errors import FileError
 from surgery.system.machine import cpu_name, physical_cores
 from surgery.system.scratch import scratch_folder
 
-__all__ = ["OnnxRuntime"]
+__all__ = ["OnnxRuntime", "channel_multiple"]
+
+
+@cache
+def channel_multiple() -> int:
+    """Return the channel block of onnxruntime's fast convolution here: ranks that are multiples of it waste nothing.
+
+    onnxruntime asks MLAS (``MlasNchwcGetBlockSize``): 16 with AVX-512, 8 with other vector units of x86-64, 16 with
+    NEON in recent versions. This number is found, not guessed: onnxruntime optimises a convolution to one channel, and
+    its filter comes back padded to a whole block. Without blocked convolutions, or room for a temporary file, the
+    number is 16 with AVX-512 and 8 otherwise.
+    """
+    graph = _optimised(build_model(Conv(torch.ones(1, 64, 3, 3), geometry=Geometry.pointwise(2)), (1, 64, 3, 3)))
+    if graph is not None and any(node.domain == "com.microsoft.nchwc" for node in graph.node):
+        return max(int(weight.dims[0]) for weight in graph.initializer)
+    return 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+
+
+def _optimised(model: bytes) -> onnx.GraphProto | None:
+    """Return the graph that onnxruntime makes of a model; None if there is no room for the file that this takes."""
+    try:
+        with scratch_folder() as folder:
+            file = folder / "optimised.onnx"
+            options = ort.SessionOptions()
+            options.log_severity_level = 4
+            options.optimized_model_filepath = str(file)
+            ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            return onnx.load(file).graph
+    except FileError:
+        return None
+
 
 _PROTOCOL = 2  # raise it whenever the way of measuring changes: stored latencies are then measured anew
 

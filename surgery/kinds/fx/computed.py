@@ -19,9 +19,8 @@ from torch.fx import Node
 
 from surgery.errors import Refusal
 from surgery.kinds.fx.functional import Parts, read_call
-from surgery.kinds.fx.lifted import Lifted
 from surgery.kinds.fx.read import Reader
-from surgery.kinds.fx.recipe import Recipe, read_recipe, run_recipe
+from surgery.kinds.fx.recipe import Lifted, Recipe, read_recipe, run_recipe
 from surgery.kinds.layers.tensors import key_of, refuse_tensor
 from surgery.text import first_line
 

@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from surgery.algebra.operators import Conv, Embedding, Layout, Linear, Operator
-from surgery.algebra.steps import Flatten, Link, Transpose, Unflatten
+from surgery.algebra import Conv, Embedding, Flatten, Layout, Linear, Link, Operator, Transpose, Unflatten
 from surgery.errors import Refusal
-from surgery.kinds.layers.geometry import conv_geometry
 from surgery.kinds.layers.steps import read_flatten, read_transpose, read_unflatten
+from surgery.kinds.layers.tensors import conv_geometry
 
 __all__ = ["Parts", "is_aten", "read_call", "read_link", "transposed_source", "write_call", "write_link"]
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Layout, Operator
+from surgery.algebra import Chain, Layout, Operator
 from surgery.errors import FileError
 from surgery.kinds.base import OpenModel
 from surgery.kinds.fx.computed import Values
@@ -25,7 +24,7 @@ from surgery.kinds.fx.functional import is_aten, transposed_source, write_call
 from surgery.kinds.fx.read import Reader
 from surgery.kinds.fx.recurrence import Recurrence
 from surgery.kinds.layers.edit import Shared
-from surgery.sites.record import Entry, Record
+from surgery.sites import Entry, Record
 
 __all__ = ["OpenGraph", "read_record", "write_record"]
 

@@ -14,16 +14,15 @@ from torch.fx import GraphModule, Node
 from surgery.errors import InputError
 from surgery.kinds.base import Access
 from surgery.kinds.fx.computed import Constants, lift
+from surgery.kinds.fx.flow import lazy_shapes
 from surgery.kinds.fx.graph import read_record, write_record
 from surgery.kinds.fx.module_calls import GraphEdits
-from surgery.kinds.fx.outline import add_outline, drop_outline
+from surgery.kinds.fx.nodes import add_outline, drop_outline
 from surgery.kinds.fx.packed import pack, unpack
 from surgery.kinds.fx.read import Reader
 from surgery.kinds.fx.recurrence import Recurrence, is_kernel, read_kernels
 from surgery.kinds.fx.run import ObservedGraph, bind_graph
-from surgery.kinds.fx.shapes import lazy_shapes
-from surgery.kinds.layers.carried import copy_module
-from surgery.kinds.layers.held import held_skip
+from surgery.kinds.layers.carried import copy_module, held_skip
 from surgery.kinds.layers.modules import is_outlined
 from surgery.kinds.layers.recurrent_forms import loop_of
 from surgery.kinds.layers.unpacking import has_packed, is_packed, pack_all, unpack_all

@@ -1,15 +1,96 @@
-"""The kind of torch.fx.GraphModules."""
+"""The kind of GraphModules, and how a graph is called: what its placeholders say of its inputs."""
 
 from __future__ import annotations
 
-from torch.fx import GraphModule
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
 
 from surgery.kinds.base import Access, Kind
 from surgery.kinds.fx.graph_module import OpenGraphModule
-from surgery.kinds.fx.inputs import brought_inputs, declared_inputs, fixed_batch, read_signature
-from surgery.kinds.inputs import Declared, Inputs, Signature
+from surgery.kinds.inputs import Declared, Inputs, Signature, example_forms, forward_signature, input_like
 
-__all__ = ["GraphModuleKind"]
+__all__ = [
+    "GraphModuleKind",
+    "brought_inputs",
+    "declare",
+    "declared_inputs",
+    "first_size",
+    "fixed_batch",
+    "flattens",
+    "read_signature",
+]
+
+
+def flattens(model: GraphModule) -> bool:
+    """Whether a graph was exported with a tree of inputs, so that its placeholders are the leaves."""
+    return hasattr(model.graph._codegen, "pytree_info")
+
+
+def read_signature(model: GraphModule, example: Inputs) -> Signature:
+    """Return how a graph is called."""
+    found = forward_signature(model, example)
+    if not flattens(model):
+        return found
+    inner = model.graph._codegen.pytree_info.in_spec.child(0)  # type: ignore[attr-defined]
+    return Signature(found.names, found.taken, found.required, positional=inner.num_children)
+
+
+def brought_inputs(model: GraphModule, *, seed: int) -> Inputs | None:
+    """Return random inputs of the shapes of a graph's placeholders; None if a placeholder has no shape."""
+    nodes = list(model.graph.find_nodes(op="placeholder"))
+    values = [node.meta.get("val", node.meta.get("tensor_meta")) for node in nodes]
+    if not nodes or not all(hasattr(value, "shape") for value in values):
+        return None
+    rows = enumerate(zip(nodes, values, strict=True))
+    return tuple(input_like(value, node.name, seed + i) for i, (node, value) in rows), {}
+
+
+def fixed_batch(model: GraphModule) -> int | None:
+    """Return the only batch size that a graph accepts, or None if it accepts any."""
+    return first_size(model.graph.find_nodes(op="placeholder")) if flattens(model) else None
+
+
+def first_size(placeholders: Iterable[Node]) -> int | None:
+    """Return the size of axis 0 of the first tensor among placeholders; None if that size is symbolic."""
+    for node in placeholders:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.dim():
+            size = value.shape[0]
+            return size if isinstance(size, int) else None
+    return None
+
+
+def declared_inputs(model: GraphModule, example: Inputs, signature: Signature) -> dict[str, Declared]:
+    """Return dtype, sizes and limits of the inputs that are tensors, by name: from the graph, or else the examples."""
+    found = example_forms(model, example, signature)
+    nodes = list(model.graph.find_nodes(op="placeholder"))
+    return found | declare(signature.names, nodes, _no_limit)
+
+
+def _no_limit(size: Any) -> int | None:
+    return None
+
+
+def declare(names: Sequence[str], nodes: Sequence[Node], limit: Callable[[Any], int | None]) -> dict[str, Declared]:
+    """Return what placeholders say about inputs, by name; ``limit`` gives the largest value of a dynamic size."""
+    if len(names) != len(nodes):
+        return {}
+    pairs = zip(names, nodes, strict=True)
+    return {name: _declared(node, limit) for name, node in pairs if isinstance(node.meta.get("val"), Tensor)}
+
+
+def _declared(node: Node, limit: Callable[[Any], int | None]) -> Declared:
+    value = node.meta["val"]
+    sizes = tuple(size if isinstance(size, int) else None for size in value.shape)
+    shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+    embedded = [user for user in node.users if "embedding" in str(user.target) and user.args[1:2] == (node,)]
+    weights = [user.args[0].meta.get("val") for user in embedded if isinstance(user.args[0], Node)]
+    ids = next((len(w) for w in weights if isinstance(w, Tensor)), None)
+    second = value.shape[1] if len(shape) > 1 else None
+    return Declared(value.dtype, sizes, shape, ids, second if isinstance(second, int | None) else limit(second))
 
 
 class GraphModuleKind(Kind):

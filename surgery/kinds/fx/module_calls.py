@@ -8,8 +8,7 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Shape
+from surgery.algebra import Chain, Shape
 from surgery.errors import CheckError
 from surgery.kinds.fx.flow import ChainCall, Extras, make_flow
 from surgery.kinds.fx.nodes import erase
@@ -25,11 +24,18 @@ from surgery.kinds.layers.edit import (
 )
 from surgery.kinds.layers.factored import Factored, is_chain
 from surgery.kinds.layers.tensors import key_of
-from surgery.sites.edit import Edit, Replace
-from surgery.sites.flow import Flow, Layers
-from surgery.sites.fusable import is_whole_sequential
-from surgery.sites.placement import FusableChain, FusableModule, Part, Placement
-from surgery.sites.record import Entry
+from surgery.sites import (
+    Edit,
+    Entry,
+    Flow,
+    FusableChain,
+    FusableModule,
+    Layers,
+    Part,
+    Placement,
+    Replace,
+    is_whole_sequential,
+)
 
 __all__ = ["GraphEdits"]
 

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from surgery.algebra.operators import Linear
+from surgery.algebra import Linear
 from surgery.kinds.fx.functional import is_aten
 from surgery.kinds.fx.read import Reader
 from surgery.kinds.fx.write import FunctionEdits
 from surgery.kinds.layers.tensors import key_of
-from surgery.sites.flow import Call
+from surgery.sites import Call
 
 __all__ = ["pack", "unpack"]
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.nn.parameter import is_lazy
 
-from surgery.algebra.operators import Operator
+from surgery.algebra import Operator
 from surgery.errors import Refusal
 from surgery.kinds.fx.functional import Parts, read_call, transposed_source
-from surgery.kinds.fx.lifted import Lifted
-from surgery.kinds.fx.unhandled import function_name, is_region, looked_through, refuse_use
+from surgery.kinds.fx.nodes import function_name, is_region, looked_through, refuse_use
+from surgery.kinds.fx.recipe import Lifted
 from surgery.kinds.layers.modules import (
     is_operator_module,
     is_outlined,
@@ -32,9 +32,7 @@ from surgery.kinds.layers.modules import (
 from surgery.kinds.layers.tensors import count, key_of, refuse_tensor
 from surgery.kinds.layers.unpacking import is_packed
 from surgery.kinds.layers.within import Within, within_of
-from surgery.sites.epilogue import Loop
-from surgery.sites.flow import Call, Left, Tensors, site_name
-from surgery.sites.site import Skip
+from surgery.sites import Call, Left, Loop, Skip, Tensors, site_name
 
 __all__ = ["Reader"]
 

@@ -26,14 +26,14 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 
-from surgery.algebra.steps import Flatten, Transpose, Unflatten
+from surgery.algebra import Flatten, Transpose, Unflatten
 from surgery.errors import InputError, Refusal
 from surgery.kinds.layers.factored import Factored, Origin
 from surgery.kinds.layers.recurrent import UnpackedRecurrent
 from surgery.kinds.layers.recurrent_forms import empty, repack, settings, unpack
 from surgery.kinds.layers.steps import build_link, read_link_module
 from surgery.kinds.layers.tensors import key_of
-from surgery.sites.record import Record
+from surgery.sites import Record
 
 __all__ = [
     "Recurrence",

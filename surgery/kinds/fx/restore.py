@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from surgery.algebra.chain import relative_error
+from surgery.algebra import relative_error
 from surgery.errors import UnsafeFileError
-from surgery.kinds.fx.lifted import Kept, read_kept
 from surgery.kinds.fx.read import Reader
-from surgery.kinds.fx.recipe import leaves, run_recipe, write_recipe
+from surgery.kinds.fx.recipe import Kept, leaves, read_kept, run_recipe, write_recipe
 
 __all__ = ["restore_computed"]
 

@@ -15,15 +15,14 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from surgery.errors import InputError
-from surgery.kinds.fx.epilogues import norm_buffers
 from surgery.kinds.fx.graph import OpenGraph
-from surgery.kinds.fx.outline import in_outline
+from surgery.kinds.fx.nodes import in_outline, norm_buffers
 from surgery.kinds.fx.recurrence import Recurrence
 from surgery.kinds.inputs import Inputs
 from surgery.kinds.layers.modules import buffers_of, is_tracked_norm
 from surgery.kinds.layers.untouched import evaluation
 from surgery.kinds.observed import Change, Hooks, Norm, Observed, See
-from surgery.sites.flow import Call
+from surgery.sites import Call
 
 __all__ = ["ObservedGraph", "bind_graph", "leaves_of"]
 

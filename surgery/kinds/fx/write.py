@@ -14,12 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Layout, Operator
-from surgery.algebra.steps import Branches, Link, Shift, Step
+from surgery.algebra import Branches, Chain, Layout, Link, Operator, Shift, Step
 from surgery.kinds.fx.functional import is_aten, write_link
 from surgery.kinds.fx.graph import OpenGraph
-from surgery.kinds.fx.lifted import keep
 from surgery.kinds.fx.nodes import (
     added_bias,
     biases_of,
@@ -29,14 +26,10 @@ from surgery.kinds.fx.nodes import (
     last_place,
     through_transpose,
 )
+from surgery.kinds.fx.recipe import keep
 from surgery.kinds.fx.restore import restore_computed
-from surgery.kinds.layers.geometry import stored_weight
-from surgery.kinds.layers.tensors import key_of
-from surgery.sites.edit import Fuse
-from surgery.sites.flow import Call, Key, Reshape
-from surgery.sites.placement import FusableChain, Part, Placement, calls_of
-from surgery.sites.record import Entry
-from surgery.sites.site import Site
+from surgery.kinds.layers.tensors import key_of, stored_weight
+from surgery.sites import Call, Entry, FusableChain, Fuse, Key, Part, Placement, Reshape, Site, calls_of
 
 __all__ = ["FunctionEdits"]
 

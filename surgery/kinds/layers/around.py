@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Proxy
 
-from surgery.algebra.operators import Operator, Shape
+from surgery.algebra import Operator, Shape
 from surgery.errors import InputError, Refusal
 from surgery.kinds.layers.follow import Parts, Substitute, Tap, without_modes
 from surgery.kinds.layers.layer_call import follow, operator_of, trials

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.algebra.chain import Chain, without_numbers
-from surgery.algebra.compose import compose_steps
-from surgery.algebra.operators import Operator
+from surgery.algebra import Chain, Operator, compose_steps, without_numbers
 from surgery.errors import CheckError, Refusal
 from surgery.kinds.layers.carried import CARRIED, OWN, carry, is_watched
 from surgery.kinds.layers.factored import Factored, build_factored, build_layer, chain_of, weight_names, weights
@@ -22,11 +20,8 @@ from surgery.kinds.layers.modules import build_module, is_operator_module, repla
 from surgery.kinds.layers.tensors import key_of
 from surgery.kinds.layers.undo import tolerance
 from surgery.kinds.layers.within import Within, within_of
-from surgery.kinds.lazy import Lazy
-from surgery.sites.flow import Layers, ModuleChain, Unseen
-from surgery.sites.fusable import is_whole_sequential
-from surgery.sites.placement import FusableChain, Part, calls_of
-from surgery.sites.site import Site, Skip
+from surgery.sites import FusableChain, Layers, ModuleChain, Part, Site, Skip, Unseen, calls_of, is_whole_sequential
+from surgery.system.importing import Lazy
 
 __all__ = [
     "Known",

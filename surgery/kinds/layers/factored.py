@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.algebra.chain import Chain
-from surgery.algebra.operators import Operator
-from surgery.algebra.steps import Branches, Shift, Step
+from surgery.algebra import Branches, Chain, Operator, Shift, Step
 from surgery.errors import InputError, Refusal
 from surgery.kinds.layers import steps as layers
 from surgery.kinds.layers.around import run_within

@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from surgery.algebra.operators import Conv, Embedding, Linear, Operator, Shape
+from surgery.algebra import Conv, Embedding, Linear, Operator, Shape
 from surgery.errors import Refusal
-from surgery.kinds.layers.geometry import conv_geometry
+from surgery.kinds.layers.tensors import conv_geometry
 
 __all__ = ["Tap", "Follow", "Substitute", "Parts", "Seen", "without_modes"]
 

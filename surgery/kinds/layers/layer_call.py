@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.algebra.operators import Conv, Operator, Shape
+from surgery.algebra import Conv, Operator, Shape
 from surgery.errors import Refusal
 from surgery.kinds.layers.follow import Follow, Seen
 from surgery.kinds.layers.untouched import evaluation, kept_random, kept_state

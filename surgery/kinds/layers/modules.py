@@ -14,13 +14,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from surgery.algebra.operators import Conv, Embedding, Layout, Linear, Operator, Shape
+from surgery.algebra import Conv, Embedding, Layout, Linear, Operator, Shape
 from surgery.errors import Refusal
 from surgery.kinds.layers.around import inner_shape, read_within
-from surgery.kinds.layers.geometry import conv_geometry, stored_weight
 from surgery.kinds.layers.layer_call import base_of
 from surgery.kinds.layers.steps import is_link_module
-from surgery.kinds.layers.tensors import refuse_tensor
+from surgery.kinds.layers.tensors import conv_geometry, refuse_tensor, stored_weight
 from surgery.kinds.layers.within import Within, within_of
 
 __all__ = [

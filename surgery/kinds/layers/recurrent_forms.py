@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.algebra.operators import Shape
+from surgery.algebra import Shape
 from surgery.errors import InputError, Refusal
 from surgery.kinds.layers.carried import carry, refuse_carrying
 from surgery.kinds.layers.recurrent import UnpackedGRU, UnpackedLSTM, UnpackedRecurrent, UnpackedRNN
-from surgery.sites.epilogue import Loop
+from surgery.sites import Loop
 
 __all__ = ["empty", "is_part", "loop_of", "repack", "settings", "unpack"]
 

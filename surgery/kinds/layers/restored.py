@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from surgery.algebra.chain import relative_error
-from surgery.algebra.operators import Operator
+from surgery.algebra import Operator, relative_error
 from surgery.kinds.layers.carried import carry
 from surgery.kinds.layers.layer_call import clone, computes, own_hooks
 from surgery.kinds.layers.undo import computed, fit, tolerance

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from surgery.algebra import Flatten, Link, Unflatten
 from surgery.algebra import steps as algebra
-from surgery.algebra.steps import Flatten, Link, Unflatten
 
 __all__ = [
     "Shift",

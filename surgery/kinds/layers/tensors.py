@@ -1,4 +1,4 @@
-"""Which tensors cannot be computed with exactly, and why; and how tensors are identified and counted.
+"""Tensors of layers: which ones refuse, how they are identified and counted, and torch's layouts of weights.
 
 Weights may be complex, quantized, sparse, on the meta device, without a shape, or of a class with its own rules.
 Nothing here computes with a tensor or changes one.
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
-__all__ = ["count", "key_of", "memory", "refuse_tensor"]
+from surgery.algebra import Geometry, Layout, Operator, PaddingMode
+from surgery.errors import Refusal
+
+__all__ = ["conv_geometry", "count", "key_of", "memory", "refuse_tensor", "stored_weight"]
 
 
 def refuse_tensor(tensor: Tensor, what: str = "weight") -> str | None:
@@ -98,3 +101,41 @@ def key_of(tensor: Tensor) -> tuple[Any, ...]:
     if pointer == 0:
         return ("object", id(tensor))
     return (pointer, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+
+
+def stored_weight(operator: Operator, stored: Layout) -> Tensor:
+    """Return an operator's weight in the layout in which a graph stores it."""
+    return operator.weight.t().contiguous() if stored == "in_out" else operator.weight
+
+
+def conv_geometry(
+    kernel_size: tuple[int, ...],
+    *,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    output_padding: Any,
+    transposed: bool,
+    padding_mode: PaddingMode = "zeros",
+) -> Geometry | Refusal:
+    """Return the geometry for torch's arguments (numbers, sequences, 'same', 'valid'), or why there is none."""
+    dims = len(kernel_size)
+    spread = [_spread(value, dims) for value in (stride, dilation, output_padding)]
+    if any(value is None for value in spread):
+        return Refusal("its stride, dilation or output padding is computed by the graph")
+    strides, dilations, output_paddings = (value or () for value in spread)
+    if isinstance(padding, str):
+        spans = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, kernel_size, strict=True)]
+        pads = tuple((span // 2, span - span // 2) for span in spans)
+    else:
+        sides = _spread(padding, dims)
+        if sides is None:
+            return Refusal("its padding is computed by the graph")
+        pads = tuple((side, side) for side in sides)
+    return Geometry(strides, pads, dilations, output_paddings, transposed, padding_mode)
+
+
+def _spread(value: Any, dims: int) -> tuple[int, ...] | None:
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    values = values * dims if len(values) == 1 else values
+    return values if len(values) == dims and all(isinstance(v, int) for v in values) else None

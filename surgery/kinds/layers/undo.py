@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.algebra.chain import relative_error
-from surgery.algebra.operators import Operator
+from surgery.algebra import Operator, relative_error
 from surgery.errors import Refusal
 from surgery.kinds.layers.layer_call import follow, operator_of, trials
 

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from surgery.algebra.operators import Operator, Shape
+from surgery.algebra import Operator, Shape
 from surgery.errors import Refusal
 from surgery.kinds.layers.follow import Seen
 from surgery.kinds.layers.layer_call import BASES, follow, is_plain, operator_of, own_hooks, trials

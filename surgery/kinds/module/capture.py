@@ -16,24 +16,20 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.nn.parameter import is_lazy
 
-from surgery.algebra.operators import Conv, Operator, Shape
+from surgery.algebra import Conv, Operator, Shape
 from surgery.errors import CaptureError, InputError, Refusal
-from surgery.kinds.fx.flow import ChainCall
+from surgery.kinds.fx.flow import ChainCall, fake_shapes
 from surgery.kinds.fx.read import Reader
-from surgery.kinds.fx.shapes import fake_shapes
-from surgery.kinds.fx.trace import export_program, trace_module
-from surgery.kinds.fx.watch import watch
-from surgery.kinds.layers.carried import copy_module
+from surgery.kinds.fx.trace import export_program, trace_module, watch
+from surgery.kinds.layers.carried import copy_module, held_skip
 from surgery.kinds.layers.factored import is_chain
-from surgery.kinds.layers.held import held_skip
 from surgery.kinds.layers.modules import is_operator_module, read_module, weight_path
 from surgery.kinds.layers.recurrent_forms import loop_of
 from surgery.kinds.layers.steps import is_link_module
 from surgery.kinds.layers.untouched import kept_random
 from surgery.kinds.layers.within import Within, within_of
 from surgery.kinds.program.read import program_shapes, read_program
-from surgery.sites.flow import Call, site_name
-from surgery.sites.site import Skip
+from surgery.sites import Call, Skip, site_name
 
 __all__ = ["Captured", "capture", "has_lazy", "trace_only"]
 

@@ -13,7 +13,7 @@ from surgery.kinds.layers.modules import buffers_of, is_tracked_norm
 from surgery.kinds.layers.unpacking import has_packed, unpack_all
 from surgery.kinds.layers.untouched import evaluation
 from surgery.kinds.observed import Change, Hooks, Norm, Observed, See
-from surgery.sites.flow import Call, Flow
+from surgery.sites import Call, Flow
 
 __all__ = ["ObservedModule"]
 

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from surgery.algebra.chain import Chain
+from surgery.algebra import Chain
 from surgery.errors import InputError, SurgeryError
 from surgery.kinds.base import Access, OpenModel
 from surgery.kinds.fx.flow import Extras, make_flow
-from surgery.kinds.fx.watch import run_once
+from surgery.kinds.fx.trace import run_once
 from surgery.kinds.layers.carried import copy_module
 from surgery.kinds.layers.edit import (
     Replaced,
@@ -39,10 +39,7 @@ from surgery.kinds.layers.unpacking import has_packed, pack_all, unpack_all
 from surgery.kinds.module.capture import Captured, capture, has_lazy, trace_only
 from surgery.kinds.module.run import ObservedModule
 from surgery.kinds.observed import Observed
-from surgery.sites.edit import Edit, Replace
-from surgery.sites.flow import Flow, Tensors, Unseen
-from surgery.sites.placement import FusableModule, Placement
-from surgery.sites.site import Skip
+from surgery.sites import Edit, Flow, FusableModule, Placement, Replace, Skip, Tensors, Unseen
 
 __all__ = ["OpenModule", "run_chains"]
 

@@ -1,19 +1,88 @@
-"""The kind of torch.export's programs."""
+"""The kind of exported programs, and how one is called: its inputs by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.utils import _pytree as pytree
 
+from surgery.errors import InputError
 from surgery.kinds.base import Access, Kind
-from surgery.kinds.inputs import Declared, Inputs, Signature
-from surgery.kinds.program.inputs import declared_inputs, fixed_batch, program_inputs, read_signature
+from surgery.kinds.fx.kind import declare, first_size
+from surgery.kinds.inputs import Declared, Inputs, Signature, given_inputs, input_like
 from surgery.kinds.program.write import OpenProgram
 
-__all__ = ["ProgramKind"]
+__all__ = ["ProgramKind", "declared_inputs", "fixed_batch", "program_inputs", "read_signature"]
+
+_ANY = 2**31  # torch.export's own bounds on dynamic sizes are larger than this
+
+
+def program_inputs(program: ExportedProgram, *, seed: int = 0) -> Inputs:
+    """Return the program's own example inputs, or else random ones; a dynamic size is its size at the export, or 2.
+
+    Raises:
+        InputError: the program has no example inputs, and one of its inputs is not a tensor.
+    """
+    if program.example_inputs is not None:
+        args, kwargs = program.example_inputs
+        return tuple(args), dict(kwargs)
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    leaves = []
+    for index, name in enumerate(program.graph_signature.user_inputs):
+        value = values.get(str(name))
+        if not isinstance(value, Tensor):
+            raise InputError(f"the input {name} of the program is not a tensor", next_step="give example_inputs")
+        leaves.append(input_like(value, str(name), seed + index))
+    args, kwargs = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
+    return tuple(args), dict(kwargs)
+
+
+def read_signature(program: ExportedProgram) -> Signature:
+    """Return how a program is called."""
+    args, kwargs = program_inputs(program)
+    names = [str(name) for name in program.graph_signature.user_inputs]
+    # inputs that are themselves tuples or dicts have several names each; then positions get names of their own
+    flat = len(names) == len(args) + len(kwargs)
+    first = names[: len(args)] if flat else [f"arg{i}" for i in range(len(args))]
+    every = (*first, *kwargs)
+    return Signature(every, len(args), frozenset(every), positional=len(args))
+
+
+def _nodes(program: ExportedProgram) -> list[Node]:
+    inputs = {str(name) for name in program.graph_signature.user_inputs}
+    return [node for node in program.graph.find_nodes(op="placeholder") if node.name in inputs]
+
+
+def fixed_batch(program: ExportedProgram) -> int | None:
+    """Return the only batch size that a program accepts, or None if it accepts any."""
+    return first_size(_nodes(program))
+
+
+def declared_inputs(program: ExportedProgram, signature: Signature) -> dict[str, Declared]:
+    """Return dtype, sizes and limits of the inputs that are tensors, by name: from the program, or its examples."""
+
+    def limit(size: Any) -> int | None:
+        known = program.range_constraints.get(size.node.expr)
+        return int(known.upper) if known is not None and known.upper < _ANY else None
+
+    given = given_inputs(program_inputs(program), signature)
+    found = {
+        name: Declared(value.dtype, (None,) * value.dim(), tuple(value.shape))
+        for name, value in given.items()
+        if isinstance(value, Tensor)
+    }
+    return found | declare(_names_in_order(program, signature), _nodes(program), limit)
+
+
+def _names_in_order(program: ExportedProgram, signature: Signature) -> Sequence[str]:
+    """Return the names in the order of the graph; inputs by name may come in another order."""
+    if program.call_spec.in_spec is None:
+        return signature.names
+    return *signature.names[: signature.positional], *(program.call_spec.in_spec.child(1).context or [])
 
 
 class ProgramKind(Kind):

@@ -26,7 +26,7 @@ from surgery.errors import CheckError
 from surgery.kinds.fx.computed import Constants, lift
 from surgery.kinds.fx.graph import read_record, write_record
 from surgery.kinds.fx.module_calls import GraphEdits
-from surgery.kinds.fx.outline import add_outline, drop_outline, in_outline
+from surgery.kinds.fx.nodes import add_outline, drop_outline, in_outline
 from surgery.kinds.fx.packed import pack, unpack
 from surgery.kinds.fx.read import Reader
 from surgery.kinds.fx.recurrence import (
@@ -42,8 +42,7 @@ from surgery.kinds.fx.recurrence import (
 from surgery.kinds.fx.run import ObservedGraph
 from surgery.kinds.layers.recurrent_forms import loop_of
 from surgery.kinds.observed import Observed
-from surgery.kinds.program.parts import copy_graph, final_names, own_state, rename_entry
-from surgery.kinds.program.read import program_shapes, read_program
+from surgery.kinds.program.read import copy_graph, final_names, own_state, program_shapes, read_program, rename_entry
 from surgery.kinds.program.run import bind_program, buffer_of
 
 __all__ = ["OpenProgram"]
