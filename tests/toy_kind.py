@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -101,13 +101,13 @@ class OpenLayers(OpenModel):
         return self.model
 
     def observe(self) -> Observed:
-        return ObservedLayers(self.flow, self.model)
+        return ObservedLayers(lambda: self.flow, self.model)
 
 
 class ObservedLayers(Observed):
     """Layers with hooks, called one after another."""
 
-    def __init__(self, flow: Flow, model: Mapping[str, nn.Module]) -> None:
+    def __init__(self, flow: Callable[[], Flow], model: Mapping[str, nn.Module]) -> None:
         super().__init__(flow)
         self.model = model
         self.sees: dict[str, See] = {}

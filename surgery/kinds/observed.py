@@ -145,8 +145,8 @@ class Norm:
 class Observed(ABC):
     """A model that can be run while observers watch its calls; ``batch`` are the inputs of the current or last run."""
 
-    def __init__(self, flow: Flow) -> None:
-        self.flow = flow
+    def __init__(self, flow: Callable[[], Flow]) -> None:
+        self._flow = flow  # reading a flow takes longer than many runs, and not all that is watched is a site
         self._additions = Additions()
         self._follows = False
         self.batch: Inputs = (), {}
@@ -161,7 +161,7 @@ class Observed(ABC):
 
     def find(self) -> Found:
         """Return the sites of the model; their calls can be watched."""
-        return find(self.flow)
+        return find(self._flow())
 
     @abstractmethod
     def norms(self) -> Sequence[Norm]:

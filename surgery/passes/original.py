@@ -68,31 +68,32 @@ class Original:
     def with_chains(self, chains: Mapping[str, Chain], *, inplace: bool = False) -> Any:
         """Return a copy of the model, or the model itself, with these chains in the places of their sites."""
         opened = open_model(self.model, self.inputs, copies=not inplace, inplace=inplace)
-        _splice(opened, find(opened.flow), chains)
+        self._splice(opened, chains)
         return opened.finish()
 
     def spliced(self, chains: Mapping[str, Chain], *, inplace: bool = False) -> Spliced:
         """Return a copy of the model, or the model itself, with those chains that were seen to run in it."""
-        opened, found = self._take(inplace=inplace)
-        _splice(opened, found, chains)
+        opened = self._take(inplace=inplace)
+        self._splice(opened, chains)
         refused = opened.verify()
         return Spliced(opened.finish(), refused)
 
-    def _take(self, *, inplace: bool) -> tuple[OpenModel, Found]:
-        """Return an open model that may be changed, and what was found in it."""
+    def _take(self, *, inplace: bool) -> OpenModel:
+        """Return an open model that may be changed."""
         if self._unused and not inplace:
             self._unused = False
-            return self._opened, self.found
-        opened = open_model(self.model, self.inputs, copies=not inplace, inplace=inplace)
-        return opened, find(opened.flow)
+            return self._opened
+        return open_model(self.model, self.inputs, copies=not inplace, inplace=inplace)
 
+    def _splice(self, opened: OpenModel, chains: Mapping[str, Chain]) -> None:
+        """Put chains in the places of their sites; what is a chain already is made an operator first.
 
-def _splice(opened: OpenModel, found: Found, chains: Mapping[str, Chain]) -> None:
-    """Put chains in the places of their sites; what is a chain already is made an operator first."""
-    places = {placement.site.name: placement for placement in found.placements}
-    places |= opened.reopen([p for name, p in places.items() if p.chain is not None and name in chains])
-    for name, chain in chains.items():
-        opened.apply(Replace(places[name], chain))
+        The placements are those that were found once: the same model, opened again, has the same names and numbers.
+        """
+        asked = [self._placements[name] for name in chains]
+        places = self._placements | opened.reopen([place for place in asked if place.chain is not None])
+        for name, chain in chains.items():
+            opened.apply(Replace(places[name], chain))
 
 
 def unreached(original: Original, names: Collection[str]) -> Mapping[str, str]:

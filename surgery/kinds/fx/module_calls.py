@@ -34,6 +34,7 @@ from surgery.sites import (
     Part,
     Placement,
     Replace,
+    Skip,
     is_whole_sequential,
 )
 
@@ -45,15 +46,26 @@ class GraphEdits(FunctionEdits):
 
     root: GraphModule
     shape: Callable[[Node], Shape]
-    _known: dict[tuple[str, ...], Known]
+
+    @cached_property
+    def _known(self) -> tuple[list[Known], tuple[Skip, ...]]:
+        """The chains that stand as modules, and those that are broken."""
+        return find_known(self.root)
+
+    def _known_as(self, names: tuple[str, ...]) -> Known:
+        return next(known for known in self._known[0] if known.chain.names == names)
+
+    def reread(self) -> None:
+        """Read the graph as it is now; the numbers of earlier values stay valid."""
+        super().reread()
+        vars(self).pop("_known", None)
 
     @cached_property
     def flow(self) -> Flow:
-        """The graph as it was when it was opened, or last reopened."""
-        known, broken = find_known(self.root)
+        """The graph as it is when this is read first after it was opened, or reopened. Replacing does not need it."""
+        known, broken = self._known
         calls = [node for node in self.graph.find_nodes(op="call_module") if self._is_chain(node)]
         chain_calls = [ChainCall(node, node.all_input_nodes[0], str(node.target)) for node in calls]
-        self._known = {each.chain.names: each for each in known}
         recorded = frozenset(self.record.sites) | _sites_by_stack(self.graph)
         extras = Extras(known, chain_calls, broken, layers_of(self.root), self.record.origins, recorded)
         return make_flow(self.reader, self.shape, extras)
@@ -63,7 +75,6 @@ class GraphEdits(FunctionEdits):
 
     def apply(self, edit: Edit) -> None:
         """Carry out an edit. A module is replaced under its own path, so that its call nodes can stay as they are."""
-        _ = self.flow  # it shows the graph as it was read, so it is made before anything changes
         if isinstance(edit, Replace):
             self._replace(edit.placement, edit.chain)
             return
@@ -72,7 +83,7 @@ class GraphEdits(FunctionEdits):
         for site in () if functions else edit.chain.sites:
             self.record = self.record.without(site)
         if isinstance(edit.chain, FusableModule):
-            restore_known(self.root, self._known[edit.chain.sites], edit.chain.operators, self.notes)
+            restore_known(self.root, self._known_as(edit.chain.sites), edit.chain.operators, self.notes)
         elif functions:
             self.fuse_functions(edit.chain)
         else:
@@ -104,7 +115,8 @@ class GraphEdits(FunctionEdits):
         """Put operators without numbers in the place of chains, and return their new placements by site name."""
         modules = [placement for placement in placements if isinstance(placement.chain, FusableModule)]
         for placement in modules:
-            empty_known(self.root, self._known[(placement.site.name, *placement.site.aliases)], placement.site.operator)
+            site = placement.site
+            empty_known(self.root, self._known_as((site.name, *site.aliases)), site.operator)
         found = super().reopen([placement for placement in placements if placement not in modules])
         if modules:
             self.reread()

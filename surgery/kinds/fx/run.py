@@ -40,7 +40,7 @@ class ObservedGraph(Observed):
         bind: Callable[[Inputs], Mapping[Node, Any]],
         buffer: Callable[[Node], tuple[str, Tensor]],
     ) -> None:
-        super().__init__(kind.flow)
+        super().__init__(lambda: kind.flow)
         self.graph, self.module = kind, module
         self._bind, self._buffer = bind, buffer
         self._watchers: dict[Node, list[tuple[Node, See]]] = defaultdict(list)

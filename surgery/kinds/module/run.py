@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -21,7 +21,7 @@ __all__ = ["ObservedModule"]
 class ObservedModule(Observed):
     """An nn.Module that runs with hooks on its submodules; packed layers are unpacked in a copy."""
 
-    def __init__(self, model: nn.Module, flow: Flow) -> None:
+    def __init__(self, model: nn.Module, flow: Callable[[], Flow]) -> None:
         super().__init__(flow)
         self._model = model
         packed = has_packed(model)

@@ -52,7 +52,7 @@ class OpenModule(OpenModel):
 
     def observe(self) -> Observed:
         """Return the model, to be run with hooks on its submodules."""
-        return ObservedModule(self._model, self.flow)
+        return ObservedModule(self._model, lambda: self.flow)
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], access: Access) -> None:
         self._model = model
@@ -67,34 +67,36 @@ class OpenModule(OpenModel):
         self._dense: dict[str, tuple[tuple[str, ...], nn.Module, nn.Module]] = {}
         try:
             self._known, self._broken = find_known(self._root)
-            self._captured = self._capture(known=access.known and bool(self._known))
         except BaseException:
             self.finish()  # the model may be the caller's own: it must not stay unpacked
             raise
+        self._only_known = access.known and bool(self._known)
 
-    def _capture(self, *, known: bool) -> Captured | None:
+    def _capture(self) -> Captured | None:
         """Return the calls of the layers. If only known chains are wanted, only tracing is tried, since it is cheap."""
-        if not known:
-            found: Captured | None = capture(self._root, *self._inputs)
-        else:
-            # chains that are modules need no graph; but a trace is cheap, and shows chains of the user's own as well
+        if not self._only_known:
             try:
-                found = trace_only(self._root, *self._inputs)
-            except SurgeryError:
-                found = None
-        return found
+                return capture(self._root, *self._inputs)
+            except BaseException:
+                self.finish()
+                raise
+        # chains that are modules need no graph; but a trace is cheap, and shows chains of the user's own as well
+        try:
+            return trace_only(self._root, *self._inputs)
+        except SurgeryError:
+            return None
 
     @cached_property
     def flow(self) -> Flow:
-        """The model as it was when it was opened."""
+        """The model as it is when this is read first. Replacing layers does not need it."""
         layers = layers_of(self._root, alone=True, unseen=tuple(_unseen(self._root)))
         modules = self._root.named_modules(remove_duplicate=False)
         recorded = frozenset(name for name, module in modules if isinstance(module, Factored))
-        if self._captured is None:  # only the chains that are modules are known
+        found = self._capture()
+        if found is None:  # only the chains that are modules are known
             chains = tuple(known.chain for known in self._known)
             tensors = Tensors({}, {})
             return Flow((), {}, tensors, {}, {}, layers=layers, chains=chains, broken=self._broken, proved=False)
-        found = self._captured
         extras = Extras(self._known, found.chains, self._broken, layers, {}, recorded, found.proves)
         return make_flow(found.reader, found.shape, extras)
 
