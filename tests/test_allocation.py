@@ -22,7 +22,7 @@ from surgery.plans.candidates import Candidate
 from surgery.plans.choose import choose_damage, choose_least_cost, frontier, largest_budget
 from surgery.plans.options import Counted, Option, Options, options_of
 from surgery.sites import Site
-from surgery.solvers.weighted import Metric
+from surgery.solvers.weighted import SecondMoment
 
 SITE = Site("s", Linear(torch.ones(2, 2)), ((1, 2),))
 
@@ -96,7 +96,7 @@ def moments(n: int, seed: int = 0) -> Moments:
     x = torch.randn(500, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * torch.linspace(
         1, 0, n
     )
-    return Moments(500, x.mean(0)[None], Metric(((x.T @ x / 500)[None],)))
+    return Moments(500, x.mean(0)[None], SecondMoment(((x.T @ x / 500)[None],)))
 
 
 def test_damages_of_svd_are_those_of_the_best_chain_for_the_data() -> None:

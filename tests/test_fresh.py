@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from surgery.cost.onnxruntime.processes import Job, compare_generations, time_generations, without_waits
+from surgery.cost.onnxruntime.processes import TimingJob, compare_generations, time_generations, without_waits
 from surgery.errors import InputError, SurgeryError
 from surgery.runtime.export import export_onnx
 from surgery.runtime.fresh import time_apart, time_batches
@@ -52,8 +52,8 @@ for line in sys.stdin:
 """
 
 
-def jobs(folder: Path, answers: str) -> list[Job]:
-    return [Job(name, Path(name), Path("none"), child=child(folder, answers)) for name in ("2.0", "1.0")]
+def jobs(folder: Path, answers: str) -> list[TimingJob]:
+    return [TimingJob(name, Path(name), Path("none"), child=child(folder, answers)) for name in ("2.0", "1.0")]
 
 
 def test_medians_are_those_of_the_processes(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_model_that_fails_in_its_process_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "net.onnx").write_bytes(b"no model")
     np.savez(tmp_path / "inputs.npz", X.numpy())
     with pytest.raises(InputError, match=r"dense cannot be timed.*INVALID_PROTOBUF"):
-        time_generations([Job("dense", tmp_path / "net.onnx", tmp_path / "inputs.npz")], seconds=0.0)
+        time_generations([TimingJob("dense", tmp_path / "net.onnx", tmp_path / "inputs.npz")], seconds=0.0)
 
 
 def test_an_interrupt_ends_the_processes_and_removes_the_files(tmp_path: Path, temporary: Path) -> None:
@@ -144,10 +144,10 @@ def test_one_usable_core_is_not_one_thread(monkeypatch: pytest.MonkeyPatch) -> N
     """Two threads of one process on one core wait for each other all the time: subtracted, nothing would be left."""
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
-    found = [Job("a", Path("a"), Path("a"), threads).one_thread for threads in (None, 1, 2)]
+    found = [TimingJob("a", Path("a"), Path("a"), threads).one_thread for threads in (None, 1, 2)]
     assert found == [False, True, False]
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    assert Job("a", Path("a"), Path("a")).one_thread
+    assert TimingJob("a", Path("a"), Path("a")).one_thread
 
 
 def test_turns_of_one_round_are_compared() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from surgery.solvers.gram import low_rank as plain_low_rank
-from surgery.solvers.weighted import Metric, equal_norms, low_rank, refine, roots, times_channels
+from surgery.solvers.weighted import SecondMoment, equal_norms, low_rank, refine, roots, times_channels
 
 EXACT = 1e-10  # float64, with condition numbers up to about 1e3
 
@@ -34,8 +34,8 @@ def brute_force(weight: Tensor, second: Tensor, rank: int) -> float:
     return float(torch.linalg.svdvals(weight @ root)[:, rank:].square().sum())
 
 
-def as_metric(second: Tensor, taps: int = 1) -> Metric:
-    return Metric((second,), taps)
+def as_metric(second: Tensor, taps: int = 1) -> SecondMoment:
+    return SecondMoment((second,), taps)
 
 
 @given(st.integers(1, 2), st.integers(1, 9), st.integers(2, 9), st.integers(0, 10_000), st.data())
@@ -67,7 +67,7 @@ def test_what_the_inputs_never_show_costs_nothing(rows: int, columns: int, rank:
 def test_a_diagonal_is_the_matrix_with_that_diagonal(columns: int, rows: int, seed: int) -> None:
     diagonal = matrix(1, 1, columns, seed)[:, 0].square() + 0.01
     weight, rank = matrix(1, rows, columns, seed + 1), min(2, rows, columns)
-    for narrow, wide in ((Metric((diagonal,)), Metric((torch.diag_embed(diagonal),))),):
+    for narrow, wide in ((SecondMoment((diagonal,)), SecondMoment((torch.diag_embed(diagonal),))),):
         assert torch.allclose(narrow.times(weight), wide.times(weight))
         first, second = (torch.matmul(*low_rank(weight, rank, metric)) for metric in (narrow, wide))
         assert torch.allclose(first, second, atol=1e-8)
@@ -78,7 +78,7 @@ def test_a_product_is_its_kronecker_matrix(groups: int, channels: int, taps: int
     parts = moment(groups, channels, channels, seed), moment(groups, taps, taps, seed + 1)
     whole = torch.stack([torch.kron(a, b) for a, b in zip(*parts, strict=True)])
     weight = matrix(groups, 3, channels * taps, seed + 2)
-    product, dense = Metric(parts, taps), Metric((whole,), taps)
+    product, dense = SecondMoment(parts, taps), SecondMoment((whole,), taps)
     assert torch.allclose(product.times(weight), dense.times(weight))
     assert torch.allclose(product.energy(weight), dense.energy(weight))
     mean = parts[1].diagonal(dim1=1, dim2=2).mean(1)[:, None, None]

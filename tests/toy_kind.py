@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from surgery.algebra import Chain, Linear
 from surgery.kinds.base import Access, Kind, OpenModel
 from surgery.kinds.inputs import Declared, Inputs, Signature
-from surgery.kinds.observed import Change, Norm, Observed, See
+from surgery.kinds.observed import Norm, Observed, OutputChange, See
 from surgery.sites import Call, Edit, Element, Flow, FusableModule, ModuleChain, Other, Placement, Replace, Tensors
 
 __all__ = ["LayersKind"]
@@ -111,12 +111,12 @@ class ObservedLayers(Observed):
         super().__init__(flow)
         self.model = model
         self.sees: dict[str, See] = {}
-        self.changes: dict[str, Change] = {}
+        self.changes: dict[str, OutputChange] = {}
 
     def watch(self, call: Call, see: See) -> None:
         self.sees[str(call.path)] = see
 
-    def tap(self, call: Call, change: Change) -> None:
+    def tap(self, call: Call, change: OutputChange) -> None:
         self.changes[str(call.path)] = change
 
     def norms(self) -> Sequence[Norm]:

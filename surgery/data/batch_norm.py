@@ -31,18 +31,18 @@ __all__ = ["NormDistances", "NormWatch", "Reference", "feeds_batch_norm", "reest
 
 Pair = tuple[Tensor, Tensor]
 Reference = Mapping[str, "_Statistics"]
-_AnyNorm = TypeVar("_AnyNorm", bound="_Norm")
+_AnyNorm = TypeVar("_AnyNorm", bound="_WatchedNorm")
 
 
 class NormWatch:
     """Measures the mean and variance of each batch norm's inputs while something else runs the model."""
 
     def __init__(self) -> None:
-        self._norms: list[_Norm] = []
+        self._norms: list[_WatchedNorm] = []
 
     def __call__(self, observed: Observed) -> None:
         """Watch the batch norms of the model in its next runs."""
-        self._norms = _watched(observed, _Norm)
+        self._norms = _watched(observed, _WatchedNorm)
 
     @property
     def reference(self) -> Reference:
@@ -70,7 +70,7 @@ def reestimate_batch_norm(
         InputError: as ``collect``.
     """
     observed = observe(model, next(iter(batches)))
-    norms = _watched(observed, _Norm)
+    norms = _watched(observed, _WatchedNorm)
     if reference is not None:
         for norm in norms:
             mean, variance = norm.buffers
@@ -138,7 +138,7 @@ class _Statistics:
 
 
 @dataclass(eq=False)
-class _Norm:
+class _WatchedNorm:
     """One batch norm: its running statistics, its inputs' statistics, and both of the original as reference."""
 
     norm: Norm
@@ -178,7 +178,7 @@ class _Norm:
 
 
 @dataclass(eq=False)
-class _Distance(_Norm):
+class _Distance(_WatchedNorm):
     """One batch norm, and the differentiable distance of each input from its running statistics."""
 
     distances: list[Tensor] = field(default_factory=list)

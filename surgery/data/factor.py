@@ -30,7 +30,7 @@ from surgery.algebra import Branches, Chain, Operator
 from surgery.data.moments import Moments
 from surgery.errors import CheckError, Refusal
 from surgery.factorizations import Factorization, Ranks
-from surgery.solvers.weighted import Metric, equal_norms, low_rank, refine, times_channels, triangles
+from surgery.solvers.weighted import SecondMoment, equal_norms, low_rank, refine, times_channels, triangles
 
 __all__ = ["Problem", "RIDGE", "composed", "correct_bias", "fit", "output_error", "search", "squared_error"]
 
@@ -59,7 +59,7 @@ class Problem:
     method: Factorization
     operator: Operator
     ranks: Ranks
-    metric: Metric
+    metric: SecondMoment
     sensitivity: Tensor | None
     solver: str
     ridge: float
@@ -133,7 +133,7 @@ class _Coordinates:
         return moved
 
 
-def _coordinates(problem: Problem, metric: Metric) -> _Coordinates:
+def _coordinates(problem: Problem, metric: SecondMoment) -> _Coordinates:
     """Return coordinates in which channels are uncorrelated, as far as the method's factors can absorb them."""
     groups, out, channels = problem.kernel.shape[:3]
     ones = [problem.kernel.new_ones(groups, size, dtype=torch.float64) for size in (out, channels)]
@@ -179,7 +179,7 @@ def search(problem: Problem, plain: Chain | Refusal) -> Chain | None:
     return problem.chain(problem.balanced(coordinates.move(problem, wide, 1)))
 
 
-def _svd(problem: Problem, target: Tensor, metric: Metric) -> list[Tensor]:
+def _svd(problem: Problem, target: Tensor, metric: SecondMoment) -> list[Tensor]:
     shapes = problem.method.shapes(tuple(target.shape), problem.ranks)
     left, right = low_rank(target.flatten(2), problem.ranks[0], metric)
     return [right.reshape(shapes[0]), left.reshape(shapes[1])]

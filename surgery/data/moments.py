@@ -38,7 +38,7 @@ from torch import Tensor
 from surgery.algebra import Conv, Linear, Operator
 from surgery.data.masks import visible_rows
 from surgery.errors import InputError
-from surgery.solvers.weighted import Metric
+from surgery.solvers.weighted import SecondMoment
 
 __all__ = ["Accumulator", "Columns", "Moments", "layout_bytes", "output_reader", "read_columns"]
 
@@ -55,7 +55,7 @@ class Moments:
 
     count: int
     mean: Tensor
-    metric: Metric
+    metric: SecondMoment
     sensitivity: Tensor | None = None
 
     def narrow(self) -> Moments:
@@ -75,19 +75,21 @@ class Moments:
         return self.metric.times(torch.eye(n, dtype=self.mean.dtype, device=self.mean.device).expand(groups, n, n))
 
     @property
-    def centred(self) -> Metric:
+    def centred(self) -> SecondMoment:
         """The covariance ``C - m m^T``, by which errors count if a bias absorbs their mean."""
         # C = A (x) B with channels A and taps B: the mean, as a matrix M (channels, taps), is taken out of each factor:
         # A - M M^T / taps, and B tr(A) - M^T M, whose trace is then scaled to the number of taps again.
         taps = self.metric.taps
         if len(self.metric.factors) == 1:
-            return Metric((_centre(self.metric.factors[0], self.mean.unsqueeze(1)),), taps)
+            return SecondMoment((_centre(self.metric.factors[0], self.mean.unsqueeze(1)),), taps)
         channels, kernel = self.metric.factors
         mean = self.mean.unflatten(1, (-1, taps))
         scale = _trace(channels)
         channels = _centre(channels, mean.mT / math.sqrt(taps))
         kernel = _centre(kernel * scale, mean)
-        return Metric((channels, kernel * (taps / _trace(kernel).clamp(min=torch.finfo(kernel.dtype).tiny))), taps)
+        return SecondMoment(
+            (channels, kernel * (taps / _trace(kernel).clamp(min=torch.finfo(kernel.dtype).tiny))), taps
+        )
 
     def centred_energy(self, difference: Tensor, sensitivity: Tensor | None = None) -> Tensor:
         """Return ``tr(D Cov D^T)`` of (groups, O, n), or ``tr(G D Cov D^T)`` with a sensitivity G."""
@@ -204,7 +206,7 @@ class Accumulator:
             tiny = torch.finfo(torch.float64).tiny
             channels = self._first / (self.count * self._taps)
             factors = channels, self._second * (self._taps / _trace(self._second).clamp(min=tiny))
-        return Moments(self.count, self._mean / self.count, Metric(factors, self._taps))
+        return Moments(self.count, self._mean / self.count, SecondMoment(factors, self._taps))
 
 
 Columns = Tensor  # (groups, rows, n): each row holds one column x of n values, in the kernel's order (channel, taps)

@@ -39,7 +39,7 @@ from surgery.data.visible import Masks, VisibleRows
 from surgery.kinds.observed import Added, Observed
 from surgery.kinds.registry import Model, observe
 from surgery.sites import Placement
-from surgery.solvers.weighted import Metric, triangles
+from surgery.solvers.weighted import SecondMoment, triangles
 
 __all__ = ["Originals", "Target"]
 
@@ -60,7 +60,7 @@ class Originals:
         observed = observe(model, next(iter(samples)))
         placements = _placements(observed, sites)
         self._visible = VisibleRows(observed, samples, placements)
-        self._records = {placement.site.name: _Record(placement, len(samples)) for placement in placements}
+        self._records = {placement.site.name: _SeenSite(placement, len(samples)) for placement in placements}
         for placement in placements:
             self._records[placement.site.name].follow(observed, placement, self._visible)
         for batch in samples:
@@ -74,12 +74,12 @@ class Originals:
         The batch norms of the changed model are corrected in place, in the same run; ``norms`` is their reference, from
         the original. ``centred`` names the sites whose mean a bias or a normalisation absorbs.
         """
-        records: dict[str, _Record] = {}
+        records: dict[str, _SeenSite] = {}
 
         def watch(observed: Observed) -> None:
             for placement in _placements(observed, sites):
                 if placement.site.name in self._records:
-                    records[placement.site.name] = record = _Record(placement, len(self._samples))
+                    records[placement.site.name] = record = _SeenSite(placement, len(self._samples))
                     self._visible.watch(observed, placement, record.read)
                     record.follow(observed, placement, self._visible)
 
@@ -99,7 +99,7 @@ def _placements(observed: Observed, sites: Collection[str]) -> list[Placement]:
     return [placement for placement in observed.find().placements if placement.site.name in sites]
 
 
-class _Record:
+class _SeenSite:
     """Inputs and outputs of one site in a run, at random positions that are the same in each run."""
 
     def __init__(self, placement: Placement, batches: int) -> None:
@@ -144,7 +144,7 @@ class _Record:
         """Whether nothing but one addition has read each output."""
         return not self._spoiled and len(self._added) == len(self._outputs)
 
-    def is_like(self, other: _Record) -> bool:
+    def is_like(self, other: _SeenSite) -> bool:
         """Whether both records have the same calls with the same numbers of rows; these may depend on the data."""
         return [y.shape for y in self._outputs] == [y.shape for y in other._outputs] and bool(self._outputs)
 
@@ -156,7 +156,7 @@ class _Record:
 class _Pairs:
     """Sums of columns x' and of their lag l in float64, separately for two halves of the batches."""
 
-    def __init__(self, original: _Record, changed: _Record, *, summed: bool) -> None:
+    def __init__(self, original: _SeenSite, changed: _SeenSite, *, summed: bool) -> None:
         self._operator = operator = changed.operator
         groups, out, *rest = operator.kernel.shape
         n, self._taps = torch.Size(rest).numel(), torch.Size(rest[1:]).numel()
@@ -179,7 +179,9 @@ class _Pairs:
         """Return W* and b*, with the moments of x'."""
         operator, count = self._operator, sum(self._counts)
         lag, mean = (sums.sum(0).unsqueeze(-1) / count for sums in (self._lag, self._mean))
-        moments = Moments(count, mean.squeeze(-1), Metric((self._second.sum(0) / count,), self._taps), sensitivity)
+        moments = Moments(
+            count, mean.squeeze(-1), SecondMoment((self._second.sum(0) / count,), self._taps), sensitivity
+        )
         halves = [self._sums(half, lag, mean, centred=centred) for half in (0, 1) if self._counts[half]]
         moved = _regression(halves)
         kernel = operator.kernel.detach().double().flatten(2) + moved

@@ -63,7 +63,7 @@ class _Line:
 
 
 @dataclass(frozen=True)
-class _Form:
+class _LineForm:
     """What the lines of a file must fit: the model's inputs, of which ``ids`` holds the token ids."""
 
     path: Path
@@ -80,7 +80,7 @@ def read_tokens(
     Raises:
         FileError: the file or a line cannot be used, or sequences differ in length and the model has no mask.
     """
-    form = _Form(path, _ids_name(signature, declared), signature, declared)
+    form = _LineForm(path, _ids_name(signature, declared), signature, declared)
     known = declared.get(form.ids)
     if known is not None and (known.dtype.is_floating_point or len(known.sizes) != 2):
         kind = str(known.dtype).removeprefix("torch.")
@@ -105,7 +105,7 @@ def _ids_name(signature: Signature, declared: Mapping[str, Declared]) -> str:
     return next(iter([*whole, *(name for name in free if "ids" in name or "token" in name), *free, *names]))
 
 
-def _lines(form: _Form) -> Iterator[_Line]:
+def _lines(form: _LineForm) -> Iterator[_Line]:
     """Yield the lines that are not blank, parsed and checked one by one."""
     left = _MOST_TEXT
     with open_regular(form.path) as file, io.TextIOWrapper(file, encoding="utf-8-sig") as lines:
@@ -125,7 +125,7 @@ def _lines(form: _Form) -> Iterator[_Line]:
                 yield _line(form, where, text)
 
 
-def _line(form: _Form, where: str, text: str) -> _Line:
+def _line(form: _LineForm, where: str, text: str) -> _Line:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -151,7 +151,7 @@ def _line(form: _Form, where: str, text: str) -> _Line:
     return line
 
 
-def _sequence(form: _Form, where: str, name: str, value: Any) -> list[int]:
+def _sequence(form: _LineForm, where: str, name: str, value: Any) -> list[int]:
     """Return a checked list of whole numbers, 0 or more; a mask may hold true and false instead."""
     allowed = "a list of whole numbers, 0 or more"
     if not isinstance(value, list):
@@ -181,7 +181,7 @@ def _kind(value: Any) -> str:
     return f"the text {cut(json.dumps(value), _LONG)}" if isinstance(value, str) else cut(json.dumps(value), _LONG)
 
 
-def _wanted(form: _Form, lines: list[_Line]) -> list[str]:
+def _wanted(form: _LineForm, lines: list[_Line]) -> list[str]:
     """Return the names of the inputs that the lines give or that are made from them."""
     given = {name for line in lines for name in line.values}
     wanted = []
@@ -196,7 +196,7 @@ def _wanted(form: _Form, lines: list[_Line]) -> list[str]:
     return [*wanted, *(given - set(wanted))]
 
 
-def _is_made(form: _Form, name: str, lines: list[_Line]) -> bool:
+def _is_made(form: _LineForm, name: str, lines: list[_Line]) -> bool:
     """Whether a mask (samples, length) is made: the model requires it, or there is padding to hide."""
     other = partner_of(name, form.ids)
     lengths = {len(line.values[other]) for line in lines if other in line.values}
@@ -205,14 +205,14 @@ def _is_made(form: _Form, name: str, lines: list[_Line]) -> bool:
     return name in form.signature.required or min(lengths) < _length(form, name, lines)
 
 
-def _can_be_made(form: _Form, name: str) -> bool:
+def _can_be_made(form: _LineForm, name: str) -> bool:
     """Whether an input that is not a mask has the shape of the ids in the model's example inputs."""
     ids, own = form.declared.get(form.ids), form.declared.get(name)
     alike = ids is not None and own is not None and ids.shape == own.shape and not own.dtype.is_floating_point
     return alike and not is_mask_name(name) and not name.startswith(_DECODER)
 
 
-def _column(form: _Form, name: str, lines: list[_Line]) -> Tensor:
+def _column(form: _LineForm, name: str, lines: list[_Line]) -> Tensor:
     """Return one input of all lines, (samples, length)."""
     other = partner_of(name, form.ids)
     length = _length(form, name, lines)
@@ -240,7 +240,7 @@ def _column(form: _Form, name: str, lines: list[_Line]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
-def _length(form: _Form, name: str, lines: list[_Line]) -> int:
+def _length(form: _LineForm, name: str, lines: list[_Line]) -> int:
     """Return the only length that the model takes; else the longest sequence's, at most what the model takes."""
     other = partner_of(name, form.ids)
     found = [form.declared[at] for at in (name, other) if at in form.declared]
@@ -251,7 +251,7 @@ def _length(form: _Form, name: str, lines: list[_Line]) -> int:
     return min([max(lengths), *(known.longest for known in found if known.longest is not None)])
 
 
-def _check_padding(form: _Form, name: str, lines: list[_Line], made: Mapping[str, Tensor]) -> None:
+def _check_padding(form: _LineForm, name: str, lines: list[_Line], made: Mapping[str, Tensor]) -> None:
     """Raise FileError where sequences were padded or cut and the model has no mask: it would read padding as tokens."""
     if any(is_mask_name(other) and partner_of(other, form.ids) == name for other in made):
         return

@@ -14,20 +14,18 @@ from torch import nn
 
 from surgery.algebra import Chain, Operator
 from surgery.errors import InputError, RankError, Refusal
-from surgery.factorizations import Ranks, named
+from surgery.factorizations import named
 from surgery.kinds.layers.carried import refuse_carrying
 from surgery.kinds.layers.edit import Shared, splice_modules, swap_references
 from surgery.kinds.layers.factored import Factored
 from surgery.kinds.layers.modules import is_operator_module, read_module, weight_of
 from surgery.kinds.layers.unpacking import pack_all, unpack_all
 from surgery.kinds.registry import is_model, kind_of
-from surgery.sites import Site
+from surgery.sites import Origin, Site
 
 __all__ = ["give_structure", "tie"]
 
 _MOST, _LEAST = 64, 2**20  # a layer may get 64 times its own numbers in factors, and 2^20 more
-
-Origin = tuple[str, Ranks]
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,7 +31,7 @@ from surgery.sites import Call, Flow, Found
 from surgery.sites.find import find
 from surgery.text import first_line
 
-__all__ = ["Added", "Additions", "Change", "Hooks", "Norm", "Observed", "See"]
+__all__ = ["Added", "Additions", "OutputChange", "Hooks", "Norm", "Observed", "See"]
 
 _ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _VIEW = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.alias.default)
@@ -125,7 +125,7 @@ def _alike(args: Sequence[Any]) -> bool:
 
 
 See = Callable[[Tensor], None]
-Change = Callable[[Tensor], Tensor]
+OutputChange = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +156,7 @@ class Observed(ABC):
         """Call ``see`` with the input of an operator's call, each time just before the operator uses it."""
 
     @abstractmethod
-    def tap(self, call: Call, change: Change) -> None:
+    def tap(self, call: Call, change: OutputChange) -> None:
         """Replace each output of an operator's call by what ``change`` returns for it."""
 
     def find(self) -> Found:
@@ -240,7 +240,7 @@ class Hooks:
     def __init__(self, additions: Additions) -> None:
         self._additions = additions
         self.watchers: dict[str, list[See]] = defaultdict(list)
-        self.taps: dict[str, Change] = {}
+        self.taps: dict[str, OutputChange] = {}
 
     def watch(self, path: str, see: See) -> None:
         """Call ``see`` with each input of the module at a path."""
@@ -279,5 +279,5 @@ class Hooks:
                 see(value)
 
 
-def _output_hook(change: Change) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+def _output_hook(change: OutputChange) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
     return lambda module, args, output: change(output)

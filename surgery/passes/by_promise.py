@@ -38,18 +38,18 @@ from surgery.sites import Site
 
 __all__ = [
     "ByPromise",
-    "Found",
+    "Searched",
     "Judge",
     "Judged",
     "PromiseEvidence",
-    "Proposal",
+    "PromisedPlan",
     "held_out_share",
     "promise_of_original",
 ]
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class Searched:
     """What a search has found: the options with their damages, the trials, the choice, and its timing if it has one.
 
     ``reached`` has the speed-up and the output error of each whole model that was measured for a promised speed-up.
@@ -145,7 +145,7 @@ class PromiseEvidence:
 
 
 @dataclass(frozen=True, eq=False)
-class Proposal:
+class PromisedPlan:
     """A plan that keeps a promise, or leaves all sites dense; the promise as measured, and how it was searched for."""
 
     plan: Plan
@@ -167,7 +167,7 @@ class ByPromise:
     margin: float = MARGIN
     progress: Progress = silent
 
-    def propose(self, sites: Sequence[Site], evidence: PromiseEvidence) -> Proposal:
+    def propose(self, sites: Sequence[Site], evidence: PromiseEvidence) -> PromisedPlan:
         """Return the plan of the fastest model that keeps the promise on held-out samples, or all sites dense.
 
         With it come the promise as measured, and how it was searched for.
@@ -186,7 +186,7 @@ class ByPromise:
             held_out=held_out_share(self.goal),
         )
         if not listed.sites:
-            return self._original(plans, "no site has a chain that costs less", Found())
+            return self._original(plans, "no site has a chain that costs less", Searched())
         damages = Damages(
             listed.sites,
             evidence.evidence,
@@ -202,15 +202,15 @@ class ByPromise:
 
     def _for_quality(
         self, evidence: PromiseEvidence, plans: ChoicePlans, damages: Damages, speeds: Speeds, judge: Judge
-    ) -> Found:
+    ) -> Searched:
         """Return the choice of the largest budget of damage that keeps the limit, and its timing."""
         trials, chosen = QualitySearch(damages, plans, evidence.fitter, self._yardstick(evidence, judge)).run()
-        found = Found(damages.sites, tuple(trials), tuple(chosen))
+        found = Searched(damages.sites, tuple(trials), tuple(chosen))
         if not self.pricing.prices.measured or is_dense(chosen):
             return found
         model = evidence.fitter.build(plans.plan(chosen))
         timing = evidence.clock.time(model, final=not evidence.evidence.made_up)
-        return Found(found.sites, found.trials, found.chosen, timing)
+        return Searched(found.sites, found.trials, found.chosen, timing)
 
     def _yardstick(self, evidence: PromiseEvidence, judge: Judge) -> Yardstick:
         """Return what to measure of a model, its limit, by which power of the budget it grows, and the first budget."""
@@ -222,7 +222,7 @@ class ByPromise:
 
     def _for_speed(
         self, evidence: PromiseEvidence, plans: ChoicePlans, damages: Damages, speeds: Speeds, judge: Judge
-    ) -> Found:
+    ) -> Searched:
         """Return the choice of least damage that is as fast as is asked for, or the fastest, and its timing."""
         search = SpeedSearch(
             damages,
@@ -234,11 +234,11 @@ class ByPromise:
             margin=self.margin,
         )
         trials, chosen, timing = search.run(self.goal.limit)
-        return Found(damages.sites, tuple(trials), tuple(chosen), timing, search.reached)
+        return Searched(damages.sites, tuple(trials), tuple(chosen), timing, search.reached)
 
     def _decided(
-        self, evidence: PromiseEvidence, plans: ChoicePlans, found: Found, speeds: Speeds, judge: Judge
-    ) -> Proposal:
+        self, evidence: PromiseEvidence, plans: ChoicePlans, found: Searched, speeds: Speeds, judge: Judge
+    ) -> PromisedPlan:
         """Return the chosen plan with all that is known of its model; all dense if it did not become faster."""
         if is_dense(found.chosen):
             return self._original(plans, "no change keeps the promise", found)
@@ -257,13 +257,13 @@ class ByPromise:
         search = replace(
             self._search(found), chosen=at, metrics=judged.metrics, timing=found.timing, predicted=predicted
         )
-        return Proposal(plan, judged.promise, search)
+        return PromisedPlan(plan, judged.promise, search)
 
-    def _original(self, plans: ChoicePlans, reason: str, found: Found) -> Proposal:
+    def _original(self, plans: ChoicePlans, reason: str, found: Searched) -> PromisedPlan:
         """Return the plan that changes nothing; a goal of quality is kept by it, one of speed is not."""
-        return Proposal(plans.dense(reason), promise_of_original(self.goal, reason), self._search(found))
+        return PromisedPlan(plans.dense(reason), promise_of_original(self.goal, reason), self._search(found))
 
-    def _search(self, found: Found) -> Search:
+    def _search(self, found: Searched) -> Search:
         return Search(_points(found.sites), trials=found.trials, cost=self.pricing.prices.what, reached=found.reached)
 
 

@@ -20,7 +20,7 @@ from surgery.data.standin import StandIn, stand_in
 from surgery.errors import CheckError, InputError
 from surgery.factorizations import named
 from surgery.files.pretrained import note_record
-from surgery.passes.by_promise import ByPromise, PromiseEvidence, Proposal, held_out_share, promise_of_original
+from surgery.passes.by_promise import ByPromise, PromisedPlan, PromiseEvidence, held_out_share, promise_of_original
 from surgery.passes.choices import Pricing
 from surgery.passes.clock import Clock, Instruments
 from surgery.passes.evidence import Evidence, glance, read_evidence
@@ -238,7 +238,7 @@ def by_goal(job: Job, goal: Goal, instruments: Instruments, *, inplace: bool = F
 
 def propose(
     job: Job, goal: Goal, instruments: Instruments, original: Original
-) -> tuple[Proposal, PromiseEvidence | None]:
+) -> tuple[PromisedPlan, PromiseEvidence | None]:
     """Return the plan that keeps a goal, and what it was found with; None where nothing can be shown of the model.
 
     Without samples it is found on made-up inputs; where latency is to be low, for the sites of the plan of a rule.
@@ -285,7 +285,7 @@ class _Shown:
 
 def _searched(
     job: Job, goal: Goal, instruments: Instruments, original: Original, shown: _Shown
-) -> tuple[Proposal, PromiseEvidence]:
+) -> tuple[PromisedPlan, PromiseEvidence]:
     reasons = _factored_already(original) | dict(shown.reasons)
     reasons |= unreached(original, [name for name in original.sites if name not in reasons])
     evidence = read_evidence(
@@ -323,8 +323,8 @@ def _prices(goal: Goal, instruments: Instruments, ruled: Plan | None) -> Prices:
     return Measured(instruments.backend) if ruled is None else Ruled(ruled)
 
 
-def _nothing_shown(ruled: Plan, goal: Goal, reason: str) -> Proposal:
+def _nothing_shown(ruled: Plan, goal: Goal, reason: str) -> PromisedPlan:
     """Return a plan with all sites dense, for a reason where they have none of their own."""
     rows = tuple(d if d.dense and d.reason else d.left_dense(reason) for d in ruled)
     promise = promise_of_original(goal, reason)
-    return Proposal(Plan(rows, ranks=str(goal)), promise, Search(cost=goal.cost))
+    return PromisedPlan(Plan(rows, ranks=str(goal)), promise, Search(cost=goal.cost))

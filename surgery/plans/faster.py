@@ -13,14 +13,14 @@ from surgery.plans.candidates import Candidate, Choice, say_ranks
 from surgery.plans.quality import SiteRule, energy_counts, vbmf_counts
 from surgery.sites import FactoredSite
 
-__all__ = ["FACTORED_ALREADY", "FALLBACK_ENERGY", "Comparison", "KeepFaster", "Latencies", "snap"]
+__all__ = ["FACTORED_ALREADY", "FALLBACK_ENERGY", "SiteTimes", "KeepFaster", "Latencies", "snap"]
 
 FALLBACK_ENERGY = 0.9  # ours: what a mode keeps in which EVBMF finds no signal, as in weights that are hardly trained
 FACTORED_ALREADY = "it is factored already; give it ranks to cut it further"
 _LEAST = 4  # ours: no kernel gains from fewer channels
 
 
-class Comparison(Protocol):
+class SiteTimes(Protocol):
     """What one timing of an operator against its chain says: median seconds, and the verdict."""
 
     @property
@@ -39,7 +39,7 @@ class Comparison(Protocol):
 class Latencies(Protocol):
     """Whatever can time an operator against a chain; ``surgery.cost`` has one."""
 
-    def compare(self, dense: Operator | Chain, chain: Operator | Chain, shape: Shape, /) -> Comparison:
+    def compare(self, dense: Operator | Chain, chain: Operator | Chain, shape: Shape, /) -> SiteTimes:
         """Time both at an input shape; the chain's weights are on the meta device. InputError: they cannot be run."""
 
 

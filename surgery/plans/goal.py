@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgery.errors import InputError
 from surgery.plans.faster import Latencies
-from surgery.plans.options import COSTS, Cost
+from surgery.plans.options import COSTS, CostKind
 
 __all__ = ["DEFAULT_ERROR", "Goal", "GoalKind", "Metric"]
 
@@ -42,7 +42,7 @@ class Goal:
     kind: GoalKind
     limit: float
     metric: Metric | None = None
-    cost: Cost = "latency"
+    cost: CostKind = "latency"
     best_effort: bool = False
     backend: Latencies | str | None = None
 
@@ -83,7 +83,7 @@ class Goal:
         limit: float = DEFAULT_ERROR,
         *,
         metric: Metric | None = None,
-        cost: Cost = "latency",
+        cost: CostKind = "latency",
         backend: Latencies | str | None = None,
     ) -> Goal:
         """Return the goal of a relative output error of at most ``limit``; a ``metric`` is only measured.
@@ -117,7 +117,7 @@ class Goal:
         limit: float,
         metric: Metric,
         *,
-        cost: Cost = "latency",
+        cost: CostKind = "latency",
         backend: Latencies | str | None = None,
     ) -> Goal:
         """Return the goal of a metric, ``metric(module)``, higher is better, that falls by at most ``limit``.

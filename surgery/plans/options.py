@@ -33,10 +33,10 @@ from surgery.plans.plan import Plan
 from surgery.sites import FactoredSite, JointSite, Site
 from surgery.solvers.weighted import roots, times_channels, triangle
 
-__all__ = ["COSTS", "Cost", "Counted", "Measured", "Option", "Options", "Prices", "Ruled", "options_of"]
+__all__ = ["COSTS", "CostKind", "Counted", "Measured", "Option", "Options", "Prices", "Ruled", "options_of"]
 
-Cost: TypeAlias = Literal["latency", "macs", "params"]
-COSTS: tuple[str, ...] = get_args(Cost)
+CostKind: TypeAlias = Literal["latency", "macs", "params"]
+COSTS: tuple[str, ...] = get_args(CostKind)
 
 
 class Prices(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 
 from surgery.errors import InputError
 
-__all__ = ["Content", "Kept", "Latency", "Left", "Replaced", "Route", "Total", "VERSION", "read_content"]
+__all__ = ["Content", "KeptRow", "Latency", "LeftRow", "ReplacedRow", "Route", "Total", "VERSION", "read_content"]
 
 VERSION = 1
 _LARGEST = 1e30  # a larger number is not a measurement and could overflow sums; 1 / this could overflow quotients
@@ -49,7 +49,7 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class Replaced:
+class ReplacedRow:
     """A site that was factored; ``effect`` is the output error expected from this site alone."""
 
     site: str
@@ -66,7 +66,7 @@ class Replaced:
 
 
 @dataclass(frozen=True)
-class Left:
+class LeftRow:
     """A place that was left alone, and why; ``latency`` is in seconds, or None if it was not measured."""
 
     name: str
@@ -77,7 +77,7 @@ class Left:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptRow:
     """A promise: its limit, the measured value, and whether it was kept."""
 
     kind: str
@@ -106,11 +106,11 @@ class Content:
     target: str
     before: Total
     after: Total
-    replaced: tuple[Replaced, ...]
-    left: tuple[Left, ...]
+    replaced: tuple[ReplacedRow, ...]
+    left: tuple[LeftRow, ...]
     latency: Latency | None
     no_latency: str
-    promise: Kept | None
+    promise: KeptRow | None
     seen: tuple[float, str] | None
     route: Route | None
     environment: tuple[tuple[str, str], ...]
@@ -190,9 +190,9 @@ def _total(row: _Row) -> Total:
     return Total(row.maybe("parameters"), row.maybe("macs"), row.maybe("file_size"))
 
 
-def _replaced(row: _Row, decision: _Row | None, *, searched: bool) -> Replaced:
+def _replaced(row: _Row, decision: _Row | None, *, searched: bool) -> ReplacedRow:
     ranks = [f"{_number(rank, f'{row.where}.rank'):g}" for rank in row.items("rank")]
-    return Replaced(
+    return ReplacedRow(
         site=row.text("site"),
         operator=row.text("operator"),
         method=row.text("factorization"),
@@ -207,9 +207,9 @@ def _replaced(row: _Row, decision: _Row | None, *, searched: bool) -> Replaced:
     )
 
 
-def _left(row: _Row, decision: _Row | None) -> Left:
+def _left(row: _Row, decision: _Row | None) -> LeftRow:
     latency = None if decision is None else decision.maybe("dense_latency")
-    return Left(row.text("name"), row.text("operator"), row.text("reason"), row.maybe("macs"), latency)
+    return LeftRow(row.text("name"), row.text("operator"), row.text("reason"), row.maybe("macs"), latency)
 
 
 def _latency(row: _Row) -> Latency:
@@ -221,13 +221,13 @@ def _latency(row: _Row) -> Latency:
     return Latency(*times, c.number("speedup"), c.number("low"), c.number("high"), c.text("verdict"))
 
 
-def _promise(row: _Row) -> Kept:
+def _promise(row: _Row) -> KeptRow:
     kind, kept = row.text("kind"), row.values.get("kept")
     if kind not in PROMISES:
         row.refuse("kind", ", ".join(PROMISES))
     if not isinstance(kept, bool):
         row.refuse("kept", "true or false")
-    return Kept(kind, row.number("limit"), row.number("measured"), bool(kept), row.text("note"))
+    return KeptRow(kind, row.number("limit"), row.number("measured"), bool(kept), row.text("note"))
 
 
 def _route(row: _Row) -> Route:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from surgery.report.charts import places, possible
-from surgery.report.content import Content, Left, Replaced, read_content
+from surgery.report.content import Content, LeftRow, ReplacedRow, read_content
 from surgery.report.markup import POLICY, STYLE, Markup, dotted, join, note, section, table, tag
 from surgery.report.words import (
     GLOSSARY,
@@ -133,7 +133,7 @@ def _arrow(before: str, after: str) -> str:
     return "\u2013" if after == "\u2013" else f"{before} \u2192 {after}"
 
 
-_COLUMNS: tuple[tuple[str, Callable[[Replaced], str]], ...] = (
+_COLUMNS: tuple[tuple[str, Callable[[ReplacedRow], str]], ...] = (
     ("layer", lambda r: dotted(r.site)),
     ("was", lambda r: r.operator),
     ("method", lambda r: r.method),
@@ -148,14 +148,14 @@ _COLUMNS: tuple[tuple[str, Callable[[Replaced], str]], ...] = (
 def _left_alone(content: Content) -> Markup:
     if not content.left:
         return Markup()
-    groups: dict[str, list[Left]] = defaultdict(list)
+    groups: dict[str, list[LeftRow]] = defaultdict(list)
     for left in content.left:
         groups[left.reason or "no reason was recorded"].append(left)
     rows = [(reason, _names(group), str(len(group))) for reason, group in groups.items()]
     return section("Left alone, and why", table(("reason", "layers", "number"), rows, words=2))
 
 
-def _names(group: Sequence[Left]) -> Markup:
+def _names(group: Sequence[LeftRow]) -> Markup:
     names = [f"{left.name} ({left.operator})" if left.operator else left.name for left in group]
     first = join(", ".join(names[:_NAMES]))
     if len(names) <= _NAMES:

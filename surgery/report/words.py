@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-from surgery.report.content import Content, Kept, Latency
+from surgery.report.content import Content, KeptRow, Latency
 from surgery.report.markup import shorten
 from surgery.sites import left_alone
 from surgery.text import FAR, count, seconds
@@ -111,7 +111,7 @@ def seen_sentence(seen: tuple[float, str]) -> str:
     return f"The output error is {percent(error)}, measured on {what}.{far}"
 
 
-def promise_sentences(promise: Kept, metrics: tuple[float, float] | None) -> tuple[str, str]:
+def promise_sentences(promise: KeptRow, metrics: tuple[float, float] | None) -> tuple[str, str]:
     """Return two sentences: what was promised, and what was measured."""
     asked, measured = {
         "max_error": (

@@ -20,7 +20,7 @@ from surgery.cost.timing import Budget, Samples, compare_samples, interleave, wa
 from surgery.errors import InputError, only_own_errors
 from surgery.kinds.inputs import Inputs, normalise_inputs
 from surgery.kinds.registry import is_model
-from surgery.runtime.compare import Model, default_inputs, feed, open_model
+from surgery.runtime.compare import Runnable, default_inputs, feed, open_model
 from surgery.runtime.export import capture, export_onnx
 from surgery.system.machine import cpu_name, physical_cores
 from surgery.system.scratch import scratch_folder
@@ -227,7 +227,7 @@ def name_of(model: Any) -> str:
     return os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__
 
 
-def shared_inputs(models: Sequence[Model], example_inputs: Any, seed: int) -> Inputs:
+def shared_inputs(models: Sequence[Runnable], example_inputs: Any, seed: int) -> Inputs:
     """Return the example inputs, or those of the first model that knows any; raises InputError where none does."""
     if example_inputs is not None:
         return normalise_inputs(example_inputs)
@@ -243,7 +243,7 @@ def describe_feeds(feeds: Mapping[str, npt.NDArray[Any]]) -> tuple[str, ...]:
     return tuple(f"{name} {a.dtype} {'x'.join(map(str, a.shape)) or 'scalar'}" for name, a in feeds.items())
 
 
-def _prepare(model: Model, inputs: Inputs, threads: int) -> tuple[Callable[[], None], tuple[str, ...]]:
+def _prepare(model: Runnable, inputs: Inputs, threads: int) -> tuple[Callable[[], None], tuple[str, ...]]:
     """Return a callable that runs a model once on its inputs, and the inputs in words."""
     if isinstance(model, ort.InferenceSession):
         feeds = feed(model, inputs)

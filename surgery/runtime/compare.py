@@ -39,7 +39,7 @@ from surgery.text import first_line
 
 __all__ = [
     "Difference",
-    "Model",
+    "Runnable",
     "OutputDifference",
     "compare",
     "compare_outputs",
@@ -143,7 +143,7 @@ def _show(shape: Sequence[Any]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-Model: TypeAlias = nn.Module | ExportedProgram | ort.InferenceSession
+Runnable: TypeAlias = nn.Module | ExportedProgram | ort.InferenceSession
 _GIVE = "give inputs: a tensor, a tuple, or a dict by name"
 
 
@@ -181,7 +181,7 @@ class Difference:
 
 @only_own_errors
 def compare(
-    a: Model | str | os.PathLike[str], b: Model | str | os.PathLike[str], inputs: Any = None, *, seed: int = 0
+    a: Runnable | str | os.PathLike[str], b: Runnable | str | os.PathLike[str], inputs: Any = None, *, seed: int = 0
 ) -> Difference:
     """Return the differences of the outputs of ``b`` from those of ``a``; modules run in evaluation mode.
 
@@ -212,7 +212,7 @@ def compare(
     return difference
 
 
-def open_model(model: Model | str | os.PathLike[str], *, threads: int | None = None) -> Model:
+def open_model(model: Runnable | str | os.PathLike[str], *, threads: int | None = None) -> Runnable:
     """Return a model as it is, or from its file: an .onnx file becomes a session, and any other file is loaded.
 
     Raises:
@@ -230,7 +230,7 @@ def open_model(model: Model | str | os.PathLike[str], *, threads: int | None = N
     return open_session(path, threads=threads)
 
 
-def run_model(model: Model, inputs: Inputs) -> Any:
+def run_model(model: Runnable, inputs: Inputs) -> Any:
     """Return the outputs, without gradients and in evaluation mode; a session's as a tuple of tensors.
 
     Raises:

@@ -56,7 +56,7 @@ class _Written:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Patience:
     """The speed-up asked for, if any, and how many times as long a timing may take to tell whether it is reached.
 
     A search goes on from the speed-up that was measured, so that its interval must be narrow, too.
@@ -131,7 +131,7 @@ class Apart:
         longer, up to ``patience`` times as long.
         """
         later = _write(model, model, self._inputs, self._folder / "later.onnx", name_of(model))
-        asked = _Asked(goal, patience)
+        asked = _Patience(goal, patience)
         return self._time([self._first, later], asked, seconds, progress)
 
     def alone(
@@ -146,7 +146,7 @@ class Apart:
     def _time(
         self,
         models: Sequence[_Written],
-        asked: _Asked | None,
+        asked: _Patience | None,
         seconds: float,
         progress: Callable[[float], None] | None,
     ) -> Timing:
@@ -243,7 +243,7 @@ def _resized(model: _Written, batch: int) -> _Written:
 def _time(
     backend: Backend,
     models: Sequence[_Written],
-    asked: _Asked | None = None,
+    asked: _Patience | None = None,
     *,
     threads: int | None,
     seconds: float,

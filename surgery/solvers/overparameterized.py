@@ -59,7 +59,7 @@ _SETTLING = 1000  # steps of the symmetric form's end
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class _Schedule:
     count: int
     epochs: int
     method: Method
@@ -111,7 +111,7 @@ def descend(
     """
     check_components(tensor, components, components)
     unit, norm = unit_scaled(tensor)
-    found = _run(unit, _Recipe(components, epochs, method, symmetric=False, seed=seed))
+    found = _run(unit, _Schedule(components, epochs, method, symmetric=False, seed=seed))
     return scaled(balanced(_joined(found)), norm)
 
 
@@ -128,7 +128,7 @@ def symmetric_cp(
     if len(set(tensor.shape[1:])) > 1:
         raise InputError(f"modes of sizes {tuple(tensor.shape[1:])} cannot be symmetric", allowed="equal sizes")
     unit, norm = unit_scaled(tensor)
-    found = _run(unit, _Recipe(components, _EPOCHS, method, symmetric=True, seed=seed))
+    found = _run(unit, _Schedule(components, _EPOCHS, method, symmetric=True, seed=seed))
     first, *_, vectors = merged(_joined(found), rank)
     signs = (first * vectors).sum(1).sign()
     ones = torch.ones_like(signs)
@@ -139,7 +139,7 @@ def symmetric_cp(
     return normalised_vectors(kept.factors[0]), weights
 
 
-def _draw(tensor: Tensor, recipe: _Recipe, generator: torch.Generator) -> _Components:
+def _draw(tensor: Tensor, recipe: _Schedule, generator: torch.Generator) -> _Components:
     """Draw vectors on small spheres, the same for all modes where symmetric."""
     order, plain = tensor.ndim - 1, recipe.method == "plain"
     radius = _PLAIN_START if plain else _START
@@ -155,7 +155,7 @@ def _draw(tensor: Tensor, recipe: _Recipe, generator: torch.Generator) -> _Compo
     return _Components(factors, signs, ones, torch.full_like(ones, plain, dtype=torch.bool), recipe.symmetric)
 
 
-def _run(tensor: Tensor, recipe: _Recipe) -> _Components:
+def _run(tensor: Tensor, recipe: _Schedule) -> _Components:
     generator = torch.Generator().manual_seed(recipe.seed)
     found = _draw(tensor, recipe, generator)
     for epoch in range(recipe.epochs):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from surgery.solvers.gram import leading_subspace
 
-__all__ = ["Metric", "equal_norms", "low_rank", "refine", "roots", "times_channels", "triangle", "triangles"]
+__all__ = ["SecondMoment", "equal_norms", "low_rank", "refine", "roots", "times_channels", "triangle", "triangles"]
 
 _NEXT_TO_NOTHING = 1e-12  # a ridge, relative to the mean of the diagonal
 _HALVINGS = 6
@@ -32,7 +32,7 @@ _GAIN = 3e-3  # relative, of the squared error: a step that gains less is the la
 
 
 @dataclass(frozen=True, eq=False)
-class Metric:
+class SecondMoment:
     """A second moment C (n x n) for each group of inputs, where column ``i * taps + k`` is channel i at kernel tap k.
 
     ``factors`` are one or two tensors, C or (channels, taps) with ``C = channels (x) taps``; each is (groups, m, m),
@@ -42,11 +42,11 @@ class Metric:
     factors: tuple[Tensor, ...]
     taps: int = 1
 
-    def narrow(self) -> Metric:
+    def narrow(self) -> SecondMoment:
         """Return the metric in float32, enough to compare and improve errors by."""
         return replace(self, factors=tuple(factor.float() for factor in self.factors))
 
-    def separated(self) -> Metric:
+    def separated(self) -> SecondMoment:
         """Return the metric as channels (x) taps, each averaged over the other."""
         return self if self.taps == 1 else replace(self, factors=(self.channels, self.positions))
 
@@ -64,7 +64,7 @@ class Metric:
         other = matrix if sensitivity is None else sensitivity @ matrix
         return (self.times(matrix) * other).sum().clamp(min=0)
 
-    def regularised(self, ridge: float) -> Metric:
+    def regularised(self, ridge: float) -> SecondMoment:
         """Return ``C + ridge * mean(diagonal) * identity``, factor by factor; zero becomes the identity."""
         return replace(self, factors=tuple(_add_ridge(factor, ridge) for factor in self.factors))
 
@@ -88,7 +88,7 @@ class Metric:
         mean = summed.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         return summed / mean.clamp(min=torch.finfo(summed.dtype).tiny)
 
-    def whitened(self, inverse: Tensor) -> Metric:
+    def whitened(self, inverse: Tensor) -> SecondMoment:
         """Return the metric of ``W (R (x) I)`` for the inverse ``R^-1``, (I, I) or (I,) in each group."""
         first, *rest = self.factors
         if first.dim() == 2:
@@ -156,7 +156,7 @@ def triangles(moment: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     return lower, torch.linalg.solve_triangular(lower, one.expand_as(lower), upper=False)
 
 
-def low_rank(matrix: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
+def low_rank(matrix: Tensor, rank: int, metric: SecondMoment) -> tuple[Tensor, Tensor]:
     """Return (left, right), (g, m, rank) and (g, rank, n), whose product is nearest to the matrix under the metric.
 
     Both are in float64, and balanced: the square root of each singular value of the product is on both sides.
@@ -190,7 +190,7 @@ def refine(
     build: Callable[[Sequence[Tensor]], Tensor],
     factors: Sequence[Tensor],
     target: Tensor,
-    metric: Metric,
+    metric: SecondMoment,
     *,
     steps: int = 4,
     iterations: int = 8,
@@ -220,7 +220,7 @@ def _gauss_newton(
     build: Callable[[Sequence[Tensor]], Tensor],
     factors: Sequence[Tensor],
     target: Tensor,
-    metric: Metric,
+    metric: SecondMoment,
     iterations: int,
 ) -> list[Tensor]:
     """Return the step of truncated conjugate gradients."""

@@ -29,8 +29,8 @@ from surgery.training.hooks import WeakHook
 from surgery.training.optimizer import check_lists
 from surgery.training.propose import (
     ForTraining,
-    Proposal,
     Request,
+    SwitchPlan,
     TrainingEvidence,
     propose,
     refused,
@@ -327,7 +327,7 @@ class LowRankTraining:
     def _decompose(self, due: _Due, reason: str) -> Event:
         start, done = time.perf_counter(), due.done
         survey = self._trainee.survey()
-        proposal: Proposal = self._trainee.agree(self._propose(due, survey) if self._trainee.leads else None)
+        proposal: SwitchPlan = self._trainee.agree(self._propose(due, survey) if self._trainee.leads else None)
         self._decided, forecast = True, proposal.forecast  # the leading process measured it; all follow it
         if all(decision.dense for decision in proposal.plan):
             why = refused(proposal.plan, survey.left)
@@ -341,7 +341,7 @@ class LowRankTraining:
         hooked = (f"stays dense: {name}: {reason}" for name, reason in survey.hooked.items())
         return self._say(dataclasses.replace(event, notes=(*event.notes, *hooked)))
 
-    def _factor(self, kind: str, done: int, reason: str, proposal: Proposal, start: float) -> Event:
+    def _factor(self, kind: str, done: int, reason: str, proposal: SwitchPlan, start: float) -> Event:
         changes, notes = self._trainee.to_factors(proposal.plan)
         self._enter("factored")
         dense = [f"stays dense: {decision.site}: {decision.reason}" for decision in self.plan if decision.dense]
@@ -349,12 +349,12 @@ class LowRankTraining:
         seconds, form = time.perf_counter() - start, proposal.channels_last
         return Event(kind, done, reason, seconds, changes, told, proposal.forecast, form)
 
-    def _propose(self, due: _Due, survey: Survey) -> Proposal:
+    def _propose(self, due: _Due, survey: Survey) -> SwitchPlan:
         trainee, last = self._trainee, self._schedule.last
         request = self._request.without(survey.hooked)
         if not self._measured:
             plan = ForTraining(request).plan(survey.sites, TrainingEvidence(survey.untrained))
-            return Proposal(plan, self._formats[0])
+            return SwitchPlan(plan, self._formats[0])
         return propose(
             trainee.root,
             trainee.inputs,
@@ -385,7 +385,7 @@ class LowRankTraining:
         proposed = self._propose(_Due(done), survey).plan if self._trainee.leads else None
         plan = keep_dense(shrunk(before, self._trainee.agree(proposed)), survey.untrained)
         lower = "; ".join(before.diff(plan)) or "no site needs less than it has"
-        event = self._factor("redecompose", done, lower, Proposal(plan, self._trainee.channels_last), start)
+        event = self._factor("redecompose", done, lower, SwitchPlan(plan, self._trainee.channels_last), start)
         return self._say(dataclasses.replace(event, notes=(*notes, *event.notes)))
 
     def _say(self, event: Event) -> Event:

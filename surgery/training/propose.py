@@ -37,7 +37,7 @@ __all__ = [
     "LEAST_GAIN",
     "ForTraining",
     "Forecast",
-    "Proposal",
+    "SwitchPlan",
     "Request",
     "TrainingEvidence",
     "make_forecast",
@@ -153,7 +153,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Proposal:
+class SwitchPlan:
     """A plan, the memory format for it, and its forecast if it was measured."""
 
     plan: Plan
@@ -215,7 +215,7 @@ def propose(
     epoch: tuple[float, int],
     epochs_left: int | None,
     untrained: Mapping[str, str] = _NONE,
-) -> Proposal:
+) -> SwitchPlan:
     """Return the best plan over the memory formats, with its forecast.
 
     ``formats`` lists the formats to try (True is channels_last), the present one first. ``epoch`` is the seconds of the
@@ -234,7 +234,7 @@ def propose(
         plans[channels_last] = _worthwhile(plan) if request.automatic else plan
     factored = {form: plan for form, plan in plans.items() if not all(decision.dense for decision in plan)}
     if not factored:
-        return Proposal(plans[formats[0]], formats[0])
+        return SwitchPlan(plans[formats[0]], formats[0])
     models, spent = [], 0.0
     for form, plan in factored.items():
         before = time.perf_counter()
@@ -252,7 +252,7 @@ def propose(
         epochs_left=epochs_left,
         cost=time.perf_counter() - start + spent,
     )
-    return Proposal(plans[form], form, forecast)
+    return SwitchPlan(plans[form], form, forecast)
 
 
 def _worthwhile(plan: Plan) -> Plan:

@@ -24,7 +24,7 @@ from surgery.sites import Site
 from surgery.training.transport import Compose
 
 __all__ = [
-    "FactoredSite",
+    "TrainedSite",
     "balance",
     "build",
     "factored_parameters",
@@ -36,7 +36,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, eq=False)
-class FactoredSite:
+class TrainedSite:
     """One factored site: its chain without values, the paths of its factors, and all names of the site.
 
     ``names`` are the site's name and its aliases. ``places`` has the path of each factor's module below any of these
@@ -100,7 +100,7 @@ def layouts(root: nn.Module, sites: Sequence[Site]) -> dict[str, Layout]:
     return {site.name: stored_as(type(modules[site.name])) for site in sites if site.name in modules}
 
 
-def read_sites(sites: Sequence[Site], plan: Plan, stored: Mapping[str, Layout]) -> tuple[FactoredSite, ...]:
+def read_sites(sites: Sequence[Site], plan: Plan, stored: Mapping[str, Layout]) -> tuple[TrainedSite, ...]:
     """Return the record of the sites that a plan factors; ``stored`` has the layouts of their dense modules."""
     found = []
     for site, decision in zip(sites, plan, strict=True):
@@ -110,11 +110,11 @@ def read_sites(sites: Sequence[Site], plan: Plan, stored: Mapping[str, Layout]) 
         # A bias goes to the end of a chain, so the chain with any bias has the place of the bias last.
         places = tuple(place for place, part in chain.places if isinstance(part, Operator))
         shift = chain.with_bias(torch.empty(0)).places[-1][0]
-        found.append(FactoredSite((site.name, *site.aliases), chain, places, shift, stored[site.name]))
+        found.append(TrainedSite((site.name, *site.aliases), chain, places, shift, stored[site.name]))
     return tuple(found)
 
 
-def build(root: nn.Module, example_inputs: Any, plan: Plan) -> tuple[FactoredSite, ...]:
+def build(root: nn.Module, example_inputs: Any, plan: Plan) -> tuple[TrainedSite, ...]:
     """Give a dense module the structure of a plan, in place, with factors of zeros; return the record of it.
 
     Raises:
@@ -145,7 +145,7 @@ def _empty_chain(operator: Operator, factorization: str, ranks: Ranks) -> Chain:
     return method.assemble(operator, [operator.weight.new_zeros(shape) for shape in shapes], ranks)
 
 
-def factored_parameters(record: Sequence[FactoredSite]) -> dict[str, list[str]]:
+def factored_parameters(record: Sequence[TrainedSite]) -> dict[str, list[str]]:
     """Map the name of each dense parameter to the names of the parameters that stand for it."""
     names: dict[str, list[str]] = {}
     for site in record:
@@ -155,7 +155,7 @@ def factored_parameters(record: Sequence[FactoredSite]) -> dict[str, list[str]]:
     return names
 
 
-def has_dense(state: Mapping[str, Any], prefix: str, record: Sequence[FactoredSite]) -> bool:
+def has_dense(state: Mapping[str, Any], prefix: str, record: Sequence[TrainedSite]) -> bool:
     """Return whether a state dict has the dense weight of a factored site, and none of its factors."""
     rows = factored_parameters(record).items()
     return any(
@@ -165,7 +165,7 @@ def has_dense(state: Mapping[str, Any], prefix: str, record: Sequence[FactoredSi
     )
 
 
-def balance(root: nn.Module, record: Sequence[FactoredSite]) -> None:
+def balance(root: nn.Module, record: Sequence[TrainedSite]) -> None:
     """Scale the factors of each chain to the same Frobenius norm, in place; the composed weight stays the same.
 
     Gradient flow keeps the differences of the squared norms (Du et al. 2018), so factors with equal norms learn at

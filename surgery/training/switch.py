@@ -22,7 +22,7 @@ from surgery.plans.plan import Plan
 from surgery.sites import Site
 from surgery.training.gauss_newton import fit_factors
 from surgery.training.optimizer import Exchange
-from surgery.training.structure import FactoredSite, balance, build, factored_parameters, layouts, read_sites
+from surgery.training.structure import TrainedSite, balance, build, factored_parameters, layouts, read_sites
 from surgery.training.transport import Jacobian
 
 __all__ = ["align_copy", "fill_structure", "set_format", "switch_to_factors", "switch_to_dense"]
@@ -32,7 +32,7 @@ Parameters = Mapping[str, nn.Parameter]
 
 def switch_to_factors(
     root: nn.Module, example_inputs: Any, plan: Plan, sites: Sequence[Site]
-) -> tuple[tuple[FactoredSite, ...], Plan, tuple[Change, ...], list[Exchange]]:
+) -> tuple[tuple[TrainedSite, ...], Plan, tuple[Change, ...], list[Exchange]]:
     """Factor the sites of a plan in place, and balance the factors.
 
     Return the record, the plan as it was carried out, the changes with their measured errors, and the exchanges of
@@ -45,7 +45,7 @@ def switch_to_factors(
     return record, result.plan, result.changes, _factoring_exchanges(root, before, record)
 
 
-def switch_to_dense(root: nn.Module, example_inputs: Any, record: Sequence[FactoredSite]) -> list[Exchange]:
+def switch_to_dense(root: nn.Module, example_inputs: Any, record: Sequence[TrainedSite]) -> list[Exchange]:
     """Compose the factored sites in place, exactly; return the exchanges of parameters that the optimizer needs.
 
     Raises:
@@ -70,7 +70,7 @@ def switch_to_dense(root: nn.Module, example_inputs: Any, record: Sequence[Facto
     return exchanges + _rebound(rest, after, origins)
 
 
-def fill_structure(root: nn.Module, example_inputs: Any, plan: Plan) -> tuple[tuple[FactoredSite, ...], list[Exchange]]:
+def fill_structure(root: nn.Module, example_inputs: Any, plan: Plan) -> tuple[tuple[TrainedSite, ...], list[Exchange]]:
     """Give a dense module the structure of a plan, with factors of zeros; return the record and the exchanges."""
     before = _parameters(root)
     record = build(root, example_inputs, plan)
@@ -78,7 +78,7 @@ def fill_structure(root: nn.Module, example_inputs: Any, plan: Plan) -> tuple[tu
 
 
 def align_copy(
-    copy: nn.Module, example_inputs: Any, plan: Plan, factored: nn.Module, record: Sequence[FactoredSite]
+    copy: nn.Module, example_inputs: Any, plan: Plan, factored: nn.Module, record: Sequence[TrainedSite]
 ) -> None:
     """Factor a dense copy of a model, such as an average of its weights, with factors near those of the model.
 
@@ -110,7 +110,7 @@ def _parameters(root: nn.Module) -> dict[str, nn.Parameter]:
     return dict(root.named_parameters(remove_duplicate=False))
 
 
-def _factoring_exchanges(root: nn.Module, before: Parameters, record: Sequence[FactoredSite]) -> list[Exchange]:
+def _factoring_exchanges(root: nn.Module, before: Parameters, record: Sequence[TrainedSite]) -> list[Exchange]:
     after, names, exchanges, taken = _parameters(root), factored_parameters(record), [], set()
     for site in record:
         weight = f"{site.names[0]}.weight"

@@ -25,7 +25,7 @@ from surgery.training.frobenius import FrobeniusDecay, can_decay
 from surgery.training.optimizer import Exchange, exchange_parameters
 from surgery.training.propose import sites_of
 from surgery.training.ranks import Survey, hooked, untrained
-from surgery.training.structure import FactoredSite, build
+from surgery.training.structure import TrainedSite, build
 from surgery.training.switch import align_copy, fill_structure, set_format, switch_to_dense, switch_to_factors
 from surgery.training.wrappers import agree, broadcast, group_of, rewrap, unwrap
 
@@ -90,7 +90,7 @@ class Trainee:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, inputs: Any, *, frobenius_decay: bool | None) -> None:
         self.model, self.optimizer, self.inputs = model, optimizer, inputs
-        self.record: tuple[FactoredSite, ...] = ()
+        self.record: tuple[TrainedSite, ...] = ()
         self.plan = Plan(())
         weights = [parameter for parameter in unwrap(model).parameters() if parameter.dim() == 4]
         self.channels_last = any(not weight.is_contiguous() for weight in weights)
@@ -183,7 +183,7 @@ class Trainee:
             self._decay.remove()
 
     def _become(
-        self, record: tuple[FactoredSite, ...], exchanges: Sequence[Exchange], *, carry: bool = True
+        self, record: tuple[TrainedSite, ...], exchanges: Sequence[Exchange], *, carry: bool = True
     ) -> list[str]:
         """Update the optimizer, the wrappers and the decay to the parameters that the module has now."""
         # The first broadcast makes the new values alike, so that every process computes state from the same factors;

@@ -23,7 +23,7 @@ import torch
 from surgery.algebra import Chain, Conv, Geometry, Operator, Shape
 from surgery.cost.base import Backend, Comparison, ModelFile, ModelTimes, Seconds
 from surgery.cost.onnxruntime.model import build_choice, build_model, entries
-from surgery.cost.onnxruntime.processes import Blocks, Job, compare_generations, time_generations
+from surgery.cost.onnxruntime.processes import Blocks, TimingJob, compare_generations, time_generations
 from surgery.cost.onnxruntime.sessions import bind, check_threads, open_session
 from surgery.cost.timing import Budget, Samples, Speedup, compare_samples, interleave
 from surgery.errors import FileError
@@ -146,7 +146,7 @@ class OnnxRuntime(Backend):
             for index, model in enumerate(models):
                 inputs = folder / f"{index}.npz"
                 np.savez(inputs, *model.feeds.values())  # by place: names of inputs need not be names of files
-                jobs.append(Job(model.name, model.path, inputs, threads))
+                jobs.append(TimingJob(model.name, model.path, inputs, threads))
             generations = time_generations(
                 jobs, seconds=seconds, seed=seed, settled=enough, patience=patience, progress=progress
             )

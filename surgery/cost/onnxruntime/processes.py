@@ -34,7 +34,7 @@ from scipy import stats
 from surgery.cost.timing import Speedup
 from surgery.errors import InputError
 
-__all__ = ["Blocks", "Job", "compare_generations", "time_generations", "without_waits"]
+__all__ = ["Blocks", "TimingJob", "compare_generations", "time_generations", "without_waits"]
 
 _CHILD = Path(__file__).with_name("child.py")
 _LEAST, _MOST = 4, 8  # generations: fewer say nothing of the spread between processes, more cost their starts
@@ -51,7 +51,7 @@ _Turns = list[list[tuple[float, float]]]  # likewise, each with the seconds wait
 
 
 @dataclass(frozen=True)
-class Job:
+class TimingJob:
     """What a process times: an .onnx file, its inputs in order as an .npz file, and its threads (None: the default).
 
     ``name`` stands for the model in errors. ``child`` is the program that does the timing.
@@ -70,7 +70,7 @@ class Job:
 
 
 def time_generations(
-    jobs: Sequence[Job],
+    jobs: Sequence[TimingJob],
     *,
     seconds: float,
     seed: int = 0,
@@ -166,7 +166,7 @@ def _log_speedup(first: Blocks, second: Blocks) -> float:
 
 
 @contextmanager
-def _started(jobs: Sequence[Job]) -> Iterator[tuple[list[_Child], float]]:
+def _started(jobs: Sequence[TimingJob]) -> Iterator[tuple[list[_Child], float]]:
     """Start one process for each job; yield them with the seconds that it took, and end them whatever happens."""
     start = time.perf_counter()
     with ExitStack() as stack:
@@ -177,7 +177,7 @@ def _started(jobs: Sequence[Job]) -> Iterator[tuple[list[_Child], float]]:
 
 
 @contextmanager
-def _running(job: Job) -> Iterator[_Child]:
+def _running(job: TimingJob) -> Iterator[_Child]:
     what = {"model": str(job.model), "inputs": str(job.inputs), "threads": job.threads}
     with tempfile.TemporaryFile() as errors:  # not a pipe, which fills up while nobody reads it
         process = subprocess.Popen(

@@ -58,7 +58,7 @@ class _Value:
     exponent: float | None = None  # the literal number that it is, if it may be an exponent
 
 
-Rule = Callable[[Sequence[_Value]], _Value]
+ExpressionRule = Callable[[Sequence[_Value]], _Value]
 
 
 def _sum(parts: Sequence[_Value]) -> _Value:
@@ -102,10 +102,10 @@ class _Function:
     fewest: int
     most: int
     kinds: tuple[str, ...]
-    rule: Rule
+    rule: ExpressionRule
 
 
-def _functions(names: str, fewest: int, most: int, rule: Rule, *kinds: str) -> dict[str, _Function]:
+def _functions(names: str, fewest: int, most: int, rule: ExpressionRule, *kinds: str) -> dict[str, _Function]:
     return {name: _Function(fewest, most, kinds or (NUMBER,), rule) for name in names.split()}
 
 

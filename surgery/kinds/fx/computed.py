@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from surgery.errors import Refusal
-from surgery.kinds.fx.functional import Parts, read_call
+from surgery.kinds.fx.functional import CallParts, read_call
 from surgery.kinds.fx.read import Reader
 from surgery.kinds.fx.recipe import Lifted, Recipe, read_recipe, run_recipe
 from surgery.kinds.layers.tensors import key_of, refuse_tensor
@@ -105,7 +105,7 @@ def _writes(node: Node) -> bool:
 def _weights(reader: Reader) -> list[Node]:
     """Return the nodes that give the weight of an operator's call and are neither parameters nor buffers."""
     nodes = (node for node in reader.graph.nodes if node not in reader.outlined)
-    parts = [found for node in nodes if isinstance(found := read_call(node), Parts)]
+    parts = [found for node in nodes if isinstance(found := read_call(node), CallParts)]
     weights = dict.fromkeys(each.weight for each in parts)
     return [node for node in weights if node not in reader.providers and node not in reader.buffers]
 

@@ -21,7 +21,7 @@ from surgery.errors import Refusal
 from surgery.kinds.layers.steps import read_flatten, read_transpose, read_unflatten
 from surgery.kinds.layers.tensors import conv_geometry
 
-__all__ = ["Parts", "is_aten", "read_call", "read_link", "transposed_source", "write_call", "write_link"]
+__all__ = ["CallParts", "is_aten", "read_call", "read_link", "transposed_source", "write_call", "write_link"]
 
 
 aten = torch.ops.aten
@@ -90,7 +90,7 @@ _TRANSPOSES: dict[Any, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
-class Parts:
+class CallParts:
     """A call taken apart: its input, the nodes of weight and bias, and a function from their tensors to the operator.
 
     ``stored`` is "in_out" for a linear weight that is stored as (in, out), as in GPT-2's Conv1D.
@@ -113,7 +113,7 @@ def transposed_source(node: Node) -> Node | None:
     return node.args[0] if tuple(node.args[1:]) == wanted and not node.kwargs else None
 
 
-def _read_embedding(node: Node) -> Parts | Refusal | None:
+def _read_embedding(node: Node) -> CallParts | Refusal | None:
     """Return the parts of an embedding's call; torch and ATen have their arguments in different orders."""
     names = _EMBEDDING_ATEN if node.target is aten.embedding.default else _EMBEDDING
     values: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
@@ -124,10 +124,10 @@ def _read_embedding(node: Node) -> Parts | Refusal | None:
         return Refusal("it renormalises its rows, or has gradients of its own (max_norm, scale_grad_by_freq, sparse)")
     # ATen writes -1 for an embedding without a padding index
     index = None if padding in (None, -1) else padding
-    return Parts(source, weight, None, lambda w, b: Embedding(w, padding_index=index))
+    return CallParts(source, weight, None, lambda w, b: Embedding(w, padding_index=index))
 
 
-def read_call(node: Node) -> Parts | Refusal | None:
+def read_call(node: Node) -> CallParts | Refusal | None:
     """Return the parts of an operator's call, or why the call is not that of an operator; None for any other node."""
     if node.op == "call_function" and node.target in _EMBEDDINGS:
         return _read_embedding(node)
@@ -145,10 +145,10 @@ def read_call(node: Node) -> Parts | Refusal | None:
         return _linear_parts(names, source, weight, bias)
     # aten.convolution says itself whether it is transposed; for all other functions the name does
     values.setdefault("transposed", names is _TRANSPOSED)
-    return Parts(source, weight, bias, lambda w, b: _build_conv(values, dims, w, b))
+    return CallParts(source, weight, bias, lambda w, b: _build_conv(values, dims, w, b))
 
 
-def _linear_parts(names: tuple[str, ...], source: Node, weight: Node, bias: Node | None) -> Parts:
+def _linear_parts(names: tuple[str, ...], source: Node, weight: Node, bias: Node | None) -> CallParts:
     stored: Layout = "out_in" if names is _LINEAR else "in_out"
     # addmm and matmul read (in, out); an explicit transpose before them turns that around once more
     origin = transposed_source(weight)
@@ -160,7 +160,7 @@ def _linear_parts(names: tuple[str, ...], source: Node, weight: Node, bias: Node
             return Refusal("its weight is not a matrix, or its bias is not a vector")
         return Linear(w.t() if stored == "in_out" else w, bias=b)
 
-    return Parts(source, weight, bias, build, stored)
+    return CallParts(source, weight, bias, build, stored)
 
 
 def _build_conv(values: dict[str, Any], dims: int | None, weight: Tensor, bias: Tensor | None) -> Operator | Refusal:

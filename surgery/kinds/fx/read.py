@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from surgery.algebra import Operator
 from surgery.errors import Refusal
-from surgery.kinds.fx.functional import Parts, read_call, transposed_source
+from surgery.kinds.fx.functional import CallParts, read_call, transposed_source
 from surgery.kinds.fx.nodes import function_name, is_region, looked_through, refuse_use
 from surgery.kinds.fx.recipe import Lifted
 from surgery.kinds.layers.modules import (
@@ -163,14 +163,14 @@ class Reader:
         if node.op == "call_module":
             return self._read_module(node)
         parts = read_call(node)
-        if isinstance(parts, Parts):
+        if isinstance(parts, CallParts):
             return self._read_parts(node, parts)
         if isinstance(parts, Refusal):
             return self._skips_of(node, parts.reason) or (Skip(node.name, function_name(node), parts.reason),)
         reason = refuse_use(node)
         return () if reason is None else self._skips_of(node, reason)
 
-    def _read_parts(self, node: Node, parts: Parts) -> Call | Iterable[Skip]:
+    def _read_parts(self, node: Node, parts: CallParts) -> Call | Iterable[Skip]:
         weight = self.providers.get(parts.weight)
         if weight is None:
             return self._refuse_weight(node, parts.weight)
@@ -184,7 +184,7 @@ class Reader:
             return (self._skip(weight, node, operator.reason),)
         return self._call(node, parts, operator)
 
-    def _call(self, node: Node, parts: Parts, operator: Operator) -> Call:
+    def _call(self, node: Node, parts: CallParts, operator: Operator) -> Call:
         bias = None if parts.bias is None else self.providers.get(parts.bias)
         lifted = self.lifted.get(self.providers[parts.weight])
         return Call(
@@ -198,7 +198,7 @@ class Reader:
             surplus=0 if lifted is None else lifted.surplus,
         )
 
-    def _build(self, parts: Parts) -> Operator | Refusal:
+    def _build(self, parts: CallParts) -> Operator | Refusal:
         """Return the operator of a call whose weight is a parameter; a bias that the graph computes is left out."""
         weight = self.parameters[self.providers[parts.weight]]
         if (reason := refuse_tensor(weight)) is not None:
@@ -216,7 +216,7 @@ class Reader:
         found = []
         for node in self.nodes:
             parts = read_call(node)
-            if isinstance(parts, Parts) and is_packed(self.providers.get(parts.weight, "")):
+            if isinstance(parts, CallParts) and is_packed(self.providers.get(parts.weight, "")):
                 operator = self._build(parts)
                 if isinstance(operator, Operator):
                     found.append(self._call(node, parts, operator))

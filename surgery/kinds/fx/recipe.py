@@ -36,7 +36,7 @@ from surgery.files.guard.operators import PLAIN_OPERATORS, check_operator
 from surgery.files.guard.rules import check_values
 
 __all__ = [
-    "Kept",
+    "KeptWeight",
     "KeptParameter",
     "Lifted",
     "Recipe",
@@ -261,7 +261,7 @@ class KeptParameter:
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class KeptWeight:
     """What the record keeps of a computed weight: the recipe, and the parameters by their names in the recipe."""
 
     recipe: Recipe
@@ -287,7 +287,7 @@ def keep(lifted: Lifted) -> dict[str, Any]:
     }
 
 
-def read_kept(entry: Any) -> Kept:
+def read_kept(entry: Any) -> KeptWeight:
     """Return what a record keeps of a computed weight.
 
     Raises:
@@ -296,7 +296,7 @@ def read_kept(entry: Any) -> Kept:
     parameters = {str(name): _read_parameter(row, name == entry["main"]) for name, row in entry["parameters"].items()}
     if entry["main"] not in parameters or not isinstance(entry["recipe"], list):
         raise ValueError("it has no main parameter or no recipe")
-    return Kept(entry["recipe"], parameters, entry["main"])
+    return KeptWeight(entry["recipe"], parameters, entry["main"])
 
 
 def _read_parameter(row: Mapping[str, Any], is_main: bool) -> KeptParameter:

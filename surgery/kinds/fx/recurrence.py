@@ -28,12 +28,12 @@ from torch.fx import Graph, GraphModule, Node
 
 from surgery.algebra import Flatten, Transpose, Unflatten
 from surgery.errors import InputError, Refusal
-from surgery.kinds.layers.factored import Factored, Origin
+from surgery.kinds.layers.factored import Factored
 from surgery.kinds.layers.recurrent import UnpackedRecurrent
 from surgery.kinds.layers.recurrent_forms import empty, repack, settings, unpack
 from surgery.kinds.layers.steps import build_link, read_link_module
 from surgery.kinds.layers.tensors import key_of
-from surgery.sites import Record
+from surgery.sites import Origin, Record
 
 __all__ = [
     "Recurrence",

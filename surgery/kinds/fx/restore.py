@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 from surgery.algebra import relative_error
 from surgery.errors import UnsafeFileError
 from surgery.kinds.fx.read import Reader
-from surgery.kinds.fx.recipe import Kept, leaves, read_kept, run_recipe, write_recipe
+from surgery.kinds.fx.recipe import KeptWeight, leaves, read_kept, run_recipe, write_recipe
 
 __all__ = ["restore_computed"]
 
@@ -50,7 +50,7 @@ class _Kind(Protocol):
 class _Maker:
     """Computes the weight from numbers for the parameters."""
 
-    kept: Kept
+    kept: KeptWeight
     constants: _Numbers
     module: Callable[[str], nn.Module] | None
 

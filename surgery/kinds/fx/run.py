@@ -21,7 +21,7 @@ from surgery.kinds.fx.recurrence import Recurrence
 from surgery.kinds.inputs import Inputs
 from surgery.kinds.layers.modules import buffers_of, is_tracked_norm
 from surgery.kinds.layers.untouched import evaluation
-from surgery.kinds.observed import Change, Hooks, Norm, Observed, See
+from surgery.kinds.observed import Hooks, Norm, Observed, OutputChange, See
 from surgery.sites import Call
 
 __all__ = ["ObservedGraph", "bind_graph", "leaves_of"]
@@ -44,7 +44,7 @@ class ObservedGraph(Observed):
         self.graph, self.module = kind, module
         self._bind, self._buffer = bind, buffer
         self._watchers: dict[Node, list[tuple[Node, See]]] = defaultdict(list)
-        self._taps: dict[Node, Change] = {}
+        self._taps: dict[Node, OutputChange] = {}
         self._hooks = Hooks(self._additions)
 
     def watch(self, call: Call, see: See) -> None:
@@ -63,7 +63,7 @@ class ObservedGraph(Observed):
 
         self._watchers[node].append((source, show))
 
-    def tap(self, call: Call, change: Change) -> None:
+    def tap(self, call: Call, change: OutputChange) -> None:
         """Replace the output of a call by what ``change`` returns."""
         node = self.graph.node(call.value)
         if in_outline(node):
@@ -121,7 +121,7 @@ class _Interpreter(Interpreter):
         self,
         module: GraphModule,
         watchers: Mapping[Node, list[tuple[Node, See]]],
-        taps: Mapping[Node, Change],
+        taps: Mapping[Node, OutputChange],
         layers: Sequence[Recurrence],
     ) -> None:
         # the module of a layer runs when its first output is asked for, and needs inputs that the interpreter would

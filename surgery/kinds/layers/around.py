@@ -14,7 +14,7 @@ from torch.fx import Proxy
 
 from surgery.algebra import Operator, Shape
 from surgery.errors import InputError, Refusal
-from surgery.kinds.layers.follow import Parts, Substitute, Tap, without_modes
+from surgery.kinds.layers.follow import CalledWith, RunInPlace, Tap, without_modes
 from surgery.kinds.layers.layer_call import follow, operator_of, trials
 from surgery.kinds.layers.untouched import evaluation
 from surgery.kinds.layers.within import Within
@@ -49,7 +49,7 @@ def inner_shape(module: nn.Module, within: Within, shape: Shape) -> Shape:
     )
 
 
-def _pads(parts: Parts) -> tuple[Any, ...]:
+def _pads(parts: CalledWith) -> tuple[Any, ...]:
     """Return the padding of a call: for each spatial axis, the size on each of its two sides."""
     padding = dict(zip(parts.rest[0][2:], parts.rest[1:], strict=True))["padding"]
     dims = parts.weight.dim() - 2
@@ -103,11 +103,11 @@ def run_within(layer: nn.Module, within: Within, source: Any, run: Callable[[Any
     own.update(ghosts)
     ran = []
 
-    def instead(parts: Parts) -> Any:
+    def instead(parts: CalledWith) -> Any:
         ran.append(parts)
         return run(_padded(within, parts))
 
-    with Substitute(ghosts.values(), like.device, instead):
+    with RunInPlace(ghosts.values(), like.device, instead):
         result = within.kind.forward(made, source)
     if not ran and isinstance(source, Proxy):
         raise InputError("torch.fx cannot see a factored layer call its operator", next_step="use torch.export")
@@ -117,7 +117,7 @@ def run_within(layer: nn.Module, within: Within, source: Any, run: Callable[[Any
     return result
 
 
-def _padded(within: Within, parts: Parts) -> Any:
+def _padded(within: Within, parts: CalledWith) -> Any:
     """Return the input of an operator; it is padded here if the operator's padding changes with the input.
 
     Raises:
@@ -140,7 +140,7 @@ def watching(
     """Call ``see`` with each input of the operator inside a layer, and replace its outputs by those of ``change``."""
 
     def forward(source: Any) -> Any:
-        def show(parts: Parts) -> None:
+        def show(parts: CalledWith) -> None:
             see(_padded(within, parts))
 
         with Tap(within.at, show, change):

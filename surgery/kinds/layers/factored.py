@@ -23,6 +23,7 @@ from surgery.kinds.layers.modules import build_module, is_operator_module, read_
 from surgery.kinds.layers.restored import hollow, restore
 from surgery.kinds.layers.steps import build_link, is_link_module, read_link_module
 from surgery.kinds.layers.within import Within, know, within_of
+from surgery.sites import Origin
 
 __all__ = [
     "Factored",
@@ -35,7 +36,6 @@ __all__ = [
     "weights",
 ]
 
-Origin = tuple[str, tuple[int, ...]]
 _FORMATS = {"channels_last": 4, "channels_last_3d": 5}  # memory format -> the number of axes that it needs
 
 

@@ -22,7 +22,7 @@ from surgery.algebra import Conv, Embedding, Linear, Operator, Shape
 from surgery.errors import Refusal
 from surgery.kinds.layers.tensors import conv_geometry
 
-__all__ = ["Tap", "Follow", "Substitute", "Parts", "Seen", "without_modes"]
+__all__ = ["Tap", "Follow", "RunInPlace", "CalledWith", "OperatorCall", "without_modes"]
 
 without_modes = _disable_current_modes  # torch's tracers must not see tensors that are not of their graphs
 
@@ -44,7 +44,7 @@ _RANDOM = ("dropout", "rand", "bernoulli")
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
+class CalledWith:
     """The call of an operator's function.
 
     ``rest`` has the names of the arguments, and the values of all arguments but the tensors. ``turned`` says that the
@@ -72,13 +72,13 @@ class Parts:
         return geometry if isinstance(geometry, Refusal) else Conv(weight, geometry, given["groups"], bias=bias)
 
 
-def _read(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Parts | None:
+def _read(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CalledWith | None:
     """Return the parts of the call of an operator's function; None for any other function."""
     if func in _PRODUCTS:
         weight = args[1] if len(args) == 2 else None
         names: tuple[str, ...] = ("input", "weight")
         plain = isinstance(weight, Tensor) and weight.dim() == 2
-        return Parts(args[0], weight, None, (names,), turned=True) if plain else None
+        return CalledWith(args[0], weight, None, (names,), turned=True) if plain else None
     try:
         found = _CALLS.get(func)
     except TypeError:  # a function that cannot be hashed is not in the table
@@ -89,7 +89,7 @@ def _read(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Parts | 
     if not {"input", "weight"} <= set(given) or not set(given) <= set(found):
         return None
     rest = (None if name == "bias" else _frozen(given.get(name, _DEFAULTS.get(name))) for name in found[2:])
-    return Parts(given["input"], given["weight"], given.get("bias"), (found, *rest))
+    return CalledWith(given["input"], given["weight"], given.get("bias"), (found, *rest))
 
 
 def _frozen(value: Any) -> Any:
@@ -120,13 +120,13 @@ def _storage(tensor: Tensor) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class OperatorCall:
     """One call of an operator: its tensors, the names of the parameters that they are made of, and its input's shape.
 
     ``at`` is the place of this call among all calls of operators' functions in the forward.
     """
 
-    parts: Parts
+    parts: CalledWith
     weight: Tensor
     bias: Tensor | None
     weight_from: frozenset[str]
@@ -150,7 +150,7 @@ class Follow(TorchFunctionMode):
 
     def __init__(self, parameters: Mapping[str, Tensor], source: Tensor, device: torch.device) -> None:
         super().__init__()
-        self.calls: list[Seen] = []
+        self.calls: list[OperatorCall] = []
         self.elsewhere: set[str] = set()
         self.refusals: list[str] = []
         self._device = device
@@ -226,13 +226,13 @@ class Follow(TorchFunctionMode):
             self.elsewhere |= names
         else:
             made = (parts.weight, parts.bias, self.names(parts.weight), self.names(parts.bias))
-            self.calls.append(Seen(parts, *made, shape, at, result))
+            self.calls.append(OperatorCall(parts, *made, shape, at, result))
         return result
 
     def _plain(self, tensor: Tensor) -> Tensor:
         return tensor if id(tensor) in self._flows else tensor.to("meta")
 
-    def _is_call(self, parts: Parts) -> bool:
+    def _is_call(self, parts: CalledWith) -> bool:
         tensors = (parts.weight,) if parts.bias is None else (parts.weight, parts.bias)
         flows = any(id(tensor) in self._flows for tensor in tensors)
         return id(parts.source) in self._flows and bool(self.names(parts.weight)) and not flows
@@ -241,7 +241,7 @@ class Follow(TorchFunctionMode):
 class Tap(TorchFunctionMode):
     """Shows ``see`` the parts of an operator's call at a place, and replaces the output by what ``change`` returns."""
 
-    def __init__(self, at: int, see: Callable[[Parts], None], change: Callable[[Any], Any] | None) -> None:
+    def __init__(self, at: int, see: Callable[[CalledWith], None], change: Callable[[Any], Any] | None) -> None:
         super().__init__()
         self._left, self._see, self._change = at, see, change
 
@@ -258,13 +258,13 @@ class Tap(TorchFunctionMode):
         return self._change(result) if here and self._change is not None else result
 
 
-class Substitute(TorchFunctionMode):
+class RunInPlace(TorchFunctionMode):
     """Calls ``run`` in the place of the operator whose weight is made of ``ghosts``.
 
     Ghosts are tensors on the meta device that stand for parameters: they have the right form and no numbers.
     """
 
-    def __init__(self, ghosts: Collection[Tensor], device: torch.device, run: Callable[[Parts], Any]) -> None:
+    def __init__(self, ghosts: Collection[Tensor], device: torch.device, run: Callable[[CalledWith], Any]) -> None:
         super().__init__()
         self._device, self._run = device, run
         self._ghosts = {id(ghost): ghost for ghost in ghosts}

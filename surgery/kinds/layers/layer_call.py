@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surgery.algebra import Conv, Operator, Shape
 from surgery.errors import Refusal
-from surgery.kinds.layers.follow import Follow, Seen
+from surgery.kinds.layers.follow import Follow, OperatorCall
 from surgery.kinds.layers.untouched import evaluation, kept_random, kept_state
 
 __all__ = ["BASES", "base_of", "clone", "computes", "follow", "is_plain", "operator_of", "own_hooks", "trials"]
@@ -105,7 +105,7 @@ def _followed(module: nn.Module) -> Iterator[None]:
 
 def follow(
     module: nn.Module, shape: Shape, parameters: Mapping[str, Tensor] | None = None
-) -> tuple[Seen, bool] | Refusal:
+) -> tuple[OperatorCall, bool] | Refusal:
     """Return the one call of an operator in a layer's forward, and whether its output is the layer's output.
 
     The forward runs on an input of this shape, without numbers. ``parameters`` replace parameters of the layer, by
@@ -126,7 +126,7 @@ def follow(
         return _the_call(mode, layer, result)
 
 
-def _the_call(mode: Follow, layer: nn.Module, result: Any) -> tuple[Seen, bool] | Refusal:
+def _the_call(mode: Follow, layer: nn.Module, result: Any) -> tuple[OperatorCall, bool] | Refusal:
     if mode.refusals:
         return Refusal(mode.refusals[0])
     if len(mode.calls) != 1:
@@ -146,7 +146,7 @@ def _the_call(mode: Follow, layer: nn.Module, result: Any) -> tuple[Seen, bool] 
     return seen, result is seen.output
 
 
-def operator_of(seen: Seen, *, pads: bool) -> Operator | Refusal:
+def operator_of(seen: OperatorCall, *, pads: bool) -> Operator | Refusal:
     """Return the operator of a call with its numbers; ``pads`` leaves out the padding, which is then done before it."""
     operator = seen.parts.build(seen.weight.detach(), None if seen.bias is None else seen.bias.detach())
     if isinstance(operator, Conv) and pads:

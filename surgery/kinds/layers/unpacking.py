@@ -14,11 +14,11 @@ from surgery.kinds.layers.attention import UnpackedAttention
 from surgery.kinds.layers.modules import replace_module
 from surgery.kinds.layers.recurrent import UnpackedRecurrent
 
-__all__ = ["Originals", "has_packed", "is_packed", "pack_all", "packed_parameter", "refuse_inplace", "unpack_all"]
+__all__ = ["PackedLayers", "has_packed", "is_packed", "pack_all", "packed_parameter", "refuse_inplace", "unpack_all"]
 
 _Packed = nn.MultiheadAttention | nn.RNNBase
 _Unpacked = UnpackedAttention | UnpackedRecurrent
-Originals = dict[int, _Packed]
+PackedLayers = dict[int, _Packed]
 
 
 def has_packed(root: nn.Module) -> bool:
@@ -56,12 +56,12 @@ def packed_parameter(site: str) -> tuple[str, int, int] | None:
     return (f"{prefix}{dot}weight_{last}", 0, 1) if recurrent_forms.is_part(last) else None
 
 
-def unpack_all(root: nn.Module) -> Originals:
+def unpack_all(root: nn.Module) -> PackedLayers:
     """Unpack all modules below a root, in place; return the originals by the id of the module in their place.
 
     Attention whose packed weight is tied to that of another attention is left alone: unpacking would untie them.
     """
-    originals: Originals = {}
+    originals: PackedLayers = {}
     # a module under two paths is one user, two modules with one weight are two
     users = Counter(id(m._parameters.get("in_proj_weight")) for m in root.modules() if _is_packed(m))
     made: dict[int, _Unpacked | Refusal] = {}
@@ -80,7 +80,7 @@ def unpack_all(root: nn.Module) -> Originals:
     return originals
 
 
-def pack_all(root: nn.Module, originals: Originals) -> None:
+def pack_all(root: nn.Module, originals: PackedLayers) -> None:
     """Pack all modules below a root whose parts are whole, in place; an unchanged module becomes its original again.
 
     ``originals`` is what ``unpack_all`` returned for the same root.

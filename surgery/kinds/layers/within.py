@@ -23,16 +23,16 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from surgery.algebra import Operator, Shape
 from surgery.errors import Refusal
-from surgery.kinds.layers.follow import Seen
+from surgery.kinds.layers.follow import OperatorCall
 from surgery.kinds.layers.layer_call import BASES, follow, is_plain, operator_of, own_hooks, trials
 from surgery.kinds.layers.undo import fit, tolerance
 from surgery.text import first_line
 
-__all__ = ["Part", "Within", "know", "within_of"]
+__all__ = ["LayerParameter", "Within", "know", "within_of"]
 
 
 @dataclass(frozen=True)
-class Part:
+class LayerParameter:
     """A parameter of a layer that goes into the chain; ``name`` is its path below the layer."""
 
     name: str
@@ -56,7 +56,7 @@ class Within:
     """
 
     kind: type[nn.Module]
-    parts: tuple[Part, ...]
+    parts: tuple[LayerParameter, ...]
     weight: str
     bias: str | None
     exact: frozenset[str]
@@ -133,7 +133,7 @@ def _find(module: nn.Module) -> Within | Refusal:
     return _read(module, first, [other[0] for other in others])
 
 
-def _read(module: nn.Module, first: tuple[Seen, bool], others: list[Seen]) -> Within | Refusal:
+def _read(module: nn.Module, first: tuple[OperatorCall, bool], others: list[OperatorCall]) -> Within | Refusal:
     seen, ends = first
     own = dict(module.named_parameters(remove_duplicate=False))
     # The forward was followed at several input sizes. All calls must be the same except for padding, and the weight
@@ -162,7 +162,7 @@ def _read(module: nn.Module, first: tuple[Seen, bool], others: list[Seen]) -> Wi
         return Refusal("its weight is computed in a way that cannot be undone, so that it could not be restored")
     return Within(
         kind=_unparametrized(type(module)),
-        parts=tuple(Part(n, tuple(own[n].shape), own[n].requires_grad, dict(vars(own[n]))) for n in names),
+        parts=tuple(LayerParameter(n, tuple(own[n].shape), own[n].requires_grad, dict(vars(own[n]))) for n in names),
         weight=weight,
         bias=bias,
         exact=frozenset(exact),
@@ -191,7 +191,7 @@ def _comes_back(
     return fit(module, (names[0], operator.weight), bias, gains)[1] <= tolerance(operator.weight.dtype)
 
 
-def _refuse_names(module: nn.Module, seen: Seen, own: Mapping[str, Tensor]) -> str | None:
+def _refuse_names(module: nn.Module, seen: OperatorCall, own: Mapping[str, Tensor]) -> str | None:
     if seen.bias is not None and len(seen.bias_from) != 1:
         return "its bias is computed from several parameters" if seen.bias_from else "its bias is not a parameter"
     for name in sorted(seen.weight_from | seen.bias_from):
@@ -220,7 +220,7 @@ def _ghosts(module: nn.Module, names: list[str], own: Mapping[str, Tensor]) -> t
     return tuple(found.items())
 
 
-def _differ_in_padding(calls: list[Seen]) -> bool:
+def _differ_in_padding(calls: list[OperatorCall]) -> bool:
     forms = set()
     for seen in calls:
         names, *values = seen.parts.rest

@@ -164,10 +164,10 @@ def _exported(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return Captured(reader, program_shapes(program, None), tuple(calls))
 
 
-_Group = tuple[str, list[Node], Node | None]
+_CallGroup = tuple[str, list[Node], Node | None]
 
 
-def _groups(root: nn.Module, nodes: Any, wanted: Callable[[nn.Module], bool]) -> list[_Group]:
+def _groups(root: nn.Module, nodes: Any, wanted: Callable[[nn.Module], bool]) -> list[_CallGroup]:
     """Return, for each call of a wanted module, its path, the nodes that the call made, and the node of its input."""
     groups: dict[tuple[str, str], list[Node]] = {}
     for node in nodes:
@@ -188,13 +188,13 @@ def _is_within(module: nn.Module) -> bool:
     return isinstance(within_of(module), Within)
 
 
-def _is_read(root: nn.Module, group: _Group) -> bool:
+def _is_read(root: nn.Module, group: _CallGroup) -> bool:
     """Whether a layer that does more than its operator has one input and an operator that can be read."""
     path, _, source = group
     return source is not None and isinstance(read_module(root.get_submodule(path)), Operator)
 
 
-def _within_calls(root: nn.Module, groups: Sequence[_Group], reader: Reader) -> dict[int, Call]:
+def _within_calls(root: nn.Module, groups: Sequence[_CallGroup], reader: Reader) -> dict[int, Call]:
     """Return one call for each call of a layer that does more than its operator, by its last value."""
     found = {}
     for path, rows, source in groups:

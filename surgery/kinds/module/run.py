@@ -12,7 +12,7 @@ from surgery.kinds.layers.carried import copy_module
 from surgery.kinds.layers.modules import buffers_of, is_tracked_norm
 from surgery.kinds.layers.unpacking import has_packed, unpack_all
 from surgery.kinds.layers.untouched import evaluation
-from surgery.kinds.observed import Change, Hooks, Norm, Observed, See
+from surgery.kinds.observed import Hooks, Norm, Observed, OutputChange, See
 from surgery.sites import Call, Flow
 
 __all__ = ["ObservedModule"]
@@ -45,7 +45,7 @@ class ObservedModule(Observed):
         kept = None if self.root is self._model else buffers_of(self._model, path)
         return Norm(path, mean, variance, lambda see: self._hooks.watch(path, see), kept)
 
-    def tap(self, call: Call, change: Change) -> None:
+    def tap(self, call: Call, change: OutputChange) -> None:
         """Replace the output of a module by what ``change`` returns."""
         self._hooks.taps[str(call.path)] = change
 
