@@ -24,10 +24,11 @@ from surgery.cost.cache import Store, cache_path, described
 from surgery.cost.onnxruntime import backend
 from surgery.cost.onnxruntime.backend import OnnxRuntime
 from surgery.cost.onnxruntime.model import build_choice, build_model
-from surgery.cost.onnxruntime.sessions import bind, open_session
+from surgery.cost.onnxruntime.sessions import bind
 from surgery.cost.timing import Budget, Samples, Speedup, compare_samples, interleave
 from surgery.errors import InputError
 from surgery.factorizations import named
+from surgery.kinds.onnx.session import open_session
 from surgery.system.machine import cpu_name, physical_cores
 
 QUICK = Budget(seconds=0.0, min_rounds=2, warmup_rounds=0)

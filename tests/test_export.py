@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery.cost.onnxruntime.sessions import open_session
 from surgery.errors import CaptureError, CheckError, FileError, InputError
 from surgery.kinds.inputs import flatten_inputs, normalise_inputs, random_tensor
+from surgery.kinds.onnx.session import open_session
 from surgery.runtime import export
 from surgery.runtime.compare import compare, compare_outputs, default_inputs, feed, run_model
 from surgery.runtime.export import check_export, export_onnx

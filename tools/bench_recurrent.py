@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.algebra import relative_error
-from surgery.cost.onnxruntime.sessions import bind, open_session
+from surgery.cost.onnxruntime.sessions import bind
 from surgery.cost.timing import Budget, compare_samples, interleave
+from surgery.kinds.onnx.session import open_session
 from surgery.runtime.bench import environment
 
 TOLERANCE = 1e-4  # relative error of float32 outputs over all steps

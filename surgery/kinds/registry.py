@@ -15,6 +15,7 @@ from surgery.kinds.fx.kind import GraphModuleKind
 from surgery.kinds.inputs import Inputs
 from surgery.kinds.module.kind import ModuleKind
 from surgery.kinds.observed import Observed
+from surgery.kinds.onnx.kind import OnnxKind
 from surgery.kinds.program.kind import ProgramKind
 
 __all__ = ["KINDS", "Model", "check_inplace", "is_model", "kind_of", "observe", "open_model"]
@@ -22,7 +23,12 @@ __all__ = ["KINDS", "Model", "check_inplace", "is_model", "kind_of", "observe", 
 Model: TypeAlias = nn.Module | GraphModule | ExportedProgram
 
 # the first kind that knows the class of a model opens it: a GraphModule is an nn.Module too
-KINDS: dict[str, Kind] = {"program": ProgramKind(), "fx": GraphModuleKind(), "module": ModuleKind()}
+KINDS: dict[str, Kind] = {
+    "program": ProgramKind(),
+    "fx": GraphModuleKind(),
+    "module": ModuleKind(),
+    "onnx": OnnxKind(),
+}
 
 
 def is_model(value: Any) -> bool:

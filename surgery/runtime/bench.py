@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from surgery.cost.onnxruntime.sessions import bind, check_threads, open_session
+from surgery.cost.onnxruntime.sessions import bind
 from surgery.cost.timing import Budget, Samples, compare_samples, interleave, waited
 from surgery.errors import InputError, only_own_errors
 from surgery.kinds.inputs import Inputs, normalise_inputs
+from surgery.kinds.onnx.session import check_threads, open_session
 from surgery.kinds.registry import is_model
 from surgery.runtime.compare import Runnable, default_inputs, feed, open_model
 from surgery.runtime.export import capture, export_onnx

@@ -29,11 +29,11 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from surgery.algebra import relative_error
-from surgery.cost.onnxruntime.sessions import open_session
 from surgery.errors import InputError, only_own_errors
 from surgery.files.guard.onnx import check_onnx
 from surgery.files.load import load
 from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs, random_tensor
+from surgery.kinds.onnx.session import open_session
 from surgery.kinds.registry import is_model, kind_of
 from surgery.text import first_line
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from surgery.cost.onnxruntime.sessions import open_session
 from surgery.errors import CaptureError, CheckError, InputError, only_own_errors
 from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs
+from surgery.kinds.onnx.session import open_session
 from surgery.kinds.registry import kind_of
 from surgery.runtime.compare import (
     Difference,

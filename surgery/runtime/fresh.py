@@ -22,10 +22,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from surgery.cost.base import Backend, ModelFile, make_backend
-from surgery.cost.onnxruntime.sessions import check_threads, open_session
 from surgery.cost.timing import Speedup
 from surgery.errors import InputError, only_own_errors
 from surgery.kinds.inputs import Inputs
+from surgery.kinds.onnx.session import check_threads, open_session
 from surgery.runtime.bench import (
     ModelComparison,
     ModelTiming,

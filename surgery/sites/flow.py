@@ -242,7 +242,8 @@ class Flow:
     are the chains that stand as modules, and ``broken`` reports modules that are not chains any more because they were
     changed. ``origins`` has the factorization and the ranks of factored sites. ``recorded`` names all sites that are
     known to be factored, with or without an origin. ``proved`` is false if calls were only seen in a run, so that
-    nothing is known of the dataflow between them.
+    nothing is known of the dataflow between them. ``any_padding`` says that a convolution of the graph may pad both
+    sides of an axis unequally, which torch's arguments cannot say.
     """
 
     elements: tuple[Element, ...]
@@ -259,6 +260,7 @@ class Flow:
     origins: Mapping[str, Origin] = field(default_factory=dict)
     recorded: frozenset[str] = frozenset()
     proved: bool = True
+    any_padding: bool = False
 
     @cached_property
     def at(self) -> Mapping[int, Element]:

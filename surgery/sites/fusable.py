@@ -110,20 +110,20 @@ def _find_pieces(flow: Flow, *, everything: bool) -> tuple[list[_Piece], list[Sk
             place = " -> ".join(site_name(call.weight) for call in calls_of(segment))
             skips.append(Skip(place, "chain", "the original model had it (--all fuses it as well)"))
             continue
-        found, refused = _partition(segment)
+        found, refused = _partition(segment, any_padding=flow.any_padding)
         pieces += found
         skips += refused
     return pieces, skips
 
 
-def _partition(parts: Sequence[Part]) -> tuple[list[_Piece], list[Skip]]:
+def _partition(parts: Sequence[Part], *, any_padding: bool) -> tuple[list[_Piece], list[Skip]]:
     """Split a segment into the longest pieces that compose, from the left; each break is a skip with its reason."""
     if all(isinstance(part, Call) for part in parts):
-        return _partition_calls(calls_of(parts))
+        return _partition_calls(calls_of(parts), any_padding=any_padding)
     pieces: list[_Piece] = []
     start = 0
     while start < len(parts):
-        piece = _longest(parts[start:])
+        piece = _longest(parts[start:], any_padding=any_padding)
         if piece is not None:
             pieces.append(piece)
         # greedy from the left: the longest piece that starts here is taken, and the search goes on after it
@@ -131,7 +131,7 @@ def _partition(parts: Sequence[Part]) -> tuple[list[_Piece], list[Skip]]:
     return pieces, []
 
 
-def _longest(parts: Sequence[Part]) -> _Piece | None:
+def _longest(parts: Sequence[Part], *, any_padding: bool) -> _Piece | None:
     """Return the longest piece that starts with the first part, has two calls or more, and composes."""
     for end in range(len(parts), 0, -1):
         piece = parts[:end]
@@ -139,18 +139,18 @@ def _longest(parts: Sequence[Part]) -> _Piece | None:
         if len(calls_of(piece)) < 2 or len({part.path is None for part in piece}) > 1:
             continue
         operator = compose_steps([part.step for part in piece])
-        if not isinstance(operator, Refusal) and _refuse(operator) is None:
+        if not isinstance(operator, Refusal) and (any_padding or _refuse(operator) is None):
             return _Piece(tuple(piece), operator)
     return None
 
 
-def _partition_calls(calls: Sequence[Call]) -> tuple[list[_Piece], list[Skip]]:
+def _partition_calls(calls: Sequence[Call], *, any_padding: bool) -> tuple[list[_Piece], list[Skip]]:
     # ``operator`` is what the calls in ``current`` compose to. Each next call either joins them or starts a new piece.
     pieces: list[_Piece] = []
     skips = []
     current, operator = [calls[0]], calls[0].operator
     for call in calls[1:]:
-        merged = _compose_calls(current[-1], operator, call)
+        merged = _compose_calls(current[-1], operator, call, any_padding=any_padding)
         if isinstance(merged, Refusal):
             place = f"{site_name(current[-1].weight)} -> {site_name(call.weight)}"
             skips.append(Skip(place, "chain", merged.reason))
@@ -162,11 +162,13 @@ def _partition_calls(calls: Sequence[Call]) -> tuple[list[_Piece], list[Skip]]:
     return [piece for piece in pieces if len(piece.parts) > 1], skips
 
 
-def _compose_calls(last: Call, operator: Operator, call: Call) -> Operator | Refusal:
+def _compose_calls(last: Call, operator: Operator, call: Call, *, any_padding: bool) -> Operator | Refusal:
     if (last.path is None) != (call.path is None):
         return Refusal("one is a module and the other a function call")
     merged = compose(operator, call.operator)
-    return merged if isinstance(merged, Refusal) else _refuse(merged) or merged
+    if isinstance(merged, Refusal) or any_padding:
+        return merged
+    return _refuse(merged) or merged
 
 
 def _refuse(operator: Operator) -> Refusal | None:

@@ -24,9 +24,10 @@ from surgery.algebra import Chain, Conv, Geometry, Operator, Shape
 from surgery.cost.base import Backend, Comparison, ModelFile, ModelTimes, Seconds
 from surgery.cost.onnxruntime.model import build_choice, build_model, entries
 from surgery.cost.onnxruntime.processes import Blocks, TimingJob, compare_generations, time_generations
-from surgery.cost.onnxruntime.sessions import bind, check_threads, open_session
+from surgery.cost.onnxruntime.sessions import bind
 from surgery.cost.timing import Budget, Samples, Speedup, compare_samples, interleave
 from surgery.errors import FileError
+from surgery.kinds.onnx.session import check_threads, open_session
 from surgery.system.machine import cpu_name, physical_cores
 from surgery.system.scratch import scratch_folder
 

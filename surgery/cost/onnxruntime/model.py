@@ -12,8 +12,6 @@
 Tensors are float32 whatever the operator's dtype, because onnxruntime's CPU convolutions have no other kernel: half
 precisions are cast around them, and float64 is refused.
 
-An ONNX graph that grows node by node.
-
 The ONNX nodes of a recurrent layer's loop, so that its recurrent weight, dense or factored, is timed where it runs.
 
 A dense weight is timed as a part of the runtime's own kernel (LSTM, GRU, RNN). A factored one is timed in a Scan over
@@ -24,14 +22,14 @@ input weight (G H, 1), which costs next to nothing. There are no biases.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from torch import Tensor
 
 from surgery.algebra import (
@@ -40,7 +38,6 @@ from surgery.algebra import (
     Conv,
     Embedding,
     Flatten,
-    Geometry,
     Linear,
     Operator,
     Shape,
@@ -50,64 +47,47 @@ from surgery.algebra import (
     Unflatten,
 )
 from surgery.errors import InputError
+from surgery.kinds.onnx.nodes import (
+    NodeWriter,
+    pads_of,
+    write_conv,
+    write_embedding,
+    write_linear,
+    write_reshape,
+    write_shift,
+    write_transpose,
+)
 from surgery.sites import Activation, BatchNorm, Loop
 from surgery.text import first_line
 
-__all__ = ["OPSET", "OnnxGraph", "build_choice", "build_model", "emit_loop", "entries", "numbers"]
+__all__ = ["OPSET", "build_choice", "build_model", "emit_loop", "entries"]
 
 
 @dataclass
-class OnnxGraph:
-    """The nodes and constants so far, and the value that the next node reads; ``prefix`` starts all new names."""
+class _Graph(NodeWriter):
+    """A graph whose weights are float32, and random where a tensor has no numbers."""
 
-    value: str = "input"
-    prefix: str = ""
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    constants: list[onnx.TensorProto] = field(default_factory=list)
-
-    def constant(self, array: np.ndarray) -> str:
-        """Return the name of a new constant."""
-        name = f"{self.prefix}constant_{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
-        return name
-
-    def apply(
-        self,
-        op_type: str,
-        constants: Iterable[np.ndarray | None] = (),
-        others: Sequence[str] = (),
-        **attributes: Any,
-    ) -> None:
-        """Append a node on the current value, other values and constants (None is left out); its output is current."""
-        names = [*others, *(self.constant(array) for array in constants if array is not None)]
-        output = f"{self.prefix}value_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op_type, [self.value, *names], [output], **attributes))
-        self.value = output
-
-    def add(self, op_type: str, *inputs: str, outputs: int = 1, **attributes: Any) -> list[str]:
-        """Append a node on values by name, and return the names of its outputs; the current value stays the same."""
-        names = [f"{self.prefix}{op_type}_{len(self.nodes)}_{at}" for at in range(outputs)]
-        self.nodes.append(helper.make_node(op_type, list(inputs), names, **attributes))
-        return names
+    def weight(self, tensor: Tensor, *, turned: bool = False) -> str:
+        """Return the name of a new constant with the numbers of a tensor."""
+        array = _numbers(tensor)
+        return self.constant(array.T if turned else array)
 
 
-def numbers(tensor: Tensor | None) -> np.ndarray | None:
+def _numbers(tensor: Tensor) -> np.ndarray:
     """Return float32 numbers; for the meta device random ones, scaled so that activations keep their size."""
-    if tensor is None:
-        return None
     if not tensor.is_meta:
         return tensor.detach().to("cpu", torch.float32).numpy()
     scale = math.prod(tensor.shape[1:]) ** -0.5
     return np.random.default_rng(0).standard_normal(tuple(tensor.shape), dtype=np.float32) * np.float32(scale)
 
 
-_Emit = Callable[[OnnxGraph, Step, Shape], None]
+_Emit = Callable[[_Graph, Step, Shape], None]
 _ATTRIBUTES: dict[str, dict[str, Any]] = {"GRU": {"linear_before_reset": 1}, "RNN_RELU": {"activations": ["Relu"]}}
 _ORDER = {"LSTM": [0, 3, 1, 2], "GRU": [1, 0, 2]}  # of ONNX's gates among torch's
 _KERNELS = {"LSTM": "LSTM", "GRU": "GRU", "RNN_TANH": "RNN", "RNN_RELU": "RNN"}
 
 
-def emit_loop(graph: OnnxGraph, loop: Loop, steps: Sequence[Step], shape: Shape, emit: _Emit) -> None:
+def emit_loop(graph: _Graph, loop: Loop, steps: Sequence[Step], shape: Shape, emit: _Emit) -> None:
     """Append the loop with these steps in it, on an input that holds all time steps; ``emit`` appends one step."""
     out = shape
     for step in steps:
@@ -115,40 +95,38 @@ def emit_loop(graph: OnnxGraph, loop: Loop, steps: Sequence[Step], shape: Shape,
     hidden = loop.out_shape(out)[-1]
     length = loop.steps(shape)
     batch = int(np.prod(shape[:-1])) // length
-    graph.apply("Slice", [np.array([at], np.int64) for at in (0, 1, -1)])
+    graph.apply("Slice", *(graph.constant(np.array([at], np.int64)) for at in (0, 1, -1)))
     if loop.batch_first and len(shape) == 3:
         graph.apply("Transpose", perm=[1, 0, 2])
-    graph.apply("Reshape", [np.array([length, batch, 1], np.int64)])
+    write_reshape(graph, (length, batch, 1))
     if len(steps) == 1 and isinstance(steps[0], Linear):
         _emit_kernel(graph, loop, steps[0], hidden)
     else:
         _emit_scan(graph, loop, steps, (batch, hidden), emit)
     if loop.batch_first and len(shape) == 3:
         graph.apply("Transpose", perm=[1, 0, 2])
-    graph.apply("Reshape", [np.array(loop.out_shape(out), np.int64)])
+    write_reshape(graph, loop.out_shape(out))
 
 
 def _input_weight(loop: Loop, hidden: int) -> np.ndarray:
     return np.random.default_rng(1).standard_normal((loop.gates * hidden, 1), dtype=np.float32)
 
 
-def _emit_kernel(graph: OnnxGraph, loop: Loop, operator: Linear, hidden: int) -> None:
+def _emit_kernel(graph: _Graph, loop: Loop, operator: Linear, hidden: int) -> None:
     more = _ATTRIBUTES.get(loop.mode, {})
-    weight = numbers(operator.weight)
-    assert weight is not None  # an operator has one
     order = _ORDER.get(loop.mode, [0])
     ordered = [
         np.concatenate([np.split(array, loop.gates)[gate] for gate in order])[None]
-        for array in (_input_weight(loop, hidden), weight)
+        for array in (_input_weight(loop, hidden), _numbers(operator.weight))
     ]
     names = [graph.constant(array) for array in ordered]
     [graph.value, *_] = graph.add(_KERNELS[loop.mode], graph.value, *names, hidden_size=hidden, **more)
-    graph.apply("Squeeze", [np.array([1], np.int64)])
+    graph.apply("Squeeze", graph.constant(np.array([1], np.int64)))
 
 
-def _emit_scan(graph: OnnxGraph, loop: Loop, steps: Sequence[Step], state: Shape, emit: _Emit) -> None:
-    graph.apply("MatMul", [_input_weight(loop, state[1]).T])
-    body = OnnxGraph(prefix=f"{graph.prefix}step_", value="h")
+def _emit_scan(graph: _Graph, loop: Loop, steps: Sequence[Step], state: Shape, emit: _Emit) -> None:
+    graph.apply("MatMul", graph.constant(_input_weight(loop, state[1]).T))
+    body = _Graph(prefix=f"{graph.prefix}step_", value="h")
     shape = state
     for step in steps:
         emit(body, step, shape)
@@ -165,7 +143,7 @@ def _emit_scan(graph: OnnxGraph, loop: Loop, steps: Sequence[Step], state: Shape
     *_, graph.value = graph.add("Scan", zeros, zeros, graph.value, outputs=3, body=inner, num_scan_inputs=1)
 
 
-def _lstm(body: OnnxGraph) -> tuple[str, str]:
+def _lstm(body: _Graph) -> tuple[str, str]:
     [both] = body.add("Add", "part", body.value)
     gates = body.add("Split", both, outputs=4, axis=-1, num_outputs=4)
     i, f, o = (body.add("Sigmoid", gates[at])[0] for at in (0, 1, 3))
@@ -174,18 +152,18 @@ def _lstm(body: OnnxGraph) -> tuple[str, str]:
     return body.add("Mul", o, *body.add("Tanh", c))[0], c
 
 
-def _gru(body: OnnxGraph) -> tuple[str, str]:
+def _gru(body: _Graph) -> tuple[str, str]:
     parts, others = (body.add("Split", x, outputs=3, axis=-1, num_outputs=3) for x in ("part", body.value))
     r, z = (body.add("Sigmoid", *body.add("Add", parts[at], others[at]))[0] for at in (0, 1))
     [n] = body.add("Tanh", *body.add("Add", parts[2], *body.add("Mul", r, others[2])))
     return body.add("Add", n, *body.add("Mul", z, *body.add("Sub", "h", n)))[0], "c"
 
 
-def _rnn(kind: str) -> Callable[[OnnxGraph], tuple[str, str]]:
+def _rnn(kind: str) -> Callable[[_Graph], tuple[str, str]]:
     return lambda body: (body.add(kind, *body.add("Add", "part", body.value))[0], "c")
 
 
-_GATES: dict[str, Callable[[OnnxGraph], tuple[str, str]]] = {
+_GATES: dict[str, Callable[[_Graph], tuple[str, str]]] = {
     "LSTM": _lstm,
     "GRU": _gru,
     "RNN_TANH": _rnn("Tanh"),
@@ -258,11 +236,11 @@ def _serialise(
         ) from error
 
 
-def _build_branch(branch: Operator | Chain, shape: Shape, *, output: str) -> OnnxGraph:
+def _build_branch(branch: Operator | Chain, shape: Shape, *, output: str) -> _Graph:
     size = 4 * branch.parameters
     if size > _MAX_BYTES:
         raise InputError(f"the weights take {size / 2**30:.1f} GiB", allowed="an ONNX model of at most 2 GiB")
-    graph = OnnxGraph()
+    graph = _Graph()
     steps = branch.steps if isinstance(branch, Chain) else (branch,)
     if isinstance(loop := steps[-1], Loop):
         emit_loop(graph, loop, steps[:-1], shape, _emit)
@@ -274,7 +252,7 @@ def _build_branch(branch: Operator | Chain, shape: Shape, *, output: str) -> Onn
     return graph
 
 
-def _emit(graph: OnnxGraph, step: Step, shape: Shape) -> None:
+def _emit(graph: _Graph, step: Step, shape: Shape) -> None:
     emit = _EMITTERS.get(type(step))
     if emit is None:
         allowed = ", ".join(kind.__name__ for kind in _EMITTERS)
@@ -282,21 +260,19 @@ def _emit(graph: OnnxGraph, step: Step, shape: Shape) -> None:
     emit(graph, step, shape)
 
 
-def _emit_reshape(graph: OnnxGraph, step: Any, shape: Shape) -> None:
-    graph.apply("Reshape", [np.array(step.out_shape(shape), dtype=np.int64)])
+def _emit_reshape(graph: _Graph, step: Any, shape: Shape) -> None:
+    write_reshape(graph, step.out_shape(shape))
 
 
-def _emit_transpose(graph: OnnxGraph, step: Any, shape: Shape) -> None:
-    order = list(range(len(shape)))
-    order[step.first], order[step.second] = order[step.second], order[step.first]
-    graph.apply("Transpose", perm=order)
+def _emit_transpose(graph: _Graph, step: Any, shape: Shape) -> None:
+    write_transpose(graph, len(shape), step.first, step.second)
 
 
-def _emit_shift(graph: OnnxGraph, step: Any, shape: Shape) -> None:
-    graph.apply("Add", [numbers(step.bias)])
+def _emit_shift(graph: _Graph, step: Any, shape: Shape) -> None:
+    write_shift(graph, step)
 
 
-def _emit_branches(graph: OnnxGraph, step: Any, shape: Shape) -> None:
+def _emit_branches(graph: _Graph, step: Any, shape: Shape) -> None:
     source, values = graph.value, []
     for row in step.rows:
         graph.value, at = source, shape
@@ -305,70 +281,43 @@ def _emit_branches(graph: OnnxGraph, step: Any, shape: Shape) -> None:
             at = operator.out_shape(at)
         values.append(graph.value)
     for value in values[:-1]:
-        graph.apply("Add", others=[value])
+        graph.apply("Add", value)
 
 
-def _emit_linear(graph: OnnxGraph, operator: Any, shape: Shape) -> None:
-    weight, bias = numbers(operator.weight), numbers(operator.bias)
-    if len(shape) == 2:
-        graph.apply("Gemm", [weight, bias], transB=1)
-        return
-    graph.apply("MatMul", [None if weight is None else weight.T])
-    if bias is not None:
-        graph.apply("Add", [bias])
+def _emit_linear(graph: _Graph, operator: Any, shape: Shape) -> None:
+    write_linear(graph, operator, gemm=len(shape) == 2)
 
 
-def _emit_embedding(graph: OnnxGraph, operator: Any, shape: Shape) -> None:
-    weight, indices = numbers(operator.weight), graph.value
-    assert weight is not None  # an embedding has one
-    graph.value = graph.constant(weight)
-    graph.apply("Gather", others=[indices])
+def _emit_embedding(graph: _Graph, operator: Any, shape: Shape) -> None:
+    write_embedding(graph, operator)
 
 
-def _emit_conv(graph: OnnxGraph, operator: Any, shape: Shape) -> None:
+def _emit_conv(graph: _Graph, operator: Any, shape: Shape) -> None:
     geometry = operator.geometry
-    unbatched = len(shape) == geometry.dims + 1
-    first_axis = np.array([0], dtype=np.int64)
-    if unbatched:
-        graph.apply("Unsqueeze", [first_axis])
+    first_axis = [graph.constant(np.array([0], dtype=np.int64))] if len(shape) == geometry.dims + 1 else []
+    if first_axis:
+        graph.apply("Unsqueeze", *first_axis)
     padding = geometry.padding
     if geometry.padding_mode != "zeros" and geometry.padded:
-        amounts = np.array([0, 0, *_pads(padding, 0), 0, 0, *_pads(padding, 1)], dtype=np.int64)
-        graph.apply("Pad", [amounts], mode=_PAD_MODES[geometry.padding_mode])
+        amounts = np.array(pads_of([(0, 0), (0, 0), *padding]), dtype=np.int64)
+        graph.apply("Pad", graph.constant(amounts), mode=_PAD_MODES[geometry.padding_mode])
         padding = ((0, 0),) * geometry.dims
-    graph.apply(
-        "ConvTranspose" if geometry.transposed else "Conv",
-        [numbers(operator.weight), numbers(operator.bias)],
-        kernel_shape=operator.kernel_size,
-        strides=geometry.stride,
-        dilations=geometry.dilation,
-        pads=[*_pads(padding, 0), *_pads(padding, 1)],
-        group=operator.groups,
-        **_transposed_attributes(geometry),
-    )
-    if unbatched:
-        graph.apply("Squeeze", [first_axis])
+    write_conv(graph, operator, padding=padding)
+    if first_axis:
+        graph.apply("Squeeze", *first_axis)
 
 
-def _pads(padding: tuple[tuple[int, int], ...], side: int) -> list[int]:
-    return [pair[side] for pair in padding]
-
-
-def _transposed_attributes(geometry: Geometry) -> dict[str, Any]:
-    return {"output_padding": geometry.output_padding} if geometry.transposed else {}
-
-
-def _emit_batch_norm(graph: OnnxGraph, step: Any, shape: Shape) -> None:
+def _emit_batch_norm(graph: _Graph, step: Any, shape: Shape) -> None:
     one = np.ones(shape[1], np.float32)
-    graph.apply("BatchNormalization", [one, 0 * one, 0 * one, one])
+    graph.apply("BatchNormalization", *map(graph.constant, (one, 0 * one, 0 * one, one)))
 
 
-def _emit_activation(graph: OnnxGraph, step: Any, shape: Shape) -> None:
+def _emit_activation(graph: _Graph, step: Any, shape: Shape) -> None:
     limits = [np.array(value, np.float32) for value in (0, 6)] if step.kind == "Clip" else []
-    graph.apply(step.kind, limits)
+    graph.apply(step.kind, *map(graph.constant, limits))
 
 
-_EMITTERS: dict[type, Callable[[OnnxGraph, Any, Shape], None]] = {
+_EMITTERS: dict[type, Callable[[_Graph, Any, Shape], None]] = {
     Linear: _emit_linear,
     Conv: _emit_conv,
     Embedding: _emit_embedding,

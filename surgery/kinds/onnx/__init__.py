@@ -1,0 +1,1 @@
+"""ONNX models: how they are read, run and changed."""

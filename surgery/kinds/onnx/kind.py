@@ -1,0 +1,98 @@
+"""The kind of ONNX models, and how one is called: its inputs by name, in the order of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from surgery.kinds.base import Access, Kind
+from surgery.kinds.inputs import Declared, Inputs, Signature, given_inputs, random_tensor
+from surgery.kinds.onnx.read import Reader
+from surgery.kinds.onnx.run import OnnxModule
+from surgery.kinds.onnx.tensors import DTYPES, to_torch
+from surgery.kinds.onnx.write import OpenOnnx
+
+__all__ = ["OnnxKind"]
+
+
+def _inputs(model: ir.Model) -> list[ir.Value]:
+    return [value for value in model.graph.inputs if not value.is_initializer()]
+
+
+def _sizes(value: ir.Value) -> tuple[int | str, ...]:
+    """Return the sizes that an input declares, with names (or "?") for those that may vary."""
+    shape = () if value.shape is None else value.shape
+    known = [size if isinstance(size, int) else size.value for size in shape]
+    return tuple("?" if size is None or (isinstance(size, int) and size < 0) else size for size in known)
+
+
+def _dtype(value: ir.Value) -> torch.dtype | None:
+    return None if value.dtype is None else DTYPES.get(value.dtype)
+
+
+class OnnxKind(Kind):
+    """ONNX models, as ``onnx_ir`` holds them: their nodes are rewritten in a copy."""
+
+    name = "onnx"
+    models = ir.Model
+    label = "onnx_ir.Model"
+
+    def open(self, model: ir.Model, inputs: Inputs, access: Access) -> OpenOnnx:
+        """Open a model; the model itself is never changed."""
+        return OpenOnnx(model, inputs if any(inputs) else self.brought_inputs(model) or ((), {}))
+
+    def runnable(self, model: ir.Model) -> nn.Module:
+        """Return a module that runs a model under onnxruntime."""
+        return OnnxModule(model)
+
+    def tensors(self, model: ir.Model) -> Mapping[str, Any]:
+        """Return the weights of a model by name."""
+        return {name: to_torch(tensor) for name, tensor in Reader(model.graph).parameters.items()}
+
+    def brought_inputs(self, model: ir.Model, *, seed: int = 0) -> Inputs | None:
+        """Return random inputs of the shapes that a model declares; sizes that may vary are 1. None if it cannot."""
+        made = []
+        for number, value in enumerate(_inputs(model)):
+            dtype = _dtype(value)
+            if dtype is None or value.shape is None:
+                return None
+            sizes = [size if isinstance(size, int) else 1 for size in _sizes(value)]
+            made.append(random_tensor(sizes, dtype, seed=seed + number, name=value.name or ""))
+        return tuple(made), {}
+
+    def signature(self, model: ir.Model, example: Inputs) -> Signature:
+        """Return how a model is called."""
+        names = tuple(value.name or "" for value in _inputs(model))
+        return Signature(names, len(names), frozenset(names), positional=len(names))
+
+    def declared_inputs(self, model: ir.Model, example: Inputs, signature: Signature) -> dict[str, Declared]:
+        """Return what a model says about its inputs."""
+        given = given_inputs(example, signature)
+        found = {}
+        for value in _inputs(model):
+            dtype, sizes = _dtype(value), _sizes(value)
+            name = value.name or ""
+            if dtype is None:
+                continue
+            if value.shape is None and name in given:
+                sizes = ("?",) * given[name].dim()
+            fixed = tuple(size if isinstance(size, int) else None for size in sizes)
+            found[name] = Declared(dtype, fixed, sizes)
+        return found
+
+    def fixed_batch(self, model: ir.Model) -> int | None:
+        """Return the only batch size that a model accepts, or None if it accepts any."""
+        first = next((_sizes(value) for value in _inputs(model) if _sizes(value)), ())
+        return first[0] if first and isinstance(first[0], int) else None
+
+    def refuse_inplace(self, model: ir.Model) -> str | None:
+        """Refuse, since a changed model is always a new one."""
+        return "an ONNX model cannot be changed in place"
+
+    def refuse_structure(self) -> str | None:
+        """Refuse, since the chains of a graph are nodes and not layers."""
+        return "an ONNX graph"

@@ -1,0 +1,448 @@
+"""Read the flow of an ONNX graph: which nodes call operators, and on which weights.
+
+Values are numbered in graph order: the inputs, then the outputs of all nodes, then one value that stands for the
+outputs of the graph. A weight is an initializer or the value of a Constant node, and may lie behind Identity nodes. A
+MatMul by a weight and the Add of a bias after it are one call.
+
+    y = MatMul(x, W)    z = Add(y, b)    ->    Call(value of z, source x, Linear(W^T, b), inside=(value of y,))
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import onnx_ir as ir
+from torch import Tensor
+
+from surgery.algebra import Conv, Embedding, Geometry, Linear, Operator, Shift, Transpose, Unflatten
+from surgery.algebra.steps import Flatten, Link
+from surgery.errors import Refusal
+from surgery.kinds.onnx.tensors import FLOATS, numbers_of, shape_of, to_torch
+from surgery.sites import Activation, BatchNorm, Call, Element, Epilogue, Left, Other, Reshape, Skip, Sum, site_name
+
+__all__ = ["MARK", "Reader", "attributes_of", "is_plain"]
+
+MARK = "surgery"  # in the metadata of a reshape that belongs to a chain: what it does
+
+_EPILOGUES: dict[str, Epilogue] = {
+    "BatchNormalization": BatchNorm(),
+    **{kind: Activation(kind) for kind in ("Relu", "Sigmoid", "Tanh", "Clip")},
+}
+_RECURRENT = ("LSTM", "GRU", "RNN")
+_QUANTIZED = (
+    *("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul", "QGemm", "DynamicQuantizeLSTM"),
+    *("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits", "QAttention", "QEmbedLayerNormalization"),
+)
+_FUSED = (
+    *("FusedConv", "FusedMatMul", "FusedGemm", "FusedMatMulActivation", "BiasGelu", "Attention", "NhwcFusedConv"),
+    *("MultiHeadAttention", "EmbedLayerNormalization", "SkipLayerNormalization"),
+)
+_DENSE = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0, "Einsum": 1}  # where the weight stands
+
+
+def is_plain(node: ir.Node) -> bool:
+    """Whether a node is of ONNX's own operators."""
+    return node.domain in ("", "ai.onnx")
+
+
+def attributes_of(node: ir.Node) -> dict[str, Any]:
+    """Return the attributes of a node by name; texts as str."""
+    return {name: attribute.value for name, attribute in node.attributes.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class _Weight:
+    """A weight: the value that holds its numbers, and the numbers."""
+
+    root: ir.Value
+    tensor: ir.TensorProtocol
+
+    @property
+    def name(self) -> str:
+        return self.root.name or ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return shape_of(self.tensor)
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        return to_torch(self.tensor)
+
+
+class Reader:
+    """An ONNX graph with numbered values; the first has the number ``start``."""
+
+    def __init__(self, graph: ir.Graph, start: int = 0) -> None:
+        self.graph, self.start = graph, start
+        self.nodes = list(graph)
+        self.inputs = [value for value in graph.inputs if not value.is_initializer()]
+        outputs = [value for node in self.nodes for value in node.outputs]
+        self.values = [*self.inputs, *outputs]
+        self.numbers = {value: number for number, value in enumerate(self.values, start)}
+        self.end = start + len(self.values)  # stands for the outputs of the graph
+        # each node of a body counts as the node of this graph around it
+        self.around = {inner: node for node in self.nodes for inner in (node, *_inside(node))}
+        self._weights: dict[ir.Value, _Weight | None] = {}
+
+    def label(self, value: int) -> str:
+        """Return the graph's own name of a value."""
+        if value == self.end:
+            return "the outputs"
+        found = self.values[value - self.start]
+        node = found.producer()
+        return (node.name if node is not None else None) or found.name or str(value)
+
+    def number(self, node: ir.Node) -> int:
+        """Return the number that stands for a node of this graph: that of its first output."""
+        return self.numbers[node.outputs[0]]
+
+    def weight(self, value: ir.Value | None) -> _Weight | None:
+        """Return the weight that a value is, behind Identity nodes; None if it is none."""
+        if value is None:
+            return None
+        if value not in self._weights:
+            self._weights[value] = self._find_weight(value)
+        return self._weights[value]
+
+    def _find_weight(self, value: ir.Value) -> _Weight | None:
+        while (node := value.producer()) is not None and node.op_type == "Identity" and is_plain(node):
+            if node.inputs[0] is None:
+                return None
+            value = node.inputs[0]
+        tensor = value.const_value if value.is_initializer() else None
+        if node is not None and node.op_type == "Constant" and is_plain(node) and "value" in node.attributes:
+            tensor = node.attributes["value"].value
+        return None if tensor is None else _Weight(value, tensor)
+
+    @cached_property
+    def users(self) -> Mapping[int, frozenset[int]]:
+        """The values that are computed from each value."""
+        found: dict[int, set[int]] = {number: set() for number in range(self.start, self.end + 1)}
+        for number, value in enumerate(self.values, self.start):
+            found[number] = {self.number(self.around[use.node]) for use in value.uses() if use.node in self.around}
+            if value.is_graph_output():
+                found[number].add(self.end)
+        return {number: frozenset(users) for number, users in found.items()}
+
+    @cached_property
+    def parameters(self) -> Mapping[str, ir.TensorProtocol]:
+        """All tensors of numbers that may be weights, by the names of their values."""
+        found = {value.name or "": value.const_value for value in self.graph.initializers.values()}
+        for node in self.nodes:
+            if node.op_type == "Constant" and "value" in node.attributes:
+                tensor = node.attributes["value"].value
+                if len(tensor.shape):
+                    found[node.outputs[0].name or ""] = tensor
+        return {name: tensor for name, tensor in found.items() if tensor is not None and tensor.dtype in FLOATS}
+
+    @cached_property
+    def uses(self) -> Mapping[str, frozenset[int]]:
+        """The values that read each parameter, also behind Identity nodes and inside of bodies."""
+        found: dict[str, set[int]] = defaultdict(set)
+        roots = [*self.graph.initializers.values()]
+        roots += [node.outputs[0] for node in self.nodes if node.op_type == "Constant"]
+        for root in roots:
+            waiting = [root]
+            while waiting:
+                value = waiting.pop()
+                if value.is_graph_output():
+                    found[root.name or ""].add(self.end)
+                for use in value.uses():
+                    if use.node.op_type == "Identity" and self.around.get(use.node) is use.node:
+                        waiting.append(use.node.outputs[0])
+                    elif use.node in self.around:
+                        found[root.name or ""].add(self.number(self.around[use.node]))
+        return {name: frozenset(users) for name, users in found.items()}
+
+    @cached_property
+    def elements(self) -> tuple[Element, ...]:
+        """One element for each value."""
+        found: dict[int, Element] = {number: Other(number) for number in range(self.start, self.end + 1)}
+        for node in self.nodes:
+            number = self.number(node)
+            if isinstance(found[number], Call):  # the Add of a bias, which belongs to the call before it
+                continue
+            element = self._element(node, number)
+            found[element.value] = element
+        inside = {value for element in found.values() if isinstance(element, Call) for value in element.inside}
+        return tuple(element for number, element in sorted(found.items()) if number not in inside)
+
+    def _element(self, node: ir.Node, number: int) -> Element:
+        if not is_plain(node):
+            return Other(number)
+        call = self.call(node)
+        if isinstance(call, Call):
+            return call
+        if node.op_type == "Add":
+            return self._sum(node, number)
+        if node.op_type in ("Transpose", "Reshape") and (step := self._link(node)) is not None:
+            return Reshape(number, self.numbers[node.inputs[0]], step)  # type: ignore[index]
+        return Other(number, _EPILOGUES.get(node.op_type))
+
+    def _sum(self, node: ir.Node, number: int) -> Element:
+        """Return the addition of a bias as a reshape (a shift), and the addition of two values as a sum."""
+        first, second = node.inputs[:2]
+        if first in self.numbers and second in self.numbers and self.weight(second) is None:
+            return Sum(number, (self.numbers[first], self.numbers[second]))
+        bias = self.weight(second)
+        if bias is not None and len(bias.shape) == 1 and bias.name in self.parameters and first in self.numbers:
+            return Reshape(number, self.numbers[first], Shift(bias.numbers), bias=bias.name)
+        return Other(number)
+
+    def _link(self, node: ir.Node) -> Link | None:
+        """Return the reshape or transpose that a chain may have; None for any other."""
+        if node.inputs[0] not in self.numbers:
+            return None
+        if node.op_type == "Transpose":
+            order = list(attributes_of(node).get("perm", ()))
+            moved = [at for at, axis in enumerate(order) if at != axis]
+            if len(moved) != 2 or order[moved[0]] != moved[1]:
+                return None
+            return Transpose(moved[0] - len(order), moved[1] - len(order))
+        words = node.metadata_props.get(MARK, "").split()  # as ``write`` leaves it: what was reshaped
+        if len(words) > 1 and words[0] == "unflatten":
+            return Unflatten(int(words[1]), tuple(map(int, words[2:])))
+        return Flatten(int(words[1]), int(words[2])) if len(words) == 3 and words[0] == "flatten" else None
+
+    def call(self, node: ir.Node) -> Call | Refusal | None:
+        """Return the call that a node is; a refusal for the call of a weight that is left alone; else None."""
+        reads = {"Conv": self._conv, "ConvTranspose": self._conv, "Gemm": self._gemm, "MatMul": self._matmul}
+        read = reads.get(node.op_type, self._gather if node.op_type == "Gather" else None)
+        if read is None:
+            return None
+        at = _DENSE[node.op_type]
+        weight = self.weight(node.inputs[at])
+        if weight is None or len(weight.shape) < 2:
+            return None
+        if weight.tensor.dtype not in FLOATS:
+            return Refusal(f"its weight is {weight.tensor.dtype.name}; decompose before you quantize")
+        if node.inputs[1 - at] not in self.numbers:
+            return Refusal("it is computed from constants alone")
+        return read(node, weight)
+
+    def _make(self, node: ir.Node, operator: Operator, weight: _Weight, bias: str | None = None, **more: Any) -> Call:
+        source = node.inputs[1 - _DENSE[node.op_type]]
+        assert source is not None
+        return Call(self.number(node), self.numbers[source], operator, weight.name, bias, **more)
+
+    def _bias(self, node: ir.Node, out: int) -> tuple[str | None, Tensor | None, int | None] | Refusal:
+        """Return the name and the numbers of a node's bias, or the number of the value that is computed as its bias."""
+        value = node.inputs[2] if len(node.inputs) > 2 else None
+        if value is None:
+            return None, None, None
+        bias = self.weight(value)
+        if bias is None:
+            return None, None, self.numbers.get(value)
+        if bias.shape != (out,):
+            return Refusal(f"its bias has the shape {'x'.join(map(str, bias.shape)) or 'of a number'}, not {out}")
+        return bias.name, bias.numbers, None
+
+    def _conv(self, node: ir.Node, weight: _Weight) -> Call | Refusal:
+        said = attributes_of(node)
+        transposed, groups = node.op_type == "ConvTranspose", int(said.get("group", 1))
+        if not 1 <= len(weight.shape) - 2 <= 3:
+            return Refusal("it is a convolution over more than three axes")
+        geometry = _geometry(said, weight.shape[2:], node.inputs[0], transposed=transposed)
+        if isinstance(geometry, Refusal):
+            return geometry
+        out = weight.shape[1] * groups if transposed else weight.shape[0]
+        bias = self._bias(node, out)
+        if isinstance(bias, Refusal):
+            return bias
+        name, numbers, computed = bias
+        operator = Conv(weight.numbers, geometry, groups, bias=numbers)
+        return self._make(node, operator, weight, name, computed_bias=computed)
+
+    def _gemm(self, node: ir.Node, weight: _Weight) -> Call | Refusal:
+        said = attributes_of(node)
+        if said.get("transA", 0) or said.get("alpha", 1.0) != 1.0 or said.get("beta", 1.0) != 1.0:
+            return Refusal("it is a Gemm with transA, alpha or beta")
+        stored = "out_in" if said.get("transB", 0) else "in_out"
+        numbers = weight.numbers if stored == "out_in" else weight.numbers.mT
+        bias = self._bias(node, len(numbers))
+        if isinstance(bias, Refusal):
+            return bias
+        name, shift, computed = bias
+        return self._make(node, Linear(numbers, bias=shift), weight, name, stored=stored, computed_bias=computed)
+
+    def _matmul(self, node: ir.Node, weight: _Weight) -> Call | Refusal:
+        if len(weight.shape) != 2:
+            return Refusal("its weight is a batch of matrices")
+        plain = self._make(node, Linear(weight.numbers.mT), weight, stored="in_out")
+        added = self._added(node, weight.shape[1])
+        if added is None:
+            return plain
+        value, bias = added
+        operator = Linear(weight.numbers.mT, bias=bias.numbers)
+        number = self.numbers[node.outputs[0]]
+        return Call(
+            self.numbers[value],
+            plain.source,
+            operator,
+            weight.name,
+            bias.name,
+            stored="in_out",
+            inside=(number,),
+            reader=number,
+        )
+
+    def _added(self, node: ir.Node, out: int) -> tuple[ir.Value, _Weight] | None:
+        """Return the value and the bias of the one Add that reads a product, if it adds a bias."""
+        product = node.outputs[0]
+        uses = list(product.uses())
+        if len(uses) != 1 or product.is_graph_output() or uses[0].node.op_type != "Add":
+            return None
+        addition = uses[0].node
+        if self.around.get(addition) is not addition or not is_plain(addition):
+            return None
+        bias = self.weight(addition.inputs[1 - uses[0].idx])
+        known = bias is not None and bias.shape == (out,) and bias.name in self.parameters
+        return (addition.outputs[0], bias) if known and bias is not None else None
+
+    def _gather(self, node: ir.Node, weight: _Weight) -> Call | Refusal | None:
+        if attributes_of(node).get("axis", 0) != 0 or len(weight.shape) != 2:
+            return None  # not rows of a table
+        return self._make(node, Embedding(weight.numbers), weight)
+
+    @cached_property
+    def left(self) -> tuple[Left, ...]:
+        """What reads weights, but is not the call of an operator, with reasons."""
+        found = []
+        for node in self.nodes:
+            for inner in (node, *_inside(node)):
+                reason = self._reason(inner) if inner is node else self._reason_inside(inner, node)
+                if reason is not None:
+                    found.append(Left(self._skip(inner, reason), (self.number(node),)))
+        return tuple(found)
+
+    def _skip(self, node: ir.Node, reason: str) -> Skip:
+        weights = [found for value in node.inputs if (found := self.weight(value)) is not None]
+        known = [found for found in weights if found.name in self.parameters and len(found.shape) > 1]
+        name = site_name(known[0].name) if known else node.name or node.outputs[0].name or node.op_type
+        return Skip(name, node.op_type, reason, sum(numbers_of(found.tensor) for found in known))
+
+    def _reason(self, node: ir.Node) -> str | None:
+        """Return why a node that multiplies by a weight is left alone; None if it is a call, or no such node."""
+        if node.op_type in _QUANTIZED:
+            return f"it is quantized ({node.op_type}); decompose before you quantize"
+        if node.op_type in _FUSED and not is_plain(node):
+            return f"{node.op_type} is an operator of onnxruntime's optimizer; give the file from before"
+        if not is_plain(node):
+            return None
+        if node.op_type in _RECURRENT:
+            return f"the weights of {node.op_type} are left whole in ONNX files"
+        call = self.call(node)
+        if isinstance(call, Refusal):
+            return call.reason
+        if call is None and node.op_type in _DENSE:
+            return self._computed(node)
+        return None
+
+    def _reason_inside(self, node: ir.Node, around: ir.Node) -> str | None:
+        if node.op_type in _RECURRENT or node.op_type in _QUANTIZED:
+            return f"it is inside of a body of {around.op_type}"
+        if node.op_type not in _DENSE or not is_plain(node):
+            return None
+        weight = self.weight(node.inputs[_DENSE[node.op_type]])
+        if weight is None or len(weight.shape) < 2 or (node.op_type == "Gather" and len(weight.shape) != 2):
+            return None
+        return f"it is inside of a body of {around.op_type}"
+
+    def _computed(self, node: ir.Node) -> str | None:
+        """Return why a weight that is computed from constants is left alone; None for products of two activations."""
+        places = (0,) if node.op_type == "Gather" else (1, 0) if node.op_type in ("MatMul", "Einsum") else (1,)
+        for at in places:
+            value = node.inputs[at] if at < len(node.inputs) else None
+            weight = self.weight(value)
+            if weight is not None and len(weight.shape) > 1 and weight.tensor.dtype in FLOATS:
+                if node.op_type == "Gather":
+                    return None
+                return "its weight stands on the left" if node.op_type == "MatMul" else f"{node.op_type} uses it"
+            producer = None if value is None else value.producer()
+            if producer is not None and weight is None and self._is_constant(value):
+                return None if node.op_type == "Gather" else f"its weight is computed by {producer.op_type}"
+        return None
+
+    def _is_constant(self, value: ir.Value | None, depth: int = 8) -> bool:
+        """Whether a value is computed from constants alone, among them one with two axes."""
+        waiting, large = [(value, depth)], False
+        while waiting:
+            one, left = waiting.pop()
+            if one is None:
+                continue
+            weight = self.weight(one)
+            if weight is not None:
+                large = large or len(weight.shape) > 1
+                continue
+            node = one.producer()
+            if node is None or not left:
+                return False
+            waiting += [(each, left - 1) for each in node.inputs]
+        return large
+
+
+def _inside(node: ir.Node) -> Iterator[ir.Node]:
+    """Yield all nodes in the bodies of a node, also in the bodies inside of these."""
+    for attribute in node.attributes.values():
+        graphs = {ir.AttributeType.GRAPH: lambda a: [a.value], ir.AttributeType.GRAPHS: lambda a: list(a.value)}
+        for graph in graphs[attribute.type](attribute) if attribute.type in graphs else ():
+            for inner in graph:
+                yield inner
+                yield from _inside(inner)
+
+
+def _geometry(
+    said: Mapping[str, Any], kernel: Sequence[int], source: ir.Value | None, *, transposed: bool
+) -> Geometry | Refusal:
+    dims = len(kernel)
+    stride = tuple(said.get("strides", (1,) * dims))
+    dilation = tuple(said.get("dilations", (1,) * dims))
+    extra = tuple(said.get("output_padding", (0,) * dims))
+    auto = said.get("auto_pad", "NOTSET")
+    if transposed and "output_shape" in said:
+        return Refusal("it is a ConvTranspose with output_shape")
+    pads = list(said.get("pads", (0,) * 2 * dims))
+    padding: tuple[tuple[int, int], ...] | Refusal = tuple(zip(pads[:dims], pads[dims:], strict=True))
+    if auto == "VALID":
+        padding = ((0, 0),) * dims
+    elif auto in ("SAME_UPPER", "SAME_LOWER"):
+        padding = _same(kernel, stride, dilation, source, transposed=transposed, lower=auto == "SAME_LOWER")
+    if isinstance(padding, Refusal):
+        return padding
+    if any(side < 0 for pair in padding for side in pair):
+        return Refusal("it has negative pads")
+    if transposed and any(before != after for before, after in padding):
+        return Refusal("it is a ConvTranspose with unequal pads")
+    return Geometry(stride, padding, dilation, extra, transposed=transposed)
+
+
+def _same(
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    source: ir.Value | None,
+    *,
+    transposed: bool,
+    lower: bool,
+) -> tuple[tuple[int, int], ...] | Refusal:
+    """Return the pads by which an output is as large as its input, divided by the stride and rounded up."""
+    if transposed:
+        return Refusal("it is a ConvTranspose with auto_pad")
+    sizes = [] if source is None or source.shape is None else list(source.shape)[2:]
+    padding = []
+    for at, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        span = d * (k - 1)
+        total = span
+        if s > 1:
+            size = sizes[at] if at < len(sizes) else None
+            if not isinstance(size, int):
+                return Refusal("its pads depend on the size of its input (auto_pad with a stride)")
+            total = max(0, (-(-size // s) - 1) * s + span + 1 - size)
+        small, large = total // 2, total - total // 2
+        padding.append((large, small) if lower else (small, large))
+    return tuple(padding)
