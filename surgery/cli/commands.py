@@ -50,6 +50,7 @@ def recompose(
     """Fuse every chain of MODEL that is provably one operator back into that operator."""
     from surgery.cli import show
     from surgery.files.save import model_writer, state_dict_writer
+    from surgery.kinds.registry import kind_of
     from surgery.passes.recompose import recompose as run
 
     target = output or default_output(model, "recomposed.pt2")
@@ -61,7 +62,7 @@ def recompose(
         result = run(program, inputs, everything=everything)
         files: list[tuple[Path, Writer]] = [(target, model_writer(result.model, target))]
         if state_dict is not None:
-            files.append((state_dict, state_dict_writer(result.model.state_dict)))
+            files.append((state_dict, state_dict_writer(kind_of(result.model).tensors(result.model))))
         write_together(files, force=force)
     if json_:
         show.print_json(show.recompose_json((model, target), result))

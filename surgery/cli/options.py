@@ -130,7 +130,12 @@ def _parse_shape(text: str) -> tuple[str | None, tuple[int, ...]]:
 
 
 def default_output(model: Path, suffix: str) -> Path:
-    """Return model.<suffix> beside the model, without its own suffixes; raises FileError where it can be no file."""
+    """Return model.<suffix> beside the model, without its own suffixes; raises FileError where it can be no file.
+
+    The result of an .onnx file is an .onnx file, too.
+    """
+    if model.suffix == ".onnx" and suffix.endswith(".pt2"):
+        suffix = suffix.removesuffix("pt2") + "onnx"
     if not model.name:
         raise FileError(f"{model}: is a folder", allowed="a model file")
     name = f"{model.stem}.{suffix}"
@@ -139,22 +144,26 @@ def default_output(model: Path, suffix: str) -> Path:
 
 def open_program(
     path: Path, *, input_shapes: tuple[str, ...], factory: str | None, trust: bool, memory: int | None, seed: int
-) -> tuple[ExportedProgram, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Return MODEL as an exported program, and the inputs to run it on.
+) -> tuple[Any, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Return MODEL as an exported program, or as the ONNX model that it is, and the inputs to run it on.
 
     Raises:
         SurgeryError: a file that cannot be loaded, or inputs that do not fit.
     """
 
     from surgery.files.load import load
+    from surgery.kinds.onnx.kind import random_inputs
     from surgery.kinds.program.kind import program_inputs
     from surgery.kinds.registry import kind_of
     from surgery.runtime.export import capture
 
     shapes = parse_shapes(input_shapes)
     samples = _random(shapes, {}, seed)[0] or None
-    loaded = load(path, trust=trust, model=factory, example_inputs=samples, memory=memory)
-    program = kind_of(loaded).program(loaded)
+    loaded: Any = load(path, trust=trust, model=factory, example_inputs=samples, memory=memory)
+    kind = kind_of(loaded)
+    if kind.name == "onnx":
+        return loaded, random_inputs(loaded, seed=seed, shapes={name or at: s for at, (name, s) in enumerate(shapes)})
+    program = kind.program(loaded)
     if program is not None:
         inputs = _fill(program, shapes, seed) if shapes else program_inputs(program, seed=seed)
         return program, inputs

@@ -47,16 +47,9 @@ def _read_report(model: Path) -> dict[str, Any]:
     """Return the report in MODEL, with the name and the size that its file has now."""
 
     from surgery.files.load import load
-    from surgery.kinds.registry import kind_of
     from surgery.report import read
 
-    loaded = load(model)
-    program = kind_of(loaded).program(loaded)
-    if program is None:
-        raise InputError(
-            f"{model} is not an exported program", next_step="give the .pt2 that surgery decompose has written"
-        )
-    found = read(program)
+    found = read(load(model))
     after = found.get("after")
     if isinstance(after, dict):
         found["after"] = after | {"file_size": model.stat().st_size}

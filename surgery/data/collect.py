@@ -11,6 +11,7 @@ the mean of their squared errors. With N gradients of O channels, G is mixed wit
 gets the share O / (O + N): a direction that few gradients have not shown may still matter (Ledoit and Wolf 2004 shrink
 so).
 
+A model without gradients, as an ONNX file, gets noise at one site after another in place of that (``_by_noise``).
 There is one backward pass for each batch. Positions that a mask hides count neither in outputs nor at sites.
 """
 
@@ -20,18 +21,20 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.algebra import Operator
+from surgery.algebra import Operator, relative_error
 from surgery.data.masks import visible_rows
 from surgery.data.moments import Accumulator, Moments, layout_bytes
 from surgery.data.samples import Calibration
 from surgery.data.visible import Masks, VisibleOutputs, VisibleRows
 from surgery.errors import InputError
+from surgery.kinds.inputs import Inputs
 from surgery.kinds.observed import Observed
 from surgery.kinds.registry import Model, observe
 from surgery.sites import Placement
@@ -39,6 +42,7 @@ from surgery.text import first_line
 
 __all__ = ["Progress", "collect", "rows_of", "with_sensitivity"]
 
+_NOISY = 16  # samples at most, if noise has to do
 _SAMPLES, _BATCH = 512, 8  # samples at most, in batches of at most this size
 
 
@@ -64,6 +68,8 @@ def with_sensitivity(
     placements = [placement for placement in observed.find().placements if placement.site.name in moments]
     visible = VisibleRows(observed, few, placements)
     outputs = VisibleOutputs(lambda batch: _leaves(observed.run(batch)), few)
+    if not observed.differentiable:
+        return _by_noise(observed, placements, few, outputs, moments, seed=seed, progress=progress)
     found = {placement.site.name: _tapped(observed, placement, visible) for placement in placements}
     generator = torch.Generator().manual_seed(seed)
     for done, batch in enumerate(few):
@@ -75,6 +81,69 @@ def with_sensitivity(
         name: replace(m, sensitivity=found[name].mean(len(few)) if name in found and found[name].count else None)
         for name, m in moments.items()
     }
+
+
+_NOISE = 0.01  # of an output's root mean square, which moves the model's outputs in proportion
+
+
+def _by_noise(
+    observed: Observed,
+    placements: Sequence[Placement],
+    batches: Calibration,
+    outputs: VisibleOutputs,
+    moments: Mapping[str, Moments],
+    *,
+    seed: int,
+    progress: Progress | None,
+) -> Mapping[str, Moments]:
+    """Return the moments with sensitivities that are the same for all outputs of a site, without gradients.
+
+    Noise of the variance s^2 is added to all outputs of one site at a time. Then |df|^2 = s^2 tr(G), to first order,
+    and G is taken to be a multiple of the identity.
+    """
+    batches = batches.take(slice(min(_NOISY, batches.count)))
+    noisy: str | None = None
+    scales: dict[str, float] = {}
+    generator = torch.Generator().manual_seed(seed)
+
+    def tap(name: str, y: Tensor) -> Tensor:
+        if noisy is None:
+            scales[name] = max(scales.get(name, 0.0), float(y.float().square().mean().sqrt()))
+            return y
+        noise = torch.randn(y.shape, generator=generator) * (_NOISE * scales[name])
+        return y + noise.to(y) if name == noisy else y
+
+    for placement in placements:
+        for call in placement.calls:
+            observed.tap(call, partial(tap, placement.site.name))
+    clean = [_visible_leaves(observed, outputs, batch) for batch in batches]
+    found = dict(moments)
+    for done, placement in enumerate(placements):
+        name, operator = placement.site.name, placement.site.operator
+        if progress is not None:
+            progress("differentiate", done, len(placements))
+        noisy = name
+        pairs = zip(batches, clean, strict=True)
+        moved = [_moved(_visible_leaves(observed, outputs, batch), was) for batch, was in pairs]
+        variance = (_NOISE * scales.get(name, 0.0)) ** 2
+        if variance:
+            groups, out = operator.kernel.shape[:2]
+            level = sum(moved) / len(moved) / variance / (groups * out)
+            identity = torch.eye(out, dtype=torch.float64).expand(groups, out, out)
+            found[name] = replace(moments[name], sensitivity=level * identity)
+    return found
+
+
+def _visible_leaves(observed: Observed, outputs: VisibleOutputs, batch: Inputs) -> list[Tensor]:
+    leaves = _leaves(observed.run(batch))
+    masks = outputs.of(batch, leaves)
+    return [leaf if mask is None else leaf.masked_fill(~mask, 0.0) for leaf, mask in zip(leaves, masks, strict=True)]
+
+
+def _moved(leaves: Sequence[Tensor], before: Sequence[Tensor]) -> float:
+    """Return the mean over outputs of the squared relative change."""
+    changes = [relative_error(leaf, was) ** 2 for leaf, was in zip(leaves, before, strict=True)]
+    return sum(changes) / max(1, len(changes))
 
 
 def _small(batches: Calibration, samples: int) -> Calibration:

@@ -12,7 +12,8 @@ the same of torch 2.7 and earlier     the ExportedProgram, with ``trust`` only: 
 state dict: torch.save, safetensors   the module that ``model`` makes, with these weights, in eval mode
 pickled module: torch.save            the module, with ``trust`` only
 TorchScript                           the ExportedProgram, with ``trust`` and ``example_inputs`` only
-ONNX, text, anything else             FileError
+ONNX                                  the ``onnx_ir.Model``; its weights may lie in other files of its folder
+text, anything else                   FileError
 ====================================  =================================================================================
 """
 
@@ -28,8 +29,10 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import nn
 from torch.export import ExportedProgram
@@ -37,12 +40,14 @@ from torch.export.pt2_archive._package import load_pt2
 
 from surgery.errors import FileError, InputError, SurgeryError, UnsafeFileError, only_own_errors
 from surgery.files.guard.archive import check_archive, entry_names, rewrite
+from surgery.files.guard.onnx import external_bytes, read_onnx
 from surgery.files.guard.sizes import check_fit, check_program_sizes
 from surgery.files.memory import check_room, file_need, program_need
 from surgery.files.pretrained import note_record
 from surgery.files.save import RECORD_KEY
 from surgery.files.structure import give_structure, tie
 from surgery.kinds.layers.carried import copy_module
+from surgery.kinds.onnx.write import read_record
 from surgery.kinds.registry import is_model
 from surgery.sites import Record
 from surgery.system.importing import import_function
@@ -57,12 +62,14 @@ _FACTORY = "pass --model package.module:factory (in Python model=...), a functio
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before torch 1.6
 _NAMED = {"what": "has a model factory", "allowed": "package.module:factory, of a function or class"}
 _SAMPLE_KEYS = 3
+_SUFFIXES = ".pt2, .pt, .safetensors, .onnx"
 
 
 @dataclass(frozen=True)
 class _Source:
     """A file read into memory, and the arguments of ``load`` for it."""
 
+    path: Path
     raw: bytes
     trust: bool
     model: str | Callable[[], nn.Module] | nn.Module | None
@@ -237,6 +244,17 @@ def _record(said: Any) -> Record:
         raise FileError("has a damaged record of factored layers", next_step="save the model again") from error
 
 
+def _load_onnx(source: _Source) -> ir.Model:
+    proto = read_onnx(source.path, source.raw)
+    check_room(file_need(len(source.raw) + external_bytes(proto)), source.memory)
+    model = ir.serde.deserialize_model(proto)
+    folder = os.path.realpath(source.path.parent)
+    for graph in model.graphs():
+        ir.external_data.set_base_dir(graph, folder)
+    read_record(model)  # a damaged one is told before any work
+    return model
+
+
 def _unwrap(found: Any) -> dict[str, torch.Tensor]:
     """Return the state dict inside a checkpoint, without the prefixes of DistributedDataParallel and compile."""
     if isinstance(found, Mapping):
@@ -331,17 +349,17 @@ def _refusal(what: str, **extra: str) -> Callable[[_Source], nn.Module]:
     return refuse
 
 
-_LOADERS: dict[str, Callable[[_Source], ExportedProgram | nn.Module]] = {
+_LOADERS: dict[str, Callable[[_Source], ExportedProgram | nn.Module | ir.Model]] = {
     "program": _load_program,
     "old program": _load_old_program,
     "torchscript": _load_torchscript,
     "pickle": _load_pickle,
     "safetensors": _load_safetensors,
-    "onnx": _refusal("is an ONNX model", allowed="PyTorch files", next_step="read it with onnx.load"),
+    "onnx": _load_onnx,
     "zip": _refusal("is a zip file, but not a model", next_step=_EXPORT),
     "text": _refusal("is a text file", allowed="a model file"),
     "plain pickle": _refusal("is a pickle that torch.save did not write", next_step=_EXPORT),
-    "unknown": _refusal("is not a model file, or is cut off", allowed=".pt2, .pt, .safetensors", next_step=_EXPORT),
+    "unknown": _refusal("is not a model file, or is cut off", allowed=_SUFFIXES, next_step=_EXPORT),
 }
 
 
@@ -353,8 +371,8 @@ def load(
     model: str | Callable[[], nn.Module] | nn.Module | None = None,
     example_inputs: tuple[Any, ...] | None = None,
     memory: int | None = None,
-) -> ExportedProgram | nn.Module | torch.fx.GraphModule:
-    """Return the model in a file: an ExportedProgram, or an ``nn.Module`` for a state dict or a pickled module.
+) -> ExportedProgram | nn.Module | torch.fx.GraphModule | ir.Model:
+    """Return the model in a file: an ExportedProgram, an ``onnx_ir.Model``, or an ``nn.Module`` for a state dict.
 
     ``trust`` allows files that run code. ``model`` makes the module for a state dict: ``"package.module:factory"``, or
     a function without arguments. It may also be a dense module, which is changed in place. A module that
@@ -376,7 +394,7 @@ def load(
         if not raw:
             raise FileError("is empty", next_step="get the file again from its source")
         with _quietly():
-            return _LOADERS[_kind(raw)](_Source(raw, trust, model, example_inputs, memory))
+            return _LOADERS[_kind(raw)](_Source(Path(path), raw, trust, model, example_inputs, memory))
     except SurgeryError as error:
         next_step = error.next_step
         if isinstance(error, UnsafeFileError) and not next_step:

@@ -1,4 +1,4 @@
-"""Save a model with its record: an ExportedProgram as a .pt2 archive, a module as safetensors."""
+"""Save a model with its record: a program as a .pt2 archive, a module as safetensors, an ONNX model as ONNX."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping
 from typing import IO, Any
 
+import onnx_ir as ir
 import safetensors.torch
 import torch
 from torch import nn
@@ -43,12 +44,12 @@ def _extra_files(program: ExportedProgram) -> dict[str, str] | None:
 
 @only_own_errors
 def save(
-    model: ExportedProgram | nn.Module | torch.fx.GraphModule,
+    model: ExportedProgram | nn.Module | torch.fx.GraphModule | ir.Model,
     path: str | os.PathLike[str],
     *,
     force: bool = True,
 ) -> None:
-    """Save an ExportedProgram as a .pt2 archive with its record, or a module as safetensors with its record.
+    """Save an ExportedProgram as a .pt2 archive, an ONNX model as ONNX, or a module as safetensors, with its record.
 
     The record of a program is ``program.graph_module.meta["surgery"]``, a dict of JSON values. The record of a module
     says which layers are factored and how: ``surgery.load(path, model=factory)`` gives a fresh module the same
@@ -64,14 +65,25 @@ def save(
     write_atomically(path, model_writer(model, path), force=force)
 
 
-def model_writer(model: ExportedProgram | nn.Module, path: str | os.PathLike[str]) -> Writer:
+def model_writer(model: ExportedProgram | nn.Module | ir.Model, path: str | os.PathLike[str]) -> Writer:
     """Return a function that writes a model as ``save`` does; errors name ``path``. Raises InputError as ``save``."""
     if not is_model(model):
-        raise InputError(f"cannot save a {type(model).__name__}", allowed="ExportedProgram, nn.Module, GraphModule")
+        raise InputError(
+            f"cannot save a {type(model).__name__}", allowed="ExportedProgram, onnx_ir.Model, nn.Module, GraphModule"
+        )
     kind = kind_of(model)
+    if (raw := kind.onnx_bytes(model)) is not None:
+        return _bytes_writer(raw)
     if (program := kind.program(model)) is not None:
         return _program_writer(program, os.fspath(path))
     return _module_writer(kind.runnable(model), os.fspath(path))
+
+
+def _bytes_writer(raw: bytes) -> Writer:
+    def write(file: IO[bytes]) -> None:
+        file.write(raw)
+
+    return write
 
 
 def _program_writer(model: ExportedProgram, name: str) -> Writer:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from surgery.errors import InputError
+
 if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
@@ -56,6 +58,22 @@ class Kind(ABC):
     def program(self, model: Any) -> ExportedProgram | None:
         """Return the model if it is an exported program; None if it would have to be exported."""
         return None
+
+    def onnx_bytes(self, model: Any) -> bytes | None:
+        """Return the bytes of an ONNX file with the model, if it is an ONNX model; None if it has to be exported."""
+        return None
+
+    def kept(self, model: Any) -> Any:
+        """Return the JSON values of surgery that are kept with a model, in memory and in its file; None for none."""
+        return None
+
+    def keep(self, model: Any, values: Mapping[str, Any]) -> None:
+        """Keep JSON values with a model, in place of those that it has.
+
+        Raises:
+            InputError: models of this kind have no place for them.
+        """
+        raise InputError(f"a {self.label} has no place for a report", next_step="export it with torch.export first")
 
     def tensors(self, model: Any) -> Mapping[str, Any]:
         """Return the parameters and buffers of a model by name."""

@@ -163,6 +163,11 @@ class Observed(ABC):
         """Return the sites of the model; their calls can be watched."""
         return find(self._flow())
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients lead from the outputs to what is tapped."""
+        return True
+
     @abstractmethod
     def norms(self) -> Sequence[Norm]:
         """Return all batch norms with running statistics, each once."""

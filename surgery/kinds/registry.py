@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+import onnx_ir as ir
 import torch
 from torch import nn
 from torch.export import ExportedProgram
@@ -20,7 +21,7 @@ from surgery.kinds.program.kind import ProgramKind
 
 __all__ = ["KINDS", "Model", "check_inplace", "is_model", "kind_of", "observe", "open_model"]
 
-Model: TypeAlias = nn.Module | GraphModule | ExportedProgram
+Model: TypeAlias = nn.Module | GraphModule | ExportedProgram | ir.Model
 
 # the first kind that knows the class of a model opens it: a GraphModule is an nn.Module too
 KINDS: dict[str, Kind] = {

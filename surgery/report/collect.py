@@ -14,9 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch.export import ExportedProgram
-
 from surgery.errors import InputError
+from surgery.kinds.registry import Model, kind_of
 from surgery.passes.results import DecomposeResult, Search
 from surgery.report.content import VERSION
 from surgery.runtime.bench import Environment, Timing, environment
@@ -26,20 +25,21 @@ __all__ = ["attach", "collect", "read"]
 _KEY = "surgery"
 
 
-def attach(program: ExportedProgram, report: Mapping[str, Any]) -> None:
-    """Add a report to the record of a program; only the record changes."""
-    record = program.graph_module.meta.get(_KEY)
+def attach(model: Model, report: Mapping[str, Any]) -> None:
+    """Add a report to the record of a program or an ONNX model; only the record changes."""
+    kind = kind_of(model)
+    record = kind.kept(model)
     kept = record if isinstance(record, dict) else {"version": 1, "sites": {}}
-    program.graph_module.meta[_KEY] = {**kept, "report": dict(report)}
+    kind.keep(model, {**kept, "report": dict(report)})
 
 
-def read(program: ExportedProgram) -> dict[str, Any]:
-    """Return the report stored with a program, unchecked: if the program came from a file, do not trust its values.
+def read(model: Model) -> dict[str, Any]:
+    """Return the report stored with a model, unchecked: if the model came from a file, do not trust its values.
 
     Raises:
-        InputError: the program has no report.
+        InputError: the model has no report.
     """
-    record = program.graph_module.meta.get(_KEY)
+    record = kind_of(model).kept(model)
     report = record.get("report") if isinstance(record, dict) else None
     if not isinstance(report, dict):
         raise InputError(

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from surgery.errors import CaptureError, CheckError, InputError, only_own_errors
 from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs
 from surgery.kinds.onnx.session import open_session
-from surgery.kinds.registry import kind_of
+from surgery.kinds.registry import Model, kind_of
 from surgery.runtime.compare import (
     Difference,
     compare_outputs,
@@ -83,7 +83,7 @@ class ExportReport:
 
 @only_own_errors
 def export_onnx(
-    model: nn.Module | ExportedProgram,
+    model: Model,
     path: str | os.PathLike[str],
     example_inputs: Any = None,
     *,
@@ -103,6 +103,8 @@ def export_onnx(
     """
     target = Path(path)
     check_outputs([target], force=force)
+    if kind_of(model).onnx_bytes(model) is not None:
+        raise InputError("the model is an ONNX model already", next_step="write it with surgery.save")
     program, inputs = capture(model, example_inputs, seed=seed)
     exported = _to_onnx(program)
     with scratch_folder() as folder:
@@ -124,9 +126,7 @@ def export_onnx(
     )
 
 
-def capture(
-    model: nn.Module | ExportedProgram, example_inputs: Any = None, *, seed: int = 0
-) -> tuple[ExportedProgram, Inputs]:
+def capture(model: Model, example_inputs: Any = None, *, seed: int = 0) -> tuple[ExportedProgram, Inputs]:
     """Return the model as a program (a module's, in evaluation mode), and inputs that it runs on.
 
     Raises:

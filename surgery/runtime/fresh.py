@@ -26,6 +26,7 @@ from surgery.cost.timing import Speedup
 from surgery.errors import InputError, only_own_errors
 from surgery.kinds.inputs import Inputs
 from surgery.kinds.onnx.session import check_threads, open_session
+from surgery.kinds.registry import kind_of
 from surgery.runtime.bench import (
     ModelComparison,
     ModelTiming,
@@ -218,6 +219,10 @@ def _written(
 def _write(model: Any, given: _Given, inputs: Inputs, file: Path, name: str) -> _Written:
     if isinstance(model, ort.InferenceSession):
         session, file, feeds = model, Path(os.fspath(given)), feed(model, inputs)  # type: ignore[arg-type]  # a path
+    elif (raw := kind_of(model).onnx_bytes(model)) is not None:
+        file.write_bytes(raw)
+        session = open_session(file)
+        feeds = feed(session, inputs)
     else:
         program, _ = capture(model, inputs)
         export_onnx(program, file, inputs)

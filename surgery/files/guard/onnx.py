@@ -17,29 +17,56 @@ from google.protobuf.message import Message  # type: ignore[import-untyped]
 from surgery.errors import FileError, UnsafeFileError
 from surgery.system.opening import check_regular, read_regular, shown_name, shown_path
 
-__all__ = ["check_onnx"]
+__all__ = ["check_onnx", "external_bytes", "read_onnx"]
 
 _LARGEST = 2**31  # bytes of any protobuf message
 
 
 def check_onnx(path: Path) -> None:
     """Raise FileError if the file is not an ONNX model, and UnsafeFileError if its weights lie outside its folder."""
-    raw = read_regular(path, most=_LARGEST)
+    read_onnx(path, read_regular(path, most=_LARGEST))
+
+
+def read_onnx(path: Path, raw: bytes) -> onnx.ModelProto:
+    """Return the model in the bytes of a file at a path.
+
+    Raises:
+        FileError: they are not an ONNX model, or weights do not fit into the files that should hold them.
+        UnsafeFileError: weights lie outside of the folder of the file.
+    """
     try:
         model = onnx.ModelProto.FromString(raw)
     except Exception as error:  # protobuf's own errors differ from version to version
         raise FileError(f"{shown_path(path)}: is not an ONNX model, or is cut off", next_step="get it again") from error
+    if not model.graph.node and not model.graph.output:
+        raise FileError(f"{shown_path(path)}: is not an ONNX model: it has no graph", next_step="get it again")
     for location in dict.fromkeys(_locations(model)):
         _check_location(path, location)
+    return model
 
 
-def _locations(model: Message) -> Iterator[str]:
-    """Yield the locations of external data of all tensors in any part of a model."""
+def external_bytes(model: onnx.ModelProto) -> int:
+    """Return how many bytes the weights outside of a model's own file take, by the sizes that the model says."""
+    total = 0
+    for tensor in _external(model):
+        said = {entry.key: entry.value for entry in tensor.external_data}.get("length", "")
+        total += int(said) if said.isascii() and said.isdigit() and len(said) < 20 else 0
+    return total
+
+
+def _locations(model: onnx.ModelProto) -> Iterator[str]:
+    for tensor in _external(model):
+        yield from (entry.value for entry in tensor.external_data if entry.key == "location")
+
+
+def _external(model: Message) -> Iterator[onnx.TensorProto]:
+    """Yield all tensors with external data in any part of a model."""
     pending = [model]
     while pending:
         part = pending.pop()
         if isinstance(part, onnx.TensorProto):
-            yield from (entry.value for entry in part.external_data if entry.key == "location")
+            if part.external_data:
+                yield part
             continue
         for _, value in part.ListFields():
             if isinstance(value, Message):

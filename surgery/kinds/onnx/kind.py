@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import nn
 
+from surgery.errors import InputError
 from surgery.kinds.base import Access, Kind
 from surgery.kinds.inputs import Declared, Inputs, Signature, given_inputs, random_tensor
 from surgery.kinds.onnx.read import Reader
-from surgery.kinds.onnx.run import OnnxModule
+from surgery.kinds.onnx.run import OnnxModule, serialise
 from surgery.kinds.onnx.tensors import DTYPES, to_torch
-from surgery.kinds.onnx.write import OpenOnnx
+from surgery.kinds.onnx.write import RECORD, OpenOnnx, read_metadata
 
-__all__ = ["OnnxKind"]
+__all__ = ["OnnxKind", "random_inputs"]
 
 
 def _inputs(model: ir.Model) -> list[ir.Value]:
@@ -34,6 +37,31 @@ def _dtype(value: ir.Value) -> torch.dtype | None:
     return None if value.dtype is None else DTYPES.get(value.dtype)
 
 
+def random_inputs(
+    model: ir.Model, *, seed: int = 0, shapes: Mapping[str | int, Sequence[int]] = MappingProxyType({})
+) -> Inputs:
+    """Return random inputs of the shapes that a model declares; sizes that may vary are 1.
+
+    ``shapes`` are those of other inputs, by name or by place.
+
+    Raises:
+        InputError: an input is not a tensor of numbers, or no shape of it is known; or a shape is that of no input.
+    """
+    made, values = [], _inputs(model)
+    known = [value.name or "" for value in values]
+    if unknown := [key for key in shapes if key not in known and key not in range(len(known))]:
+        raise InputError(f"the model has no input {unknown[0]}", allowed=", ".join(known))
+    for number, (name, value) in enumerate(zip(known, values, strict=True)):
+        dtype, shape = _dtype(value), shapes.get(name, shapes.get(number))
+        if dtype is None:
+            raise InputError(f"the input {name} is not a tensor of numbers", next_step="give example_inputs")
+        if shape is None and value.shape is None:
+            raise InputError(f"the input {name} declares no shape", next_step=f"give --input-shape {name}:N,N,...")
+        sizes = shape or [size if isinstance(size, int) else 1 for size in _sizes(value)]
+        made.append(random_tensor(sizes, dtype, seed=seed + number, name=name))
+    return tuple(made), {}
+
+
 class OnnxKind(Kind):
     """ONNX models, as ``onnx_ir`` holds them: their nodes are rewritten in a copy."""
 
@@ -49,20 +77,26 @@ class OnnxKind(Kind):
         """Return a module that runs a model under onnxruntime."""
         return OnnxModule(model)
 
+    def onnx_bytes(self, model: ir.Model) -> bytes | None:
+        """Return the bytes of a file with the model, with all weights inside."""
+        return serialise(model)
+
+    def kept(self, model: ir.Model) -> Any:
+        """Return what the metadata of a model have."""
+        return read_metadata(model)
+
+    def keep(self, model: ir.Model, values: Mapping[str, Any]) -> None:
+        """Put values into the metadata of a model."""
+        model.metadata_props[RECORD] = json.dumps(values, allow_nan=False)
+
     def tensors(self, model: ir.Model) -> Mapping[str, Any]:
         """Return the weights of a model by name."""
         return {name: to_torch(tensor) for name, tensor in Reader(model.graph).parameters.items()}
 
     def brought_inputs(self, model: ir.Model, *, seed: int = 0) -> Inputs | None:
         """Return random inputs of the shapes that a model declares; sizes that may vary are 1. None if it cannot."""
-        made = []
-        for number, value in enumerate(_inputs(model)):
-            dtype = _dtype(value)
-            if dtype is None or value.shape is None:
-                return None
-            sizes = [size if isinstance(size, int) else 1 for size in _sizes(value)]
-            made.append(random_tensor(sizes, dtype, seed=seed + number, name=value.name or ""))
-        return tuple(made), {}
+        known = all(_dtype(value) is not None and value.shape is not None for value in _inputs(model))
+        return random_inputs(model, seed=seed) if known else None
 
     def signature(self, model: ir.Model, example: Inputs) -> Signature:
         """Return how a model is called."""

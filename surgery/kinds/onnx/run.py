@@ -41,15 +41,25 @@ def serialise(model: ir.Model) -> bytes:
     Raises:
         InputError: it would take more than 2 GiB.
     """
-    if any(isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values()):
+    if any(isinstance(tensor, ir.ExternalTensor) for tensor in _tensors(model)):
         model = model.clone()
-        ir.external_data.load_to_model(model)
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+        for graph in model.graphs():
+            for value in graph.initializers.values():
+                if isinstance(value.const_value, ir.ExternalTensor):
+                    tensor = value.const_value
+                    value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+    size = sum(tensor.nbytes for tensor in _tensors(model))
     if size > _MOST_BYTES:
         what = f"the weights take {size / 2**30:.1f} GiB"
         raise InputError(what, allowed="ONNX models below 2 GiB", next_step="take the model from before its export")
     found: bytes = ir.to_proto(model).SerializeToString()
     return found
+
+
+def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """Yield all initializers of a model, also those of bodies."""
+    for graph in model.graphs():
+        yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
 
 
 def arrays_of(reader: Reader, inputs: Inputs) -> dict[str, _Array]:
@@ -198,6 +208,11 @@ class ObservedOnnx(Observed):
 
         self.tap(call, pass_on)
         spoiled()
+
+    @property
+    def differentiable(self) -> bool:
+        """Return False: onnxruntime computes no gradients."""
+        return False
 
     def norms(self) -> Sequence[Norm]:
         """Return nothing: the statistics of batch norms stay as they are."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import onnx_ir as ir
 from torch import Tensor
@@ -59,10 +60,23 @@ from surgery.sites import (
 )
 from surgery.system.importing import Lazy
 
-__all__ = ["RECORD", "OpenOnnx", "read_record"]
+__all__ = ["RECORD", "OpenOnnx", "read_metadata", "read_record"]
 
 RECORD = "surgery"  # in metadata_props
 _ALL_INPUTS = 4  # before this version of the format, every initializer is an input too
+
+
+def read_metadata(model: ir.Model) -> Any:
+    """Return the JSON values of surgery in the metadata of a model; None if there are none.
+
+    Raises:
+        FileError: they are not JSON.
+    """
+    said = model.metadata_props.get(RECORD)
+    try:
+        return None if said is None else json.loads(said)
+    except (ValueError, RecursionError) as error:
+        raise FileError("has a damaged record of factored layers", next_step="get the file again") from error
 
 
 def read_record(model: ir.Model) -> Record:
@@ -71,14 +85,8 @@ def read_record(model: ir.Model) -> Record:
     Raises:
         FileError: the record is damaged.
     """
-    said = model.metadata_props.get(RECORD)
-    if said is None:
-        return Record()
-    try:
-        value = json.loads(said)
-    except (ValueError, RecursionError) as error:
-        raise FileError("has a damaged record of factored layers", next_step="get the file again") from error
-    return Record.from_json(value)
+    value = read_metadata(model)
+    return Record() if value is None else Record.from_json(value)
 
 
 class OpenOnnx(OpenModel):
@@ -154,7 +162,9 @@ class OpenOnnx(OpenModel):
         if name in self._names:
             raise CheckError(f"the graph has a value named {name} already", next_step="rename that value")
         numbers = to_ir(tensor, name)
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(numbers.dtype), const_value=numbers)
+        value = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(numbers.dtype), const_value=numbers
+        )
         self.graph.register_initializer(value)
         self._names.add(name)
         if self.model.ir_version < _ALL_INPUTS:

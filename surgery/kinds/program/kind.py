@@ -104,6 +104,14 @@ class ProgramKind(Kind):
         """Return the program itself."""
         return model
 
+    def kept(self, model: ExportedProgram) -> Any:
+        """Return what the graph module of a program has in its metadata."""
+        return model.graph_module.meta.get("surgery")
+
+    def keep(self, model: ExportedProgram, values: Mapping[str, Any]) -> None:
+        """Put values into the metadata of the graph module."""
+        model.graph_module.meta["surgery"] = dict(values)
+
     def tensors(self, model: ExportedProgram) -> Mapping[str, Any]:
         """Return the state of a program."""
         return model.state_dict
