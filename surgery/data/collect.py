@@ -42,7 +42,7 @@ from surgery.text import first_line
 
 __all__ = ["Progress", "collect", "rows_of", "with_sensitivity"]
 
-_NOISY = 16  # samples at most, if noise has to do
+_NOISY, _DRAWS = 16, 4  # samples at most, and draws for each batch, if noise has to do
 _SAMPLES, _BATCH = 512, 8  # samples at most, in batches of at most this size
 
 
@@ -123,7 +123,7 @@ def _by_noise(
         if progress is not None:
             progress("differentiate", done, len(placements))
         noisy = name
-        pairs = zip(batches, clean, strict=True)
+        pairs = [pair for pair in zip(batches, clean, strict=True) for _ in range(_DRAWS)]
         moved = [_moved(_visible_leaves(observed, outputs, batch), was) for batch, was in pairs]
         variance = (_NOISE * scales.get(name, 0.0)) ** 2
         if variance:

@@ -40,14 +40,13 @@ from torch.export.pt2_archive._package import load_pt2
 
 from surgery.errors import FileError, InputError, SurgeryError, UnsafeFileError, only_own_errors
 from surgery.files.guard.archive import check_archive, entry_names, rewrite
-from surgery.files.guard.onnx import external_bytes, read_onnx
 from surgery.files.guard.sizes import check_fit, check_program_sizes
 from surgery.files.memory import check_room, file_need, program_need
+from surgery.files.onnx_model import read_model
 from surgery.files.pretrained import note_record
 from surgery.files.save import RECORD_KEY
 from surgery.files.structure import give_structure, tie
 from surgery.kinds.layers.carried import copy_module
-from surgery.kinds.onnx.write import read_record
 from surgery.kinds.registry import is_model
 from surgery.sites import Record
 from surgery.system.importing import import_function
@@ -245,14 +244,7 @@ def _record(said: Any) -> Record:
 
 
 def _load_onnx(source: _Source) -> ir.Model:
-    proto = read_onnx(source.path, source.raw)
-    check_room(file_need(len(source.raw) + external_bytes(proto)), source.memory)
-    model = ir.serde.deserialize_model(proto)
-    folder = os.path.realpath(source.path.parent)
-    for graph in model.graphs():
-        ir.external_data.set_base_dir(graph, folder)
-    read_record(model)  # a damaged one is told before any work
-    return model
+    return read_model(source.path, source.raw, memory=source.memory)
 
 
 def _unwrap(found: Any) -> dict[str, torch.Tensor]:

@@ -14,10 +14,11 @@ from torch import nn
 from surgery.errors import InputError
 from surgery.kinds.base import Access, Kind
 from surgery.kinds.inputs import Declared, Inputs, Signature, given_inputs, random_tensor
+from surgery.kinds.onnx.graph import RECORD, read_metadata
 from surgery.kinds.onnx.read import Reader
 from surgery.kinds.onnx.run import OnnxModule, serialise
 from surgery.kinds.onnx.tensors import DTYPES, to_torch
-from surgery.kinds.onnx.write import RECORD, OpenOnnx, read_metadata
+from surgery.kinds.onnx.write import OpenOnnx
 
 __all__ = ["OnnxKind", "random_inputs"]
 

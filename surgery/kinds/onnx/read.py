@@ -10,7 +10,7 @@ MatMul by a weight and the Add of a bias after it are one call.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,10 +21,11 @@ from torch import Tensor
 from surgery.algebra import Conv, Embedding, Geometry, Linear, Operator, Shift, Transpose, Unflatten
 from surgery.algebra.steps import Flatten, Link
 from surgery.errors import Refusal
-from surgery.kinds.onnx.tensors import FLOATS, numbers_of, shape_of, to_torch
-from surgery.sites import Activation, BatchNorm, Call, Element, Epilogue, Left, Other, Reshape, Skip, Sum, site_name
+from surgery.kinds.onnx.left import DENSE, inside, is_plain, left_of
+from surgery.kinds.onnx.tensors import FLOATS, shape_of, to_torch
+from surgery.sites import Activation, BatchNorm, Call, Element, Epilogue, Left, Other, Reshape, Sum
 
-__all__ = ["MARK", "Reader", "attributes_of", "is_plain"]
+__all__ = ["MARK", "Reader", "Weight", "attributes_of"]
 
 MARK = "surgery"  # in the metadata of a reshape that belongs to a chain: what it does
 
@@ -32,21 +33,6 @@ _EPILOGUES: dict[str, Epilogue] = {
     "BatchNormalization": BatchNorm(),
     **{kind: Activation(kind) for kind in ("Relu", "Sigmoid", "Tanh", "Clip")},
 }
-_RECURRENT = ("LSTM", "GRU", "RNN")
-_QUANTIZED = (
-    *("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul", "QGemm", "DynamicQuantizeLSTM"),
-    *("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits", "QAttention", "QEmbedLayerNormalization"),
-)
-_FUSED = (
-    *("FusedConv", "FusedMatMul", "FusedGemm", "FusedMatMulActivation", "BiasGelu", "Attention", "NhwcFusedConv"),
-    *("MultiHeadAttention", "EmbedLayerNormalization", "SkipLayerNormalization"),
-)
-_DENSE = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0, "Einsum": 1}  # where the weight stands
-
-
-def is_plain(node: ir.Node) -> bool:
-    """Whether a node is of ONNX's own operators."""
-    return node.domain in ("", "ai.onnx")
 
 
 def attributes_of(node: ir.Node) -> dict[str, Any]:
@@ -55,7 +41,7 @@ def attributes_of(node: ir.Node) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Weight:
+class Weight:
     """A weight: the value that holds its numbers, and the numbers."""
 
     root: ir.Value
@@ -63,14 +49,17 @@ class _Weight:
 
     @property
     def name(self) -> str:
+        """The name of the value."""
         return self.root.name or ""
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the numbers."""
         return shape_of(self.tensor)
 
     @cached_property
     def numbers(self) -> Tensor:
+        """The numbers, which must not be changed."""
         return to_torch(self.tensor)
 
 
@@ -86,8 +75,8 @@ class Reader:
         self.numbers = {value: number for number, value in enumerate(self.values, start)}
         self.end = start + len(self.values)  # stands for the outputs of the graph
         # each node of a body counts as the node of this graph around it
-        self.around = {inner: node for node in self.nodes for inner in (node, *_inside(node))}
-        self._weights: dict[ir.Value, _Weight | None] = {}
+        self.around = {inner: node for node in self.nodes for inner in (node, *inside(node))}
+        self._weights: dict[ir.Value, Weight | None] = {}
 
     def label(self, value: int) -> str:
         """Return the graph's own name of a value."""
@@ -101,7 +90,7 @@ class Reader:
         """Return the number that stands for a node of this graph: that of its first output."""
         return self.numbers[node.outputs[0]]
 
-    def weight(self, value: ir.Value | None) -> _Weight | None:
+    def weight(self, value: ir.Value | None) -> Weight | None:
         """Return the weight that a value is, behind Identity nodes; None if it is none."""
         if value is None:
             return None
@@ -109,7 +98,7 @@ class Reader:
             self._weights[value] = self._find_weight(value)
         return self._weights[value]
 
-    def _find_weight(self, value: ir.Value) -> _Weight | None:
+    def _find_weight(self, value: ir.Value) -> Weight | None:
         while (node := value.producer()) is not None and node.op_type == "Identity" and is_plain(node):
             if node.inputs[0] is None:
                 return None
@@ -117,7 +106,7 @@ class Reader:
         tensor = value.const_value if value.is_initializer() else None
         if node is not None and node.op_type == "Constant" and is_plain(node) and "value" in node.attributes:
             tensor = node.attributes["value"].value
-        return None if tensor is None else _Weight(value, tensor)
+        return None if tensor is None else Weight(value, tensor)
 
     @cached_property
     def users(self) -> Mapping[int, frozenset[int]]:
@@ -211,11 +200,17 @@ class Reader:
 
     def call(self, node: ir.Node) -> Call | Refusal | None:
         """Return the call that a node is; a refusal for the call of a weight that is left alone; else None."""
-        reads = {"Conv": self._conv, "ConvTranspose": self._conv, "Gemm": self._gemm, "MatMul": self._matmul}
-        read = reads.get(node.op_type, self._gather if node.op_type == "Gather" else None)
+        reads: dict[str, Callable[[ir.Node, Weight], Call | Refusal | None]] = {
+            "Conv": self._conv,
+            "ConvTranspose": self._conv,
+            "Gemm": self._gemm,
+            "MatMul": self._matmul,
+            "Gather": self._gather,
+        }
+        read = reads.get(node.op_type)
         if read is None:
             return None
-        at = _DENSE[node.op_type]
+        at = DENSE[node.op_type]
         weight = self.weight(node.inputs[at])
         if weight is None or len(weight.shape) < 2:
             return None
@@ -225,8 +220,8 @@ class Reader:
             return Refusal("it is computed from constants alone")
         return read(node, weight)
 
-    def _make(self, node: ir.Node, operator: Operator, weight: _Weight, bias: str | None = None, **more: Any) -> Call:
-        source = node.inputs[1 - _DENSE[node.op_type]]
+    def _make(self, node: ir.Node, operator: Operator, weight: Weight, bias: str | None = None, **more: Any) -> Call:
+        source = node.inputs[1 - DENSE[node.op_type]]
         assert source is not None
         return Call(self.number(node), self.numbers[source], operator, weight.name, bias, **more)
 
@@ -242,7 +237,7 @@ class Reader:
             return Refusal(f"its bias has the shape {'x'.join(map(str, bias.shape)) or 'of a number'}, not {out}")
         return bias.name, bias.numbers, None
 
-    def _conv(self, node: ir.Node, weight: _Weight) -> Call | Refusal:
+    def _conv(self, node: ir.Node, weight: Weight) -> Call | Refusal:
         said = attributes_of(node)
         transposed, groups = node.op_type == "ConvTranspose", int(said.get("group", 1))
         if not 1 <= len(weight.shape) - 2 <= 3:
@@ -258,7 +253,7 @@ class Reader:
         operator = Conv(weight.numbers, geometry, groups, bias=numbers)
         return self._make(node, operator, weight, name, computed_bias=computed)
 
-    def _gemm(self, node: ir.Node, weight: _Weight) -> Call | Refusal:
+    def _gemm(self, node: ir.Node, weight: Weight) -> Call | Refusal:
         said = attributes_of(node)
         if said.get("transA", 0) or said.get("alpha", 1.0) != 1.0 or said.get("beta", 1.0) != 1.0:
             return Refusal("it is a Gemm with transA, alpha or beta")
@@ -270,7 +265,7 @@ class Reader:
         name, shift, computed = bias
         return self._make(node, Linear(numbers, bias=shift), weight, name, stored=stored, computed_bias=computed)
 
-    def _matmul(self, node: ir.Node, weight: _Weight) -> Call | Refusal:
+    def _matmul(self, node: ir.Node, weight: Weight) -> Call | Refusal:
         if len(weight.shape) != 2:
             return Refusal("its weight is a batch of matrices")
         plain = self._make(node, Linear(weight.numbers.mT), weight, stored="in_out")
@@ -291,7 +286,7 @@ class Reader:
             reader=number,
         )
 
-    def _added(self, node: ir.Node, out: int) -> tuple[ir.Value, _Weight] | None:
+    def _added(self, node: ir.Node, out: int) -> tuple[ir.Value, Weight] | None:
         """Return the value and the bias of the one Add that reads a product, if it adds a bias."""
         product = node.outputs[0]
         uses = list(product.uses())
@@ -304,7 +299,7 @@ class Reader:
         known = bias is not None and bias.shape == (out,) and bias.name in self.parameters
         return (addition.outputs[0], bias) if known and bias is not None else None
 
-    def _gather(self, node: ir.Node, weight: _Weight) -> Call | Refusal | None:
+    def _gather(self, node: ir.Node, weight: Weight) -> Call | Refusal | None:
         if attributes_of(node).get("axis", 0) != 0 or len(weight.shape) != 2:
             return None  # not rows of a table
         return self._make(node, Embedding(weight.numbers), weight)
@@ -312,88 +307,7 @@ class Reader:
     @cached_property
     def left(self) -> tuple[Left, ...]:
         """What reads weights, but is not the call of an operator, with reasons."""
-        found = []
-        for node in self.nodes:
-            for inner in (node, *_inside(node)):
-                reason = self._reason(inner) if inner is node else self._reason_inside(inner, node)
-                if reason is not None:
-                    found.append(Left(self._skip(inner, reason), (self.number(node),)))
-        return tuple(found)
-
-    def _skip(self, node: ir.Node, reason: str) -> Skip:
-        weights = [found for value in node.inputs if (found := self.weight(value)) is not None]
-        known = [found for found in weights if found.name in self.parameters and len(found.shape) > 1]
-        name = site_name(known[0].name) if known else node.name or node.outputs[0].name or node.op_type
-        return Skip(name, node.op_type, reason, sum(numbers_of(found.tensor) for found in known))
-
-    def _reason(self, node: ir.Node) -> str | None:
-        """Return why a node that multiplies by a weight is left alone; None if it is a call, or no such node."""
-        if node.op_type in _QUANTIZED:
-            return f"it is quantized ({node.op_type}); decompose before you quantize"
-        if node.op_type in _FUSED and not is_plain(node):
-            return f"{node.op_type} is an operator of onnxruntime's optimizer; give the file from before"
-        if not is_plain(node):
-            return None
-        if node.op_type in _RECURRENT:
-            return f"the weights of {node.op_type} are left whole in ONNX files"
-        call = self.call(node)
-        if isinstance(call, Refusal):
-            return call.reason
-        if call is None and node.op_type in _DENSE:
-            return self._computed(node)
-        return None
-
-    def _reason_inside(self, node: ir.Node, around: ir.Node) -> str | None:
-        if node.op_type in _RECURRENT or node.op_type in _QUANTIZED:
-            return f"it is inside of a body of {around.op_type}"
-        if node.op_type not in _DENSE or not is_plain(node):
-            return None
-        weight = self.weight(node.inputs[_DENSE[node.op_type]])
-        if weight is None or len(weight.shape) < 2 or (node.op_type == "Gather" and len(weight.shape) != 2):
-            return None
-        return f"it is inside of a body of {around.op_type}"
-
-    def _computed(self, node: ir.Node) -> str | None:
-        """Return why a weight that is computed from constants is left alone; None for products of two activations."""
-        places = (0,) if node.op_type == "Gather" else (1, 0) if node.op_type in ("MatMul", "Einsum") else (1,)
-        for at in places:
-            value = node.inputs[at] if at < len(node.inputs) else None
-            weight = self.weight(value)
-            if weight is not None and len(weight.shape) > 1 and weight.tensor.dtype in FLOATS:
-                if node.op_type == "Gather":
-                    return None
-                return "its weight stands on the left" if node.op_type == "MatMul" else f"{node.op_type} uses it"
-            producer = None if value is None else value.producer()
-            if producer is not None and weight is None and self._is_constant(value):
-                return None if node.op_type == "Gather" else f"its weight is computed by {producer.op_type}"
-        return None
-
-    def _is_constant(self, value: ir.Value | None, depth: int = 8) -> bool:
-        """Whether a value is computed from constants alone, among them one with two axes."""
-        waiting, large = [(value, depth)], False
-        while waiting:
-            one, left = waiting.pop()
-            if one is None:
-                continue
-            weight = self.weight(one)
-            if weight is not None:
-                large = large or len(weight.shape) > 1
-                continue
-            node = one.producer()
-            if node is None or not left:
-                return False
-            waiting += [(each, left - 1) for each in node.inputs]
-        return large
-
-
-def _inside(node: ir.Node) -> Iterator[ir.Node]:
-    """Yield all nodes in the bodies of a node, also in the bodies inside of these."""
-    for attribute in node.attributes.values():
-        graphs = {ir.AttributeType.GRAPH: lambda a: [a.value], ir.AttributeType.GRAPHS: lambda a: list(a.value)}
-        for graph in graphs[attribute.type](attribute) if attribute.type in graphs else ():
-            for inner in graph:
-                yield inner
-                yield from _inside(inner)
+        return left_of(self)
 
 
 def _geometry(

@@ -1,0 +1,129 @@
+"""Write a chain into an ONNX graph: its nodes in front of a node, and each of its weights as one initializer."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from torch import Tensor
+
+from surgery.algebra import Branches, Conv, Embedding, Flatten, Linear, Operator, Shape, Transpose, Unflatten
+from surgery.errors import InputError
+from surgery.kinds.onnx.graph import EditedGraph
+from surgery.kinds.onnx.nodes import (
+    NodeWriter,
+    write_conv,
+    write_embedding,
+    write_linear,
+    write_reshape,
+    write_transpose,
+)
+from surgery.kinds.onnx.read import MARK
+from surgery.kinds.onnx.tensors import to_torch
+
+__all__ = ["ChainWriter"]
+
+
+class ChainWriter(NodeWriter):
+    """Writes the nodes of a chain on values of a graph; each weight becomes one initializer.
+
+    ``named`` has the name of each weight and its numbers, by the identity of the tensor. The weights of linear layers
+    are stored transposed if ``turned``.
+    """
+
+    def __init__(self, graph: EditedGraph, *, turned: bool) -> None:
+        super().__init__()
+        self._graph, self.turned = graph, turned
+        self.named: dict[int, tuple[str, Tensor]] = {}
+        self._made: dict[str, ir.Value] = {}
+        self._known: dict[str, ir.Value] = {}
+        self._marks: dict[int, str] = {}  # what a reshape does, for the reader
+
+    def start(self, source: ir.Value) -> None:
+        """Begin with a value of the graph."""
+        self.nodes, self.constants, self._known, self._marks = [], [], {}, {}
+        self.value = self._know(source)
+
+    def _know(self, value: ir.Value) -> str:
+        name = f"known_{len(self._known)}"
+        self._known[name] = value
+        return name
+
+    def weight(self, tensor: Tensor, *, turned: bool = False) -> str:
+        """Return the name of the initializer of a factor; it is added at its first use."""
+        name, numbers = self.named[id(tensor)]
+        if name not in self._made:
+            self._made[name] = self._graph.add_parameter(name, numbers.mT if turned else numbers)
+        return self._know(self._made[name])
+
+    def read(self, op_type: str, value: ir.Value) -> None:
+        """Append a node on the current value and on a value of the graph."""
+        self.apply(op_type, self._know(value))
+
+    def operator(self, operator: Operator, *, gemm: bool, bias: ir.Value | None) -> None:
+        """Append an operator; its bias is a value of the graph."""
+        plain = operator.with_bias(None)
+        if isinstance(plain, Linear):
+            write_linear(self, plain, gemm=gemm, turned=self.turned)
+            if bias is not None and not gemm:
+                self.read("Add", bias)
+                return
+        elif isinstance(plain, Embedding):
+            write_embedding(self, plain)
+        elif isinstance(plain, Conv):
+            write_conv(self, plain)
+        else:
+            raise InputError(f"there is no known ONNX node for {type(plain).__name__}")
+        if bias is not None:
+            self.nodes[-1].input.append(self._know(bias))
+
+    def branches(self, step: Branches, *, gemm: bool, bias: ir.Value | None) -> None:
+        """Append the rows of a sum, of which the last has the bias, and the sum."""
+        source, values = self.value, []
+        for row in step.rows:
+            self.value = source
+            for operator in row:
+                last = operator is step.rows[-1][-1]
+                self.operator(operator, gemm=gemm, bias=bias if last else None)
+            values.append(self.value)
+        self.value = values[0]
+        for value in values[1:]:
+            self.apply("Add", value)
+
+    def reshape(self, step: Unflatten | Flatten | Transpose, shape: Shape) -> None:
+        """Append a reshape or a transpose of a value of this shape; the first axes may have any size."""
+        if isinstance(step, Transpose):
+            write_transpose(self, len(shape), step.first, step.second)
+            return
+        at = len(shape) + (step.dim if isinstance(step, Unflatten) else step.start)
+        out = step.out_shape(shape)
+        write_reshape(self, [0] * at + list(out[at:]))
+        words: tuple[object, ...] = ("flatten", step.start, step.end) if isinstance(step, Flatten) else ()
+        if isinstance(step, Unflatten):
+            words = ("unflatten", step.dim, *step.sizes)
+        self._marks[len(self.nodes) - 1] = " ".join(map(str, words))
+
+    def finish(self, *, before: ir.Node) -> ir.Value:
+        """Insert the nodes in front of a node, and return their last value."""
+        for constant in self.constants:
+            name = self._graph.new_name("surgery.sizes")
+            self._known[constant.name] = self._graph.add_parameter(
+                name, to_torch(ir.serde.deserialize_tensor(constant))
+            )
+        stem = before.outputs[0].name or before.op_type
+        last: ir.Value | None = None
+        for number, proto in enumerate(self.nodes):
+            marks = {MARK: self._marks[number]} if number in self._marks else None
+            node = ir.Node(
+                "",
+                proto.op_type,
+                [self._known[name] for name in proto.input],
+                [ir.from_proto(attribute) for attribute in proto.attribute],
+                num_outputs=len(proto.output),
+                metadata_props=marks,
+            )
+            for name, output in zip(proto.output, node.outputs, strict=True):
+                output.name = self._graph.note_name(self._graph.new_name(f"{stem}.{name}"))
+                self._known[name] = output
+            before.graph.insert_before(before, node)  # type: ignore[union-attr]
+            last = node.outputs[0]
+        assert last is not None  # a chain has a step
+        return last

@@ -1,0 +1,167 @@
+"""An ONNX graph that is being changed: its numbered values, its weights and names, and its record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+from torch import Tensor
+
+from surgery.errors import CheckError, FileError
+from surgery.kinds.onnx.read import Reader
+from surgery.kinds.onnx.tensors import to_ir
+from surgery.sites import Call, Record
+
+__all__ = ["RECORD", "EditedGraph", "producer_of", "read_metadata", "read_record"]
+
+RECORD = "surgery"  # in metadata_props
+_ALL_INPUTS = 4  # before this version of the format, every initializer is an input too
+
+
+def read_metadata(model: ir.Model) -> Any:
+    """Return the JSON values of surgery in the metadata of a model; None if there are none.
+
+    Raises:
+        FileError: they are not JSON.
+    """
+    said = model.metadata_props.get(RECORD)
+    try:
+        return None if said is None else json.loads(said)
+    except (ValueError, RecursionError) as error:
+        raise FileError("has a damaged record of factored layers", next_step="get the file again") from error
+
+
+def read_record(model: ir.Model) -> Record:
+    """Return the record that a model carries; an empty record if there is none.
+
+    Raises:
+        FileError: the record is damaged.
+    """
+    value = read_metadata(model)
+    return Record() if value is None else Record.from_json(value)
+
+
+class EditedGraph:
+    """A graph with its readings, the last of which is ``reader``, and its record."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model, self.graph = model, model.graph
+        self.record = read_record(model)
+        self.reader = Reader(self.graph)
+        self._readers = [self.reader]
+        self._now: dict[ir.Value, ir.Value] = {}  # what stands in the place of a value
+        self._names = {value.name for value in _all_values(self.graph)} | set(self.graph.initializers)
+
+    def reread(self) -> None:
+        """Read the graph as it is now; the numbers of earlier values stay valid."""
+        self._readers.append(Reader(self.graph, self.reader.end + 1))
+        self.reader = self._readers[-1]
+
+    def value(self, number: int) -> ir.Value:
+        """Return the value that has a number, or what stands in its place now."""
+        reader = next(each for each in reversed(self._readers) if each.start <= number)
+        value = reader.values[number - reader.start]
+        while value in self._now:
+            value = self._now[value]
+        return value
+
+    def parameter(self, name: str) -> ir.Value:
+        """Return the value of a weight or a bias by its name."""
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        return next(node.outputs[0] for node in self.graph if node.outputs and node.outputs[0].name == name)
+
+    def add_parameter(self, name: str, tensor: Tensor) -> ir.Value:
+        """Add an initializer."""
+        if name in self._names:
+            raise CheckError(f"the graph has a value named {name} already", next_step="rename that value")
+        numbers = to_ir(tensor, name)
+        value = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(numbers.dtype), const_value=numbers
+        )
+        self.graph.register_initializer(value)
+        self._names.add(name)
+        if self.model.ir_version < _ALL_INPUTS:
+            self.graph.inputs.append(value)
+        return value
+
+    def drop_unused(self, value: ir.Value) -> None:
+        """Drop a weight or a bias that nothing reads any more, and the nodes that passed it on."""
+        for use in list(value.uses()):
+            passed = use.node.outputs[0]
+            if use.node.op_type == "Identity" and not list(passed.uses()) and not passed.is_graph_output():
+                self.graph.remove(use.node, safe=True)
+        if list(value.uses()) or value.is_graph_output():
+            return
+        name = value.name or ""
+        self._names.discard(name)
+        if value.is_initializer():
+            if value in self.graph.inputs:
+                self.graph.inputs.remove(value)
+            del self.graph.initializers[name]
+        elif (node := value.producer()) is not None:
+            self.graph.remove(node, safe=True)
+
+    def is_read_by_others(self, name: str, calls: Sequence[Call]) -> bool:
+        """Whether something besides these calls reads a parameter."""
+        own = {number for call in calls for number in (call.value, call.user)}
+        return bool(self.reader.uses.get(name, frozenset()) - own)
+
+    def set_numbers(self, value: ir.Value, tensor: Tensor) -> None:
+        """Give a weight or a bias other numbers."""
+        numbers = to_ir(tensor, value.name or "")
+        producer = value.producer()
+        if producer is None:
+            value.const_value = numbers
+        else:
+            producer.attributes["value"] = ir.AttrTensor("value", numbers)
+
+    def new_name(self, stem: str) -> str:
+        """Return a name that no value has."""
+        name, number = stem, 1
+        while name in self._names:
+            name, number = f"{stem}_{number}", number + 1
+        return name
+
+    def note_name(self, name: str) -> str:
+        """Return a name; no other value gets it from now on."""
+        self._names.add(name)
+        return name
+
+    def rename(self, before: str, after: str) -> None:
+        """Rename an initializer."""
+        value = self.graph.initializers[before]
+        del self.graph.initializers[before]
+        value.name = after
+        if value.const_value is not None:
+            value.const_value.name = after
+        self.graph.initializers[after] = value
+        self._names.discard(before)
+        self._names.add(after)
+
+    def stand_in(self, old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node]) -> None:
+        """Let one value stand in the place of another, under its name, and remove the nodes that computed that."""
+        name, new.type, new.shape = old.name, old.type, old.shape
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        self._now[old] = new
+        self.graph.remove(nodes, safe=True)
+        old.name, new.name = None, name
+
+
+def producer_of(value: ir.Value) -> ir.Node:
+    """Return the node that gives a value."""
+    node = value.producer()
+    assert node is not None  # a node gives the value of a call
+    return node
+
+
+def _all_values(graph: ir.Graph) -> list[ir.Value]:
+    """Return the values of a graph and of all bodies in it."""
+    found = [*graph.inputs]
+    for node in graph.all_nodes():
+        found += node.outputs
+    for inner in graph.subgraphs():
+        found += [*inner.inputs, *inner.initializers.values()]
+    return found

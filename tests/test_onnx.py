@@ -1,0 +1,490 @@
+"""ONNX models: sites wherever weights lie, chains in their places and back, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import pytest
+import torch
+from click.testing import CliRunner
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+import surgery
+from surgery.algebra import relative_error
+from surgery.cli.group import cli
+from surgery.cost.onnxruntime.model import build_model
+from surgery.data.collect import collect, with_sensitivity
+from surgery.data.samples import read_calibration
+from surgery.errors import FileError, InputError
+from surgery.factorizations import Factorization
+from surgery.kinds.onnx.tensors import to_torch
+from surgery.kinds.registry import kind_of
+from surgery.passes.preview import find_sites
+from surgery.runtime.compare import run_model
+from tests.cases import Case
+from tests.fitted import FITS, each, rank_choices
+from tests.tolerances import reduction, tolerance
+
+
+def is_one_node(case: Case) -> bool:
+    """Whether ONNX says an operator with one node, or two for a bias: other paddings than zeros have a Pad in front."""
+    geometry = getattr(case.operator, "geometry", None)
+    return case.dtype in (torch.float32, torch.float64) and (geometry is None or geometry.padding_mode == "zeros")
+
+
+PLAIN = [(case, method) for case, method in FITS if is_one_node(case)]
+
+
+def outputs(model: ir.Model, *inputs: Any) -> list[Tensor]:
+    return [leaf for leaf in run_model(model, (inputs, {})) if isinstance(leaf, Tensor)]
+
+
+def weights(model: ir.Model) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in kind_of(model).tensors(model).items()}
+
+
+def rest(model: ir.Model) -> list[tuple[str, str, int]]:
+    """What a pass must not change: the operators of all nodes, by name and number of inputs."""
+    return [(node.op_type, node.name or "", len(node.inputs)) for node in model.graph]
+
+
+def assert_valid(model: ir.Model) -> None:
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+
+
+@each(PLAIN)
+def test_the_laws_of_an_operator(case: Case, method: Factorization, subtests: pytest.Subtests) -> None:
+    operator = case.operator.to(dtype=torch.float32)
+    x = case.inputs()
+    x = x if operator.reads_indices else x.float()
+    model = ir.serde.deserialize_model(onnx.ModelProto.FromString(build_model(operator, tuple(x.shape))))
+    [site], _ = find_sites(model, x)
+    assert site.operator.form.unbiased == operator.form.unbiased
+    before = outputs(model, x)
+    allowed = tolerance(torch.float32, length=reduction(operator), steps=16)
+    for ranks in rank_choices(method, operator)[:2]:
+        with subtests.test(ranks=ranks):
+            made = surgery.decompose(model, x, ranks={site.name: ranks}, factorization=method.name)
+            if not made.changes:  # cp may find no good factors, and a padding may need a pad of its own
+                continue
+            assert_valid(made.model)
+            factored = outputs(made.model, x)
+            if ranks == method.max_ranks(operator):
+                assert relative_error(factored[0], before[0]) <= 10 * allowed
+            back = surgery.recompose(made.model, x)
+            assert [fusion.site for fusion in back.changes] == [site.name]
+            assert_valid(back.model)
+            assert weights(back.model) == weights(model)
+            assert relative_error(outputs(back.model, x)[0], factored[0]) <= 10 * allowed
+            assert sorted(n.op_type for n in back.model.graph) == sorted(n.op_type for n in model.graph)
+
+
+def numbers(*shape: int, seed: int = 0, dtype: Any = np.float32) -> Any:
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype) / max(1, shape[0]) ** 0.5
+
+
+def parsed(text: str, *, ir_version: int = 8, opset: int = 17, more: str = "", **arrays: Any) -> ir.Model:
+    """A model in onnx's own text form; ``arrays`` become initializers."""
+    head = f'<ir_version: {ir_version}, opset_import: ["" : {opset}{more}]>'
+    model = onnx.parser.parse_model(f"{head}\n{text}")
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items())
+    return ir.serde.deserialize_model(model)
+
+
+def assert_comes_back(model: ir.Model, x: Any, sites: Sequence[str], *, same_nodes: bool = True) -> ir.Model:
+    """Factor all sites at lower ranks, put them back, and return the factored model."""
+    found, _ = find_sites(model, x)
+    assert {site.name for site in found} == set(sites)
+    before = outputs(model, x)
+    full = surgery.decompose(model, x, ranks="full")
+    assert {change.site for change in full.changes} == set(sites)
+    for a, b in zip(outputs(full.model, x), before, strict=True):
+        assert relative_error(a, b) <= 1e-5
+    made = surgery.decompose(model, x, ranks="2")
+    assert_valid(made.model)
+    back = surgery.recompose(made.model, x)
+    assert_valid(back.model)
+    for a, b in zip(outputs(back.model, x), outputs(made.model, x), strict=True):
+        assert relative_error(a, b) <= 1e-5
+    assert weights(back.model) == weights(model)
+    assert not same_nodes or sorted(rest(back.model)) == sorted(rest(model)) or _types(back.model) == _types(model)
+    assert "surgery" not in back.model.metadata_props
+    for a, b in zip(outputs(model, x), before, strict=True):
+        assert torch.equal(a, b), "the given model is as it was"
+    return made.model
+
+
+def _types(model: ir.Model) -> list[str]:
+    return sorted(node.op_type for node in model.graph)
+
+
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+IMAGE = torch.randn(1, 4, 9, 9, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_product_and_the_bias_after_it_are_one_site() -> None:
+    model = parsed(
+        "g (float[n, 8] x) => (float[n, 6] z) { y = MatMul(x, W)  z = Add(y, b) }", W=numbers(8, 6), b=numbers(6)
+    )
+    made = assert_comes_back(model, X, ["W"])
+    assert _types(made) == ["Add", "MatMul", "MatMul"]
+    [site], _ = find_sites(model, X)
+    assert site.operator.bias is not None
+    assert site.input_shapes == ((3, 8),)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_gemm_with_either_layout(turned: bool) -> None:
+    shape = (6, 8) if turned else (8, 6)
+    attribute = "<transB = 1>" if turned else ""
+    model = parsed(
+        f"g (float[n, 8] x) => (float[n, 6] z) {{ z = Gemm {attribute} (x, W, b) }}", W=numbers(*shape), b=numbers(6)
+    )
+    assert _types(assert_comes_back(model, X, ["W"])) == ["Gemm", "Gemm"]
+
+
+def test_one_weight_of_several_nodes_is_one_site_and_stays_shared() -> None:
+    text = """g (float[n, 8] x) => (float[n, 8] z) {
+        a = MatMul(x, W)  b1 = Add(a, p)  c = Relu(b1)  d = MatMul(c, W)  e = Add(d, q)  f = Tanh(e)  z = MatMul(f, W)
+    }"""
+    model = parsed(text, W=numbers(8, 8), p=numbers(8, seed=1), q=numbers(8, seed=2))
+    assert "differ in more than the bias" in find_sites(model, X)[1][0].reason  # one of the calls has no bias
+    same = parsed(text.replace("z = MatMul(f, W)", "z = Relu(f)"), W=numbers(8, 8), p=numbers(8), q=numbers(8, seed=2))
+    made = assert_comes_back(same, X, ["W"])
+    assert sum(name.startswith("W.") for name in weights(made)) == 2
+
+
+def test_weights_behind_identity_and_in_constant_nodes() -> None:
+    text = """g (float[n, 8] x) => (float[n, 8] z) {
+        V = Identity(W)  a = MatMul(x, V)  b = Relu(a)  c = MatMul(b, K)  z = Relu(c)
+    }"""
+    model = parsed(text, W=numbers(8, 8), K=numbers(8, 8, seed=2))
+    constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.Tensor(numbers(8, 8, seed=3)))])
+    constant.outputs[0].name = "C"
+    [product] = [node for node in model.graph if node.inputs[-1] is model.graph.initializers["K"]]
+    product.replace_input_with(1, constant.outputs[0])
+    del model.graph.initializers["K"]
+    model.graph.insert_before(product, constant)
+    assert_comes_back(model, X, ["W", "C"], same_nodes=False)
+
+
+CONV = "g (float[n, 4, h, w] x) => (float[n, o, p, q] z) {{ y = {op} <{said}> (x, W, b)  z = Relu(y) }}"
+
+
+@pytest.mark.parametrize(
+    ("op", "said", "shape"),
+    [
+        ("Conv", "kernel_shape = [3, 3], pads = [1, 0, 2, 1]", (6, 4, 3, 3)),
+        ("Conv", 'kernel_shape = [4, 3], auto_pad = "SAME_UPPER"', (6, 4, 4, 3)),
+        ("Conv", 'kernel_shape = [4, 3], auto_pad = "SAME_LOWER"', (6, 4, 4, 3)),
+        ("Conv", 'auto_pad = "VALID", strides = [2, 1]', (6, 4, 3, 3)),
+        ("Conv", "group = 2, dilations = [2, 1]", (6, 2, 3, 3)),
+        ("Conv", "strides = [2, 3]", (6, 4, 1, 1)),
+        ("ConvTranspose", "strides = [2, 2], pads = [1, 1, 1, 1], output_padding = [1, 0]", (4, 6, 3, 3)),
+    ],
+)
+def test_convolutions_with_any_padding(op: str, said: str, shape: tuple[int, ...]) -> None:
+    model = parsed(CONV.format(op=op, said=said), W=numbers(*shape), b=numbers(6, seed=1))
+    assert_comes_back(model, IMAGE, ["W"])
+
+
+def test_pads_that_depend_on_the_input_are_a_skip() -> None:
+    said = 'kernel_shape = [3, 3], auto_pad = "SAME_UPPER", strides = [2, 2]'
+    model = parsed(CONV.format(op="Conv", said=said), W=numbers(6, 4, 3, 3), b=numbers(6))
+    sites, skips = find_sites(model, IMAGE)
+    assert not sites
+    assert "auto_pad" in skips[0].reason
+    assert skips[0].macs == 5 * 5 * 6 * 4 * 9
+
+
+def test_an_embedding_is_a_site() -> None:
+    model = parsed("g (int64[n, t] x) => (float[n, t, 6] z) { y = Gather(T, x)  z = Relu(y) }", T=numbers(20, 6))
+    assert_comes_back(model, torch.randint(20, (2, 5)), ["T"])
+
+
+SKIPS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "alpha": (
+        "g (float[n, 8] x) => (float[n, 6] z) { z = Gemm <alpha = 0.5> (x, W, b) }",
+        {"W": numbers(8, 6), "b": numbers(6)},
+        "alpha",
+    ),
+    "computed": (
+        "g (float[n, 8] x) => (float[n, 6] z) { V = Mul(W, s)  z = MatMul(x, V) }",
+        {"W": numbers(8, 6), "s": numbers(6)},
+        "computed by Mul",
+    ),
+    "left": (
+        "g (float[8, n] x) => (float[6, n] z) { z = MatMul(W, x) }",
+        {"W": numbers(6, 8)},
+        "on the left",
+    ),
+    "quantized": (
+        "g (uint8[n, 8] x) => (int32[n, 6] z) { z = MatMulInteger(x, W) }",
+        {"W": np.ones((8, 6), np.uint8)},
+        "before you quantize",
+    ),
+    "batch": (
+        "g (float[2, n, 8] x) => (float[2, n, 6] z) { z = MatMul(x, W) }",
+        {"W": numbers(2, 8, 6)},
+        "batch of matrices",
+    ),
+    "used": (
+        "g (float[n, 8] x) => (float[n, 6] z, float[8, 6] v) { z = MatMul(x, W)  v = Relu(W) }",
+        {"W": numbers(8, 6)},
+        "also used by",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SKIPS)
+def test_what_is_left_alone_has_a_reason(name: str) -> None:
+    text, arrays, reason = SKIPS[name]
+    model = parsed(text, **arrays)
+    shapes = {"left": (8, 3), "batch": (2, 3, 8)}
+    x: Any = torch.ones(shapes.get(name, (3, 8)), dtype=torch.uint8 if name == "quantized" else torch.float32)
+    sites, skips = find_sites(model, x)
+    assert not sites
+    assert [reason in skip.reason for skip in skips] == [True]
+    result = surgery.decompose(model, x, ranks="1")
+    assert not result.changes
+    assert ir.to_proto(result.model) == ir.to_proto(model)
+
+
+def in_a_branch() -> ir.Model:
+    branch = parsed("g () => (float[n, 6] z) { z = MatMul(x, W) }")
+    proto = ir.to_proto(branch).graph
+    nodes = [helper.make_node("If", ["c"], ["y"], then_branch=proto, else_branch=proto)]
+    ends = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8]),
+        helper.make_tensor_value_info("c", TensorProto.BOOL, []),
+    ]
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 6])
+    graph = helper.make_graph(nodes, "g", ends, [y], [numpy_helper.from_array(numbers(8, 6), "W")])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return ir.serde.deserialize_model(made)
+
+
+def test_layers_in_bodies_are_reported() -> None:
+    sites, skips = find_sites(in_a_branch(), (X, torch.tensor(True)))
+    assert not sites
+    assert {(skip.name, skip.reason) for skip in skips} == {("W", "it is inside of a body of If")}
+
+
+def test_a_weight_that_a_body_reads_too_stays() -> None:
+    model = in_a_branch()
+    [branch] = list(model.graph)
+    x, weight = model.graph.inputs[0], model.graph.initializers["W"]
+    product = ir.Node("", "MatMul", [x, weight])
+    product.outputs[0].name = "other"
+    product.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    model.graph.insert_before(branch, product)
+    model.graph.outputs.append(product.outputs[0])
+    sites, skips = find_sites(model, (X, torch.tensor(True)))
+    assert not sites
+    assert any("also used by" in skip.reason for skip in skips)
+
+
+def test_all_but_the_sites_stays_as_it_was() -> None:
+    text = """g (float[n, 8] x) => (float[n, 6] z) {
+        y = MatMul(x, W)  w = Add(y, b)  z = Relu(w)
+    }"""
+    model = parsed(text, ir_version=8, more=', "com.example" : 3', W=numbers(8, 6), b=numbers(6))
+    model.metadata_props["letters"] = "abc"
+    model.graph.doc_string, model.producer_name = "what it does", "somebody"
+    result = surgery.decompose(model, X, ranks="2")
+    made = result.model
+    assert made.opset_imports == model.opset_imports
+    assert (made.ir_version, made.producer_name, made.graph.doc_string) == (8, "somebody", "what it does")
+    assert made.metadata_props["letters"] == "abc"
+    assert [value.name for value in made.graph.inputs] == ["x"]
+    assert [value.name for value in made.graph.outputs] == ["z"]
+    assert str(made.graph.inputs[0].shape) == str(model.graph.inputs[0].shape)
+    assert (result.before.parameters, result.after.parameters) == (8 * 6 + 6, 2 * (8 + 6) + 6)
+    assert result.after.macs == 3 * 2 * (8 + 6)
+    assert set(json.loads(made.metadata_props["surgery"])["sites"]) == {"W"}
+
+
+def test_initializers_of_old_files_are_inputs_too() -> None:
+    model = parsed(
+        "g (float[n, 8] x, float[8, 6] W) => (float[n, 6] z) { z = MatMul(x, W) }",
+        ir_version=3,
+        opset=8,
+        W=numbers(8, 6),
+    )
+    made = assert_comes_back(model, X, ["W"])
+    assert {value.name for value in made.graph.inputs} == {"x", "W.0.weight", "W.1.weight"}
+
+
+def test_a_name_that_is_taken_is_told() -> None:
+    taken = {"W": numbers(8, 6), "W.0.weight": numbers(6)}
+    model = parsed('g (float[n, 8] x) => (float[n, 6] z) { y = MatMul(x, W)  z = Mul(y, "W.0.weight") }'.replace(
+        '"W.0.weight"', "t"), W=taken["W"], t=taken["W.0.weight"])  # fmt: skip
+    [scale] = [node for node in model.graph if node.op_type == "Mul"]
+    scale.outputs[0].name = "W.0.weight"
+    with pytest.raises(surgery.SurgeryError, match=r"W\.0\.weight already"):
+        surgery.decompose(model, X, ranks="2")
+
+
+def mlp(seed: int = 0) -> ir.Model:
+    text = """g (float[n, 16] x) => (float[n, 4] z) {
+        a = MatMul(x, A)  b = Add(a, p)  c = Relu(b)  d = MatMul(c, B)  e = Add(d, q)  f = Relu(e)  z = MatMul(f, C)
+    }"""
+    spectrum = 0.6 ** np.arange(16)
+    low = {name: (numbers(16, 16, seed=seed + at) * spectrum) @ numbers(16, 16, seed=seed + 9 + at)
+           for at, name in enumerate("AB")}  # fmt: skip
+    return parsed(text, **{k: v.astype(np.float32) for k, v in low.items()}, C=numbers(16, 4, seed=5),
+                  p=numbers(16, seed=6), q=numbers(16, seed=7))  # fmt: skip
+
+
+def torch_mlp(model: ir.Model) -> nn.Module:
+    tensors = {name: to_torch(value.const_value) for name, value in model.graph.initializers.items()}  # type: ignore[arg-type]
+    layers = [nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4, bias=False)]
+    with torch.no_grad():
+        for layer, weight, bias in ((layers[0], "A", "p"), (layers[2], "B", "q"), (layers[4], "C", None)):
+            assert isinstance(layer, nn.Linear)
+            layer.weight.copy_(tensors[weight].T)
+            if bias is not None:
+                layer.bias.copy_(tensors[bias])
+    return nn.Sequential(*layers).eval()
+
+
+DATA = torch.randn(96, 16, generator=torch.Generator().manual_seed(3))
+
+
+def test_data_fit_as_well_as_they_fit_the_module() -> None:
+    model = mlp()
+    module = torch_mlp(model)
+    ranks = {"A": 3, "B": 3}
+    fresh = torch.randn(256, 16, generator=torch.Generator().manual_seed(4))
+    wanted = outputs(model, fresh)[0]
+    plain = surgery.decompose(model, DATA[:2], ranks=ranks).model
+    fitted = surgery.decompose(model, DATA[:2], ranks=ranks, calibration=DATA).model
+    same = surgery.decompose(module, DATA[:2], ranks={"0": 3, "2": 3}, calibration=DATA).model
+    errors = [relative_error(outputs(m, fresh)[0], wanted) for m in (plain, fitted)]
+    theirs = relative_error(same(fresh).detach(), wanted)
+    # noise says how much a site counts, and gradients also say which of its outputs do
+    assert errors[1] < errors[0]
+    assert errors[1] <= 2 * theirs
+
+
+def test_noise_shows_how_far_outputs_move() -> None:
+    model = mlp()
+    module = torch_mlp(model)
+    found = []
+    for each_ in (model, module):
+        samples = read_calibration(DATA, each_, ((DATA[:2],), {}))
+        moments = with_sensitivity(each_, samples, collect(each_, samples))
+        found.append([float(m.sensitivity.diagonal(dim1=-2, dim2=-1).sum()) for m in moments.values()
+                      if m.sensitivity is not None])  # fmt: skip
+    assert len(found[0]) == len(found[1]) == 3
+    for ours, theirs in zip(*found, strict=True):
+        assert ours == pytest.approx(theirs, rel=0.5)
+
+
+@pytest.mark.parametrize("data", [None, DATA])
+def test_a_promise_is_kept(data: Any) -> None:
+    goal = surgery.Goal.error(0.2, cost="macs")
+    result = surgery.decompose(mlp(), DATA[:2], ranks=goal, calibration=data)
+    assert result.promise is not None
+    assert result.promise.kept
+    assert result.changes
+    fresh = torch.randn(256, 16, generator=torch.Generator().manual_seed(4))
+    assert relative_error(outputs(result.model, fresh)[0], outputs(mlp(), fresh)[0]) <= 0.25
+
+
+def saved(model: ir.Model, path: Path) -> Path:
+    surgery.save(model, path)
+    return path
+
+
+def test_files_are_saved_and_loaded_with_their_record(tmp_path: Path) -> None:
+    made = surgery.decompose(mlp(), DATA[:2], ranks="3").model
+    again: Any = surgery.load(saved(made, tmp_path / "m.onnx"))
+    assert torch.equal(outputs(again, DATA)[0], outputs(made, DATA)[0])
+    back = surgery.recompose(again, DATA[:2])
+    assert weights(back.model) == weights(mlp())
+    lower = surgery.decompose(again, DATA[:2], ranks="2")  # a chain is cut
+    assert {change.rank for change in lower.changes} == {(2,)}
+    assert len(lower.changes) == 3
+    assert weights(surgery.recompose(lower.model, DATA[:2]).model) == weights(mlp())
+
+
+def test_a_damaged_record_is_told(tmp_path: Path) -> None:
+    for said in ("no json", '{"version": 99}', "[" * 100_000):
+        model = mlp()
+        model.metadata_props["surgery"] = said
+        with pytest.raises(FileError, match="record"):
+            surgery.load(saved(model, tmp_path / "m.onnx"))
+
+
+def test_weights_in_another_file(tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    ir.save(mlp(), folder / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    model: Any = surgery.load(folder / "m.onnx")
+    assert torch.equal(outputs(model, DATA)[0], outputs(mlp(), DATA)[0])
+    made = surgery.decompose(model, DATA[:2], ranks="3")
+    assert len(made.changes) == 3
+    surgery.save(made.model, tmp_path / "made.onnx")
+    (folder / "m.data").rename(tmp_path / "m.data")
+    (folder / "m.data").symlink_to(tmp_path / "m.data")
+    with pytest.raises(surgery.UnsafeFileError):
+        surgery.load(folder / "m.onnx")
+
+
+def test_the_command_line_takes_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved(mlp(), tmp_path / "m.onnx")
+
+    def run(*arguments: str) -> str:
+        ran = CliRunner().invoke(cli, arguments)
+        assert ran.exit_code == 0, ran.output
+        return ran.output
+
+    assert "3 sites" in run("inspect", "m.onnx", "--input-shape", "2,16")
+    run("decompose", "m.onnx", "--ranks", "3", "--no-timing")
+    run("recompose", "m.decomposed.onnx", "--state-dict", "m.safetensors")
+    assert "relative error" in run("compare", "m.onnx", "m.decomposed.recomposed.onnx")
+    assert "m.decomposed.onnx" in run("bench", "m.onnx", "m.decomposed.onnx", "--seconds", "0.05")
+    run("report", "m.decomposed.onnx")
+    names = ["m.onnx", "m.decomposed.onnx", "m.decomposed.recomposed.onnx", "m.decomposed.report.html", "m.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
+    again: Any = surgery.load("m.decomposed.recomposed.onnx")
+    assert weights(again) == weights(mlp())
+
+
+def test_bad_inputs_are_told() -> None:
+    with pytest.raises(InputError, match="inputs are"):
+        find_sites(mlp(), {"wrong": DATA[:2]})
+    with pytest.raises(InputError, match="cannot be changed in place"):
+        surgery.decompose(mlp(), DATA[:2], ranks="2", inplace=True)
+    with pytest.raises(InputError, match="ONNX model already"):
+        surgery.export_onnx(mlp(), "m.onnx")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter to itself
+def test_a_file_has_the_sites_of_the_module_that_it_came_from(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5)
+    ).eval()
+    x = torch.randn(1, 3, 8, 8)
+    surgery.export_onnx(module, tmp_path / "m.onnx", x)
+    model: Any = surgery.load(tmp_path / "m.onnx")
+    sites, theirs = find_sites(model, x)[0], find_sites(module, x)[0]
+    assert [site.operator.form for site in sites] == [site.operator.form for site in theirs]
+    assert [site.macs for site in sites] == [site.macs for site in theirs]
+    result = surgery.decompose(model, x, ranks="4")
+    other = surgery.decompose(module, x, ranks="4")
+    assert [(c.rank, c.parameters, c.macs) for c in result.changes] == [
+        (c.rank, c.parameters, c.macs) for c in other.changes
+    ]
+    assert relative_error(outputs(result.model, x)[0], other.model(x).detach()) <= 1e-5
