@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import nn
@@ -16,12 +17,12 @@ from surgery.kinds.fx.kind import GraphModuleKind
 from surgery.kinds.inputs import Inputs
 from surgery.kinds.module.kind import ModuleKind
 from surgery.kinds.observed import Observed
-from surgery.kinds.onnx.kind import OnnxKind
+from surgery.kinds.onnx.kind import OnnxKind, OnnxProtoKind
 from surgery.kinds.program.kind import ProgramKind
 
 __all__ = ["KINDS", "Model", "check_inplace", "is_model", "kind_of", "observe", "open_model"]
 
-Model: TypeAlias = nn.Module | GraphModule | ExportedProgram | ir.Model
+Model: TypeAlias = nn.Module | GraphModule | ExportedProgram | ir.Model | onnx.ModelProto
 
 # the first kind that knows the class of a model opens it: a GraphModule is an nn.Module too
 KINDS: dict[str, Kind] = {
@@ -29,6 +30,7 @@ KINDS: dict[str, Kind] = {
     "fx": GraphModuleKind(),
     "module": ModuleKind(),
     "onnx": OnnxKind(),
+    "onnx-proto": OnnxProtoKind(),
 }
 
 

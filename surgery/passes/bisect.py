@@ -91,6 +91,11 @@ def bisect(
     Raises:
         InputError: the second was not decomposed from the first, or a metric that fails.
     """
+    if any(kind_of(model).onnx_bytes(model) is not None for model in (original, decomposed)):
+        what = "an ONNX model holds its weights where they cannot be exchanged while it runs"
+        raise InputError(
+            what, allowed="modules and exported programs", next_step="compare the two with surgery.compare"
+        )
     fused = recompose(decomposed, example_inputs)
     first, second = _module(original), _module(fused.model)
     bench = _Bench(second, metric, progress or silent)

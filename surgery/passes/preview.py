@@ -38,7 +38,7 @@ def find_sites(model: Model, example_inputs: Any = None) -> tuple[tuple[Site, ..
     """Return the sites of a model and the places that were considered and left alone, each with its reason.
 
     Args:
-        model: an nn.Module, a torch.fx.GraphModule or a torch.export.ExportedProgram.
+        model: an nn.Module, a GraphModule, an ExportedProgram, an onnx_ir.Model or an onnx.ModelProto.
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments. An exported program brings its
             own; others need them for the shapes. No forward pass is run: shapes come from fake tensors.
 

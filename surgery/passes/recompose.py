@@ -69,7 +69,8 @@ def recompose(
     alone, and listed.
 
     Args:
-        model: an nn.Module, a torch.fx.GraphModule or a torch.export.ExportedProgram; the result is of the same kind.
+        model: an nn.Module, a GraphModule, an ExportedProgram, an onnx_ir.Model or an onnx.ModelProto; the result is
+            of the same kind.
         example_inputs: needed only for an nn.Module that torch.fx cannot trace.
         everything: fuse also the chains that the original of a decomposed model had.
         inplace: change the given model itself (not possible for an exported program).

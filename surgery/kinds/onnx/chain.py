@@ -33,7 +33,6 @@ class ChainWriter(NodeWriter):
         super().__init__()
         self._graph, self.turned = graph, turned
         self.named: dict[int, tuple[str, Tensor]] = {}
-        self._made: dict[str, ir.Value] = {}
         self._known: dict[str, ir.Value] = {}
         self._marks: dict[int, str] = {}  # what a reshape does, for the reader
 
@@ -50,9 +49,12 @@ class ChainWriter(NodeWriter):
     def weight(self, tensor: Tensor, *, turned: bool = False) -> str:
         """Return the name of the initializer of a factor; it is added at its first use."""
         name, numbers = self.named[id(tensor)]
-        if name not in self._made:
-            self._made[name] = self._graph.add_parameter(name, numbers.mT if turned else numbers)
-        return self._know(self._made[name])
+        if id(numbers) not in self._graph.made:  # joint sites share a factor
+            value = self._graph.add_parameter(name, numbers.mT if turned else numbers)
+            self._graph.made[id(numbers)] = (numbers, value)
+        else:
+            self._graph.tie(self._graph.made[id(numbers)][1].name or "", name)
+        return self._know(self._graph.made[id(numbers)][1])
 
     def read(self, op_type: str, value: ir.Value) -> None:
         """Append a node on the current value and on a value of the graph."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -51,8 +52,19 @@ class EditedGraph:
         self.record = read_record(model)
         self.reader = Reader(self.graph)
         self._readers = [self.reader]
+        self.made: dict[int, tuple[Tensor, ir.Value]] = {}  # the tensors of factors, by identity, and their values
         self._now: dict[ir.Value, ir.Value] = {}  # what stands in the place of a value
         self._names = {value.name for value in _all_values(self.graph)} | set(self.graph.initializers)
+
+    def tie(self, name: str, other: str) -> None:
+        """Record that a factor would have another name as well, since it is that of several sites."""
+        if name != other and (name, other) not in self.record.ties:
+            self.record = replace(self.record, ties=(*self.record.ties, (name, other)))
+
+    def forget_ties(self, site: str) -> None:
+        """Drop what was recorded of the names of a site's factors."""
+        ties = (tie for tie in self.record.ties if not any(name.startswith(f"{site}.") for name in tie))
+        self.record = replace(self.record, ties=tuple(ties))
 
     def reread(self) -> None:
         """Read the graph as it is now; the numbers of earlier values stay valid."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from surgery.kinds.onnx.run import OnnxModule, serialise
 from surgery.kinds.onnx.tensors import DTYPES, to_torch
 from surgery.kinds.onnx.write import OpenOnnx
 
-__all__ = ["OnnxKind", "random_inputs"]
+__all__ = ["OnnxKind", "OnnxProtoKind", "random_inputs"]
 
 
 def _inputs(model: ir.Model) -> list[ir.Value]:
@@ -67,7 +68,7 @@ class OnnxKind(Kind):
     """ONNX models, as ``onnx_ir`` holds them: their nodes are rewritten in a copy."""
 
     name = "onnx"
-    models = ir.Model
+    models: ClassVar[type] = ir.Model
     label = "onnx_ir.Model"
 
     def open(self, model: ir.Model, inputs: Inputs, access: Access) -> OpenOnnx:
@@ -131,3 +132,59 @@ class OnnxKind(Kind):
     def refuse_structure(self) -> str | None:
         """Refuse, since the chains of a graph are nodes and not layers."""
         return "an ONNX graph"
+
+
+class OnnxProtoKind(OnnxKind):
+    """ONNX models as protobuf messages; the result is one as well."""
+
+    name = "onnx-proto"
+    models = onnx.ModelProto
+    label = "onnx.ModelProto"
+
+    def open(self, model: onnx.ModelProto, inputs: Inputs, access: Access) -> OpenOnnx:  # type: ignore[override]
+        """Open a model; the model itself is never changed."""
+        read = ir.serde.deserialize_model(model)
+        return _OpenProto(read, inputs if any(inputs) else super().brought_inputs(read) or ((), {}))
+
+    def runnable(self, model: Any) -> nn.Module:
+        """Return a module that runs a model under onnxruntime."""
+        return super().runnable(ir.serde.deserialize_model(model))
+
+    def onnx_bytes(self, model: Any) -> bytes | None:
+        """Return the bytes of a file with the model."""
+        return super().onnx_bytes(ir.serde.deserialize_model(model))
+
+    def kept(self, model: Any) -> Any:
+        """Return what the metadata of a model have."""
+        return super().kept(ir.serde.deserialize_model(model))
+
+    def keep(self, model: Any, values: Mapping[str, Any]) -> None:
+        """Put values into the metadata of a model."""
+        known = {entry.key: entry.value for entry in model.metadata_props}
+        onnx.helper.set_model_props(model, known | {RECORD: json.dumps(values, allow_nan=False)})
+
+    def tensors(self, model: Any) -> Mapping[str, Any]:
+        """Return the weights of a model by name."""
+        return super().tensors(ir.serde.deserialize_model(model))
+
+    def brought_inputs(self, model: Any, *, seed: int = 0) -> Inputs | None:
+        """Return random inputs of the shapes that a model declares; None if it cannot."""
+        return super().brought_inputs(ir.serde.deserialize_model(model), seed=seed)
+
+    def signature(self, model: Any, example: Inputs) -> Signature:
+        """Return how a model is called."""
+        return super().signature(ir.serde.deserialize_model(model), example)
+
+    def declared_inputs(self, model: Any, example: Inputs, signature: Signature) -> dict[str, Declared]:
+        """Return what a model says about its inputs."""
+        return super().declared_inputs(ir.serde.deserialize_model(model), example, signature)
+
+    def fixed_batch(self, model: Any) -> int | None:
+        """Return the only batch size that a model accepts, or None if it accepts any."""
+        return super().fixed_batch(ir.serde.deserialize_model(model))
+
+
+class _OpenProto(OpenOnnx):
+    def finish(self) -> Any:
+        """Return the changed model as a message."""
+        return ir.to_proto(super().finish())

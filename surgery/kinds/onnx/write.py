@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import onnx_ir as ir
 from torch import Tensor
@@ -87,7 +88,9 @@ class OpenOnnx(EditedGraph, OpenModel):
     def _tensors(self) -> Tensors:
         found = self.reader.parameters
         uses: dict[Key, frozenset[int]] = {name: users for name, users in self.reader.uses.items() if name in found}
-        return Tensors({name: name for name in found}, {name: numbers_of(t) for name, t in found.items()}, uses)
+        keys: dict[str, Key] = {name: name for name in found}
+        keys |= {other: name for name, other in self.record.ties if name in found}
+        return Tensors(keys, {name: numbers_of(tensor) for name, tensor in found.items()}, uses)
 
     def apply(self, edit: Edit) -> None:
         """Carry out an edit at all calls that it concerns."""
@@ -181,6 +184,7 @@ class OpenOnnx(EditedGraph, OpenModel):
         entry = self.record.sites.get(chain.sites[0], Entry())
         for site in chain.sites:
             self.record = self.record.without(site)
+            self.forget_ties(site)
         every = [part for row in chain.rows for part in row]
         calls = calls_of(every)
         stored: Layout = entry.stored or calls[-1].stored
@@ -259,7 +263,7 @@ class OpenOnnx(EditedGraph, OpenModel):
             for p in placements
         }
 
-    def finish(self) -> ir.Model:
+    def finish(self) -> Any:
         """Return the changed model, with its record."""
         if self.record:
             self.model.metadata_props[RECORD] = json.dumps(self.record.to_json())
