@@ -319,7 +319,7 @@ _NO_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (Path.touch, "is empty"),
     "text": (lambda path: path.write_text("a letter\nto you, dear é\n"), "is a text file"),
     "cut off": (lambda path: path.write_bytes(builder.honest()[:5000]), "cut off"),
-    "onnx": (_onnx, "is an ONNX model"),
+    "onnx": (_onnx, "it has no graph"),
     "zip": (_zip_of_text, "but not a model"),
     "bytes": (lambda path: path.write_bytes(bytes(range(256))), "is not a model file"),
     "pickle": (lambda path: path.write_bytes(pickle.dumps([1])), "is a pickle"),

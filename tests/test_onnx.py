@@ -455,6 +455,60 @@ def test_weights_in_another_file(tmp_path: Path) -> None:
         surgery.load(folder / "m.onnx")
 
 
+def edited(change: Callable[[Any], None], folder: Path, *, outside: bool = False) -> Path:
+    """A file whose model was changed by hand; with ``outside`` its weights are in another file."""
+    ir.save(mlp(), folder / "m.onnx", external_data="m.data" if outside else None, size_threshold_bytes=0)
+    proto = onnx.load(folder / "m.onnx", load_external_data=False)
+    change(proto)
+    (folder / "m.onnx").write_bytes(proto.SerializeToString())
+    return folder / "m.onnx"
+
+
+def said(key: str, value: str) -> Callable[[Any], None]:
+    def change(proto: Any) -> None:
+        entries = proto.graph.initializer[0].external_data
+        kept = [entry for entry in entries if entry.key != key]
+        del entries[len(kept) :]
+        for entry, other in zip(entries, kept, strict=True):
+            entry.CopyFrom(other)
+        entries.add(key=key, value=value)
+
+    return change
+
+
+OUTSIDE = {
+    "negative offset": (said("offset", "-1"), "no possible place"),
+    "offset past the end": (said("offset", "99999999"), "lie at"),
+    "offset in letters": (said("offset", "x"), "no possible place"),
+    "short length": (said("length", "1"), "lie at"),
+    "absolute path": (said("location", "/etc/hostname"), "outside its folder"),
+    "path out": (said("location", "../m.data"), "outside its folder"),
+    "a folder": (said("location", "."), "is a folder"),
+    "shape of a terabyte": (lambda p: p.graph.initializer[0].dims.__setitem__(0, 1 << 38), "lie at"),
+    "negative size": (lambda p: p.graph.initializer[0].dims.__setitem__(0, -4), "no possible place"),
+}
+INSIDE = {
+    "another size": (lambda p: p.graph.initializer[0].dims.__setitem__(0, 7), "whose shape says"),
+    "no numbers": (lambda p: setattr(p.graph.initializer[0], "raw_data", b""), "whose shape says"),
+    "a cycle": (lambda p: p.graph.node[0].input.__setitem__(0, "z"), "nothing before it gives"),
+    "a value of nothing": (lambda p: p.graph.node[0].input.__setitem__(0, "nowhere"), "nothing before it gives"),
+    "a value twice": (lambda p: p.graph.node[1].output.__setitem__(0, "a"), "twice"),
+    "an output of nothing": (lambda p: setattr(p.graph.output[0], "name", "nowhere"), "nothing computes"),
+    "a weight without a name": (lambda p: setattr(p.graph.initializer[0], "name", ""), "without a name"),
+}
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, *INSIDE])
+def test_files_that_cannot_be_right_are_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    change, reason = {**OUTSIDE, **INSIDE}[name]
+    path = edited(change, tmp_path, outside=name in OUTSIDE)
+    with pytest.raises(FileError, match=reason) as caught:
+        surgery.load(path)
+    assert str(caught.value).count("\n") == 0
+    ran = CliRunner().invoke(cli, ["inspect", str(path)])
+    assert ran.exit_code == 2 or isinstance(ran.exception, FileError)
+
+
 def test_the_command_line_takes_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     saved(mlp(), tmp_path / "m.onnx")

@@ -44,8 +44,7 @@ def decompose(
     that. A rule or a plan is carried out as it is, and the output error that it causes is measured.
 
     Args:
-        model: an nn.Module, a GraphModule, an ExportedProgram, an onnx_ir.Model or an onnx.ModelProto; the result is
-            of the same kind.
+        model: nn.Module, GraphModule, ExportedProgram, onnx_ir.Model or ModelProto; the result is of the same kind.
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments. A program brings its own.
         ranks: a rule, a ``Plan`` or a ``Goal``. Rules are "measured", "vbmf", "full", "energy=0.9", "keep_params=0.5",
             "keep_macs=0.5", a whole number, a tuple, or a dict from site names (or globs) to ranks, with None for
