@@ -78,9 +78,15 @@ def main() -> None:
     after = say_accuracy("the factored model", surgery.load(factored).module())
     print(f"change: {100 * (after - before):+.2f} points, without any retraining")
 
-    run("export", MODEL, "-o", folder / "fashion.onnx", "--force")
+    exported, small, back_again = (folder / f"fashion{part}.onnx" for part in ("", ".small", ".back"))
+    run("export", MODEL, "-o", exported, "--force")
     run("export", factored, "-o", folder / "fashion.decomposed.onnx", "--force")
     run("bench", "--apart", MODEL, factored)
+
+    print("\nthe same on an ONNX file, which knows nothing of PyTorch:")
+    run("decompose", exported, "-o", small, "--ranks", "energy=0.9", "--no-timing", "--force")
+    run("recompose", small, "-o", back_again, "--force")
+    run("compare", small, back_again)
 
     run("recompose", factored, "-o", recomposed, "--state-dict", weights, "--force")
     run("compare", factored, recomposed)

@@ -582,3 +582,23 @@ def test_a_file_has_the_sites_of_the_module_that_it_came_from(tmp_path: Path) ->
         (c.rank, c.parameters, c.macs) for c in other.changes
     ]
     assert relative_error(outputs(result.model, x)[0], other.model(x).detach()) <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter to itself
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_factored_program_is_factored_as_a_file_too(linear: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    last = [nn.Flatten(2), nn.Linear(64, 5)] if linear else [nn.Conv2d(8, 8, 3)]
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), *last).eval()
+    x = torch.randn(1, 3, 8, 8)
+    program = torch.export.export(module, (x,))
+    made = surgery.decompose(program, ranks="3").model
+    surgery.export_onnx(made, tmp_path / "made.onnx")
+    model: Any = surgery.load(tmp_path / "made.onnx")
+    back = surgery.recompose(model, x)
+    assert len(back.changes) == 2
+    assert relative_error(outputs(back.model, x)[0], outputs(model, x)[0]) <= 1e-5
+    if not linear:  # torch gives the folded weights of linear layers names of its own
+        assert {fusion.site for fusion in back.changes} == {"0", "2"}
+        lower = surgery.decompose(model, x, ranks="2")
+        assert {change.site for change in lower.changes} == {"0", "2"}

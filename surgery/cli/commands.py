@@ -32,7 +32,7 @@ def inspect(model: Path, json_: bool, **options: Any) -> None:
 
 @click.command()
 @click.argument("model", type=FILE)
-@click.option("-o", "--output", type=FILE, help="The new file.  [default: MODEL.recomposed.pt2 beside MODEL]")
+@click.option("-o", "--output", type=FILE, help="The new file.  [default: MODEL.recomposed.pt2 or .onnx beside MODEL]")
 @click.option("--state-dict", type=FILE, help="Also write the state dict, as safetensors.")
 @click.option("--all", "everything", is_flag=True, help="Also fuse chains that the original of a decomposed model had.")
 @click.option("--force", is_flag=True, help="Overwrite files that exist.")

@@ -174,7 +174,7 @@ def _goal(options: DecomposeOptions) -> Goal:
 
 @click.command()
 @click.argument("model", type=FILE)
-@click.option("-o", "--output", type=FILE, help="The new file.  [default: MODEL.decomposed.pt2 beside MODEL]")
+@click.option("-o", "--output", type=FILE, help="The new file.  [default: MODEL.decomposed.pt2 or .onnx beside MODEL]")
 @click.option(
     "--ranks",
     show_default="auto",

@@ -33,15 +33,15 @@ class Effects:
 
     def __init__(self, model: Model, samples: Calibration) -> None:
         self._observed = observe(model, next(iter(samples)))
-        self._spots = {spot.site.name: spot for spot in self._observed.find().placements}
+        self._placements = {placement.site.name: placement for placement in self._observed.find().placements}
         self._outputs = Outputs(self._observed.run, samples)
 
     def of(self, site: str, chain: Chain) -> float:
         """Return the relative error of the outputs with a chain at a site."""
-        spot = self._spots[site]
-        place = _Place(spot.site.operator, chain)
+        placement = self._placements[site]
+        place = _Place(placement.site.operator, chain)
         self._observed.forget()
-        for call in spot.calls:
+        for call in placement.calls:
             self._observed.watch(call, place.see)
             self._observed.tap(call, place.change)
         return self._outputs.error(self._observed.run)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -13,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from surgery.errors import CaptureError, CheckError, InputError, only_own_errors
+from surgery.kinds.fx.graph import read_record
 from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs
+from surgery.kinds.onnx.graph import RECORD
 from surgery.kinds.onnx.session import open_session
 from surgery.kinds.registry import Model, kind_of
 from surgery.runtime.compare import (
@@ -31,6 +35,7 @@ from surgery.runtime.compare import (
     run_model,
 )
 from surgery.runtime.rounding import float64_outputs, shaken_outputs
+from surgery.sites import Entry, Record
 from surgery.system.scratch import scratch_folder
 from surgery.system.writing import Writer, check_outputs, write_together
 from surgery.text import first_line
@@ -107,6 +112,7 @@ def export_onnx(
         raise InputError("the model is an ONNX model already", next_step="write it with surgery.save")
     program, inputs = capture(model, example_inputs, seed=seed)
     exported = _to_onnx(program)
+    _keep_record(program, exported.model)
     with scratch_folder() as folder:
         draft = folder / target.name
         _write_draft(exported, draft)
@@ -183,6 +189,18 @@ def _to_onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
 
     with quiet():
         return _capturing("written as ONNX", run)
+
+
+def _keep_record(program: ExportedProgram, model: ir.Model) -> None:
+    """Give an exported model the record of factored sites, if it has their names; torch folds some into new weights.
+
+    How a weight is stored is another thing in ONNX, and is left out.
+    """
+    record = read_record(program.graph_module)
+    sites = {name: Entry(entry.origin, entry.weight) for name, entry in record.sites.items()}
+    known = [any(key.startswith(f"{name}.") for key in model.graph.initializers) for name in sites]
+    if sites and all(known):
+        model.metadata_props[RECORD] = json.dumps(Record(sites).to_json())
 
 
 def _write_draft(exported: torch.onnx.ONNXProgram, draft: Path) -> None:
