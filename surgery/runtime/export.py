@@ -198,7 +198,8 @@ def _keep_record(program: ExportedProgram, model: ir.Model) -> None:
     """
     record = read_record(program.graph_module)
     sites = {name: Entry(entry.origin, entry.weight) for name, entry in record.sites.items()}
-    known = [any(key.startswith(f"{name}.") for key in model.graph.initializers) for name in sites]
+    weights = [key for key in model.graph.initializers if key.endswith(".weight")]
+    known = [any(key.startswith(f"{name}.") for key in weights) for name in sites]
     if sites and all(known):
         model.metadata_props[RECORD] = json.dumps(Record(sites).to_json())
 
