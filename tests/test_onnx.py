@@ -19,17 +19,19 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 import surgery
-from surgery.algebra import relative_error
+from surgery.algebra import Chain, relative_error
 from surgery.cli.group import cli
 from surgery.cost.onnxruntime.model import build_model
 from surgery.data.collect import collect, with_sensitivity
 from surgery.data.samples import read_calibration
 from surgery.errors import FileError, InputError
-from surgery.factorizations import Factorization
+from surgery.factorizations import Factorization, named
 from surgery.kinds.onnx.tensors import to_torch
-from surgery.kinds.registry import kind_of
+from surgery.kinds.registry import kind_of, open_model
 from surgery.passes.preview import find_sites
 from surgery.runtime.compare import run_model
+from surgery.sites import Replace
+from surgery.sites.find import find
 from tests.cases import Case
 from tests.fitted import FITS, each, rank_choices
 from tests.tolerances import reduction, tolerance
@@ -161,6 +163,32 @@ def test_one_weight_of_several_nodes_is_one_site_and_stays_shared() -> None:
     same = parsed(text.replace("z = MatMul(f, W)", "z = Relu(f)"), W=numbers(8, 8), p=numbers(8), q=numbers(8, seed=2))
     made = assert_comes_back(same, X, ["W"])
     assert sum(name.startswith("W.") for name in weights(made)) == 2
+
+
+def test_a_bias_of_several_calls_moves_once() -> None:
+    text = "g (float[n, 8] x) => (float[n, 8] z) { a = Gemm (x, W, b)  c = Relu(a)  z = Gemm (c, W, b) }"
+    opened = open_model(parsed(text, W=numbers(8, 8), b=numbers(8)), ((X,), {}))
+    [placement] = find(opened.flow).placements
+    operator = placement.site.operator
+    assert operator.bias is not None
+    chain = named("svd").factor(operator.with_bias(operator.bias + 1), (3,))
+    assert isinstance(chain, Chain)
+    opened.apply(Replace(placement, chain))
+    bias = to_torch(opened.finish().graph.initializers["b"].const_value)
+    assert torch.allclose(bias, torch.from_numpy(numbers(8)) + 1)
+
+
+def test_a_computed_bias_is_added_after_a_chain_that_ends_with_a_reshape() -> None:
+    text = """g (float[n, 8] x) => (float[n, 6] z) {
+        c = ReduceMean <axes = [0], keepdims = 0> (x)  d = MatMul(c, V)  z = Gemm (x, W, d)
+    }"""
+    model = parsed(text, opset=13, W=numbers(8, 6), V=numbers(8, 6, seed=1))
+    before = outputs(model, X)[0]
+    for method in ("svd", "tt"):
+        made = surgery.decompose(model, X, ranks="full", factorization=method, include=["W"])
+        assert len(made.changes) == 1
+        assert relative_error(outputs(made.model, X)[0], before) <= 1e-5
+        assert relative_error(outputs(surgery.recompose(made.model, X).model, X)[0], before) <= 1e-5
 
 
 def test_weights_behind_identity_and_in_constant_nodes() -> None:

@@ -6,7 +6,7 @@ The factors of site P are named P.0.weight, P.1.weight, ...; a bias keeps its na
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -50,6 +50,8 @@ from surgery.sites import (
 from surgery.system.importing import Lazy
 
 __all__ = ["OpenOnnx"]
+
+_RESHAPES = (Unflatten, Flatten, Transpose)
 
 
 class OpenOnnx(EditedGraph, OpenModel):
@@ -111,27 +113,29 @@ class OpenOnnx(EditedGraph, OpenModel):
                 writer.named[id(part.weight)] = (f"{site.name}.{place}.weight", part.weight)
         weight = self.parameter(first.weight)
         entry = Entry(weight=first.weight, stored=first.stored, origin=chain.origin)
+        # a bias moves once, however many calls add it; one that other nodes read as well stays as it is
+        for name in dict.fromkeys(call.bias for call in calls if call.bias is not None):
+            if not self.is_read_by_others(name, calls):
+                self._move_bias(self.parameter(name), site.operator.bias, chain.bias)
         for call in calls:
-            self._replace_call(call, chain, writer, site.operator.bias, calls)
+            self._replace_call(call, chain, writer)
         self.drop_unused(weight)
         self.record = self.record.with_site(site.name, entry)
 
-    def _replace_call(
-        self, call: Call, chain: Chain, writer: ChainWriter, before: Tensor | None, calls: Sequence[Call]
-    ) -> None:
+    def _replace_call(self, call: Call, chain: Chain, writer: ChainWriter) -> None:
         bias = None if call.bias is None else self.parameter(call.bias)
-        if bias is not None and not self.is_read_by_others(call.bias or "", calls):
-            self._move_bias(bias, before, chain.bias)
         computed = None if call.computed_bias is None else self.value(call.computed_bias)
         old = self.value(call.value)
         # Gemm takes two axes; a chain with reshapes has more in between
-        plain = not any(isinstance(step, Unflatten | Flatten | Transpose) for step in chain.steps)
+        plain = not any(isinstance(step, _RESHAPES) for step in chain.steps)
         gemm = plain and producer_of(self.value(call.user)).op_type == "Gemm"
         shape: Shape | None = None
         writer.start(self.value(call.source))
         for number, step in enumerate(chain.steps):
             last = number == len(chain.steps) - 1
             shape = self._write(writer, step, shape, call, gemm=gemm, bias=(bias or computed) if last else None)
+        if computed is not None and isinstance(chain.steps[-1], _RESHAPES):  # the reshape would reshape it too
+            writer.read("Add", computed)
         self._put(writer, call, old)
 
     def _move_bias(self, bias: ir.Value, before: Tensor | None, after: Tensor | None) -> None:
@@ -271,13 +275,6 @@ class OpenOnnx(EditedGraph, OpenModel):
             self.model.metadata_props.pop(RECORD, None)
         return self.model
 
-    @property
-    def notes(self) -> Mapping[str, str]:
-        """Nothing: what is fused is exactly one operator."""
-        return {}
-
 
 def _biases(part: Part) -> list[str]:
-    if isinstance(part, Call):
-        return [] if part.bias is None else [part.bias]
     return [] if part.bias is None else [part.bias]
