@@ -35,6 +35,7 @@ from surgery.sites.find import find
 from tests.cases import Case
 from tests.fitted import FITS, each, rank_choices
 from tests.tolerances import reduction, tolerance
+from tests.zoo import ZOO, graph
 
 
 def is_one_node(case: Case) -> bool:
@@ -630,3 +631,31 @@ def test_a_factored_program_is_factored_as_a_file_too(linear: bool, tmp_path: Pa
         assert {fusion.site for fusion in back.changes} == {"0", "2"}
         lower = surgery.decompose(model, x, ranks="2")
         assert {change.site for change in lower.changes} == {"0", "2"}
+
+
+@pytest.mark.law(6)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter to itself
+@pytest.mark.parametrize("name", ZOO)
+def test_the_laws_of_a_network(name: str, tmp_path: Path) -> None:
+    program, inputs = graph(name, "program")
+    surgery.export_onnx(program, tmp_path / "m.onnx", inputs)
+    model: Any = surgery.load(tmp_path / "m.onnx")
+    names = kind_of(model).signature(model, ((), {})).names
+    given = tuple(inputs[key] for key in names) if isinstance(inputs, dict) else inputs
+    before = outputs(model, *given)
+    full = surgery.decompose(model, given, ranks="full")
+    for found, wanted in zip(outputs(full.model, *given), before, strict=True):
+        assert relative_error(found, wanted) <= 1e-4
+    made = surgery.decompose(model, given, ranks="energy=0.9")
+    assert unique(made.model) == made.after.parameters
+    assert_valid(made.model)
+    back = surgery.recompose(made.model, given)
+    assert {fusion.site for fusion in back.changes} == {change.site for change in made.changes}
+    assert weights(back.model) == weights(model)
+    for found, wanted in zip(outputs(back.model, *given), outputs(made.model, *given), strict=True):
+        assert relative_error(found, wanted) <= 1e-4
+    assert _types(back.model) == _types(model)
+
+
+def unique(model: ir.Model) -> int:
+    return sum(int(np.prod(shape)) for shape in weights(model).values())

@@ -113,17 +113,16 @@ def examine(name: str, path: Path, inputs: dict[str, Tensor] | None) -> Row:
     """Return what a file shows; without ``inputs``, its own shapes are used."""
     try:
         model: Any = surgery.load(path)
-        example = inputs if inputs is not None else None
         start = time.perf_counter()
-        sites, skips = surgery.find_sites(model, example)
+        sites, skips = surgery.find_sites(model, inputs)
         seconds = time.perf_counter() - start
         if inputs is None or not sites:
-            unchanged = surgery.decompose(model, example, ranks="full").model if inputs is not None else model
+            unchanged = surgery.decompose(model, inputs, ranks="full").model if inputs is not None else model
             same = _shapes(unchanged) == _shapes(model)
             return Row(name, len(sites), len(skips), seconds, names=same, nodes=same, valid=_valid(unchanged))
         before = _outputs(model, inputs)
-        made = surgery.decompose(model, example, ranks="full").model
-        back = surgery.recompose(made, example).model
+        made = surgery.decompose(model, inputs, ranks="full").model
+        back = surgery.recompose(made, inputs).model
         return Row(
             name,
             len(sites),

@@ -161,7 +161,7 @@ def open_program(
     samples = _random(shapes, {}, seed)[0] or None
     loaded: Any = load(path, trust=trust, model=factory, example_inputs=samples, memory=memory)
     kind = kind_of(loaded)
-    if kind.name == "onnx":
+    if kind.is_onnx:
         return loaded, random_inputs(loaded, seed=seed, shapes={name or at: s for at, (name, s) in enumerate(shapes)})
     program = kind.program(loaded)
     if program is not None:

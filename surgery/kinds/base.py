@@ -40,6 +40,7 @@ class Kind(ABC):
     name: ClassVar[str]
     models: ClassVar[type]  # the class of the models of this kind
     label: ClassVar[str]  # what messages call that class
+    is_onnx: ClassVar[bool] = False  # whether the models are ONNX models already, so that none is exported
 
     @abstractmethod
     def open(self, model: Any, inputs: Inputs, access: Access) -> OpenModel:
@@ -60,7 +61,7 @@ class Kind(ABC):
         return None
 
     def onnx_bytes(self, model: Any) -> bytes | None:
-        """Return the bytes of an ONNX file with the model, if it is an ONNX model; None if it has to be exported."""
+        """Return the bytes of an ONNX file with the model, if ``is_onnx``; None if it has to be exported."""
         return None
 
     def kept(self, model: Any) -> Any:
@@ -125,7 +126,10 @@ class OpenModel(ABC):
     @property
     @abstractmethod
     def flow(self) -> Flow:
-        """The model as it was when it was opened, or last reopened."""
+        """The model as it is when this is read first after it was opened, or reopened. Read it before edits that fuse.
+
+        Edits that replace need no flow: what was found in the same model, opened earlier, has the same numbers.
+        """
 
     @abstractmethod
     def apply(self, edit: Edit) -> None:

@@ -91,7 +91,7 @@ def bisect(
     Raises:
         InputError: the second was not decomposed from the first, or a metric that fails.
     """
-    if any(kind_of(model).onnx_bytes(model) is not None for model in (original, decomposed)):
+    if any(kind_of(model).is_onnx for model in (original, decomposed)):
         what = "an ONNX model holds its weights where they cannot be exchanged while it runs"
         raise InputError(
             what, allowed="modules and exported programs", next_step="compare the two with surgery.compare"

@@ -108,7 +108,7 @@ def export_onnx(
     """
     target = Path(path)
     check_outputs([target], force=force)
-    if kind_of(model).onnx_bytes(model) is not None:
+    if kind_of(model).is_onnx:
         raise InputError("the model is an ONNX model already", next_step="write it with surgery.save")
     program, inputs = capture(model, example_inputs, seed=seed)
     exported = _to_onnx(program)

@@ -70,46 +70,53 @@ class OnnxKind(Kind):
     name = "onnx"
     models: ClassVar[type] = ir.Model
     label = "onnx_ir.Model"
+    is_onnx = True
 
-    def open(self, model: ir.Model, inputs: Inputs, access: Access) -> OpenOnnx:
+    def read(self, model: Any) -> ir.Model:
+        """Return a model as ``onnx_ir`` holds it."""
+        found: ir.Model = model
+        return found
+
+    def open(self, model: Any, inputs: Inputs, access: Access) -> OpenOnnx:
         """Open a model; the model itself is never changed."""
-        return OpenOnnx(model, inputs if any(inputs) else self.brought_inputs(model) or ((), {}))
+        return OpenOnnx(self.read(model), inputs if any(inputs) else self.brought_inputs(model) or ((), {}))
 
-    def runnable(self, model: ir.Model) -> nn.Module:
+    def runnable(self, model: Any) -> nn.Module:
         """Return a module that runs a model under onnxruntime."""
-        return OnnxModule(model)
+        return OnnxModule(self.read(model))
 
-    def onnx_bytes(self, model: ir.Model) -> bytes | None:
+    def onnx_bytes(self, model: Any) -> bytes | None:
         """Return the bytes of a file with the model, with all weights inside."""
-        return serialise(model)
+        return serialise(self.read(model))
 
-    def kept(self, model: ir.Model) -> Any:
+    def kept(self, model: Any) -> Any:
         """Return what the metadata of a model have."""
-        return read_metadata(model)
+        return read_metadata(self.read(model))
 
-    def keep(self, model: ir.Model, values: Mapping[str, Any]) -> None:
+    def keep(self, model: Any, values: Mapping[str, Any]) -> None:
         """Put values into the metadata of a model."""
         model.metadata_props[RECORD] = json.dumps(values, allow_nan=False)
 
-    def tensors(self, model: ir.Model) -> Mapping[str, Any]:
+    def tensors(self, model: Any) -> Mapping[str, Any]:
         """Return the weights of a model by name."""
-        return {name: to_torch(tensor) for name, tensor in Reader(model.graph).parameters.items()}
+        return {name: to_torch(tensor) for name, tensor in Reader(self.read(model).graph).parameters.items()}
 
-    def brought_inputs(self, model: ir.Model, *, seed: int = 0) -> Inputs | None:
+    def brought_inputs(self, model: Any, *, seed: int = 0) -> Inputs | None:
         """Return random inputs of the shapes that a model declares; sizes that may vary are 1. None if it cannot."""
-        known = all(_dtype(value) is not None and value.shape is not None for value in _inputs(model))
-        return random_inputs(model, seed=seed) if known else None
+        read = self.read(model)
+        known = all(_dtype(value) is not None and value.shape is not None for value in _inputs(read))
+        return random_inputs(read, seed=seed) if known else None
 
-    def signature(self, model: ir.Model, example: Inputs) -> Signature:
+    def signature(self, model: Any, example: Inputs) -> Signature:
         """Return how a model is called."""
-        names = tuple(value.name or "" for value in _inputs(model))
+        names = tuple(value.name or "" for value in _inputs(self.read(model)))
         return Signature(names, len(names), frozenset(names), positional=len(names))
 
-    def declared_inputs(self, model: ir.Model, example: Inputs, signature: Signature) -> dict[str, Declared]:
+    def declared_inputs(self, model: Any, example: Inputs, signature: Signature) -> dict[str, Declared]:
         """Return what a model says about its inputs."""
         given = given_inputs(example, signature)
         found = {}
-        for value in _inputs(model):
+        for value in _inputs(self.read(model)):
             dtype, sizes = _dtype(value), _sizes(value)
             name = value.name or ""
             if dtype is None:
@@ -120,12 +127,12 @@ class OnnxKind(Kind):
             found[name] = Declared(dtype, fixed, sizes)
         return found
 
-    def fixed_batch(self, model: ir.Model) -> int | None:
+    def fixed_batch(self, model: Any) -> int | None:
         """Return the only batch size that a model accepts, or None if it accepts any."""
-        first = next((_sizes(value) for value in _inputs(model) if _sizes(value)), ())
+        first = next((sizes for value in _inputs(self.read(model)) if (sizes := _sizes(value))), ())
         return first[0] if first and isinstance(first[0], int) else None
 
-    def refuse_inplace(self, model: ir.Model) -> str | None:
+    def refuse_inplace(self, model: Any) -> str | None:
         """Refuse, since a changed model is always a new one."""
         return "an ONNX model cannot be changed in place"
 
@@ -141,47 +148,18 @@ class OnnxProtoKind(OnnxKind):
     models = onnx.ModelProto
     label = "onnx.ModelProto"
 
-    def open(self, model: onnx.ModelProto, inputs: Inputs, access: Access) -> OpenOnnx:  # type: ignore[override]
-        """Open a model; the model itself is never changed."""
-        read = ir.serde.deserialize_model(model)
-        return _OpenProto(read, inputs if any(inputs) else super().brought_inputs(read) or ((), {}))
+    def read(self, model: Any) -> ir.Model:
+        """Return a message as ``onnx_ir`` holds it."""
+        return ir.serde.deserialize_model(model)
 
-    def runnable(self, model: Any) -> nn.Module:
-        """Return a module that runs a model under onnxruntime."""
-        return super().runnable(ir.serde.deserialize_model(model))
-
-    def onnx_bytes(self, model: Any) -> bytes | None:
-        """Return the bytes of a file with the model."""
-        return super().onnx_bytes(ir.serde.deserialize_model(model))
-
-    def kept(self, model: Any) -> Any:
-        """Return what the metadata of a model have."""
-        return super().kept(ir.serde.deserialize_model(model))
+    def open(self, model: Any, inputs: Inputs, access: Access) -> OpenOnnx:
+        """Open a message; the message itself is never changed."""
+        return _OpenProto(self.read(model), inputs if any(inputs) else self.brought_inputs(model) or ((), {}))
 
     def keep(self, model: Any, values: Mapping[str, Any]) -> None:
-        """Put values into the metadata of a model."""
+        """Put values into the metadata of a message."""
         known = {entry.key: entry.value for entry in model.metadata_props}
         onnx.helper.set_model_props(model, known | {RECORD: json.dumps(values, allow_nan=False)})
-
-    def tensors(self, model: Any) -> Mapping[str, Any]:
-        """Return the weights of a model by name."""
-        return super().tensors(ir.serde.deserialize_model(model))
-
-    def brought_inputs(self, model: Any, *, seed: int = 0) -> Inputs | None:
-        """Return random inputs of the shapes that a model declares; None if it cannot."""
-        return super().brought_inputs(ir.serde.deserialize_model(model), seed=seed)
-
-    def signature(self, model: Any, example: Inputs) -> Signature:
-        """Return how a model is called."""
-        return super().signature(ir.serde.deserialize_model(model), example)
-
-    def declared_inputs(self, model: Any, example: Inputs, signature: Signature) -> dict[str, Declared]:
-        """Return what a model says about its inputs."""
-        return super().declared_inputs(ir.serde.deserialize_model(model), example, signature)
-
-    def fixed_batch(self, model: Any) -> int | None:
-        """Return the only batch size that a model accepts, or None if it accepts any."""
-        return super().fixed_batch(ir.serde.deserialize_model(model))
 
 
 class _OpenProto(OpenOnnx):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy.typing as npt
@@ -141,8 +142,7 @@ def _names_read(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
 class _Parts:
     """A model in parts; each but the last ends with a value that is ``cut``; ``seen`` are given as well."""
 
-    def __init__(self, model: ir.Model, cut: Sequence[str], seen: Iterable[str]) -> None:
-        whole = onnx.ModelProto.FromString(serialise(model))
+    def __init__(self, whole: onnx.ModelProto, cut: Sequence[str], seen: Iterable[str]) -> None:
         graph = whole.graph
         inside = {tensor.name for tensor in graph.initializer}
         self.inputs = [value.name for value in graph.input if value.name not in inside]
@@ -186,6 +186,10 @@ class ObservedOnnx(Observed):
         self._taps: dict[str, OutputChange] = {}
         self._parts: _Parts | None = None
 
+    @cached_property
+    def _whole(self) -> onnx.ModelProto:
+        return onnx.ModelProto.FromString(serialise(self._model))
+
     def _name(self, number: int) -> str:
         return self._reader.values[number - self._reader.start].name or ""
 
@@ -227,7 +231,7 @@ class ObservedOnnx(Observed):
         """Run the model, and return its outputs."""
         if self._parts is None:
             sources = {source for row in self._sees.values() for source, _ in row}
-            self._parts = _Parts(self._model, list(self._taps), [*sources, *self._sees])
+            self._parts = _Parts(self._whole, list(self._taps), [*sources, *self._sees])
         known = arrays_of(self._reader, inputs)
         values = self._parts.run(known, lambda name, array: self._show(name, array, known))
         return tuple(_as_tensor(values[name]) for name in self._parts.outputs)
@@ -243,7 +247,7 @@ class ObservedOnnx(Observed):
 
 
 class Shapes:
-    """The shapes of values: those that the graph declares, else those in one run on the example inputs."""
+    """The shapes of values, and the costs of products, from one run on the example inputs."""
 
     def __init__(self, model: ir.Model, reader: Reader, inputs: Inputs) -> None:
         self._model, self._reader, self._inputs = model, reader, inputs
@@ -267,7 +271,8 @@ class Shapes:
         wanted = sorted(self._wanted())
         names = {number: self._reader.values[number - self._reader.start].name or "" for number in wanted}
         known = arrays_of(self._reader, self._inputs)
-        values = _Parts(self._model, (), names.values()).run(known, lambda name, array: array)
+        whole = onnx.ModelProto.FromString(serialise(self._model))
+        values = _Parts(whole, (), names.values()).run(known, lambda name, array: array)
         return {number: tuple(values[name].shape) for number, name in names.items() if name in values}
 
     def _wanted(self) -> set[int]:
