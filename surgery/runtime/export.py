@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 from surgery.errors import CaptureError, CheckError, InputError, only_own_errors
 from surgery.kinds.fx.graph import read_record
 from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs
+from surgery.kinds.onnx.exported import keep_weights
 from surgery.kinds.onnx.graph import RECORD
 from surgery.kinds.onnx.session import open_session
 from surgery.kinds.registry import Model, kind_of
@@ -182,17 +183,23 @@ def _capturing(done: str, run: Callable[[], _Result]) -> _Result:
 def _to_onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
     def run() -> torch.onnx.ONNXProgram:
         with torch.no_grad():  # torch differentiates loops while it looks at them, and stumbles over dynamic sizes
-            exported = torch.onnx.export(program, dynamo=True, verbose=False)
+            exported = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False)
         if exported is None:
             raise InputError("torch.onnx.export returned nothing")
+        exported.model = keep_weights(exported.model, lambda: _optimized(exported))
         return exported
 
     with quiet():
         return _capturing("written as ONNX", run)
 
 
+def _optimized(exported: torch.onnx.ONNXProgram) -> ir.Model:
+    exported.optimize()
+    return exported.model
+
+
 def _keep_record(program: ExportedProgram, model: ir.Model) -> None:
-    """Give an exported model the record of factored sites, if it has their names; torch folds some into new weights.
+    """Give an exported model the record of factored sites, if it has their names; torch folds others into new weights.
 
     How a weight is stored is another thing in ONNX, and is left out.
     """

@@ -222,7 +222,7 @@ def _refuse_biases(flow: Flow, calls: Sequence[Call]) -> Refusal | None:
 
 def _form(call: Call) -> tuple[object, ...]:
     """Return what calls must have in common to share one chain: everything but the tensors."""
-    return (call.operator.form, call.stored, call.path is None)
+    return (call.operator.form, call.stored, call.view, call.path is None)
 
 
 def _with_macs(flow: Flow, skips: Sequence[Skip]) -> list[Skip]:

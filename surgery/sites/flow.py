@@ -64,7 +64,8 @@ class Call:
     """One call of an operator on ``source``, by a module (at ``path``) or by a function.
 
     ``weight`` and ``bias`` are names of parameters. Where the graph computes the bias, ``computed_bias`` is the number
-    of that value, and the operator has no bias. ``stored`` is the layout of the weight. A call may span several values:
+    of that value, and the operator has no bias. ``stored`` is the layout of the weight, and ``view`` says what the
+    graph does to the parameter before; calls with equal views read the same numbers. A call may span several values:
     ``inside`` has those before ``value``, and ``reader`` is the value that reads the weight. ``loop`` is the loop of a
     recurrent layer around the call. A module may do more than its operator: ``last`` says that the operator comes last,
     and ``surplus`` counts the parameters that the module has in addition to the operator's.
@@ -83,6 +84,7 @@ class Call:
     loop: Loop | None = None
     last: bool = True
     surplus: int = 0
+    view: Hashable = ()
 
     @property
     def values(self) -> tuple[int, ...]:

@@ -151,6 +151,7 @@ def _factored(flow: Flow, row: Sequence[Part]) -> int:
     calls = calls_of(mine)
     weights = {name for call in calls for name in flow.tensors.aliases(call.weight)}
     own = weights | {f"{name.removesuffix('.weight')}.bias" for name in weights}
+    own |= {name for call in calls if call.bias is not None for name in flow.tensors.aliases(call.bias)}
     # a shift after the last reshape holds the bias as P.<number>.bias
     shifts = [part.bias for part in row if isinstance(part, Reshape) and part.bias is not None]
     places = {bias.removeprefix(f"{name}.") for bias in shifts for name in above if bias.startswith(f"{name}.")}

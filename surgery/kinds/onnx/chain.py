@@ -18,6 +18,7 @@ from surgery.kinds.onnx.nodes import (
 )
 from surgery.kinds.onnx.read import MARK
 from surgery.kinds.onnx.tensors import to_torch
+from surgery.kinds.onnx.weights import View
 
 __all__ = ["ChainWriter"]
 
@@ -26,19 +27,21 @@ class ChainWriter(NodeWriter):
     """Writes the nodes of a chain on values of a graph; each weight becomes one initializer.
 
     ``named`` has the name of each weight and its numbers, by the identity of the tensor. The weights of linear layers
-    are stored transposed if ``turned``.
+    are stored transposed if ``turned``. ``views`` are those through which a weight is read, by its name.
     """
 
     def __init__(self, graph: EditedGraph, *, turned: bool) -> None:
         super().__init__()
         self._graph, self.turned = graph, turned
         self.named: dict[int, tuple[str, Tensor]] = {}
+        self.views: dict[str, tuple[View, ...]] = {}
         self._known: dict[str, ir.Value] = {}
         self._marks: dict[int, str] = {}  # what a reshape does, for the reader
+        self._before: ir.Node | None = None
 
-    def start(self, source: ir.Value) -> None:
-        """Begin with a value of the graph."""
-        self.nodes, self.constants, self._known, self._marks = [], [], {}, {}
+    def start(self, source: ir.Value, before: ir.Node) -> None:
+        """Begin with a value of the graph; all nodes will stand in front of the node ``before``."""
+        self.nodes, self.constants, self._known, self._marks, self._before = [], [], {}, {}, before
         self.value = self._know(source)
 
     def _know(self, value: ir.Value) -> str:
@@ -50,11 +53,18 @@ class ChainWriter(NodeWriter):
         """Return the name of the initializer of a factor; it is added at its first use."""
         name, numbers = self.named[id(tensor)]
         if id(numbers) not in self._graph.made:  # joint sites share a factor
-            value = self._graph.add_parameter(name, numbers.mT if turned else numbers)
-            self._graph.made[id(numbers)] = (numbers, value)
+            self._graph.made[id(numbers)] = (numbers, self._add(name, numbers.mT if turned else numbers))
         else:
             self._graph.tie(self._graph.made[id(numbers)][1].name or "", name)
         return self._know(self._graph.made[id(numbers)][1])
+
+    def _add(self, name: str, numbers: Tensor) -> ir.Value:
+        """Add a weight, and the views through which it is read; return the value of the last."""
+        views = self.views.get(name, ())
+        for view in reversed(views):
+            numbers = view.undo(numbers)
+        assert self._before is not None
+        return self._graph.add_views(views, self._graph.add_parameter(name, numbers), self._before)
 
     def read(self, op_type: str, value: ir.Value) -> None:
         """Append a node on the current value and on a value of the graph."""
@@ -103,8 +113,10 @@ class ChainWriter(NodeWriter):
             words = ("unflatten", step.dim, *step.sizes)
         self._marks[len(self.nodes) - 1] = " ".join(map(str, words))
 
-    def finish(self, *, before: ir.Node) -> ir.Value:
-        """Insert the nodes in front of a node, and return their last value."""
+    def finish(self) -> ir.Value:
+        """Insert the nodes, and return their last value."""
+        before = self._before
+        assert before is not None
         for constant in self.constants:
             name = self._graph.new_name("surgery.sizes")
             self._known[constant.name] = self._graph.add_parameter(

@@ -8,11 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from surgery.errors import CheckError, FileError
 from surgery.kinds.onnx.read import Reader
 from surgery.kinds.onnx.tensors import to_ir
+from surgery.kinds.onnx.weights import View, is_view
 from surgery.sites import Call, Record
 
 __all__ = ["RECORD", "EditedGraph", "producer_of", "read_metadata", "read_record"]
@@ -102,9 +104,8 @@ class EditedGraph:
     def drop_unused(self, value: ir.Value) -> None:
         """Drop a weight or a bias that nothing reads any more, and the nodes that passed it on."""
         for use in list(value.uses()):
-            passed = use.node.outputs[0]
-            if use.node.op_type == "Identity" and not list(passed.uses()) and not passed.is_graph_output():
-                self.graph.remove(use.node, safe=True)
+            if is_view(use.node) and use.idx == 0:
+                self._drop_view(use.node)
         if list(value.uses()) or value.is_graph_output():
             return
         name = value.name or ""
@@ -115,6 +116,43 @@ class EditedGraph:
             del self.graph.initializers[name]
         elif (node := value.producer()) is not None:
             self.graph.remove(node, safe=True)
+
+    def _drop_view(self, node: ir.Node) -> None:
+        """Drop a node that passes a weight on, and the views after it, if nothing reads it."""
+        passed = node.outputs[0]
+        for use in list(passed.uses()):
+            if is_view(use.node) and use.idx == 0:
+                self._drop_view(use.node)
+        if list(passed.uses()) or passed.is_graph_output():
+            return
+        said = [value for value in node.inputs[1:] if value is not None]
+        self._names.discard(passed.name or "")
+        node.graph.remove(node, safe=True)  # type: ignore[union-attr]
+        for value in said:
+            self.drop_unused(value)
+
+    def add_views(self, views: Sequence[View], root: ir.Value, before: ir.Node) -> ir.Value:
+        """Insert views of a weight in front of a node, and return the value of the last."""
+        value = root
+        for view in views:
+            inputs = [value]
+            if view.as_input is not None:
+                inputs.append(self._sizes(view.as_input, view.said))
+            attributes = [] if view.attribute is None else [view.attribute]
+            node = ir.Node("", view.op_type, inputs, attributes, num_outputs=1, name=view.name)
+            name = view.output if view.output and view.output not in self._names else self.new_name(f"{root.name}.view")
+            node.outputs[0].name = self.note_name(name)
+            before.graph.insert_before(before, node)  # type: ignore[union-attr]
+            value = node.outputs[0]
+        return value
+
+    def _sizes(self, name: str, numbers: Sequence[int]) -> ir.Value:
+        """Return an initializer with whole numbers, under this name if it is free."""
+        found = self.graph.initializers.get(name)
+        known = None if found is None or found.const_value is None else found.const_value
+        if found is not None and known is not None and known.numpy().tolist() == list(numbers):
+            return found
+        return self.add_parameter(self.new_name(name), torch.tensor(list(numbers), dtype=torch.int64))
 
     def is_read_by_others(self, name: str, calls: Sequence[Call]) -> bool:
         """Whether something besides these calls reads a parameter."""

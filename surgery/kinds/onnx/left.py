@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from surgery.errors import Refusal
-from surgery.kinds.onnx.tensors import FLOATS, numbers_of
+from surgery.kinds.onnx.tensors import numbers_of
+from surgery.kinds.onnx.weights import Weight, is_plain
 from surgery.sites import Left, Skip, site_name
 
 if TYPE_CHECKING:
     from surgery.kinds.onnx.read import Reader
 
-__all__ = ["DENSE", "inside", "is_plain", "left_of"]
+__all__ = ["DENSE", "EARLIER", "inside", "left_of"]
 
 _RECURRENT = ("LSTM", "GRU", "RNN")
 _QUANTIZED = (
@@ -25,12 +26,8 @@ _FUSED = (
     *("FusedConv", "FusedMatMul", "FusedGemm", "FusedMatMulActivation", "BiasGelu", "Attention", "NhwcFusedConv"),
     *("MultiHeadAttention", "EmbedLayerNormalization", "SkipLayerNormalization"),
 )
+EARLIER = "decompose before you quantize"
 DENSE = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0, "Einsum": 1}  # where the weight stands
-
-
-def is_plain(node: ir.Node) -> bool:
-    """Whether a node is of ONNX's own operators."""
-    return node.domain in ("", "ai.onnx")
 
 
 def inside(node: ir.Node) -> Iterator[ir.Node]:
@@ -64,11 +61,11 @@ def _skip(reader: Reader, node: ir.Node, reason: str) -> Skip:
 def _reason(reader: Reader, node: ir.Node) -> str | None:
     """Return why a node that multiplies by a weight is left alone; None if it is a call, or no such node."""
     if node.op_type in _QUANTIZED:
-        return f"it is quantized ({node.op_type}); decompose before you quantize"
+        return f"it is quantized ({node.op_type}); {EARLIER}"
     if node.op_type in _FUSED and not is_plain(node):
         return f"{node.op_type} is an operator of onnxruntime's optimizer; give the file from before"
     if not is_plain(node):
-        return None
+        return _foreign(reader, node)
     if node.op_type in _RECURRENT:
         return f"the weights of {node.op_type} are left whole in ONNX files"
     call = reader.call(node)
@@ -77,6 +74,14 @@ def _reason(reader: Reader, node: ir.Node) -> str | None:
     if call is None and node.op_type in DENSE:
         return _computed(reader, node)
     return None
+
+
+def _foreign(reader: Reader, node: ir.Node) -> str | None:
+    """Return why a node of another domain that reads a weight is left alone; None if it reads none."""
+    found = [weight for value in node.inputs if (weight := reader.weight(value)) is not None]
+    if not any(len(weight.shape) > 1 and weight.is_float for weight in found):
+        return None
+    return f"nothing is known of {node.op_type} of {node.domain}, which reads it"
 
 
 def _reason_inside(reader: Reader, node: ir.Node, around: ir.Node) -> str | None:
@@ -96,29 +101,34 @@ def _computed(reader: Reader, node: ir.Node) -> str | None:
     for at in places:
         value = node.inputs[at] if at < len(node.inputs) else None
         weight = reader.weight(value)
-        if weight is not None and len(weight.shape) > 1 and weight.tensor.dtype in FLOATS:
+        if weight is not None and len(weight.shape) > 1 and weight.is_float:
             if node.op_type == "Gather":
                 return None
             return "its weight stands on the left" if node.op_type == "MatMul" else f"{node.op_type} uses it"
         producer = None if value is None else value.producer()
-        if producer is not None and weight is None and _is_constant(reader, value):
-            return None if node.op_type == "Gather" else f"its weight is computed by {producer.op_type}"
+        large = [] if producer is None or weight is not None or node.op_type == "Gather" else _constants(reader, value)
+        if not large:
+            continue
+        assert producer is not None
+        if all(found.is_float for found in large):
+            return f"its weight is computed by {producer.op_type}"
+        return f"its weight is {large[0].tensor.dtype.name}, read through {producer.op_type}; {EARLIER}"
     return None
 
 
-def _is_constant(reader: Reader, value: ir.Value | None, depth: int = 8) -> bool:
-    """Whether a value is computed from constants alone, among them one with two axes."""
-    waiting, large = [(value, depth)], False
+def _constants(reader: Reader, value: ir.Value | None, depth: int = 8) -> list[Weight]:
+    """Return the constants with two axes from which a value is computed; none if anything else is read."""
+    waiting, large = [(value, depth)], []
     while waiting:
         one, left = waiting.pop()
         if one is None:
             continue
         weight = reader.weight(one)
         if weight is not None:
-            large = large or len(weight.shape) > 1
+            large += [weight] * (len(weight.shape) > 1)
             continue
         node = one.producer()
         if node is None or not left:
-            return False
+            return []
         waiting += [(each, left - 1) for each in node.inputs]
     return large

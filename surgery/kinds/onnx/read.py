@@ -1,8 +1,7 @@
 """Read the flow of an ONNX graph: which nodes call operators, and on which weights.
 
 Values are numbered in graph order: the inputs, then the outputs of all nodes, then one value that stands for the
-outputs of the graph. A weight is an initializer or the value of a Constant node, and may lie behind Identity nodes. A
-MatMul by a weight and the Add of a bias after it are one call.
+outputs of the graph. A MatMul by a weight and the Add of a bias after it are one call.
 
     y = MatMul(x, W)    z = Add(y, b)    ->    Call(value of z, source x, Linear(W^T, b), inside=(value of y,))
 """
@@ -11,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -21,11 +20,12 @@ from torch import Tensor
 from surgery.algebra import Conv, Embedding, Geometry, Linear, Operator, Shift, Transpose, Unflatten
 from surgery.algebra.steps import Flatten, Link
 from surgery.errors import Refusal
-from surgery.kinds.onnx.left import DENSE, inside, is_plain, left_of
-from surgery.kinds.onnx.tensors import FLOATS, shape_of, to_torch
+from surgery.kinds.onnx.left import DENSE, EARLIER, inside, left_of
+from surgery.kinds.onnx.tensors import FLOATS
+from surgery.kinds.onnx.weights import Weight, find_weight, is_plain, is_view
 from surgery.sites import Activation, BatchNorm, Call, Element, Epilogue, Left, Other, Reshape, Sum
 
-__all__ = ["MARK", "Reader", "Weight", "attributes_of"]
+__all__ = ["MARK", "Reader", "attributes_of"]
 
 MARK = "surgery"  # in the metadata of a reshape that belongs to a chain: what it does
 
@@ -38,29 +38,6 @@ _EPILOGUES: dict[str, Epilogue] = {
 def attributes_of(node: ir.Node) -> dict[str, Any]:
     """Return the attributes of a node by name; texts as str."""
     return {name: attribute.value for name, attribute in node.attributes.items()}
-
-
-@dataclass(frozen=True, eq=False)
-class Weight:
-    """A weight: the value that holds its numbers, and the numbers."""
-
-    root: ir.Value
-    tensor: ir.TensorProtocol
-
-    @property
-    def name(self) -> str:
-        """The name of the value."""
-        return self.root.name or ""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the numbers."""
-        return shape_of(self.tensor)
-
-    @cached_property
-    def numbers(self) -> Tensor:
-        """The numbers, which must not be changed."""
-        return to_torch(self.tensor)
 
 
 class Reader:
@@ -91,22 +68,17 @@ class Reader:
         return self.numbers[node.outputs[0]]
 
     def weight(self, value: ir.Value | None) -> Weight | None:
-        """Return the weight that a value is, behind Identity nodes; None if it is none."""
+        """Return the weight that a value is; None if it is none."""
         if value is None:
             return None
         if value not in self._weights:
-            self._weights[value] = self._find_weight(value)
+            self._weights[value] = find_weight(value)
         return self._weights[value]
 
-    def _find_weight(self, value: ir.Value) -> Weight | None:
-        while (node := value.producer()) is not None and node.op_type == "Identity" and is_plain(node):
-            if node.inputs[0] is None:
-                return None
-            value = node.inputs[0]
-        tensor = value.const_value if value.is_initializer() else None
-        if node is not None and node.op_type == "Constant" and is_plain(node) and "value" in node.attributes:
-            tensor = node.attributes["value"].value
-        return None if tensor is None else Weight(value, tensor)
+    def _plain(self, value: ir.Value | None) -> Weight | None:
+        """Return the bias that a value is; None if nodes compute it, if only from another shape or type."""
+        found = self.weight(value)
+        return None if found is None or found.form else found
 
     @cached_property
     def users(self) -> Mapping[int, frozenset[int]]:
@@ -131,7 +103,7 @@ class Reader:
 
     @cached_property
     def uses(self) -> Mapping[str, frozenset[int]]:
-        """The values that read each parameter, also behind Identity nodes and inside of bodies."""
+        """The values that read each parameter, also through views and inside of bodies."""
         found: dict[str, set[int]] = defaultdict(set)
         roots = [*self.graph.initializers.values()]
         roots += [node.outputs[0] for node in self.nodes if node.op_type == "Constant"]
@@ -142,7 +114,7 @@ class Reader:
                 if value.is_graph_output():
                     found[root.name or ""].add(self.end)
                 for use in value.uses():
-                    if use.node.op_type == "Identity" and self.around.get(use.node) is use.node:
+                    if is_view(use.node) and use.idx == 0 and self.around.get(use.node) is use.node:
                         waiting.append(use.node.outputs[0])
                     elif use.node in self.around:
                         found[root.name or ""].add(self.number(self.around[use.node]))
@@ -178,7 +150,7 @@ class Reader:
         first, second = node.inputs[:2]
         if first in self.numbers and second in self.numbers and self.weight(second) is None:
             return Sum(number, (self.numbers[first], self.numbers[second]))
-        bias = self.weight(second)
+        bias = self._plain(second)
         if bias is not None and len(bias.shape) == 1 and bias.name in self.parameters and first in self.numbers:
             return Reshape(number, self.numbers[first], Shift(bias.numbers), bias=bias.name)
         return Other(number)
@@ -214,8 +186,8 @@ class Reader:
         weight = self.weight(node.inputs[at])
         if weight is None or len(weight.shape) < 2:
             return None
-        if weight.tensor.dtype not in FLOATS:
-            return Refusal(f"its weight is {weight.tensor.dtype.name}; decompose before you quantize")
+        if not weight.is_float:
+            return Refusal(f"its weight is {weight.tensor.dtype.name}; {EARLIER}")
         if node.inputs[1 - at] not in self.numbers:
             return Refusal("it is computed from constants alone")
         return read(node, weight)
@@ -223,14 +195,14 @@ class Reader:
     def _make(self, node: ir.Node, operator: Operator, weight: Weight, bias: str | None = None, **more: Any) -> Call:
         source = node.inputs[1 - DENSE[node.op_type]]
         assert source is not None
-        return Call(self.number(node), self.numbers[source], operator, weight.name, bias, **more)
+        return Call(self.number(node), self.numbers[source], operator, weight.name, bias, view=weight.form, **more)
 
     def _bias(self, node: ir.Node, out: int) -> tuple[str | None, Tensor | None, int | None] | Refusal:
         """Return the name and the numbers of a node's bias, or the number of the value that is computed as its bias."""
         value = node.inputs[2] if len(node.inputs) > 2 else None
         if value is None:
             return None, None, None
-        bias = self.weight(value)
+        bias = self._plain(value)
         if bias is None:
             return None, None, self.numbers.get(value)
         if bias.shape != (out,):
@@ -274,16 +246,9 @@ class Reader:
             return plain
         value, bias = added
         operator = Linear(weight.numbers.mT, bias=bias.numbers)
-        number = self.numbers[node.outputs[0]]
-        return Call(
-            self.numbers[value],
-            plain.source,
-            operator,
-            weight.name,
-            bias.name,
-            stored="in_out",
-            inside=(number,),
-            reader=number,
+        number = plain.value
+        return replace(
+            plain, value=self.numbers[value], operator=operator, bias=bias.name, inside=(number,), reader=number
         )
 
     def _added(self, node: ir.Node, out: int) -> tuple[ir.Value, Weight] | None:
@@ -295,7 +260,7 @@ class Reader:
         addition = uses[0].node
         if self.around.get(addition) is not addition or not is_plain(addition):
             return None
-        bias = self.weight(addition.inputs[1 - uses[0].idx])
+        bias = self._plain(addition.inputs[1 - uses[0].idx])
         known = bias is not None and bias.shape == (out,) and bias.name in self.parameters
         return (addition.outputs[0], bias) if known and bias is not None else None
 

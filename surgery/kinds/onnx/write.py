@@ -18,6 +18,7 @@ from surgery.algebra import (
     Chain,
     Flatten,
     Layout,
+    Linear,
     Operator,
     Shape,
     Shift,
@@ -31,8 +32,10 @@ from surgery.kinds.inputs import Inputs
 from surgery.kinds.observed import Observed
 from surgery.kinds.onnx.chain import ChainWriter
 from surgery.kinds.onnx.graph import RECORD, EditedGraph, producer_of
+from surgery.kinds.onnx.left import DENSE
 from surgery.kinds.onnx.run import ObservedOnnx, Shapes
 from surgery.kinds.onnx.tensors import numbers_of
+from surgery.kinds.onnx.weights import views_from_json, views_to_json
 from surgery.sites import (
     Call,
     Edit,
@@ -112,7 +115,10 @@ class OpenOnnx(EditedGraph, OpenModel):
             if isinstance(part, Operator):
                 writer.named[id(part.weight)] = (f"{site.name}.{place}.weight", part.weight)
         weight = self.parameter(first.weight)
-        entry = Entry(weight=first.weight, stored=first.stored, origin=chain.origin)
+        node = producer_of(self.value(first.user))
+        read = self.reader.weight(node.inputs[DENSE[node.op_type]])
+        views = () if read is None else read.views
+        entry = Entry(weight=first.weight, stored=first.stored, origin=chain.origin, computed=views_to_json(views))
         # a bias moves once, however many calls add it; one that other nodes read as well stays as it is
         for name in dict.fromkeys(call.bias for call in calls if call.bias is not None):
             if not self.is_read_by_others(name, calls):
@@ -130,7 +136,7 @@ class OpenOnnx(EditedGraph, OpenModel):
         plain = not any(isinstance(step, _RESHAPES) for step in chain.steps)
         gemm = plain and producer_of(self.value(call.user)).op_type == "Gemm"
         shape: Shape | None = None
-        writer.start(self.value(call.source))
+        writer.start(self.value(call.source), producer_of(old))
         for number, step in enumerate(chain.steps):
             last = number == len(chain.steps) - 1
             shape = self._write(writer, step, shape, call, gemm=gemm, bias=(bias or computed) if last else None)
@@ -179,8 +185,7 @@ class OpenOnnx(EditedGraph, OpenModel):
         numbers = part.values if isinstance(part, Call) else [number for each in part for number in each.values]
         values = [self.value(number) for number in numbers]
         nodes = list(dict.fromkeys(producer_of(value) for value in values))
-        new = writer.finish(before=producer_of(old))
-        self.stand_in(old, new, nodes)
+        self.stand_in(old, writer.finish(), nodes)
 
     # -- fuse ---------------------------------------------------------------------------------------------------------
 
@@ -200,6 +205,8 @@ class OpenOnnx(EditedGraph, OpenModel):
         name = own if own not in self._names or own in used else self.new_name(own)
         # a factor may have the very name that the weight gets; it goes first
         renamed = name if name not in self._names else self.new_name(f"{name}.fused")
+        stands = weight.mT if writer.turned and isinstance(chain.operators[0], Linear) else weight
+        writer.views[renamed] = views_from_json(entry.computed, stands.shape)
         done: dict[str, ir.Value] = {}
         for row, operator in zip(chain.rows, chain.operators, strict=True):
             writer.named[id(operator.weight)] = (renamed, weight)
@@ -226,7 +233,7 @@ class OpenOnnx(EditedGraph, OpenModel):
         bias = None if computed is None else self.value(computed)
         if operator.bias is not None:
             bias = self._fused_bias(row, operator.bias, site, done, calls)
-        writer.start(self.value(row[0].source))
+        writer.start(self.value(row[0].source), producer_of(old))
         writer.operator(operator, gemm=gemm, bias=bias)
         self._put(writer, row, old)
 
