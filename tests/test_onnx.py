@@ -742,3 +742,43 @@ def test_one_weight_read_in_two_ways_is_a_skip() -> None:
     sites, [skip] = find_sites(parsed(text, W=numbers(8, 8)), X)
     assert not sites
     assert "differ in more" in skip.reason
+
+
+def recurrent(op: str, directions: int = 1, *, twice: bool = False, view: bool = False) -> ir.Model:
+    gates, said = {"LSTM": 4, "GRU": 3, "RNN": 1}[op], 'direction = "bidirectional",' if directions == 2 else ""
+    rows = gates * 5
+    node = f"{op} <{said} hidden_size = 5> (x, {'V' if view else 'W'}, R, B)"
+    more = f"u, v = {op} <{said} hidden_size = 5> (x, W, R, B)  z = Add(y, u)" if twice else "z = Relu(y)"
+    before = "V = Unsqueeze(W, axis)" if view else ""
+    arrays: dict[str, Any] = {"axis": np.array([0])} if view else {}
+    return parsed(
+        f"g (float[t, n, 8] x) => (float[t, d, n, 5] z, float[d, n, 5] h) {{ {before}  y, h = {node}  {more} }}",
+        W=numbers(*(() if view else (directions,)), rows, 8), R=numbers(directions, rows, 5, seed=1),
+        B=numbers(directions, 2 * rows, seed=2), **arrays,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("twice", [False, True])
+def test_the_input_weight_of_a_recurrent_node(op: str, directions: int, twice: bool) -> None:
+    model = recurrent(op, directions, twice=twice)
+    x = torch.randn(4, 2, 8)
+    made = assert_comes_back(model, x, ["W"])
+    assert weights(made)["W.1.weight"] == (directions, weights(model)["W"][1], 2)
+    sites, skips = find_sites(model, x)
+    assert sites[0].macs == 4 * 2 * 8 * directions * weights(model)["W"][1] * (1 + twice)
+    assert [(skip.name, "loop" in skip.reason) for skip in skips] == [("R", True)]
+    assert skips[0].macs == 4 * 2 * 5 * directions * weights(model)["W"][1] * (1 + twice)
+
+
+def test_an_input_weight_behind_a_view() -> None:
+    assert_comes_back(recurrent("LSTM", view=True), torch.randn(4, 2, 8), ["W"])
+
+
+def test_a_recurrent_node_takes_only_factors_of_matrices() -> None:
+    model = recurrent("GRU")
+    result = surgery.decompose(model, torch.randn(4, 2, 8), ranks="2", factorization="tt")
+    assert not result.changes
+    assert "only svd" in str(result)
+    assert ir.to_proto(result.model) == ir.to_proto(model)

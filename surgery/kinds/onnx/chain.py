@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 from torch import Tensor
 
@@ -51,12 +53,19 @@ class ChainWriter(NodeWriter):
 
     def weight(self, tensor: Tensor, *, turned: bool = False) -> str:
         """Return the name of the initializer of a factor; it is added at its first use."""
+        return self._know(self._made(tensor, lambda numbers: numbers.mT if turned else numbers))
+
+    def gates(self, tensor: Tensor, directions: int) -> ir.Value:
+        """Return the initializer of the input weight of a recurrent node, from that of its gates in all directions."""
+        return self._made(tensor, lambda numbers: numbers.unflatten(0, (directions, -1)))
+
+    def _made(self, tensor: Tensor, stand: Callable[[Tensor], Tensor]) -> ir.Value:
         name, numbers = self.named[id(tensor)]
         if id(numbers) not in self._graph.made:  # joint sites share a factor
-            self._graph.made[id(numbers)] = (numbers, self._add(name, numbers.mT if turned else numbers))
+            self._graph.made[id(numbers)] = (numbers, self._add(name, stand(numbers)))
         else:
             self._graph.tie(self._graph.made[id(numbers)][1].name or "", name)
-        return self._know(self._graph.made[id(numbers)][1])
+        return self._graph.made[id(numbers)][1]
 
     def _add(self, name: str, numbers: Tensor) -> ir.Value:
         """Add a weight, and the views through which it is read; return the value of the last."""

@@ -18,14 +18,14 @@ __all__ = ["keep_weights"]
 
 def keep_weights(model: ir.Model, optimize: Callable[[], ir.Model]) -> ir.Model:
     """Optimize an exported model by ``optimize``; weights keep their names and their ties."""
-    tied = {}
+    tied: dict[str, str] = {}
     for name, value in list(model.graph.initializers.items()):
         uses = [use.node for use in value.uses()]
         turned = [node for node in uses if _turns(node, value)]
         if turned and len(turned) == len(uses) and not value.is_graph_output():
             _turn(value, turned)
         else:
-            tied |= {node.outputs[0].name: name for node in turned}
+            tied |= {node.outputs[0].name or "": name for node in turned}
     model = optimize()
     graph = model.graph
     for copy, name in tied.items():
@@ -50,8 +50,8 @@ def _turns(node: ir.Node, value: ir.Value) -> bool:
 def _turn(value: ir.Value, nodes: list[ir.Node]) -> None:
     """Hold the transpose of a weight in its place, and remove the nodes that exchange its axes."""
     assert value.const_value is not None
-    value.const_value = to_ir(to_torch(value.const_value).mT, value.name or "")
-    value.shape = ir.Shape(value.const_value.shape)
+    turned = to_torch(value.const_value).mT
+    value.const_value, value.shape = to_ir(turned, value.name or ""), ir.Shape(turned.shape)
     for node in nodes:
         ir.convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
         node.graph.remove(node, safe=True)  # type: ignore[union-attr]

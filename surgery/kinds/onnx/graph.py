@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from surgery.errors import CheckError, FileError
+from surgery.kinds.onnx.left import is_recurrent
 from surgery.kinds.onnx.read import Reader
 from surgery.kinds.onnx.tensors import to_ir
 from surgery.kinds.onnx.weights import View, is_view
@@ -80,6 +81,15 @@ class EditedGraph:
         while value in self._now:
             value = self._now[value]
         return value
+
+    def user(self, call: Call) -> ir.Node:
+        """Return the node that reads the weight of a call."""
+        return producer_of(self.value(call.user))
+
+    def loop(self, call: Call) -> ir.Node | None:
+        """Return the recurrent node of which a call gives the gates; None for any other call."""
+        node = self.user(call)
+        return node if is_recurrent(node) else None
 
     def parameter(self, name: str) -> ir.Value:
         """Return the value of a weight or a bias by its name."""

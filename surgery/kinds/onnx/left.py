@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DENSE", "EARLIER", "inside", "left_of"]
 
-_RECURRENT = ("LSTM", "GRU", "RNN")
+RECURRENT = ("LSTM", "GRU", "RNN")
 _QUANTIZED = (
     *("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul", "QGemm", "DynamicQuantizeLSTM"),
     *("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits", "QAttention", "QEmbedLayerNormalization"),
@@ -26,8 +26,17 @@ _FUSED = (
     *("FusedConv", "FusedMatMul", "FusedGemm", "FusedMatMulActivation", "BiasGelu", "Attention", "NhwcFusedConv"),
     *("MultiHeadAttention", "EmbedLayerNormalization", "SkipLayerNormalization"),
 )
+_IN_LOOP = "the recurrent weight is multiplied inside of the node's loop, where it stays whole"
 EARLIER = "decompose before you quantize"
-DENSE = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0, "Einsum": 1}  # where the weight stands
+DENSE = {  # where the weight stands
+    **{"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0, "Einsum": 1},
+    **dict.fromkeys(RECURRENT, 1),
+}
+
+
+def is_recurrent(node: ir.Node) -> bool:
+    """Whether a node is a recurrent layer with an input weight and a recurrent weight."""
+    return node.op_type in RECURRENT and is_plain(node)
 
 
 def inside(node: ir.Node) -> Iterator[ir.Node]:
@@ -41,18 +50,26 @@ def inside(node: ir.Node) -> Iterator[ir.Node]:
 
 
 def left_of(reader: Reader) -> tuple[Left, ...]:
-    """What reads weights, but is not the call of an operator, with reasons."""
-    found = []
+    """What reads weights, but is not the call of an operator, with reasons; nodes with one weight are one skip."""
+    found: dict[tuple[str, str], Left] = {}
     for node in reader.nodes:
-        for inner in (node, *inside(node)):
-            reason = _reason(reader, inner) if inner is node else _reason_inside(reader, inner, node)
-            if reason is not None:
-                found.append(Left(_skip(reader, inner, reason), (reader.number(node),)))
-    return tuple(found)
+        for skip in _skips(reader, node):
+            key, value = (skip.name, skip.reason), reader.number(node)
+            found[key] = Left(skip, (*(found[key].values if key in found else ()), value))
+    return tuple(found.values())
 
 
-def _skip(reader: Reader, node: ir.Node, reason: str) -> Skip:
-    weights = [found for value in node.inputs if (found := reader.weight(value)) is not None]
+def _skips(reader: Reader, node: ir.Node) -> Iterator[Skip]:
+    for inner in (node, *inside(node)):
+        reason = _reason(reader, inner) if inner is node else _reason_inside(reader, inner, node)
+        if reason is not None:
+            yield _skip(reader, inner, inner.inputs, reason)
+    if node in reader.gates:
+        yield _skip(reader, node, node.inputs[2:3], _IN_LOOP)
+
+
+def _skip(reader: Reader, node: ir.Node, values: Sequence[ir.Value | None], reason: str) -> Skip:
+    weights = [found for value in values if (found := reader.weight(value)) is not None]
     known = [found for found in weights if found.name in reader.parameters and len(found.shape) > 1]
     name = site_name(known[0].name) if known else node.name or node.outputs[0].name or node.op_type
     return Skip(name, node.op_type, reason, sum(numbers_of(found.tensor) for found in known))
@@ -66,8 +83,6 @@ def _reason(reader: Reader, node: ir.Node) -> str | None:
         return f"{node.op_type} is an operator of onnxruntime's optimizer; give the file from before"
     if not is_plain(node):
         return _foreign(reader, node)
-    if node.op_type in _RECURRENT:
-        return f"the weights of {node.op_type} are left whole in ONNX files"
     call = reader.call(node)
     if isinstance(call, Refusal):
         return call.reason
@@ -85,7 +100,7 @@ def _foreign(reader: Reader, node: ir.Node) -> str | None:
 
 
 def _reason_inside(reader: Reader, node: ir.Node, around: ir.Node) -> str | None:
-    if node.op_type in _RECURRENT or node.op_type in _QUANTIZED:
+    if node.op_type in RECURRENT or node.op_type in _QUANTIZED:
         return f"it is inside of a body of {around.op_type}"
     if node.op_type not in DENSE or not is_plain(node):
         return None
@@ -112,7 +127,8 @@ def _computed(reader: Reader, node: ir.Node) -> str | None:
         assert producer is not None
         if all(found.is_float for found in large):
             return f"its weight is computed by {producer.op_type}"
-        return f"its weight is {large[0].tensor.dtype.name}, read through {producer.op_type}; {EARLIER}"
+        narrow = next(found.tensor.dtype.name for found in large if not found.is_float)
+        return f"its weight is {narrow}, read through {producer.op_type}; {EARLIER}"
     return None
 
 

@@ -1,7 +1,8 @@
 """Read the flow of an ONNX graph: which nodes call operators, and on which weights.
 
 Values are numbered in graph order: the inputs, then the outputs of all nodes, then one value that stands for the
-outputs of the graph. A MatMul by a weight and the Add of a bias after it are one call.
+outputs of the graph. A MatMul by a weight and the Add of a bias after it are one call. A recurrent node gives one more
+value, its gates: the product of its input and its input weight, which is a call of its own.
 
     y = MatMul(x, W)    z = Add(y, b)    ->    Call(value of z, source x, Linear(W^T, b), inside=(value of y,))
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 from surgery.algebra import Conv, Embedding, Geometry, Linear, Operator, Shift, Transpose, Unflatten
 from surgery.algebra.steps import Flatten, Link
 from surgery.errors import Refusal
-from surgery.kinds.onnx.left import DENSE, EARLIER, inside, left_of
+from surgery.kinds.onnx.left import DENSE, EARLIER, RECURRENT, inside, is_recurrent, left_of
 from surgery.kinds.onnx.tensors import FLOATS
 from surgery.kinds.onnx.weights import Weight, find_weight, is_plain, is_view
 from surgery.sites import Activation, BatchNorm, Call, Element, Epilogue, Left, Other, Reshape, Sum
@@ -47,13 +48,17 @@ class Reader:
         self.graph, self.start = graph, start
         self.nodes = list(graph)
         self.inputs = [value for value in graph.inputs if not value.is_initializer()]
-        outputs = [value for node in self.nodes for value in node.outputs]
+        self.gates = {node: _gates_of(node) for node in self.nodes if is_recurrent(node)}
+        outputs = [value for node in self.nodes for value in (*self._own(node), *node.outputs)]
         self.values = [*self.inputs, *outputs]
         self.numbers = {value: number for number, value in enumerate(self.values, start)}
         self.end = start + len(self.values)  # stands for the outputs of the graph
         # each node of a body counts as the node of this graph around it
         self.around = {inner: node for node in self.nodes for inner in (node, *inside(node))}
         self._weights: dict[ir.Value, Weight | None] = {}
+
+    def _own(self, node: ir.Node) -> list[ir.Value]:
+        return [self.gates[node]] if node in self.gates else []
 
     def label(self, value: int) -> str:
         """Return the graph's own name of a value."""
@@ -85,10 +90,18 @@ class Reader:
         """The values that are computed from each value."""
         found: dict[int, set[int]] = {number: set() for number in range(self.start, self.end + 1)}
         for number, value in enumerate(self.values, self.start):
-            found[number] = {self.number(self.around[use.node]) for use in value.uses() if use.node in self.around}
+            found[number] = {self._user(use.node, use.idx) for use in value.uses() if use.node in self.around}
             if value.is_graph_output():
                 found[number].add(self.end)
+        for node, value in self.gates.items():
+            found[self.numbers[value]] = {self.number(node)}
         return {number: frozenset(users) for number, users in found.items()}
+
+    def _user(self, node: ir.Node, at: int) -> int:
+        """Return the number of what a node computes from its input ``at``; a recurrent node computes gates from X."""
+        if node in self.gates and at == 0:
+            return self.numbers[self.gates[node]]
+        return self.number(self.around[node])
 
     @cached_property
     def parameters(self) -> Mapping[str, ir.TensorProtocol]:
@@ -178,6 +191,7 @@ class Reader:
             "Gemm": self._gemm,
             "MatMul": self._matmul,
             "Gather": self._gather,
+            **dict.fromkeys(RECURRENT, self._recurrent),
         }
         read = reads.get(node.op_type)
         if read is None:
@@ -269,10 +283,21 @@ class Reader:
             return None  # not rows of a table
         return self._make(node, Embedding(weight.numbers), weight)
 
+    def _recurrent(self, node: ir.Node, weight: Weight) -> Call | Refusal:
+        """Return the product of the input and the input weight (directions, gates, features)."""
+        if len(weight.shape) != 3:
+            return Refusal(f"its weight has {len(weight.shape)} axes, not 3")
+        call = self._make(node, Linear(weight.numbers.flatten(0, 1)), weight)
+        return replace(call, value=self.numbers[self.gates[node]], reader=self.number(node))
+
     @cached_property
     def left(self) -> tuple[Left, ...]:
         """What reads weights, but is not the call of an operator, with reasons."""
         return left_of(self)
+
+
+def _gates_of(node: ir.Node) -> ir.Value:
+    return ir.Value(name=f"{node.name or node.op_type}.gates")
 
 
 def _geometry(

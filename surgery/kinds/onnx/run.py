@@ -297,13 +297,14 @@ class Shapes:
         if node is None or node.op_type not in _PRODUCTS or not node.inputs:
             return 0
         found = [self._reader.weight(value) for value in node.inputs[1:3]]
-        weights = [weight for weight in found if weight is not None and len(weight.shape) > 1]
+        called = node in self._reader.gates and isinstance(self._reader.call(node), Call)
+        weights = [weight for weight in found[called:] if weight is not None and len(weight.shape) > 1]
         source = None if node.inputs[0] is None else self._reader.numbers.get(node.inputs[0])
         if not weights or source is None:
             return 0
         reads, gives = self.of(source), self.of(self._reader.number(node))
         if node.op_type in ("LSTM", "GRU", "RNN"):
-            return math.prod(reads[:2]) * sum(math.prod(weight.shape) for weight in weights)
+            return math.prod(reads[:2]) * sum(math.prod(weight.shape) for weight in weights)  # in each step
         size = math.prod(weights[0].shape)
         if node.op_type == "ConvTranspose":
             return math.prod(reads) // max(1, weights[0].shape[0]) * size

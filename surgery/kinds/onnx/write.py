@@ -63,6 +63,11 @@ class OpenOnnx(EditedGraph, OpenModel):
     def __init__(self, model: ir.Model, inputs: Inputs) -> None:
         super().__init__(model.clone())
         self.inputs = inputs
+        self._refused: dict[str, str] = {}
+
+    def verify(self) -> dict[str, str]:
+        """Return why chains were left out, by site name."""
+        return self._refused
 
     def observe(self) -> Observed:
         """Return the model, to be run by onnxruntime in parts, between which values are seen."""
@@ -115,7 +120,10 @@ class OpenOnnx(EditedGraph, OpenModel):
             if isinstance(part, Operator):
                 writer.named[id(part.weight)] = (f"{site.name}.{place}.weight", part.weight)
         weight = self.parameter(first.weight)
-        node = producer_of(self.value(first.user))
+        node = self.user(first)
+        if self.loop(first) is not None and not all(isinstance(step, Linear) for step in chain.steps):
+            self._refused[site.name] = f"only svd gives factors that {node.op_type} can read"
+            return
         read = self.reader.weight(node.inputs[DENSE[node.op_type]])
         views = () if read is None else read.views
         entry = Entry(weight=first.weight, stored=first.stored, origin=chain.origin, computed=views_to_json(views))
@@ -129,12 +137,15 @@ class OpenOnnx(EditedGraph, OpenModel):
         self.record = self.record.with_site(site.name, entry)
 
     def _replace_call(self, call: Call, chain: Chain, writer: ChainWriter) -> None:
+        if (loop := self.loop(call)) is not None:
+            self._write_gates(loop, self.value(call.source), chain.steps[:-1], chain.steps[-1], writer)
+            return
         bias = None if call.bias is None else self.parameter(call.bias)
         computed = None if call.computed_bias is None else self.value(call.computed_bias)
         old = self.value(call.value)
         # Gemm takes two axes; a chain with reshapes has more in between
         plain = not any(isinstance(step, _RESHAPES) for step in chain.steps)
-        gemm = plain and producer_of(self.value(call.user)).op_type == "Gemm"
+        gemm = plain and self.user(call).op_type == "Gemm"
         shape: Shape | None = None
         writer.start(self.value(call.source), producer_of(old))
         for number, step in enumerate(chain.steps):
@@ -143,6 +154,20 @@ class OpenOnnx(EditedGraph, OpenModel):
         if computed is not None and isinstance(chain.steps[-1], _RESHAPES):  # the reshape would reshape it too
             writer.read("Add", computed)
         self._put(writer, call, old)
+
+    def _write_gates(
+        self, loop: ir.Node, source: ir.Value, steps: Sequence[Step], last: Step, writer: ChainWriter
+    ) -> None:
+        """Let a recurrent node read the steps on a value, with the last step as its input weight."""
+        assert isinstance(last, Linear)
+        held = self.reader.weight(loop.inputs[1])
+        assert held is not None  # it is the weight of a call
+        writer.start(source, loop)
+        for step in steps:
+            assert isinstance(step, Linear)
+            writer.operator(step, gemm=False, bias=None)
+        loop.replace_input_with(1, writer.gates(last.weight, held.shape[0]))
+        loop.replace_input_with(0, writer.finish() if steps else source)
 
     def _move_bias(self, bias: ir.Value, before: Tensor | None, after: Tensor | None) -> None:
         """Give a bias the numbers that it has after the chain; calls of one site may have biases of their own."""
@@ -205,8 +230,7 @@ class OpenOnnx(EditedGraph, OpenModel):
         name = own if own not in self._names or own in used else self.new_name(own)
         # a factor may have the very name that the weight gets; it goes first
         renamed = name if name not in self._names else self.new_name(f"{name}.fused")
-        stands = weight.mT if writer.turned and isinstance(chain.operators[0], Linear) else weight
-        writer.views[renamed] = views_from_json(entry.computed, stands.shape)
+        writer.views[renamed] = views_from_json(entry.computed, self._stored_shape(calls[-1], weight, writer))
         done: dict[str, ir.Value] = {}
         for row, operator in zip(chain.rows, chain.operators, strict=True):
             writer.named[id(operator.weight)] = (renamed, weight)
@@ -215,6 +239,14 @@ class OpenOnnx(EditedGraph, OpenModel):
             self.drop_unused(parameter)
         if renamed != name:
             self.rename(renamed, name)
+
+    def _stored_shape(self, call: Call, weight: Tensor, writer: ChainWriter) -> Shape:
+        """Return the shape in which a node reads the weight of a fused row, as it reads that of the row's last call."""
+        if (loop := self.loop(call)) is not None:
+            held = self.reader.weight(loop.inputs[1])
+            assert held is not None
+            return (held.shape[0], len(weight) // held.shape[0], *weight.shape[1:])
+        return tuple(weight.mT.shape if writer.turned and isinstance(call.operator, Linear) else weight.shape)
 
     def _fuse_row(
         self,
@@ -225,10 +257,15 @@ class OpenOnnx(EditedGraph, OpenModel):
         done: dict[str, ir.Value],
         calls: Sequence[Call],
     ) -> None:
-        old = self.value(row[-1].value)
         own = calls_of(row)
+        if (loop := self.loop(own[-1])) is not None:
+            nodes = [producer_of(self.value(number)) for part in row[:-1] for number in part.values]
+            self._write_gates(loop, self.value(row[0].source), (), operator, writer)
+            self.graph.remove(list(dict.fromkeys(nodes)), safe=True)
+            return
+        old = self.value(row[-1].value)
         # only Gemm reads a weight that is stored as (out, in)
-        gemm = not writer.turned or producer_of(self.value(own[-1].user)).op_type == "Gemm"
+        gemm = not writer.turned or self.user(own[-1]).op_type == "Gemm"
         computed = own[-1].computed_bias if row[-1].calls else None
         bias = None if computed is None else self.value(computed)
         if operator.bias is not None:
