@@ -107,21 +107,22 @@ def assert_comes_back(model: ir.Model, x: Any, sites: Sequence[str], *, same_nod
     """Factor all sites at lower ranks, put them back, and return the factored model."""
     found, _ = find_sites(model, x)
     assert {site.name for site in found} == set(sites)
-    before = outputs(model, x)
+    given = x if isinstance(x, tuple) else (x,)
+    before = outputs(model, *given)
     full = surgery.decompose(model, x, ranks="full")
     assert {change.site for change in full.changes} == set(sites)
-    for a, b in zip(outputs(full.model, x), before, strict=True):
+    for a, b in zip(outputs(full.model, *given), before, strict=True):
         assert relative_error(a, b) <= 1e-5
     made = surgery.decompose(model, x, ranks="2")
     assert_valid(made.model)
     back = surgery.recompose(made.model, x)
     assert_valid(back.model)
-    for a, b in zip(outputs(back.model, x), outputs(made.model, x), strict=True):
+    for a, b in zip(outputs(back.model, *given), outputs(made.model, *given), strict=True):
         assert relative_error(a, b) <= 1e-5
     assert weights(back.model) == weights(model)
     assert not same_nodes or sorted(rest(back.model)) == sorted(rest(model)) or _types(back.model) == _types(model)
     assert "surgery" not in back.model.metadata_props
-    for a, b in zip(outputs(model, x), before, strict=True):
+    for a, b in zip(outputs(model, *given), before, strict=True):
         assert torch.equal(a, b), "the given model is as it was"
     return made.model
 
@@ -316,24 +317,112 @@ def in_a_branch() -> ir.Model:
     return ir.serde.deserialize_model(made)
 
 
-def test_layers_in_bodies_are_reported() -> None:
-    sites, skips = find_sites(in_a_branch(), (X, torch.tensor(True)))
-    assert not sites
-    assert {(skip.name, skip.reason) for skip in skips} == {("W", "it is inside of a body of If")}
-
-
-def test_a_weight_that_a_body_reads_too_stays() -> None:
+def test_a_weight_of_the_graph_that_both_branches_read() -> None:
     model = in_a_branch()
-    [branch] = list(model.graph)
+    made = assert_comes_back(model, (X, torch.tensor(True)), ["W"])
+    assert set(weights(made)) == {"W.0.weight", "W.1.weight"}
+    other = (X, torch.tensor(False))
+    assert relative_error(outputs(made, *other)[0], outputs(made, X, torch.tensor(True))[0]) <= 1e-6
+
+
+def in_a_loop() -> ir.Model:
+    body = parsed("g (int64 i, bool c, float[n, 8] s) => (bool d, float[n, 8] t) { d = Identity(c) t = MatMul(s, W) }")
+    proto = ir.to_proto(body).graph
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 8])
+    nodes = [helper.make_node("Loop", ["turns", "", "x"], ["y"], body=proto)]
+    held = [numpy_helper.from_array(numbers(8, 8), "W"), numpy_helper.from_array(np.array(3), "turns")]
+    graph = helper.make_graph(nodes, "g", [x], [y], held)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return ir.serde.deserialize_model(made)
+
+
+def test_layers_in_loops_are_reported() -> None:
+    sites, skips = find_sites(in_a_loop(), X)
+    assert not sites
+    assert [(skip.name, skip.reason) for skip in skips] == [("W", "it is inside of a body of Loop")]
+
+
+def test_a_weight_that_a_loop_reads_too_stays() -> None:
+    model = in_a_loop()
+    [loop] = list(model.graph)
     x, weight = model.graph.inputs[0], model.graph.initializers["W"]
     product = ir.Node("", "MatMul", [x, weight])
     product.outputs[0].name = "other"
     product.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    model.graph.insert_before(branch, product)
+    model.graph.insert_before(loop, product)
     model.graph.outputs.append(product.outputs[0])
-    sites, skips = find_sites(model, (X, torch.tensor(True)))
+    sites, skips = find_sites(model, X)
     assert not sites
     assert any("also used by" in skip.reason for skip in skips)
+
+
+def nested(branch: str = "true") -> ir.Model:
+    """Weights that lie in the branches of an If inside of an If, as in files of others."""
+    text = """g (float[n, 8] x, bool c, bool d) => (float[n, 6] z) {
+        z = If (c) <
+            then_branch = then_graph () => (float[n, 6] y) {
+                y = If (d) <
+                    then_branch = inner () => (float[n, 6] u) {
+                        V = Transpose(A)  p = MatMul(x, V)  q = Add(p, b)  u = Relu(q)
+                    },
+                    else_branch = other () => (float[n, 6] v) { v = MatMul(x, B) }
+                >
+            },
+            else_branch = else_graph () => (float[n, 6] w) { w = MatMul(x, B) }
+        >
+    }"""
+    model = parsed(text, B=numbers(8, 6, seed=1))
+    [outer] = list(model.graph)
+    then = outer.attributes["then_branch"].as_graph()
+    inner = next(iter(then)).attributes["then_branch"].as_graph()
+    for name, array in {"A": numbers(6, 8), "b": numbers(6)}.items():
+        old = {value for node in inner for value in node.inputs if value is not None and value.name == name}
+        value = ir.Value(
+            name=name, const_value=ir.Tensor(array), type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(array.shape)
+        )
+        inner.register_initializer(value)
+        for stray in old:
+            ir.convenience.replace_all_uses_with(stray, value)
+    return ir.serde.deserialize_model(ir.to_proto(model))
+
+
+def test_weights_in_branches() -> None:
+    model = nested()
+    yes, no = torch.tensor(True), torch.tensor(False)
+    sites, skips = find_sites(model, (X, yes, yes))
+    assert [site.name for site in sites] == ["A"]
+    assert [(skip.name, "does not run" in skip.reason) for skip in skips] == [("B", True)]
+    made = surgery.decompose(model, (X, yes, yes), ranks="full").model
+    assert_valid(made)
+    [outer] = list(made.graph)
+    inner = next(iter(outer.attributes["then_branch"].as_graph())).attributes["then_branch"].as_graph()
+    assert set(inner.initializers) == {"A.0.weight", "A.1.weight", "b"}
+    for c, d in ((yes, yes), (yes, no), (no, no)):
+        assert relative_error(outputs(made, X, c, d)[0], outputs(model, X, c, d)[0]) <= 1e-5
+    back = surgery.recompose(made, (X, yes, yes)).model
+    assert_valid(back)
+    assert weights(back) == weights(model)
+    assert sorted(_types(back)) == sorted(_types(model))
+
+
+def test_layers_in_functions_are_reported() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17, "own" : 1]>
+    g (float[n, 8] x) => (float[n, 6] z) { y = own.f (x, W)  z = own.h (y) }
+    <domain: "own", opset_import: ["" : 17]> f (a, b) => (c) { c = MatMul(a, b) }
+    <domain: "own", opset_import: ["" : 17]> h (a) => (c) { K = Constant <value_int = 1> () c = MatMul(a, K) }
+    """
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.append(numpy_helper.from_array(numbers(8, 6), "W"))
+    constant = proto.functions[1].node[0].attribute[0]
+    constant.CopyFrom(helper.make_attribute("value", numpy_helper.from_array(numbers(6, 6))))
+    model = ir.serde.deserialize_model(proto)
+    sites, skips = find_sites(model, X)
+    assert not sites
+    assert [(skip.name, skip.reason) for skip in skips] == [
+        ("W", "f, which reads it, is a function"),
+        ("c", "it is inside of a function"),
+    ]
 
 
 def test_all_but_the_sites_stays_as_it_was() -> None:

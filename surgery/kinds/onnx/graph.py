@@ -53,7 +53,8 @@ class EditedGraph:
     def __init__(self, model: ir.Model) -> None:
         self.model, self.graph = model, model.graph
         self.record = read_record(model)
-        self.reader = Reader(self.graph)
+        self.home = self.graph  # the graph that gets new weights: that of the weights in whose place they stand
+        self.reader = Reader(self.model)
         self._readers = [self.reader]
         self.made: dict[int, tuple[Tensor, ir.Value]] = {}  # the tensors of factors, by identity, and their values
         self._now: dict[ir.Value, ir.Value] = {}  # what stands in the place of a value
@@ -71,7 +72,7 @@ class EditedGraph:
 
     def reread(self) -> None:
         """Read the graph as it is now; the numbers of earlier values stay valid."""
-        self._readers.append(Reader(self.graph, self.reader.end + 1))
+        self._readers.append(Reader(self.model, self.reader.end + 1))
         self.reader = self._readers[-1]
 
     def value(self, number: int) -> ir.Value:
@@ -93,9 +94,14 @@ class EditedGraph:
 
     def parameter(self, name: str) -> ir.Value:
         """Return the value of a weight or a bias by its name."""
-        if name in self.graph.initializers:
-            return self.graph.initializers[name]
-        return next(node.outputs[0] for node in self.graph if node.outputs and node.outputs[0].name == name)
+        return self.reader.roots[name]
+
+    def move_to(self, value: ir.Value) -> None:
+        """Add new weights to the graph that has a weight."""
+        node = value.producer()
+        home = value.graph if node is None else node.graph
+        assert isinstance(home, ir.Graph)
+        self.home = home
 
     def add_parameter(self, name: str, tensor: Tensor) -> ir.Value:
         """Add an initializer."""
@@ -105,9 +111,9 @@ class EditedGraph:
         value = ir.Value(
             name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(numbers.dtype), const_value=numbers
         )
-        self.graph.register_initializer(value)
+        self.home.register_initializer(value)
         self._names.add(name)
-        if self.model.ir_version < _ALL_INPUTS:
+        if self.model.ir_version < _ALL_INPUTS and self.home is self.graph:
             self.graph.inputs.append(value)
         return value
 
@@ -123,9 +129,9 @@ class EditedGraph:
         if value.is_initializer():
             if value in self.graph.inputs:
                 self.graph.inputs.remove(value)
-            del self.graph.initializers[name]
+            del value.graph.initializers[name]  # type: ignore[union-attr]
         elif (node := value.producer()) is not None:
-            self.graph.remove(node, safe=True)
+            node.graph.remove(node, safe=True)  # type: ignore[union-attr]
 
     def _drop_view(self, node: ir.Node) -> None:
         """Drop a node that passes a weight on, and the views after it, if nothing reads it."""
@@ -144,6 +150,8 @@ class EditedGraph:
     def add_views(self, views: Sequence[View], root: ir.Value, before: ir.Node) -> ir.Value:
         """Insert views of a weight in front of a node, and return the value of the last."""
         value = root
+        if before.graph is not self.home:  # a node in a branch; what others read as well stands outside of it
+            before = self.home[0]
         for view in views:
             inputs = [value]
             if view.as_input is not None:
@@ -152,13 +160,13 @@ class EditedGraph:
             node = ir.Node("", view.op_type, inputs, attributes, num_outputs=1, name=view.name)
             name = view.output if view.output and view.output not in self._names else self.new_name(f"{root.name}.view")
             node.outputs[0].name = self.note_name(name)
-            before.graph.insert_before(before, node)  # type: ignore[union-attr]
+            self.home.insert_before(before, node)
             value = node.outputs[0]
         return value
 
     def _sizes(self, name: str, numbers: Sequence[int]) -> ir.Value:
         """Return an initializer with whole numbers, under this name if it is free."""
-        found = self.graph.initializers.get(name)
+        found = self.home.initializers.get(name)
         known = None if found is None or found.const_value is None else found.const_value
         if found is not None and known is not None and known.numpy().tolist() == list(numbers):
             return found
@@ -192,12 +200,12 @@ class EditedGraph:
 
     def rename(self, before: str, after: str) -> None:
         """Rename an initializer."""
-        value = self.graph.initializers[before]
-        del self.graph.initializers[before]
+        value = self.home.initializers[before]
+        del self.home.initializers[before]
         value.name = after
         if value.const_value is not None:
             value.const_value.name = after
-        self.graph.initializers[after] = value
+        self.home.initializers[after] = value
         self._names.discard(before)
         self._names.add(after)
 
@@ -206,7 +214,7 @@ class EditedGraph:
         name, new.type, new.shape = old.name, old.type, old.shape
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         self._now[old] = new
-        self.graph.remove(nodes, safe=True)
+        nodes[0].graph.remove(nodes, safe=True)  # type: ignore[union-attr]
         old.name, new.name = None, name
 
 

@@ -99,7 +99,7 @@ class OnnxKind(Kind):
 
     def tensors(self, model: Any) -> Mapping[str, Any]:
         """Return the weights of a model by name."""
-        return {name: to_torch(tensor) for name, tensor in Reader(self.read(model).graph).parameters.items()}
+        return {name: to_torch(tensor) for name, tensor in Reader(self.read(model)).parameters.items()}
 
     def brought_inputs(self, model: Any, *, seed: int = 0) -> Inputs | None:
         """Return random inputs of the shapes that a model declares; sizes that may vary are 1. None if it cannot."""

@@ -39,6 +39,13 @@ def is_recurrent(node: ir.Node) -> bool:
     return node.op_type in RECURRENT and is_plain(node)
 
 
+def branches(node: ir.Node) -> list[ir.Graph]:
+    """Return the branches of an If, of which one runs once; an empty list for any other node."""
+    if node.op_type != "If" or not is_plain(node):
+        return []
+    return [attribute.value for attribute in node.attributes.values() if attribute.type == ir.AttributeType.GRAPH]
+
+
 def inside(node: ir.Node) -> Iterator[ir.Node]:
     """Yield all nodes in the bodies of a node, also in the bodies inside of these."""
     for attribute in node.attributes.values():
@@ -60,12 +67,17 @@ def left_of(reader: Reader) -> tuple[Left, ...]:
 
 
 def _skips(reader: Reader, node: ir.Node) -> Iterator[Skip]:
-    for inner in (node, *inside(node)):
-        reason = _reason(reader, inner) if inner is node else _reason_inside(reader, inner, node)
-        if reason is not None:
-            yield _skip(reader, inner, inner.inputs, reason)
+    reason = _reason(reader, node)
+    if reason is not None:
+        yield _skip(reader, node, node.inputs, reason)
     if node in reader.gates:
         yield _skip(reader, node, node.inputs[2:3], _IN_LOOP)
+    own = [inner for inner in inside(node) if reader.around[inner] is node]  # others have numbers of their own
+    function = reader.functions.get(node.op_identifier())
+    rows = [(own, f"a body of {node.op_type}"), ([] if function is None else function.all_nodes(), "a function")]
+    for inner, where in [(inner, where) for row, where in rows for inner in row]:
+        if _reason(reader, inner) is not None:
+            yield _skip(reader, inner, inner.inputs, f"it is inside of {where}")
 
 
 def _skip(reader: Reader, node: ir.Node, values: Sequence[ir.Value | None], reason: str) -> Skip:
@@ -96,18 +108,9 @@ def _foreign(reader: Reader, node: ir.Node) -> str | None:
     found = [weight for value in node.inputs if (weight := reader.weight(value)) is not None]
     if not any(len(weight.shape) > 1 and weight.is_float for weight in found):
         return None
+    if node.op_identifier() in reader.functions:
+        return f"{node.op_type}, which reads it, is a function"
     return f"nothing is known of {node.op_type} of {node.domain}, which reads it"
-
-
-def _reason_inside(reader: Reader, node: ir.Node, around: ir.Node) -> str | None:
-    if node.op_type in RECURRENT or node.op_type in _QUANTIZED:
-        return f"it is inside of a body of {around.op_type}"
-    if node.op_type not in DENSE or not is_plain(node):
-        return None
-    weight = reader.weight(node.inputs[DENSE[node.op_type]])
-    if weight is None or len(weight.shape) < 2 or (node.op_type == "Gather" and len(weight.shape) != 2):
-        return None
-    return f"it is inside of a body of {around.op_type}"
 
 
 def _computed(reader: Reader, node: ir.Node) -> str | None:

@@ -1,8 +1,9 @@
 """Read the flow of an ONNX graph: which nodes call operators, and on which weights.
 
 Values are numbered in graph order: the inputs, then the outputs of all nodes, then one value that stands for the
-outputs of the graph. A MatMul by a weight and the Add of a bias after it are one call. A recurrent node gives one more
-value, its gates: the product of its input and its input weight, which is a call of its own.
+outputs of the graph. Nodes in the branches of an If come before the If, whose value is computed from their ends. A
+MatMul by a weight and the Add of a bias after it are one call. A recurrent node gives one more value, its gates: the
+product of its input and its input weight, which is a call of its own.
 
     y = MatMul(x, W)    z = Add(y, b)    ->    Call(value of z, source x, Linear(W^T, b), inside=(value of y,))
 """
@@ -10,7 +11,7 @@ value, its gates: the product of its input and its input weight, which is a call
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -21,9 +22,9 @@ from torch import Tensor
 from surgery.algebra import Conv, Embedding, Geometry, Linear, Operator, Shift, Transpose, Unflatten
 from surgery.algebra.steps import Flatten, Link
 from surgery.errors import Refusal
-from surgery.kinds.onnx.left import DENSE, EARLIER, RECURRENT, inside, is_recurrent, left_of
+from surgery.kinds.onnx.left import DENSE, EARLIER, RECURRENT, branches, inside, is_recurrent, left_of
 from surgery.kinds.onnx.tensors import FLOATS
-from surgery.kinds.onnx.weights import Weight, find_weight, is_plain, is_view
+from surgery.kinds.onnx.weights import Weight, find_weight, held, is_plain, is_view
 from surgery.sites import Activation, BatchNorm, Call, Element, Epilogue, Left, Other, Reshape, Sum
 
 __all__ = ["MARK", "Reader", "attributes_of"]
@@ -42,20 +43,33 @@ def attributes_of(node: ir.Node) -> dict[str, Any]:
 
 
 class Reader:
-    """An ONNX graph with numbered values; the first has the number ``start``."""
+    """The graph of an ONNX model with numbered values; the first has the number ``start``."""
 
-    def __init__(self, graph: ir.Graph, start: int = 0) -> None:
-        self.graph, self.start = graph, start
-        self.nodes = list(graph)
+    def __init__(self, model: ir.Model, start: int = 0) -> None:
+        graph = model.graph
+        self.graph, self.functions, self.start = graph, model.functions, start
+        self.nodes = list(_in_order(graph))
         self.inputs = [value for value in graph.inputs if not value.is_initializer()]
         self.gates = {node: _gates_of(node) for node in self.nodes if is_recurrent(node)}
         outputs = [value for node in self.nodes for value in (*self._own(node), *node.outputs)]
         self.values = [*self.inputs, *outputs]
         self.numbers = {value: number for number, value in enumerate(self.values, start)}
         self.end = start + len(self.values)  # stands for the outputs of the graph
-        # each node of a body counts as the node of this graph around it
-        self.around = {inner: node for node in self.nodes for inner in (node, *inside(node))}
+        # a node of a body that may run again and again counts as the node around it
+        self.around = {node: node for node in self.nodes}
+        for node in self.nodes:
+            for inner in inside(node):
+                self.around.setdefault(inner, node)
+        self.roots: dict[str, ir.Value] = {}  # what holds the numbers of weights; the first of each name
+        for value in self._holders():
+            self.roots.setdefault(value.name or "", value)
         self._weights: dict[ir.Value, Weight | None] = {}
+
+    def _holders(self) -> Iterator[ir.Value]:
+        for graph in dict.fromkeys([self.graph, *(node.graph for node in self.nodes)]):
+            if isinstance(graph, ir.Graph):
+                yield from graph.initializers.values()
+        yield from (node.outputs[0] for node in self.nodes if held(node.outputs[0]) is not None)
 
     def _own(self, node: ir.Node) -> list[ir.Value]:
         return [self.gates[node]] if node in self.gates else []
@@ -91,8 +105,7 @@ class Reader:
         found: dict[int, set[int]] = {number: set() for number in range(self.start, self.end + 1)}
         for number, value in enumerate(self.values, self.start):
             found[number] = {self._user(use.node, use.idx) for use in value.uses() if use.node in self.around}
-            if value.is_graph_output():
-                found[number].add(self.end)
+            found[number] |= self.ends.get(value, set())
         for node, value in self.gates.items():
             found[self.numbers[value]] = {self.number(node)}
         return {number: frozenset(users) for number, users in found.items()}
@@ -104,33 +117,42 @@ class Reader:
         return self.number(self.around[node])
 
     @cached_property
+    def ends(self) -> Mapping[ir.Value, set[int]]:
+        """The outputs of the graph and of branches, and the numbers of what they are the ends of."""
+        found: dict[ir.Value, set[int]] = defaultdict(set)
+        for value in self.graph.outputs:
+            found[value].add(self.end)
+        for node in self.nodes:
+            for branch in branches(node):
+                for value in branch.outputs:
+                    found[value].add(self.number(node))
+        return found
+
+    @cached_property
     def parameters(self) -> Mapping[str, ir.TensorProtocol]:
         """All tensors of numbers that may be weights, by the names of their values."""
-        found = {value.name or "": value.const_value for value in self.graph.initializers.values()}
-        for node in self.nodes:
-            if node.op_type == "Constant" and "value" in node.attributes:
-                tensor = node.attributes["value"].value
-                if len(tensor.shape):
-                    found[node.outputs[0].name or ""] = tensor
-        return {name: tensor for name, tensor in found.items() if tensor is not None and tensor.dtype in FLOATS}
+        found = {name: (value.is_initializer(), held(value)) for name, value in self.roots.items()}
+        return {
+            name: tensor
+            for name, (initial, tensor) in found.items()
+            if tensor is not None and tensor.dtype in FLOATS and (initial or len(tensor.shape))
+        }
 
     @cached_property
     def uses(self) -> Mapping[str, frozenset[int]]:
         """The values that read each parameter, also through views and inside of bodies."""
-        found: dict[str, set[int]] = defaultdict(set)
-        roots = [*self.graph.initializers.values()]
-        roots += [node.outputs[0] for node in self.nodes if node.op_type == "Constant"]
-        for root in roots:
-            waiting = [root]
+        found: dict[str, set[int]] = {}
+        for name, root in self.roots.items():
+            waiting, users = [root], set()
             while waiting:
                 value = waiting.pop()
-                if value.is_graph_output():
-                    found[root.name or ""].add(self.end)
+                users |= self.ends.get(value, set())
                 for use in value.uses():
                     if is_view(use.node) and use.idx == 0 and self.around.get(use.node) is use.node:
                         waiting.append(use.node.outputs[0])
                     elif use.node in self.around:
-                        found[root.name or ""].add(self.number(self.around[use.node]))
+                        users.add(self.number(self.around[use.node]))
+            found[name] = users
         return {name: frozenset(users) for name, users in found.items()}
 
     @cached_property
@@ -200,6 +222,10 @@ class Reader:
         weight = self.weight(node.inputs[at])
         if weight is None or len(weight.shape) < 2:
             return None
+        if self.around.get(node) is not node:
+            return Refusal("it is inside of a body")
+        if self.roots.get(weight.name) is not weight.root:
+            return Refusal("another weight of the model has its name")
         if not weight.is_float:
             return Refusal(f"its weight is {weight.tensor.dtype.name}; {EARLIER}")
         if node.inputs[1 - at] not in self.numbers:
@@ -294,6 +320,14 @@ class Reader:
     def left(self) -> tuple[Left, ...]:
         """What reads weights, but is not the call of an operator, with reasons."""
         return left_of(self)
+
+
+def _in_order(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Yield the nodes of a graph and of the branches in it, those of branches before the node that has the branches."""
+    for node in graph:
+        for branch in branches(node):
+            yield from _in_order(branch)
+        yield node
 
 
 def _gates_of(node: ir.Node) -> ir.Value:

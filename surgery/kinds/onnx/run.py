@@ -83,7 +83,7 @@ class OnnxModule(nn.Module):
 
     def __init__(self, model: ir.Model) -> None:
         super().__init__()
-        self._reader = Reader(model.graph)
+        self._reader = Reader(model)
         self._session = open_session(serialise(model))
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -264,6 +264,18 @@ class Shapes:
         if self._seen is None:
             self._seen = self._run()
         return self._seen.get(number, ())
+
+    def of_input(self, call: Call) -> Shape:
+        """Return the shape of what a call reads.
+
+        Raises:
+            InputError: it does not run on the example inputs; or as for ``of``.
+        """
+        found = self.of(call.source)
+        assert self._seen is not None
+        if call.source not in self._seen:
+            raise InputError("it is in a branch that does not run on the example inputs")
+        return found
 
     def _run(self) -> dict[int, Shape]:
         if self._reader.inputs and not any(self._inputs):

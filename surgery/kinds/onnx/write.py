@@ -86,7 +86,7 @@ class OpenOnnx(EditedGraph, OpenModel):
             reader.users,
             self._tensors(),
             known,
-            Lazy(every, lambda value: known[calls[value].source]),
+            Lazy(every, lambda value: shapes.of_input(calls[value])),
             Lazy(every, shapes.macs),
             Lazy(every, lambda value: reader.label(value)),
             reader.left,
@@ -120,6 +120,7 @@ class OpenOnnx(EditedGraph, OpenModel):
             if isinstance(part, Operator):
                 writer.named[id(part.weight)] = (f"{site.name}.{place}.weight", part.weight)
         weight = self.parameter(first.weight)
+        self.move_to(weight)
         node = self.user(first)
         if self.loop(first) is not None and not all(isinstance(step, Linear) for step in chain.steps):
             self._refused[site.name] = f"only svd gives factors that {node.op_type} can read"
@@ -225,6 +226,7 @@ class OpenOnnx(EditedGraph, OpenModel):
         writer = ChainWriter(self, turned=stored == "in_out")
         used = dict.fromkeys([*(call.weight for call in calls), *(name for part in every for name in _biases(part))])
         parameters = [self.parameter(name) for name in used]
+        self.move_to(parameters[0])
         weight = chain.operators[0].weight
         own = entry.weight or f"{chain.sites[0]}.weight"
         name = own if own not in self._names or own in used else self.new_name(own)
@@ -261,7 +263,7 @@ class OpenOnnx(EditedGraph, OpenModel):
         if (loop := self.loop(own[-1])) is not None:
             nodes = [producer_of(self.value(number)) for part in row[:-1] for number in part.values]
             self._write_gates(loop, self.value(row[0].source), (), operator, writer)
-            self.graph.remove(list(dict.fromkeys(nodes)), safe=True)
+            loop.graph.remove(list(dict.fromkeys(nodes)), safe=True)  # type: ignore[union-attr]
             return
         old = self.value(row[-1].value)
         # only Gemm reads a weight that is stored as (out, in)
