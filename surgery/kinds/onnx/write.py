@@ -31,6 +31,7 @@ from surgery.kinds.inputs import Inputs
 from surgery.kinds.observed import Observed
 from surgery.kinds.onnx.chain import ChainWriter
 from surgery.kinds.onnx.graph import RECORD, EditedGraph, producer_of
+from surgery.kinds.onnx.norms import NormNode, set_in_model
 from surgery.kinds.onnx.run import ObservedOnnx, Shapes
 from surgery.kinds.onnx.tensors import numbers_of
 from surgery.sites import (
@@ -59,11 +60,15 @@ class OpenOnnx(EditedGraph, OpenModel):
 
     def __init__(self, model: ir.Model, inputs: Inputs) -> None:
         super().__init__(model.clone())
-        self.inputs = inputs
+        self.inputs, self._original = inputs, model
 
     def observe(self) -> Observed:
-        """Return the model, to be run by onnxruntime in parts, between which values are seen."""
-        return ObservedOnnx(self.model, self.reader, lambda: self.flow)
+        """Return the model, to be run node by node; corrected batch norms are those of the model that was opened."""
+        return ObservedOnnx(self.model, self.reader, lambda: self.flow, self.inputs, self.keep_norm)
+
+    def keep_norm(self, found: NormNode, statistics: tuple[Tensor, Tensor]) -> None:
+        """Give a batch norm of the model that was opened other statistics."""
+        set_in_model(self._original, found, statistics)
 
     @cached_property
     def flow(self) -> Flow:
