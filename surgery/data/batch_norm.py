@@ -158,8 +158,8 @@ class _WatchedNorm:
 
     def keep(self) -> None:
         """Copy the statistics into the model, if a copy of the model was run."""
-        for target, value in zip(self.norm.kept or (), self.buffers, strict=False):
-            target.copy_(value)
+        if self.norm.keep is not None:
+            self.norm.keep()
 
     def see(self, x: Tensor) -> None:
         """Add an input; in the first pass, set the statistics so that this input is normalised by its own."""

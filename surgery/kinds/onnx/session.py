@@ -6,12 +6,22 @@ import os
 from pathlib import Path
 
 import onnxruntime as ort
+import torch
 
 from surgery.errors import InputError
 from surgery.system.machine import physical_cores
 from surgery.text import first_line
 
-__all__ = ["check_threads", "open_session"]
+__all__ = ["TOLERANCES", "check_threads", "open_session"]
+
+# How far PyTorch and onnxruntime may be apart: relative Frobenius error of a whole output, by its coarsest float type.
+TOLERANCES = {
+    torch.float64: 1e-6,  # not 1e-12: exporters keep some constants in float32
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
+
 
 _MOST_THREADS = 256  # or as many as there are cores
 
