@@ -25,42 +25,15 @@ from surgery.algebra import Shape
 from surgery.errors import InputError
 from surgery.kinds.inputs import Inputs
 from surgery.kinds.observed import Added, Norm, Observed, OutputChange, See
+from surgery.kinds.onnx.layout import serialise
 from surgery.kinds.onnx.read import Reader
-from surgery.kinds.onnx.session import open_session
+from surgery.kinds.onnx.session import open_model, open_session
 from surgery.sites import Call, Flow
 
-__all__ = ["ObservedOnnx", "OnnxModule", "Shapes", "arrays_of", "serialise"]
+__all__ = ["ObservedOnnx", "OnnxModule", "Shapes", "arrays_of"]
 
-_MOST_BYTES = 2**31 - 2**24  # of one protobuf message
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulInteger", "ConvInteger", "LSTM", "GRU", "RNN")
 _Array = npt.NDArray[Any]
-
-
-def serialise(model: ir.Model) -> bytes:
-    """Return a model as the bytes of one file, with all weights inside.
-
-    Raises:
-        InputError: it would take more than 2 GiB.
-    """
-    if any(isinstance(tensor, ir.ExternalTensor) for tensor in _tensors(model)):
-        model = model.clone()
-        for graph in model.graphs():
-            for value in graph.initializers.values():
-                if isinstance(value.const_value, ir.ExternalTensor):
-                    tensor = value.const_value
-                    value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
-    size = sum(tensor.nbytes for tensor in _tensors(model))
-    if size > _MOST_BYTES:
-        what = f"the weights take {size / 2**30:.1f} GiB"
-        raise InputError(what, allowed="ONNX models below 2 GiB", next_step="take the model from before its export")
-    found: bytes = ir.to_proto(model).SerializeToString()
-    return found
-
-
-def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
-    """Yield all initializers of a model, also those of bodies."""
-    for graph in model.graphs():
-        yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
 
 
 def arrays_of(reader: Reader, inputs: Inputs) -> dict[str, _Array]:
@@ -84,7 +57,7 @@ class OnnxModule(nn.Module):
     def __init__(self, model: ir.Model) -> None:
         super().__init__()
         self._reader = Reader(model.graph)
-        self._session = open_session(serialise(model))
+        self._session = open_model(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Run the model on inputs in order or by name."""

@@ -31,6 +31,7 @@ from surgery.kinds.inputs import Inputs
 from surgery.kinds.observed import Observed
 from surgery.kinds.onnx.chain import ChainWriter
 from surgery.kinds.onnx.graph import RECORD, EditedGraph, producer_of
+from surgery.kinds.onnx.layout import note_layout
 from surgery.kinds.onnx.run import ObservedOnnx, Shapes
 from surgery.kinds.onnx.tensors import numbers_of
 from surgery.sites import (
@@ -59,6 +60,7 @@ class OpenOnnx(EditedGraph, OpenModel):
 
     def __init__(self, model: ir.Model, inputs: Inputs) -> None:
         super().__init__(model.clone())
+        note_layout(self.model)
         self.inputs = inputs
 
     def observe(self) -> Observed:
