@@ -25,15 +25,17 @@ from surgery.algebra import Shape
 from surgery.errors import InputError
 from surgery.kinds.inputs import Inputs
 from surgery.kinds.observed import Added, Norm, Observed, OutputChange, See
-from surgery.kinds.onnx.layout import serialise
+from surgery.kinds.onnx.layout import lean
 from surgery.kinds.onnx.read import Reader
 from surgery.kinds.onnx.session import open_model, open_session
 from surgery.sites import Call, Flow
+from surgery.system.memory import give_back
 
 __all__ = ["ObservedOnnx", "OnnxModule", "Shapes", "arrays_of"]
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulInteger", "ConvInteger", "LSTM", "GRU", "RNN")
 _Array = npt.NDArray[Any]
+_Lean = tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]
 
 
 def arrays_of(reader: Reader, inputs: Inputs) -> dict[str, _Array]:
@@ -57,7 +59,7 @@ class OnnxModule(nn.Module):
     def __init__(self, model: ir.Model) -> None:
         super().__init__()
         self._reader = Reader(model.graph)
-        self._session = open_model(model)
+        self._session = open_model(model, small=True)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Run the model on inputs in order or by name."""
@@ -71,18 +73,20 @@ def _as_tensor(value: Any) -> Any:
 class _Part:
     """The nodes from one place in the graph to another, as a model; ``reads`` and ``gives`` are names of values."""
 
-    def __init__(self, whole: onnx.ModelProto, nodes: range, reads: Sequence[str], gives: Sequence[str]) -> None:
-        self._whole, self._nodes, self._reads, self.gives = whole, nodes, reads, list(gives)
+    def __init__(self, whole: _Lean, nodes: range, reads: Sequence[str], gives: Sequence[str]) -> None:
+        (self._whole, self._weights), self._nodes, self._reads, self.gives = whole, nodes, reads, list(gives)
         self._session: Any = None
 
     def run(self, known: Mapping[str, _Array]) -> dict[str, _Array]:
         """Return the values that the part gives, from those that it reads."""
         feeds = {name: known[name] for name in self._reads}
         if self._session is None:
-            self._session = open_session(self._model(feeds))
+            raw, used = self._model(feeds)
+            weights = {name: tensor for name, tensor in self._weights.items() if name in used}
+            self._session = open_session(raw, small=True, weights=weights)
         return dict(zip(self.gives, self._session.run(self.gives, feeds), strict=True))
 
-    def _model(self, feeds: Mapping[str, _Array]) -> bytes:
+    def _model(self, feeds: Mapping[str, _Array]) -> tuple[bytes, set[str]]:
         graph = self._whole.graph
         # an input of any shape but the type that came: a later batch may be smaller
         inputs = [_declared(name, array) for name, array in feeds.items()]
@@ -93,8 +97,7 @@ class _Part:
         part = onnx.helper.make_graph(nodes, "part", inputs, outputs, weights)
         whole = self._whole
         about = {"opset_imports": whole.opset_import, "ir_version": whole.ir_version, "functions": whole.functions}
-        found: bytes = onnx.helper.make_model(part, **about).SerializeToString()
-        return found
+        return onnx.helper.make_model(part, **about).SerializeToString(), used
 
 
 def _declared(name: str, array: _Array) -> onnx.ValueInfoProto:
@@ -115,8 +118,8 @@ def _names_read(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
 class _Parts:
     """A model in parts; each but the last ends with a value that is ``cut``; ``seen`` are given as well."""
 
-    def __init__(self, whole: onnx.ModelProto, cut: Sequence[str], seen: Iterable[str]) -> None:
-        graph = whole.graph
+    def __init__(self, whole: _Lean, cut: Sequence[str], seen: Iterable[str]) -> None:
+        graph = whole[0].graph
         inside = {tensor.name for tensor in graph.initializer}
         self.inputs = [value.name for value in graph.input if value.name not in inside]
         self.outputs = [value.name for value in graph.output]
@@ -160,8 +163,8 @@ class ObservedOnnx(Observed):
         self._parts: _Parts | None = None
 
     @cached_property
-    def _whole(self) -> onnx.ModelProto:
-        return onnx.ModelProto.FromString(serialise(self._model))
+    def _whole(self) -> _Lean:
+        return lean(self._model)
 
     def _name(self, number: int) -> str:
         return self._reader.values[number - self._reader.start].name or ""
@@ -244,8 +247,8 @@ class Shapes:
         wanted = sorted(self._wanted())
         names = {number: self._reader.values[number - self._reader.start].name or "" for number in wanted}
         known = arrays_of(self._reader, self._inputs)
-        whole = onnx.ModelProto.FromString(serialise(self._model))
-        values = _Parts(whole, (), names.values()).run(known, lambda name, array: array)
+        values = _Parts(lean(self._model), (), names.values()).run(known, lambda name, array: array)
+        give_back()
         return {number: tuple(values[name].shape) for number, name in names.items() if name in values}
 
     def _wanted(self) -> set[int]:

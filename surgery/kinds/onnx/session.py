@@ -35,10 +35,10 @@ def check_threads(threads: int | None) -> None:
         raise InputError(f"threads={threads}", allowed=f"1 to {most}")
 
 
-def open_model(model: ir.Model, *, threads: int | None = None) -> ort.InferenceSession:
-    """Return a session of a model, which reads the model's weights where they are; raises as ``open_session``."""
+def open_model(model: ir.Model, *, threads: int | None = None, small: bool = False) -> ort.InferenceSession:
+    """Return a session of a model, which reads the model's weights where they are; as ``open_session``."""
     proto, weights = lean(model)
-    return open_session(_serialise(proto), threads=threads, weights=weights)
+    return open_session(_serialise(proto), threads=threads, small=small, weights=weights)
 
 
 def open_file(file: OnnxFile, *, threads: int | None = None) -> ort.InferenceSession:
@@ -84,11 +84,13 @@ def open_session(
     *,
     threads: int | None = None,
     spin: bool = False,
+    small: bool = False,
     weights: Weights = MappingProxyType({}),
 ) -> ort.InferenceSession:
     """Return a session on the CPU, all graph optimisations on, with a stated number of threads.
 
-    ``spin`` lets its threads spin between runs, which disturbs other sessions. ``weights`` are the initializers that
+    ``spin`` lets its threads spin between runs, which disturbs other sessions. A ``small`` one
+    does without the copies of weights in other layouts, and may be slower. ``weights`` are the initializers that
     the model says to be in other files; the session reads them where they are in memory.
 
     Raises:
@@ -98,7 +100,8 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = physical_cores() if threads is None else threads
     options.inter_op_num_threads = 1
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED if small else levels.ORT_ENABLE_ALL
     options.log_severity_level = 4  # fatal only: what goes wrong is raised
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "0" if spin else "1")
