@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import BinaryIO
 
 import onnx_ir as ir
 
 from surgery.errors import FileError
-from surgery.files.guard.onnx import OnnxFile, read_onnx
+from surgery.files.guard.onnx import OnnxFile, has_sparse, read_onnx
 from surgery.files.memory import check_room, file_need
 from surgery.kinds.onnx.graph import read_record
+from surgery.kinds.onnx.layout import SOURCES, lean
 from surgery.kinds.onnx.places import INSIDE, OUTSIDE, all_tensors, note_place, tensor_of
 from surgery.system.opening import size_of
 
@@ -27,12 +29,18 @@ def read_model(path: Path, file: BinaryIO, *, memory: int | None) -> ir.Model:
     found = read_onnx(path, file)
     outside = sum(raw.nbytes for location, raw in found.held.items() if location not in found.own)
     check_room(file_need(size_of(file) + outside), memory)
-    if any(graph.sparse_initializer for graph in (found.proto.graph,)):
+    if has_sparse(found.proto):
         raise FileError("has sparse weights", next_step="export the model again with dense ones")
     model = ir.serde.deserialize_model(found.proto)
     for tensor, put in all_tensors(model):
         if isinstance(tensor, ir.ExternalTensor):
             put(_held(tensor, found))
+    try:
+        lean(model)  # copies it and writes it, as each command does at its end
+    except Exception as error:  # of onnx_ir, for a graph that cannot be right
+        raise FileError("has a graph that cannot be copied", next_step="export the model again") from error
+    others = [path.parent / location for location in found.held if location not in found.own]
+    model.graph.meta[SOURCES] = tuple(map(os.path.realpath, [path, *others]))
     read_record(model)  # a damaged one is told before any work
     return model
 

@@ -17,12 +17,12 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
-from surgery.errors import InputError, only_own_errors
+from surgery.errors import FileError, InputError, only_own_errors
 from surgery.files.guard.archive import RECORD
 from surgery.files.record import record_of
-from surgery.kinds.onnx.layout import BESIDE, lay_out
+from surgery.kinds.onnx.layout import BESIDE, SOURCES, lay_out
 from surgery.kinds.registry import is_model, kind_of
-from surgery.system.opening import check_path
+from surgery.system.opening import check_path, shown_path
 from surgery.system.writing import Writer, write_together
 from surgery.text import first_line
 
@@ -82,9 +82,12 @@ def model_files(
     kind = kind_of(model)
     target = Path(path)
     if (onnx := kind.as_onnx(model)) is not None:
-        layout = lay_out(onnx, target.name)
-        beside = [(target.with_name(target.name + BESIDE), layout.write_beside)] if layout.beside else []
-        return [*beside, (target, layout.write)]
+        layout, other = lay_out(onnx, target.name), target.with_name(target.name + BESIDE)
+        own, *others = onnx.graph.meta.get(SOURCES, ("",))
+        if layout.beside and os.path.realpath(other) in others and os.path.realpath(target) != own:
+            what = f"{shown_path(other)}: holds the weights of {shown_path(own)}"
+            raise FileError(what, next_step="choose another name for the output")
+        return [*([(other, layout.write_beside)] if layout.beside else []), (target, layout.write)]
     if (program := kind.program(model)) is not None:
         return [(target, _program_writer(program, os.fspath(path)))]
     return [(target, _module_writer(kind.runnable(model), os.fspath(path)))]

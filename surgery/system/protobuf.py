@@ -7,6 +7,7 @@ A field is a tag (its number and how it is written), then a value. A message ins
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, TypeAlias
 
@@ -39,13 +40,14 @@ def header(number: int, size: int) -> bytes:
 class Hollow:
     """The bytes of a message without its large fields, which are ``taken``: each an array with memory of its own.
 
-    ``refer`` returns the fields that stand for a taken one, from its place in ``taken``.
+    ``refer`` returns the fields that stand for a taken one, from its place in ``taken``. Without it, large fields are
+    passed over, and nothing is taken.
 
     Raises:
         ValueError: the bytes are no message.
     """
 
-    def __init__(self, file: BinaryIO, size: int, fields: Fields, refer: Callable[[int], bytes]) -> None:
+    def __init__(self, file: BinaryIO, size: int, fields: Fields, refer: Callable[[int], bytes] | None = None) -> None:
         self._file, self._at, self._refer = file, 0, refer
         self.taken: list[npt.NDArray[np.uint8]] = []
         self.raw = b"".join(self._pieces(size, fields, 0))
@@ -74,6 +76,9 @@ class Hollow:
         if size < _LEAST or inner is None:
             return header(number, size) + self._read(size)
         if inner is TAKEN:
+            if self._refer is None:
+                self._at = self._file.seek(size, os.SEEK_CUR)
+                return b""
             array = np.empty(size, np.uint8)
             if self._file.readinto(array) != size:  # type: ignore[attr-defined]  # every binary file has it
                 raise ValueError("cut off")

@@ -8,6 +8,7 @@ What is opened here is what is used: nothing is opened a second time by its name
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import re
@@ -23,10 +24,11 @@ from google.protobuf.message import Message  # type: ignore[import-untyped]
 
 from surgery.errors import FileError, UnsafeFileError
 from surgery.files.guard.onnx_graph import check_graphs
+from surgery.files.guard.onnx_nodes import check_nodes
 from surgery.system.opening import open_inside, open_regular, shown_name, shown_path, size_of
 from surgery.system.protobuf import TAKEN, Fields, Hollow
 
-__all__ = ["OnnxFile", "check_onnx", "open_onnx", "read_onnx", "refer"]
+__all__ = ["OnnxFile", "has_sparse", "onnx_size", "open_onnx", "read_onnx", "refer"]
 
 _AGAIN = "export the model again"
 _BOTH = "get both files again"
@@ -73,11 +75,6 @@ class OnnxFile:
         return self.held[location][offset : offset + size]
 
 
-def check_onnx(path: Path) -> None:
-    """Raise FileError if the file is not an ONNX model, and UnsafeFileError if its weights lie outside its folder."""
-    open_onnx(path)
-
-
 def open_onnx(path: Path) -> OnnxFile:
     """Return the ONNX file at a path; errors name it.
 
@@ -105,7 +102,7 @@ def read_onnx(path: Path, file: BinaryIO) -> OnnxFile:
         )
         model = onnx.ModelProto.FromString(hollow.raw)
         tensors = list(_tensors(model))
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise FileError("has a name that is no text", next_step=_AGAIN) from error
     except Exception as error:  # protobuf's own errors differ from version to version
         raise FileError("is not an ONNX model, or is cut off", next_step="get it again") from error
@@ -120,7 +117,18 @@ def read_onnx(path: Path, file: BinaryIO) -> OnnxFile:
     for tensor in outside:
         _check_place(tensor, held)
     check_graphs(model)
+    check_nodes(model)
     return OnnxFile(model, held, frozenset(own))
+
+
+def onnx_size(path: Path) -> int:
+    """Return how many bytes the files of an ONNX model take, which was read before; other files count alone."""
+    size = path.stat().st_size
+    with contextlib.suppress(Exception), open_regular(path) as file:
+        proto = onnx.ModelProto.FromString(Hollow(file, size_of(file), _MODEL).raw)
+        locations = {_said(tensor)["location"] for tensor in _tensors(proto) if tensor.external_data}
+        return size + sum((path.parent / location).stat().st_size for location in locations)
+    return size
 
 
 def refer(tensor: onnx.TensorProto, location: str) -> onnx.TensorProto:
@@ -129,6 +137,11 @@ def refer(tensor: onnx.TensorProto, location: str) -> onnx.TensorProto:
     entry = tensor.external_data.add()
     entry.key, entry.value = "location", location
     return tensor
+
+
+def has_sparse(model: onnx.ModelProto) -> bool:
+    """Whether any graph or node of a model has a sparse tensor."""
+    return any(isinstance(part, onnx.SparseTensorProto) for part in _parts(model))
 
 
 def _is_external(tensor: onnx.TensorProto) -> bool:
@@ -161,9 +174,12 @@ def _check_form(tensor: onnx.TensorProto) -> None:
         return
     count, field = math.prod(tensor.dims), _SPREAD.get(kind, "int32_data")
     wanted = {2 * count if "COMPLEX" in kind.name else count, size if kind.bitwidth < 8 and size else count}
-    if filled not in ([], [field]) or len(getattr(tensor, field)) not in wanted:
-        held = sum(len(getattr(tensor, each)) for each in filled)
-        raise FileError(f"has {held} numbers for {name}, whose shape says {count}", next_step=_AGAIN)
+    if filled not in ([], [field]):
+        raise FileError(f"keeps the numbers of {name} as those of another type", next_step=_AGAIN)
+    if len(getattr(tensor, field)) not in wanted:
+        raise FileError(
+            f"has {len(getattr(tensor, field))} numbers for {name}, whose shape says {count}", next_step=_AGAIN
+        )
 
 
 def _size(tensor: onnx.TensorProto) -> int:
@@ -189,21 +205,30 @@ def _check_place(tensor: onnx.TensorProto, held: Mapping[str, memoryview]) -> No
 
 
 def _tensors(model: Message) -> Iterator[onnx.TensorProto]:
-    """Yield all tensors in any part of a model; reads every text.
+    """Yield all tensors in any part of a model; as ``_parts``."""
+    return (part for part in _parts(model) if isinstance(part, onnx.TensorProto))
+
+
+def _parts(model: Message) -> Iterator[Message]:
+    """Yield all messages in a model.
 
     Raises:
-        UnicodeDecodeError: a text is none.
+        UnicodeError: a text in them is none.
     """
     pending = [model]
     while pending:
         part = pending.pop()
-        if isinstance(part, onnx.TensorProto):
-            yield part
+        yield part
         for field, value in part.ListFields():
             if field.type == field.TYPE_MESSAGE:
                 pending.extend([value] if isinstance(value, Message) else value)
-            elif field.type == field.TYPE_STRING and not isinstance(value, str):
-                list(value)
+            elif field.type == field.TYPE_STRING and not _are_texts(value):
+                raise UnicodeError
+
+
+def _are_texts(value: Any) -> bool:
+    """Whether the value of a field, or each of its values, is a text; protobuf gives bytes that are none as bytes."""
+    return isinstance(value, str) or (not isinstance(value, bytes) and all(isinstance(text, str) for text in value))
 
 
 def _map(path: Path, location: str) -> memoryview:

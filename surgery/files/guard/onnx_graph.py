@@ -9,6 +9,7 @@ from typing import TypeAlias
 import onnx
 
 from surgery.errors import FileError
+from surgery.files.guard.onnx_nodes import nodes_of
 from surgery.system.opening import shown_name
 
 __all__ = ["check_graphs"]
@@ -83,21 +84,13 @@ def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
             yield attribute.g
 
 
-def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """Yield nodes, and those of their bodies."""
-    for node in nodes:
-        yield node
-        for graph in _bodies(node):
-            yield from _nodes(graph.node)
-
-
 def _check_calls(model: onnx.ModelProto, functions: Mapping[_Name, onnx.FunctionProto]) -> None:
     """Raise FileError if a function calls itself, or if calls of calls add up to too many nodes."""
     sizes: dict[_Name, int] = {}
     open_: list[_Name] = []
 
     def size(nodes: Iterable[onnx.NodeProto]) -> int:
-        return sum(of((node.domain, node.op_type, node.overload)) for node in _nodes(nodes))
+        return sum(of((node.domain, node.op_type, node.overload)) for node in nodes_of(nodes))
 
     def of(name: _Name) -> int:
         if name not in functions:

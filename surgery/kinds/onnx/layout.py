@@ -25,6 +25,7 @@ __all__ = [
     "IN_MEMORY",
     "KEEPS_OUTSIDE",
     "LARGE",
+    "SOURCES",
     "Layout",
     "digest",
     "lay_out",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 BESIDE = ".data"  # after the name of the model's own file
+SOURCES = "surgery.sources"  # in the notes of a graph: the files that hold its model, its own first
 KEEPS_OUTSIDE = "surgery.outside"  # in the notes of a graph whose model came with weights in other files
 IN_MEMORY = "in memory"  # the location of weights that a session is given
 LARGE = 1024  # bytes of a weight that is worth a place outside
@@ -123,6 +125,7 @@ def _reference(tensor: ir.TensorProtocol, location: str, offset: int) -> ir.Exte
 def _own(model: ir.Model, most: int) -> list[Piece]:
     """Return the pieces of a model's own file; the model is a clone, which loses its large initializers."""
     taken = {}
+    inside = sum(tensor.nbytes for tensor, _ in all_tensors(model) if not isinstance(tensor, ir.ExternalTensor))
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if (
@@ -132,7 +135,6 @@ def _own(model: ir.Model, most: int) -> list[Piece]:
         ):
             taken[name] = tensor
             value.const_value = _reference(tensor, "", 0)
-    inside = sum(tensor.nbytes for tensor in taken.values())
     if inside > most:
         what = f"the weights take {inside / 2**30:.1f} GiB"
         raise InputError(what, allowed="ONNX models below 2 GiB", next_step="take the model from before its export")

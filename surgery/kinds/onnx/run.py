@@ -27,7 +27,7 @@ from surgery.kinds.inputs import Inputs
 from surgery.kinds.observed import Added, Norm, Observed, OutputChange, See
 from surgery.kinds.onnx.layout import lean
 from surgery.kinds.onnx.read import Reader
-from surgery.kinds.onnx.session import open_model, open_session
+from surgery.kinds.onnx.session import open_model, open_session, run_session
 from surgery.sites import Call, Flow
 from surgery.system.memory import give_back
 
@@ -63,7 +63,7 @@ class OnnxModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Run the model on inputs in order or by name."""
-        return tuple(map(_as_tensor, self._session.run(None, arrays_of(self._reader, (args, kwargs)))))
+        return tuple(map(_as_tensor, run_session(self._session, None, arrays_of(self._reader, (args, kwargs)))))
 
 
 def _as_tensor(value: Any) -> Any:
@@ -84,7 +84,7 @@ class _Part:
             raw, used = self._model(feeds)
             weights = {name: tensor for name, tensor in self._weights.items() if name in used}
             self._session = open_session(raw, small=True, weights=weights)
-        return dict(zip(self.gives, self._session.run(self.gives, feeds), strict=True))
+        return dict(zip(self.gives, run_session(self._session, self.gives, feeds), strict=True))
 
     def _model(self, feeds: Mapping[str, _Array]) -> tuple[bytes, set[str]]:
         graph = self._whole.graph

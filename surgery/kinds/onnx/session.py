@@ -21,11 +21,24 @@ from surgery.kinds.onnx.places import is_whole, tensor_of
 from surgery.system.machine import physical_cores
 from surgery.text import first_line
 
-__all__ = ["check_threads", "open_file", "open_model", "open_session"]
+__all__ = ["check_threads", "open_file", "open_model", "open_session", "run_session"]
 
 Weights = Mapping[str, ir.TensorProtocol]
 
 _MOST_THREADS = 256  # or as many as there are cores
+
+
+def run_session(session: ort.InferenceSession, names: list[str] | None, feeds: Mapping[str, Any]) -> list[Any]:
+    """Return what a session gives for its inputs.
+
+    Raises:
+        InputError: onnxruntime cannot run the model on them.
+    """
+    try:
+        found: list[Any] = session.run(names, feeds)
+    except Exception as error:  # onnxruntime's exceptions share no other base
+        raise InputError(f"onnxruntime cannot run the model: {first_line(error)}") from error
+    return found
 
 
 def check_threads(threads: int | None) -> None:
@@ -100,6 +113,7 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = physical_cores() if threads is None else threads
     options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.disable_prepacking", "1" if small else "0")
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED if small else levels.ORT_ENABLE_ALL
     options.log_severity_level = 4  # fatal only: what goes wrong is raised
