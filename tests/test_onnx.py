@@ -614,7 +614,7 @@ OUTSIDE = {
     "path out": (said("location", "../m.data"), "outside its folder"),
     "a folder": (said("location", "."), "is a folder"),
     "shape of a terabyte": (lambda p: p.graph.initializer[0].dims.__setitem__(0, 1 << 38), "lie at"),
-    "negative size": (lambda p: p.graph.initializer[0].dims.__setitem__(0, -4), "no possible place"),
+    "negative size": (lambda p: p.graph.initializer[0].dims.__setitem__(0, -4), "impossible shape"),
 }
 INSIDE = {
     "another size": (lambda p: p.graph.initializer[0].dims.__setitem__(0, 7), "whose shape says"),

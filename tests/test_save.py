@@ -15,7 +15,7 @@ from torch import nn
 
 from surgery.errors import FileError, InputError
 from surgery.files.load import load
-from surgery.files.save import model_writer, save
+from surgery.files.save import model_files, save
 from tests.hostile import builder
 
 
@@ -28,7 +28,7 @@ def test_a_full_disk_is_an_error_and_not_the_end_of_the_process() -> None:
     program = _export(nn.Linear(300, 300), torch.ones(1, 300))
     for buffering in (0, -1):
         with pytest.raises(OSError, match="No space left"), open("/dev/full", "wb", buffering=buffering) as file:
-            model_writer(program, "model.pt2")(file)
+            model_files(program, "model.pt2")[-1][1](file)
 
 
 class Extra(nn.Module):

@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script find
 
 import surgery
 from surgery.cost.base import make_backend
-from surgery.kinds.onnx.session import open_session
+from surgery.kinds.onnx.session import open_model
 from surgery.kinds.registry import kind_of
 from surgery.passes.results import DecomposeResult
 from surgery.plans.goal import Goal
@@ -137,9 +137,7 @@ class Bench:
 
     def _score(self, model: Any, seen: list[_Feed] | None = None, *, split: str = "test") -> float:
         """Return the score of a model; the inputs on which it was computed are appended to ``seen``."""
-        raw = kind_of(model).onnx_bytes(model)
-        assert raw is not None, "it is an ONNX model"
-        session = open_session(raw, threads=self._options.threads)
+        session = open_model(kind_of(model).as_onnx(model), threads=self._options.threads)
         count = self._options.samples if split == "calibration" else self._options.score
 
         def run(feed: _Feed) -> list[Any]:

@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script find
 os.environ |= {"OMP_NUM_THREADS": "1", "SURGERY_CACHE": "off"}  # before torch is imported
 
 import numpy as np
+import onnx.parser
 import safetensors.torch
 import torch
 from rich.console import Console
@@ -61,6 +62,21 @@ NASTY: tuple[Any, ...] = (
     "../../x", "a" * 70000, [], {}, [[[[]]]], "os.system", "Max(s0,s1)", "Symbol('s0')",
     "torch.ops.aten.as_strided.default",
 )  # fmt: skip
+
+_NUMBERS = (0, 1, -1, 2, 7, 8, 17, 255, 1 << 20, 1 << 31, (1 << 63) - 1, -(1 << 63), 1.5)
+_TEXTS = (
+    "",
+    "x",
+    "\x1b[31m",
+    "../../x",
+    "/etc/passwd",
+    "parts.bin",
+    "a" * 70000,
+    "Loop",
+    "If",
+    "ai.onnx.ml",
+    "99999999",
+)
 
 Random = random.Random
 Mutate = Callable[[bytes, Random], bytes]
@@ -112,6 +128,7 @@ def write_seeds() -> list[Target]:
         found = run(words)
         if found.status != 0:
             raise SystemExit(f"surgery {' '.join(words)}: {found.said}")
+    write_onnx_seeds()
     state = ("inspect", "{}", "--model", "factory:make", "--input-shape", "2,8")
     calibrated = ("decompose", "mlp.pt2", "--ranks", "2", "--calibration", "{}", *QUICK)
     return [
@@ -126,7 +143,40 @@ def write_seeds() -> list[Target]:
         Target("inputs.npz", ("compare", "mlp.pt2", "mlp.pt2", "--inputs", "{}")),
         *(Target(name, calibrated) for name in ("samples.npz", "samples.pt")),
         Target("net.onnx", ("compare", "mlp.pt2", "{}")),
+        *(
+            Target(name, words)
+            for name in ("net.onnx", "parts.onnx")
+            for words in (("inspect", "{}"), ("compare", "{}", "{}"))
+        ),
+        *(Target(name, ("decompose", "{}", "--ranks", "2", *QUICK)) for name in ("net.onnx", "parts.onnx")),
+        Target("factored.onnx", ("recompose", "{}", "-o", "out", "--force")),
     ]
+
+
+def write_onnx_seeds() -> None:
+    """Write ONNX files: factored; and with weights in another file, bodies, functions and all kinds of tensors."""
+    found = run(["decompose", "net.onnx", "-o", "factored.onnx", "--ranks", "2", "--no-timing"])
+    if found.status != 0:
+        raise SystemExit(f"surgery decompose net.onnx: {found.said}")
+    chance = np.random.default_rng(0)
+    weights = {"w": chance.standard_normal((8, 16)), "v": chance.standard_normal((16, 8)), "b": np.zeros(8)}
+    text = """
+        <ir_version: 8, opset_import: ["": 17, "own": 1]>
+        g (float[n, 8] x) => (float[n, 8] y) {
+            h = MatMul(x, w)
+            r = Relu(h)
+            t = Constant <value = bool {1}> ()
+            p = If (t) <then_branch = a () => (float[n, 8] o) { o = MatMul(r, v) },
+                else_branch = e () => (float[n, 8] o2) { o2 = own.twice(x) }>
+            y = Add(p, b)
+        }
+        <domain: "own", opset_import: ["": 17]>
+        twice (x) => (y) { y = Add(x, x) }
+    """
+    model = onnx.parser.parse_model(text)
+    for name, array in weights.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), name))
+    onnx.save(model, "parts.onnx", save_as_external_data=True, location="parts.bin", size_threshold=64)
 
 
 # -- mutations ---------------------------------------------------------------------------------------------------------
@@ -235,12 +285,50 @@ def mutate_zip(data: bytes, chance: Random) -> bytes:
     return stream.getvalue()
 
 
+def mutate_onnx(data: bytes, chance: Random) -> bytes:
+    """Replace, remove or repeat a few fields of the message, at any depth."""
+    model = onnx.ModelProto.FromString(data)
+    for _ in range(chance.choice((1, 1, 1, 2, 5))):
+        messages = [model]
+        for message in messages:
+            for field, value in message.ListFields():
+                if field.message_type is not None:
+                    messages.extend(value if field.is_repeated else [value])
+        message = chance.choice(messages)
+        with contextlib.suppress(TypeError, ValueError, AttributeError):  # a value that the field cannot have
+            _mutate_field(message, chance.choice(message.DESCRIPTOR.fields), messages, chance)
+    return model.SerializeToString()
+
+
+def _mutate_field(message: Any, field: Any, messages: list[Any], chance: Random) -> None:
+    same = [other for other in messages if other.DESCRIPTOR is field.message_type]
+    old = getattr(message, field.name)
+    if chance.random() < 0.2:
+        message.ClearField(field.name)
+    elif field.message_type is not None and same:
+        new = type(same[0]).FromString(chance.choice(same).SerializeToString())  # it may hold the old one
+        (old.add() if field.is_repeated else old).CopyFrom(new)
+    elif field.is_repeated and len(old) and chance.random() < 0.3:
+        del old[chance.randrange(len(old))]
+    else:
+        texts = [*(other.name for other in messages if getattr(other, "name", "")), *_TEXTS]
+        values: list[Any] = [chance.choice(_NUMBERS), chance.choice(texts), chance.randbytes(chance.choice((1, 8, 64)))]
+        for value in values:
+            with contextlib.suppress(TypeError, ValueError):
+                if not field.is_repeated:
+                    setattr(message, field.name, value)
+                elif len(old) and chance.random() < 0.7:
+                    old[chance.randrange(len(old))] = value
+                else:
+                    old.append(value)
+
+
 def mutation_of(name: str, data: bytes) -> Mutate:
     """Return the mutation that knows the format of a file, by its name and content."""
     if data[:2] == b"PK":
         return mutate_zip
-    if name.endswith(".json"):
-        return mutate_json
+    if name.endswith((".json", ".onnx")):
+        return mutate_json if name.endswith(".json") else mutate_onnx
     return mutate_pickle if name.endswith(".pkl") else mutate_bytes
 
 
@@ -403,9 +491,9 @@ def keep(folder: Path, number: int, target: Target, data: bytes, faults: list[st
     return path
 
 
-def fuzz(minutes: float, seed: int, folder: Path, console: Console) -> int:
+def fuzz(minutes: float, seed: int, only: str, folder: Path, console: Console) -> int:
     """Fuzz for some minutes, print the failures and a table of all targets, and return the number of failures."""
-    targets, chance = write_seeds(), Random(seed)
+    targets, chance = [target for target in write_seeds() if only in target.file], Random(seed)
     valid = {target.file: Path(target.file).read_bytes() for target in targets}
     for target in targets:
         outcome, faults = one(target, valid[target.file])
@@ -446,6 +534,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="a part of the names of files to mutate, such as .onnx")
     parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"), help="folder for failed files")
     parser.add_argument("--replay", type=Path, help="a file of that folder, to run again")
     options = parser.parse_args()
@@ -459,7 +548,11 @@ def main() -> None:
         os.mkdir("tmp")
         tempfile.tempdir = os.environ["TMPDIR"] = str(Path("tmp").resolve())
         sys.path.insert(0, name)
-        bad = fuzz(options.minutes, options.seed, folder, console) if file is None else replay(file, console)
+        bad = (
+            fuzz(options.minutes, options.seed, options.only, folder, console)
+            if file is None
+            else replay(file, console)
+        )
         os.chdir("/")
     sys.exit(min(bad, 1))
 

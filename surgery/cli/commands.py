@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from surgery.cli.options import FILE, as_json, default_output, file_inputs, model_options, open_program
-from surgery.system.writing import Writer, check_outputs, write_together
+from surgery.system.writing import check_outputs, write_together
 
 __all__ = ["bench", "compare", "export", "inspect", "recompose"]
 
@@ -49,7 +49,7 @@ def recompose(
 ) -> None:
     """Fuse every chain of MODEL that is provably one operator back into that operator."""
     from surgery.cli import show
-    from surgery.files.save import model_writer, state_dict_writer
+    from surgery.files.save import model_files, state_dict_writer
     from surgery.kinds.registry import kind_of
     from surgery.passes.recompose import recompose as run
 
@@ -60,7 +60,7 @@ def recompose(
         program, inputs = open_program(model, **options)
         progress("recompose", 0, 1)
         result = run(program, inputs, everything=everything)
-        files: list[tuple[Path, Writer]] = [(target, model_writer(result.model, target))]
+        files = model_files(result.model, target)
         if state_dict is not None:
             files.append((state_dict, state_dict_writer(kind_of(result.model).tensors(result.model))))
         write_together(files, force=force)

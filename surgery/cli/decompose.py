@@ -279,13 +279,13 @@ def _write(
     options: DecomposeOptions, target: Path | None, result: DecomposeResult[Any], measured: Timing | str | None
 ) -> None:
     """Write the model with its report, and the plan if that is wanted: both or none."""
-    from surgery.files.save import model_writer
+    from surgery.files.save import model_files
     from surgery.report import attach, collect
 
     files: list[tuple[Path, Writer]] = []
     if target is not None:
         attach(result.model, collect(result, timing=measured, files=(options.model, None)))
-        files.append((target, model_writer(result.model, target)))
+        files += model_files(result.model, target)
     if options.save_plan is not None:
         files.append((options.save_plan, text_writer(result.plan.to_json())))
     write_together(files, force=options.force)

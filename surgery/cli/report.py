@@ -47,12 +47,13 @@ def _read_report(model: Path) -> dict[str, Any]:
     """Return the report in MODEL, with the name and the size that its file has now."""
 
     from surgery.files.load import load
+    from surgery.files.size import model_size
     from surgery.report import read
 
     found = read(load(model))
     after = found.get("after")
     if isinstance(after, dict):
-        found["after"] = after | {"file_size": model.stat().st_size}
+        found["after"] = after | {"file_size": model_size(model)}
     return found | {"output": str(model)}
 
 

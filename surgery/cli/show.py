@@ -23,6 +23,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from surgery.files.size import model_size
 from surgery.sites import Skip, left_alone
 from surgery.system.tables import layout
 from surgery.text import change, count, rank_text, seconds, shown, wrap
@@ -221,7 +222,7 @@ def _is_program(path: Path) -> bool:
 
 
 def _size(path: Path | None) -> int | None:
-    return None if path is None or not path.exists() else path.stat().st_size
+    return None if path is None or not path.exists() else model_size(path)
 
 
 def decompose_tables(

@@ -50,7 +50,7 @@ from surgery.kinds.layers.carried import copy_module
 from surgery.kinds.registry import is_model
 from surgery.sites import Record
 from surgery.system.importing import import_function
-from surgery.system.opening import check_path, check_regular, read_regular, shown_path
+from surgery.system.opening import check_path, check_regular, open_regular, read_regular, shown_path
 from surgery.text import first_line
 
 __all__ = ["load"]
@@ -61,6 +61,7 @@ _FACTORY = "pass --model package.module:factory (in Python model=...), a functio
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before torch 1.6
 _NAMED = {"what": "has a model factory", "allowed": "package.module:factory, of a function or class"}
 _SAMPLE_KEYS = 3
+_START = 16  # bytes that tell an ONNX file, of which the rest is read piece by piece
 _SUFFIXES = ".pt2, .pt, .safetensors, .onnx"
 
 
@@ -99,9 +100,9 @@ def _is_safetensors(raw: bytes) -> bool:
 
 def _is_onnx(raw: bytes) -> bool:
     """Whether the bytes start as a ModelProto: field 1 (ir_version, a small varint), then a field with a length."""
-    return (
-        len(raw) > 4 and raw[0] == 0x08 and 0 < raw[1] < 0x40 and raw[2] in (0x12, 0x1A, 0x22, 0x2A, 0x32, 0x3A, 0x42)
-    )
+    tags = (0x12, 0x1A, 0x22, 0x2A, 0x32, 0x3A, 0x42)
+    safetensors = raw[3:9] == b"\0\0\0\0\0{"  # the length of its header may begin like this
+    return len(raw) > 4 and raw[0] == 0x08 and 0 < raw[1] < 0x40 and raw[2] in tags and not safetensors
 
 
 def _is_text(raw: bytes) -> bool:
@@ -116,7 +117,7 @@ def _kind(raw: bytes) -> str:
         return _zip_kind(raw)
     if raw.startswith(_LEGACY_MAGIC):
         return "pickle"
-    for kind, test in (("safetensors", _is_safetensors), ("onnx", _is_onnx), ("text", _is_text)):
+    for kind, test in (("safetensors", _is_safetensors), ("text", _is_text)):
         if test(raw):
             return kind
     return "plain pickle" if raw[:1] == b"\x80" and raw[-1:] == b"." else "unknown"
@@ -243,10 +244,6 @@ def _record(said: Any) -> Record:
         raise FileError("has a damaged record of factored layers", next_step="save the model again") from error
 
 
-def _load_onnx(source: _Source) -> ir.Model:
-    return read_model(source.path, source.raw, memory=source.memory)
-
-
 def _unwrap(found: Any) -> dict[str, torch.Tensor]:
     """Return the state dict inside a checkpoint, without the prefixes of DistributedDataParallel and compile."""
     if isinstance(found, Mapping):
@@ -347,7 +344,6 @@ _LOADERS: dict[str, Callable[[_Source], ExportedProgram | nn.Module | ir.Model]]
     "torchscript": _load_torchscript,
     "pickle": _load_pickle,
     "safetensors": _load_safetensors,
-    "onnx": _load_onnx,
     "zip": _refusal("is a zip file, but not a model", next_step=_EXPORT),
     "text": _refusal("is a text file", allowed="a model file"),
     "plain pickle": _refusal("is a pickle that torch.save did not write", next_step=_EXPORT),
@@ -382,6 +378,9 @@ def load(
     check_regular(path)
     try:
         check_room(file_need(os.path.getsize(path)), memory)
+        with open_regular(path) as file:
+            if _is_onnx(file.peek(_START)[:_START]):  # type: ignore[attr-defined]  # it is buffered
+                return read_model(Path(path), file, memory=memory)
         raw = read_regular(path)
         if not raw:
             raise FileError("is empty", next_step="get the file again from its source")

@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO, Any
 
 import onnx_ir as ir
@@ -16,15 +17,16 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
-from surgery.errors import InputError, only_own_errors
+from surgery.errors import FileError, InputError, only_own_errors
 from surgery.files.guard.archive import RECORD
 from surgery.files.record import record_of
+from surgery.kinds.onnx.layout import BESIDE, SOURCES, lay_out
 from surgery.kinds.registry import is_model, kind_of
-from surgery.system.opening import check_path
-from surgery.system.writing import Writer, write_atomically
+from surgery.system.opening import check_path, shown_path
+from surgery.system.writing import Writer, write_together
 from surgery.text import first_line
 
-__all__ = ["RECORD_KEY", "model_writer", "save", "state_dict_writer"]
+__all__ = ["RECORD_KEY", "model_files", "save", "state_dict_writer"]
 
 RECORD_KEY = "surgery"  # in the metadata of a safetensors file
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
@@ -53,8 +55,9 @@ def save(
 
     The record of a program is ``program.graph_module.meta["surgery"]``, a dict of JSON values. The record of a module
     says which layers are factored and how: ``surgery.load(path, model=factory)`` gives a fresh module the same
-    structure and the saved weights. Nothing is pickled. Missing folders are not made. ``force`` replaces an existing
-    file.
+    structure and the saved weights. An ONNX model that came with weights in other files, or is too large for one, gets
+    a second file, ``path`` with ``.data`` after it; both appear together. Nothing is pickled. Missing folders are not
+    made. ``force`` replaces an existing file.
 
     Raises FileError if the file cannot be written, and InputError if the model cannot be saved; an existing file then
     stays as it was.
@@ -62,28 +65,32 @@ def save(
     >>> save(program, "model.pt2")  # doctest: +SKIP
     """
     check_path(path)
-    write_atomically(path, model_writer(model, path), force=force)
+    write_together(model_files(model, path), force=force)
 
 
-def model_writer(model: ExportedProgram | nn.Module | ir.Model, path: str | os.PathLike[str]) -> Writer:
-    """Return a function that writes a model as ``save`` does; errors name ``path``. Raises InputError as ``save``."""
+def model_files(
+    model: ExportedProgram | nn.Module | ir.Model, path: str | os.PathLike[str]
+) -> list[tuple[Path, Writer]]:
+    """Return the files that hold a model at a path, the path's own last, each with what writes it as ``save`` does.
+
+    Errors name ``path``. Raises InputError as ``save``.
+    """
     if not is_model(model):
         raise InputError(
             f"cannot save a {type(model).__name__}", allowed="ExportedProgram, onnx_ir.Model, nn.Module, GraphModule"
         )
     kind = kind_of(model)
-    if (raw := kind.onnx_bytes(model)) is not None:
-        return _bytes_writer(raw)
+    target = Path(path)
+    if (onnx := kind.as_onnx(model)) is not None:
+        layout, other = lay_out(onnx, target.name), target.with_name(target.name + BESIDE)
+        own, *others = onnx.graph.meta.get(SOURCES, ("",))
+        if layout.beside and os.path.realpath(other) in others and os.path.realpath(target) != own:
+            what = f"{shown_path(other)}: holds the weights of {shown_path(own)}"
+            raise FileError(what, next_step="choose another name for the output")
+        return [*([(other, layout.write_beside)] if layout.beside else []), (target, layout.write)]
     if (program := kind.program(model)) is not None:
-        return _program_writer(program, os.fspath(path))
-    return _module_writer(kind.runnable(model), os.fspath(path))
-
-
-def _bytes_writer(raw: bytes) -> Writer:
-    def write(file: IO[bytes]) -> None:
-        file.write(raw)
-
-    return write
+        return [(target, _program_writer(program, os.fspath(path)))]
+    return [(target, _module_writer(kind.runnable(model), os.fspath(path)))]
 
 
 def _program_writer(model: ExportedProgram, name: str) -> Writer:

@@ -60,8 +60,8 @@ class Kind(ABC):
         """Return the model if it is an exported program; None if it would have to be exported."""
         return None
 
-    def onnx_bytes(self, model: Any) -> bytes | None:
-        """Return the bytes of an ONNX file with the model, if ``is_onnx``; None if it has to be exported."""
+    def as_onnx(self, model: Any) -> Any:
+        """Return the model as an ``onnx_ir.Model``, if ``is_onnx``; None if it has to be exported."""
         return None
 
     def kept(self, model: Any) -> Any:

@@ -20,6 +20,7 @@ from surgery.cost.timing import MARGIN
 from surgery.errors import InputError
 from surgery.factorizations import Ranks, named
 from surgery.kinds.inputs import Inputs, flatten_inputs
+from surgery.kinds.onnx.layout import digest
 from surgery.kinds.registry import Model, kind_of
 from surgery.passes.damages import Damages
 from surgery.passes.original import Original
@@ -68,9 +69,9 @@ class Clock:
     @cached_property
     def structure(self) -> dict[str, Any]:
         """All that the latency of the original depends on: its graph, and the shapes of its tensors and inputs."""
-        if (raw := kind_of(self._model).onnx_bytes(self._model)) is not None:
+        if (onnx := kind_of(self._model).as_onnx(self._model)) is not None:
             feeds = [(list(leaf.shape), str(leaf.dtype)) for leaf in flatten_inputs(self._inputs)]
-            return {"processes": hashlib.sha256(raw + json.dumps(feeds).encode()).hexdigest()}
+            return {"processes": hashlib.sha256((digest(onnx) + json.dumps(feeds)).encode()).hexdigest()}
         program, inputs = capture(self._model, self._given)
         tensors = [*program.state_dict.items(), *enumerate(pytree.tree_leaves(inputs))]
         shapes = [(n, list(t.shape), str(t.dtype)) if isinstance(t, Tensor) else (n, repr(t)) for n, t in tensors]

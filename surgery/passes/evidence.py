@@ -40,6 +40,7 @@ from surgery.passes.original import Original
 from surgery.passes.results import Seen
 from surgery.plans.plan import Progress
 from surgery.runtime.compare import run_model
+from surgery.system.memory import give_back
 
 __all__ = [
     "PROMISED_SHARE",
@@ -197,7 +198,9 @@ class Evidence:
     @cached_property
     def held_out(self) -> HeldOut:
         """The original's outputs on the samples to judge by."""
-        return HeldOut(self.model, self.judging)
+        found = HeldOut(self.model, self.judging)
+        give_back()  # what ran it may have held the weights once more
+        return found
 
     @property
     def what(self) -> str:
@@ -210,7 +213,9 @@ class Evidence:
 
     def see(self, changed: Any) -> Seen:
         """Return how far the outputs of a changed model are from the original's."""
-        return Seen(self.held_out.error(changed)[0], self.what)
+        error = self.held_out.error(changed)[0]
+        give_back()
+        return Seen(error, self.what)
 
 
 def read_evidence(

@@ -37,6 +37,7 @@ from surgery.plans.options import Counted, Measured, Prices, Ruled
 from surgery.plans.plan import Decision, Plan, Progress
 from surgery.plans.rules import RankSpec, check_groups, join, joint_groups
 from surgery.sites import FactoredSite, Site, Skip, Totals, select
+from surgery.system.memory import give_back
 
 __all__ = ["CarriedOut", "as_it_went", "by_goal", "by_plan", "carry_out", "plan_for", "propose", "result_of"]
 
@@ -92,6 +93,7 @@ def carry_out(plan: Plan, original: Original, fitter: Fitter, *, inplace: bool =
     The plan has one decision for each site of the original. What the fitter has built of it before is the result.
     """
     fitted = fitter.fit(plan)
+    give_back()  # the scratch memory of solvers: errors are measured on weights once more
     errors = {name: one.error for name, one in fitted.made.items()}  # while the original is as it was
     built = None if inplace else fitter.latest(plan)
     if built is None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import InputError
+from surgery.files.size import model_size
 from surgery.kinds.registry import Model, kind_of
 from surgery.passes.results import DecomposeResult, Search
 from surgery.report.content import VERSION
@@ -87,7 +88,7 @@ def collect(
 
 
 def _size(path: Path | None) -> int | None:
-    return None if path is None or not path.exists() else path.stat().st_size
+    return None if path is None or not path.exists() else model_size(path)
 
 
 def _search(search: Search) -> dict[str, Any]:

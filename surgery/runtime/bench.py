@@ -20,6 +20,7 @@ from surgery.cost.timing import Budget, Samples, compare_samples, interleave, wa
 from surgery.errors import InputError, only_own_errors
 from surgery.kinds.inputs import Inputs, normalise_inputs
 from surgery.kinds.onnx.session import check_threads, open_session
+from surgery.kinds.onnx.session import open_model as session_of
 from surgery.kinds.registry import is_model, kind_of
 from surgery.runtime.compare import Runnable, default_inputs, feed, open_model
 from surgery.runtime.export import capture, export_onnx
@@ -249,8 +250,8 @@ def _prepare(model: Runnable, inputs: Inputs, threads: int) -> tuple[Callable[[]
     if isinstance(model, ort.InferenceSession):
         feeds = feed(model, inputs)
         return bind(model, feeds), describe_feeds(feeds)
-    if (raw := kind_of(model).onnx_bytes(model)) is not None:
-        return _prepare(open_session(raw, threads=threads), inputs, threads)
+    if (onnx := kind_of(model).as_onnx(model)) is not None:
+        return _prepare(session_of(onnx, threads=threads), inputs, threads)
     program, _ = capture(model, inputs)
     with scratch_folder() as folder:
         file = folder / "model.onnx"

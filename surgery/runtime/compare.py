@@ -30,10 +30,10 @@ from torch.utils import _pytree as pytree
 
 from surgery.algebra import relative_error
 from surgery.errors import InputError, only_own_errors
-from surgery.files.guard.onnx import check_onnx
+from surgery.files.guard.onnx import open_onnx
 from surgery.files.load import load
 from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs, random_tensor
-from surgery.kinds.onnx.session import open_session
+from surgery.kinds.onnx.session import open_file
 from surgery.kinds.registry import is_model, kind_of
 from surgery.text import first_line
 
@@ -226,8 +226,7 @@ def open_model(model: Runnable | str | os.PathLike[str], *, threads: int | None 
     path = Path(model)
     if path.suffix != ".onnx":
         return load(path)
-    check_onnx(path)
-    return open_session(path, threads=threads)
+    return open_file(open_onnx(path), threads=threads)
 
 
 def run_model(model: Runnable, inputs: Inputs) -> Any:

@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 from surgery.cost.base import Backend, ModelFile, make_backend
 from surgery.cost.timing import Speedup
 from surgery.errors import InputError, only_own_errors
+from surgery.files.save import save
 from surgery.kinds.inputs import Inputs
 from surgery.kinds.onnx.session import check_threads, open_session
 from surgery.kinds.registry import kind_of
@@ -219,8 +220,8 @@ def _written(
 def _write(model: Any, given: _Given, inputs: Inputs, file: Path, name: str) -> _Written:
     if isinstance(model, ort.InferenceSession):
         session, file, feeds = model, Path(os.fspath(given)), feed(model, inputs)  # type: ignore[arg-type]  # a path
-    elif (raw := kind_of(model).onnx_bytes(model)) is not None:
-        file.write_bytes(raw)
+    elif (onnx := kind_of(model).as_onnx(model)) is not None:
+        save(onnx, file)
         session = open_session(file)
         feeds = feed(session, inputs)
     else:

@@ -11,13 +11,14 @@ A Gram matrix of the shorter side of an unfolding is never larger than the weigh
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from surgery.errors import InputError
 
-__all__ = ["available_memory", "check_memory", "estimate"]
+__all__ = ["available_memory", "check_memory", "estimate", "give_back"]
 
 _MEMINFO = Path("/proc/meminfo")
 _PAGES = Path("/proc/self/statm")
@@ -36,6 +37,12 @@ def available_memory() -> int | None:
     """
     found = [*_of_machine(), *_of_container(), *_of_process()]
     return max(0, min(found)) if found else None
+
+
+def give_back() -> None:
+    """Give memory that was freed back to the system, where the C library would keep it for later."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # other systems than Linux with glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _of_machine() -> Iterator[int]:

@@ -5,12 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from pathlib import Path
 from typing import BinaryIO
 
-from surgery.errors import FileError, InputError
+from surgery.errors import FileError, InputError, UnsafeFileError
 from surgery.text import cut, first_line, shown
 
-__all__ = ["check_path", "check_regular", "open_regular", "read_regular", "shown_name", "shown_path"]
+__all__ = [
+    "check_path",
+    "check_regular",
+    "open_inside",
+    "open_regular",
+    "read_regular",
+    "shown_name",
+    "shown_path",
+    "size_of",
+]
 
 _NO_WAITING = getattr(os, "O_NONBLOCK", 0)  # a pipe without a writer would wait for one; for files it means nothing
 _KINDS = {
@@ -20,6 +30,8 @@ _KINDS = {
     stat.S_IFCHR: "is not a regular file but a device",
     stat.S_IFBLK: "is not a regular file but a device",
 }
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
+_IN_FOLDER = os.open in os.supports_dir_fd
 _LONGEST_NAME = 200
 _COPY = "write what it holds to a file first"
 
@@ -63,6 +75,59 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 def _open_at_once(name: str, flags: int) -> int:
     return os.open(name, flags | _NO_WAITING)
+
+
+def open_inside(folder: Path, name: str) -> BinaryIO:
+    """Return a regular file of a folder, or of one in it, open to be read; links may only lead to such files.
+
+    Links are followed once, and then each folder on the way is opened in the one before it. So no link that is made
+    meanwhile leads out.
+
+    Raises:
+        FileError: as ``open_regular``.
+        UnsafeFileError: the file is outside of the folder, or may have another name outside of it.
+    """
+    allowed, next_step = "regular files in its folder, no links out", "copy them there"
+    base = os.path.realpath(folder)
+    try:
+        target = os.path.realpath(os.path.join(base, name))
+    except (OSError, ValueError) as error:
+        raise _cannot_be_opened(folder / name, error) from error
+    if os.path.isabs(name) or ".." in Path(name).parts or not Path(target).is_relative_to(base):
+        raise UnsafeFileError("outside its folder", allowed=allowed, next_step=next_step)
+    check_regular(target)  # before: to open some devices is to change them
+    try:
+        with contextlib.ExitStack() as opened:
+            file = opened.enter_context(open(_descend(base, Path(target).relative_to(base).parts), "rb"))
+            found = os.fstat(file.fileno())
+            _check_mode(target, found.st_mode)
+            if found.st_nlink > 1:
+                raise UnsafeFileError("a file with a second name", allowed=allowed, next_step=next_step)
+            opened.pop_all()
+    except FileError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _cannot_be_opened(folder / name, error) from error
+    return file
+
+
+def _descend(base: str, parts: tuple[str, ...]) -> int:
+    """Return a descriptor of what lies below a folder, on a way without links."""
+    if not _IN_FOLDER:
+        return os.open(Path(base, *parts), os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    way = os.open(base, os.O_RDONLY)
+    for part in parts:
+        try:
+            step = os.open(part, os.O_RDONLY | _NO_WAITING | _NO_LINKS, dir_fd=way)
+        finally:
+            os.close(way)
+        way = step
+    return way
+
+
+def size_of(file: BinaryIO) -> int:
+    """Return how many bytes an open file has."""
+    return os.fstat(file.fileno()).st_size
 
 
 def read_regular(path: str | os.PathLike[str], *, most: int | None = None) -> bytes:

@@ -1,163 +1,243 @@
-"""Check the files that an ONNX file refers to, before onnxruntime opens it.
+"""Read an ONNX file and what belongs to it, and check both, before anything else opens them.
 
-An ONNX file may keep its weights in other files. These must be regular files in the folder of the ONNX file. Otherwise
-onnxruntime could read any file of this user into a model, wait for a pipe, or take an address in its own memory for a
-place in a file.
+The numbers of large weights are read once, each into memory of its own; the rest is a small message. An ONNX file may
+keep its weights in other files. These must be regular files in the folder of the ONNX file. Otherwise onnxruntime could
+read any file of this user into a model, wait for a pipe, or take an address in its own memory for a place in a file.
+What is opened here is what is used: nothing is opened a second time by its name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
+import mmap
 import re
-from collections.abc import Iterable, Iterator
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import Message  # type: ignore[import-untyped]
 
 from surgery.errors import FileError, UnsafeFileError
-from surgery.system.opening import check_regular, read_regular, shown_name, shown_path
+from surgery.files.guard.onnx_graph import check_graphs
+from surgery.files.guard.onnx_nodes import check_nodes
+from surgery.system.opening import open_inside, open_regular, shown_name, shown_path, size_of
+from surgery.system.protobuf import TAKEN, Fields, Hollow
 
-__all__ = ["check_onnx", "external_bytes", "read_onnx"]
+__all__ = ["OnnxFile", "has_sparse", "onnx_size", "open_onnx", "read_onnx", "refer"]
 
-_LARGEST = 2**31  # bytes of any protobuf message
 _AGAIN = "export the model again"
+_BOTH = "get both files again"
+_MOST_AXES = 64  # of an array
+_TENSOR: Fields = {9: TAKEN}
+_ATTRIBUTE: dict[int, Any] = {5: _TENSOR, 10: _TENSOR}
+_NODE: Fields = {5: _ATTRIBUTE}
+_GRAPH: Fields = {1: _NODE, 5: _TENSOR}
+_ATTRIBUTE |= {6: _GRAPH, 11: _GRAPH}
+_MODEL: Fields = {7: _GRAPH, 25: {7: _NODE}}
+_SPREAD = {  # the field of numbers that are not raw, by their type; narrow ones lie in int32_data
+    **dict.fromkeys((ir.DataType.FLOAT, ir.DataType.COMPLEX64), "float_data"),
+    **dict.fromkeys((ir.DataType.DOUBLE, ir.DataType.COMPLEX128), "double_data"),
+    **dict.fromkeys((ir.DataType.UINT32, ir.DataType.UINT64), "uint64_data"),
+    ir.DataType.INT64: "int64_data",
+    ir.DataType.STRING: "string_data",
+}
+_FIELDS = (*dict.fromkeys(_SPREAD.values()), "int32_data")
 
 
-def check_onnx(path: Path) -> None:
-    """Raise FileError if the file is not an ONNX model, and UnsafeFileError if its weights lie outside its folder."""
+@dataclass(frozen=True)
+class OnnxFile:
+    """An ONNX file: a message in which large numbers are elsewhere, and that elsewhere.
+
+    A tensor with external data names a location in ``held``, the bytes that were read or mapped; those that were in the
+    file itself are at locations that only this object has (``own``).
+    """
+
+    proto: onnx.ModelProto
+    held: Mapping[str, memoryview]
+    own: frozenset[str]
+
+    def outer_tensors(self, proto: onnx.ModelProto) -> list[onnx.TensorProto]:
+        """Return the tensors whose numbers are not in a message, which is this one or a copy."""
+        return [tensor for tensor in _tensors(proto) if _is_external(tensor)]
+
+    def numbers(self, tensor: onnx.TensorProto) -> memoryview:
+        """Return the bytes of a tensor whose numbers are not in the message."""
+        said = _said(tensor)
+        return self.bytes_at(said["location"], int(said.get("offset", "0")), _size(tensor))
+
+    def bytes_at(self, location: str, offset: int, size: int) -> memoryview:
+        """Return bytes at a location."""
+        return self.held[location][offset : offset + size]
+
+
+def open_onnx(path: Path) -> OnnxFile:
+    """Return the ONNX file at a path; errors name it.
+
+    Raises:
+        FileError: it is not an ONNX model, or weights do not fit into the files that should hold them.
+        UnsafeFileError: weights lie outside of its folder.
+    """
     try:
-        read_onnx(path, read_regular(path, most=_LARGEST))
+        with open_regular(path) as file:
+            return read_onnx(path, file)
     except FileError as error:
         named = error.what if error.what.startswith(shown_path(path)) else f"{shown_path(path)}: {error.what}"
         raise type(error)(named, allowed=error.allowed, next_step=error.next_step) from error.__cause__
 
 
-def read_onnx(path: Path, raw: bytes) -> onnx.ModelProto:
-    """Return the model in the bytes of a file at a path.
-
-    Raises:
-        FileError: they are not an ONNX model, or weights do not fit into the files that should hold them.
-        UnsafeFileError: weights lie outside of the folder of the file.
-    """
+def read_onnx(path: Path, file: BinaryIO) -> OnnxFile:
+    """Return the ONNX file that is open, at its start; raises as ``open_onnx``, but errors do not name the file."""
+    secret = secrets.token_hex(16)  # so that no text in the file can be one of our locations
     try:
-        model = onnx.ModelProto.FromString(raw)
+        hollow = Hollow(
+            file,
+            size_of(file),
+            _MODEL,
+            lambda number: refer(onnx.TensorProto(), f"{secret}{number}").SerializeToString(),
+        )
+        model = onnx.ModelProto.FromString(hollow.raw)
+        tensors = list(_tensors(model))
+    except UnicodeError as error:
+        raise FileError("has a name that is no text", next_step=_AGAIN) from error
     except Exception as error:  # protobuf's own errors differ from version to version
         raise FileError("is not an ONNX model, or is cut off", next_step="get it again") from error
     if not model.graph.node and not model.graph.output:
         raise FileError("is not an ONNX model: it has no graph", next_step="get it again")
-    outside = list(_external(model))
-    for location in dict.fromkeys(_said(tensor).get("location", "") for tensor in outside):
-        _check_location(path, location)
+    own = {f"{secret}{number}": array.data for number, array in enumerate(hollow.taken)}
+    outside = [tensor for tensor in tensors if _is_external(tensor)]
+    for tensor in tensors:
+        _check_form(tensor)
+    locations = dict.fromkeys(_said(tensor).get("location", "") for tensor in outside)
+    held = own | {location: _map(path, location) for location in locations if location not in own}
     for tensor in outside:
-        _check_place(path, tensor)
-    for tensor in _all(model, onnx.TensorProto):
-        _check_numbers(tensor)
-    _check_graph(model.graph, frozenset())
-    for function in model.functions:
-        _check_nodes(function.node, set(function.input), frozenset())
-    return model
+        _check_place(tensor, held)
+    check_graphs(model)
+    check_nodes(model)
+    return OnnxFile(model, held, frozenset(own))
 
 
-def _check_numbers(tensor: onnx.TensorProto) -> None:
-    """Raise FileError if a tensor has another number of bytes in the file than its shape says."""
-    if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor.HasField("raw_data"):
-        size = _size(tensor)
-        if any(dim < 0 for dim in tensor.dims) or (size and len(tensor.raw_data) != size):
-            what = f"has {len(tensor.raw_data)} bytes for {shown_name(tensor.name)}, whose shape says {size}"
+def onnx_size(path: Path) -> int:
+    """Return how many bytes the files of an ONNX model take, which was read before; other files count alone."""
+    size = path.stat().st_size
+    with contextlib.suppress(Exception), open_regular(path) as file:
+        proto = onnx.ModelProto.FromString(Hollow(file, size_of(file), _MODEL).raw)
+        locations = {_said(tensor)["location"] for tensor in _tensors(proto) if tensor.external_data}
+        return size + sum((path.parent / location).stat().st_size for location in locations)
+    return size
+
+
+def refer(tensor: onnx.TensorProto, location: str) -> onnx.TensorProto:
+    """Let a tensor say that its numbers are at a location; return it."""
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", location
+    return tensor
+
+
+def has_sparse(model: onnx.ModelProto) -> bool:
+    """Whether any graph or node of a model has a sparse tensor."""
+    return any(isinstance(part, onnx.SparseTensorProto) for part in _parts(model))
+
+
+def _is_external(tensor: onnx.TensorProto) -> bool:
+    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data)
+
+
+def _check_form(tensor: onnx.TensorProto) -> None:
+    """Raise FileError if a tensor has other numbers than its shape and type say, or says in two ways where they are."""
+    name = shown_name(tensor.name)
+    filled = [field for field in _FIELDS if len(getattr(tensor, field))]
+    if len(tensor.dims) > _MOST_AXES or any(dim < 0 for dim in tensor.dims):
+        raise FileError(f"has the weight {name} of an impossible shape", next_step=_AGAIN)
+    try:
+        kind = ir.DataType(tensor.data_type)
+        size = 0 if kind == ir.DataType.STRING else _size(tensor)
+    except (TypeError, ValueError) as error:
+        raise FileError(f"has the weight {name} of an unknown type", next_step=_AGAIN) from error
+    keys = [entry.key for entry in tensor.external_data]
+    external = tensor.data_location == onnx.TensorProto.EXTERNAL
+    if len(filled) + tensor.HasField("raw_data") + _is_external(tensor) > 1 or len(set(keys)) < len(keys):
+        raise FileError(f"says in two ways where the numbers of {name} are", next_step=_AGAIN)
+    if (keys and not external) or tensor.HasField("segment") or (external and kind == ir.DataType.STRING):
+        raise FileError(f"keeps {name} where it cannot be", next_step=_AGAIN)
+    if external:
+        return
+    if tensor.HasField("raw_data"):
+        if len(tensor.raw_data) != size:
+            what = f"has {len(tensor.raw_data)} bytes for {name}, whose shape says {size}"
             raise FileError(what, next_step=_AGAIN)
-
-
-def _check_graph(graph: onnx.GraphProto, outside: frozenset[str]) -> None:
-    """Raise FileError if a node reads a value that nothing before it gives, or a name is given twice.
-
-    ``outside`` are the values of the graphs around this one, which its nodes may read.
-    """
-    names = [tensor.name for tensor in graph.initializer]
-    if not all(names):
-        raise FileError("has a weight without a name", next_step=_AGAIN)
-    known = {*names, *(value.name for value in graph.input), *(t.values.name for t in graph.sparse_initializer)}
-    _check_nodes(graph.node, known, outside)
-    for output in graph.output:
-        if output.name not in known and output.name not in outside:
-            raise FileError(f"gives {shown_name(output.name)}, which nothing computes", next_step=_AGAIN)
-
-
-def _check_nodes(nodes: Iterable[onnx.NodeProto], known: set[str], outside: frozenset[str]) -> None:
-    """Check nodes in order; what they give is added to ``known``."""
-    for node in nodes:
-        for name in node.input:
-            if name and name not in known and name not in outside:
-                what = f"has a {shown_name(node.op_type)} that reads {shown_name(name)}, which nothing before it gives"
-                raise FileError(what, next_step=_AGAIN)
-        for attribute in node.attribute:
-            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-                _check_graph(inner, outside | known)
-        given = [name for name in node.output if name]
-        if twice := [name for name in given if name in known]:
-            raise FileError(f"computes {shown_name(twice[0])} twice", next_step=_AGAIN)
-        known.update(given)
-
-
-def external_bytes(model: onnx.ModelProto) -> int:
-    """Return how many bytes the weights outside of a model's own file take, by the shapes that the model says."""
-    return sum(map(_size, _external(model)))
+        return
+    count, field = math.prod(tensor.dims), _SPREAD.get(kind, "int32_data")
+    wanted = {2 * count if "COMPLEX" in kind.name else count, size if kind.bitwidth < 8 and size else count}
+    if filled not in ([], [field]):
+        raise FileError(f"keeps the numbers of {name} as those of another type", next_step=_AGAIN)
+    if len(getattr(tensor, field)) not in wanted:
+        raise FileError(
+            f"has {len(getattr(tensor, field))} numbers for {name}, whose shape says {count}", next_step=_AGAIN
+        )
 
 
 def _size(tensor: onnx.TensorProto) -> int:
-    """Return how many bytes a tensor takes by its shape and its type; 0 for a type of another kind."""
-    try:
-        bits = ir.DataType(tensor.data_type).bitwidth
-    except (TypeError, ValueError):
-        return 0
-    return -(-math.prod(tensor.dims) * bits // 8)
+    """Return how many bytes a tensor takes by its shape and its type."""
+    return -(-math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8)
 
 
 def _said(tensor: onnx.TensorProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in tensor.external_data}
 
 
-def _check_place(path: Path, tensor: onnx.TensorProto) -> None:
+def _check_place(tensor: onnx.TensorProto, held: Mapping[str, memoryview]) -> None:
     """Raise FileError if the numbers of a tensor would not lie inside of the file that should hold them."""
-    said = _said(tensor)
-    name = shown_name(tensor.name)
-    texts = [said.get("offset", "0"), said.get("length", str(_size(tensor)))]
-    if any(size < 0 for size in tensor.dims) or not all(re.fullmatch(r"\d{1,18}", text, re.ASCII) for text in texts):
-        raise FileError(f"says no possible place for the numbers of {name}", next_step="get both files again")
+    said, size, name = _said(tensor), _size(tensor), shown_name(tensor.name)
+    there = held[said.get("location", "")].nbytes
+    texts = [said.get("offset", "0"), said.get("length", str(size))]
+    if not all(re.fullmatch(r"\d{1,18}", text, re.ASCII) for text in texts):
+        raise FileError(f"says no possible place for the numbers of {name}", next_step=_BOTH)
     offset, length = map(int, texts)
-    held = (path.parent / said.get("location", "")).stat().st_size
-    if offset + max(length, _size(tensor)) > held or length < _size(tensor):
-        what = f"says that {_size(tensor)} bytes of {name} lie at {offset} of a file of {held} bytes"
-        raise FileError(what, next_step="get both files again")
+    if offset + max(length, size) > there or length < size:
+        what = f"says that {size} bytes of {name} lie at {offset} of a file of {there} bytes"
+        raise FileError(what, next_step=_BOTH)
 
 
-def _external(model: Message) -> Iterator[onnx.TensorProto]:
-    """Yield all tensors with external data in any part of a model."""
-    return (tensor for tensor in _all(model, onnx.TensorProto) if tensor.external_data)
+def _tensors(model: Message) -> Iterator[onnx.TensorProto]:
+    """Yield all tensors in any part of a model; as ``_parts``."""
+    return (part for part in _parts(model) if isinstance(part, onnx.TensorProto))
 
 
-def _all(model: Message, kind: type[Message]) -> Iterator[Any]:
-    """Yield all messages of a kind in any part of a model."""
+def _parts(model: Message) -> Iterator[Message]:
+    """Yield all messages in a model.
+
+    Raises:
+        UnicodeError: a text in them is none.
+    """
     pending = [model]
     while pending:
         part = pending.pop()
-        if isinstance(part, kind):
-            yield part
-            continue
-        for _, value in part.ListFields():
-            if isinstance(value, Message):
-                pending.append(value)
-            elif not isinstance(value, str | bytes | int | float):
-                pending.extend(each for each in value if isinstance(each, Message))
+        yield part
+        for field, value in part.ListFields():
+            if field.type == field.TYPE_MESSAGE:
+                pending.extend([value] if isinstance(value, Message) else value)
+            elif field.type == field.TYPE_STRING and not _are_texts(value):
+                raise UnicodeError
 
 
-def _check_location(path: Path, location: str) -> None:
-    weights, folder = path.parent / location, os.path.realpath(path.parent)
-    plain = location.isprintable() and not os.path.isabs(location) and ".." not in Path(location).parts
-    if not plain or not Path(os.path.realpath(weights)).is_relative_to(folder):
-        what = f"has weights in {shown_name(location)}, outside its folder"
-        raise UnsafeFileError(what, allowed="regular files in its folder, no links out", next_step="copy them there")
-    check_regular(weights)
+def _are_texts(value: Any) -> bool:
+    """Whether the value of a field, or each of its values, is a text; protobuf gives bytes that are none as bytes."""
+    return isinstance(value, str) or (not isinstance(value, bytes) and all(isinstance(text, str) for text in value))
+
+
+def _map(path: Path, location: str) -> memoryview:
+    """Return the bytes of another file of the folder, mapped into memory."""
+    if not location.isprintable():
+        raise UnsafeFileError(f"has weights in {shown_name(location)}", next_step=_BOTH)
+    try:
+        with open_inside(path.parent, location) as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size_of(file) else b"")
+    except UnsafeFileError as error:
+        what = f"has weights in {shown_name(location)}, {error.what}"
+        raise UnsafeFileError(what, allowed=error.allowed, next_step=error.next_step) from error

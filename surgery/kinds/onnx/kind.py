@@ -17,8 +17,9 @@ from surgery.kinds.base import Access, Kind
 from surgery.kinds.inputs import Declared, Inputs, Signature, given_inputs, random_tensor
 from surgery.kinds.onnx.graph import RECORD, read_metadata
 from surgery.kinds.onnx.norms import NormNode, set_in_proto
+from surgery.kinds.onnx.places import all_tensors
 from surgery.kinds.onnx.read import Reader
-from surgery.kinds.onnx.run import OnnxModule, serialise
+from surgery.kinds.onnx.run import OnnxModule
 from surgery.kinds.onnx.tensors import DTYPES, to_torch
 from surgery.kinds.onnx.write import OpenOnnx
 
@@ -86,9 +87,9 @@ class OnnxKind(Kind):
         """Return a module that runs a model under onnxruntime."""
         return OnnxModule(self.read(model))
 
-    def onnx_bytes(self, model: Any) -> bytes | None:
-        """Return the bytes of a file with the model, with all weights inside."""
-        return serialise(self.read(model))
+    def as_onnx(self, model: Any) -> ir.Model | None:
+        """Return the model as ``onnx_ir`` holds it."""
+        return self.read(model)
 
     def kept(self, model: Any) -> Any:
         """Return what the metadata of a model have."""
@@ -150,8 +151,16 @@ class OnnxProtoKind(OnnxKind):
     label = "onnx.ModelProto"
 
     def read(self, model: Any) -> ir.Model:
-        """Return a message as ``onnx_ir`` holds it."""
-        return ir.serde.deserialize_model(model)
+        """Return a message as ``onnx_ir`` holds it.
+
+        Raises:
+            InputError: it says that weights are in files, and not in which folder.
+        """
+        found = ir.serde.deserialize_model(model)
+        if any(isinstance(tensor, ir.ExternalTensor) for tensor, _ in all_tensors(found)):
+            what = "the onnx.ModelProto has weights in other files, and does not know their folder"
+            raise InputError(what, next_step="load it with surgery.load(path), or with onnx.load(path)")
+        return found
 
     def open(self, model: Any, inputs: Inputs, access: Access) -> OpenOnnx:
         """Open a message; the message itself is never changed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,42 +20,15 @@ from surgery.kinds.onnx.checked import Checked, check
 from surgery.kinds.onnx.interpret import Interpreter, Observers
 from surgery.kinds.onnx.norms import KeepNorm, NormNode, norms_of
 from surgery.kinds.onnx.read import Reader
-from surgery.kinds.onnx.session import open_session
+from surgery.kinds.onnx.session import open_model, run_session
 from surgery.sites import Call, Flow
+from surgery.system.memory import give_back
 from surgery.text import first_line
 
-__all__ = ["ObservedOnnx", "OnnxModule", "Shapes", "arrays_of", "feeds_of", "serialise"]
+__all__ = ["ObservedOnnx", "OnnxModule", "Shapes", "arrays_of", "feeds_of"]
 
-_MOST_BYTES = 2**31 - 2**24  # of one protobuf message
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulInteger", "ConvInteger", "LSTM", "GRU", "RNN")
 _Array = npt.NDArray[Any]
-
-
-def serialise(model: ir.Model) -> bytes:
-    """Return a model as the bytes of one file, with all weights inside.
-
-    Raises:
-        InputError: it would take more than 2 GiB.
-    """
-    if any(isinstance(tensor, ir.ExternalTensor) for tensor in _tensors(model)):
-        model = model.clone()
-        for graph in model.graphs():
-            for value in graph.initializers.values():
-                if isinstance(value.const_value, ir.ExternalTensor):
-                    tensor = value.const_value
-                    value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
-    size = sum(tensor.nbytes for tensor in _tensors(model))
-    if size > _MOST_BYTES:
-        what = f"the weights take {size / 2**30:.1f} GiB"
-        raise InputError(what, allowed="ONNX models below 2 GiB", next_step="take the model from before its export")
-    found: bytes = ir.to_proto(model).SerializeToString()
-    return found
-
-
-def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
-    """Yield all initializers of a model, also those of bodies."""
-    for graph in model.graphs():
-        yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
 
 
 def arrays_of(reader: Reader, inputs: Inputs) -> dict[str, _Array]:
@@ -99,11 +72,11 @@ class OnnxModule(nn.Module):
     def __init__(self, model: ir.Model) -> None:
         super().__init__()
         self._reader = Reader(model)
-        self._session = open_session(serialise(model))
+        self._session = open_model(model, small=True)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Run the model on inputs in order or by name."""
-        return tuple(map(_as_tensor, self._session.run(None, arrays_of(self._reader, (args, kwargs)))))
+        return tuple(map(_as_tensor, run_session(self._session, None, arrays_of(self._reader, (args, kwargs)))))
 
 
 def _as_tensor(value: Any) -> Any:
@@ -151,7 +124,7 @@ class ObservedOnnx(Observed):
             feeds = feeds_of(self._reader, self._inputs if any(self._inputs) else inputs)
             calls = [self._value(each.value) for each in self._reader.elements if isinstance(each, Call)]
             with self._additions.paused():
-                self._checked = check(self._reader, self._model, open_session(serialise(self._model)), feeds, calls)
+                self._checked = check(self._reader, self._model, open_model(self._model, small=True), feeds, calls)
         return self._checked
 
     @property
@@ -230,6 +203,7 @@ class Shapes:
             note(value, found)
         with torch.no_grad():
             _interpret(self._model, self._reader, feeds, observers)
+        give_back()
         return {number: known[value] for number, value in values.items() if value in known}
 
     def _wanted(self) -> set[int]:

@@ -32,6 +32,7 @@ from surgery.kinds.inputs import Inputs
 from surgery.kinds.observed import Observed
 from surgery.kinds.onnx.chain import ChainWriter
 from surgery.kinds.onnx.graph import RECORD, EditedGraph, producer_of
+from surgery.kinds.onnx.layout import note_layout
 from surgery.kinds.onnx.left import DENSE
 from surgery.kinds.onnx.norms import NormNode, set_in_model
 from surgery.kinds.onnx.run import ObservedOnnx, Shapes
@@ -63,6 +64,7 @@ class OpenOnnx(EditedGraph, OpenModel):
 
     def __init__(self, model: ir.Model, inputs: Inputs) -> None:
         super().__init__(model.clone())
+        note_layout(self.model)
         self.inputs, self._original = inputs, model
         self._refused: dict[str, str] = {}
 

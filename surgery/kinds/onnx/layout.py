@@ -1,0 +1,180 @@
+"""The bytes of an ONNX model, without copies of its weights: for files, and for sessions that share its memory.
+
+A model that came with weights in other files keeps them in one file beside its own, ``x.onnx.data`` for ``x.onnx``.
+Weights that were in the file itself stay there, and new ones go where the model keeps its weights. Any other model is
+one file, unless that would be too large for one protobuf message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, TypeAlias
+
+import onnx
+import onnx_ir as ir
+
+from surgery.errors import InputError
+from surgery.kinds.onnx.places import OUTSIDE, all_tensors, is_whole, memory_of, place_of
+from surgery.kinds.onnx.tensors import shape_of
+from surgery.system.protobuf import header
+
+__all__ = [
+    "BESIDE",
+    "IN_MEMORY",
+    "KEEPS_OUTSIDE",
+    "LARGE",
+    "SOURCES",
+    "Layout",
+    "digest",
+    "lay_out",
+    "lean",
+    "note_layout",
+]
+
+BESIDE = ".data"  # after the name of the model's own file
+SOURCES = "surgery.sources"  # in the notes of a graph: the files that hold its model, its own first
+KEEPS_OUTSIDE = "surgery.outside"  # in the notes of a graph whose model came with weights in other files
+IN_MEMORY = "in memory"  # the location of weights that a session is given
+LARGE = 1024  # bytes of a weight that is worth a place outside
+_MOST_BYTES = 2**31 - 2**24  # of one protobuf message
+_ALIGNED = 64  # bytes; so that the numbers can be used where they are mapped
+_GRAPH, _INITIALIZER, _RAW = 7, 5, 9  # numbers of fields: of a model, of a graph, of a tensor
+
+Piece: TypeAlias = bytes | ir.TensorProtocol
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The pieces of a model's own file and of the one beside it, in order; tensors stand for their bytes."""
+
+    own: Sequence[Piece]
+    beside: Sequence[Piece] = ()
+
+    def write(self, file: IO[bytes]) -> None:
+        """Write the model's own file."""
+        _write(self.own, file)
+
+    def write_beside(self, file: IO[bytes]) -> None:
+        """Write the file beside it."""
+        _write(self.beside, file)
+
+
+def _write(pieces: Sequence[Piece], file: IO[bytes]) -> None:
+    for raw in _raw(pieces):
+        file.write(raw)
+
+
+def _raw(pieces: Sequence[Piece]) -> Iterator[bytes | memoryview]:
+    for piece in pieces:
+        yield piece if isinstance(piece, bytes) else memory_of(piece)
+
+
+def note_layout(model: ir.Model) -> None:
+    """Note in a model whether it keeps weights outside of its file, for when none of them are left."""
+    if any(place_of(tensor) == OUTSIDE for tensor, _ in all_tensors(model)):
+        model.graph.meta[KEEPS_OUTSIDE] = True
+
+
+def lay_out(model: ir.Model, name: str, *, most: int = _MOST_BYTES) -> Layout:
+    """Return the bytes of a model for a file of this name; no file gets more than ``most`` bytes of inner weights.
+
+    Raises:
+        InputError: what has to be in the model's own file is too large.
+    """
+    beside: list[Piece] = []
+    place = 0
+    model = model.clone()
+    chosen = _outside(model, most)
+    for number, (tensor, put) in enumerate(all_tensors(model)):
+        if number in chosen:
+            gap = -place % _ALIGNED
+            beside += [bytes(gap), tensor]
+            put(_reference(tensor, f"{name}{BESIDE}", place + gap))
+            place += gap + tensor.nbytes
+    return Layout(_own(model, most), beside)
+
+
+def _outside(model: ir.Model, most: int) -> set[int]:
+    """Return which tensors go into the file beside a model's own, by their place among all."""
+    note_layout(model)
+    places = [(number, tensor, place_of(tensor)) for number, (tensor, _) in enumerate(all_tensors(model))]
+    large = {number for number, tensor, _ in places if tensor.nbytes >= LARGE and tensor.dtype != ir.DataType.STRING}
+    found = {number for number, _, place in places if place == OUTSIDE}
+    if model.graph.meta.get(KEEPS_OUTSIDE):
+        found |= {number for number, _, place in places if place is None and number in large}
+    inside = sum(tensor.nbytes for number, tensor, _ in places if number not in found)
+    return found if inside <= most else found | large
+
+
+def _reference(tensor: ir.TensorProtocol, location: str, offset: int) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        location,
+        offset,
+        tensor.nbytes,
+        tensor.dtype,
+        shape=ir.Shape(shape_of(tensor)),
+        name=tensor.name or "",
+        doc_string=tensor.doc_string,
+        metadata_props=dict(tensor.metadata_props),
+    )
+
+
+def _own(model: ir.Model, most: int) -> list[Piece]:
+    """Return the pieces of a model's own file; the model is a clone, which loses its large initializers."""
+    taken = {}
+    inside = sum(tensor.nbytes for tensor, _ in all_tensors(model) if not isinstance(tensor, ir.ExternalTensor))
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if (
+            tensor is not None
+            and tensor.nbytes >= LARGE
+            and not isinstance(tensor, ir.StringTensor | ir.ExternalTensor)
+        ):
+            taken[name] = tensor
+            value.const_value = _reference(tensor, "", 0)
+    if inside > most:
+        what = f"the weights take {inside / 2**30:.1f} GiB"
+        raise InputError(what, allowed="ONNX models below 2 GiB", next_step="take the model from before its export")
+    proto = ir.to_proto(model)
+    pieces: list[Piece] = []
+    size = 0
+    for tensor in proto.graph.initializer:
+        held = taken.get(tensor.name)
+        if held is not None:
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+        start = tensor.SerializeToString()
+        end: list[Piece] = [] if held is None else [header(_RAW, held.nbytes), held]
+        length = len(start) + (0 if held is None else len(header(_RAW, held.nbytes)) + held.nbytes)
+        pieces += [header(_INITIALIZER, length) + start, *end]
+        size += len(header(_INITIALIZER, length)) + length
+    proto.graph.ClearField("initializer")
+    graph = proto.graph.SerializeToString()
+    proto.ClearField("graph")
+    return [proto.SerializeToString() + header(_GRAPH, len(graph) + size) + graph, *pieces]
+
+
+def digest(model: ir.Model) -> str:
+    """Return a text that is the same for equal models."""
+    found = hashlib.sha256()
+    layout = lay_out(model, "")
+    for raw in _raw([*layout.own, *layout.beside]):
+        found.update(raw)
+    return found.hexdigest()
+
+
+def lean(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
+    """Return a message without the large weights of a graph, and these by name."""
+    taken: dict[str, ir.TensorProtocol] = {}
+    model = model.clone()
+    for tensor, put in all_tensors(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            put(ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name))
+    for name, value in model.graph.initializers.items():
+        held = value.const_value
+        if held is not None and held.nbytes >= LARGE and is_whole(held.dtype):
+            taken[name] = held
+            value.const_value = _reference(held, IN_MEMORY, 0)
+    return ir.to_proto(model), taken
