@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from surgery.algebra import Shape
 from surgery.errors import InputError
-from surgery.kinds.inputs import Inputs
+from surgery.kinds.inputs import Inputs, normalise_inputs
 from surgery.kinds.observed import Added, Norm, Observed, OutputChange, See
 from surgery.kinds.onnx.read import Reader
-from surgery.kinds.onnx.session import open_session
+from surgery.kinds.onnx.session import array_of, feed, open_session
 from surgery.sites import Call, Flow
+from surgery.text import first_line
 
 __all__ = ["ObservedOnnx", "OnnxModule", "Shapes", "arrays_of", "serialise"]
 
@@ -75,20 +76,28 @@ def arrays_of(reader: Reader, inputs: Inputs) -> dict[str, _Array]:
     if len(args) > len(names) or set(given) != set(names):
         what = f"the inputs are {', '.join(given) or 'none'}"
         raise InputError(what, allowed=", ".join(names) or "none", next_step="give example_inputs")
-    return {name: torch.as_tensor(given[name]).detach().cpu().contiguous().numpy() for name in names}
+    return {name: array_of(torch.as_tensor(given[name]), name) for name in names}
 
 
 class OnnxModule(nn.Module):
-    """An ONNX model as a module, which onnxruntime runs; its outputs are a tuple of tensors."""
+    """An ONNX model as a module, which onnxruntime runs in ``session``; metrics get such a module.
+
+    It is called with tensors or NumPy arrays, in the order of the graph's inputs or by their names, and returns a tuple
+    of tensors in the order of the graph's outputs, also of one output.
+    """
 
     def __init__(self, model: ir.Model) -> None:
         super().__init__()
-        self._reader = Reader(model)
-        self._session = open_session(serialise(model))
+        self.session = open_session(serialise(model))
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Run the model on inputs in order or by name."""
-        return tuple(map(_as_tensor, self._session.run(None, arrays_of(self._reader, (args, kwargs)))))
+        """Run the model on inputs in order or by name.
+
+        Raises:
+            InputError: other inputs than those of the graph.
+        """
+        feeds = feed(self.session, normalise_inputs((args, kwargs)))
+        return tuple(map(_as_tensor, self.session.run(None, feeds)))
 
 
 def _as_tensor(value: Any) -> Any:
@@ -284,7 +293,13 @@ class Shapes:
         names = {number: self._reader.values[number - self._reader.start].name or "" for number in wanted}
         known = arrays_of(self._reader, self._inputs)
         whole = onnx.ModelProto.FromString(serialise(self._model))
-        values = _Parts(whole, (), names.values()).run(known, lambda name, array: array)
+        try:
+            values = _Parts(whole, (), names.values()).run(known, lambda name, array: array)
+        except InputError:
+            raise
+        except Exception as error:  # onnxruntime's exceptions share no other base
+            what = f"the model does not run on these inputs: {first_line(error)}"
+            raise InputError(what, next_step="give example_inputs (on the command line --input-shape)") from error
         return {number: tuple(values[name].shape) for number, name in names.items() if name in values}
 
     def _wanted(self) -> set[int]:

@@ -1,18 +1,28 @@
-"""Sessions of onnxruntime on the CPU, opened with a stated number of threads."""
+"""Sessions of onnxruntime on the CPU, opened with a stated number of threads, and what they are fed."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
 import onnxruntime as ort
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
 
 from surgery.errors import InputError
+from surgery.kinds.inputs import Inputs, flatten_inputs
+from surgery.kinds.onnx.tensors import DTYPES
 from surgery.system.machine import physical_cores
 from surgery.text import first_line
 
-__all__ = ["check_threads", "open_session"]
+__all__ = ["array_of", "check_threads", "feed", "fitting_inputs", "open_session"]
 
+_DTYPES = {f"tensor({known.name.lower()})": dtype for known, dtype in DTYPES.items()}
+_GIVE = "give example_inputs (on the command line --input-shape)"
 _MOST_THREADS = 256  # or as many as there are cores
 
 
@@ -44,4 +54,77 @@ def open_session(model: bytes | str | Path, *, threads: int | None = None, spin:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no other base
         name = "the model" if isinstance(model, bytes) else str(model)
-        raise InputError(f"onnxruntime cannot load {name}: {first_line(error)}") from error
+        lacking = "convert it to float32" if "NOT_IMPLEMENTED" in str(error) else None  # no kernel for a type
+        raise InputError(f"onnxruntime cannot load {name}: {first_line(error)}", next_step=lacking) from error
+
+
+def feed(
+    session: ort.InferenceSession, inputs: Inputs, program: ExportedProgram | None = None
+) -> dict[str, npt.NDArray[Any]]:
+    """Return what the session takes: inputs by name by their names, the others in order.
+
+    ``program`` is the one that was exported to it, if there is one: it knows the place of nested inputs and names.
+
+    Raises:
+        InputError: another number of inputs, another shape or type; the message shows both sides.
+    """
+    # of a number and of a tensor of any shape, sessions say the same
+    declared = {d.name: (_DTYPES.get(d.type), tuple(d.shape) or None) for d in session.get_inputs()}
+    tensors = fitting_inputs(declared, inputs, program)
+    return {name: array_of(tensor, name) for name, tensor in tensors.items()}
+
+
+def fitting_inputs(
+    declared: Mapping[str, tuple[torch.dtype | None, Sequence[Any] | None]],
+    inputs: Inputs,
+    program: ExportedProgram | None = None,
+) -> dict[str, Tensor]:
+    """Return inputs by the names of those that a model declares, each with its dtype and shape, None where not known.
+
+    Raises:
+        InputError: another number of inputs, another shape or type; the message shows both sides.
+    """
+    tensors = flatten_inputs(inputs if program else _by_name(inputs, list(declared)), program)
+    fits = len(tensors) == len(declared) and all(map(_fits, tensors, declared.values()))
+    if not fits:
+        wanted = ", ".join(f"{name} {_words(dtype)} {_show(shape)}" for name, (dtype, shape) in declared.items())
+        given = ", ".join(f"{_words(t.dtype)} {_show(t.shape)}" for t in tensors)
+        what = f"the inputs do not fit the model: given {given or 'none'}"
+        raise InputError(what, allowed=wanted or "no inputs", next_step=_GIVE)
+    return dict(zip(declared, tensors, strict=True))
+
+
+def array_of(tensor: Tensor, name: str) -> npt.NDArray[Any]:
+    """Return an input as an array; raises InputError for bfloat16, which NumPy does not have."""
+    if tensor.dtype == torch.bfloat16:
+        what = f"the input {name} is bfloat16, which onnxruntime does not take from Python"
+        raise InputError(what, next_step="give the model a float32 input with a Cast after it")
+    found: npt.NDArray[Any] = tensor.detach().cpu().contiguous().numpy()
+    return found
+
+
+def _by_name(inputs: Inputs, names: Sequence[str]) -> Inputs:
+    """Bring inputs by name into the session's order."""
+    args, kwargs = inputs
+    if len(names) == len(kwargs) == 1:
+        return args, kwargs  # nothing can be mistaken
+    rest = names[len(args) :]
+    if kwargs and set(kwargs) != set(rest):
+        raise InputError(f"inputs named {', '.join(kwargs)}", allowed=", ".join(rest) or "none by name")
+    return args, {name: kwargs[name] for name in rest if name in kwargs}
+
+
+def _fits(tensor: Tensor, declared: tuple[torch.dtype | None, Sequence[Any] | None]) -> bool:
+    dtype, shape = declared
+    if dtype != tensor.dtype or (shape is not None and len(shape) != tensor.dim()):
+        return False
+    pairs = () if shape is None else zip(shape, tensor.shape, strict=True)
+    return all(not isinstance(size, int) or size == got for size, got in pairs)
+
+
+def _words(dtype: torch.dtype | None) -> str:
+    return "of no type that torch has" if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _show(shape: Sequence[Any] | None) -> str:
+    return "of any shape" if shape is None else "x".join(map(str, shape)) or "scalar"
