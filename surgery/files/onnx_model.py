@@ -10,6 +10,7 @@ import onnx_ir as ir
 from surgery.files.guard.onnx import external_bytes, read_onnx
 from surgery.files.memory import check_room, file_need
 from surgery.kinds.onnx.graph import read_record
+from surgery.kinds.onnx.proto import read_proto
 
 __all__ = ["read_model"]
 
@@ -23,7 +24,7 @@ def read_model(path: Path, raw: bytes, *, memory: int | None) -> ir.Model:
     """
     proto = read_onnx(path, raw)
     check_room(file_need(len(raw) + external_bytes(proto)), memory)
-    model = ir.serde.deserialize_model(proto)
+    model = read_proto(proto)
     for graph in model.graphs():
         ir.external_data.set_base_dir(graph, os.path.realpath(path.parent))
     read_record(model)  # a damaged one is told before any work

@@ -38,6 +38,7 @@ class ChainWriter(NodeWriter):
         self.named: dict[int, tuple[str, Tensor]] = {}
         self.views: dict[str, tuple[View, ...]] = {}
         self._known: dict[str, ir.Value] = {}
+        self.inserted: list[ir.Node] = []  # by ``finish``
         self._marks: dict[int, str] = {}  # what a reshape does, for the reader
         self._before: ir.Node | None = None
 
@@ -122,6 +123,11 @@ class ChainWriter(NodeWriter):
             words = ("unflatten", step.dim, *step.sizes)
         self._marks[len(self.nodes) - 1] = " ".join(map(str, words))
 
+    def shift(self, bias: ir.Value) -> None:
+        """Append the addition of a bias to what a chain computes."""
+        self.read("Add", bias)
+        self._marks[len(self.nodes) - 1] = "shift"
+
     def finish(self) -> ir.Value:
         """Insert the nodes, and return their last value."""
         before = self._before
@@ -132,6 +138,7 @@ class ChainWriter(NodeWriter):
                 name, to_torch(ir.serde.deserialize_tensor(constant))
             )
         stem = before.outputs[0].name or before.op_type
+        self.inserted = []
         last: ir.Value | None = None
         for number, proto in enumerate(self.nodes):
             marks = {MARK: self._marks[number]} if number in self._marks else None
@@ -147,6 +154,7 @@ class ChainWriter(NodeWriter):
                 output.name = self._graph.note_name(self._graph.new_name(f"{stem}.{name}"))
                 self._known[name] = output
             before.graph.insert_before(before, node)  # type: ignore[union-attr]
+            self.inserted.append(node)
             last = node.outputs[0]
         assert last is not None  # a chain has a step
         return last

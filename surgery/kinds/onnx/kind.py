@@ -16,6 +16,7 @@ from surgery.errors import InputError
 from surgery.kinds.base import Access, Kind
 from surgery.kinds.inputs import Declared, Inputs, Signature, given_inputs, random_tensor
 from surgery.kinds.onnx.graph import RECORD, EditedGraph, read_metadata
+from surgery.kinds.onnx.proto import read_proto, write_proto
 from surgery.kinds.onnx.read import Reader
 from surgery.kinds.onnx.run import OnnxModule, serialise
 from surgery.kinds.onnx.session import fitting_inputs
@@ -173,7 +174,7 @@ class OnnxProtoKind(OnnxKind):
 
     def read(self, model: Any) -> ir.Model:
         """Return a message as ``onnx_ir`` holds it."""
-        return ir.serde.deserialize_model(model)
+        return read_proto(model)
 
     def open(self, model: Any, inputs: Inputs, access: Access) -> OpenOnnx:
         """Open a message; the message itself is never changed."""
@@ -188,4 +189,4 @@ class OnnxProtoKind(OnnxKind):
 class _OpenProto(OpenOnnx):
     def finish(self) -> Any:
         """Return the changed model as a message."""
-        return ir.to_proto(super().finish())
+        return write_proto(super().finish())

@@ -25,6 +25,7 @@ from surgery.algebra import Shape
 from surgery.errors import InputError
 from surgery.kinds.inputs import Inputs, normalise_inputs
 from surgery.kinds.observed import Added, Norm, Observed, OutputChange, See
+from surgery.kinds.onnx.proto import write_proto
 from surgery.kinds.onnx.read import Reader
 from surgery.kinds.onnx.session import array_of, feed, open_session
 from surgery.sites import Call, Flow
@@ -54,7 +55,7 @@ def serialise(model: ir.Model) -> bytes:
     if size > _MOST_BYTES:
         what = f"the weights take {size / 2**30:.1f} GiB"
         raise InputError(what, allowed="ONNX models below 2 GiB", next_step="take the model from before its export")
-    found: bytes = ir.to_proto(model).SerializeToString()
+    found: bytes = write_proto(model).SerializeToString()
     return found
 
 
@@ -126,7 +127,8 @@ class _Part:
         nodes = graph.node[self._nodes.start : self._nodes.stop]
         used = set(_names_read(nodes)) | set(self.gives)
         weights = [tensor for tensor in graph.initializer if tensor.name in used]
-        part = onnx.helper.make_graph(nodes, "part", inputs, outputs, weights)
+        sparse = [tensor for tensor in graph.sparse_initializer if tensor.values.name in used]
+        part = onnx.helper.make_graph(nodes, "part", inputs, outputs, weights, sparse_initializer=sparse)
         whole = self._whole
         about = {"opset_imports": whole.opset_import, "ir_version": whole.ir_version, "functions": whole.functions}
         found: bytes = onnx.helper.make_model(part, **about).SerializeToString()
@@ -153,7 +155,7 @@ class _Parts:
 
     def __init__(self, whole: onnx.ModelProto, cut: Sequence[str], seen: Iterable[str]) -> None:
         graph = whole.graph
-        inside = {tensor.name for tensor in graph.initializer}
+        inside = {tensor.name for tensor in graph.initializer} | {s.values.name for s in graph.sparse_initializer}
         self.inputs = [value.name for value in graph.input if value.name not in inside]
         self.outputs = [value.name for value in graph.output]
         places = {name: at for at, node in enumerate(graph.node) for name in node.output}
