@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from surgery.errors import CheckError
 from surgery.kinds.inputs import Inputs
-from surgery.kinds.onnx.session import open_session
-from surgery.runtime.export import TOLERANCES, check_export, export_onnx
+from surgery.kinds.onnx.session import TOLERANCES, open_session
+from surgery.runtime.export import check_export, export_onnx
 from surgery.runtime.rounding import float64_outputs, shaken_outputs
 
 

@@ -103,7 +103,7 @@ def _corrected(before: Pair, reference: Pair, now: Pair) -> Pair:
 
 def feeds_batch_norm(flow: Flow, placement: Placement) -> bool:
     """Return whether only batch norms read the outputs of a site, so that they absorb a change of its mean."""
-    users = [flow.at[user] for call in placement.calls for user in flow.users[call.value]]
+    users = [flow.at.get(user) for call in placement.calls for user in flow.users[call.value]]
     return bool(users) and all(isinstance(user, Other) and isinstance(user.epilogue, BatchNorm) for user in users)
 
 
@@ -158,8 +158,8 @@ class _WatchedNorm:
 
     def keep(self) -> None:
         """Copy the statistics into the model, if a copy of the model was run."""
-        for target, value in zip(self.norm.kept or (), self.buffers, strict=False):
-            target.copy_(value)
+        if self.norm.keep is not None:
+            self.norm.keep()
 
     def see(self, x: Tensor) -> None:
         """Add an input; in the first pass, set the statistics so that this input is normalised by its own."""

@@ -11,7 +11,7 @@ the mean of their squared errors. With N gradients of O channels, G is mixed wit
 gets the share O / (O + N): a direction that few gradients have not shown may still matter (Ledoit and Wolf 2004 shrink
 so).
 
-A model without gradients, as an ONNX file, gets noise at one site after another in place of that (``_by_noise``).
+A model without gradients, as some ONNX files, gets noise at one site after another in place of that (``_by_noise``).
 There is one backward pass for each batch. Positions that a mask hides count neither in outputs nor at sites.
 """
 

@@ -132,14 +132,14 @@ OutputChange = Callable[[Tensor], Tensor]
 class Norm:
     """A batch norm: its name, its running mean and variance, and a function that shows its inputs to an observer.
 
-    If a copy of the model runs, ``kept`` are the buffers of the model itself.
+    If a copy of the model runs, ``keep`` puts mean and variance as they are now into the model itself.
     """
 
     name: str
     mean: Tensor
     variance: Tensor
     watch: Callable[[See], None]
-    kept: tuple[Tensor, Tensor] | None = None
+    keep: Callable[[], None] | None = None
 
 
 class Observed(ABC):

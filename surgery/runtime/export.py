@@ -25,7 +25,7 @@ from surgery.kinds.fx.graph import read_record
 from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs
 from surgery.kinds.onnx.exported import keep_weights
 from surgery.kinds.onnx.graph import RECORD
-from surgery.kinds.onnx.session import feed, open_session
+from surgery.kinds.onnx.session import TOLERANCES, feed, open_session
 from surgery.kinds.registry import Model, kind_of
 from surgery.runtime.compare import (
     Difference,
@@ -44,7 +44,6 @@ from surgery.text import first_line
 __all__ = [
     "MAX_ROUNDING",
     "ROUNDING_SLACK",
-    "TOLERANCES",
     "ExportReport",
     "capture",
     "check_export",
@@ -52,12 +51,6 @@ __all__ = [
     "quiet",
 ]
 
-TOLERANCES = {  # relative Frobenius error of a whole output, by the coarsest float type in it
-    torch.float64: 1e-6,  # not 1e-12: exporters keep some constants in float32
-    torch.float32: 1e-4,
-    torch.float16: 2e-2,
-    torch.bfloat16: 1e-1,
-}
 # Of badly conditioned models, onnxruntime's error was 0.9 to 1.5 times PyTorch's: both round as often, in other orders.
 # A sum of n random terms is off by u sqrt(n / 2) if taken one by one, u sqrt(log2 n) in a tree: 7 apart at 1000 terms.
 ROUNDING_SLACK = 8.0

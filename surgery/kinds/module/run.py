@@ -42,8 +42,13 @@ class ObservedModule(Observed):
 
     def _norm(self, path: str) -> Norm:
         mean, variance = buffers_of(self.root, path)
-        kept = None if self.root is self._model else buffers_of(self._model, path)
-        return Norm(path, mean, variance, lambda see: self._hooks.watch(path, see), kept)
+
+        def keep() -> None:
+            for buffer, value in zip(buffers_of(self._model, path), (mean, variance), strict=True):
+                buffer.copy_(value)
+
+        keeps = None if self.root is self._model else keep
+        return Norm(path, mean, variance, lambda see: self._hooks.watch(path, see), keeps)
 
     def tap(self, call: Call, change: OutputChange) -> None:
         """Replace the output of a module by what ``change`` returns."""

@@ -25,6 +25,9 @@ from surgery.kinds.onnx.weights import View
 __all__ = ["ChainWriter"]
 
 
+_GEMM_WITHOUT_BIAS = 11  # the first opset that has it
+
+
 class ChainWriter(NodeWriter):
     """Writes the nodes of a chain on values of a graph; each weight becomes one initializer.
 
@@ -84,6 +87,7 @@ class ChainWriter(NodeWriter):
         """Append an operator; its bias is a value of the graph."""
         plain = operator.with_bias(None)
         if isinstance(plain, Linear):
+            gemm = gemm and (bias is not None or self._graph.model.opset_imports.get("", 1) >= _GEMM_WITHOUT_BIAS)
             write_linear(self, plain, gemm=gemm, turned=self.turned)
             if bias is not None and not gemm:
                 self.read("Add", bias)

@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 import onnx
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.errors import InputError
 from surgery.kinds.base import Access, Kind
 from surgery.kinds.inputs import Declared, Inputs, Signature, given_inputs, random_tensor
 from surgery.kinds.onnx.graph import RECORD, EditedGraph, read_metadata
+from surgery.kinds.onnx.norms import NormNode, set_in_proto
 from surgery.kinds.onnx.proto import read_proto, write_proto
 from surgery.kinds.onnx.read import Reader
 from surgery.kinds.onnx.run import OnnxModule, serialise
@@ -178,7 +179,7 @@ class OnnxProtoKind(OnnxKind):
 
     def open(self, model: Any, inputs: Inputs, access: Access) -> OpenOnnx:
         """Open a message; the message itself is never changed."""
-        return _OpenProto(self.read(model), self._inputs(model, inputs))
+        return _OpenProto(model, self.read(model), self._inputs(model, inputs))
 
     def keep(self, model: Any, values: Mapping[str, Any]) -> None:
         """Put values into the metadata of a message."""
@@ -187,6 +188,14 @@ class OnnxProtoKind(OnnxKind):
 
 
 class _OpenProto(OpenOnnx):
+    def __init__(self, message: onnx.ModelProto, model: ir.Model, inputs: Inputs) -> None:
+        super().__init__(model, inputs)
+        self._message = message
+
+    def keep_norm(self, found: NormNode, statistics: tuple[Tensor, Tensor]) -> None:
+        """Give a batch norm of the message other statistics."""
+        set_in_proto(self._message, found, statistics)
+
     def finish(self) -> Any:
         """Return the changed model as a message."""
         return write_proto(super().finish())

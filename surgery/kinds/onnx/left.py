@@ -15,7 +15,7 @@ from surgery.sites import Left, Skip, site_name
 if TYPE_CHECKING:
     from surgery.kinds.onnx.read import Reader
 
-__all__ = ["DENSE", "EARLIER", "inside", "left_of"]
+__all__ = ["DENSE", "EARLIER", "RECURRENT", "branches", "inside", "is_recurrent", "left_of"]
 
 RECURRENT = ("LSTM", "GRU", "RNN")
 _QUANTIZED = (

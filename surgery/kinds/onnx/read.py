@@ -82,6 +82,12 @@ class Reader:
         node = found.producer()
         return (node.name if node is not None else None) or found.name or str(value)
 
+    def node(self, number: int) -> ir.Node:
+        """Return the node that gives a value."""
+        value = self.values[number - self.start]
+        found = value.producer() or next(node for node, gates in self.gates.items() if gates is value)
+        return found
+
     def number(self, node: ir.Node) -> int:
         """Return the number that stands for a node of this graph: that of its first output."""
         return self.numbers[node.outputs[0]]

@@ -1,22 +1,13 @@
-"""Run an ONNX model in parts, between which values are seen and replaced; and find shapes in one run.
-
-onnxruntime runs each part as a model of its own. A part ends where the output of a call is to be replaced. Inputs of
-operators that are only seen are outputs of their part.
-
-    watch conv_1, tap conv_2     ->     part 1: input .. conv_2, with the input of conv_1 as an output
-                                        part 2: what follows conv_2
-"""
+"""Run an ONNX model, as a module or with observers of its values; and find shapes in one run."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -24,14 +15,17 @@ from torch import Tensor, nn
 from surgery.algebra import Shape
 from surgery.errors import InputError
 from surgery.kinds.inputs import Inputs, normalise_inputs
-from surgery.kinds.observed import Added, Norm, Observed, OutputChange, See
+from surgery.kinds.observed import Norm, Observed, OutputChange, See
+from surgery.kinds.onnx.checked import Checked, check
+from surgery.kinds.onnx.interpret import Interpreter, Observers
+from surgery.kinds.onnx.norms import KeepNorm, NormNode, norms_of
 from surgery.kinds.onnx.proto import write_proto
 from surgery.kinds.onnx.read import Reader
-from surgery.kinds.onnx.session import array_of, feed, open_session
+from surgery.kinds.onnx.session import feed, open_session
 from surgery.sites import Call, Flow
 from surgery.text import first_line
 
-__all__ = ["ObservedOnnx", "OnnxModule", "Shapes", "arrays_of", "serialise"]
+__all__ = ["ObservedOnnx", "OnnxModule", "Shapes", "feeds_of", "serialise"]
 
 _MOST_BYTES = 2**31 - 2**24  # of one protobuf message
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulInteger", "ConvInteger", "LSTM", "GRU", "RNN")
@@ -65,8 +59,8 @@ def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
         yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
 
 
-def arrays_of(reader: Reader, inputs: Inputs) -> dict[str, _Array]:
-    """Return inputs by the names of the graph's, as arrays.
+def feeds_of(reader: Reader, inputs: Inputs) -> dict[ir.Value, Tensor]:
+    """Return inputs by the values of the graph.
 
     Raises:
         InputError: their number or names are others than those of the graph.
@@ -77,7 +71,17 @@ def arrays_of(reader: Reader, inputs: Inputs) -> dict[str, _Array]:
     if len(args) > len(names) or set(given) != set(names):
         what = f"the inputs are {', '.join(given) or 'none'}"
         raise InputError(what, allowed=", ".join(names) or "none", next_step="give example_inputs")
-    return {name: array_of(torch.as_tensor(given[name]), name) for name in names}
+    return {value: torch.as_tensor(given[value.name or ""]).detach().cpu() for value in reader.inputs}
+
+
+def _interpret(model: ir.Model, reader: Reader, feeds: Mapping[ir.Value, Tensor], observers: Observers) -> None:
+    try:
+        Interpreter(model, reader.gates).run(feeds, observers)
+    except InputError:
+        raise
+    except Exception as error:  # torch and onnxruntime may raise anything on inputs that do not fit
+        what = f"the model does not run on the example inputs: {first_line(error)}"
+        raise InputError(what, next_step="give others (on the command line --input-shape)") from error
 
 
 class OnnxModule(nn.Module):
@@ -105,156 +109,74 @@ def _as_tensor(value: Any) -> Any:
     return torch.from_numpy(value) if hasattr(value, "dtype") and value.dtype != object else value
 
 
-class _Part:
-    """The nodes from one place in the graph to another, as a model; ``reads`` and ``gives`` are names of values."""
-
-    def __init__(self, whole: onnx.ModelProto, nodes: range, reads: Sequence[str], gives: Sequence[str]) -> None:
-        self._whole, self._nodes, self._reads, self.gives = whole, nodes, reads, list(gives)
-        self._session: Any = None
-
-    def run(self, known: Mapping[str, _Array]) -> dict[str, _Array]:
-        """Return the values that the part gives, from those that it reads."""
-        feeds = {name: known[name] for name in self._reads}
-        if self._session is None:
-            self._session = open_session(self._model(feeds))
-        return dict(zip(self.gives, self._session.run(self.gives, feeds), strict=True))
-
-    def _model(self, feeds: Mapping[str, _Array]) -> bytes:
-        graph = self._whole.graph
-        # an input of any shape but the type that came: a later batch may be smaller
-        inputs = [_declared(name, array) for name, array in feeds.items()]
-        outputs = [onnx.helper.make_empty_tensor_value_info(name) for name in self.gives]
-        nodes = graph.node[self._nodes.start : self._nodes.stop]
-        used = set(_names_read(nodes)) | set(self.gives)
-        weights = [tensor for tensor in graph.initializer if tensor.name in used]
-        sparse = [tensor for tensor in graph.sparse_initializer if tensor.values.name in used]
-        part = onnx.helper.make_graph(nodes, "part", inputs, outputs, weights, sparse_initializer=sparse)
-        whole = self._whole
-        about = {"opset_imports": whole.opset_import, "ir_version": whole.ir_version, "functions": whole.functions}
-        found: bytes = onnx.helper.make_model(part, **about).SerializeToString()
-        return found
-
-
-def _declared(name: str, array: _Array) -> onnx.ValueInfoProto:
-    kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-    return onnx.helper.make_tensor_value_info(name, kind, [None] * array.ndim)
-
-
-def _names_read(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
-    """Yield the names of all values that nodes read, also inside of their bodies."""
-    for node in nodes:
-        yield from (name for name in node.input if name)
-        for attribute in node.attribute:
-            for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-                yield from _names_read(graph.node)
-                yield from (output.name for output in graph.output)
-
-
-class _Parts:
-    """A model in parts; each but the last ends with a value that is ``cut``; ``seen`` are given as well."""
-
-    def __init__(self, whole: onnx.ModelProto, cut: Sequence[str], seen: Iterable[str]) -> None:
-        graph = whole.graph
-        inside = {tensor.name for tensor in graph.initializer} | {s.values.name for s in graph.sparse_initializer}
-        self.inputs = [value.name for value in graph.input if value.name not in inside]
-        self.outputs = [value.name for value in graph.output]
-        places = {name: at for at, node in enumerate(graph.node) for name in node.output}
-        ends = [*sorted({places[name] for name in cut}), len(graph.node) - 1]
-        asked = {*cut, *seen, *self.outputs}
-        reads = [list(dict.fromkeys(_names_read([node]))) for node in graph.node]
-        self.parts: list[_Part] = []
-        start = 0
-        for end in dict.fromkeys(ends):
-            own = range(start, end + 1)
-            made = {name for at in own for name in graph.node[at].output if name}
-            later = {name for at in range(end + 1, len(graph.node)) for name in reads[at]}
-            needed = dict.fromkeys(name for at in own for name in reads[at])
-            before = [n for n in needed if n not in made and n not in inside and (n in places or n in self.inputs)]
-            gives = [name for name in made if name in later or name in asked]
-            if gives:
-                self.parts.append(_Part(whole, own, before, sorted(gives, key=places.__getitem__)))
-            start = end + 1
-
-    def run(self, known: dict[str, _Array], see: Callable[[str, _Array], _Array]) -> dict[str, _Array]:
-        """Run all parts from the inputs; ``see`` gets each value that a part gives, and returns what stands for it."""
-        for part in self.parts:
-            for name, array in part.run(known).items():
-                known[name] = see(name, array)
-        return known
-
-
 class ObservedOnnx(Observed):
-    """An ONNX model that runs in parts. It has no gradients, and nothing is known of what is added to an output."""
+    """An ONNX model that runs in torch, node by node; onnxruntime runs nodes that torch has no function for.
 
-    def __init__(self, model: ir.Model, reader: Reader, flow: Callable[[], Flow]) -> None:
+    What torch computes is compared with onnxruntime's outputs once, on ``inputs``, or else on those of the first run.
+    """
+
+    def __init__(
+        self, model: ir.Model, reader: Reader, flow: Callable[[], Flow], inputs: Inputs, keep: KeepNorm | None = None
+    ) -> None:
         super().__init__(flow)
-        self._model, self._reader = model, reader
+        self._model, self._reader, self._inputs, self._keep = model, reader, inputs, keep
+        self._checked: Checked | None = None
         self.forget()
 
     def forget(self) -> None:
         """Remove everything that watches, taps or follows a call."""
-        self._sees: dict[str, list[tuple[str, See]]] = defaultdict(list)  # by the call's value: source, observer
-        self._taps: dict[str, OutputChange] = {}
-        self._parts: _Parts | None = None
+        self._observers, self._follows = Observers(), False
 
-    @cached_property
-    def _whole(self) -> onnx.ModelProto:
-        return onnx.ModelProto.FromString(serialise(self._model))
-
-    def _name(self, number: int) -> str:
-        return self._reader.values[number - self._reader.start].name or ""
+    def _value(self, number: int) -> ir.Value:
+        return self._reader.values[number - self._reader.start]
 
     def watch(self, call: Call, see: See) -> None:
         """Call ``see`` with the input of a call."""
-        self._sees[self._name(call.value)].append((self._name(call.source), see))
-        self._parts = None
+        self._watch_node(self._reader.node(call.values[0]), self._value(call.source), see)
+
+    def _watch_node(self, node: ir.Node, source: ir.Value, see: See) -> None:
+        def show(value: Tensor) -> None:
+            with self._additions.paused():
+                see(value)
+
+        self._observers.before[node].append((source, show))
 
     def tap(self, call: Call, change: OutputChange) -> None:
         """Replace the output of a call by what ``change`` returns for it."""
-        self._taps[self._name(call.value)] = change
-        self._parts = None
+        self._observers.after[self._value(call.value)] = change
 
-    def follow(self, call: Call, see: Callable[[Tensor], Added], spoiled: Callable[[], None]) -> None:
-        """Show the output of a call; what is added to it afterwards is not followed."""
-
-        def pass_on(y: Tensor) -> Tensor:
-            see(y)
-            return y
-
-        self.tap(call, pass_on)
-        spoiled()
+    def _ready(self, inputs: Inputs) -> Checked:
+        if self._checked is None:
+            feeds = feeds_of(self._reader, self._inputs if any(self._inputs) else inputs)
+            calls = [self._value(each.value) for each in self._reader.elements if isinstance(each, Call)]
+            with self._additions.paused():
+                self._checked = check(self._reader, self._model, open_session(serialise(self._model)), feeds, calls)
+        return self._checked
 
     @property
     def differentiable(self) -> bool:
-        """Return False: onnxruntime computes no gradients."""
-        return False
+        """Whether torch runs all nodes through which gradients have to lead, and computes what onnxruntime does."""
+        return self._ready(self._inputs).differentiable
 
     def norms(self) -> Sequence[Norm]:
-        """Return nothing: the statistics of batch norms stay as they are."""
-        return ()
+        """Return the batch norms of the graph whose statistics nothing else reads."""
+        return [self._norm(found) for found in norms_of(self._reader)]
+
+    def _norm(self, found: NormNode) -> Norm:
+        pair = found.mean.numbers.clone(), found.variance.numbers.clone()
+        interpreter = self._ready(self._inputs).interpreter
+        interpreter.constants |= {v: t for v, t in zip(found.node.inputs[3:5], pair, strict=True) if v is not None}
+        keep = None if self._keep is None else partial(self._keep, found, pair)
+        return Norm(found.name, *pair, partial(self._watch_node, found.node, found.source), keep)
 
     @property
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Return nothing: onnxruntime holds the weights."""
+        """Return nothing: the weights are tensors that need no gradients."""
         return ()
 
-    def execute(self, inputs: Inputs) -> tuple[Tensor, ...]:
+    def execute(self, inputs: Inputs) -> tuple[Any, ...]:
         """Run the model, and return its outputs."""
-        if self._parts is None:
-            sources = {source for row in self._sees.values() for source, _ in row}
-            self._parts = _Parts(self._whole, list(self._taps), [*sources, *self._sees])
-        known = arrays_of(self._reader, inputs)
-        values = self._parts.run(known, lambda name, array: self._show(name, array, known))
-        return tuple(_as_tensor(values[name]) for name in self._parts.outputs)
-
-    def _show(self, name: str, array: _Array, known: Mapping[str, _Array]) -> _Array:
-        for source, see in self._sees.get(name, ()):
-            see(torch.from_numpy(known[source]))
-        change = self._taps.get(name)
-        if change is None:
-            return array
-        found: _Array = change(torch.from_numpy(array)).detach().contiguous().numpy()
-        return found
+        return self._ready(inputs).interpreter.run(feeds_of(self._reader, inputs), self._observers)
 
 
 class Shapes:
@@ -284,7 +206,8 @@ class Shapes:
         """
         found = self.of(call.source)
         assert self._seen is not None
-        if call.source not in self._seen:
+        calls = (each for each in self._reader.elements if isinstance(each, Call) and each.weight == call.weight)
+        if call.source not in self._seen or not any(each.value in self._seen for each in calls):
             raise InputError("it is in a branch that does not run on the example inputs")
         return found
 
@@ -292,17 +215,21 @@ class Shapes:
         if self._reader.inputs and not any(self._inputs):
             raise InputError("sites have no costs without input shapes", next_step="give example_inputs")
         wanted = sorted(self._wanted())
-        names = {number: self._reader.values[number - self._reader.start].name or "" for number in wanted}
-        known = arrays_of(self._reader, self._inputs)
-        whole = onnx.ModelProto.FromString(serialise(self._model))
-        try:
-            values = _Parts(whole, (), names.values()).run(known, lambda name, array: array)
-        except InputError:
-            raise
-        except Exception as error:  # onnxruntime's exceptions share no other base
-            what = f"the model does not run on these inputs: {first_line(error)}"
-            raise InputError(what, next_step="give example_inputs (on the command line --input-shape)") from error
-        return {number: tuple(values[name].shape) for number, name in names.items() if name in values}
+        values = {number: self._reader.values[number - self._reader.start] for number in wanted}
+        known: dict[ir.Value, Shape] = {}
+
+        def note(value: ir.Value, found: Any) -> Any:
+            known[value] = tuple(found.shape) if isinstance(found, Tensor) else ()
+            return found
+
+        observers = Observers()
+        observers.after = {value: partial(note, value) for value in values.values()}
+        feeds = feeds_of(self._reader, self._inputs)
+        for value, found in feeds.items():
+            note(value, found)
+        with torch.no_grad():
+            _interpret(self._model, self._reader, feeds, observers)
+        return {number: known[value] for number, value in values.items() if value in known}
 
     def _wanted(self) -> set[int]:
         """Return the values whose shapes may be asked for: inputs and outputs of products."""

@@ -19,7 +19,16 @@ from surgery.kinds.onnx.tensors import DTYPES
 from surgery.system.machine import physical_cores
 from surgery.text import first_line
 
-__all__ = ["array_of", "check_threads", "feed", "fitting_inputs", "open_session"]
+__all__ = ["TOLERANCES", "check_threads", "feed", "fitting_inputs", "open_session"]
+
+# How far PyTorch and onnxruntime may be apart: relative Frobenius error of a whole output, by its coarsest float type.
+TOLERANCES = {
+    torch.float64: 1e-6,  # not 1e-12: exporters keep some constants in float32
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
+
 
 _DTYPES = {f"tensor({known.name.lower()})": dtype for known, dtype in DTYPES.items()}
 _GIVE = "give example_inputs (on the command line --input-shape)"
@@ -71,7 +80,7 @@ def feed(
     # of a number and of a tensor of any shape, sessions say the same
     declared = {d.name: (_DTYPES.get(d.type), tuple(d.shape) or None) for d in session.get_inputs()}
     tensors = fitting_inputs(declared, inputs, program)
-    return {name: array_of(tensor, name) for name, tensor in tensors.items()}
+    return {name: _array_of(tensor, name) for name, tensor in tensors.items()}
 
 
 def fitting_inputs(
@@ -94,7 +103,7 @@ def fitting_inputs(
     return dict(zip(declared, tensors, strict=True))
 
 
-def array_of(tensor: Tensor, name: str) -> npt.NDArray[Any]:
+def _array_of(tensor: Tensor, name: str) -> npt.NDArray[Any]:
     """Return an input as an array; raises InputError for bfloat16, which NumPy does not have."""
     if tensor.dtype == torch.bfloat16:
         what = f"the input {name} is bfloat16, which onnxruntime does not take from Python"

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "FLOATS", "numbers_of", "shape_of", "to_ir", "to_torch"]
+__all__ = ["DTYPES", "FLOATS", "numbers_of", "shape_of", "to_ir", "to_torch", "torch_dtype"]
 
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 DTYPES = {
@@ -47,7 +47,7 @@ def to_torch(tensor: ir.TensorProtocol) -> Tensor:
         warnings.simplefilter("ignore")  # torch warns that the array cannot be written
         if tensor.dtype == ir.DataType.BFLOAT16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(np.ascontiguousarray(array))
+        return torch.from_numpy(np.asarray(array, order="C"))
 
 
 def to_ir(tensor: Tensor, name: str) -> ir.TensorProtocol:
@@ -57,3 +57,8 @@ def to_ir(tensor: Tensor, name: str) -> ir.TensorProtocol:
         array = tensor.view(torch.int16).numpy()
         return ir.Tensor(array, dtype=ir.DataType.BFLOAT16, shape=ir.Shape(tuple(tensor.shape)), name=name)
     return ir.Tensor(tensor.numpy(), name=name)
+
+
+def torch_dtype(number: int | None) -> torch.dtype | None:
+    """Return torch's type for ONNX's number of a type; None if torch has none for it."""
+    return None if number is None else DTYPES.get(ir.DataType(number))

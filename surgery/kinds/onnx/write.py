@@ -33,6 +33,7 @@ from surgery.kinds.observed import Observed
 from surgery.kinds.onnx.chain import ChainWriter
 from surgery.kinds.onnx.graph import RECORD, EditedGraph, producer_of
 from surgery.kinds.onnx.left import DENSE
+from surgery.kinds.onnx.norms import NormNode, set_in_model
 from surgery.kinds.onnx.origin import Origin
 from surgery.kinds.onnx.run import ObservedOnnx, Shapes
 from surgery.kinds.onnx.tensors import numbers_of
@@ -63,7 +64,7 @@ class OpenOnnx(EditedGraph, OpenModel):
 
     def __init__(self, model: ir.Model, inputs: Inputs) -> None:
         super().__init__(model.clone())
-        self.inputs = inputs
+        self.inputs, self._original = inputs, model
         self._refused: dict[str, str] = {}
 
     def verify(self) -> dict[str, str]:
@@ -71,8 +72,12 @@ class OpenOnnx(EditedGraph, OpenModel):
         return self._refused
 
     def observe(self) -> Observed:
-        """Return the model, to be run by onnxruntime in parts, between which values are seen."""
-        return ObservedOnnx(self.model, self.reader, lambda: self.flow)
+        """Return the model, to be run node by node; corrected batch norms are those of the model that was opened."""
+        return ObservedOnnx(self.model, self.reader, lambda: self.flow, self.inputs, self.keep_norm)
+
+    def keep_norm(self, found: NormNode, statistics: tuple[Tensor, Tensor]) -> None:
+        """Give a batch norm of the model that was opened other statistics."""
+        set_in_model(self._original, found, statistics)
 
     @cached_property
     def flow(self) -> Flow:

@@ -1,0 +1,1 @@
+"""ONNX operators as functions of torch tensors, one file for each family."""
