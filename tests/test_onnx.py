@@ -679,13 +679,10 @@ def test_a_metric_gets_what_can_be_called() -> None:
     result = surgery.decompose(mlp(), DATA[:2], ranks=goal, calibration=DATA)
     assert result.promise is not None
     assert result.promise.kept
-    made = surgery.decompose(mlp(), DATA[:2], ranks="2").model
-    with pytest.raises(InputError, match="exchanged while it runs"):
-        surgery.bisect(mlp(), made, metric=near)
 
 
 def test_bad_inputs_are_told() -> None:
-    with pytest.raises(InputError, match="inputs are"):
+    with pytest.raises(InputError, match="no input wrong; allowed: x"):
         find_sites(mlp(), {"wrong": DATA[:2]})
     with pytest.raises(InputError, match="cannot be changed in place"):
         surgery.decompose(mlp(), DATA[:2], ranks="2", inplace=True)

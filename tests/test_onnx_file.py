@@ -94,7 +94,7 @@ def test_names_of_inputs_are_shown_as_they_are_escaped(name: str, tmp_path: Path
     (tmp_path / "x.onnx").write_bytes(model(None, name=name))
     with pytest.raises(InputError) as caught:
         compare(torch.export.export(nn.Linear(8, 8), (torch.ones(2, 8),)), tmp_path / "x.onnx")
-    assert f"allowed: {shown(name)} tensor(float) 3x8" in str(caught.value)
+    assert f"allowed: {shown(name)} float32 3x8" in str(caught.value)
 
 
 def test_a_pipe_is_no_model(tmp_path: Path) -> None:

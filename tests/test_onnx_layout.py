@@ -19,11 +19,10 @@ from onnx import TensorProto, helper
 import surgery
 from surgery.cli import cli
 from surgery.errors import FileError, InputError
-from surgery.files.guard.onnx import open_onnx
 from surgery.kinds.onnx.kind import OnnxKind
 from surgery.kinds.onnx.layout import BESIDE, lay_out
 from surgery.kinds.onnx.places import all_tensors, memory_of
-from surgery.kinds.onnx.session import open_file, open_model
+from surgery.kinds.onnx.session import open_model
 
 X = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
 WHOLE = [kind for kind in ir.DataType if kind.name not in ("UNDEFINED", "STRING")]
@@ -182,7 +181,7 @@ def test_sessions_keep_the_memory_that_they_share(beside: bool, tmp_path: Path) 
     path = write(tmp_path / "m.onnx", beside=beside)
     wanted = helper_run(path)
     model: Any = surgery.load(path)
-    sessions = [open_model(model), open_model(ir.serde.deserialize_model(proto())), open_file(open_onnx(path))]
+    sessions = [open_model(model), open_model(ir.serde.deserialize_model(proto()))]
     del model
     gc.collect()
     filler = [np.full(1600, 7, np.float32) for _ in range(2000)]  # into what was freed too early

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
@@ -72,7 +73,8 @@ def test_every_type_in_a_result_is_public(name: str) -> None:
 @pytest.mark.parametrize("function", [surgery.decompose, surgery.recompose, surgery.preview])
 def test_results_are_of_the_kind_of_the_model(function: Callable[..., Any]) -> None:
     hints = typing.get_type_hints(inspect.unwrap(function))
-    assert typing.get_args(hints["return"]) == (hints["model"],)
+    (kind,) = typing.get_args(hints["return"])
+    assert typing.get_args(hints["model"]) == (kind, str, os.PathLike[str]), "a model, or the path of its file"
     assert typing.get_type_hints(typing.get_origin(hints["return"]))["model"].__name__ in ("_Model", "_Result")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from surgery.cli.options import FILE, as_json, default_output, file_inputs, model_options, open_program
+from surgery.cli.options import FILE, as_json, default_output, model_options, open_models, open_program
 from surgery.system.writing import check_outputs, write_together
 
 __all__ = ["bench", "compare", "export", "inspect", "recompose"]
@@ -119,7 +119,7 @@ def bench(
 
     with show.progress(quiet=json_) as progress:
         progress("load", 0, 1)
-        opened, inputs = _open_all(models, options)
+        opened, inputs = open_models(models, **options)
         inputs = inputs if batch is None else with_batch(inputs, batch)
         timing = run(
             opened,
@@ -136,20 +136,6 @@ def bench(
         show.timing_tables(timing)
 
 
-def _open_all(paths: tuple[Path, ...], options: dict[str, Any]) -> tuple[list[Any], Any]:
-    """Return .onnx files as paths and others as programs, and the inputs of the first program, or of the first file."""
-    opened: list[Any] = []
-    inputs: Any = None
-    for path in paths:
-        if path.suffix == ".onnx":
-            opened.append(path)
-            continue
-        program, own = open_program(path, **options)
-        opened.append(program)
-        inputs = own if inputs is None else inputs
-    return opened, file_inputs(paths[0], options) if inputs is None else inputs
-
-
 @click.command()
 @click.argument("a", type=FILE)
 @click.argument("b", type=FILE)
@@ -161,12 +147,7 @@ def compare(a: Path, b: Path, inputs_file: Path | None, json_: bool, **options: 
     from surgery.cli import show
     from surgery.runtime.compare import compare as run
 
-    models, inputs = _open_all((a, b), options)
-    if inputs_file is not None:
-        from surgery.data.samples import read_inputs
-
-        known = next((model for model in models if not isinstance(model, Path)), None)
-        inputs = read_inputs(inputs_file, known)
+    models, inputs = open_models((a, b), inputs_file, **options)
     difference = run(models[0], models[1], inputs, seed=options["seed"])
     if json_:
         show.print_json(difference.to_json())

@@ -16,8 +16,8 @@ __all__ = ["cli"]
 def cli() -> None:
     """Decompose, recompose and time exported neural networks.
 
-    MODEL is a torch.export archive (.pt2), recognised by its content; or a state dict with --model
-    package.module:factory; or, with --trust, a pickled module. Nothing in an untrusted file is run.
+    MODEL is a torch.export archive (.pt2) or an ONNX model (.onnx), recognised by its content; or a state dict with
+    --model package.module:factory; or, with --trust, a pickled module. Nothing in an untrusted file is run.
     """
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,14 +20,16 @@ from surgery.text import cut, first_line
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from surgery.kinds.inputs import Inputs
+
 __all__ = [
     "FILE",
     "TypedPath",
     "as_json",
     "default_output",
-    "file_inputs",
     "load_function",
     "model_options",
+    "open_models",
     "open_program",
     "parse_bytes",
     "parse_shapes",
@@ -142,17 +144,44 @@ def default_output(model: Path, suffix: str) -> Path:
     return model.beside(name) if isinstance(model, TypedPath) else model.with_name(name)
 
 
-def open_program(
-    path: Path, *, input_shapes: tuple[str, ...], factory: str | None, trust: bool, memory: int | None, seed: int
-) -> tuple[Any, tuple[tuple[Any, ...], dict[str, Any]]]:
+def open_program(path: Path, **options: Any) -> tuple[Any, Inputs]:
     """Return MODEL as an exported program, or as the ONNX model that it is, and the inputs to run it on.
 
     Raises:
         SurgeryError: a file that cannot be loaded, or inputs that do not fit.
     """
+    model, inputs = _open(path, **options)
+    return model, _random_inputs(model, options) if inputs is None else inputs
 
+
+def open_models(paths: Sequence[Path], inputs_file: Path | None = None, **options: Any) -> tuple[list[Any], Inputs]:
+    """Return models that are to run on the same inputs, and these: those in a file, or else those of the first program.
+
+    An ONNX model has inputs of its own only if all are ONNX models.
+
+    Raises:
+        SurgeryError: as ``open_program``.
+    """
+    from surgery.runtime.compare import shared_inputs
+
+    opened = [_open(path, **options) for path in paths]
+    models = [model for model, _ in opened]
+    if inputs_file is not None:
+        from surgery.data.samples import read_inputs
+
+        known = next((model for model, inputs in opened if inputs is not None), models[0])
+        return models, read_inputs(inputs_file, known)
+    brought = next((inputs for _, inputs in opened if inputs is not None), None)
+    if brought is not None or not options["input_shapes"]:
+        return models, shared_inputs(models, brought, seed=options["seed"])
+    return models, _random_inputs(models[0], options)
+
+
+def _open(
+    path: Path, *, input_shapes: tuple[str, ...], factory: str | None, trust: bool, memory: int | None, seed: int
+) -> tuple[Any, Inputs | None]:
+    """Return MODEL as ``open_program`` does, and the inputs of a program; None for an ONNX model."""
     from surgery.files.load import load
-    from surgery.kinds.onnx.kind import random_inputs
     from surgery.kinds.program.kind import program_inputs
     from surgery.kinds.registry import kind_of
     from surgery.runtime.export import capture
@@ -162,7 +191,7 @@ def open_program(
     loaded: Any = load(path, trust=trust, model=factory, example_inputs=samples, memory=memory)
     kind = kind_of(loaded)
     if kind.is_onnx:
-        return loaded, random_inputs(loaded, seed=seed, shapes={name or at: s for at, (name, s) in enumerate(shapes)})
+        return loaded, None
     program = kind.program(loaded)
     if program is not None:
         inputs = _fill(program, shapes, seed) if shapes else program_inputs(program, seed=seed)
@@ -173,13 +202,12 @@ def open_program(
     return capture(loaded, inputs)[0], inputs
 
 
-def file_inputs(path: Path, options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return random inputs for an .onnx file, of the shapes that are said, or else that it declares."""
-    from surgery.runtime.compare import open_model, session_inputs
+def _random_inputs(model: Any, options: Mapping[str, Any]) -> Inputs:
+    """Return random inputs for an ONNX model, of the shapes that are said, or else that it declares."""
+    from surgery.kinds.onnx.kind import random_inputs
 
     said = parse_shapes(options["input_shapes"])
-    shapes = {name or place: shape for place, (name, shape) in enumerate(said)}
-    return session_inputs(open_model(path), seed=options["seed"], shapes=shapes)
+    return random_inputs(model, seed=options["seed"], shapes={name or at: s for at, (name, s) in enumerate(said)})
 
 
 def load_function(name: str) -> Callable[[Any], float]:
@@ -197,9 +225,7 @@ def load_function(name: str) -> Callable[[Any], float]:
         raise InputError(f"--eval {name!r}: {type(error).__name__}: {first_line(error)}", allowed=allowed) from error
 
 
-def _fill(
-    program: ExportedProgram, shapes: list[tuple[str | None, tuple[int, ...]]], seed: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _fill(program: ExportedProgram, shapes: list[tuple[str | None, tuple[int, ...]]], seed: int) -> Inputs:
     """Return random inputs of the given shapes in the places and dtypes of the program's own."""
     from torch import Tensor
     from torch.utils import _pytree as pytree
@@ -221,9 +247,7 @@ def _fill(
     return args, kwargs
 
 
-def _random(
-    shapes: list[tuple[str | None, tuple[int, ...]]], kwargs: dict[str, Any], seed: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _random(shapes: list[tuple[str | None, tuple[int, ...]]], kwargs: dict[str, Any], seed: int) -> Inputs:
     import torch
 
     from surgery.kinds.inputs import random_tensor

@@ -103,7 +103,7 @@ def _corrected(before: Pair, reference: Pair, now: Pair) -> Pair:
 
 def feeds_batch_norm(flow: Flow, placement: Placement) -> bool:
     """Return whether only batch norms read the outputs of a site, so that they absorb a change of its mean."""
-    users = [flow.at[user] for call in placement.calls for user in flow.users[call.value]]
+    users = [flow.at.get(user) for call in placement.calls for user in flow.users[call.value]]
     return bool(users) and all(isinstance(user, Other) and isinstance(user.epilogue, BatchNorm) for user in users)
 
 

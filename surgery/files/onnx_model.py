@@ -9,11 +9,12 @@ from typing import BinaryIO
 import onnx_ir as ir
 
 from surgery.errors import FileError
-from surgery.files.guard.onnx import OnnxFile, has_sparse, read_onnx
+from surgery.files.guard.onnx import OnnxFile, read_onnx
 from surgery.files.memory import check_room, file_need
 from surgery.kinds.onnx.graph import read_record
 from surgery.kinds.onnx.layout import SOURCES, lean
 from surgery.kinds.onnx.places import INSIDE, OUTSIDE, all_tensors, note_place, tensor_of
+from surgery.kinds.onnx.proto import read_proto
 from surgery.system.opening import size_of
 
 __all__ = ["read_model"]
@@ -29,9 +30,8 @@ def read_model(path: Path, file: BinaryIO, *, memory: int | None) -> ir.Model:
     found = read_onnx(path, file)
     outside = sum(raw.nbytes for location, raw in found.held.items() if location not in found.own)
     check_room(file_need(size_of(file) + outside), memory)
-    if has_sparse(found.proto):
-        raise FileError("has sparse weights", next_step="export the model again with dense ones")
-    model = ir.serde.deserialize_model(found.proto)
+    found.fill_sparse()
+    model = read_proto(found.proto)
     for tensor, put in all_tensors(model):
         if isinstance(tensor, ir.ExternalTensor):
             put(_held(tensor, found))

@@ -80,6 +80,10 @@ class Kind(ABC):
         """Return the parameters and buffers of a model by name."""
         return self.runnable(model).state_dict()
 
+    def exchanged(self, model: Any, tensors: Mapping[str, Any]) -> Any:
+        """Return a copy of a model with other numbers for some of its tensors; None if its module can be changed."""
+        return None
+
     def brought_inputs(self, model: Any, *, seed: int = 0) -> Inputs | None:
         """Return the model's own example inputs, or random ones of the shapes it declares; None if it has neither."""
         return None

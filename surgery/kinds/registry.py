@@ -58,7 +58,7 @@ def kind_of(model: Any) -> Kind:
 
 
 def _allowed() -> str:
-    return ", ".join(kind.label for kind in reversed(KINDS.values()))
+    return ", ".join([*(kind.label for kind in reversed(KINDS.values())), "or the path of a file with one"])
 
 
 def open_model(

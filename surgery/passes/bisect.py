@@ -9,6 +9,8 @@ statistics stay those of the decomposed model.
 
 from __future__ import annotations
 
+import os
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import InputError, only_own_errors
+from surgery.files.given import model_of
 from surgery.kinds.layers.unpacking import packed_parameter
-from surgery.kinds.registry import kind_of
+from surgery.kinds.registry import kind_of, open_model
 from surgery.passes.metrics import metric_of
 from surgery.passes.recompose import recompose
 from surgery.plans.goal import Metric
 from surgery.plans.plan import Progress, silent
-from surgery.sites import Skip
+from surgery.sites import Call, Skip, site_name
 from surgery.system.tables import table
 from surgery.text import first_line
 
@@ -70,8 +73,8 @@ class Bisection:
 
 @only_own_errors
 def bisect(
-    original: Model,
-    decomposed: Model,
+    original: Model | str | os.PathLike[str],
+    decomposed: Model | str | os.PathLike[str],
     example_inputs: Any = None,
     *,
     metric: Metric,
@@ -81,34 +84,36 @@ def bisect(
     """Return which sites of a decomposed model cost the most of a metric, ``metric(module)``, higher is better.
 
     Args:
-        original: the model that was decomposed.
-        decomposed: what ``decompose`` made of it.
+        original: the model that was decomposed, or the path of its file.
+        decomposed: what ``decompose`` made of it, or the path of its file; an ONNX model if the original is one.
         example_inputs: needed only for an nn.Module that torch.fx cannot trace.
-        metric: it gets a module in evaluation mode, with the original's architecture.
+        metric: it gets a module in evaluation mode, with the original's architecture; of an ONNX model, a module that
+            onnxruntime runs, as ``Goal.drop`` says.
         least: a group that gains less than this share of the whole loss is not halved further.
         progress: called with "evaluate", the number of evaluations done, and how many there will be at least.
 
     Raises:
         InputError: the second was not decomposed from the first, or a metric that fails.
     """
-    if any(kind_of(model).is_onnx for model in (original, decomposed)):
-        what = "an ONNX model holds its weights where they cannot be exchanged while it runs"
+    dense, factored = model_of(original), model_of(decomposed)
+    if kind_of(dense).is_onnx != kind_of(factored).is_onnx:
         raise InputError(
-            what, allowed="modules and exported programs", next_step="compare the two with surgery.compare"
+            "one of the models is an ONNX model, and the other is not",
+            allowed="two ONNX models, or none",
+            next_step="export the other with surgery.export_onnx, or compare the two with surgery.compare",
         )
-    fused = recompose(decomposed, example_inputs)
-    first, second = _module(original), _module(fused.model)
-    bench = _Bench(second, metric, progress or silent)
-    found = {change.site: _slots(change.site, first, second) for change in fused.changes}
-    sites = [site for site, slots in found.items() if slots]
+    fused = recompose(factored, example_inputs)
+    bench = (_OnnxBench if kind_of(dense).is_onnx else _Bench)(dense, fused.model, metric, progress or silent)
+    sites = [change.site for change in fused.changes if bench.knows(change.site)]
     if not sites:
-        if recompose(original, example_inputs).changes:
+        if recompose(dense, example_inputs).changes:
             what = "the first model is factored itself, so that it does not have the weights of the original"
             raise InputError(what, next_step="give the dense model, or recompose the first one")
         raise InputError("the second model has no site that was factored from the first", next_step="give both models")
-    best, base = metric_of(first, metric), metric_of(second, metric)
-    blames = [] if best <= base else bench.search(sites, found, base=base, loss=best - base, least=least)
-    lost = [Skip(site, "", "its weight is not among those of the original") for site in found if site not in sites]
+    best, base = metric_of(bench.original, metric), metric_of(bench.model, metric)
+    blames = [] if best <= base else bench.search(sites, base=base, loss=best - base, least=least)
+    names = (change.site for change in fused.changes)
+    lost = [Skip(site, "", "its weight is not among those of the original") for site in names if site not in sites]
     return Bisection(best, base, tuple(blames), (*fused.skips, *lost), bench.evaluations + 2)
 
 
@@ -150,18 +155,26 @@ def _slots(site: str, first: nn.Module, second: nn.Module) -> list[_Slot]:
     return slots
 
 
-@dataclass(eq=False)
 class _Bench:
-    """The recomposed module, its metric, and how often that was measured."""
+    """The original and the recomposed model, as modules, and how often the metric was measured."""
 
-    module: nn.Module
-    metric: Metric
-    progress: Progress
-    evaluations: int = 0
+    def __init__(self, original: Any, recomposed: Any, metric: Metric, progress: Progress) -> None:
+        self.original, self.model = _module(original), _module(recomposed)
+        self.metric, self.progress = metric, progress
+        self._slots: dict[str, list[_Slot]] = {}
+        self.evaluations = 0
 
-    def search(
-        self, sites: Sequence[str], slots: dict[str, list[_Slot]], *, base: float, loss: float, least: float
-    ) -> list[Blame]:
+    def knows(self, site: str) -> bool:
+        """Whether the original has the weight of a site."""
+        self._slots[site] = _slots(site, self.original, self.model)
+        return bool(self._slots[site])
+
+    def restored(self, sites: Sequence[str]) -> float:
+        """Return the metric of the recomposed model with the original's weights at these sites."""
+        with _restored([slot for site in sites for slot in self._slots[site]]):
+            return metric_of(self.model, self.metric)
+
+    def search(self, sites: Sequence[str], *, base: float, loss: float, least: float) -> list[Blame]:
         """Return groups that were not halved, by what they gain; the group with the most is halved first."""
         groups, done = [Blame(tuple(sites), loss)], []
         while groups:
@@ -174,13 +187,39 @@ class _Bench:
             halves = []
             for half in (group.sites[:middle], group.sites[middle:]):
                 self.progress("evaluate", self.evaluations, self.evaluations + 2 * len(groups) + 2)
-                with _restored([slot for site in half for slot in slots[site]]):
-                    halves.append(Blame(half, metric_of(self.module, self.metric) - base))
+                halves.append(Blame(half, self.restored(half) - base))
                 self.evaluations += 1
             together = all(half.gain < least * loss for half in halves)
             (done if together else groups).extend([group] if together else halves)
         self.progress("evaluate", self.evaluations, self.evaluations)
         return sorted(done, key=lambda blame: -blame.gain)
+
+
+class _OnnxBench(_Bench):
+    """The same of ONNX models, which hold their weights where they cannot be changed: each time there is a new one."""
+
+    def __init__(self, original: Any, recomposed: Any, metric: Metric, progress: Progress) -> None:
+        super().__init__(original, recomposed, metric, progress)
+        self._recomposed, self._kind = recomposed, kind_of(recomposed)
+        self._old, self._new = (kind_of(model).tensors(model) for model in (original, recomposed))
+        self._names: dict[str, set[str]] = defaultdict(set)  # of the weight and the biases of each site
+        for call in open_model(recomposed, copies=False).flow.elements:
+            if isinstance(call, Call):
+                self._names[site_name(call.weight)] |= {call.weight} | ({call.bias} if call.bias else set())
+
+    def knows(self, site: str) -> bool:
+        """Whether the original has the weight of a site."""
+        return any(site_name(name) == site for name in self._shared(site))
+
+    def _shared(self, site: str) -> list[str]:
+        """Return the names of what both models have of a site."""
+        both = [name for name in sorted(self._names[site]) if name in self._old and name in self._new]
+        return [name for name in both if self._old[name].shape == self._new[name].shape]
+
+    def restored(self, sites: Sequence[str]) -> float:
+        """Return the metric of the recomposed model with the original's weights at these sites."""
+        dense = {name: self._old[name] for site in sites for name in self._shared(site)}
+        return metric_of(self._kind.exchanged(self._recomposed, dense), self.metric)
 
 
 @contextmanager

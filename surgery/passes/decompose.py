@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from surgery.errors import only_own_errors
-from surgery.kinds.registry import Model, check_inplace
+from surgery.files.given import GivenModel, model_of
+from surgery.kinds.registry import check_inplace
 from surgery.passes.clock import instruments_of
 from surgery.passes.fitting import FitOptions
 from surgery.passes.job import Asked, Joint, read_job, read_selection
@@ -18,12 +20,10 @@ from surgery.plans.plan import Progress
 
 __all__ = ["decompose"]
 
-_Model = TypeVar("_Model", bound=Model)
-
 
 @only_own_errors
 def decompose(
-    model: _Model,
+    model: GivenModel | str | os.PathLike[str],
     example_inputs: Any = None,
     *,
     ranks: Asked = "auto",
@@ -36,7 +36,7 @@ def decompose(
     calibration: Any = None,
     groups: int | None = None,
     progress: Progress | None = None,
-) -> DecomposeResult[_Model]:
+) -> DecomposeResult[GivenModel]:
     """Replace operators by chains of lower rank, and return the new model with what was done.
 
     With a ``Goal`` the result is the fastest model that was seen to keep the promise, or the original. Without
@@ -44,7 +44,8 @@ def decompose(
     that. A rule or a plan is carried out as it is, and the output error that it causes is measured.
 
     Args:
-        model: nn.Module, GraphModule, ExportedProgram, onnx_ir.Model or ModelProto; the result is of the same kind.
+        model: nn.Module, GraphModule, ExportedProgram, onnx_ir.Model or ModelProto; the result is of the same kind. Of
+            the path of a file it is of the kind that ``surgery.load`` gives: ExportedProgram or onnx_ir.Model.
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments. A program brings its own.
         ranks: a rule, a ``Plan`` or a ``Goal``. Rules are "measured", "vbmf", "full", "energy=0.9", "keep_params=0.5",
             "keep_macs=0.5", a whole number, a tuple, or a dict from site names (or globs) to ranks, with None for
@@ -72,13 +73,12 @@ def decompose(
         RankError: ranks out of bounds, or a budget that cannot be met.
         CaptureError: the graph of an nn.Module can be neither traced nor exported.
     """
+    model, fits = model_of(model), FitOptions(solver, groups)
     if inplace:
         check_inplace(model)
     selection = read_selection(factorization=factorization, include=include, exclude=exclude, joint=joint)
-    fits = FitOptions(solver, groups)
     job = read_job(model, example_inputs, ranks, selection, fits, calibration=calibration, progress=progress)
     if isinstance(job.ranks, Goal):
         return by_goal(job, job.ranks, instruments_of(job.ranks), inplace=inplace)
     original = Original(job.model, job.inputs, copies=not inplace)
-    found = plan_for(original, job.ranks, selection, progress=job.progress)
-    return by_plan(job, original, found, inplace=inplace)
+    return by_plan(job, original, plan_for(original, job.ranks, selection, progress=job.progress), inplace=inplace)

@@ -5,14 +5,16 @@ apply: the structure of a plan for a fresh model, so that the state of a factore
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
 from surgery.errors import InputError, only_own_errors
 from surgery.factorizations import named
+from surgery.files.given import GivenModel, model_of
 from surgery.files.pretrained import note_record
 from surgery.files.structure import give_structure
 from surgery.kinds.inputs import normalise_inputs
@@ -30,15 +32,16 @@ from surgery.sites import Site, Skip
 
 __all__ = ["apply", "find_sites", "plan", "preview"]
 
-_Model = TypeVar("_Model", bound=Model)
-
 
 @only_own_errors
-def find_sites(model: Model, example_inputs: Any = None) -> tuple[tuple[Site, ...], tuple[Skip, ...]]:
+def find_sites(
+    model: Model | str | os.PathLike[str], example_inputs: Any = None
+) -> tuple[tuple[Site, ...], tuple[Skip, ...]]:
     """Return the sites of a model and the places that were considered and left alone, each with its reason.
 
     Args:
-        model: an nn.Module, a GraphModule, an ExportedProgram, an onnx_ir.Model or an onnx.ModelProto.
+        model: an nn.Module, a GraphModule, an ExportedProgram, an onnx_ir.Model, an onnx.ModelProto, or the path of a
+            file that ``surgery.load`` opens.
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments. An exported program brings its
             own; others need them for the shapes. No forward pass is run: shapes come from fake tensors.
 
@@ -46,13 +49,13 @@ def find_sites(model: Model, example_inputs: Any = None) -> tuple[tuple[Site, ..
         InputError: inputs that are missing or do not fit.
         CaptureError: the graph cannot be captured.
     """
-    original = Original(model, normalise_inputs(example_inputs))
+    original = Original(model_of(model), normalise_inputs(example_inputs))
     return tuple(original.sites.values()), original.skips
 
 
 @only_own_errors
 def plan(
-    model: Model,
+    model: Model | str | os.PathLike[str],
     example_inputs: Any = None,
     *,
     ranks: Asked = "measured",
@@ -85,7 +88,7 @@ def plan(
         CaptureError: the graph of an nn.Module can be neither traced nor exported.
     """
     selection = read_selection(factorization=factorization, include=include, exclude=exclude, joint=joint)
-    fits = FitOptions(solver, groups)
+    model, fits = model_of(model), FitOptions(solver, groups)
     if not isinstance(ranks, Goal) and ranks != "auto":
         _refuse_data(calibration, solver)
     job = read_job(model, example_inputs, ranks, selection, fits, calibration=calibration, progress=progress)
@@ -98,7 +101,7 @@ def plan(
 
 @only_own_errors
 def preview(
-    model: _Model,
+    model: GivenModel | str | os.PathLike[str],
     example_inputs: Any = None,
     *,
     ranks: Asked = "measured",
@@ -108,13 +111,14 @@ def preview(
     joint: Joint = (),
     backend: Any = None,
     progress: Progress | None = None,
-) -> DecomposeResult[_Model]:
+) -> DecomposeResult[GivenModel]:
     """Return what ``decompose`` would do by a rule or a plan, with predicted errors, and the model as it is.
 
     Arguments and errors are those of ``plan``. What a goal comes to is known by measuring models alone: see the result
     of ``decompose``.
     """
     selection = read_selection(factorization=factorization, include=include, exclude=exclude, joint=joint)
+    model = model_of(model)
     job = read_job(model, example_inputs, ranks, selection, FitOptions(), progress=progress)
     if isinstance(job.ranks, Goal):
         what = f"preview of the promise {job.ranks}, which is known by building models"

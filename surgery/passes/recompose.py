@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from surgery.errors import only_own_errors
+from surgery.files.given import GivenModel, model_of
 from surgery.files.pretrained import note_record
 from surgery.kinds.inputs import normalise_inputs
-from surgery.kinds.registry import Model, check_inplace, open_model
+from surgery.kinds.registry import check_inplace, open_model
 from surgery.sites import Fusable, Fuse, Skip
 from surgery.sites.fusable import fusable
 from surgery.system.tables import table
@@ -17,7 +19,6 @@ from surgery.text import change, count, shown
 
 __all__ = ["Fusion", "RecomposeResult", "recompose"]
 
-_Model = TypeVar("_Model", bound=Model)
 _Result = TypeVar("_Result", covariant=True)
 
 
@@ -59,8 +60,12 @@ class RecomposeResult(Generic[_Result]):
 
 @only_own_errors
 def recompose(
-    model: _Model, example_inputs: Any = None, *, everything: bool = False, inplace: bool = False
-) -> RecomposeResult[_Model]:
+    model: GivenModel | str | os.PathLike[str],
+    example_inputs: Any = None,
+    *,
+    everything: bool = False,
+    inplace: bool = False,
+) -> RecomposeResult[GivenModel]:
     """Fuse every maximal chain that is provably one linear operator; exact up to the rounding of the dtype.
 
     Chains are found by dataflow (single-use values, no nonlinearity between), so that chains made by others fuse too.
@@ -69,8 +74,8 @@ def recompose(
     alone, and listed.
 
     Args:
-        model: an nn.Module, a GraphModule, an ExportedProgram, an onnx_ir.Model or an onnx.ModelProto; the result is
-            of the same kind.
+        model: an nn.Module, a GraphModule, an ExportedProgram, an onnx_ir.Model or an onnx.ModelProto, and the result
+            is of the same kind; or the path of a file, as ``decompose`` takes it.
         example_inputs: needed only for an nn.Module that torch.fx cannot trace.
         everything: fuse also the chains that the original of a decomposed model had.
         inplace: change the given model itself (not possible for an exported program).
@@ -79,6 +84,7 @@ def recompose(
         InputError: arguments that cannot be used.
         CaptureError: the graph of an nn.Module can be neither traced nor exported.
     """
+    model = model_of(model)
     if inplace:
         check_inplace(model)
     graph = open_model(

@@ -124,6 +124,14 @@ class Goal:
 
         A number is taken as it is. Of a tensor with the score of each sample, the mean falls so with 95 % confidence.
 
+        Of an ONNX model the module is one that onnxruntime runs. It is called with tensors or NumPy arrays, in the
+        order of the graph's inputs or by their names, and returns a tuple of tensors, also of one output. Its
+        ``session`` is the ``onnxruntime.InferenceSession``, for metrics that feed it themselves:
+
+            def accuracy(run):
+                (logits,) = run(images)  # or run(input=images)
+                return (logits.argmax(1) == labels).double()
+
         Raises:
             InputError: a limit below 0, or a metric that cannot be called.
         """

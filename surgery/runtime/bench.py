@@ -12,17 +12,16 @@ from typing import Any
 import numpy.typing as npt
 import onnxruntime as ort
 import torch
-from torch import nn
-from torch.export import ExportedProgram
 
 from surgery.cost.onnxruntime.sessions import bind
 from surgery.cost.timing import Budget, Samples, compare_samples, interleave, waited
 from surgery.errors import InputError, only_own_errors
-from surgery.kinds.inputs import Inputs, normalise_inputs
-from surgery.kinds.onnx.session import check_threads, open_session
+from surgery.files.given import model_of
+from surgery.kinds.inputs import Inputs
+from surgery.kinds.onnx.session import check_threads, feed, open_session
 from surgery.kinds.onnx.session import open_model as session_of
-from surgery.kinds.registry import is_model, kind_of
-from surgery.runtime.compare import Runnable, default_inputs, feed, open_model
+from surgery.kinds.registry import Model, is_model, kind_of
+from surgery.runtime.compare import shared_inputs
 from surgery.runtime.export import capture, export_onnx
 from surgery.system.machine import cpu_name, physical_cores
 from surgery.system.scratch import scratch_folder
@@ -40,7 +39,6 @@ __all__ = [
     "environment",
     "make_ready",
     "name_of",
-    "shared_inputs",
     "time_ready",
 ]
 
@@ -136,7 +134,7 @@ class Ready:
 
 @only_own_errors
 def bench(
-    models: Sequence[nn.Module | ExportedProgram | str | os.PathLike[str]],
+    models: Sequence[Model | str | os.PathLike[str]],
     example_inputs: Any = None,
     *,
     names: Sequence[str] | None = None,
@@ -147,9 +145,9 @@ def bench(
 ) -> Timing:
     """Time models under onnxruntime on the same inputs, interleaved, for about ``seconds`` in all.
 
-    Models are modules, programs, or paths of .pt2 and .onnx files. PyTorch models are exported to temporary files and
-    checked first. Without ``example_inputs``, the inputs that the first model brings along are used, or random ones of
-    the shapes that it declares; dynamic sizes of an .onnx file are 1. ``names`` replace the models' paths in the
+    Models are modules, programs, ONNX models, or paths of their files. PyTorch models are exported to temporary files
+    and checked first. Without ``example_inputs``, those are used that ``compare`` would use; dynamic sizes of an ONNX
+    model are 1. ``names`` replace the models' paths in the
     result. ``threads`` defaults to the physical cores. ``progress`` gets the share of the time that has passed.
 
     Models that take turns find their weights evicted from the caches, as in a program that does other things between
@@ -160,7 +158,7 @@ def bench(
         InputError: no models, or models that do not take the same inputs.
         CaptureError, CheckError: a model that cannot be exported, as ``export_onnx`` says.
 
-    >>> bench([nn.Linear(8, 8)], torch.ones(1, 8), seconds=0.01).models[0].runs >= 11
+    >>> bench([torch.nn.Linear(8, 8)], torch.ones(1, 8), seconds=0.01).models[0].runs >= 11
     True
     """
     check_models(models, names)
@@ -169,7 +167,7 @@ def bench(
 
 
 def make_ready(
-    models: Sequence[nn.Module | ExportedProgram | str | os.PathLike[str]],
+    models: Sequence[Model | str | os.PathLike[str]],
     example_inputs: Any = None,
     *,
     names: Sequence[str] | None = None,
@@ -179,8 +177,8 @@ def make_ready(
     """Return models to be timed, perhaps more than once; arguments and exceptions are those of ``bench``."""
     check_threads(threads)
     threads = threads or physical_cores()
-    opened = [open_model(model, threads=threads) for model in models]
-    inputs = shared_inputs(opened, example_inputs, seed)
+    opened = [model_of(model) for model in models]
+    inputs = shared_inputs(opened, example_inputs, seed=seed)
     ready = []
     for path, model in zip(names or map(name_of, models), opened, strict=True):
         try:
@@ -229,29 +227,17 @@ def name_of(model: Any) -> str:
     return os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__
 
 
-def shared_inputs(models: Sequence[Runnable], example_inputs: Any, seed: int) -> Inputs:
-    """Return the example inputs, or those of the first model that knows any; raises InputError where none does."""
-    if example_inputs is not None:
-        return normalise_inputs(example_inputs)
-    for model in models:
-        inputs = default_inputs(model, seed=seed)
-        if inputs is not None:
-            return inputs
-    raise InputError("no model knows the shape of its inputs", next_step="give example_inputs")
-
-
 def describe_feeds(feeds: Mapping[str, npt.NDArray[Any]]) -> tuple[str, ...]:
     """Return each input of a session in words: its name, type and shape."""
     return tuple(f"{name} {a.dtype} {'x'.join(map(str, a.shape)) or 'scalar'}" for name, a in feeds.items())
 
 
-def _prepare(model: Runnable, inputs: Inputs, threads: int) -> tuple[Callable[[], None], tuple[str, ...]]:
+def _prepare(model: Model, inputs: Inputs, threads: int) -> tuple[Callable[[], None], tuple[str, ...]]:
     """Return a callable that runs a model once on its inputs, and the inputs in words."""
-    if isinstance(model, ort.InferenceSession):
-        feeds = feed(model, inputs)
-        return bind(model, feeds), describe_feeds(feeds)
     if (onnx := kind_of(model).as_onnx(model)) is not None:
-        return _prepare(session_of(onnx, threads=threads), inputs, threads)
+        session = session_of(onnx, threads=threads)
+        feeds = feed(session, inputs)
+        return bind(session, feeds), describe_feeds(feeds)
     program, _ = capture(model, inputs)
     with scratch_folder() as folder:
         file = folder / "model.onnx"

@@ -3,8 +3,6 @@
 Outputs may be nested (tuples, dicts, dataclasses such as those of transformers). They are compared tensor by tensor,
 each as a whole, by two numbers: the largest absolute difference, and the Frobenius norm of the difference over that of
 the first model's output.
-
-What an onnxruntime session is fed: inputs in its order and form, and made-up ones of the shapes that it declares.
 """
 
 from __future__ import annotations
@@ -16,134 +14,60 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import onnxruntime as ort
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from surgery.algebra import relative_error
 from surgery.errors import InputError, only_own_errors
-from surgery.files.guard.onnx import open_onnx
-from surgery.files.load import load
-from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs, random_tensor
-from surgery.kinds.onnx.session import open_file
-from surgery.kinds.registry import is_model, kind_of
+from surgery.files.given import model_of
+from surgery.kinds.inputs import Inputs, normalise_inputs
+from surgery.kinds.registry import Model, kind_of
 from surgery.text import first_line
 
 __all__ = [
     "Difference",
-    "Runnable",
     "OutputDifference",
     "compare",
     "compare_outputs",
     "default_inputs",
     "evaluating",
-    "feed",
     "flatten_outputs",
-    "open_model",
     "run_model",
-    "session_inputs",
+    "shared_inputs",
 ]
 
-_GIVE_EXAMPLES = "give example_inputs"
-_DTYPES = {
-    "tensor(float)": torch.float32,
-    "tensor(double)": torch.float64,
-    "tensor(float16)": torch.float16,
-    "tensor(int64)": torch.int64,
-    "tensor(int32)": torch.int32,
-    "tensor(int16)": torch.int16,
-    "tensor(int8)": torch.int8,
-    "tensor(uint8)": torch.uint8,
-    "tensor(bool)": torch.bool,
-}
 
-
-def default_inputs(model: Any, *, seed: int = 0) -> Inputs | None:
+def default_inputs(model: Model, *, seed: int = 0) -> Inputs | None:
     """Return the inputs that a model brings along, or random ones of its shapes; None where it knows no shapes.
 
-    An ExportedProgram and a traced GraphModule know their shapes, an onnxruntime session too, other modules do not.
+    An ExportedProgram, a traced GraphModule and an ONNX model know their shapes, other modules do not.
     """
-    if isinstance(model, ort.InferenceSession):
-        return session_inputs(model, seed=seed)
     return kind_of(model).brought_inputs(model, seed=seed)
 
 
-def session_inputs(
-    session: ort.InferenceSession, *, seed: int = 0, shapes: Mapping[str | int, Sequence[int]] = MappingProxyType({})
-) -> Inputs:
-    """Return random inputs by position, of the declared shapes; dynamic sizes are 1.
+def shared_inputs(models: Sequence[Model], example_inputs: Any, *, seed: int = 0) -> Inputs:
+    """Return the example inputs, or those of the first model that knows any; raises InputError where none does.
 
-    ``shapes`` are those of other inputs, by name or by place.
-
-    Raises:
-        InputError: an input that is no tensor of numbers.
+    ONNX models are asked last, since their inputs go by order alone, and of them first those of a fixed batch size.
     """
-    made = []
-    known = [declared.name for declared in session.get_inputs()]
-    if unknown := [key for key in shapes if key not in known and key not in range(len(known))]:
-        raise InputError(f"the model has no input {unknown[0]}", allowed=", ".join(known))
-    for index, declared in enumerate(session.get_inputs()):
-        if declared.type not in _DTYPES:
-            raise InputError(f"the input {declared.name} is a {declared.type}", allowed=", ".join(_DTYPES))
-        plain = [size if isinstance(size, int) and size >= 0 else 1 for size in declared.shape]
-        shape = shapes.get(declared.name, shapes.get(index, plain))
-        made.append(random_tensor(shape, _DTYPES[declared.type], seed=seed + index, name=declared.name))
-    return tuple(made), {}
+    if example_inputs is not None:
+        return normalise_inputs(example_inputs)
+    for model in sorted(models, key=_freedom):
+        inputs = default_inputs(model, seed=seed)
+        if inputs is not None:
+            return inputs
+    what = "no model knows the shape of its inputs"
+    raise InputError(what, next_step="give example_inputs (on the command line --input-shape)")
 
 
-def feed(
-    session: ort.InferenceSession, inputs: Inputs, program: ExportedProgram | None = None
-) -> dict[str, npt.NDArray[Any]]:
-    """Return what the session takes: inputs by name by their names, the others in order.
-
-    ``program`` is the one that was exported to it, if there is one: it knows the place of nested inputs and names.
-
-    Raises:
-        InputError: another number of inputs, another shape or type; the message shows both sides.
-    """
-    declared = session.get_inputs()
-    tensors = flatten_inputs(inputs if program else _by_name(inputs, [d.name for d in declared]), program)
-    wanted = ", ".join(f"{d.name} {d.type} {_show(d.shape)}" for d in declared)
-    fits = len(tensors) == len(declared) and all(map(_fits, tensors, declared))
-    if not fits:
-        given = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {_show(t.shape)}" for t in tensors)
-        raise InputError(
-            f"the inputs do not fit the model: given {given or 'none'}", allowed=wanted, next_step=_GIVE_EXAMPLES
-        )
-    return {d.name: t.detach().cpu().contiguous().numpy() for d, t in zip(declared, tensors, strict=True)}
+def _freedom(model: Model) -> int:
+    kind = kind_of(model)
+    return 0 if not kind.is_onnx else 1 if kind.fixed_batch(model) is not None else 2
 
 
-def _by_name(inputs: Inputs, names: Sequence[str]) -> Inputs:
-    """Bring inputs by name into the session's order."""
-    args, kwargs = inputs
-    if len(names) == len(kwargs) == 1:
-        return args, kwargs  # nothing can be mistaken
-    rest = names[len(args) :]
-    if kwargs and set(kwargs) != set(rest):
-        raise InputError(f"inputs named {', '.join(kwargs)}", allowed=", ".join(rest) or "none by name")
-    return args, {name: kwargs[name] for name in rest if name in kwargs}
-
-
-def _fits(tensor: Tensor, declared: Any) -> bool:
-    if _DTYPES.get(declared.type) != tensor.dtype or len(declared.shape) != tensor.dim():
-        return False
-    pairs = zip(declared.shape, tensor.shape, strict=True)
-    return all(not isinstance(size, int) or size == got for size, got in pairs)
-
-
-def _show(shape: Sequence[Any]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
-
-
-Runnable: TypeAlias = nn.Module | ExportedProgram | ort.InferenceSession
 _GIVE = "give inputs: a tensor, a tuple, or a dict by name"
 
 
@@ -181,12 +105,12 @@ class Difference:
 
 @only_own_errors
 def compare(
-    a: Runnable | str | os.PathLike[str], b: Runnable | str | os.PathLike[str], inputs: Any = None, *, seed: int = 0
+    a: Model | str | os.PathLike[str], b: Model | str | os.PathLike[str], inputs: Any = None, *, seed: int = 0
 ) -> Difference:
     """Return the differences of the outputs of ``b`` from those of ``a``; modules run in evaluation mode.
 
-    Models are modules, exported programs, or paths to .pt2 and .onnx files. Without ``inputs``, the inputs that the
-    first model brings along are used, else those of the second, else random ones of their shapes.
+    Models are modules, exported programs, ONNX models, or paths of their files. Without ``inputs``, those are used that
+    a module or a program brings along, the first one's if both do, else random ones of the shapes of an ONNX model.
 
     Raises:
         InputError: inputs are not known or do not fit, the outputs differ in number, kind or shape, or no number in
@@ -196,14 +120,8 @@ def compare(
     >>> compare(layer, layer, torch.ones(1, 3)).max_abs
     0.0
     """
-    models = [open_model(a), open_model(b)]
-    if inputs is None:
-        found = (default_inputs(model, seed=seed) for model in models)
-        given = next((candidate for candidate in found if candidate is not None), None)
-        if given is None:
-            raise InputError("neither model knows the shape of its inputs", next_step=_GIVE)
-    else:
-        given = normalise_inputs(inputs)
+    models = [model_of(a), model_of(b)]
+    given = shared_inputs(models, inputs, seed=seed)
     first, second = (run_model(model, given) for model in models)
     difference = compare_outputs(first, second)
     numbers = [tensor for _, tensor in flatten_outputs(first) if tensor.numel()]
@@ -212,32 +130,12 @@ def compare(
     return difference
 
 
-def open_model(model: Runnable | str | os.PathLike[str], *, threads: int | None = None) -> Runnable:
-    """Return a model as it is, or from its file: an .onnx file becomes a session, and any other file is loaded.
-
-    Raises:
-        InputError: the model is of another kind, its file cannot be read, or its weights lie outside of its folder.
-    """
-    if isinstance(model, ort.InferenceSession) or is_model(model):
-        return model
-    if not isinstance(model, str | os.PathLike):
-        allowed = "nn.Module, GraphModule, ExportedProgram, or the path of a .pt2 or .onnx file"
-        raise InputError(f"a model of type {type(model).__name__}", allowed=allowed)
-    path = Path(model)
-    if path.suffix != ".onnx":
-        return load(path)
-    return open_file(open_onnx(path), threads=threads)
-
-
-def run_model(model: Runnable, inputs: Inputs) -> Any:
-    """Return the outputs, without gradients and in evaluation mode; a session's as a tuple of tensors.
+def run_model(model: Model, inputs: Inputs) -> Any:
+    """Return the outputs, without gradients and in evaluation mode; an ONNX model's as a tuple of tensors.
 
     Raises:
         InputError: the model does not take these inputs.
     """
-    if isinstance(model, ort.InferenceSession):
-        feeds = feed(model, inputs)
-        return tuple(_from_onnx(value) for value in _call(lambda: model.run(None, feeds)))
     args, kwargs = inputs
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch about itself; what matters here are the outputs
@@ -249,12 +147,10 @@ def run_model(model: Runnable, inputs: Inputs) -> Any:
 def _call(run: Callable[[], Any]) -> Any:
     try:
         return run()
+    except InputError:
+        raise
     except Exception as error:  # whatever a model raises
         raise InputError(f"the model does not run on these inputs: {first_line(error)}", next_step=_GIVE) from error
-
-
-def _from_onnx(value: Any) -> Any:
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype != object else value
 
 
 @contextmanager

@@ -20,18 +20,18 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from surgery.errors import CaptureError, CheckError, InputError, only_own_errors
+from surgery.files.given import model_of
 from surgery.kinds.fx.graph import read_record
 from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs
 from surgery.kinds.onnx.exported import keep_weights
 from surgery.kinds.onnx.graph import RECORD
-from surgery.kinds.onnx.session import TOLERANCES, open_session
+from surgery.kinds.onnx.session import TOLERANCES, feed, open_session
 from surgery.kinds.registry import Model, kind_of
 from surgery.runtime.compare import (
     Difference,
     compare_outputs,
     default_inputs,
     evaluating,
-    feed,
     flatten_outputs,
     run_model,
 )
@@ -82,7 +82,7 @@ class ExportReport:
 
 @only_own_errors
 def export_onnx(
-    model: Model,
+    model: Model | str | os.PathLike[str],
     path: str | os.PathLike[str],
     example_inputs: Any = None,
     *,
@@ -91,6 +91,7 @@ def export_onnx(
 ) -> ExportReport:
     """Write a module (in evaluation mode) or program as ONNX, after onnxruntime gave PyTorch's outputs on the inputs.
 
+    ``model`` may be the path of its file, too.
     ``example_inputs`` are a tensor, a tuple or list, or a dict by name. A program brings its own inputs along, and its
     dynamic sizes stay dynamic. Weights of 2 GiB or more go to a second file, ``NAME.onnx.data``.
 
@@ -100,10 +101,10 @@ def export_onnx(
         CaptureError: torch cannot capture the model or write it as ONNX.
         CheckError: onnxruntime computes something else; nothing is written.
     """
-    target = Path(path)
+    target, model = Path(path), model_of(model)
     check_outputs([target], force=force)
     if kind_of(model).is_onnx:
-        raise InputError("the model is an ONNX model already", next_step="write it with surgery.save")
+        raise InputError("the model is an ONNX model already", next_step="use it as it is, or surgery.save it")
     program, inputs = capture(model, example_inputs, seed=seed)
     exported = _to_onnx(program)
     _keep_record(program, exported.model)

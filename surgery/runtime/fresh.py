@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import onnxruntime as ort
 from torch import nn
 from torch.export import ExportedProgram
 
 from surgery.cost.base import Backend, ModelFile, make_backend
 from surgery.cost.timing import Speedup
 from surgery.errors import InputError, only_own_errors
+from surgery.files.given import model_of
 from surgery.files.save import save
 from surgery.kinds.inputs import Inputs
-from surgery.kinds.onnx.session import check_threads, open_session
-from surgery.kinds.registry import kind_of
+from surgery.kinds.onnx.session import check_threads, feed, open_session
+from surgery.kinds.registry import Model, kind_of
 from surgery.runtime.bench import (
     ModelComparison,
     ModelTiming,
@@ -36,9 +36,8 @@ from surgery.runtime.bench import (
     describe_feeds,
     environment,
     name_of,
-    shared_inputs,
 )
-from surgery.runtime.compare import feed, open_model
+from surgery.runtime.compare import shared_inputs
 from surgery.runtime.export import capture, export_onnx
 from surgery.system.scratch import scratch_folder
 
@@ -46,7 +45,7 @@ __all__ = ["Apart", "time_apart", "time_batches"]
 
 _WIDE = 1.1  # an interval whose upper end is more than this times the lower one says too little for a search
 
-_Given: TypeAlias = nn.Module | ExportedProgram | str | os.PathLike[str]
+_Given: TypeAlias = Model | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -112,11 +111,11 @@ class Apart:
 
     def __init__(self, model: nn.Module | ExportedProgram, example_inputs: Any, backend: Backend) -> None:
         self._backend = backend
-        self._inputs = shared_inputs([model], example_inputs, 0)
+        self._inputs = shared_inputs([model], example_inputs)
         held = ExitStack()
         weakref.finalize(self, held.close)  # also when Python ends
         self._folder = held.enter_context(scratch_folder())
-        self._first = _write(model, model, self._inputs, self._folder / "first.onnx", name_of(model))
+        self._first = _write(model, self._inputs, self._folder / "first.onnx", name_of(model))
 
     def against(
         self,
@@ -132,7 +131,7 @@ class Apart:
         Where the interval leaves open whether the ``goal``, a speed-up, is reached, or is wider than a tenth, it takes
         longer, up to ``patience`` times as long.
         """
-        later = _write(model, model, self._inputs, self._folder / "later.onnx", name_of(model))
+        later = _write(model, self._inputs, self._folder / "later.onnx", name_of(model))
         asked = _Patience(goal, patience)
         return self._time([self._first, later], asked, seconds, progress)
 
@@ -203,24 +202,22 @@ def _written(
 ) -> Iterator[list[_Written]]:
     """Yield the models as files, in a folder that is removed whatever happens, or where they were."""
     check_models(models, names)
-    opened = [open_model(model) for model in models]
-    inputs = shared_inputs(opened, example_inputs, seed)
+    opened = [model_of(model) for model in models]
+    inputs = shared_inputs(opened, example_inputs, seed=seed)
     with scratch_folder() as folder:
         written = []
         for index, (model, given) in enumerate(zip(opened, models, strict=True)):
             called = name_of(given) if names is None else names[index]
             try:
-                written.append(_write(model, given, inputs, folder / f"{index}.onnx", called))
+                written.append(_write(model, inputs, folder / f"{index}.onnx", called))
             except InputError as error:
                 raise InputError(f"{called}: {error.what}", allowed=error.allowed, next_step=error.next_step) from error
-        del opened, model  # sessions hold their weights in memory
+        del opened, model  # their weights are in the files
         yield written
 
 
-def _write(model: Any, given: _Given, inputs: Inputs, file: Path, name: str) -> _Written:
-    if isinstance(model, ort.InferenceSession):
-        session, file, feeds = model, Path(os.fspath(given)), feed(model, inputs)  # type: ignore[arg-type]  # a path
-    elif (onnx := kind_of(model).as_onnx(model)) is not None:
+def _write(model: Model, inputs: Inputs, file: Path, name: str) -> _Written:
+    if (onnx := kind_of(model).as_onnx(model)) is not None:
         save(onnx, file)
         session = open_session(file)
         feeds = feed(session, inputs)

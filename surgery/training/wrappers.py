@@ -44,8 +44,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside all wrappers.
 
     Raises:
-        InputError: its parameters are shards, as with FSDP.
+        InputError: it is not a module, or its parameters are shards, as with FSDP.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"a model to train is a {type(model).__name__}",
+            allowed="nn.Module, which has gradients",
+            next_step="train the module that a file came from; decompose with calibration data fits a file without",
+        )
     while (inner := _inside(model)) is not None:
         model = inner
     if any(hasattr(parameter, "placements") for parameter in model.parameters()):

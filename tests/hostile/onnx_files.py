@@ -140,7 +140,7 @@ def _typed(kind: int, **fields: Any) -> Maker:
 def _sparse(folder: Path) -> onnx.ModelProto:
     model = _model([])
     values, places = helper.make_tensor("w", FLOAT, [1], [1.0]), helper.make_tensor("i", TensorProto.INT64, [1], [3])
-    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [8, 8]))
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [2**20, 2**20]))
     return model
 
 

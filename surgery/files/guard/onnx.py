@@ -25,10 +25,10 @@ from google.protobuf.message import Message  # type: ignore[import-untyped]
 from surgery.errors import FileError, UnsafeFileError
 from surgery.files.guard.onnx_graph import check_graphs
 from surgery.files.guard.onnx_nodes import check_nodes
-from surgery.system.opening import open_inside, open_regular, shown_name, shown_path, size_of
+from surgery.system.opening import open_inside, open_regular, shown_name, size_of
 from surgery.system.protobuf import TAKEN, Fields, Hollow
 
-__all__ = ["OnnxFile", "has_sparse", "onnx_size", "open_onnx", "read_onnx", "refer"]
+__all__ = ["OnnxFile", "onnx_size", "read_onnx", "refer"]
 
 _AGAIN = "export the model again"
 _BOTH = "get both files again"
@@ -61,9 +61,20 @@ class OnnxFile:
     held: Mapping[str, memoryview]
     own: frozenset[str]
 
-    def outer_tensors(self, proto: onnx.ModelProto) -> list[onnx.TensorProto]:
-        """Return the tensors whose numbers are not in a message, which is this one or a copy."""
-        return [tensor for tensor in _tensors(proto) if _is_external(tensor)]
+    def fill_sparse(self) -> None:
+        """Put the numbers of sparse initializers into the message.
+
+        Raises:
+            FileError: there is another sparse tensor.
+        """
+        own = list(self.proto.graph.sparse_initializer)
+        if sum(isinstance(part, onnx.SparseTensorProto) for part in _parts(self.proto)) != len(own):
+            raise FileError("has a sparse weight in a node", next_step="export the model again with dense ones")
+        for tensor in (each for sparse in own for each in (sparse.values, sparse.indices) if _is_external(each)):
+            raw = bytes(self.numbers(tensor))
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+            tensor.raw_data = raw
 
     def numbers(self, tensor: onnx.TensorProto) -> memoryview:
         """Return the bytes of a tensor whose numbers are not in the message."""
@@ -75,23 +86,8 @@ class OnnxFile:
         return self.held[location][offset : offset + size]
 
 
-def open_onnx(path: Path) -> OnnxFile:
-    """Return the ONNX file at a path; errors name it.
-
-    Raises:
-        FileError: it is not an ONNX model, or weights do not fit into the files that should hold them.
-        UnsafeFileError: weights lie outside of its folder.
-    """
-    try:
-        with open_regular(path) as file:
-            return read_onnx(path, file)
-    except FileError as error:
-        named = error.what if error.what.startswith(shown_path(path)) else f"{shown_path(path)}: {error.what}"
-        raise type(error)(named, allowed=error.allowed, next_step=error.next_step) from error.__cause__
-
-
 def read_onnx(path: Path, file: BinaryIO) -> OnnxFile:
-    """Return the ONNX file that is open, at its start; raises as ``open_onnx``, but errors do not name the file."""
+    """Return the ONNX file that is open, at its start; errors do not name it."""
     secret = secrets.token_hex(16)  # so that no text in the file can be one of our locations
     try:
         hollow = Hollow(
@@ -137,11 +133,6 @@ def refer(tensor: onnx.TensorProto, location: str) -> onnx.TensorProto:
     entry = tensor.external_data.add()
     entry.key, entry.value = "location", location
     return tensor
-
-
-def has_sparse(model: onnx.ModelProto) -> bool:
-    """Whether any graph or node of a model has a sparse tensor."""
-    return any(isinstance(part, onnx.SparseTensorProto) for part in _parts(model))
 
 
 def _is_external(tensor: onnx.TensorProto) -> bool:

@@ -25,6 +25,9 @@ from surgery.kinds.onnx.weights import View
 __all__ = ["ChainWriter"]
 
 
+_GEMM_WITHOUT_BIAS = 11  # the first opset that has it
+
+
 class ChainWriter(NodeWriter):
     """Writes the nodes of a chain on values of a graph; each weight becomes one initializer.
 
@@ -38,6 +41,7 @@ class ChainWriter(NodeWriter):
         self.named: dict[int, tuple[str, Tensor]] = {}
         self.views: dict[str, tuple[View, ...]] = {}
         self._known: dict[str, ir.Value] = {}
+        self.inserted: list[ir.Node] = []  # by ``finish``
         self._marks: dict[int, str] = {}  # what a reshape does, for the reader
         self._before: ir.Node | None = None
 
@@ -83,6 +87,7 @@ class ChainWriter(NodeWriter):
         """Append an operator; its bias is a value of the graph."""
         plain = operator.with_bias(None)
         if isinstance(plain, Linear):
+            gemm = gemm and (bias is not None or self._graph.model.opset_imports.get("", 1) >= _GEMM_WITHOUT_BIAS)
             write_linear(self, plain, gemm=gemm, turned=self.turned)
             if bias is not None and not gemm:
                 self.read("Add", bias)
@@ -122,6 +127,11 @@ class ChainWriter(NodeWriter):
             words = ("unflatten", step.dim, *step.sizes)
         self._marks[len(self.nodes) - 1] = " ".join(map(str, words))
 
+    def shift(self, bias: ir.Value) -> None:
+        """Append the addition of a bias to what a chain computes."""
+        self.read("Add", bias)
+        self._marks[len(self.nodes) - 1] = "shift"
+
     def finish(self) -> ir.Value:
         """Insert the nodes, and return their last value."""
         before = self._before
@@ -132,6 +142,7 @@ class ChainWriter(NodeWriter):
                 name, to_torch(ir.serde.deserialize_tensor(constant))
             )
         stem = before.outputs[0].name or before.op_type
+        self.inserted = []
         last: ir.Value | None = None
         for number, proto in enumerate(self.nodes):
             marks = {MARK: self._marks[number]} if number in self._marks else None
@@ -147,6 +158,7 @@ class ChainWriter(NodeWriter):
                 output.name = self._graph.note_name(self._graph.new_name(f"{stem}.{name}"))
                 self._known[name] = output
             before.graph.insert_before(before, node)  # type: ignore[union-attr]
+            self.inserted.append(node)
             last = node.outputs[0]
         assert last is not None  # a chain has a step
         return last

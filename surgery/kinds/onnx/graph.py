@@ -13,9 +13,10 @@ from torch import Tensor
 
 from surgery.errors import CheckError, FileError
 from surgery.kinds.onnx.left import is_recurrent
+from surgery.kinds.onnx.origin import describe
 from surgery.kinds.onnx.read import Reader
 from surgery.kinds.onnx.tensors import to_ir
-from surgery.kinds.onnx.weights import View, is_view
+from surgery.kinds.onnx.weights import View, held, is_view
 from surgery.sites import Call, Record
 
 __all__ = ["RECORD", "EditedGraph", "producer_of", "read_metadata", "read_record"]
@@ -180,7 +181,9 @@ class EditedGraph:
     def set_numbers(self, value: ir.Value, tensor: Tensor) -> None:
         """Give a weight or a bias other numbers."""
         numbers = to_ir(tensor, value.name or "")
-        producer = value.producer()
+        before, producer = held(value), value.producer()
+        if before is not None:
+            describe(numbers, before)
         if producer is None:
             value.const_value = numbers
         else:
@@ -212,6 +215,7 @@ class EditedGraph:
     def stand_in(self, old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node]) -> None:
         """Let one value stand in the place of another, under its name, and remove the nodes that computed that."""
         name, new.type, new.shape = old.name, old.type, old.shape
+        describe(new, old)
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         self._now[old] = new
         nodes[0].graph.remove(nodes, safe=True)  # type: ignore[union-attr]

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from surgery.errors import InputError
 from surgery.kinds.base import Access, Kind
 from surgery.kinds.inputs import Declared, Inputs, Signature, given_inputs, random_tensor
-from surgery.kinds.onnx.graph import RECORD, read_metadata
+from surgery.kinds.onnx.graph import RECORD, EditedGraph, read_metadata
 from surgery.kinds.onnx.norms import NormNode, set_in_proto
 from surgery.kinds.onnx.places import all_tensors
+from surgery.kinds.onnx.proto import read_proto, write_proto
 from surgery.kinds.onnx.read import Reader
 from surgery.kinds.onnx.run import OnnxModule
+from surgery.kinds.onnx.session import fitting_inputs
 from surgery.kinds.onnx.tensors import DTYPES, to_torch
 from surgery.kinds.onnx.write import OpenOnnx
 
@@ -54,11 +56,13 @@ def random_inputs(
     made, values = [], _inputs(model)
     known = [value.name or "" for value in values]
     if unknown := [key for key in shapes if key not in known and key not in range(len(known))]:
-        raise InputError(f"the model has no input {unknown[0]}", allowed=", ".join(known))
+        which = unknown[0] if isinstance(unknown[0], str) else f"number {unknown[0] + 1}"
+        raise InputError(f"the model has no input {which}", allowed=", ".join(known) or "none")
     for number, (name, value) in enumerate(zip(known, values, strict=True)):
         dtype, shape = _dtype(value), shapes.get(name, shapes.get(number))
         if dtype is None:
-            raise InputError(f"the input {name} is not a tensor of numbers", next_step="give example_inputs")
+            said = "of no known type" if value.dtype is None else f"of the type {value.dtype.name.lower()}"
+            raise InputError(f"the input {name} is {said}", allowed="tensors of numbers and of booleans")
         if shape is None and value.shape is None:
             raise InputError(f"the input {name} declares no shape", next_step=f"give --input-shape {name}:N,N,...")
         sizes = shape or [size if isinstance(size, int) else 1 for size in _sizes(value)]
@@ -81,7 +85,18 @@ class OnnxKind(Kind):
 
     def open(self, model: Any, inputs: Inputs, access: Access) -> OpenOnnx:
         """Open a model; the model itself is never changed."""
-        return OpenOnnx(self.read(model), inputs if any(inputs) else self.brought_inputs(model) or ((), {}))
+        return OpenOnnx(self.read(model), self._inputs(model, inputs))
+
+    def _inputs(self, model: Any, inputs: Inputs) -> Inputs:
+        """Return the inputs that are given, if they fit, or else those that a model brings, if it does."""
+        if not any(inputs):
+            return self.brought_inputs(model) or ((), {})
+        declared = {}
+        for value in _inputs(self.read(model)):
+            declared[value.name or ""] = (_dtype(value), None if value.shape is None else _sizes(value))
+        if unknown := [name for name in inputs[1] if name not in declared]:
+            raise InputError(f"the model has no input {unknown[0]}", allowed=", ".join(declared) or "none")
+        return (), dict(fitting_inputs(declared, inputs))
 
     def runnable(self, model: Any) -> nn.Module:
         """Return a module that runs a model under onnxruntime."""
@@ -103,6 +118,13 @@ class OnnxKind(Kind):
         """Return the weights of a model by name."""
         return {name: to_torch(tensor) for name, tensor in Reader(self.read(model)).parameters.items()}
 
+    def exchanged(self, model: Any, tensors: Mapping[str, Any]) -> ir.Model:
+        """Return a copy of a model with other numbers for some of its weights, as ``onnx_ir`` holds it."""
+        graph = EditedGraph(self.read(model).clone())
+        for name, tensor in tensors.items():
+            graph.set_numbers(graph.parameter(name), tensor)
+        return graph.model
+
     def brought_inputs(self, model: Any, *, seed: int = 0) -> Inputs | None:
         """Return random inputs of the shapes that a model declares; sizes that may vary are 1. None if it cannot."""
         read = self.read(model)
@@ -123,7 +145,9 @@ class OnnxKind(Kind):
             name = value.name or ""
             if dtype is None:
                 continue
-            if value.shape is None and name in given:
+            if value.shape is None:
+                if name not in given:
+                    continue  # of any shape
                 sizes = ("?",) * given[name].dim()
             fixed = tuple(size if isinstance(size, int) else None for size in sizes)
             found[name] = Declared(dtype, fixed, sizes)
@@ -156,7 +180,7 @@ class OnnxProtoKind(OnnxKind):
         Raises:
             InputError: it says that weights are in files, and not in which folder.
         """
-        found = ir.serde.deserialize_model(model)
+        found = read_proto(model)
         if any(isinstance(tensor, ir.ExternalTensor) for tensor, _ in all_tensors(found)):
             what = "the onnx.ModelProto has weights in other files, and does not know their folder"
             raise InputError(what, next_step="load it with surgery.load(path), or with onnx.load(path)")
@@ -164,7 +188,7 @@ class OnnxProtoKind(OnnxKind):
 
     def open(self, model: Any, inputs: Inputs, access: Access) -> OpenOnnx:
         """Open a message; the message itself is never changed."""
-        return _OpenProto(model, self.read(model), inputs if any(inputs) else self.brought_inputs(model) or ((), {}))
+        return _OpenProto(model, self.read(model), self._inputs(model, inputs))
 
     def keep(self, model: Any, values: Mapping[str, Any]) -> None:
         """Put values into the metadata of a message."""
@@ -183,4 +207,4 @@ class _OpenProto(OpenOnnx):
 
     def finish(self) -> Any:
         """Return the changed model as a message."""
-        return ir.to_proto(super().finish())
+        return write_proto(super().finish())

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from surgery.errors import InputError
 from surgery.kinds.onnx.places import OUTSIDE, all_tensors, is_whole, memory_of, place_of
+from surgery.kinds.onnx.proto import sparse_tensors, write_proto
 from surgery.kinds.onnx.tensors import shape_of
 from surgery.system.protobuf import header
 
@@ -100,6 +101,8 @@ def _outside(model: ir.Model, most: int) -> set[int]:
     """Return which tensors go into the file beside a model's own, by their place among all."""
     note_layout(model)
     places = [(number, tensor, place_of(tensor)) for number, (tensor, _) in enumerate(all_tensors(model))]
+    stays = {id(tensor) for tensor in sparse_tensors(model)}
+    places = [(number, tensor, place) for number, tensor, place in places if id(tensor) not in stays]
     large = {number for number, tensor, _ in places if tensor.nbytes >= LARGE and tensor.dtype != ir.DataType.STRING}
     found = {number for number, _, place in places if place == OUTSIDE}
     if model.graph.meta.get(KEEPS_OUTSIDE):
@@ -125,19 +128,18 @@ def _own(model: ir.Model, most: int) -> list[Piece]:
     """Return the pieces of a model's own file; the model is a clone, which loses its large initializers."""
     taken = {}
     inside = sum(tensor.nbytes for tensor, _ in all_tensors(model) if not isinstance(tensor, ir.ExternalTensor))
+    stays = {id(tensor) for tensor in sparse_tensors(model)}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if (
-            tensor is not None
-            and tensor.nbytes >= LARGE
-            and not isinstance(tensor, ir.StringTensor | ir.ExternalTensor)
-        ):
+        if tensor is None or tensor.nbytes < LARGE or id(tensor) in stays:
+            continue
+        if not isinstance(tensor, ir.StringTensor | ir.ExternalTensor):
             taken[name] = tensor
             value.const_value = _reference(tensor, "", 0)
     if inside > most:
         what = f"the weights take {inside / 2**30:.1f} GiB"
         raise InputError(what, allowed="ONNX models below 2 GiB", next_step="take the model from before its export")
-    proto = ir.to_proto(model)
+    proto = write_proto(model)
     pieces: list[Piece] = []
     size = 0
     for tensor in proto.graph.initializer:

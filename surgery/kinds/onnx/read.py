@@ -192,7 +192,9 @@ class Reader:
         if first in self.numbers and second in self.numbers and self.weight(second) is None:
             return Sum(number, (self.numbers[first], self.numbers[second]))
         bias = self._plain(second)
-        if bias is not None and len(bias.shape) == 1 and bias.name in self.parameters and first in self.numbers:
+        # an addition that the file had before stays a node of its own
+        own = node.metadata_props.get(MARK) == "shift"
+        if own and bias is not None and len(bias.shape) == 1 and bias.name in self.parameters and first in self.numbers:
             return Reshape(number, self.numbers[first], Shift(bias.numbers), bias=bias.name)
         return Other(number)
 

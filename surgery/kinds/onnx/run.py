@@ -14,25 +14,25 @@ from torch import Tensor, nn
 
 from surgery.algebra import Shape
 from surgery.errors import InputError
-from surgery.kinds.inputs import Inputs
+from surgery.kinds.inputs import Inputs, normalise_inputs
 from surgery.kinds.observed import Norm, Observed, OutputChange, See
 from surgery.kinds.onnx.checked import Checked, check
 from surgery.kinds.onnx.interpret import Interpreter, Observers
 from surgery.kinds.onnx.norms import KeepNorm, NormNode, norms_of
 from surgery.kinds.onnx.read import Reader
-from surgery.kinds.onnx.session import open_model, run_session
+from surgery.kinds.onnx.session import feed, open_model, run_session
 from surgery.sites import Call, Flow
 from surgery.system.memory import give_back
 from surgery.text import first_line
 
-__all__ = ["ObservedOnnx", "OnnxModule", "Shapes", "arrays_of", "feeds_of"]
+__all__ = ["ObservedOnnx", "OnnxModule", "Shapes", "feeds_of"]
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulInteger", "ConvInteger", "LSTM", "GRU", "RNN")
 _Array = npt.NDArray[Any]
 
 
-def arrays_of(reader: Reader, inputs: Inputs) -> dict[str, _Array]:
-    """Return inputs by the names of the graph's, as arrays.
+def feeds_of(reader: Reader, inputs: Inputs) -> dict[ir.Value, Tensor]:
+    """Return inputs by the values of the graph.
 
     Raises:
         InputError: their number or names are others than those of the graph.
@@ -43,17 +43,7 @@ def arrays_of(reader: Reader, inputs: Inputs) -> dict[str, _Array]:
     if len(args) > len(names) or set(given) != set(names):
         what = f"the inputs are {', '.join(given) or 'none'}"
         raise InputError(what, allowed=", ".join(names) or "none", next_step="give example_inputs")
-    return {name: torch.as_tensor(given[name]).detach().cpu().contiguous().numpy() for name in names}
-
-
-def feeds_of(reader: Reader, inputs: Inputs) -> dict[ir.Value, Tensor]:
-    """Return inputs by the values of the graph.
-
-    Raises:
-        InputError: as ``arrays_of``.
-    """
-    arrays = arrays_of(reader, inputs)
-    return {value: torch.from_numpy(arrays[value.name or ""]) for value in reader.inputs}
+    return {value: torch.as_tensor(given[value.name or ""]).detach().cpu() for value in reader.inputs}
 
 
 def _interpret(model: ir.Model, reader: Reader, feeds: Mapping[ir.Value, Tensor], observers: Observers) -> None:
@@ -63,20 +53,28 @@ def _interpret(model: ir.Model, reader: Reader, feeds: Mapping[ir.Value, Tensor]
         raise
     except Exception as error:  # torch and onnxruntime may raise anything on inputs that do not fit
         what = f"the model does not run on the example inputs: {first_line(error)}"
-        raise InputError(what, next_step="check their number, shapes and dtypes") from error
+        raise InputError(what, next_step="give others (on the command line --input-shape)") from error
 
 
 class OnnxModule(nn.Module):
-    """An ONNX model as a module, which onnxruntime runs; its outputs are a tuple of tensors."""
+    """An ONNX model as a module, which onnxruntime runs in ``session``; metrics get such a module.
+
+    It is called with tensors or NumPy arrays, in the order of the graph's inputs or by their names, and returns a tuple
+    of tensors in the order of the graph's outputs, also of one output.
+    """
 
     def __init__(self, model: ir.Model) -> None:
         super().__init__()
-        self._reader = Reader(model)
-        self._session = open_model(model, small=True)
+        self.session = open_model(model, small=True)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Run the model on inputs in order or by name."""
-        return tuple(map(_as_tensor, run_session(self._session, None, arrays_of(self._reader, (args, kwargs)))))
+        """Run the model on inputs in order or by name.
+
+        Raises:
+            InputError: other inputs than those of the graph, or onnxruntime cannot run it on them.
+        """
+        feeds = feed(self.session, normalise_inputs((args, kwargs)))
+        return tuple(map(_as_tensor, run_session(self.session, None, feeds)))
 
 
 def _as_tensor(value: Any) -> Any:

@@ -1,9 +1,9 @@
-"""Sessions of onnxruntime on the CPU, opened with a stated number of threads; they may share the memory of weights."""
+"""Sessions of onnxruntime on the CPU with a stated number of threads, which may share weights; what they are fed."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,15 +14,25 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
+from torch import Tensor
+from torch.export import ExportedProgram
 
 from surgery.errors import InputError
-from surgery.files.guard.onnx import OnnxFile, refer
-from surgery.kinds.onnx.layout import IN_MEMORY, LARGE, lean
-from surgery.kinds.onnx.places import is_whole, tensor_of
+from surgery.kinds.inputs import Inputs, flatten_inputs
+from surgery.kinds.onnx.layout import lean
+from surgery.kinds.onnx.tensors import DTYPES
 from surgery.system.machine import physical_cores
 from surgery.text import first_line
 
-__all__ = ["TOLERANCES", "check_threads", "open_file", "open_model", "open_session", "run_session"]
+__all__ = [
+    "TOLERANCES",
+    "check_threads",
+    "feed",
+    "fitting_inputs",
+    "open_model",
+    "open_session",
+    "run_session",
+]
 
 Weights = Mapping[str, ir.TensorProtocol]
 
@@ -34,6 +44,9 @@ TOLERANCES = {
     torch.bfloat16: 1e-1,
 }
 
+
+_DTYPES = {f"tensor({known.name.lower()})": dtype for known, dtype in DTYPES.items()}
+_GIVE = "give example_inputs (on the command line --input-shape)"
 _MOST_THREADS = 256  # or as many as there are cores
 
 
@@ -61,28 +74,6 @@ def open_model(model: ir.Model, *, threads: int | None = None, small: bool = Fal
     """Return a session of a model, which reads the model's weights where they are; as ``open_session``."""
     proto, weights = lean(model)
     return open_session(_serialise(proto), threads=threads, small=small, weights=weights)
-
-
-def open_file(file: OnnxFile, *, threads: int | None = None) -> ort.InferenceSession:
-    """Return a session of a file that was read and checked, as it is; raises as ``open_session``."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(file.proto)
-    weights: dict[str, ir.TensorProtocol] = {}
-    shared = []
-    for tensor in proto.graph.initializer:
-        if tensor.external_data and (raw := file.numbers(tensor)).nbytes >= LARGE and is_whole(tensor.data_type):
-            weights[tensor.name] = tensor_of(ir.serde.deserialize_tensor(tensor), raw)
-            tensor.ClearField("external_data")
-            tensor.ClearField("data_location")
-            shared.append(tensor)
-    for tensor in file.outer_tensors(proto):
-        raw_data = bytes(file.numbers(tensor))
-        tensor.ClearField("external_data")
-        tensor.ClearField("data_location")
-        tensor.raw_data = raw_data
-    for tensor in shared:
-        refer(tensor, IN_MEMORY)
-    return open_session(_serialise(proto), threads=threads, weights=weights)
 
 
 def _serialise(proto: onnx.ModelProto) -> bytes:
@@ -137,6 +128,79 @@ def open_session(
         session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no other base
         name = "the model" if isinstance(model, bytes) else str(model)
-        raise InputError(f"onnxruntime cannot load {name}: {first_line(error)}") from error
+        lacking = "convert it to float32" if "NOT_IMPLEMENTED" in str(error) else None  # no kernel for a type
+        raise InputError(f"onnxruntime cannot load {name}: {first_line(error)}", next_step=lacking) from error
     session.surgery_weights = arrays  # their memory has to live as long as it
     return session
+
+
+def feed(
+    session: ort.InferenceSession, inputs: Inputs, program: ExportedProgram | None = None
+) -> dict[str, npt.NDArray[Any]]:
+    """Return what the session takes: inputs by name by their names, the others in order.
+
+    ``program`` is the one that was exported to it, if there is one: it knows the place of nested inputs and names.
+
+    Raises:
+        InputError: another number of inputs, another shape or type; the message shows both sides.
+    """
+    # of a number and of a tensor of any shape, sessions say the same
+    declared = {d.name: (_DTYPES.get(d.type), tuple(d.shape) or None) for d in session.get_inputs()}
+    tensors = fitting_inputs(declared, inputs, program)
+    return {name: _array_of(tensor, name) for name, tensor in tensors.items()}
+
+
+def fitting_inputs(
+    declared: Mapping[str, tuple[torch.dtype | None, Sequence[Any] | None]],
+    inputs: Inputs,
+    program: ExportedProgram | None = None,
+) -> dict[str, Tensor]:
+    """Return inputs by the names of those that a model declares, each with its dtype and shape, None where not known.
+
+    Raises:
+        InputError: another number of inputs, another shape or type; the message shows both sides.
+    """
+    tensors = flatten_inputs(inputs if program else _by_name(inputs, list(declared)), program)
+    fits = len(tensors) == len(declared) and all(map(_fits, tensors, declared.values()))
+    if not fits:
+        wanted = ", ".join(f"{name} {_words(dtype)} {_show(shape)}" for name, (dtype, shape) in declared.items())
+        given = ", ".join(f"{_words(t.dtype)} {_show(t.shape)}" for t in tensors)
+        what = f"the inputs do not fit the model: given {given or 'none'}"
+        raise InputError(what, allowed=wanted or "no inputs", next_step=_GIVE)
+    return dict(zip(declared, tensors, strict=True))
+
+
+def _array_of(tensor: Tensor, name: str) -> npt.NDArray[Any]:
+    """Return an input as an array; raises InputError for bfloat16, which NumPy does not have."""
+    if tensor.dtype == torch.bfloat16:
+        what = f"the input {name} is bfloat16, which onnxruntime does not take from Python"
+        raise InputError(what, next_step="give the model a float32 input with a Cast after it")
+    found: npt.NDArray[Any] = tensor.detach().cpu().contiguous().numpy()
+    return found
+
+
+def _by_name(inputs: Inputs, names: Sequence[str]) -> Inputs:
+    """Bring inputs by name into the session's order."""
+    args, kwargs = inputs
+    if len(names) == len(kwargs) == 1:
+        return args, kwargs  # nothing can be mistaken
+    rest = names[len(args) :]
+    if kwargs and set(kwargs) != set(rest):
+        raise InputError(f"inputs named {', '.join(kwargs)}", allowed=", ".join(rest) or "none by name")
+    return args, {name: kwargs[name] for name in rest if name in kwargs}
+
+
+def _fits(tensor: Tensor, declared: tuple[torch.dtype | None, Sequence[Any] | None]) -> bool:
+    dtype, shape = declared
+    if dtype != tensor.dtype or (shape is not None and len(shape) != tensor.dim()):
+        return False
+    pairs = () if shape is None else zip(shape, tensor.shape, strict=True)
+    return all(not isinstance(size, int) or size == got for size, got in pairs)
+
+
+def _words(dtype: torch.dtype | None) -> str:
+    return "of no type that torch has" if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _show(shape: Sequence[Any] | None) -> str:
+    return "of any shape" if shape is None else "x".join(map(str, shape)) or "scalar"

@@ -23,6 +23,9 @@ DTYPES = {
     ir.DataType.INT16: torch.int16,
     ir.DataType.INT8: torch.int8,
     ir.DataType.UINT8: torch.uint8,
+    ir.DataType.UINT16: torch.uint16,
+    ir.DataType.UINT32: torch.uint32,
+    ir.DataType.UINT64: torch.uint64,
     ir.DataType.BOOL: torch.bool,
 }
 

@@ -35,6 +35,7 @@ from surgery.kinds.onnx.graph import RECORD, EditedGraph, producer_of
 from surgery.kinds.onnx.layout import note_layout
 from surgery.kinds.onnx.left import DENSE
 from surgery.kinds.onnx.norms import NormNode, set_in_model
+from surgery.kinds.onnx.origin import Origin
 from surgery.kinds.onnx.run import ObservedOnnx, Shapes
 from surgery.kinds.onnx.tensors import numbers_of
 from surgery.kinds.onnx.weights import views_from_json, views_to_json
@@ -161,7 +162,9 @@ class OpenOnnx(EditedGraph, OpenModel):
             shape = self._write(writer, step, shape, call, gemm=gemm, bias=(bias or computed) if last else None)
         if computed is not None and isinstance(chain.steps[-1], _RESHAPES):  # the reshape would reshape it too
             writer.read("Add", computed)
-        self._put(writer, call, old)
+        origin = Origin.of(self._nodes([call]), self.parameter(call.weight))
+        self._put(writer, [call], old)
+        origin.keep(writer.inserted[-1])
 
     def _write_gates(
         self, loop: ir.Node, source: ir.Value, steps: Sequence[Step], last: Step, writer: ChainWriter
@@ -203,7 +206,7 @@ class OpenOnnx(EditedGraph, OpenModel):
             return step.out_shape(shape)
         if isinstance(step, Shift):
             assert bias is not None  # a chain has a shift for the bias of its call
-            writer.read("Add", bias)
+            writer.shift(bias)
             return shape
         if isinstance(step, Branches):
             writer.branches(step, gemm=gemm, bias=bias)
@@ -213,12 +216,13 @@ class OpenOnnx(EditedGraph, OpenModel):
             raise InputError(f"there is no known ONNX node for {type(step).__name__}")
         return None if shape is None else step.out_shape(shape)
 
-    def _put(self, writer: ChainWriter, part: Call | Sequence[Part], old: ir.Value) -> None:
+    def _put(self, writer: ChainWriter, row: Sequence[Part], old: ir.Value) -> None:
         """Insert the nodes of a writer, and let their last value stand in the place of ``old``."""
-        numbers = part.values if isinstance(part, Call) else [number for each in part for number in each.values]
-        values = [self.value(number) for number in numbers]
-        nodes = list(dict.fromkeys(producer_of(value) for value in values))
+        nodes = self._nodes(row)
         self.stand_in(old, writer.finish(), nodes)
+
+    def _nodes(self, row: Sequence[Part]) -> list[ir.Node]:
+        return list(dict.fromkeys(producer_of(self.value(number)) for part in row for number in part.values))
 
     # -- fuse ---------------------------------------------------------------------------------------------------------
 
@@ -241,13 +245,16 @@ class OpenOnnx(EditedGraph, OpenModel):
         renamed = name if name not in self._names else self.new_name(f"{name}.fused")
         writer.views[renamed] = views_from_json(entry.computed, self._stored_shape(calls[-1], weight, writer))
         done: dict[str, ir.Value] = {}
+        origins = []
         for row, operator in zip(chain.rows, chain.operators, strict=True):
             writer.named[id(operator.weight)] = (renamed, weight)
-            self._fuse_row(row, operator, chain.sites[0], writer, done, calls)
+            origins.append(self._fuse_row(row, operator, chain.sites[0], writer, done, calls))
         for parameter in parameters:
             self.drop_unused(parameter)
         if renamed != name:
             self.rename(renamed, name)
+        for origin in origins:
+            origin.restore_weight(self.home.initializers[name])
 
     def _stored_shape(self, call: Call, weight: Tensor, writer: ChainWriter) -> Shape:
         """Return the shape in which a node reads the weight of a fused row, as it reads that of the row's last call."""
@@ -265,13 +272,14 @@ class OpenOnnx(EditedGraph, OpenModel):
         writer: ChainWriter,
         done: dict[str, ir.Value],
         calls: Sequence[Call],
-    ) -> None:
+    ) -> Origin:
+        """Put the operator in the place of a row, and return what the row keeps of the nodes that were there before."""
         own = calls_of(row)
         if (loop := self.loop(own[-1])) is not None:
             nodes = [producer_of(self.value(number)) for part in row[:-1] for number in part.values]
             self._write_gates(loop, self.value(row[0].source), (), operator, writer)
             loop.graph.remove(list(dict.fromkeys(nodes)), safe=True)  # type: ignore[union-attr]
-            return
+            return Origin()
         old = self.value(row[-1].value)
         # only Gemm reads a weight that is stored as (out, in)
         gemm = not writer.turned or self.user(own[-1]).op_type == "Gemm"
@@ -281,7 +289,10 @@ class OpenOnnx(EditedGraph, OpenModel):
             bias = self._fused_bias(row, operator.bias, site, done, calls)
         writer.start(self.value(row[0].source), producer_of(old))
         writer.operator(operator, gemm=gemm, bias=bias)
+        origin = Origin.read(producer_of(old))
         self._put(writer, row, old)
+        origin.restore_nodes(writer.inserted, self._names)
+        return origin
 
     def _fused_bias(
         self, row: Sequence[Part], numbers: Tensor, site: str, done: dict[str, ir.Value], calls: Sequence[Call]

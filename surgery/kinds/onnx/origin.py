@@ -1,0 +1,87 @@
+"""What nodes were, and what was said of them, before a chain took their place: recompose gives it back.
+
+The last node of a chain keeps it in its metadata, as a graph of the nodes without attributes:
+
+    MatMul "first" -> a, Add "second" -> b     ->     MatMul, MatMul, Add {surgery.was: first, a, second, b}
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+from collections.abc import Sequence
+
+import onnx
+import onnx_ir as ir
+
+__all__ = ["Origin", "describe"]
+
+_WAS = "surgery.was"
+
+
+def describe(new: ir.Value | ir.TensorProtocol, old: ir.Value | ir.TensorProtocol) -> None:
+    """Say of a value or of numbers what is said of those before: documentation and metadata."""
+    new.doc_string = old.doc_string
+    new.metadata_props.update(old.metadata_props)
+    new.meta.update(old.meta)
+
+
+class Origin:
+    """The nodes that a chain stands for, with their outputs, and the weight that they read."""
+
+    def __init__(self, graph: onnx.GraphProto | None = None) -> None:
+        self._graph = onnx.GraphProto() if graph is None else graph
+
+    @classmethod
+    def of(cls, nodes: Sequence[ir.Node], weight: ir.Value) -> Origin:
+        """Return what recompose gives back of nodes that are removed."""
+        graph = onnx.GraphProto()
+        for node in nodes:
+            said = ir.serde.serialize_node(node)
+            del said.attribute[:]
+            graph.node.append(said)
+        graph.value_info.extend(ir.serde.serialize_value(node.outputs[0]) for node in nodes[:-1])
+        tensor = weight.const_value
+        if tensor is not None:
+            said = graph.initializer.add(name=weight.name or "", doc_string=tensor.doc_string or "")
+            for key, text in tensor.metadata_props.items():
+                said.metadata_props.add(key=key, value=text)
+        return cls(graph)
+
+    @classmethod
+    def read(cls, node: ir.Node) -> Origin:
+        """Return what the last node of a chain keeps; nothing if it keeps none, or if that is damaged."""
+        graph = onnx.GraphProto()
+        with contextlib.suppress(Exception):  # whatever a file says there; protobuf's errors have no base of their own
+            graph = onnx.GraphProto.FromString(base64.b64decode(node.metadata_props.get(_WAS, ""), validate=True))
+        return cls(graph)
+
+    def keep(self, node: ir.Node) -> None:
+        """Keep it in the last node of a chain."""
+        node.metadata_props[_WAS] = base64.b64encode(self._graph.SerializeToString(deterministic=True)).decode()
+
+    def restore_nodes(self, nodes: Sequence[ir.Node], taken: set[str | None]) -> None:
+        """Give new nodes and the values between them their names again, unless another value has the name."""
+        if [node.op_type for node in nodes] != [said.op_type for said in self._graph.node]:
+            return
+        for node, said in zip(nodes, self._graph.node, strict=True):
+            node.name, node.doc_string = said.name, said.doc_string or None
+            node.metadata_props.update({each.key: each.value for each in said.metadata_props})
+            if configured := getattr(said, "device_configurations", ()):  # since ONNX 1.18
+                values = dict(zip([*said.input, *said.output], [*node.inputs, *node.outputs], strict=False))
+                read = ir.serde.deserialize_node_device_configuration
+                node.device_configurations = tuple(read(each, values) for each in configured)
+        for node, info in zip(nodes, self._graph.value_info, strict=False):
+            value = node.outputs[0]
+            if info.name and info.name not in taken:
+                if info.HasField("type"):
+                    ir.serde.deserialize_value_info_proto(info, value)
+                value.name = info.name
+                taken.add(info.name)
+
+    def restore_weight(self, weight: ir.Value) -> None:
+        """Say of the numbers of a weight what was said of them."""
+        for said in self._graph.initializer:
+            if said.name == weight.name and weight.const_value is not None:
+                weight.const_value.doc_string = said.doc_string
+                weight.const_value.metadata_props.update({each.key: each.value for each in said.metadata_props})

@@ -1,0 +1,118 @@
+"""ONNX messages to models of onnx_ir and back, with what onnx_ir does not know: sparse initializers and training.
+
+A sparse initializer is read as a dense one, so that its numbers can be worked with; it is sparse again in the message
+that is written, unless its numbers have changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import numpy_helper
+
+from surgery.errors import FileError
+from surgery.system.arrays import MOST_BYTES
+
+__all__ = ["read_proto", "sparse_tensors", "write_proto"]
+
+_KEPT = "surgery: not in onnx_ir"  # in the meta of a graph, which its copies share
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """What onnx_ir does not hold; sparse initializers with the dense numbers that were made of them.
+
+    ``described`` are the names of the values that the message described.
+    """
+
+    training: tuple[onnx.TrainingInfoProto, ...]
+    sparse: tuple[tuple[onnx.SparseTensorProto, ir.TensorProtocol | None], ...]
+    described: frozenset[str]
+
+
+def read_proto(proto: onnx.ModelProto) -> ir.Model:
+    """Return a message as onnx_ir holds it; the message stays as it is.
+
+    Raises:
+        FileError: a sparse initializer is not right, too large, or in a body.
+    """
+    sparse = list(proto.graph.sparse_initializer)
+    if any(graph.sparse_initializer for graph in _bodies(proto)):
+        raise FileError("has a sparse initializer in a body", allowed="sparse initializers in the graph itself")
+    whole = proto
+    if sparse:
+        whole = onnx.ModelProto()
+        whole.CopyFrom(proto)
+        whole.graph.initializer.extend(map(_dense, sparse))
+    model = ir.serde.deserialize_model(whole)
+    model.graph.meta[_KEPT] = _Kept(
+        tuple(proto.training_info),
+        tuple((each, model.graph.initializers[each.values.name].const_value) for each in sparse),
+        frozenset(value.name for value in proto.graph.value_info),
+    )
+    return model
+
+
+def sparse_tensors(model: ir.Model) -> list[ir.TensorProtocol]:
+    """Return the dense tensors of a model that are sparse in its message."""
+    kept: _Kept | None = model.graph.meta.get(_KEPT)
+    values = model.graph.initializers
+    found = [] if kept is None else [(each.values.name, numbers) for each, numbers in kept.sparse]
+    return [t for name, t in found if t is not None and name in values and values[name].const_value is t]
+
+
+def write_proto(model: ir.Model) -> onnx.ModelProto:
+    """Return a model as a message."""
+    proto: onnx.ModelProto = ir.to_proto(model)
+    kept: _Kept | None = model.graph.meta.get(_KEPT)
+    if kept is None:
+        return proto
+    values, graph = model.graph.initializers, proto.graph
+    proto.training_info.extend(kept.training)
+    still = {tensor.name or "" for tensor in sparse_tensors(model)}
+    graph.sparse_initializer.extend(each for each, _ in kept.sparse if each.values.name in still)
+    _drop(graph.initializer, still)
+    # onnx_ir describes each initializer a second time
+    _drop(graph.value_info, values.keys() - kept.described)
+    return proto
+
+
+def _drop(messages: Any, names: Set[str]) -> None:
+    for place in reversed(range(len(messages))):
+        if messages[place].name in names:
+            del messages[place]
+
+
+def _bodies(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """Yield the graphs inside of nodes."""
+    waiting: list[Any] = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
+    while waiting:
+        for attribute in waiting.pop().attribute:
+            for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                yield graph
+                waiting += graph.node
+
+
+def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
+    """Return a sparse initializer as a dense one of the same name."""
+    name, dims = sparse.values.name, tuple(sparse.dims)
+    what = f"has a sparse initializer, {name},"
+    numbers = 8 * math.prod(dims)
+    if numbers > MOST_BYTES:
+        raise FileError(f"{what} of {math.prod(dims)} numbers", allowed=f"{MOST_BYTES} bytes of numbers")
+    try:
+        values, places = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+        if places.ndim == 2:
+            places = np.ravel_multi_index(tuple(places.T), dims)
+        whole = np.zeros(math.prod(dims), values.dtype)
+        whole[places] = values
+    except (ValueError, IndexError, TypeError) as error:
+        raise FileError(f"{what} that cannot be right", next_step="get the file again from its source") from error
+    found: onnx.TensorProto = numpy_helper.from_array(whole.reshape(dims), name)
+    return found
