@@ -28,6 +28,7 @@ _ITEMS: dict[str, tuple[int, ...]] = {  # where an operator of ONNX's own multip
 _PLAIN = ("", "ai.onnx")
 _TREES = "ai.onnx.ml"  # its operators multiply by no matrix
 _MEASURES = ("Shape", "Size")  # read a constant, but not its numbers
+_MOVES = ("Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast")  # the same numbers
 _RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli")
 _NUMBERS = {
     *(TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16),
@@ -140,7 +141,7 @@ def _value_of(node: onnx.NodeProto, known: _Known) -> _Constant | None:
     bodies = any(attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for attribute in node.attribute)
     if bodies or not reads or node.op_type in _RANDOM or any(name not in known for name in reads):
         return None
-    if node.op_type == "Identity":
+    if node.op_type in _MOVES:
         return known[reads[0]]
     return _Constant(node.op_type not in _MEASURES and any(known[name].weight for name in reads), None)
 
@@ -158,7 +159,7 @@ def silent(found: Sequence[Product], sites: Sequence[Site], skips: Sequence[Skip
         weights = [site_name(weight) for weight in product.weights]
         called = next((name for name in weights if calls[name] > 0), None)
         named = next((name for name in (product.name, *product.outputs) if name and by_node[name] > 0), None)
-        if called is not None and not product.where:
+        if called is not None:
             calls[called] -= 1
         elif named is not None:
             by_node[named] -= 1

@@ -47,7 +47,6 @@ import surgery
 from surgery.algebra import relative_error
 from surgery.cost.base import make_backend
 from surgery.errors import SurgeryError
-from surgery.kinds.onnx.session import open_session
 from surgery.kinds.registry import kind_of
 from surgery.runtime.bench import environment
 from surgery.runtime.compare import run_model
@@ -125,7 +124,7 @@ def examine(row: Row, path: Path, inputs: _Inputs | None) -> None:
 
 
 def _outputs(path: Path, inputs: _Inputs | None) -> list[Tensor]:
-    return [] if inputs is None else _floats(run_model(open_session(path), ((), inputs)))
+    return [] if inputs is None else _floats(run_model(surgery.load(path), ((), inputs)))
 
 
 def _floats(found: Sequence[Any]) -> list[Tensor]:
@@ -191,9 +190,10 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
 def _own(model: onnx.ModelProto, found: Sequence[Product], sites: Sequence[Site]) -> set[str]:
     """Return the outputs of the nodes that belong to sites: products, and the additions of biases to them."""
     names = {end for site in sites for name in (site.name, *site.aliases) for end in (name, f"{name}.weight")}
-    own = {product.outputs[0] for product in found if names.intersection(product.weights) and not product.where}
-    own |= {n.output[0] for n in model.graph.node if n.op_type == "Add" and own.intersection(n.input)}
-    return own | {n.output[0] for n in model.graph.node if n.op_type == "Constant" and n.output[0] in names}
+    own = {product.outputs[0] for product in found if names.intersection(product.weights)}
+    nodes = list(_all_nodes(model.graph))
+    own |= {n.output[0] for n in nodes if n.op_type == "Add" and own.intersection(n.input)}
+    return own | {n.output[0] for n in nodes if n.op_type == "Constant" and n.output[0] in names}
 
 
 def _others(before: onnx.ModelProto, after: onnx.ModelProto, own: set[str], name: str) -> list[str]:
@@ -205,14 +205,24 @@ def _others(before: onnx.ModelProto, after: onnx.ModelProto, own: set[str], name
 
 def _counts(before: onnx.ModelProto, after: onnx.ModelProto) -> list[str]:
     """Return the operators of which a recomposed file has more nodes than the original, or fewer."""
-    counts = [Counter(n.op_type for n in model.graph.node if n.op_type != "Constant") for model in (before, after)]
+    nodes = [list(_all_nodes(model.graph)) for model in (before, after)]
+    counts = [Counter(n.op_type for n in row if n.op_type != "Constant") for row in nodes]
     names = sorted(counts[0].keys() | counts[1].keys())
     return [f"{n}, {counts[0][n]} to {counts[1][n]} nodes" for n in names if counts[0][n] != counts[1][n]]
 
 
 def _nodes(model: onnx.ModelProto) -> dict[str, _Node]:
     """Return all there is to a node but its inputs, which may have new names, by its first output."""
-    return {node.output[0]: (len(node.input), *_node(node)) for node in model.graph.node}
+    return {node.output[0]: (len(node.input), *_node(node)) for node in _all_nodes(model.graph)}
+
+
+def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes of a graph and of all bodies in it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (*attribute.graphs, *([attribute.g] if attribute.type == AttributeProto.GRAPH else [])):
+                yield from _all_nodes(inner)
 
 
 def _node(node: onnx.NodeProto) -> _Node:
@@ -225,10 +235,7 @@ def _value(attribute: AttributeProto) -> Any:
     if attribute.type == AttributeProto.TENSOR:
         return _numbers(attribute.t)
     if attribute.type == AttributeProto.GRAPH:
-        graph = attribute.g
-        ends = [value.name for value in (*graph.input, *graph.output)]
-        weights = sorted((tensor.name, _numbers(tensor)) for tensor in graph.initializer)
-        return (*ends, *weights, *((*_node(node), tuple(node.input)) for node in graph.node))
+        return tuple(value.name for value in (*attribute.g.input, *attribute.g.output))  # its nodes are in the list
     return attribute.SerializeToString(deterministic=True)
 
 
@@ -237,7 +244,7 @@ def _numbers(tensor: TensorProto) -> _Node:
 
 
 def _types(model: onnx.ModelProto, outputs: Sequence[str]) -> list[tuple[str, str]]:
-    kinds = {node.output[0]: node.op_type for node in model.graph.node}
+    kinds = {node.output[0]: node.op_type for node in _all_nodes(model.graph)}
     return [(output, kinds[output]) for output in outputs]
 
 

@@ -29,9 +29,11 @@ _FUSED = (
 _IN_LOOP = "the recurrent weight is multiplied inside of the node's loop, where it stays whole"
 EARLIER = "decompose before you quantize"
 DENSE = {  # where the weight stands
-    **{"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0, "Einsum": 1},
+    **{"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0, "Einsum": 1, "DeformConv": 1},
     **dict.fromkeys(RECURRENT, 1),
 }
+_PLACES = {"Gather": (0,), **dict.fromkeys(RECURRENT, (1, 2)), "Einsum": tuple(range(9))}  # else the first two
+_MOST_READ = 10_000  # values from which a weight is computed
 
 
 def is_recurrent(node: ir.Node) -> bool:
@@ -69,7 +71,7 @@ def left_of(reader: Reader) -> tuple[Left, ...]:
 def _skips(reader: Reader, node: ir.Node) -> Iterator[Skip]:
     reason = _reason(reader, node)
     if reason is not None:
-        yield _skip(reader, node, node.inputs, reason)
+        yield _skip(reader, node, node.inputs[1:2] if node in reader.gates else node.inputs, reason)
     if node in reader.gates:
         yield _skip(reader, node, node.inputs[2:3], _IN_LOOP)
     own = [inner for inner in inside(node) if reader.around[inner] is node]  # others have numbers of their own
@@ -82,8 +84,9 @@ def _skips(reader: Reader, node: ir.Node) -> Iterator[Skip]:
 
 def _skip(reader: Reader, node: ir.Node, values: Sequence[ir.Value | None], reason: str) -> Skip:
     weights = [found for value in values if (found := reader.weight(value)) is not None]
-    known = [found for found in weights if found.name in reader.parameters and len(found.shape) > 1]
-    name = site_name(known[0].name) if known else node.name or node.outputs[0].name or node.op_type
+    large = [found for found in weights if len(found.shape) > 1]
+    name = site_name(large[0].name) if large else node.name or node.outputs[0].name or node.op_type
+    known = [found for found in large if found.name in reader.parameters]
     return Skip(name, node.op_type, reason, sum(numbers_of(found.tensor) for found in known))
 
 
@@ -114,40 +117,48 @@ def _foreign(reader: Reader, node: ir.Node) -> str | None:
 
 
 def _computed(reader: Reader, node: ir.Node) -> str | None:
-    """Return why a weight that is computed from constants is left alone; None for products of two activations."""
-    places = (0,) if node.op_type == "Gather" else (1, 0) if node.op_type in ("MatMul", "Einsum") else (1,)
-    for at in places:
-        value = node.inputs[at] if at < len(node.inputs) else None
-        weight = reader.weight(value)
-        if weight is not None and len(weight.shape) > 1 and weight.is_float:
-            if node.op_type == "Gather":
-                return None
-            return "its weight stands on the left" if node.op_type == "MatMul" else f"{node.op_type} uses it"
-        producer = None if value is None else value.producer()
-        large = [] if producer is None or weight is not None or node.op_type == "Gather" else _constants(reader, value)
+    """Return why a weight of a node that is not a call is left alone; None for products of two activations."""
+    for at, value in enumerate(node.inputs):
+        weight, producer = reader.weight(value), None if value is None else value.producer()
+        if weight is not None:
+            if len(weight.shape) > 1 and at in _PLACES.get(node.op_type, (0, 1)):
+                return _held(node, at, weight)
+            continue
+        large = [] if producer is None or at not in _PLACES.get(node.op_type, (0, 1)) else _constants(reader, value)
         if not large:
             continue
         assert producer is not None
         if all(found.is_float for found in large):
             return f"its weight is computed by {producer.op_type}"
-        narrow = next(found.tensor.dtype.name for found in large if not found.is_float)
+        narrow = next((found.tensor.dtype.name for found in large if not found.is_float), "")
         return f"its weight is {narrow}, read through {producer.op_type}; {EARLIER}"
     return None
 
 
-def _constants(reader: Reader, value: ir.Value | None, depth: int = 8) -> list[Weight]:
+def _held(node: ir.Node, at: int, weight: Weight) -> str | None:
+    """Return why a node that reads a weight at a place is not its call; None for tables of other numbers."""
+    if node.op_type == "Gather":
+        axes = len(weight.shape)
+        return f"it picks from a table of {axes} axes, or not by rows" if weight.is_float else None
+    if at == 0 and node.op_type in ("MatMul", "Gemm"):
+        return "its weight stands on the left"
+    return f"{node.op_type} reads it"
+
+
+def _constants(reader: Reader, value: ir.Value | None) -> list[Weight]:
     """Return the constants with two axes from which a value is computed; none if anything else is read."""
-    waiting, large = [(value, depth)], []
+    waiting, large, seen = [value], [], set[ir.Value]()
     while waiting:
-        one, left = waiting.pop()
-        if one is None:
+        one = waiting.pop()
+        if one is None or one in seen:
             continue
+        seen.add(one)
         weight = reader.weight(one)
         if weight is not None:
-            large += [weight] * (len(weight.shape) > 1)
+            large += [weight] * (len(weight.shape) > 1 and (weight.is_float or weight.is_quantized))
             continue
         node = one.producer()
-        if node is None or not left:
+        if node is None or len(seen) > _MOST_READ:
             return []
-        waiting += [(each, left - 1) for each in node.inputs]
+        waiting += node.inputs
     return large

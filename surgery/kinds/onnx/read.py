@@ -230,6 +230,8 @@ class Reader:
         weight = self.weight(node.inputs[at])
         if weight is None or len(weight.shape) < 2:
             return None
+        if node.op_type == "Gather" and not (weight.is_float or weight.is_quantized):
+            return None  # a table of indices or sizes
         if self.around.get(node) is not node:
             return Refusal("it is inside of a body")
         if self.roots.get(weight.name) is not weight.root:
@@ -313,7 +315,7 @@ class Reader:
         return (addition.outputs[0], bias) if known and bias is not None else None
 
     def _gather(self, node: ir.Node, weight: Weight) -> Call | Refusal | None:
-        if attributes_of(node).get("axis", 0) != 0 or len(weight.shape) != 2:
+        if attributes_of(node).get("axis", 0) not in (0, -2) or len(weight.shape) != 2:
             return None  # not rows of a table
         return self._make(node, Embedding(weight.numbers), weight)
 

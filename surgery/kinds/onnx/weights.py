@@ -29,6 +29,7 @@ _VIEWS = {  # the attribute that says what the node does, and the input that say
     "Unsqueeze": ("axes", 1),
     "Cast": ("to", None),
 }
+_QUANTIZED = frozenset({ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4})
 _MOST = 8  # views of one weight, and axes
 
 
@@ -110,6 +111,11 @@ class Weight:
     def is_float(self) -> bool:
         """Whether the numbers are held as floats."""
         return self.tensor.dtype in FLOATS
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the numbers are held as whole numbers of at most eight bits."""
+        return self.tensor.dtype in _QUANTIZED
 
     @property
     def form(self) -> tuple[View, ...]:
