@@ -563,6 +563,25 @@ def test_noise_shows_how_far_outputs_move() -> None:
         assert ours == pytest.approx(theirs, rel=0.5)
 
 
+def test_a_batch_that_only_the_declaration_lets_vary() -> None:
+    text = "g (float[n, 8] x) => (float[a, 2, 4] z) { y = MatMul (x, W)  z = Reshape (y, sizes) }"
+    model = parsed(text, W=numbers(8, 8), sizes=np.array([1, 2, 4]))
+    batches = read_calibration(torch.randn(6, 8), model)
+    assert [len(args[0]) for args, _ in batches] == [1] * 6
+    assert surgery.decompose(model, X[:1], ranks="2", calibration=torch.randn(16, 8)).changes
+
+
+def test_a_state_that_differs_is_not_taken_for_all_samples() -> None:
+    text = """g (float[n, 8] x, float[2, n, 8] s) => (float[n, 8] z) {
+        y = MatMul (x, W) t = ReduceSum <keepdims = 0> (s, axis) z = Add (y, t)
+    }"""
+    model = parsed(text, W=numbers(8, 8), axis=np.array([0]))
+    with pytest.raises(InputError, match="differ in more than samples"):
+        read_calibration([{"x": X[:1], "s": torch.full((2, 1, 8), float(n))} for n in range(4)], model)
+    same = [{"x": X[:1], "s": torch.ones(2, 1, 8)} for _ in range(4)]
+    assert read_calibration(same, model).count == 4
+
+
 @pytest.mark.parametrize("data", [None, DATA])
 def test_a_promise_is_kept(data: Any) -> None:
     goal = surgery.Goal.error(0.2, cost="macs")

@@ -144,7 +144,7 @@ def read_calibration(
     samples = _masked(_join(items, batch_size), leaf_names(signature.names, items[0]))
     samples = _on_device_of(model, samples.take(slice(min(limit, samples.count))))
     fixed = kind.fixed_batch(model)
-    if fixed is None and kind.brings_inputs():
+    if fixed is None and (kind.brings_inputs() or kind.is_onnx):
         fixed = _guarded_batch(model, samples)
     return samples if fixed is None else _fill(samples, fixed)
 
@@ -189,7 +189,8 @@ def _on_device_of(model: Model, samples: Calibration) -> Calibration:
 def _guarded_batch(model: Model, samples: Calibration) -> int | None:
     """Return the batch size of the example that a model brings if it refuses others, although its batch is dynamic.
 
-    torch.export adds a guard where the choice of a kernel depends on the batch size, as for some convolutions.
+    torch.export adds a guard where the choice of a kernel depends on the batch size, as for some convolutions. In ONNX
+    files a Reshape may say the batch size that the exporter saw.
     """
     kind = kind_of(model)
     module, example = kind.runnable(model), kind.brought_inputs(model)
@@ -258,9 +259,18 @@ def _join(items: Sequence[Inputs], batch_size: int) -> Calibration:
         many = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == lengths[0]
         if many:
             leaf = _concatenate(column, lengths)
+        elif not all(_is_same(leaf, other) for other in column):
+            what = "the calibration inputs differ in more than samples along the first axis"
+            raise InputError(what, next_step="give the same value, such as the same first state, with all samples")
         leaves.append(leaf)
         sampled.append(many)
     return Calibration(tuple(leaves), tuple(sampled), structure, batch_size)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)
 
 
 def _concatenate(column: Sequence[Any], lengths: Sequence[int]) -> Tensor:
