@@ -2,8 +2,9 @@
 
     python tools/bench_onnx_module.py [--network cifar --data FOLDER] [--json FILE]
 
-Both are decomposed to the same shares of their multiply-accumulates, with the same calibration samples. The table has the metric on all other samples, and the loss of the file over that
-of the program. torch's exporter folds batch norms into convolutions, so that both start from other weights.
+Both are decomposed to the same shares of their multiply-accumulates, with the same calibration samples. The table has
+the metric on all other samples, and the loss of the file over that of the program. torch's exporter folds batch norms
+into convolutions, so that both start from other weights.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import sys
 import tempfile
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ def main() -> None:
     print(table(lines))
     print(where)
     if options.json is not None:
-        options.json.write_text(json.dumps({"environment": str(where), "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"environment": asdict(where), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
