@@ -17,6 +17,7 @@ from types import FrameType
 from typing import IO, Any
 
 from surgery.system.interrupts import stopping_signals
+from surgery.system.memory import give_back_large
 from surgery.text import first_line, shown
 
 __all__ = ["cli", "main"]
@@ -32,6 +33,7 @@ def main() -> None:
     kept; 130: Ctrl-C, SIGTERM or SIGHUP.
     """
     _open_streams()
+    give_back_large()  # a network with its scratch memory may be most of what the machine has
     written: list[Path] = []
     came = _catch_signals()
     try:

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from surgery.errors import InputError
 
-__all__ = ["available_memory", "check_memory", "estimate", "give_back"]
+__all__ = ["available_memory", "check_memory", "estimate", "give_back", "give_back_large"]
 
+_MMAP_THRESHOLD = -3  # of mallopt, as glibc numbers it
 _MEMINFO = Path("/proc/meminfo")
 _PAGES = Path("/proc/self/statm")
 _GROUP = Path("/sys/fs/cgroup")
@@ -43,6 +44,12 @@ def give_back() -> None:
     """Give memory that was freed back to the system, where the C library would keep it for later."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # other systems than Linux with glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def give_back_large(size: int = 2**22) -> None:
+    """Let memory blocks of this size or more go back to the system as soon as this process frees them."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, size)
 
 
 def _of_machine() -> Iterator[int]:
