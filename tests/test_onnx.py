@@ -451,7 +451,7 @@ def test_layers_in_functions_are_reported() -> None:
     assert not sites
     assert [(skip.name, skip.reason) for skip in skips] == [
         ("W", "f, which reads it, is a function"),
-        ("c", "it is inside of a function"),
+        ("K", "it is inside of a function"),
     ]
 
 
