@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import surgery
 from surgery.algebra import relative_error
@@ -111,6 +113,7 @@ def test_two_nodes_that_are_no_reshape_any_more_stay(change: Callable[[ir.Model]
     change(model)
     back = surgery.recompose(model)
     assert not back.changes
+    assert [skip.name for skip in back.skips] == ["W"]
     assert node_types(back.model) == node_types(model)
 
 
@@ -126,3 +129,23 @@ def test_a_reshape_of_earlier_files_is_one_node() -> None:
     back = surgery.recompose(model)
     assert node_types(back.model) == ["Conv"]
     assert_same(back.model, model, SIZES["conv2d"][0])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter to itself
+@pytest.mark.parametrize("method", ["tt", "tr"])
+def test_a_program_with_sizes_that_vary_is_exported_and_told(method: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3)).eval()
+    x, size = random(2, 6, 8, 12), torch.export.Dim
+    sizes = ({0: size("n"), 2: size("h", min=4), 3: size("w", min=4)},)
+    program = torch.export.export(model, (x,), dynamic_shapes=sizes)
+    factored = surgery.decompose(program, ranks="2", factorization=method)
+    assert [change.site for change in factored.changes] == ["0", "2"]
+    path = tmp_path / "model.onnx"
+    surgery.export_onnx(factored.model, path)
+    exported: Any = surgery.load(path)
+    back = surgery.recompose(exported)
+    assert sorted([*(fusion.site for fusion in back.changes), *(skip.name for skip in back.skips)]) == ["0", "2"]
+    for shape in ((2, 6, 8, 12), (3, 6, 5, 9)):
+        [expected] = outputs(exported, random(*shape))
+        assert relative_error(factored.model.module()(random(*shape)), expected) <= 1e-5
+        assert_same(back.model, exported, shape)
