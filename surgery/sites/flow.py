@@ -111,7 +111,8 @@ class Call:
 class Reshape:
     """A reshape, a transpose, or the addition of a bias: a step of a chain without a weight matrix.
 
-    ``path`` is the path of the module, if a module does it. ``bias`` is the name of the parameter that is added.
+    ``path`` is the path of the module, if a module does it. ``bias`` is the name of the parameter that is added. A
+    reshape may span several values: ``inside`` has those before ``value``.
     """
 
     value: int
@@ -119,11 +120,12 @@ class Reshape:
     step: Link
     path: str | None = None
     bias: str | None = None
+    inside: tuple[int, ...] = ()
 
     @property
     def values(self) -> tuple[int, ...]:
-        """The one value of the reshape."""
-        return (self.value,)
+        """All values of the reshape, in order."""
+        return (*self.inside, self.value)
 
     @property
     def calls(self) -> tuple[Call, ...]:

@@ -15,12 +15,13 @@ from surgery.algebra import Conv, Operator, compose, compose_steps
 from surgery.errors import Refusal
 from surgery.sites.flow import Call, Flow, Key, Layers, site_name
 from surgery.sites.placement import Fusable, FusableChain, FusableModule, Part, calls_of
-from surgery.sites.segments import find_segments, sites_of
+from surgery.sites.segments import find_segments, owners, sites_of
 from surgery.sites.site import Skip
 
 __all__ = ["fusable", "is_whole_sequential"]
 
 _UNPROVED = "neither torch.fx nor torch.export can capture the model, so nothing is known of its dataflow"
+_TORN = "the steps between its factors are not known as those of one chain in this graph"
 
 
 def fusable(flow: Flow, *, everything: bool = False) -> tuple[list[Fusable], list[Skip]]:
@@ -35,7 +36,20 @@ def fusable(flow: Flow, *, everything: bool = False) -> tuple[list[Fusable], lis
         return modules, skips if modules else [*skips, Skip("model", "chain", _UNPROVED)]
     pieces, refused = _find_pieces(flow, everything=everything)
     chains, bound = _chains(flow, pieces)
-    return [*modules, *chains], [*skips, *refused, *bound]
+    skips += [*refused, *bound]
+    return [*modules, *chains], [*skips, *_torn(flow, [*modules, *chains], skips)]
+
+
+def _torn(flow: Flow, found: Sequence[Fusable], skips: Sequence[Skip]) -> list[Skip]:
+    """Return a skip for each factored site with factors in the graph that is neither fused nor told of already."""
+    fused = {site for each in found for site in each.sites}
+    sites = {site for call in flow.calls for site in owners(flow, call)} - fused
+    told = [name for skip in skips for name in skip.name.split(" -> ")]
+    return [
+        Skip(site, "chain", _TORN)
+        for site in sorted(sites)
+        if not any(name == site or name.startswith(f"{site}.") for name in told)
+    ]
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 from torch import Tensor
@@ -10,15 +10,16 @@ from torch import Tensor
 from surgery.algebra import Branches, Conv, Embedding, Flatten, Linear, Operator, Shape, Transpose, Unflatten
 from surgery.errors import InputError
 from surgery.kinds.onnx.graph import EditedGraph
+from surgery.kinds.onnx.marks import FIRST, MARK, SHIFT, words_of
 from surgery.kinds.onnx.nodes import (
     NodeWriter,
     write_conv,
     write_embedding,
     write_linear,
+    write_ones,
     write_reshape,
     write_transpose,
 )
-from surgery.kinds.onnx.read import MARK
 from surgery.kinds.onnx.tensors import to_torch
 from surgery.kinds.onnx.weights import View
 
@@ -44,6 +45,11 @@ class ChainWriter(NodeWriter):
         self.inserted: list[ir.Node] = []  # by ``finish``
         self._marks: dict[int, str] = {}  # what a reshape does, for the reader
         self._before: ir.Node | None = None
+
+    @property
+    def _opset(self) -> int:
+        imports = self._graph.model.opset_imports
+        return imports.get("", imports.get("ai.onnx", 1))
 
     def start(self, source: ir.Value, before: ir.Node) -> None:
         """Begin with a value of the graph; all nodes will stand in front of the node ``before``."""
@@ -87,7 +93,7 @@ class ChainWriter(NodeWriter):
         """Append an operator; its bias is a value of the graph."""
         plain = operator.with_bias(None)
         if isinstance(plain, Linear):
-            gemm = gemm and (bias is not None or self._graph.model.opset_imports.get("", 1) >= _GEMM_WITHOUT_BIAS)
+            gemm = gemm and (bias is not None or self._opset >= _GEMM_WITHOUT_BIAS)
             write_linear(self, plain, gemm=gemm, turned=self.turned)
             if bias is not None and not gemm:
                 self.read("Add", bias)
@@ -115,22 +121,41 @@ class ChainWriter(NodeWriter):
             self.apply("Add", value)
 
     def reshape(self, step: Unflatten | Flatten | Transpose, shape: Shape) -> None:
-        """Append a reshape or a transpose of a value of this shape; the first axes may have any size."""
+        """Append a reshape or a transpose of a value with as many axes; all sizes but those of the step may vary.
+
+        A 0 in Reshape is the size of the same axis of its input, so that axes of size 1 hold the places:
+
+            (n, 8, h, w)    -> Unsqueeze -> (n, 8, 1, h, w) -> Reshape [0, 4, 2, 0, 0] -> (n, 4, 2, h, w)
+            (n, 4, 2, h, w) -> Reshape [0, 8, 1, 0, 0] -> (n, 8, 1, h, w) -> Squeeze   -> (n, 8, h, w)
+        """
         if isinstance(step, Transpose):
             write_transpose(self, len(shape), step.first, step.second)
             return
+        split = isinstance(step, Unflatten)
+        wide, narrow = (step.out_shape(shape), shape) if split else (shape, step.out_shape(shape))
         at = len(shape) + (step.dim if isinstance(step, Unflatten) else step.start)
-        out = step.out_shape(shape)
-        write_reshape(self, [0] * at + list(out[at:]))
-        words: tuple[object, ...] = ("flatten", step.start, step.end) if isinstance(step, Flatten) else ()
-        if isinstance(step, Unflatten):
-            words = ("unflatten", step.dim, *step.sizes)
-        self._marks[len(self.nodes) - 1] = " ".join(map(str, words))
+        ones = range(at + 1, at + 1 + len(wide) - len(narrow))
+        after = len(wide) - ones.stop
+        sizes = [*wide[at : ones.stop]] if split else [narrow[at], *([1] * len(ones) if after else [])]
+        if after and split:
+            self._ones("Unsqueeze", ones)
+            self._mark(FIRST)
+        write_reshape(self, [0] * at + sizes + [0] * after)
+        if after and not split:
+            self._mark(FIRST)
+            self._ones("Squeeze", ones)
+        self._mark(words_of(step, two=after > 0))
+
+    def _ones(self, op_type: str, axes: Sequence[int]) -> None:
+        write_ones(self, op_type, axes, self._opset)
+
+    def _mark(self, words: str) -> None:
+        self._marks[len(self.nodes) - 1] = words
 
     def shift(self, bias: ir.Value) -> None:
         """Append the addition of a bias to what a chain computes."""
         self.read("Add", bias)
-        self._marks[len(self.nodes) - 1] = "shift"
+        self._mark(SHIFT)
 
     def finish(self) -> ir.Value:
         """Insert the nodes, and return their last value."""

@@ -2,9 +2,9 @@
 
 - A convolution is Conv or ConvTranspose.
 - A linear layer is Gemm on (rows, features), or MatMul, then Add, on any number of axes.
-- An embedding is Gather. Reshapes are Reshape and Transpose; shifts and sums are Add.
+- An embedding is Gather. Reshapes are Reshape, Unsqueeze, Squeeze and Transpose; shifts and sums are Add.
 
-All nodes have the same meaning in opset 7 and in those after it.
+All nodes have the same meaning in opset 7 and in those after it; Unsqueeze and Squeeze read their axes since opset 13.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ __all__ = [
     "write_conv",
     "write_embedding",
     "write_linear",
+    "write_ones",
     "write_reshape",
     "write_shift",
     "write_transpose",
 ]
+
+_AXES_AS_INPUT = 13  # the first opset in which Unsqueeze and Squeeze read their axes
 
 
 @dataclass
@@ -122,6 +125,14 @@ def pads_of(padding: Sequence[tuple[int, int]]) -> list[int]:
 def write_reshape(graph: NodeWriter, sizes: Sequence[int]) -> None:
     """Append a reshape; a size of 0 is that of the same axis of the input, and one size may be -1."""
     graph.apply("Reshape", graph.constant(np.array(sizes, dtype=np.int64)))
+
+
+def write_ones(graph: NodeWriter, op_type: str, axes: Sequence[int], opset: int) -> None:
+    """Append Unsqueeze, which adds axes of size 1, or Squeeze, which removes them."""
+    if opset < _AXES_AS_INPUT:
+        graph.apply(op_type, axes=list(axes))
+    else:
+        graph.apply(op_type, graph.constant(np.array(axes, dtype=np.int64)))
 
 
 def write_transpose(graph: NodeWriter, axes: int, first: int, second: int) -> None:

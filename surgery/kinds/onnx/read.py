@@ -19,17 +19,15 @@ from typing import Any
 import onnx_ir as ir
 from torch import Tensor
 
-from surgery.algebra import Conv, Embedding, Geometry, Linear, Operator, Shift, Transpose, Unflatten
-from surgery.algebra.steps import Flatten, Link
+from surgery.algebra import Conv, Embedding, Geometry, Linear, Operator, Shift
 from surgery.errors import Refusal
 from surgery.kinds.onnx.left import DENSE, EARLIER, RECURRENT, branches, inside, is_recurrent, left_of
+from surgery.kinds.onnx.marks import MARK, SHIFT, link_of
 from surgery.kinds.onnx.tensors import FLOATS
 from surgery.kinds.onnx.weights import Weight, find_weight, held, is_plain, is_view
 from surgery.sites import Activation, BatchNorm, Call, Element, Epilogue, Left, Other, Reshape, Sum
 
-__all__ = ["MARK", "Reader", "attributes_of"]
-
-MARK = "surgery"  # in the metadata of a reshape that belongs to a chain: what it does
+__all__ = ["Reader", "attributes_of"]
 
 _EPILOGUES: dict[str, Epilogue] = {
     "BatchNormalization": BatchNorm(),
@@ -171,7 +169,8 @@ class Reader:
                 continue
             element = self._element(node, number)
             found[element.value] = element
-        inside = {value for element in found.values() if isinstance(element, Call) for value in element.inside}
+        spans = (element for element in found.values() if isinstance(element, Call | Reshape))
+        inside = {value for element in spans for value in element.inside}
         return tuple(element for number, element in sorted(found.items()) if number not in inside)
 
     def _element(self, node: ir.Node, number: int) -> Element:
@@ -182,8 +181,8 @@ class Reader:
             return call
         if node.op_type == "Add":
             return self._sum(node, number)
-        if node.op_type in ("Transpose", "Reshape") and (step := self._link(node)) is not None:
-            return Reshape(number, self.numbers[node.inputs[0]], step)  # type: ignore[index]
+        if (reshape := self._reshape(node, number)) is not None:
+            return reshape
         return Other(number, _EPILOGUES.get(node.op_type))
 
     def _sum(self, node: ir.Node, number: int) -> Element:
@@ -193,25 +192,20 @@ class Reader:
             return Sum(number, (self.numbers[first], self.numbers[second]))
         bias = self._plain(second)
         # an addition that the file had before stays a node of its own
-        own = node.metadata_props.get(MARK) == "shift"
+        own = node.metadata_props.get(MARK) == SHIFT
         if own and bias is not None and len(bias.shape) == 1 and bias.name in self.parameters and first in self.numbers:
             return Reshape(number, self.numbers[first], Shift(bias.numbers), bias=bias.name)
         return Other(number)
 
-    def _link(self, node: ir.Node) -> Link | None:
-        """Return the reshape or transpose that a chain may have; None for any other."""
-        if node.inputs[0] not in self.numbers:
+    def _reshape(self, node: ir.Node, number: int) -> Reshape | None:
+        """Return the reshape or transpose of which a node is the last; None for any other node."""
+        found = link_of(node)
+        if found is None:
             return None
-        if node.op_type == "Transpose":
-            order = list(attributes_of(node).get("perm", ()))
-            moved = [at for at, axis in enumerate(order) if at != axis]
-            if len(moved) != 2 or order[moved[0]] != moved[1]:
-                return None
-            return Transpose(moved[0] - len(order), moved[1] - len(order))
-        words = node.metadata_props.get(MARK, "").split()  # as ``write`` leaves it: what was reshaped
-        if len(words) > 1 and words[0] == "unflatten":
-            return Unflatten(int(words[1]), tuple(map(int, words[2:])))
-        return Flatten(int(words[1]), int(words[2])) if len(words) == 3 and words[0] == "flatten" else None
+        step, nodes = found
+        source = self.numbers.get(nodes[0].inputs[0])  # type: ignore[arg-type]
+        inside = tuple(self.number(each) for each in nodes[:-1])
+        return None if source is None else Reshape(number, source, step, inside=inside)
 
     def call(self, node: ir.Node) -> Call | Refusal | None:
         """Return the call that a node is; a refusal for the call of a weight that is left alone; else None."""

@@ -34,6 +34,7 @@ from surgery.kinds.onnx.chain import ChainWriter
 from surgery.kinds.onnx.graph import RECORD, EditedGraph, producer_of
 from surgery.kinds.onnx.layout import note_layout
 from surgery.kinds.onnx.left import DENSE
+from surgery.kinds.onnx.marks import SIZED
 from surgery.kinds.onnx.norms import NormNode, set_in_model
 from surgery.kinds.onnx.origin import Origin
 from surgery.kinds.onnx.run import ObservedOnnx, Shapes
@@ -219,7 +220,11 @@ class OpenOnnx(EditedGraph, OpenModel):
     def _put(self, writer: ChainWriter, row: Sequence[Part], old: ir.Value) -> None:
         """Insert the nodes of a writer, and let their last value stand in the place of ``old``."""
         nodes = self._nodes(row)
+        # the sizes and axes that reshapes read
+        sizes = [value for node in nodes if node.op_type in SIZED for value in node.inputs[1:] if value is not None]
         self.stand_in(old, writer.finish(), nodes)
+        for value in dict.fromkeys(sizes):
+            self.drop_unused(value)
 
     def _nodes(self, row: Sequence[Part]) -> list[ir.Node]:
         return list(dict.fromkeys(producer_of(self.value(number)) for part in row for number in part.values))
