@@ -26,7 +26,7 @@ from surgery.data.collect import collect, with_sensitivity
 from surgery.data.samples import read_calibration
 from surgery.errors import FileError, InputError
 from surgery.factorizations import Factorization, named
-from surgery.kinds.onnx.tensors import to_torch
+from surgery.kinds.onnx.tensors import to_ir, to_torch
 from surgery.kinds.registry import kind_of, observe, open_model
 from surgery.passes.preview import find_sites
 from surgery.runtime.compare import run_model
@@ -928,3 +928,53 @@ def test_a_recurrent_node_takes_only_factors_of_matrices() -> None:
     assert not result.changes
     assert "only svd" in str(result)
     assert ir.to_proto(result.model) == ir.to_proto(model)
+
+
+def test_a_weight_that_is_an_input_has_factors_that_are() -> None:
+    text = "g (float[n, 8] x, float[8, 6] W, float[n, 6] c) => (float[n, 6] z) { y = MatMul(x, W)  z = Add(y, c) }"
+    model = parsed(text, W=numbers(8, 6))
+    x = (X, torch.ones(3, 6))
+    made = surgery.decompose(model, x, ranks="2").model
+    assert [value.name for value in made.graph.inputs] == ["x", "W.0.weight", "W.1.weight", "c"]
+    assert_valid(made)
+    back = surgery.recompose(made, x).model
+    assert [value.name for value in back.graph.inputs] == ["x", "W", "c"]
+
+
+def test_one_weight_twice_in_a_row_comes_back_once() -> None:
+    text = "g (float[n, 8] x) => (float[n, 8] z) { a = MatMul(x, W)  b = Relu(a)  c = MatMul(b, W)  z = MatMul(c, W) }"
+    model = parsed(text, W=numbers(8, 8))
+    assert_comes_back(model, X, ["W"])
+
+
+def test_a_bfloat16_weight_behind_a_cast_comes_back() -> None:
+    text = "g (float[n, 8] x) => (float[n, 6] z) { V = Cast <to = 1> (W)  z = MatMul(x, V) }"
+    model = parsed(text, W=numbers(8, 6))
+    weight = model.graph.initializers["W"]
+    narrow = to_ir(to_torch(weight.const_value).bfloat16(), "W")  # type: ignore[arg-type]  # an initializer has one
+    weight.const_value, weight.type = narrow, ir.TensorType(ir.DataType.BFLOAT16)
+    made = surgery.decompose(model, X, ranks="full").model
+    back = surgery.recompose(made, X).model
+    assert back.graph.initializers["W"].dtype == ir.DataType.BFLOAT16
+    assert relative_error(outputs(back, X)[0], outputs(model, X)[0]) <= 1e-2
+
+
+def test_calibration_that_runs_another_branch_is_refused() -> None:
+    text = """g (float[n, 8] x, bool c) => (float[n, 8] z) {
+        z = If (c) <
+            then_branch = t () => (float[n, 8] y) { y = MatMul(x, W) },
+            else_branch = e () => (float[n, 8] u) { u = MatMul(x, U) }
+        >
+    }"""
+    model = parsed(text, W=numbers(8, 8), U=numbers(8, 8, seed=1))
+    data = {"x": torch.randn(32, 8), "c": torch.tensor(False)}
+    with pytest.raises(InputError, match="do not run W"):
+        surgery.decompose(model, (X, torch.tensor(True)), ranks="2", calibration=data)
+    assert [c.site for c in surgery.decompose(model, ranks="2", calibration=data).changes] == ["U"]
+
+
+def test_inputs_may_be_numbers_of_numpy() -> None:
+    text = "g (float[n, 8] x, float k) => (float[n, 6] z) { y = MatMul(x, W)  z = Mul(y, k) }"
+    model = parsed(text, W=numbers(8, 6))
+    for number in (np.array(2.0, np.float32), np.float32(2)):
+        assert find_sites(model, {"x": X.numpy(), "k": number})[0]

@@ -234,7 +234,7 @@ def decompose(**given: Any) -> None:
     asked = asked_for(options)
     with show.progress(quiet=options.json_) as progress:
         progress("load", 0, 1)
-        program, inputs = open_program(options.model, **options.opening)
+        program, inputs = open_program(options.model, options.calibration, **options.opening)
         result = _result(options, asked, program, inputs, progress)
         measured: Timing | str | None = None if result.search is None else result.search.timing
         if measured is None and options.timing and not options.dry_run and result.changes:

@@ -144,13 +144,20 @@ def default_output(model: Path, suffix: str) -> Path:
     return model.beside(name) if isinstance(model, TypedPath) else model.with_name(name)
 
 
-def open_program(path: Path, **options: Any) -> tuple[Any, Inputs]:
+def open_program(path: Path, calibration: Path | None = None, **options: Any) -> tuple[Any, Inputs]:
     """Return MODEL as an exported program, or as the ONNX model that it is, and the inputs to run it on.
+
+    Those of an ONNX model are the first calibration sample, if there are samples and no shape is said.
 
     Raises:
         SurgeryError: a file that cannot be loaded, or inputs that do not fit.
     """
     model, inputs = _open(path, **options)
+    if inputs is None and calibration is not None and not options["input_shapes"]:
+        from surgery.data.samples import read_calibration
+
+        samples = read_calibration(calibration, model)
+        inputs = next(iter(samples if samples.exact else samples.take(slice(1))))
     return model, _random_inputs(model, options) if inputs is None else inputs
 
 

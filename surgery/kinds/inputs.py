@@ -78,14 +78,14 @@ def _named(inputs: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _convert(value: Any) -> Any:
-    return pytree.tree_map_only(np.ndarray, _as_tensor, value)
+    return pytree.tree_map_only((np.ndarray, np.generic), _as_tensor, value)
 
 
 def _as_tensor(value: Tensor | npt.NDArray[Any]) -> Tensor:
     if isinstance(value, Tensor):
         return value
     try:
-        return torch.from_numpy(np.ascontiguousarray(value))
+        return torch.from_numpy(np.array(value, order="C", copy=None))
     except TypeError as error:
         raise InputError(f"a NumPy array of type {value.dtype}", allowed="a dtype that torch has as well") from error
 

@@ -201,6 +201,9 @@ def gather(original: Original, samples: Calibration, sites: Collection[str] | No
     wanted = original.sites if sites is None else sites
     fitted = [name for name in wanted if not isinstance(original.sites[name], FactoredSite)]
     moments = collect(model, samples, sites=fitted, progress=progress, also_watch=norms)
+    if unseen := [name for name in fitted if name not in moments]:
+        what = f"the calibration samples do not run {unseen[0]}" + f" and {len(unseen) - 1} more" * (len(unseen) > 1)
+        raise InputError(what, next_step="give samples that do, as example inputs as well, or exclude it")
     with suppress(InputError):  # what cannot be differentiated is fitted without: all errors of an output count alike
         moments = with_sensitivity(model, samples.affordable(_BACKWARD * macs, least=1), moments, progress=progress)
     biases = Counter(address for site in original.sites.values() if (address := _bias(site)) is not None)

@@ -173,11 +173,13 @@ def _site_of_first(flow: Flow, carriers: Sequence[Part]) -> tuple[tuple[str, ...
     """Return the names P that the first parts with weights have in common, and these parts."""
     above = parents(flow, carriers[0]) if carriers else ()
     mine: list[Part] = []
+    weights: set[str] = set()
     for part in carriers:
-        shared = common([above, parents(flow, part)])
-        if not shared:
+        shared, own = common([above, parents(flow, part)]), {call.weight for call in part.calls}
+        if not shared or own & weights:  # the second call of the same chain starts with a weight of the first
             break
         above = shared
+        weights |= own
         mine.append(part)
     return above, mine
 

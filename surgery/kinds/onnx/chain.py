@@ -164,7 +164,7 @@ class ChainWriter(NodeWriter):
         for constant in self.constants:
             name = self._graph.new_name("surgery.sizes")
             self._known[constant.name] = self._graph.add_parameter(
-                name, to_torch(ir.serde.deserialize_tensor(constant))
+                name, to_torch(ir.serde.deserialize_tensor(constant)), weight=False
             )
         stem = before.outputs[0].name or before.op_type
         self.inserted = []

@@ -54,6 +54,7 @@ class EditedGraph:
     def __init__(self, model: ir.Model) -> None:
         self.model, self.graph = model, model.graph
         self.record = read_record(model)
+        self._place: int | None = None  # among the graph's inputs: where new weights go, if they are inputs
         self.home = self.graph  # the graph that gets new weights: that of the weights in whose place they stand
         self.reader = Reader(self.model)
         self._readers = [self.reader]
@@ -98,14 +99,15 @@ class EditedGraph:
         return self.reader.roots[name]
 
     def move_to(self, value: ir.Value) -> None:
-        """Add new weights to the graph that has a weight."""
+        """Add new weights to the graph that has a weight, and to its inputs if the weight is one of them."""
         node = value.producer()
         home = value.graph if node is None else node.graph
         assert isinstance(home, ir.Graph)
         self.home = home
+        self._place = self.graph.inputs.index(value) if value in self.graph.inputs else None
 
-    def add_parameter(self, name: str, tensor: Tensor) -> ir.Value:
-        """Add an initializer."""
+    def add_parameter(self, name: str, tensor: Tensor, *, weight: bool = True) -> ir.Value:
+        """Add an initializer, a ``weight`` or other numbers."""
         if name in self._names:
             raise CheckError(f"the graph has a value named {name} already", next_step="rename that value")
         numbers = to_ir(tensor, name)
@@ -114,7 +116,10 @@ class EditedGraph:
         )
         self.home.register_initializer(value)
         self._names.add(name)
-        if self.model.ir_version < _ALL_INPUTS and self.home is self.graph:
+        if weight and self._place is not None:
+            self.graph.inputs.insert(self._place, value)
+            self._place += 1
+        elif self.model.ir_version < _ALL_INPUTS and self.home is self.graph:
             self.graph.inputs.append(value)
         return value
 
@@ -171,7 +176,7 @@ class EditedGraph:
         known = None if found is None or found.const_value is None else found.const_value
         if found is not None and known is not None and known.numpy().tolist() == list(numbers):
             return found
-        return self.add_parameter(self.new_name(name), torch.tensor(list(numbers), dtype=torch.int64))
+        return self.add_parameter(self.new_name(name), torch.tensor(list(numbers), dtype=torch.int64), weight=False)
 
     def is_read_by_others(self, name: str, calls: Sequence[Call]) -> bool:
         """Whether something besides these calls reads a parameter."""

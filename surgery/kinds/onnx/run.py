@@ -179,7 +179,7 @@ class Shapes:
         found = self.of(call.source)
         assert self._seen is not None
         calls = (each for each in self._reader.elements if isinstance(each, Call) and each.weight == call.weight)
-        if call.source not in self._seen or not any(each.value in self._seen for each in calls):
+        if call.source not in self._seen or not any({each.value, each.user} & self._seen.keys() for each in calls):
             raise InputError("it is in a branch that does not run on the example inputs")
         return found
 

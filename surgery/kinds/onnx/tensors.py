@@ -54,7 +54,7 @@ def to_ir(tensor: Tensor, name: str) -> ir.TensorProtocol:
     """Return an ONNX tensor with the numbers of a torch tensor."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
-        array = tensor.view(torch.int16).numpy()
+        array = tensor.view(torch.uint16).numpy()
         return ir.Tensor(array, dtype=ir.DataType.BFLOAT16, shape=ir.Shape(tuple(tensor.shape)), name=name)
     return ir.Tensor(tensor.numpy(), name=name)
 
