@@ -978,3 +978,15 @@ def test_inputs_may_be_numbers_of_numpy() -> None:
     model = parsed(text, W=numbers(8, 6))
     for number in (np.array(2.0, np.float32), np.float32(2)):
         assert find_sites(model, {"x": X.numpy(), "k": number})[0]
+
+
+def test_sequences_whose_first_axis_is_time_stay_whole() -> None:
+    model = recurrent("LSTM")
+    torch.manual_seed(0)
+    batches = read_calibration([torch.randn(4, 1, 8) for _ in range(6)], model)
+    assert batches.exact
+    assert [len(args[0]) for args, _ in batches] == [4] * 6
+    with pytest.raises(InputError, match="counts no samples"):
+        read_calibration([torch.randn(4, 1, 8), torch.randn(5, 1, 8)], model)
+    result = surgery.decompose(model, ranks="2", calibration=[torch.randn(4, 1, 8) for _ in range(16)])
+    assert [change.site for change in result.changes] == ["W"]

@@ -2,8 +2,9 @@
 
 Users give a tensor (a batch of samples), a sequence of inputs (each a tensor, a tuple of arguments, or a dict by name),
 a DataLoader, whose batches may have labels after the inputs, or the path of a file (see ``files``). Samples lie along
-axis 0: a tensor holds samples if it is as long there as the input's first tensor. Everything else is taken from the
-first input and goes unchanged into each batch. A program that was exported for one batch size gets batches of exactly
+axis 0: a tensor holds samples if it is as long there as the input's first tensor. Everything else must be the same in
+all inputs, and goes unchanged into each batch. If an ONNX model gives something else for two samples than for each, its
+axis 0 may be time: then each input stays whole. A program that was exported for one batch size gets batches of exactly
 that size. Masks among the inputs say which positions are padding; samples of nothing but padding are left out.
 """
 
@@ -33,6 +34,7 @@ __all__ = ["Calibration", "read_calibration", "read_inputs", "samples_in"]
 _LEAST = 48  # samples that ``affordable`` always keeps
 _WORK = 2.0e11  # multiply-accumulates of one pass: 49 samples of a ResNet-50 at 224x224
 _PASSES = 3
+_NEAR = 1e-4  # relative error: what one sample adds to another's outputs by rounding is far below it
 _ALLOWED = f"a tensor, a sequence of inputs, a DataLoader, or the path of a file ({FILES})"
 
 
@@ -146,6 +148,8 @@ def read_calibration(
     fixed = kind.fixed_batch(model)
     if fixed is None and (kind.brings_inputs() or kind.is_onnx):
         fixed = _guarded_batch(model, samples)
+    if fixed is None and kind.is_onnx and not _is_by_sample(kind.runnable(model), samples):
+        fixed = _one_length([_length(item) for item in items])
     return samples if fixed is None else _fill(samples, fixed)
 
 
@@ -210,6 +214,39 @@ def _takes(module: nn.Module, samples: Calibration, size: int) -> bool:
     except Exception:  # a model may raise anything on inputs that do not fit
         return False
     return True
+
+
+def _is_by_sample(module: nn.Module, samples: Calibration) -> bool:
+    """Whether a model gives for two samples what it gives for each: its first axis counts samples, and not time."""
+    if samples.count < 2:
+        return True
+    pair = replace(samples.take(slice(2)), batch_size=2)
+    if not _takes(module, pair, 2) or not _takes(module, pair, 1):
+        return True  # how many samples it takes is another question
+    runs = [_floats(module, each) for each in (*pair, *replace(pair, batch_size=1))]
+    for both, first, second in zip(*runs, strict=True):
+        if both.dim() and both.shape[0] == first.shape[0] + second.shape[0]:
+            apart = torch.cat([first, second])
+            # the last place of 1 as well, which some kernels of onnxruntime leave open
+            allowed = _NEAR * apart.norm() + torch.finfo(apart.dtype).eps * apart.numel() ** 0.5
+            if not (both - apart).norm() <= allowed:
+                return False
+    return True
+
+
+def _floats(module: nn.Module, inputs: Inputs) -> list[Tensor]:
+    args, kwargs = inputs
+    with torch.no_grad():
+        found = pytree.tree_leaves(module(*args, **kwargs))
+    return [leaf for leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _one_length(lengths: Sequence[int]) -> int:
+    """Return the length of all inputs, each of which has to stay whole."""
+    if len(set(lengths)) > 1:
+        what = f"the first axis of the inputs counts no samples, and has lengths of {min(lengths)} to {max(lengths)}"
+        raise InputError(what, next_step="pad or crop the calibration inputs to one length")
+    return lengths[0]
 
 
 def _fill(samples: Calibration, size: int) -> Calibration:
