@@ -34,6 +34,7 @@ __all__ = ["Calibration", "read_calibration", "read_inputs", "samples_in"]
 _LEAST = 48  # samples that ``affordable`` always keeps
 _WORK = 2.0e11  # multiply-accumulates of one pass: 49 samples of a ResNet-50 at 224x224
 _PASSES = 3
+_SOME = 8  # samples that are run together and alone
 _NEAR = 1e-4  # relative error: what one sample adds to another's outputs by rounding is far below it
 _ALLOWED = f"a tensor, a sequence of inputs, a DataLoader, or the path of a file ({FILES})"
 
@@ -217,19 +218,18 @@ def _takes(module: nn.Module, samples: Calibration, size: int) -> bool:
 
 
 def _is_by_sample(module: nn.Module, samples: Calibration) -> bool:
-    """Whether a model gives for two samples what it gives for each: its first axis counts samples, and not time."""
-    if samples.count < 2:
-        return True
-    pair = replace(samples.take(slice(2)), batch_size=2)
-    if not _takes(module, pair, 2) or not _takes(module, pair, 1):
+    """Whether a model gives for some samples what it gives for each: its first axis counts samples, and not time."""
+    few = samples.take(slice(_SOME))
+    if few.count < 2 or not all(_takes(module, few, size) for size in (few.count, 1)):
         return True  # how many samples it takes is another question
-    runs = [_floats(module, each) for each in (*pair, *replace(pair, batch_size=1))]
-    for both, first, second in zip(*runs, strict=True):
-        if both.dim() and both.shape[0] == first.shape[0] + second.shape[0]:
-            apart = torch.cat([first, second])
+    together = _floats(module, next(iter(replace(few, batch_size=few.count))))
+    apart = [_floats(module, each) for each in replace(few, batch_size=1)]
+    for both, rows in zip(together, zip(*apart, strict=True), strict=True):
+        if both.dim() and all(row.dim() and len(row) * few.count == len(both) for row in rows):
+            wanted = torch.cat(rows)
             # the last place of 1 as well, which some kernels of onnxruntime leave open
-            allowed = _NEAR * apart.norm() + torch.finfo(apart.dtype).eps * apart.numel() ** 0.5
-            if not (both - apart).norm() <= allowed:
+            allowed = _NEAR * wanted.norm() + torch.finfo(wanted.dtype).eps * wanted.numel() ** 0.5
+            if not (both - wanted).norm() <= allowed:
                 return False
     return True
 
