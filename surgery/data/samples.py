@@ -148,9 +148,10 @@ def read_calibration(
     samples = _on_device_of(model, samples.take(slice(min(limit, samples.count))))
     fixed = kind.fixed_batch(model)
     if fixed is None and (kind.brings_inputs() or kind.is_onnx):
-        fixed = _guarded_batch(model, samples)
-    if fixed is None and kind.is_onnx and not _is_by_sample(kind.runnable(model), samples):
-        fixed = _one_length([_length(item) for item in items])
+        module = kind.runnable(model)
+        fixed = _guarded_batch(module, kind.brought_inputs(model), samples)
+        if fixed is None and kind.is_onnx and not _is_by_sample(module, samples):
+            fixed = _one_length([_length(item) for item in items])
     return samples if fixed is None else _fill(samples, fixed)
 
 
@@ -191,14 +192,12 @@ def _on_device_of(model: Model, samples: Calibration) -> Calibration:
     return replace(samples, leaves=tuple(leaves))
 
 
-def _guarded_batch(model: Model, samples: Calibration) -> int | None:
+def _guarded_batch(module: nn.Module, example: Inputs | None, samples: Calibration) -> int | None:
     """Return the batch size of the example that a model brings if it refuses others, although its batch is dynamic.
 
     torch.export adds a guard where the choice of a kernel depends on the batch size, as for some convolutions. In ONNX
     files a Reshape may say the batch size that the exporter saw.
     """
-    kind = kind_of(model)
-    module, example = kind.runnable(model), kind.brought_inputs(model)
     # The sizes that will occur: full batches, and a smaller last one.
     sizes = {samples.batch_size, samples.count % samples.batch_size or samples.batch_size}
     if example is None or all(_takes(module, samples, size) for size in sizes):

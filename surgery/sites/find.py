@@ -204,6 +204,8 @@ def _refuse(flow: Flow, key: Key, calls: Sequence[Call]) -> Refusal | None:
         names = ", ".join(sorted(flow.labels[value] for value in strangers))
         return Refusal(f"its weight is also used by {names}")
     if any(_form(call) != _form(calls[0]) for call in calls):
+        if len({_form(call)[1:] for call in calls}) == len({call.operator.form.unbiased for call in calls}) == 1:
+            return Refusal("its weight is shared by calls with a bias and calls without one")
         return Refusal("its weight is shared by calls that differ in more than the bias")
     if any(0 in flow.shapes[call.source] for call in calls):
         return Refusal("it is called on an empty input")

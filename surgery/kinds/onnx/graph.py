@@ -19,7 +19,7 @@ from surgery.kinds.onnx.tensors import to_ir
 from surgery.kinds.onnx.weights import View, held, is_view
 from surgery.sites import Call, Record
 
-__all__ = ["RECORD", "EditedGraph", "producer_of", "read_metadata", "read_record"]
+__all__ = ["RECORD", "EditedGraph", "producer_of", "read_metadata", "read_record", "set_numbers"]
 
 RECORD = "surgery"  # in metadata_props
 _ALL_INPUTS = 4  # before this version of the format, every initializer is an input too
@@ -183,17 +183,6 @@ class EditedGraph:
         own = {number for call in calls for number in (call.value, call.user)}
         return bool(self.reader.uses.get(name, frozenset()) - own)
 
-    def set_numbers(self, value: ir.Value, tensor: Tensor) -> None:
-        """Give a weight or a bias other numbers."""
-        numbers = to_ir(tensor, value.name or "")
-        before, producer = held(value), value.producer()
-        if before is not None:
-            describe(numbers, before)
-        if producer is None:
-            value.const_value = numbers
-        else:
-            producer.attributes["value"] = ir.AttrTensor("value", numbers)
-
     def new_name(self, stem: str) -> str:
         """Return a name that no value has."""
         name, number = stem, 1
@@ -225,6 +214,18 @@ class EditedGraph:
         self._now[old] = new
         nodes[0].graph.remove(nodes, safe=True)  # type: ignore[union-attr]
         old.name, new.name = None, name
+
+
+def set_numbers(value: ir.Value, tensor: Tensor) -> None:
+    """Give a weight or a bias other numbers; it keeps its notes."""
+    numbers = to_ir(tensor, value.name or "")
+    before, producer = held(value), value.producer()
+    if before is not None:
+        describe(numbers, before)
+    if producer is None:
+        value.const_value = numbers
+    else:
+        producer.attributes["value"] = ir.AttrTensor("value", numbers)
 
 
 def producer_of(value: ir.Value) -> ir.Node:

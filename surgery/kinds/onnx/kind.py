@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from surgery.errors import InputError
 from surgery.kinds.base import Access, Kind
 from surgery.kinds.inputs import Declared, Inputs, Signature, given_inputs, random_tensor
-from surgery.kinds.onnx.graph import RECORD, EditedGraph, read_metadata
+from surgery.kinds.onnx.graph import RECORD, EditedGraph, read_metadata, set_numbers
 from surgery.kinds.onnx.norms import NormNode, set_in_proto
 from surgery.kinds.onnx.places import all_tensors
 from surgery.kinds.onnx.proto import read_proto, write_proto
@@ -122,7 +122,7 @@ class OnnxKind(Kind):
         """Return a copy of a model with other numbers for some of its weights, as ``onnx_ir`` holds it."""
         graph = EditedGraph(self.read(model).clone())
         for name, tensor in tensors.items():
-            graph.set_numbers(graph.parameter(name), tensor)
+            set_numbers(graph.parameter(name), tensor)
         return graph.model
 
     def brought_inputs(self, model: Any, *, seed: int = 0) -> Inputs | None:

@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 from torch import Tensor
 
+from surgery.kinds.onnx.graph import set_numbers
 from surgery.kinds.onnx.read import Reader
 from surgery.kinds.onnx.tensors import to_ir
 from surgery.kinds.onnx.weights import Weight, is_plain
@@ -61,14 +62,9 @@ def _alone(reader: Reader, node: ir.Node, mean: Weight, variance: Weight) -> boo
 
 def set_in_model(model: ir.Model, found: NormNode, pair: tuple[Tensor, Tensor]) -> None:
     """Give a batch norm in a model, of which the graph is a copy, other statistics."""
+    roots = Reader(model).roots
     for weight, numbers in zip((found.mean, found.variance), pair, strict=True):
-        tensor = to_ir(numbers.clone(), weight.name)
-        initializer = model.graph.initializers.get(weight.name)
-        if initializer is not None:
-            initializer.const_value = tensor
-            continue
-        node = next(each for each in model.graph if each.outputs and each.outputs[0].name == weight.name)
-        node.attributes["value"] = ir.AttrTensor("value", tensor)
+        set_numbers(roots[weight.name], numbers.clone())
 
 
 def set_in_proto(model: onnx.ModelProto, found: NormNode, pair: tuple[Tensor, Tensor]) -> None:

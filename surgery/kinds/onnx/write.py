@@ -31,7 +31,7 @@ from surgery.kinds.base import OpenModel
 from surgery.kinds.inputs import Inputs
 from surgery.kinds.observed import Observed
 from surgery.kinds.onnx.chain import ChainWriter
-from surgery.kinds.onnx.graph import RECORD, EditedGraph, producer_of
+from surgery.kinds.onnx.graph import RECORD, EditedGraph, producer_of, set_numbers
 from surgery.kinds.onnx.layout import note_layout
 from surgery.kinds.onnx.left import DENSE
 from surgery.kinds.onnx.marks import SIZED
@@ -188,7 +188,7 @@ class OpenOnnx(EditedGraph, OpenModel):
         weight = self.reader.weight(bias)
         assert weight is not None  # it is the bias of a call
         moved = weight.numbers + (after - before).to(weight.numbers)
-        self.set_numbers(bias, moved.to(weight.numbers))
+        set_numbers(bias, moved.to(weight.numbers))
 
     def _write(
         self,
@@ -315,7 +315,7 @@ class OpenOnnx(EditedGraph, OpenModel):
             if self.is_read_by_others(name, calls):
                 bias = self.add_parameter(self.new_name(f"{site}.bias"), numbers)
             else:
-                self.set_numbers(bias, numbers)
+                set_numbers(bias, numbers)
         done[name] = bias
         return bias
 
