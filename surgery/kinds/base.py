@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from surgery.kinds.inputs import Declared, Inputs, Signature
     from surgery.kinds.observed import Observed
     from surgery.sites import Edit, Flow, Placement
+    from surgery.sites.network import Network
 
-__all__ = ["Access", "Kind", "OpenModel"]
+__all__ = ["Access", "Cuttable", "Kind", "OpenModel", "Piece", "Pieces"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,32 @@ class Access:
     copies: bool = True
     inplace: bool = False
     known: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """One stage of a model, a model itself, with the names of the values that it takes and gives, in order.
+
+    A stage takes its inputs by position. The names are those of the whole model's values.
+    """
+
+    model: Any
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """A model taken apart: its stages in order, and the names of its own inputs and outputs, in order.
+
+    Inputs and outputs are leaves: a tuple that is an input has one name for each of its tensors. ``whole`` has the JSON
+    values that are needed to put the stages together again, and to call them as the model is called.
+    """
+
+    stages: tuple[Piece, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    whole: Mapping[str, Any]
 
 
 class Kind(ABC):
@@ -115,6 +142,56 @@ class Kind(ABC):
     def says_what_runs(self) -> bool:
         """Whether the model itself tells which of its operators run; if not, a run has to show it."""
         return True
+
+    def cuttable(self, model: Any, inputs: Inputs) -> Cuttable:
+        """Open a model to be cut into stages; the model stays as it is. ``inputs`` are as in ``open``.
+
+        Raises:
+            InputError: the model does not run on the example inputs, or it needs example inputs and has none.
+            CaptureError: its graph cannot be captured.
+        """
+        raise InputError(f"a {self.label} cannot be split", next_step="export it with torch.export first")
+
+    def join(self, pieces: Pieces) -> Any:
+        """Return the model that was taken apart: its graph, its names, and the numbers that its stages have now.
+
+        Raises:
+            InputError: the pieces do not fit each other.
+        """
+        raise InputError(f"a {self.label} cannot be joined", next_step="export it with torch.export first")
+
+    def leaves(self, pieces: Pieces, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Return the inputs of a call of the whole model in the order of ``pieces.inputs``.
+
+        Raises:
+            InputError: they are not those that the model takes.
+        """
+        raise NotImplementedError
+
+    def run_stage(self, model: Any, values: Sequence[Any]) -> tuple[Any, ...]:
+        """Run a stage on its inputs, in order, and return its outputs, in order."""
+        raise NotImplementedError
+
+    def result(self, pieces: Pieces, leaves: Sequence[Any]) -> Any:
+        """Return what the whole model returns, made of its outputs in the order of ``pieces.outputs``."""
+        raise NotImplementedError
+
+
+class Cuttable(ABC):
+    """A model that is open to be cut into stages."""
+
+    @property
+    @abstractmethod
+    def network(self) -> Network:
+        """The operations of the model, in the order of its graph."""
+
+    @abstractmethod
+    def cut(self, stage_of: Sequence[int]) -> Pieces:
+        """Return the stages, given the number of the stage of each operation; no value may go to an earlier stage.
+
+        A stage has exactly the values as inputs and outputs that have to be sent. A tensor that is read in several
+        stages is in each of them.
+        """
 
 
 class OpenModel(ABC):
