@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias, get_args
 
 __all__ = [
     "FAR",
+    "RUIN",
     "VERDICTS",
     "Verdict",
     "change",
@@ -27,6 +28,7 @@ Verdict: TypeAlias = Literal["faster", "slower", "no difference"]  # what one th
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 FAR = 0.3  # an output error above which the outputs are no longer those of the original
+RUIN = 0.5  # an output error above which no speed-up is worth its model, unless best effort is asked for
 
 
 def shown(text: str) -> str:

@@ -30,6 +30,7 @@ from surgery.plans.goal import Goal
 from surgery.plans.options import Counted
 from surgery.plans.plan import silent
 from surgery.runtime.bench import ModelComparison, ModelTiming, Timing, environment
+from surgery.text import RUIN
 from tests.cases import decaying
 from tests.test_calibration_models import as_kind
 
@@ -183,6 +184,22 @@ def test_a_target_out_of_reach_gives_the_original_and_says_what_is_within(tmp_pa
     (speedup, error), *_ = result.search.reached
     assert 1 < speedup < 1000
     assert error > 0
+
+
+def test_a_speed_up_that_ruins_the_model_is_out_of_reach_without_best_effort(tmp_path: Path) -> None:
+    found = decompose(tmp_path / "l", Clock(), target=1000.0).search
+    assert found is not None
+    speedup, error = found.reached[-1]
+    assert error > RUIN
+    result = decompose(tmp_path / "l", Clock(), target=0.97 * speedup)
+    assert result.promise is not None
+    assert not result.changes
+    assert not result.promise.kept
+    assert "which ruins a model" in result.promise.note
+    taken = decompose(tmp_path / "l", Clock(), target=0.97 * speedup, best_effort=True)
+    assert taken.changes
+    assert taken.promise is not None
+    assert taken.promise.kept
 
 
 def test_a_target_that_no_timing_is_sure_of_says_so(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from surgery.plans.options import Option, Options
 from surgery.plans.plan import Plan, Progress, silent
 from surgery.runtime.bench import Timing
 from surgery.sites import Site
+from surgery.text import RUIN
 
 __all__ = [
     "ByPromise",
@@ -71,9 +72,17 @@ class Judged:
     error: float
 
     @property
+    def ruined(self) -> bool:
+        """Whether a model is so fast only because its outputs have little left of the original's."""
+        return self.promise.kind == "target_speedup" and self.error > RUIN
+
+    @property
     def missed(self) -> str:
-        """Why a target is not kept: it is out of reach, or the machine too busy to tell."""
+        """Why a target is not kept: it is out of reach, it would ruin the model, or the machine is too busy to tell."""
         promise = self.promise
+        if self.ruined and promise.kept:
+            what = f"{promise.measured:.3g} was measured, but at an output error of {self.error:.3g}, above {RUIN:g}"
+            return f"the target is out of reach: {what}, which ruins a model (best effort takes it)"
         measured = f"{promise.measured:.3g} was measured, at an output error of {self.error:.3g}"
         if promise.measured < promise.limit:
             return f"the target is out of reach: {measured}"
@@ -248,7 +257,7 @@ class ByPromise:
             return self._original(plans, f"the whole model did not measure faster ({span})", found)
         plan = plans.plan(found.chosen)
         judged = judge.judge(evidence.fitter.build(plan), found.timing)
-        if not judged.promise.kept and not self.goal.best_effort:
+        if (judged.ruined or not judged.promise.kept) and not self.goal.best_effort:
             return self._original(plans, judged.missed, found)
         predicted = None
         if found.timing is not None:

@@ -104,7 +104,8 @@ class Goal:
     ) -> Goal:
         """Return the goal of a whole model at least ``target`` times as fast, with the least output error.
 
-        Where that is out of reach the result is the original, or with ``best_effort`` the nearest model.
+        Where that is out of reach the result is the original, or with ``best_effort`` the nearest model. A target that
+        takes an output error above 0.5 counts as out of reach: such a model has little left of the original.
 
         Raises:
             InputError: a target below 1.
