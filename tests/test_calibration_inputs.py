@@ -17,6 +17,8 @@ from surgery.data.collect import collect
 from surgery.data.samples import Calibration, read_calibration
 from surgery.errors import FileError, InputError
 from surgery.kinds.registry import observe
+from surgery.passes.decompose import decompose
+from surgery.runtime.export import export_onnx
 from tests.test_calibration_models import as_kind, images, net
 
 
@@ -88,6 +90,22 @@ def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
         read_calibration([images(2), images(2)[..., :4]], model)
     with pytest.raises(InputError, match="does not run on the calibration inputs"):
         observe(model, ((images(2),), {})).run(((images(2)[:, :2],), {}))
+
+
+@pytest.mark.parametrize("kind", ["module", "graph", "program", "onnx"])
+@pytest.mark.parametrize("made", [torch.zeros(4, 17), torch.zeros(4, 16, dtype=torch.int64)], ids=["shape", "dtype"])
+def test_of_calibration_inputs_that_do_not_fit_one_line_says_that(
+    kind: str, made: Tensor, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    example = torch.zeros(2, 16)
+    model: Any = nn.Sequential(nn.Linear(16, 8))
+    if kind == "onnx":
+        export_onnx(model, model := tmp_path / "m.onnx", example)
+    elif kind != "module":
+        model = as_kind(model, kind, example)
+    with pytest.raises(InputError, match="calibration inputs"):
+        decompose(model, example, calibration=made, ranks="energy=0.8")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_inputs_that_are_not_finite_name_the_site() -> None:

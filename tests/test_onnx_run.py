@@ -547,6 +547,25 @@ def test_gradients_end_at_an_operator_that_torch_does_not_have() -> None:
     assert observed_of(before, x=x(2, 3)).differentiable
 
 
+def test_gradients_that_end_in_a_later_batch_give_way_to_noise() -> None:
+    """The example takes a branch that torch runs; another batch takes one that only onnxruntime runs."""
+    fused = 'com.microsoft.FusedGemm <activation = "Relu"> (y, v)'
+    text = f"""g (float[2, 3] x) => (float[2, 5] z) {{
+        y = MatMul(x, w) s = ReduceSum <keepdims = 0> (x) c = Greater(s, zero)
+        z = If (c) <then_branch = a () => (float[2, 5] p) {{ p = Relu(y) }},
+                    else_branch = b () => (float[2, 5] q) {{ q = {fused} }}> }}"""
+    model = parsed(text, more=', "com.microsoft" : 1', w=x(3, 5), v=x(5, 5), zero=np.float32(0))
+    held = ir.serde.deserialize_model(model)
+    positive = torch.rand(2, 3) + 1
+    assert observe(held, ((positive,), {})).differentiable
+    samples = read_calibration([positive, -positive], held)
+    [found] = with_sensitivity(held, samples, collect(held, samples)).values()
+    assert found.sensitivity is not None
+    level = found.sensitivity.diagonal(dim1=-2, dim2=-1)
+    assert torch.equal(found.sensitivity, torch.diag_embed(level))  # as noise gives it: the same for all outputs
+    assert len(level.unique()) == 1
+
+
 def test_quantized_activations_have_no_gradients() -> None:
     text = """g (float[2, 3] x) => (float[2, 5] z) {
         y = MatMul(x, w) q = QuantizeLinear(y, scale, zero) z = DequantizeLinear(q, scale, zero) }"""

@@ -13,8 +13,8 @@ from torch.export import ExportedProgram
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules in tools/ only
 
-from surgery.runtime.export import quiet
 from surgery.runtime.fresh import time_apart
+from surgery.system.quiet import quiet
 
 __all__ = ["fresh_speedups"]
 

@@ -76,6 +76,9 @@ def with_sensitivity(
         if progress is not None:
             progress("differentiate", done, len(few))
         leaves = _leaves(observed.run(batch, gradients=True))
+        if not observed.differentiable:  # this batch came to a node that ends gradients
+            observed.forget()
+            return _by_noise(observed, placements, few, outputs, moments, seed=seed, progress=progress)
         _backward(leaves, list(outputs.of(batch, leaves)), generator)
     return {
         name: replace(m, sensitivity=found[name].mean(len(few)) if name in found and found[name].count else None)

@@ -22,11 +22,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
 import pickle
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +49,7 @@ from surgery.kinds.registry import is_model
 from surgery.sites import Record
 from surgery.system.importing import import_function
 from surgery.system.opening import check_path, check_regular, open_regular, read_regular, shown_path
+from surgery.system.quiet import quiet
 from surgery.text import first_line
 
 __all__ = ["load"]
@@ -134,20 +133,6 @@ def _only_weights() -> Iterator[None]:
     finally:
         del os.environ[names[0]]
         os.environ.update({name: value for name, value in before.items() if value is not None})
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Silence torch: it warns of its own deprecations, and logs each failure in addition to raising it."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _tie_again(program: ExportedProgram) -> None:
@@ -384,7 +369,7 @@ def load(
         raw = read_regular(path)
         if not raw:
             raise FileError("is empty", next_step="get the file again from its source")
-        with _quietly():
+        with quiet():
             return _LOADERS[_kind(raw)](_Source(Path(path), raw, trust, model, example_inputs, memory))
     except SurgeryError as error:
         next_step = error.next_step

@@ -31,7 +31,7 @@ from surgery.sites import Call, Flow, Found
 from surgery.sites.find import find
 from surgery.text import first_line
 
-__all__ = ["Added", "Additions", "OutputChange", "Hooks", "Norm", "Observed", "See"]
+__all__ = ["Added", "Additions", "OutputChange", "Hooks", "Norm", "Observed", "See", "calibrating"]
 
 _ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _VIEW = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.alias.default)
@@ -160,12 +160,17 @@ class Observed(ABC):
         """Replace each output of an operator's call by what ``change`` returns for it."""
 
     def find(self) -> Found:
-        """Return the sites of the model; their calls can be watched."""
-        return find(self._flow())
+        """Return the sites of the model; their calls can be watched.
+
+        Raises:
+            InputError: the model does not run on the inputs that it was opened with.
+        """
+        with calibrating():
+            return find(self._flow())
 
     @property
     def differentiable(self) -> bool:
-        """Whether gradients lead from the outputs to what is tapped."""
+        """Whether gradients led from the outputs to what is tapped in all runs so far."""
         return True
 
     @abstractmethod
@@ -224,6 +229,16 @@ class Observed(ABC):
         except Exception as error:  # a model may raise anything on inputs that do not fit
             what = f"the model does not run on the calibration inputs: {first_line(error)}"
             raise InputError(what, next_step="check their number, shapes and dtypes") from error
+
+
+@contextmanager
+def calibrating() -> Iterator[None]:
+    """Say of inputs that do not fit that they are the calibration inputs: a model is observed on them alone."""
+    try:
+        yield
+    except InputError as error:
+        what = f"the calibration inputs cannot be used: {error.what}"
+        raise InputError(what, allowed=error.allowed, next_step="check their number, shapes and dtypes") from error
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from surgery.kinds.base import Access, Kind, OpenModel
 from surgery.kinds.fx.kind import GraphModuleKind
 from surgery.kinds.inputs import Inputs
 from surgery.kinds.module.kind import ModuleKind
-from surgery.kinds.observed import Observed
+from surgery.kinds.observed import Observed, calibrating
 from surgery.kinds.onnx.kind import OnnxKind, OnnxProtoKind
 from surgery.kinds.program.kind import ProgramKind
 
@@ -74,8 +74,14 @@ def open_model(
 
 
 def observe(model: Any, inputs: Inputs) -> Observed:
-    """Return a model in a form that can be run and watched; ``inputs`` are one batch, used to capture the model."""
-    return open_model(model, inputs, copies=False).observe()
+    """Return a model in a form that can be run and watched; ``inputs`` are a batch of calibration inputs.
+
+    Raises:
+        InputError: the model does not run on them.
+        CaptureError: its graph cannot be captured.
+    """
+    with calibrating():
+        return open_model(model, inputs, copies=False).observe()
 
 
 def check_inplace(model: Any) -> None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -37,6 +34,7 @@ from surgery.runtime.compare import (
 )
 from surgery.runtime.rounding import float64_outputs, shaken_outputs
 from surgery.sites import Entry, Record
+from surgery.system.quiet import quiet
 from surgery.system.scratch import scratch_folder
 from surgery.system.writing import Writer, check_outputs, write_together
 from surgery.text import first_line
@@ -48,7 +46,6 @@ __all__ = [
     "capture",
     "check_export",
     "export_onnx",
-    "quiet",
 ]
 
 # Of badly conditioned models, onnxruntime's error was 0.9 to 1.5 times PyTorch's: both round as often, in other orders.
@@ -57,7 +54,6 @@ ROUNDING_SLACK = 8.0
 MAX_ROUNDING = 0.1  # relative: an export cannot be checked where float32 has no digits left
 _SHAKES = 3
 _SINGLE_FILE_BYTES = 2**31 - 2**24  # protobuf takes less than 2 GiB in one message; leave room for the nodes
-_LOUD = ("torch.onnx", "torch.export", "torch._export", "onnxscript", "onnx_ir")
 _Result = TypeVar("_Result")
 
 
@@ -145,22 +141,6 @@ def capture(model: Model, example_inputs: Any = None, *, seed: int = 0) -> tuple
     module = kind.runnable(model)
     with quiet(), evaluating(module):
         return _capturing("captured", lambda: torch.export.export(module, args, kwargs)), inputs
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the warnings and log lines of torch's exporters, which speak of themselves."""
-    loggers = [logging.getLogger(name) for name in _LOUD]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def _capturing(done: str, run: Callable[[], _Result]) -> _Result:

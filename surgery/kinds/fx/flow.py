@@ -38,6 +38,7 @@ from surgery.kinds.layers.steps import read_link_module
 from surgery.kinds.layers.untouched import evaluation, untouched
 from surgery.sites import Call, Element, Flow, Layers, ModuleChain, Origin, Other, Reshape, Skip, Sum
 from surgery.system.importing import Lazy
+from surgery.system.quiet import quiet
 from surgery.text import first_line
 
 __all__ = ["ChainCall", "Extras", "fake_shapes", "lazy_shapes", "macs_of", "make_flow"]
@@ -71,7 +72,7 @@ def fake_shapes(module: GraphModule, inputs: tuple[Any, ...]) -> Callable[[Node]
     """Run a graph on fake tensors and return the shape of each node's value.
 
     Raises:
-        InputError: the graph does not accept the example inputs, or it has lazy layers, which the run would initialise.
+        InputError: the graph does not accept the inputs, or it has lazy layers, which the run would initialise.
     """
     if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
         raise InputError("the model has lazy layers without weights", next_step="run the model once")
@@ -84,10 +85,10 @@ def fake_shapes(module: GraphModule, inputs: tuple[Any, ...]) -> Callable[[Node]
 
     interpreter = _Shapes(module)
     try:
-        with mode, torch.no_grad(), evaluation(module):
+        with quiet(), mode, torch.no_grad(), evaluation(module):
             interpreter.run(*torch.utils._pytree.tree_map(fake, inputs))
     except Exception as error:  # the graph may raise anything on inputs that do not fit
-        what = f"the model does not accept the example inputs: {first_line(error)}"
+        what = f"the model does not accept the inputs: {first_line(error)}"
         raise InputError(what, next_step="check their number, shapes and dtypes") from error
     return interpreter.shapes.__getitem__
 

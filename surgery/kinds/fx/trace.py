@@ -32,6 +32,7 @@ from surgery.kinds.layers.modules import is_operator_module
 from surgery.kinds.layers.recurrent import UnpackedRecurrent, outlining
 from surgery.kinds.layers.steps import is_link_module
 from surgery.kinds.layers.untouched import evaluation, kept_random, kept_state
+from surgery.system.quiet import quiet
 from surgery.text import first_line
 
 __all__ = ["Watched", "export_program", "run_once", "tensors_in", "trace_module", "trace_outline", "watch"]
@@ -127,8 +128,7 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         CaptureError: torch.export cannot capture the model.
     """
     try:
-        with warnings.catch_warnings(), torch.no_grad(), _quiet(model):
-            warnings.simplefilter("ignore")
+        with quiet(), torch.no_grad(), _prepared(model):
             return torch.export.export(model, args, kwargs)
     except Exception as error:  # user code may raise anything
         raise CaptureError(
@@ -138,7 +138,7 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
+def _prepared(model: nn.Module) -> Iterator[None]:
     """Prepare a model for capture: evaluation mode, outlines of recurrent layers, and plain tensors as outputs."""
     with kept_state(model), evaluation(model), outlining(), _plain_outputs(model):
         yield
@@ -282,7 +282,7 @@ def run_once(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             with torch.enable_grad():
                 return _run(root, args, kwargs)
         except Exception as error:  # a model may raise anything
-            what = f"the model does not accept the example inputs: {first_line(error)}"
+            what = f"the model does not accept the inputs: {first_line(error)}"
             raise InputError(what, next_step="check their number, shapes and dtypes") from error
 
 

@@ -127,8 +127,9 @@ class ObservedOnnx(Observed):
 
     @property
     def differentiable(self) -> bool:
-        """Whether torch runs all nodes through which gradients have to lead, and computes what onnxruntime does."""
-        return self._ready(self._inputs).differentiable
+        """Whether torch ran all nodes through which gradients had to lead so far, and agrees with onnxruntime."""
+        checked = self._ready(self._inputs)
+        return checked.differentiable and not checked.interpreter.blocked
 
     def norms(self) -> Sequence[Norm]:
         """Return the batch norms of the graph whose statistics nothing else reads."""
