@@ -262,3 +262,31 @@ def test_an_input_without_a_shape_needs_one(tmp_path: Path) -> None:
     assert "3 sites" in run("inspect", path, "--input-shape", "x:2,16").output
     np.savez(tmp_path / "x.npz", x=DATA.numpy())
     assert run("compare", path, path, "--inputs", tmp_path / "x.npz").exception is None
+
+
+def test_compare_calls_outputs_by_their_names() -> None:
+    text = "g (float[n, 8] x) => (float[n, 4] left, float[n, 4] right) { left = MatMul (x, W) right = Relu (left) }"
+    model = parsed(text, W=numbers(8, 4))
+    assert [output.name for output in surgery.compare(model, model).outputs] == ["left", "right"]
+    module = nn.Linear(8, 4, bias=False).eval()
+    one = parsed("g (float[n, 8] x) => (float[n, 4] y) { y = MatMul (x, W) }", W=numbers(8, 4))
+    assert [output.name for output in surgery.compare(module, one).outputs] == ["y"]
+
+
+def test_a_batch_that_the_graph_does_not_take_says_what_to_try() -> None:
+    text = "g (float[n, 8] x) => (float[a, 2, 4] z) { y = MatMul (x, W)  z = Reshape (y, sizes) }"
+    model = parsed(text, W=numbers(8, 8), sizes=np.array([1, 2, 4]))
+    with pytest.raises(InputError, match=r"on these inputs.*try other sizes"):
+        surgery.compare(model, model, torch.randn(3, 8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"), [("onnx", "pt2"), ("onnx", "safetensors"), ("program", "onnx"), ("module", "pt2")]
+)
+def test_a_file_is_not_given_the_ending_of_another_kind(kind: str, wrong: str, tmp_path: Path) -> None:
+    models: dict[str, Any] = {"onnx": mlp(), "module": torch_mlp(mlp())}
+    models["program"] = torch.export.export(models["module"], (DATA[:2],))
+    target = tmp_path / f"m.{wrong}"
+    with pytest.raises(FileError, match="would be written as"):
+        surgery.save(models[kind], target)
+    assert not target.exists()

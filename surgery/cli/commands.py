@@ -49,7 +49,7 @@ def recompose(
 ) -> None:
     """Fuse every chain of MODEL that is provably one operator back into that operator."""
     from surgery.cli import show
-    from surgery.files.save import model_files, state_dict_writer
+    from surgery.files.save import check_ending, model_files, state_dict_writer
     from surgery.kinds.registry import kind_of
     from surgery.passes.recompose import recompose as run
 
@@ -58,6 +58,7 @@ def recompose(
     with show.progress(quiet=json_) as progress:
         progress("load", 0, 1)
         program, inputs = open_program(model, **options)
+        check_ending(program, target)
         progress("recompose", 0, 1)
         result = run(program, inputs, everything=everything)
         files = model_files(result.model, target)

@@ -226,6 +226,7 @@ def _goal(options: DecomposeOptions) -> Goal:
 def decompose(**given: Any) -> None:
     """Factor the sites of MODEL into chains of lower rank, and write the new model."""
     from surgery.cli import show
+    from surgery.files.save import check_ending
     from surgery.report import collect
 
     options = DecomposeOptions.read(given)
@@ -235,6 +236,8 @@ def decompose(**given: Any) -> None:
     with show.progress(quiet=options.json_) as progress:
         progress("load", 0, 1)
         program, inputs = open_program(options.model, options.calibration, **options.opening)
+        if target is not None:
+            check_ending(program, target)
         result = _result(options, asked, program, inputs, progress)
         measured: Timing | str | None = None if result.search is None else result.search.timing
         if measured is None and options.timing and not options.dry_run and result.changes:

@@ -26,11 +26,12 @@ from surgery.system.opening import check_path, shown_path
 from surgery.system.writing import Writer, write_together
 from surgery.text import first_line
 
-__all__ = ["RECORD_KEY", "model_files", "save", "state_dict_writer"]
+__all__ = ["RECORD_KEY", "check_ending", "model_files", "save", "state_dict_writer"]
 
 RECORD_KEY = "surgery"  # in the metadata of a safetensors file
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
 
+_ENDINGS = {".onnx": "an ONNX file", ".pt2": "a .pt2 archive", ".safetensors": "safetensors"}
 _SAVABLE = "change the model so that torch.export.save takes it, or save its state_dict()"
 
 
@@ -59,8 +60,8 @@ def save(
     a second file, ``path`` with ``.data`` after it; both appear together. Nothing is pickled. Missing folders are not
     made. ``force`` replaces an existing file.
 
-    Raises FileError if the file cannot be written, and InputError if the model cannot be saved; an existing file then
-    stays as it was.
+    Raises FileError if the file cannot be written, or its name has the ending of another kind of file, and InputError
+    if the model cannot be saved; an existing file then stays as it was.
 
     >>> save(program, "model.pt2")  # doctest: +SKIP
     """
@@ -79,6 +80,7 @@ def model_files(
         raise InputError(
             f"cannot save a {type(model).__name__}", allowed="ExportedProgram, onnx_ir.Model, nn.Module, GraphModule"
         )
+    check_ending(model, path)
     kind = kind_of(model)
     target = Path(path)
     if (onnx := kind.as_onnx(model)) is not None:
@@ -91,6 +93,16 @@ def model_files(
     if (program := kind.program(model)) is not None:
         return [(target, _program_writer(program, os.fspath(path)))]
     return [(target, _module_writer(kind.runnable(model), os.fspath(path)))]
+
+
+def check_ending(model: Any, path: str | os.PathLike[str]) -> None:
+    """Raise FileError if a file's name ends as those of another kind of file than the one that would be written."""
+    kind = kind_of(model)
+    own = ".onnx" if kind.is_onnx else ".safetensors" if kind.program(model) is None else ".pt2"
+    if Path(path).suffix in {*_ENDINGS} - {own}:
+        what = f"{shown_path(path)}: the model would be written as {_ENDINGS[own]}"
+        others = "surgery export writes ONNX files" if own == ".pt2" else None
+        raise FileError(what, allowed=f"names that end in {own}", next_step=others)
 
 
 def _program_writer(model: ExportedProgram, name: str) -> Writer:

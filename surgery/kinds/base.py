@@ -127,6 +127,10 @@ class Kind(ABC):
     def declared_inputs(self, model: Any, example: Inputs, signature: Signature) -> dict[str, Declared]:
         """Return dtype, sizes and limits of the inputs that are tensors, by name."""
 
+    def output_names(self, model: Any) -> tuple[str, ...] | None:
+        """Return the names that a model gives to its outputs, in order; None if it gives them none."""
+        return None
+
     def fixed_batch(self, model: Any) -> int | None:
         """Return the only batch size that a model accepts, or None if it accepts any."""
         return None

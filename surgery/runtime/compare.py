@@ -73,7 +73,10 @@ _GIVE = "give inputs: a tensor, a tuple, or a dict by name"
 
 @dataclass(frozen=True)
 class OutputDifference:
-    """Differences of one output tensor; ``name`` is its place in the first model's outputs: ``[0]``, ``.logits``."""
+    """Differences of one output tensor.
+
+    ``name`` is what an ONNX model among the two calls the output, or else its place: ``[0]``, ``.logits``.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -123,7 +126,8 @@ def compare(
     models = [model_of(a), model_of(b)]
     given = shared_inputs(models, inputs, seed=seed)
     first, second = (run_model(model, given) for model in models)
-    difference = compare_outputs(first, second)
+    names = next((found for model in models if (found := kind_of(model).output_names(model)) is not None), ())
+    difference = compare_outputs(first, second, names=names)
     numbers = [tensor for _, tensor in flatten_outputs(first) if tensor.numel()]
     if numbers and not any(torch.isfinite(tensor).any() for tensor in numbers):
         raise InputError("the outputs hold no finite number, and nothing can be compared", next_step=_GIVE)
@@ -166,8 +170,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             m.training = True
 
 
-def compare_outputs(first: Any, second: Any) -> Difference:
-    """Return the differences of two nests of tensors.
+def compare_outputs(first: Any, second: Any, *, names: Sequence[str] = ()) -> Difference:
+    """Return the differences of two nests of tensors; ``names`` are those of the tensors, if there is one for each.
 
     Raises:
         InputError: the two have different numbers of tensors, different shapes, or no tensor at all.
@@ -179,7 +183,8 @@ def compare_outputs(first: Any, second: Any) -> Difference:
         raise InputError(f"the outputs differ in structure: {said[0]} against {said[1]}", allowed="equal shapes")
     if not a:
         raise InputError("the models return no tensors", allowed="models with at least one output")
-    return Difference(tuple(_differ(name, x, y) for (name, x), (_, y) in zip(a, b, strict=True)))
+    named = names if len(names) == len(a) else [name for name, _ in a]
+    return Difference(tuple(_differ(name, x, y) for name, (_, x), (_, y) in zip(named, a, b, strict=True)))
 
 
 def _differ(name: str, first: Tensor, second: Tensor) -> OutputDifference:

@@ -136,6 +136,10 @@ class OnnxKind(Kind):
         names = tuple(value.name or "" for value in _inputs(self.read(model)))
         return Signature(names, len(names), frozenset(names), positional=len(names))
 
+    def output_names(self, model: Any) -> tuple[str, ...]:
+        """Return the names of the graph's outputs."""
+        return tuple(value.name or "" for value in self.read(model).graph.outputs)
+
     def declared_inputs(self, model: Any, example: Inputs, signature: Signature) -> dict[str, Declared]:
         """Return what a model says about its inputs."""
         given = given_inputs(example, signature)

@@ -59,7 +59,8 @@ def run_session(session: ort.InferenceSession, names: list[str] | None, feeds: M
     try:
         found: list[Any] = session.run(names, feeds)
     except Exception as error:  # onnxruntime's exceptions share no other base
-        raise InputError(f"onnxruntime cannot run the model: {first_line(error)}") from error
+        what = f"onnxruntime cannot run the model on these inputs: {first_line(error)}"
+        raise InputError(what, next_step="try other sizes: it may take one batch size alone") from error
     return found
 
 
