@@ -100,6 +100,8 @@ BAD = {
     f"decompose m.pt2 --max-error 0.1 --target-speedup 2 {OUT}": "--max-error and --target-speedup at once",
     f"decompose m.pt2 --target-speedup 2 --cost macs {OUT}": "--target-speedup with --cost macs",
     f"decompose m.pt2 --max-drop 0.1 {OUT}": "--max-drop without a metric",
+    "bench m.pt2 --backend abacus --apart": "the backend 'abacus' is not known; allowed: onnxruntime",
+    "bench m.pt2 --backend onnxruntime": "--backend without --apart",
     f"decompose m.pt2 --backend abacus {OUT}": "the backend 'abacus' is not known; allowed: onnxruntime",
     f"decompose m.pt2 --ranks 2 --backend onnxruntime {OUT}": "--backend with --no-timing",
     f"decompose m.pt2 --cost macs --backend onnxruntime {OUT}": "a backend with cost='macs'",

@@ -19,8 +19,9 @@ from surgery.errors import FileError, InputError, RankError
 from surgery.factorizations import FACTORIZATIONS, Spectrum
 from surgery.factorizations.svd import Svd
 from surgery.plans.by_rule import ByRule, ModelFacts, complete_plan
-from surgery.plans.plan import Decision, Plan, Progress, silent
+from surgery.plans.plan import Decision, Plan
 from surgery.sites import Site, Totals
+from surgery.system.progress import Progress, silent
 from tests.cases import decaying
 
 

@@ -28,8 +28,8 @@ from surgery.passes.run import by_goal
 from surgery.plans.choose import choose_least_cost
 from surgery.plans.goal import Goal
 from surgery.plans.options import Counted
-from surgery.plans.plan import silent
 from surgery.runtime.bench import ModelComparison, ModelTiming, Timing, environment
+from surgery.system.progress import silent
 from surgery.text import RUIN
 from tests.cases import decaying
 from tests.test_calibration_models import as_kind

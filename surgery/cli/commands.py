@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from surgery.cli.options import FILE, as_json, default_output, model_options, open_models, open_program
+from surgery.errors import InputError
 from surgery.system.writing import check_outputs, write_together
 
 __all__ = ["bench", "compare", "export", "inspect", "recompose"]
@@ -98,6 +100,7 @@ def export(model: Path, output: Path, force: bool, json_: bool, **options: Any) 
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of onnxruntime.  [default: physical cores]")
 @click.option("--seconds", type=click.FloatRange(min=0.01), default=5.0, show_default=True, help="Time to measure.")
 @click.option("--apart", is_flag=True, help="Time each model alone, in new processes of its own.")
+@click.option("--backend", metavar="NAME", help="With --apart: what measures.  [default: onnxruntime]")
 @click.option("--batch", type=click.IntRange(1, 2**20), help="Samples of each input.  [default: the model's own]")
 @model_options
 @as_json
@@ -106,18 +109,21 @@ def bench(
     threads: int | None,
     seconds: float,
     apart: bool,
+    backend: str | None,
     batch: int | None,
     json_: bool,
     **options: Any,
 ) -> None:
     """Time models (.pt2 or .onnx) under onnxruntime on this CPU, interleaved; each later one against the first."""
     from surgery.cli import show
+    from surgery.cost.base import make_backend
     from surgery.kinds.inputs import with_batch
     from surgery.runtime.bench import bench as together
     from surgery.runtime.fresh import time_apart
 
-    run = time_apart if apart else together
-
+    if backend is not None and not apart:
+        raise InputError("--backend without --apart", allowed="--backend with --apart", next_step="leave one out")
+    run = partial(time_apart, backend=make_backend(backend or "onnxruntime")) if apart else together
     with show.progress(quiet=json_) as progress:
         progress("load", 0, 1)
         opened, inputs = open_models(models, **options)

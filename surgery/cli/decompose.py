@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from surgery.passes.job import Asked
     from surgery.passes.results import DecomposeResult
     from surgery.plans.goal import Goal
-    from surgery.plans.plan import Progress
     from surgery.runtime.bench import Timing
+    from surgery.system.progress import Progress
 
 __all__ = ["DecomposeOptions", "asked_for", "decompose"]
 

@@ -21,11 +21,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from surgery.data.collect import Progress
 from surgery.data.samples import Calibration
 from surgery.kinds.observed import Norm, Observed
 from surgery.kinds.registry import Model, observe
 from surgery.sites import BatchNorm, Flow, Other, Placement
+from surgery.system.progress import Progress
 
 __all__ = ["NormDistances", "NormWatch", "Reference", "feeds_batch_norm", "reestimate_batch_norm"]
 

@@ -38,9 +38,10 @@ from surgery.kinds.inputs import Inputs
 from surgery.kinds.observed import Observed
 from surgery.kinds.registry import Model, observe
 from surgery.sites import Placement
+from surgery.system.progress import Progress
 from surgery.text import first_line
 
-__all__ = ["Progress", "collect", "rows_of", "with_sensitivity"]
+__all__ = ["collect", "rows_of", "with_sensitivity"]
 
 _NOISY, _DRAWS = 16, 4  # samples at most, and draws for each batch, if noise has to do
 _SAMPLES, _BATCH = 512, 8  # samples at most, in batches of at most this size
@@ -224,7 +225,6 @@ class _Gram:
         self.count += rows.shape[1]
 
 
-Progress = Callable[[str, int, int], None]  # (name of the work, batches or steps done, all of them)
 _LIMITS = (4608, 2304, 1152, 576, 288, 144, 72, 36, 18)  # of n: up to which the second moment is one matrix
 _ROWS, _LEAST_ROWS = 2, 4096  # columns used for each of the n values, and at least in all
 

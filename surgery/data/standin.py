@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from surgery.data.batch_norm import NormDistances
-from surgery.data.collect import Progress
 from surgery.data.masks import is_mask_name, leaf_names
 from surgery.data.samples import Calibration, read_calibration, samples_in
 from surgery.errors import InputError, Refusal
@@ -29,6 +28,7 @@ from surgery.kinds.inputs import Inputs, Signature
 from surgery.kinds.layers.untouched import untouched
 from surgery.kinds.registry import Model, kind_of, observe
 from surgery.sites import Found
+from surgery.system.progress import Progress
 
 __all__ = ["GLANCE", "Effort", "StandIn", "stand_in"]
 

@@ -26,8 +26,8 @@ from surgery.kinds.registry import kind_of, open_model
 from surgery.passes.metrics import metric_of
 from surgery.passes.recompose import recompose
 from surgery.plans.goal import Metric
-from surgery.plans.plan import Progress, silent
 from surgery.sites import Call, Skip, site_name
+from surgery.system.progress import Progress, silent
 from surgery.system.tables import table
 from surgery.text import first_line
 

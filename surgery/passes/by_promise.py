@@ -32,9 +32,10 @@ from surgery.passes.search import DRIFT, QualitySearch, SpeedSearch, Yardstick, 
 from surgery.plans.choose import Trial, frontier
 from surgery.plans.goal import Goal
 from surgery.plans.options import Option, Options
-from surgery.plans.plan import Plan, Progress, silent
+from surgery.plans.plan import Plan
 from surgery.runtime.bench import Timing
 from surgery.sites import Site
+from surgery.system.progress import Progress, silent
 from surgery.text import RUIN
 
 __all__ = [

@@ -14,8 +14,9 @@ from surgery.passes.factoring import SiteData
 from surgery.plans.candidates import Candidate, Cost
 from surgery.plans.goal import Goal
 from surgery.plans.options import Option, Options, Prices, options_of
-from surgery.plans.plan import Decision, Plan, Progress
+from surgery.plans.plan import Decision, Plan
 from surgery.sites import Site
+from surgery.system.progress import Progress
 
 __all__ = ["ChoicePlans", "Pricing", "SiteOptions", "list_options"]
 

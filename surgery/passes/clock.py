@@ -26,10 +26,10 @@ from surgery.passes.damages import Damages
 from surgery.passes.original import Original
 from surgery.plans.goal import Goal
 from surgery.plans.options import Option
-from surgery.plans.plan import Progress
 from surgery.runtime.bench import ModelTiming, Timing
 from surgery.runtime.export import capture
 from surgery.runtime.fresh import Apart
+from surgery.system.progress import Progress
 
 __all__ = ["Clock", "Instruments", "ModelTimer", "OpenTimer", "Speeds", "backend_of", "instruments_of"]
 

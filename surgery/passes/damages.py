@@ -20,7 +20,8 @@ from surgery.passes.evidence import Evidence, Outputs
 from surgery.passes.factoring import SiteData
 from surgery.passes.fitting import Fitter
 from surgery.plans.options import Option, Options
-from surgery.plans.plan import Decision, Progress
+from surgery.plans.plan import Decision
+from surgery.system.progress import Progress
 
 __all__ = ["Damages", "Effects", "OpenEffects", "open_effects"]
 

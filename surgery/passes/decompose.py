@@ -16,7 +16,7 @@ from surgery.passes.original import Original
 from surgery.passes.results import DecomposeResult
 from surgery.passes.run import by_goal, by_plan, plan_for
 from surgery.plans.goal import Goal
-from surgery.plans.plan import Progress
+from surgery.system.progress import Progress
 
 __all__ = ["decompose"]
 

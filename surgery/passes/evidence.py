@@ -38,9 +38,9 @@ from surgery.kinds.registry import Model, kind_of
 from surgery.passes.factoring import SiteData, gather
 from surgery.passes.original import Original
 from surgery.passes.results import Seen
-from surgery.plans.plan import Progress
 from surgery.runtime.compare import run_model
 from surgery.system.memory import give_back
+from surgery.system.progress import Progress
 
 __all__ = [
     "PROMISED_SHARE",
@@ -120,6 +120,8 @@ class Outputs:
         if not any(mask is None or bool(mask.any()) for masks in self._visible for mask in masks):
             what = "the masks of the held-out samples hide all that the model puts out"
             raise InputError(what, next_step="give samples with visible positions")
+        rows = zip(self._outputs, self._visible, strict=True)
+        self._energies = torch.cat([self._per_sample(list(zip(*row, strict=True))) for row in rows])
 
     @property
     def count(self) -> int:
@@ -129,12 +131,10 @@ class Outputs:
     def error(self, run: Run) -> tuple[float, float]:
         """Return the relative error of what another run puts out, and its upper confidence limit."""
         squares: list[Tensor] = []
-        energies: list[Tensor] = []
         for batch, expected, visible in zip(self._samples, self._outputs, self._visible, strict=True):
             outputs = list(zip(_leaves(run(batch)), expected, visible, strict=True))
             squares.append(self._per_sample([(found - wanted, mask) for found, wanted, mask in outputs]))
-            energies.append(self._per_sample([(wanted, mask) for _, wanted, mask in outputs]))
-        e, n = torch.cat(squares), torch.cat(energies)
+        e, n = torch.cat(squares), self._energies
         ratio = float(e.sum() / n.sum().clamp(min=1e-300))
         above = beyond((e - ratio * n) / n.mean().clamp(min=1e-300))
         return math.sqrt(ratio), math.sqrt(ratio + above)

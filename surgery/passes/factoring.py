@@ -22,8 +22,9 @@ from surgery.factorizations.recut import recut
 from surgery.kinds.registry import Model
 from surgery.passes.original import Original
 from surgery.plans.candidates import Candidate, Cost
-from surgery.plans.plan import Decision, Progress
+from surgery.plans.plan import Decision
 from surgery.sites import FactoredSite, JointSite, Site
+from surgery.system.progress import Progress
 from surgery.text import rank_text
 
 __all__ = [

@@ -22,9 +22,10 @@ from surgery.factorizations import Ranks
 from surgery.passes.evidence import Evidence, HeldOut
 from surgery.passes.factoring import Made, SiteData, factor_site, substitute
 from surgery.passes.original import Original
-from surgery.plans.plan import Decision, Plan, Progress
+from surgery.plans.plan import Decision, Plan
 from surgery.plans.rules import join, joint_groups
 from surgery.sites import Site
+from surgery.system.progress import Progress
 
 __all__ = ["FitOptions", "Fitted", "Fitter", "Fitting", "Way"]
 

@@ -14,8 +14,9 @@ from surgery.kinds.registry import Model, kind_of
 from surgery.passes.clock import backend_of
 from surgery.passes.fitting import FitOptions
 from surgery.plans.goal import Goal
-from surgery.plans.plan import Plan, Progress, silent
+from surgery.plans.plan import Plan
 from surgery.plans.rules import RankSpec, parse_ranks
+from surgery.system.progress import Progress, silent
 
 __all__ = ["Asked", "Job", "Joint", "Selection", "read_job", "read_patterns", "read_ranks", "read_selection"]
 

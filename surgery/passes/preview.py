@@ -26,9 +26,10 @@ from surgery.passes.original import Original
 from surgery.passes.results import Change, DecomposeResult
 from surgery.passes.run import plan_for, propose, result_of
 from surgery.plans.goal import Goal
-from surgery.plans.plan import Plan, Progress
+from surgery.plans.plan import Plan
 from surgery.plans.rules import joint_groups
 from surgery.sites import Site, Skip
+from surgery.system.progress import Progress
 
 __all__ = ["apply", "find_sites", "plan", "preview"]
 

@@ -34,10 +34,11 @@ from surgery.plans.candidates import standing
 from surgery.plans.faster import FACTORED_ALREADY
 from surgery.plans.goal import Goal
 from surgery.plans.options import Counted, Measured, Prices, Ruled
-from surgery.plans.plan import Decision, Plan, Progress
+from surgery.plans.plan import Decision, Plan
 from surgery.plans.rules import RankSpec, check_groups, join, joint_groups
 from surgery.sites import FactoredSite, Site, Skip, Totals, select
 from surgery.system.memory import give_back
+from surgery.system.progress import Progress
 
 __all__ = ["CarriedOut", "as_it_went", "by_goal", "by_plan", "carry_out", "plan_for", "propose", "result_of"]
 

@@ -14,10 +14,11 @@ from surgery.errors import InputError, Refusal
 from surgery.factorizations import named
 from surgery.plans.candidates import Candidate, Choice, Cost, candidates_of
 from surgery.plans.faster import KeepFaster, Latencies
-from surgery.plans.plan import Decision, Plan, Progress, silent
+from surgery.plans.plan import Decision, Plan
 from surgery.plans.quality import RankRule, SiteRule
 from surgery.plans.rules import PerSite, RankSpec, check_known, explicit, join, joint_groups, parse_ranks
 from surgery.sites import Site, Totals, select
+from surgery.system.progress import Progress, silent
 
 __all__ = ["ByRule", "ModelFacts", "Outcome", "complete_plan", "decide", "log_savings"]
 

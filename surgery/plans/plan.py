@@ -19,13 +19,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from surgery.errors import FileError, InputError, RankError
 from surgery.factorizations import FACTORIZATIONS, Ranks, named
 from surgery.system.opening import read_regular, shown_path
 
-__all__ = ["Decision", "Plan", "Progress", "silent"]
+__all__ = ["Decision", "Plan"]
 
 _VERSION = 1
 _MOST = 2**63 - 1  # what a tensor may have of anything
@@ -246,10 +246,3 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "latency": _NUMBER,
     "joint": _TEXT,
 }
-
-
-Progress: TypeAlias = Callable[[str, int, int], None]
-
-
-def silent(step: str, done: int, total: int) -> None:
-    """Report nothing."""
