@@ -75,6 +75,7 @@ class CutProgram(Cuttable):
             lambda node: macs_of(reader.numbers[node], node, reader, self._shape),
             {name: _bytes(tensor) for name, tensor in self._tensors.items()},
             {name: memory_key(tensor) for name, tensor in self._tensors.items()},
+            lambda node: isinstance(node.meta.get("val"), Tensor | SymInt | int),
             self._together(),
             {
                 number: [n for n, at in self._carried.items() if at == number and n in self._outputs]
