@@ -125,7 +125,7 @@ def test_stages_of_a_program_give_the_same_bits_and_join_to_the_same_program(nam
     cuttable = kind.cuttable(program, ((), {}))
     stages = acyclic(cuttable.network, 3, seed=len(name))
     pieces = cuttable.cut(stages)
-    for each in (pieces, saved(pieces)):
+    for each in (pieces, saved(pieces)) if ALL else (saved(pieces),):
         with torch.no_grad():
             assert equal(run(kind, each, inputs), call(program, inputs))
         joined = kind.join(each)
@@ -224,6 +224,7 @@ class Counter(nn.Module):
         return {"x": x, "z": z, "again": (z, None, 3), "y": y}
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch copies its own specs
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_a_buffer_that_changes_stays_in_one_stage_and_strange_outputs_come_back(decomposed: bool) -> None:
     inputs = torch.randn(2, 3), torch.ones(1)

@@ -98,6 +98,10 @@ class CutProgram(Cuttable):
         return {n: min((numbers[user] for user in n.users if user in numbers), default=0) for n in self._lifted}
 
     @cached_property
+    def _numbers(self) -> dict[Node, int]:
+        return {node: number for number, node in enumerate(self._operations)}
+
+    @cached_property
     def _named(self) -> dict[str, Node]:
         return {node.name: node for node in self._program.graph.nodes}
 
@@ -200,7 +204,7 @@ class CutProgram(Cuttable):
         self, node: Node, stage: int, stage_of: Sequence[int], changes: Mapping[int, Sequence[OutputSpec]]
     ) -> bool:
         """Whether a stage has a parameter, buffer or constant: it reads it, or changes it, or nobody does."""
-        stages = {stage_of[at] for at, operation in enumerate(self._operations) if node in operation.all_input_nodes}
+        stages = {stage_of[self._numbers[user]] for user in node.users if user in self._numbers}
         name = str(self._specs[node.name].target)
         stages |= {number for number, row in changes.items() if name in _targets(row)}
         if node in self._outputs or not stages:
