@@ -164,6 +164,18 @@ class Kind(ABC):
         """
         raise InputError(f"a {self.label} cannot be joined", next_step="export it with torch.export first")
 
+    def stages_of(self, pieces: Pieces) -> list[Any]:
+        """Return the stages of a model of this kind.
+
+        Raises:
+            InputError: there are none, or one of them is of another kind.
+        """
+        found = [piece.model for piece in pieces.stages]
+        if not found or not all(isinstance(model, self.models) for model in found):
+            said = ", ".join(type(model).__name__ for model in found) or "none"
+            raise InputError(f"the stages are {said}", allowed=self.label, next_step="join stages made together")
+        return found
+
     def leaves(self, pieces: Pieces, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Return the inputs of a call of the whole model in the order of ``pieces.inputs``.
 

@@ -179,7 +179,7 @@ class OnnxKind(Kind):
 
     def join(self, pieces: Pieces) -> Any:
         """Return the model that was taken apart; the frame of the whole may come from a file of others."""
-        return join_stages([self.read(piece.model) for piece in pieces.stages], pieces.whole)
+        return join_stages(list(map(self.read, self.stages_of(pieces))), pieces.whole)
 
     def leaves(self, pieces: Pieces, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Return the inputs of a call, which may come by name, in the order of the graph."""

@@ -27,16 +27,13 @@ __all__ = ["join_program"]
 _NEXT = "join the stages that were written together"
 
 
-def join_program(pieces: Pieces) -> ExportedProgram:
-    """Return the program of which the pieces are the stages, with the numbers that these have now.
+def join_program(pieces: Pieces, programs: Sequence[ExportedProgram]) -> ExportedProgram:
+    """Return the program of which the pieces, with these models, are the stages, with the numbers that they have now.
 
     Raises:
         InputError: the pieces do not fit each other.
     """
     whole = Whole.from_json(pieces.whole)
-    programs = [piece.model for piece in pieces.stages]
-    if not programs or not all(isinstance(program, ExportedProgram) for program in programs):
-        raise InputError("not all stages are exported programs", next_step=_NEXT)
     graph = _Joining(whole, programs).graph()
     first = programs[0]
     root = nn.Module()

@@ -153,7 +153,7 @@ class ProgramKind(Kind):
 
     def join(self, pieces: Pieces) -> ExportedProgram:
         """Return the program of which the pieces are the stages."""
-        return join_program(pieces)
+        return join_program(pieces, self.stages_of(pieces))
 
     def leaves(self, pieces: Pieces, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Return the inputs of a call of the whole program, flat."""
