@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from surgery.stages.blocks import Blocks, Shared
 from surgery.stages.problem import Problem
 
-__all__ = ["best_cut"]
+__all__ = ["Costs", "best_cut", "optimal"]
 
 _Matrix = NDArray[np.float64]
 _Span = tuple[int, int]
@@ -33,8 +33,8 @@ _MOST_CUTS = 1000
 
 
 @dataclass(frozen=True, eq=False)
-class _Costs:
-    """The load of each segment, infinite where it holds too much, and the bytes that it receives and sends."""
+class Costs:
+    """The load of each stage from i, a row, to j, a column, infinite where it holds too much, and its bytes sent."""
 
     load: _Matrix
     bytes: _Matrix
@@ -51,10 +51,10 @@ def best_cut(problem: Problem, blocks: Blocks, order: Sequence[int], *, relay: b
     values = [Shared((one.blocks[0], *sorted(one.blocks[1:])), one.bytes) for one in values]
     tensors = [Shared(tuple(sorted(at[list(one.blocks)].tolist())), one.bytes) for one in blocks.tensors]
     cuts = _cuts(len(order), values, problem.stages)
-    starts = _optimal(_costs(problem, _Sums(cuts), values, tensors, _times(blocks, order), relay=relay), problem.stages)
-    if starts is None:
+    found = optimal(_costs(problem, _Sums(cuts), values, tensors, _times(blocks, order), relay=relay), problem.stages)
+    if found is None:
         return None
-    stages = np.searchsorted(cuts[starts], at, side="right") - 1
+    stages = np.searchsorted(cuts[found[1]], at, side="right") - 1
     return tuple(stages.tolist())
 
 
@@ -104,7 +104,7 @@ def _costs(
     times: _Matrix,
     *,
     relay: bool,
-) -> _Costs:
+) -> Costs:
     end = len(times) - 1
     cuts = sums.cuts if isinstance(sums, _Sums) else np.arange(end + 1)
     passing = [((first + 1, last), (0, end), size) for first, last, size in map(_ends, values)]
@@ -124,7 +124,7 @@ def _costs(
     allowed = np.triu(np.ones(load.shape, bool), 1)
     if problem.memory is not None:
         allowed &= memory <= problem.memory
-    return _Costs(np.where(allowed, load, np.inf), traffic)
+    return Costs(np.where(allowed, load, np.inf), traffic)
 
 
 def _ends(value: Shared) -> tuple[int, int, int]:
@@ -137,8 +137,8 @@ def _firsts(before: int, readers: Sequence[int], shared: Shared, end: int) -> li
     return [((last + 1, reader), (reader + 1, end), shared.bytes) for last, reader in ends]
 
 
-def _optimal(costs: _Costs, stages: int) -> NDArray[np.int_] | None:
-    """Return where the stages start: the least largest load, then the fewest bytes."""
+def optimal(costs: Costs, stages: int) -> tuple[float, NDArray[np.int_]] | None:
+    """Return the least largest load, and where the stages start that reach it with the fewest bytes."""
     largest = _rounds(costs.load, stages, np.maximum)[0][-1][-1]
     if not np.isfinite(largest):
         return None
@@ -147,7 +147,7 @@ def _optimal(costs: _Costs, stages: int) -> NDArray[np.int_] | None:
     starts, end = np.empty(stages, int), within.shape[0] - 1
     for stage in reversed(range(stages)):
         end = starts[stage] = chosen[stage][end]
-    return starts
+    return float(largest), starts
 
 
 def _rounds(
