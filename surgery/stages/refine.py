@@ -1,0 +1,71 @@
+"""Moves of Fiduccia and Mattheyses (1982) that keep the stages in order: on the largest load, then on the bytes sent.
+
+A block may go to any stage from the latest of those before it to the earliest of those after it, so no value ever goes
+backwards. A pass moves blocks out of or into the most loaded stage, each at most once, the best move first even if it
+makes things worse, and goes back to the best state that it saw. Passes end when one brings nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from surgery.stages.loads import Loads
+
+__all__ = ["refine"]
+
+_PATIENCE = 12  # moves in a row that bring nothing
+
+
+def refine(loads: Loads, *, end: float) -> None:
+    """Move blocks as long as that helps, and until ``end``, a time of ``time.monotonic``; never makes a cut worse."""
+    while _pass(loads, end):
+        pass
+
+
+def _pass(loads: Loads, end: float) -> bool:
+    first = best = loads.score()
+    done: list[tuple[int, int]] = []
+    kept, moved = 0, set[int]()
+    while len(done) - kept < _PATIENCE and time.monotonic() < end:
+        tried = [(_tried(loads, block, stage), block, stage) for block, stage in _moves(loads, moved)]
+        if not tried:
+            break
+        score, block, stage = min(tried)
+        done.append((block, loads.stage_of[block]))
+        loads.move(block, stage)
+        moved.add(block)
+        if score < best:
+            best, kept = score, len(done)
+    for block, stage in reversed(done[kept:]):
+        loads.move(block, stage)
+    return _better(best, first)
+
+
+def _better(new: tuple[int, float, int], old: tuple[int, float, int]) -> bool:
+    """Return whether a score is less by more than what floats lose when blocks go there and back."""
+    return new[0] < old[0] or (new[0] == old[0] and (new[1] < old[1] * (1 - 1e-12) or new[2] < old[2]))
+
+
+def _tried(loads: Loads, block: int, stage: int) -> tuple[int, float, int]:
+    old = loads.stage_of[block]
+    loads.move(block, stage)
+    score = loads.score()
+    loads.move(block, old)
+    return score
+
+
+def _moves(loads: Loads, moved: set[int]) -> Iterator[tuple[int, int]]:
+    """Yield the moves out of and into the stage of the largest load, or out of those that hold too much."""
+    stages = range(loads.problem.stages)
+    most = loads.problem.memory
+    worst = {max(stages, key=loads.load)} | {s for s in stages if most is not None and loads.memory(s) > most}
+    blocks, stage_of, last = loads.blocks, loads.stage_of, loads.problem.stages - 1
+    for block, old in enumerate(stage_of):
+        if block in moved or loads.count[old] == 1:
+            continue
+        low = max((stage_of[one] for one in blocks.before[block]), default=0)
+        high = min((stage_of[one] for one in blocks.after[block]), default=last)
+        for stage in range(max(low, old - 2), min(high, old + 2) + 1):
+            if stage != old and (old in worst or stage in worst):
+                yield block, stage

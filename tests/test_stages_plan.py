@@ -1,0 +1,198 @@
+"""The planning of stages: its laws over small random graphs, against every cut there is."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from surgery.errors import InputError
+from surgery.sites.network import Network, Operation, Value
+from surgery.stages.blocks import Blocks, blocks_of
+from surgery.stages.bound import simple_bound
+from surgery.stages.downsets import down_sets, optimum
+from surgery.stages.dynamic import best_cut
+from surgery.stages.loads import Loads
+from surgery.stages.milp import program
+from surgery.stages.orders import orders
+from surgery.stages.problem import Problem
+from surgery.stages.refine import refine
+from surgery.stages.solve import solve
+
+
+def network(seed: int, count: int, *, grouped: bool = False) -> Network:
+    """Return a random graph whose operations read one to three values, and share some tensors."""
+    draw = random.Random(seed)
+    values, operations = [Value("x", 100)], []
+    for number in range(count):
+        reads = tuple(sorted({draw.randrange(len(values)) for _ in range(draw.randint(1, 3))}))
+        tensors = (f"w{draw.randrange(count)}",)
+        operations.append(Operation(f"o{number}", "op", reads, (len(values),), tensors))
+        values.append(Value(f"v{number}", draw.randint(1, 60)))
+    sizes = {f"w{number}": draw.randint(1, 90) for number in range(count)}
+    together = (frozenset(draw.sample(range(count), 2)),) if grouped else ()
+    return Network(tuple(operations), tuple(values), (0,), (count,), sizes, {"w0": "w1"}, together)
+
+
+@st.composite
+def problems(draw: st.DrawFn, most: int = 6) -> Problem:
+    """Draw problems of at most ``most`` operations, of every balance, with and without relays."""
+    count = draw(st.integers(3, most))
+    made = network(draw(st.integers(0, 10**6)), count, grouped=draw(st.booleans()))
+    seconds = tuple(draw(st.lists(st.integers(1, 9), min_size=count, max_size=count)))
+    return Problem(
+        made,
+        tuple(float(one) for one in seconds),
+        draw(st.integers(2, 3)),
+        link=draw(st.sampled_from([None, 30.0])),
+        balance=draw(st.sampled_from(["time", "params", "memory"])),
+        relay=draw(st.booleans()),
+        ties=draw(st.sampled_from(["copy", "together"])),
+    )
+
+
+def every_cut(problem: Problem, blocks: Blocks) -> list[Loads]:
+    """Return all cuts into stages that have something each, and no value that goes back."""
+    found = []
+    for stages in itertools.product(range(problem.stages), repeat=len(blocks)):
+        forward = all(stages[a] <= stages[b] for b, before in enumerate(blocks.before) for a in before)
+        if forward and len(set(stages)) == problem.stages:
+            found.append(Loads(problem, blocks, stages))
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_the_bound_is_below_every_cut_and_a_proven_cut_is_the_best(problem: Problem) -> None:
+    blocks = blocks_of(problem)
+    if problem.stages > len(blocks):
+        with pytest.raises(InputError, match=f"at most {len(blocks)} stages"):
+            solve(problem)
+        return
+    best = min(cut.score()[1] for cut in every_cut(problem, blocks))
+    found = solve(problem)
+    assert found.bound <= best * (1 + 1e-9)
+    assert found.bottleneck >= best * (1 - 1e-9)
+    assert not found.proven or found.bottleneck == pytest.approx(best)
+    assert found.gap == pytest.approx(0 if found.proven else found.bottleneck / found.bound - 1)
+    assert found.bottleneck == pytest.approx(best) or not problem.relay
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems(5))
+def test_down_sets_and_the_integer_program_agree_and_bound_every_cut(problem: Problem) -> None:
+    blocks = blocks_of(problem)
+    if problem.stages > len(blocks):
+        return
+    sets = down_sets(blocks, most=10**6, end=time.monotonic() + 60)
+    assert sets is not None
+    found = optimum(problem, blocks, sets)
+    assert found is not None
+    bound, stages = program(problem, blocks, seconds=30)
+    assert bound == pytest.approx(found[0], rel=1e-5)
+    assert stages is not None
+    scores = [cut.score()[1] for cut in every_cut(problem, blocks)]
+    assert simple_bound(problem, blocks) <= found[0] * (1 + 1e-9) <= min(scores) * (1 + 2e-9)
+    if problem.relay or problem.stages == 2 or (problem.link is None and problem.balance == "time"):
+        assert found[0] == pytest.approx(min(scores))
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(9), st.randoms(use_true_random=False))
+def test_values_go_forward_groups_stay_whole_and_memory_is_kept(problem: Problem, draw: random.Random) -> None:
+    if problem.stages > len(blocks_of(problem)):
+        return
+    free = solve(problem)
+    smallest = solve(replace(problem, balance="memory", memory=None)).bottleneck
+    limited = solve(replace(problem, memory=int(smallest)))
+    for found in (free, limited):
+        for operation, stage in zip(problem.network.operations, found.stage_of, strict=True):
+            sources = [problem.network.producer[value] for value in operation.reads if value]
+            assert all(found.stage_of[source] <= stage for source in sources)
+        assert all(len({found.stage_of[one] for one in group}) == 1 for group in problem.network.together)
+        assert set(found.stage_of) == set(range(problem.stages))
+        assert sum(found.sent) == sum(found.received)
+        assert problem.ties == "copy" or not found.repeated
+        copies = sum(one.bytes * len(one.stages) for one in found.repeated)
+        assert copies <= sum(found.tensors)
+    assert max(limited.memory) <= smallest
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(12))
+def test_the_loads_of_moved_blocks_are_those_counted_anew_and_moves_never_make_a_cut_worse(problem: Problem) -> None:
+    blocks = blocks_of(problem)
+    if problem.stages > len(blocks):
+        return
+    for _, order in orders(blocks, seeds=1):
+        for relay in (False, True):
+            stages = best_cut(problem, blocks, order, relay=relay)
+            assert stages is not None
+            loads = Loads(problem, blocks, stages)
+            before = loads.score()
+            refine(loads, end=time.monotonic() + 5)
+            assert loads.score()[1] <= before[1] * (1 + 1e-9)
+            anew = Loads(problem, blocks, loads.stage_of)
+            assert loads.score() == pytest.approx(anew.score())
+            assert all(loads.stage_of[a] <= loads.stage_of[b] for b, found in enumerate(blocks.before) for a in found)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(9))
+def test_dynamic_programming_is_at_least_as_good_as_every_cut_of_its_order(problem: Problem) -> None:
+    problem = replace(problem, relay=True)
+    blocks = blocks_of(problem)
+    if problem.stages > len(blocks):
+        return
+    for _, order in orders(blocks, seeds=1):
+        stages = best_cut(problem, blocks, order, relay=True)
+        assert stages is not None
+        reached = Loads(problem, blocks, stages).score()[1]
+        for cuts in itertools.combinations(range(1, len(order)), problem.stages - 1):
+            other = [0] * len(order)
+            for place, block in enumerate(order):
+                other[block] = sum(place >= cut for cut in cuts)
+            assert reached <= Loads(problem, blocks, other).score()[1] * (1 + 1e-9)
+
+
+def test_too_little_memory_and_too_many_stages_say_what_would_do() -> None:
+    made = network(0, 8)
+    problem = Problem(made, (1.0,) * 8, 2, memory=1)
+    with pytest.raises(InputError, match=r"memory of (\d+) bytes or more") as caught:
+        solve(problem)
+    smallest = int(str(caught.value.allowed).split()[2])
+    assert max(solve(replace(problem, memory=smallest)).memory) <= smallest
+    with pytest.raises(InputError, match="at most 8 stages"):
+        solve(replace(problem, memory=None, stages=9))
+
+
+def test_other_numbers_of_the_values_change_nothing() -> None:
+    made, count = network(3, 9), 9
+    moved = {value: (value * 3) % 10 for value in range(10)}
+    again = Network(
+        tuple(
+            replace(one, reads=tuple(moved[v] for v in one.reads), gives=tuple(moved[v] for v in one.gives))
+            for one in made.operations
+        ),
+        tuple(made.values[next(v for v in moved if moved[v] == new)] for new in range(10)),
+        (moved[0],),
+        (moved[count],),
+        made.bytes_of,
+        made.keys,
+    )
+    times = tuple(float(one % 4 + 1) for one in range(count))
+    one, other = (solve(Problem(each, times, 3, link=30.0)) for each in (made, again))
+    assert one.bottleneck == other.bottleneck
+    assert one.bound == pytest.approx(other.bound)
+
+
+def test_a_long_order_is_cut_at_fewer_places() -> None:
+    made = network(5, 1500)
+    times = (1.0,) * 1500
+    found = solve(Problem(made, times, 3), seconds=0.1)
+    assert found.bottleneck <= 1.02 * found.bound
