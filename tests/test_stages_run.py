@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -19,10 +20,17 @@ from torch import Tensor, nn
 
 from surgery.cost.base import ModelFile, NodeTimes, make_backend
 from surgery.errors import InputError
+from surgery.files.load import load
+from surgery.kinds.base import Kind, Pieces
+from surgery.kinds.inputs import Inputs
+from surgery.kinds.registry import kind_of
 from surgery.runtime.written import write_with_origins
 from surgery.sites.network import Network, Operation, Value
-from surgery.stages.costs import attribute, roofline
+from surgery.stages.bench import bench_pipeline
+from surgery.stages.costs import as_one_stage, attribute, measure_operations, roofline
+from surgery.stages.exported import measure_stages
 from surgery.stages.pipeline import Pipeline
+from surgery.system.machine import usable_cores
 from tests.test_backends import ByParameters
 
 
@@ -109,12 +117,12 @@ def test_a_roofline_knows_views_and_rows() -> None:
 
 
 def written(folder: Path) -> ModelFile:
-    """Return the file of a small ONNX model, of which one node has no name and two have the same."""
+    """Return the file of a small ONNX model, of which one node has a name and the others have none."""
     sizes = {"w": (16, 3, 3, 3), "v": (16, 16, 1, 1)}
     tensors = [helper.make_tensor(n, 1, s, np.full(s, 0.1, np.float32)) for n, s in sizes.items()]
     nodes = [
-        helper.make_node("Conv", ["x", "w"], ["conv"], "same", pads=[1] * 4),
-        helper.make_node("Relu", ["conv"], ["relu"], "same"),
+        helper.make_node("Conv", ["x", "w"], ["conv"], "first", pads=[1] * 4),
+        helper.make_node("Relu", ["conv"], ["relu"]),
         helper.make_node("Conv", ["relu", "v"], ["second"]),
         helper.make_node("Add", ["second", "relu"], ["out"]),
     ]
@@ -172,6 +180,47 @@ def test_the_values_of_an_export_are_followed_to_nodes_of_a_graph_module(
     _, origins = write_with_origins(graph, ((x,), {}), tmp_path / "m.onnx", "m")
     assert {"norm", "act", "add", "sigmoid", "fc", "mean"} <= set(origins.values())
     assert [dict(node.meta) for node in graph.graph.nodes] == notes
+
+
+@pytest.fixture(scope="module")
+def onnx_pieces(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pieces, Kind, Inputs]:
+    """Two stages of a small ONNX model: a value goes to both, and the input of the model to the second as well."""
+    model = load(written(tmp_path_factory.mktemp("model")).path)
+    kind = kind_of(model)
+    inputs: Inputs = ((torch.randn(1, 3, 8, 8),), {})
+    cuttable = kind.cuttable(model, inputs)
+    network = cuttable.network
+    cut = next(number for number, operation in enumerate(network.operations) if operation.kind == "Relu")
+    return cuttable.cut([int(number > cut) for number in range(len(network.operations))]), kind, inputs
+
+
+def test_each_stage_is_timed_by_the_backend(onnx_pieces: tuple[Pieces, Kind, Inputs]) -> None:
+    samples = measure_stages(*onnx_pieces, ByParameters())
+    assert [each.median for each in samples] == pytest.approx([432e-6, 256e-6])
+
+
+def test_operations_are_timed_from_a_model_and_from_its_one_stage(onnx_pieces: tuple[Pieces, Kind, Inputs]) -> None:
+    pieces, kind, inputs = onnx_pieces
+    cuttable = kind.cuttable(kind.join(pieces), inputs)
+    model, own = as_one_stage(cuttable, kind, inputs)
+    costs = measure_operations(cuttable.network, model, own, make_backend(keep=False, threads=1), seconds=0.01)
+    assert sum(costs.seconds) == pytest.approx(costs.total)
+    assert costs.measured > 0.9
+
+
+def test_a_pipeline_is_timed_against_the_whole(onnx_pieces: tuple[Pieces, Kind, Inputs]) -> None:
+    core = usable_cores()[0]
+    shares: list[float] = []
+    timing = bench_pipeline(*onnx_pieces, seconds=0.05, cores=[core], progress=shares.append)
+    assert timing.cores == (core, core)
+    assert timing.error < 1e-5
+    assert shares[-1] == 1
+    assert [stage.runs > 0 for stage in timing.stages] == [True, True]
+    found = json.loads(json.dumps(timing.to_json()))
+    assert found["speedup"]["value"] == pytest.approx(timing.whole.median / timing.pipeline.median)
+    assert {len(row) for row in timing.rows()} == {5}
+    with pytest.raises(InputError, match="allowed: some of"):
+        bench_pipeline(*onnx_pieces, cores=[10_000])
 
 
 @given(items=st.lists(st.integers(), max_size=30), count=st.integers(1, 4), flight=st.integers(1, 5))

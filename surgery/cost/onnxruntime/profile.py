@@ -41,6 +41,7 @@ _WARMUP = 3  # runs that do not count
 _LEAST, _MOST = 5, 200  # runs that do
 _EVENTS = 400_000  # kernels in one profile: some 200 MB
 _OWN = 3e-6  # seconds that the profiler adds to a kernel, or the session outside of it, at most
+_LOW = 0.1  # the quantile of the seconds of a kernel
 _SUFFIX = "_kernel_time"
 _BLOCKED = "_nchwc"
 
@@ -68,7 +69,7 @@ def profile(
             _repeat(session, model, budget, lambda share: show(share / 2), float)
         finally:
             events = Path(session.end_profiling())
-        kernels = _medians(events)
+        kernels = _kernel_seconds(events)
     waits = waited if threads == 1 else float
     whole = _repeat(session, model, replace(budget, max_rounds=_MOST), lambda share: show(0.5 + share / 2), waits)
     known = [value for node in proto.graph.node for value in node.output if value]
@@ -119,13 +120,17 @@ def _repeat(
     return interleave([lambda: session.run(names, feeds)], budget, progress=show, waited=waits)[0].median
 
 
-def _medians(path: Path) -> dict[str, float]:
-    """Return the median seconds of each kernel in a profile, without the first runs, which warmed up."""
+def _kernel_seconds(path: Path) -> dict[str, float]:
+    """Return the seconds of each kernel in a profile, without the first runs, which warmed up: its lowest decile.
+
+    On a busy machine a thread whose slice is over waits for a core, and that comes as long after the start of each run:
+    in the same kernels, whose medians were eight times too large.
+    """
     spent: dict[str, list[float]] = defaultdict(list)
     for event in json.loads(path.read_bytes()):
         if event.get("cat") == "Node" and event["name"].endswith(_SUFFIX):
             spent[event["name"].removesuffix(_SUFFIX)].append(event["dur"] / 1e6)
-    return {name: float(np.median(values[_WARMUP + 1 :] or values)) for name, values in spent.items()}
+    return {name: float(np.quantile(values[_WARMUP + 1 :] or values, _LOW)) for name, values in spent.items()}
 
 
 def kernel_values(graph: Any, known: Sequence[str]) -> Mapping[str, str]:
