@@ -75,6 +75,14 @@ if TYPE_CHECKING:  # the table below, for type checkers; a test compares the two
     from surgery.sites.site import Site as Site
     from surgery.sites.site import Skip as Skip
     from surgery.sites.site import Totals as Totals
+    from surgery.stages.report import Crossing as Crossing
+    from surgery.stages.report import SplitReport as SplitReport
+    from surgery.stages.report import StageReport as StageReport
+    from surgery.stages.report import StripLayer as StripLayer
+    from surgery.stages.split import Split as Split
+    from surgery.stages.split import join as join
+    from surgery.stages.split import load_split as load_split
+    from surgery.stages.split import split as split
     from surgery.training import ADMM as ADMM
     from surgery.training import EpochRow as EpochRow
     from surgery.training import Event as Event
@@ -118,6 +126,8 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "surgery.runtime.export": ("ExportReport", "export_onnx"),
     "surgery.runtime.fresh": ("time_apart", "time_batches"),
     "surgery.sites.site": ("Site", "Skip", "Totals"),
+    "surgery.stages.report": ("Crossing", "SplitReport", "StageReport", "StripLayer"),
+    "surgery.stages.split": ("Split", "join", "load_split", "split"),
     "surgery.training": ("ADMM", "EpochRow", "Event", "Forecast", "History", "LowRankTraining"),
 }
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
