@@ -75,6 +75,7 @@ if TYPE_CHECKING:  # the table below, for type checkers; a test compares the two
     from surgery.sites.site import Site as Site
     from surgery.sites.site import Skip as Skip
     from surgery.sites.site import Totals as Totals
+    from surgery.stages.bench import PipelineTiming as PipelineTiming
     from surgery.stages.report import Crossing as Crossing
     from surgery.stages.report import SplitReport as SplitReport
     from surgery.stages.report import StageReport as StageReport
@@ -126,6 +127,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "surgery.runtime.export": ("ExportReport", "export_onnx"),
     "surgery.runtime.fresh": ("time_apart", "time_batches"),
     "surgery.sites.site": ("Site", "Skip", "Totals"),
+    "surgery.stages.bench": ("PipelineTiming",),
     "surgery.stages.report": ("Crossing", "SplitReport", "StageReport", "StripLayer"),
     "surgery.stages.split": ("Split", "join", "load_split", "split"),
     "surgery.training": ("ADMM", "EpochRow", "Event", "Forecast", "History", "LowRankTraining"),

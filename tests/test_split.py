@@ -1,11 +1,10 @@
-"""Split, save, load and join: nothing is lost on the way, nothing is half written, and no folder is trusted."""
+"""Split, save, load and join: nothing is lost on the way. Cuts that are named, the report, and the command line."""
 
 from __future__ import annotations
 
-import copy
-import json
-import signal
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,17 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 import surgery
-from surgery.errors import FileError, InputError, SurgeryError
+from surgery.errors import InputError
+from surgery.kinds.registry import kind_of
 from surgery.report import render_split
+from surgery.runtime.compare import run_model
 from surgery.sites.network import Network, Operation, Value
-from surgery.stages.folder import read_folder, read_report
-from surgery.stages.manifest import MANIFEST, read_manifest
 from surgery.stages.named import stages_at
-from surgery.stages.report import Crossing, SplitReport
 from surgery.stages.strip import strip_of
-from surgery.system.writing import write_folder
 from tests.command_line import run
-from tests.hostile.manifests import FOLDERS
-from tests.zoo import Inputs, call, export, graph
+from tests.zoo import Inputs, graph
 
-# -- networks without a framework ---------------------------------------------------------------------------------------
+# -- networks without a framework --------------------------------------------------------------------------------------
 
 
 def network(reads: list[list[int]], *, groups: tuple[frozenset[int], ...] = ()) -> Network:
@@ -113,7 +109,7 @@ def test_a_strip_has_the_time_of_all_and_the_bytes_that_cross() -> None:
     ]
 
 
-# -- models -------------------------------------------------------------------------------------------------------------
+# -- models ------------------------------------------------------------------------------------------------------------
 
 CASES = [
     *(("unet", kind) for kind in ("module", "graph", "program", "program-dynamic", "onnx")),
@@ -148,7 +144,7 @@ def _called(model: Any, inputs: Inputs) -> Any:
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     if isinstance(model, surgery.Split):
         return model.run(*args, **kwargs)
-    return surgery.runtime.compare.run_model(model, (args, kwargs))
+    return run_model(model, (args, kwargs))
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -158,7 +154,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _state(model: Any) -> dict[str, Tensor]:
-    return dict(surgery.kinds.registry.kind_of(model).tensors(model))
+    return dict(kind_of(model).tensors(model))
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -185,3 +181,106 @@ def test_split_save_load_join_is_the_identity(
     if isinstance(model, ExportedProgram):
         assert str(joined.graph) == str(model.graph)
         assert joined.range_constraints == model.range_constraints
+
+
+def test_a_module_gets_the_numbers_that_its_stages_have(tmp_path: Path) -> None:
+    model, inputs = graph("tied", "module")
+    cut = surgery.split(model, inputs, measure=False)
+    cut.save(tmp_path / "stages")
+    fresh = type(model)()
+    back = surgery.join(tmp_path / "stages", model=lambda: fresh)
+    assert back is fresh
+    assert _equal(_called(back, inputs), _called(model, inputs))
+    assert back.first.weight is back.second.weight
+    with pytest.raises(surgery.FileError, match="does not fit Linear"):
+        surgery.join(tmp_path / "stages", model=lambda: nn.Linear(2, 2))
+
+
+def test_a_folder_that_was_split_can_be_split_and_joined_on_the_command_line(tmp_path: Path) -> None:
+    program, _ = graph("unet", "program-dynamic")
+    model, folder, back = tmp_path / "u.pt2", tmp_path / "u.stages", tmp_path / "back.pt2"
+    surgery.save(program, model)
+    done = run("split", model, "--stages", 3, "--no-measure", "-o", folder)
+    assert done.status == 0, done.stderr
+    assert "stage" in done.stdout
+    assert f"wrote {folder}" in done.stdout
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", *(f"stage{n}.pt2" for n in range(3))]
+    assert run("join", folder, "-o", back).status == 0
+    joined = surgery.load(back)
+    assert isinstance(joined, ExportedProgram)
+    assert str(joined.graph) == str(program.graph)
+    assert all(torch.equal(joined.state_dict[name], value) for name, value in program.state_dict.items())
+    compared = run("compare", model, folder, "--json")
+    assert '"max_abs": 0.0' in compared.stdout, compared.stderr
+    page = run("report", folder)
+    assert page.status == 0, page.stderr
+    assert "</svg>" in (tmp_path / "u.report.html").read_text()
+    assert run("bench", folder, "--seconds", 0.01).status == 0
+    assert run("inspect", folder / "stage1.pt2").status == 0
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    surgery.save(graph("mlp", "program")[0], tmp_path / "m.pt2")
+    done = run("split", tmp_path / "m.pt2", "--no-measure", "--dry-run", "--at", "relu", "--json")
+    assert done.status == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"]
+    assert '"value": "relu"' in done.stdout
+
+
+WRONG = {
+    "--stages 0": "0 is not in the range",
+    "--stages 99": "99 stages",
+    "--stages 2 --at relu": "one of them",
+    "--at nowhere": "no value of this name.*allowed: .*relu",
+    "--link fast": "link 'fast'; allowed: bytes or bits a second above 0, as 1GB/s",
+    "--link 0GB/s": "link '0GB/s'",
+    "--memory much": "memory 'much'; allowed: a number of bytes",
+    "--memory 10": "memory",
+    "--work-memory 1": "--work-memory",
+    "-o .": "exists already",
+    "-o m.pt2": "is not a folder",
+    "-o missing/stages": "does not exist",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_what_cannot_be_split_is_said_in_one_line(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    surgery.save(graph("mlp", "program")[0], "m.pt2")
+    done = run("split", "m.pt2", "--no-measure", *words.split())
+    assert done.status == 2
+    assert re.search(WRONG[words], done.stderr), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"stages": 1.5}, "stages=1.5"),
+        ({"stages": True}, "stages=True"),
+        ({"link": -1}, "link -1"),
+        ({"memory": "2 goats"}, "memory '2 goats'"),
+        ({"balance": "luck"}, "balance='luck'; allowed: time, params, memory"),
+        ({"ties": "loose"}, "ties='loose'"),
+        ({"prove": -1}, "prove=-1"),
+        ({"at": "relu"}, "at='relu'; allowed: a list of names"),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_refused(given: dict[str, Any], said: str) -> None:
+    model, inputs = graph("mlp", "program")
+    with pytest.raises(InputError, match=re.escape(said)):
+        surgery.split(model, inputs, measure=False, **given)
+
+
+def test_the_page_of_a_split_escapes_names_and_shows_the_cuts() -> None:
+    model, inputs = graph("unet", "program")
+    report = surgery.split(model, inputs, measure=False).report
+    layers = (replace(report.layers[0], name="<script>"), *report.layers[1:])
+    page = render_split(replace(report, layers=layers), name="<b>")
+    assert "<script>" not in page
+    assert "<b>" not in page
+    assert page.count('class="limit"') == 1
+    assert f"{report.verdict[1:]}." in page
+    assert "<svg" not in render_split(replace(report, layers=()))
+    flat = tuple(replace(layer, seconds=0.0, bytes_after=0) for layer in layers)
+    assert "nan" not in render_split(replace(report, layers=flat))

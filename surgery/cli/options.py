@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from surgery.kinds.inputs import Inputs
+    from surgery.stages.split import Split
 
 __all__ = [
     "FILE",
@@ -31,6 +32,7 @@ __all__ = [
     "model_options",
     "open_models",
     "open_program",
+    "open_split",
     "opening_options",
     "parse_bytes",
     "parse_shapes",
@@ -194,15 +196,15 @@ def _open(
 ) -> tuple[Any, Inputs | None]:
     """Return MODEL as ``open_program`` does, and the inputs of a program; None for an ONNX model."""
     from surgery.files.load import load
-    from surgery.kinds.program.kind import program_inputs
     from surgery.kinds.registry import kind_of
     from surgery.runtime.export import capture
     from surgery.stages.folder import is_folder
-    from surgery.stages.split import in_a_row, load_split
+    from surgery.stages.split import in_a_row
 
-    if is_folder(path):
-        return in_a_row(load_split(path, memory=memory)), None
     shapes = parse_shapes(input_shapes)
+    if is_folder(path):
+        cut, inputs = open_split(path, input_shapes=input_shapes, memory=memory, seed=seed)
+        return in_a_row(cut), inputs
     samples = _random(shapes, {}, seed)[0] or None
     loaded: Any = load(path, trust=trust, model=factory, example_inputs=samples, memory=memory)
     kind = kind_of(loaded)
@@ -210,12 +212,32 @@ def _open(
         return loaded, None
     program = kind.program(loaded)
     if program is not None:
-        inputs = _fill(program, shapes, seed) if shapes else program_inputs(program, seed=seed)
-        return program, inputs
+        return program, _program_inputs(program, shapes, seed)
     if not shapes:
         raise InputError(f"{path} is a module, which does not know its input shapes", next_step="pass --input-shape")
     inputs = _random(shapes, {}, seed)
     return capture(loaded, inputs)[0], inputs
+
+
+def open_split(folder: Path, *, input_shapes: tuple[str, ...], memory: int | None, seed: int) -> tuple[Split, Inputs]:
+    """Return a folder of stages, and the inputs to run them on, which are those of the model that was split.
+
+    Raises:
+        SurgeryError: as ``open_program``.
+    """
+    from surgery.stages.split import load_split
+
+    cut = load_split(folder, memory=memory)
+    joined = cut.join()
+    if cut.kind.is_onnx:
+        return cut, _random_inputs(joined, {"input_shapes": input_shapes, "seed": seed})
+    return cut, _program_inputs(joined, parse_shapes(input_shapes), seed)
+
+
+def _program_inputs(program: ExportedProgram, shapes: list[tuple[str | None, tuple[int, ...]]], seed: int) -> Inputs:
+    from surgery.kinds.program.kind import program_inputs
+
+    return _fill(program, shapes, seed) if shapes else program_inputs(program, seed=seed)
 
 
 def _random_inputs(model: Any, options: Mapping[str, Any]) -> Inputs:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import FILE, as_json, default_output, open_program, opening_options, parse_bytes
-from surgery.errors import FileError
+from surgery.cli.options import (
+    FILE,
+    as_json,
+    default_output,
+    open_program,
+    open_split,
+    opening_options,
+    parse_bytes,
+)
+from surgery.errors import FileError, InputError
 from surgery.system.writing import check_folder, check_outputs, write_together
 
 if TYPE_CHECKING:
     from surgery.stages.split import Split
 
-__all__ = ["join", "split"]
+__all__ = ["bench_folder", "join", "split"]
 
 _OPENING = ("input_shapes", "factory", "trust", "seed")
 
@@ -129,6 +137,38 @@ def join(folder: Path, output: Path, factory: str | None, memory: int | None, fo
         show.print_json({"input": str(folder), "output": str(output), "stages": len(cut.stages)})
     else:
         show.say(f"wrote {output}: {len(cut.stages)} stages joined")
+
+
+def bench_folder(
+    folder: Path, refused: Sequence[str], seconds: float, batch: int | None, json_: bool, **options: Any
+) -> None:
+    """Time the stages in a folder in a pipeline, against the whole model on one core; print both.
+
+    Raises:
+        InputError: options that a pipeline does not take, which ``refused`` names.
+    """
+    from surgery.cli import show
+    from surgery.kinds.inputs import with_batch
+
+    if refused:
+        what = f"{refused[0]} with a folder of stages, each of which runs in one thread"
+        raise InputError(what, next_step="leave it out, or join the stages first")
+    with show.progress(quiet=json_) as progress:
+        progress("load", 0, 1)
+        opening = {name: options[name] for name in ("input_shapes", "memory", "seed")}
+        cut, inputs = open_split(folder, **opening)
+        inputs = inputs if batch is None else with_batch(inputs, batch)
+        report = lambda share: progress("time", round(100 * share), 100)  # noqa: E731
+        timing = cut.bench(inputs, seconds=seconds, seed=options["seed"], progress=report)
+    if json_:
+        show.print_json(timing.to_json())
+        return
+    show.table("Throughput and latency", timing.rows())
+    show.say()
+    s = timing.speedup
+    show.say(f"throughput: {s.value:.2f}x, 95 % interval {s.low:.2f} to {s.high:.2f}; {s.verdict}")
+    show.say(f"inputs: {', '.join(timing.inputs)}; outputs of the stages are {timing.error:.1e} off the whole's")
+    show.say(f"onnxruntime {timing.environment.onnxruntime}, one thread a core, {timing.environment.cpu}")
 
 
 def _json(model: Path, output: Path | None, cut: Split) -> dict[str, Any]:

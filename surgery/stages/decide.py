@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 from surgery.errors import InputError
 from surgery.plans.plan import Progress
 from surgery.sites.network import Network
+from surgery.stages.measure import Times
 from surgery.stages.named import stages_at
 from surgery.stages.report import BALANCES, Balance, SplitReport
 from surgery.stages.strip import strip_of
@@ -79,21 +80,20 @@ class Decided:
     report: SplitReport
 
 
-def decide(network: Network, asked: Asked, *, measure: bool, progress: Progress) -> Decided:
+def decide(network: Network, asked: Asked, costs: Times, progress: Progress) -> Decided:
     """Return the stages of a network.
 
     Raises:
         InputError: there are no such stages.
     """
-    progress("cost", 0, 1)
-    times = _times(network)
+    times = costs.seconds
     progress("cut", 0, 1)
     stage_of = stages_at(network, asked.at) if asked.at else _even(network, times, asked.stages)
     stages = max(stage_of, default=0) + 1
     crossings = crossings_of(network, stage_of)
     traffic = traffic_of(crossings, stages, relay=asked.relay)
     rows = stages_of(network, stage_of, times, traffic)
-    costs = [row.predicted_s + (row.bytes_in + row.bytes_out) / asked.link for row in rows]
+    dearest = max(row.predicted_s + (row.bytes_in + row.bytes_out) / asked.link for row in rows)
     report = SplitReport(
         stages=tuple(rows),
         crossings=crossings,
@@ -102,22 +102,11 @@ def decide(network: Network, asked: Asked, *, measure: bool, progress: Progress)
         link=asked.link,
         relay=asked.relay,
         memory=asked.memory,
-        bottleneck=max(costs),
+        bottleneck=dearest,
         bound=max(sum(times) / stages, max(times)),
-        notes=tuple(tied_notes(network, stage_of)),
+        notes=(*costs.notes, *tied_notes(network, stage_of)),
     )
     return Decided(tuple(stage_of), report)
-
-
-# TODO(costs): the backend's node times
-def _times(network: Network) -> list[float]:
-    """Return estimates: 50 G multiply-accumulates and 20 GB a second, whichever takes longer."""
-    found = []
-    for operation in network.operations:
-        moved = sum(network.values[value].bytes for value in (*operation.reads, *operation.gives))
-        moved += sum(network.bytes_of.get(name, 0) for name in operation.tensors)
-        found.append(max(operation.macs / 5e10, moved / 2e10))
-    return found
 
 
 # TODO(problem): the solver

@@ -1,41 +1,63 @@
-"""Time the stages of a split, each on the values that reach it."""
+"""The seconds of operations and of stages: measured where the model can be exported to ONNX, estimated elsewhere."""
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from surgery.cost.timing import Budget, interleave
+from surgery.cost.base import make_backend
+from surgery.errors import SurgeryError
 from surgery.kinds.base import Kind, Pieces
 from surgery.kinds.inputs import Inputs
 from surgery.plans.plan import Progress
+from surgery.sites.network import Network
+from surgery.stages.costs import measure_operations, roofline
+from surgery.stages.exported import measure_stages
 
-__all__ = ["measured_seconds", "stage_inputs"]
+__all__ = ["Times", "operation_times", "stage_times"]
 
-_BUDGET = Budget(seconds=1.0, min_rounds=5, warmup_rounds=1)
-
-
-def stage_inputs(kind: Kind, pieces: Pieces, example: Inputs) -> list[list[Any]]:
-    """Return the inputs of each stage when the whole model runs on the example inputs.
-
-    Raises:
-        InputError: the model does not take them.
-    """
-    values = dict(zip(pieces.inputs, kind.leaves(pieces, *example), strict=True))
-    given = []
-    for piece in pieces.stages:
-        given.append([values[name] for name in piece.inputs])
-        values |= zip(piece.outputs, kind.run_stage(piece.model, given[-1]), strict=True)
-    return given
+_SECONDS = 2.0  # of measuring operations, and as many for stages
 
 
-def measured_seconds(kind: Kind, pieces: Pieces, example: Inputs, progress: Progress) -> list[float]:
-    """Return the median seconds of each stage, without gradients."""
-    with torch.no_grad():
-        given = stage_inputs(kind, pieces, example)
-        pairs = zip(pieces.stages, given, strict=True)
-        runs = [partial(kind.run_stage, piece.model, values) for piece, values in pairs]
-        samples = interleave(runs, _BUDGET, progress=lambda share: progress("stages", round(100 * share), 100))
-    return [each.median for each in samples]
+@dataclass(frozen=True)
+class Times:
+    """The seconds of each operation, and what to say of them."""
+
+    seconds: tuple[float, ...]
+    notes: tuple[str, ...] = ()
+
+
+def operation_times(network: Network, model: Any, inputs: Inputs | None, *, measure: bool, progress: Progress) -> Times:
+    """Return the seconds of the operations of a network; estimates where nothing is to be measured, or can be."""
+    if not measure:
+        return Times(roofline(network), ("times are estimates, by 50 GFLOP and 20 GB a second",))
+    if inputs is None:
+        return Times(roofline(network), ("times are estimates: there are no inputs to measure on",))
+    try:
+        costs = measure_operations(
+            network,
+            model,
+            inputs,
+            make_backend(),
+            seconds=_SECONDS,
+            progress=lambda share: progress("operations", round(100 * share), 100),
+        )
+    except SurgeryError as error:
+        return Times(roofline(network), (f"times are estimates: {error.what}",))
+    return Times(costs.seconds)
+
+
+def stage_times(kind: Kind, pieces: Pieces, inputs: Inputs, progress: Progress) -> tuple[float, ...] | None:
+    """Return the median seconds of a run of each stage by itself; None where a stage cannot be exported."""
+    try:
+        samples = measure_stages(
+            pieces,
+            kind,
+            inputs,
+            make_backend(),
+            seconds=_SECONDS,
+            progress=lambda share: progress("stages", round(100 * share), 100),
+        )
+    except SurgeryError:
+        return None
+    return tuple(each.median for each in samples)

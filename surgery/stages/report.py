@@ -106,7 +106,8 @@ class SplitReport:
         }[self.balance]
         if self.gap is None:
             return f"{what}: {said}; no bound was sought"
-        near = "proven to be the least" if self.gap < _EQUAL else f"{100 * self.gap:.2g} % above the proven bound"
+        share = f"{100 * self.gap:.1f}" if self.gap < 0.1 else f"{100 * self.gap:.0f}"
+        near = "proven to be the least" if self.gap < _EQUAL else f"{share} % above the proven bound"
         return f"{what}: {said}, {near}"
 
     def rows(self) -> list[tuple[str, ...]]:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from surgery.errors import only_own_errors
+from surgery.errors import InputError, SurgeryError, only_own_errors
 from surgery.files.given import GivenModel, model_of
-from surgery.kinds.base import Kind, Pieces
+from surgery.kinds.base import Kind, Piece, Pieces
 from surgery.kinds.inputs import Inputs, normalise_inputs
 from surgery.kinds.registry import kind_of
 from surgery.plans.plan import Progress, silent
+from surgery.stages.bench import PipelineTiming, bench_pipeline
 from surgery.stages.decide import Asked, decide
 from surgery.stages.folder import FolderContent, read_folder, write_stages
-from surgery.stages.measure import measured_seconds
+from surgery.stages.measure import operation_times, stage_times
 from surgery.stages.report import Balance, SplitReport
+from surgery.text import first_line
 
 __all__ = ["Split", "in_a_row", "join", "load_split", "measured", "split"]
 
@@ -61,16 +63,28 @@ class Split:
         """Return what the whole model returns for these inputs, from its stages, run in a row.
 
         Raises:
-            InputError: they are not the inputs that the model takes.
+            InputError: they are not the inputs that the model takes, or a stage does not run.
         """
         given = self.kind.leaves(self.pieces, args, kwargs)
         values = dict(zip(self.inputs, given, strict=True))
         for at, piece in enumerate(self.pieces.stages):
-            found = self.kind.run_stage(piece.model, [values[name] for name in piece.inputs])
-            values |= zip(piece.outputs, found, strict=True)
+            values |= self._run_stage(at, piece, values)
             later = {name for stage in self.pieces.stages[at + 1 :] for name in stage.inputs} | set(self.outputs)
             values = {name: value for name, value in values.items() if name in later}
         return self.kind.result(self.pieces, [values[name] for name in self.outputs])
+
+    def _run_stage(self, at: int, piece: Piece, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values that a stage gives, by name."""
+        try:
+            found = self.kind.run_stage(piece.model, [values[name] for name in piece.inputs])
+        except SurgeryError:
+            raise
+        except Exception as error:  # whatever a model raises
+            what = f"stage {at} does not run on what it gets: {first_line(error)}"
+            raise InputError(what, next_step="give inputs as those that the model was split with") from error
+        if len(found) != len(piece.outputs):
+            raise InputError(f"stage {at} gives {len(found)} values", allowed=f"{len(piece.outputs)}: {piece.outputs}")
+        return dict(zip(piece.outputs, found, strict=True))
 
     def join(self) -> Any:
         """Return the model that was split: its graph and its names, with the numbers that the stages have now.
@@ -79,6 +93,40 @@ class Split:
             InputError: the stages do not fit each other any more.
         """
         return self.kind.join(self.pieces)
+
+    @only_own_errors
+    def bench(
+        self,
+        example_inputs: Any = None,
+        *,
+        seconds: float = 10.0,
+        cores: Sequence[int] | None = None,
+        seed: int = 0,
+        progress: Callable[[float], None] | None = None,
+    ) -> PipelineTiming:
+        """Time the stages in a pipeline on this machine, one core for each, against the whole model on one core.
+
+        Both run under onnxruntime, interleaved, for about ``seconds`` in all. ``example_inputs`` are by default those
+        that the model was split with, or that it brings along. ``cores`` are by default all that may be used; stages
+        beyond their number share them.
+
+        Raises:
+            InputError: the inputs are not known, or do not fit.
+            CaptureError, CheckError: a stage cannot be exported to ONNX.
+
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> timing = split(net, torch.ones(1, 8), measure=False).bench(seconds=0.0)
+        >>> timing.error < 1e-6
+        True
+        """
+        given = self._example() if example_inputs is None else normalise_inputs(example_inputs)
+        return bench_pipeline(self.pieces, self.kind, given, seconds=seconds, cores=cores, seed=seed, progress=progress)
+
+    def _example(self) -> Inputs:
+        found = self.kind.brought_inputs(self.join()) if self.example is None else self.example
+        if found is None:
+            raise InputError("the stages do not know the shape of their inputs", next_step="give example_inputs")
+        return found
 
     @only_own_errors
     def save(self, folder: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -151,18 +199,18 @@ def split(
     inputs, report = normalise_inputs(example_inputs), progress or silent
     kind = kind_of(opened)
     cuttable = kind.cuttable(opened, inputs)
-    decided = decide(cuttable.network, asked, measure=measure, progress=report)
-    pieces = cuttable.cut(decided.stage_of)
     example = inputs if any(inputs) else kind.brought_inputs(opened)
-    found = Split(decided.report, kind, pieces, kind.name, example)
+    times = operation_times(cuttable.network, opened, example, measure=measure, progress=report)
+    decided = decide(cuttable.network, asked, times, report)
+    found = Split(decided.report, kind, cuttable.cut(decided.stage_of), kind.name, example)
     return measured(found, progress=report) if measure else found
 
 
 def measured(cut: Split, *, progress: Progress = silent) -> Split:
-    """Return a split whose report has the measured seconds of each stage, run on the example inputs."""
-    if cut.example is None:
+    """Return a split whose report has the measured seconds of each stage, run on the example inputs, if it can be."""
+    times = None if cut.example is None else stage_times(cut.kind, cut.pieces, cut.example, progress)
+    if times is None:
         return cut
-    times = measured_seconds(cut.kind, cut.pieces, cut.example, progress)
     rows = tuple(replace(row, measured_s=time) for row, time in zip(cut.report.stages, times, strict=True))
     return replace(cut, report=replace(cut.report, stages=rows))
 

@@ -37,8 +37,16 @@ def _goal(**values: Any) -> Maker:
     return _edited(lambda said: said["objective"].update(values))
 
 
+def _file(name: str, change: Callable[[Path], object]) -> Maker:
+    def make(folder: Path) -> None:
+        change(folder / name)
+
+    return make
+
+
 def _text(text: str | bytes) -> Maker:
-    return lambda folder: (folder / MANIFEST).write_bytes(text.encode() if isinstance(text, str) else text) and None
+    raw = text.encode() if isinstance(text, str) else text
+    return _file(MANIFEST, lambda path: path.write_bytes(raw))
 
 
 def _replaced(old: str, new: str) -> Maker:
@@ -46,13 +54,6 @@ def _replaced(old: str, new: str) -> Maker:
         text = (folder / MANIFEST).read_text()
         assert old in text
         (folder / MANIFEST).write_text(text.replace(old, new, 1))
-
-    return make
-
-
-def _file(name: str, change: Callable[[Path], object]) -> Maker:
-    def make(folder: Path) -> None:
-        change(folder / name)
 
     return make
 
@@ -76,6 +77,11 @@ def _pipe(path: Path) -> None:
 def _folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
+
+
+def _swapped(folder: Path) -> None:
+    for old, new in (("stage0", "x"), ("stage1", "stage0"), ("x", "stage1")):
+        (folder / f"{old}.pt2").rename(folder / f"{new}.pt2")
 
 
 def _circle(said: dict[str, Any]) -> None:
@@ -104,12 +110,7 @@ FOLDERS: dict[str, Maker] = {
     "stage is empty": _file("stage1.pt2", lambda path: path.write_bytes(b"")),
     "stage is text": _file("stage1.pt2", lambda path: path.write_text("a stage")),
     "stage of another kind": _file("stage1.pt2", lambda path: path.write_bytes(b"\x08\x08:\x00B\x04\n\x00\x10\x11")),
-    "stages swapped": lambda folder: (
-        shutil.move(folder / "stage0.pt2", folder / "x"),
-        shutil.move(folder / "stage1.pt2", folder / "stage0.pt2"),
-        shutil.move(folder / "x", folder / "stage1.pt2"),
-    )
-    and None,
+    "stages swapped": _swapped,
     "not JSON": _text("stages: 2"),
     "not UTF-8": _text(b'{"surgery_split": "\xff"}'),
     "empty": _text(""),
