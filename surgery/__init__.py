@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the table below, for type checkers; a test compares the two
     from surgery.cost.base import Comparison as Comparison
     from surgery.cost.base import ModelFile as ModelFile
     from surgery.cost.base import ModelTimes as ModelTimes
+    from surgery.cost.base import NodeTimes as NodeTimes
     from surgery.cost.base import Seconds as Seconds
     from surgery.cost.base import make_backend as make_backend
     from surgery.cost.onnxruntime.backend import OnnxRuntime as OnnxRuntime
@@ -97,7 +98,7 @@ __version__ = "0.1.0"
 _PUBLIC: dict[str, tuple[str, ...]] = {
     "surgery.algebra.chain": ("Chain",),
     "surgery.algebra.operators": ("Conv", "Embedding", "Geometry", "Linear", "Operator"),
-    "surgery.cost.base": ("Backend", "Comparison", "ModelFile", "ModelTimes", "Seconds", "make_backend"),
+    "surgery.cost.base": ("Backend", "Comparison", "ModelFile", "ModelTimes", "NodeTimes", "Seconds", "make_backend"),
     "surgery.cost.onnxruntime.backend": ("OnnxRuntime",),
     "surgery.cost.timing": ("Budget", "Samples", "Speedup"),
     "surgery.errors": (

@@ -26,11 +26,8 @@ from tests.hostile.manifests import FOLDERS
 from tests.test_hostile import STRANGE
 
 X = torch.ones(2, 4)
-BROUGHT = (
-    "whole is empty",
-    "stages swapped",
-    "one output too many",
-)  # seen by the kind, once the stages run or are joined
+# seen by the kind, once the stages run or are joined
+BROUGHT = ("whole is empty", "stages swapped", "one output too many")
 
 
 def _program() -> torch.export.ExportedProgram:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from surgery.errors import InputError, SurgeryError, only_own_errors
@@ -121,6 +122,29 @@ class Split:
         """
         given = self._example() if example_inputs is None else normalise_inputs(example_inputs)
         return bench_pipeline(self.pieces, self.kind, given, seconds=seconds, cores=cores, seed=seed, progress=progress)
+
+    @only_own_errors
+    def to_pipeline(
+        self, microbatch: Any = None, *, device: str | torch.device = "cpu", group: Any = None
+    ) -> list[Any]:
+        """Return the ``torch.distributed.pipelining.PipelineStage`` of each stage that this process runs.
+
+        Stage ``i`` runs on rank ``i % size`` of a process group that is there. Schedules of torch, as ``ScheduleGPipe``
+        and ``Schedule1F1B``, take them; values that skip a stage are relayed. Every process splits or loads the same
+        model. ``microbatch`` is one as the schedule will make it, in the form of ``example_inputs``, which are the
+        default.
+
+        Raises:
+            InputError: there is no process group, or one of more processes than stages; the stages are ONNX models, or
+                do not run on the microbatch.
+
+        >>> stages = load_split("net.stages").to_pipeline(torch.ones(1, 8))  # doctest: +SKIP
+        >>> schedule = torch.distributed.pipelining.ScheduleGPipe(stages[0], n_microbatches=4)  # doctest: +SKIP
+        """
+        from surgery.stages.distributed import pipeline_stages
+
+        given = self._example() if microbatch is None else normalise_inputs(microbatch)
+        return list(pipeline_stages(self.pieces, self.kind, given, device=device, group=group))
 
     def _example(self) -> Inputs:
         found = self.kind.brought_inputs(self.join()) if self.example is None else self.example
