@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.fx import Graph, GraphModule, Node
 
 from surgery.cost.base import ModelFile
 from surgery.files.save import save
@@ -20,6 +21,7 @@ from surgery.runtime.export import capture, export_onnx, to_onnx, write_draft
 __all__ = ["Written", "write_model", "write_with_origins"]
 
 _FX_NODE = "pkg.torch.onnx.fx_node"  # in the metadata of a node: the text of the fx node that it was made of
+_NOTE = "surgery.name"  # in the notes of a node of a GraphModule that is exported
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,35 @@ def write_model(model: Model, inputs: Inputs, path: Path, name: str) -> Written:
 
 
 def write_with_origins(model: Model, inputs: Inputs, path: Path, name: str) -> tuple[Written, Mapping[str, str]]:
-    """Write a model as an .onnx file, unchecked, and say of its values which node of the program they come from.
+    """Write a model as an .onnx file, unchecked, and say of its values which node of the model's graph they come from.
 
-    An ONNX model keeps its names, and there is nothing to say of them. Raises as ``write_model`` does.
+    An ONNX model keeps its names, and there is nothing to say of them; a module that is no GraphModule has no graph.
+    Raises as ``write_model`` does.
     """
     if kind_of(model).as_onnx(model) is not None:
         return write_model(model, inputs, path, name), {}
-    program, _ = capture(model, inputs)
+    with _remembered(model):
+        program, _ = capture(model, inputs)
     exported = to_onnx(program)
     write_draft(exported, path)
-    return _opened(path, inputs, name, program), _origins(program, exported)
+    origins = _origins(program, exported)
+    if isinstance(model, GraphModule):
+        own = _sources(program.graph, {node.name for node in model.graph.nodes})
+        origins = {value: own[node] for value, node in origins.items() if node in own}
+    return _opened(path, inputs, name, program), origins
+
+
+@contextmanager
+def _remembered(model: Model) -> Iterator[None]:
+    """Let torch.export note of what it captures which node of a GraphModule it came from: only if a node has notes."""
+    bare = [node for node in model.graph.nodes if not node.meta] if isinstance(model, GraphModule) else []
+    try:
+        for node in bare:
+            node.meta[_NOTE] = node.name
+        yield
+    finally:
+        for node in bare:
+            node.meta.pop(_NOTE, None)
 
 
 def _opened(path: Path, inputs: Inputs, name: str, program: ExportedProgram | None) -> Written:
@@ -70,9 +91,8 @@ def _origins(program: ExportedProgram, exported: torch.onnx.ONNXProgram) -> dict
 
     torch decomposes a program before it writes it, and gives the nodes new names: "view_7" may have been "reshape".
     """
-    own = {node.name for node in program.graph.nodes}
     assert exported.exported_program is not None  # made of a program
-    made = {node.name: source for node in exported.exported_program.graph.nodes if (source := _source(node, own))}
+    made = _sources(exported.exported_program.graph, {node.name for node in program.graph.nodes})
     found = {}
     for node in exported.model.graph:
         text = node.metadata_props.get(_FX_NODE, "").partition(" ")[0].removeprefix("%")
@@ -81,6 +101,11 @@ def _origins(program: ExportedProgram, exported: torch.onnx.ONNXProgram) -> dict
             if source is not None and value.name:
                 found[value.name] = source
     return found
+
+
+def _sources(graph: Graph, known: set[str]) -> dict[str, str]:
+    """Return of which node of an earlier graph each node was made, by name, where that is known."""
+    return {node.name: source for node in graph.nodes if (source := _source(node, known)) is not None}
 
 
 def _source(node: Node, known: set[str]) -> str | None:

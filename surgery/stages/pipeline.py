@@ -7,7 +7,7 @@ to put something into one, and the pipeline can be closed at any time: each thre
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -62,7 +62,7 @@ class Pipeline(AbstractContextManager["Pipeline"]):
         for thread in self._threads:
             thread.start()
 
-    def map(self, items: Iterable[Any]) -> Iterator[Any]:
+    def map(self, items: Iterable[Any]) -> Generator[Any, None, None]:
         """Yield what the last step returns for each item, in order; raise what a step raised, and close.
 
         Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import InputError
-from surgery.kinds.base import Access, Kind
+from surgery.kinds.base import Access, Kind, Piece, Pieces
 from surgery.kinds.inputs import Declared, Inputs, Signature, given_inputs, random_tensor
+from surgery.kinds.onnx.cut import CuttableOnnx
 from surgery.kinds.onnx.graph import RECORD, EditedGraph, read_metadata, set_numbers
+from surgery.kinds.onnx.join import join_stages
 from surgery.kinds.onnx.norms import NormNode, set_in_proto
 from surgery.kinds.onnx.places import all_tensors
 from surgery.kinds.onnx.proto import read_proto, write_proto
@@ -166,6 +169,30 @@ class OnnxKind(Kind):
         """Refuse, since the chains of a graph are nodes and not layers."""
         return "an ONNX graph"
 
+    def cuttable(self, model: Any, inputs: Inputs) -> CuttableOnnx:
+        """Open a model to be cut; it runs once on the inputs, which show the sizes of its values."""
+        return CuttableOnnx(self.read(model), self._inputs(model, inputs))
+
+    def join(self, pieces: Pieces) -> Any:
+        """Return the model that was taken apart; the frame of the whole may come from a file of others."""
+        return join_stages([self.read(piece.model) for piece in pieces.stages], pieces.whole)
+
+    def leaves(self, pieces: Pieces, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Return the inputs of a call, which may come by name, in the order of the graph."""
+        given = dict(zip(pieces.inputs, args, strict=False)) | kwargs
+        if len(args) + len(kwargs) != len(pieces.inputs) or given.keys() != set(pieces.inputs):
+            raise InputError(f"{len(args) + len(kwargs)} inputs", allowed=", ".join(pieces.inputs) or "none")
+        return [given[name] for name in pieces.inputs]
+
+    def run_stage(self, model: Any, values: Sequence[Any]) -> tuple[Any, ...]:
+        """Run a stage in a new session of onnxruntime; ``runnable`` keeps one for many runs."""
+        found: tuple[Any, ...] = self.runnable(model)(*values)
+        return found
+
+    def result(self, pieces: Pieces, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        """Return the outputs as a tuple, as a model's module does."""
+        return tuple(leaves)
+
 
 class OnnxProtoKind(OnnxKind):
     """ONNX models as protobuf messages; the result is one as well."""
@@ -190,6 +217,14 @@ class OnnxProtoKind(OnnxKind):
         """Open a message; the message itself is never changed."""
         return _OpenProto(model, self.read(model), self._inputs(model, inputs))
 
+    def cuttable(self, model: Any, inputs: Inputs) -> CuttableOnnx:
+        """Open a message to be cut; its stages are messages too."""
+        return _CuttableProto(self.read(model), self._inputs(model, inputs))
+
+    def join(self, pieces: Pieces) -> Any:
+        """Return the message that was taken apart."""
+        return write_proto(super().join(pieces))
+
     def keep(self, model: Any, values: Mapping[str, Any]) -> None:
         """Put values into the metadata of a message."""
         known = {entry.key: entry.value for entry in model.metadata_props}
@@ -208,3 +243,11 @@ class _OpenProto(OpenOnnx):
     def finish(self) -> Any:
         """Return the changed model as a message."""
         return write_proto(super().finish())
+
+
+class _CuttableProto(CuttableOnnx):
+    def cut(self, stage_of: Sequence[int]) -> Pieces:
+        """Return the stages as messages."""
+        pieces = super().cut(stage_of)
+        stages = tuple(Piece(write_proto(piece.model), piece.inputs, piece.outputs) for piece in pieces.stages)
+        return replace(pieces, stages=stages)

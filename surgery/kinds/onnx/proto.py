@@ -7,8 +7,8 @@ that is written, unless its numbers have changed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Set
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from surgery.errors import FileError
 from surgery.system.arrays import MOST_BYTES
 
-__all__ = ["read_proto", "sparse_tensors", "write_proto"]
+__all__ = ["keep_part", "keep_sparse", "read_proto", "sparse_tensors", "write_proto"]
 
 _KEPT = "surgery: not in onnx_ir"  # in the meta of a graph, which its copies share
 
@@ -65,6 +65,23 @@ def sparse_tensors(model: ir.Model) -> list[ir.TensorProtocol]:
     values = model.graph.initializers
     found = [] if kept is None else [(each.values.name, numbers) for each, numbers in kept.sparse]
     return [t for name, t in found if t is not None and name in values and values[name].const_value is t]
+
+
+def keep_part(model: ir.Model) -> None:
+    """Keep of what onnx_ir does not hold what belongs to the initializers that a model has; training belongs to all."""
+    kept: _Kept | None = model.graph.meta.get(_KEPT)
+    if kept is not None:
+        sparse = tuple(pair for pair in kept.sparse if pair[0].values.name in model.graph.initializers)
+        model.graph.meta[_KEPT] = replace(kept, training=(), sparse=sparse)
+
+
+def keep_sparse(model: ir.Model, parts: Sequence[ir.Model]) -> None:
+    """Keep the sparse messages that parts of a model keep, in the order of its initializers."""
+    kept: _Kept = model.graph.meta[_KEPT]  # of a model that was read from a message
+    every = [part.graph.meta.get(_KEPT) for part in parts]
+    found = {each.values.name: (each, dense) for one in every if one is not None for each, dense in one.sparse}
+    sparse = tuple(found[name] for name in model.graph.initializers if name in found)
+    model.graph.meta[_KEPT] = replace(kept, sparse=sparse)
 
 
 def write_proto(model: ir.Model) -> onnx.ModelProto:

@@ -25,7 +25,7 @@ from surgery.sites import Call, Flow
 from surgery.system.memory import give_back
 from surgery.text import first_line
 
-__all__ = ["ObservedOnnx", "OnnxModule", "Shapes", "feeds_of"]
+__all__ = ["ObservedOnnx", "OnnxModule", "Shapes", "feeds_of", "interpret"]
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulInteger", "ConvInteger", "LSTM", "GRU", "RNN")
 _Array = npt.NDArray[Any]
@@ -46,14 +46,24 @@ def feeds_of(reader: Reader, inputs: Inputs) -> dict[ir.Value, Tensor]:
     return {value: torch.as_tensor(given[value.name or ""]).detach().cpu() for value in reader.inputs}
 
 
-def _interpret(model: ir.Model, reader: Reader, feeds: Mapping[ir.Value, Tensor], observers: Observers) -> None:
+def interpret(
+    model: ir.Model, reader: Reader, feeds: Mapping[ir.Value, Tensor], observers: Observers
+) -> Mapping[ir.Value, Any]:
+    """Run a model for what ``observers`` see, and return the values that do not depend on its inputs.
+
+    Raises:
+        InputError: it does not run on these inputs.
+    """
     try:
-        Interpreter(model, reader.gates).run(feeds, observers)
+        with torch.no_grad():
+            interpreter = Interpreter(model, reader.gates)
+            interpreter.run(feeds, observers)
     except InputError:
         raise
     except Exception as error:  # torch and onnxruntime may raise anything on inputs that do not fit
         what = f"the model does not run on the example inputs: {first_line(error)}"
         raise InputError(what, next_step="give others (on the command line --input-shape)") from error
+    return interpreter.constants
 
 
 class OnnxModule(nn.Module):
@@ -152,11 +162,15 @@ class ObservedOnnx(Observed):
 
 
 class Shapes:
-    """The shapes of values, and the costs of products, from one run on the example inputs."""
+    """The shapes of values, and the costs of products, from one run on the example inputs.
 
-    def __init__(self, model: ir.Model, reader: Reader, inputs: Inputs) -> None:
-        self._model, self._reader, self._inputs = model, reader, inputs
-        self._seen: dict[int, Shape] | None = None
+    ``seen`` are the shapes by value, if there was such a run.
+    """
+
+    def __init__(
+        self, model: ir.Model, reader: Reader, inputs: Inputs, seen: Mapping[int, Shape] | None = None
+    ) -> None:
+        self._model, self._reader, self._inputs, self._seen = model, reader, inputs, seen
 
     def of(self, number: int) -> Shape:
         """Return the shape of a value.
@@ -199,8 +213,7 @@ class Shapes:
         feeds = feeds_of(self._reader, self._inputs)
         for value, found in feeds.items():
             note(value, found)
-        with torch.no_grad():
-            _interpret(self._model, self._reader, feeds, observers)
+        interpret(self._model, self._reader, feeds, observers)
         give_back()
         return {number: known[value] for number, value in values.items() if value in known}
 
