@@ -40,6 +40,7 @@ __all__ = [
     "in_outline",
     "is_norm",
     "is_region",
+    "is_view",
     "last_place",
     "looked_through",
     "norm_buffers",
@@ -257,6 +258,11 @@ def is_region(node: Node) -> bool:
     return isinstance(node.target, HigherOrderOperator)
 
 
+def is_view(node: Node) -> bool:
+    """Whether a node is a call of a function or method whose result is a view, a part or a copy of its input."""
+    return node.op in ("call_function", "call_method") and function_name(node) in _VIEWS
+
+
 def looked_through(node: Node) -> Node:
     """Return the node that a node is a view, a part or a copy of; for any other node, the node itself.
 
@@ -265,7 +271,7 @@ def looked_through(node: Node) -> Node:
     >>> [looked_through(node).name for node in graph.nodes if node.op != "output"]
     ['x', 'x', 'x', 'add']
     """
-    while node.op in ("call_function", "call_method") and function_name(node) in _VIEWS:
+    while is_view(node):
         sources = node.all_input_nodes
         if len(sources) != 1:
             break

@@ -11,9 +11,12 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from surgery.errors import InputError
-from surgery.kinds.base import Access, Kind
+from surgery.kinds.base import Access, Kind, Pieces
 from surgery.kinds.fx.kind import declare, first_size
 from surgery.kinds.inputs import Declared, Inputs, Signature, given_inputs, input_like
+from surgery.kinds.program.cut import CutProgram
+from surgery.kinds.program.join import join_program
+from surgery.kinds.program.run import call_leaves, join_outputs, run_program
 from surgery.kinds.program.write import OpenProgram
 
 __all__ = ["ProgramKind", "declared_inputs", "fixed_batch", "program_inputs", "read_signature"]
@@ -143,3 +146,23 @@ class ProgramKind(Kind):
     def refuse_structure(self) -> str | None:
         """Refuse, since the chains of a program are nodes and not layers."""
         return "a graph"
+
+    def cuttable(self, model: ExportedProgram, inputs: Inputs) -> CutProgram:
+        """Open a program to be cut into stages."""
+        return CutProgram(model, inputs)
+
+    def join(self, pieces: Pieces) -> ExportedProgram:
+        """Return the program of which the pieces are the stages."""
+        return join_program(pieces)
+
+    def leaves(self, pieces: Pieces, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Return the inputs of a call of the whole program, flat."""
+        return call_leaves(pieces, args, kwargs)
+
+    def run_stage(self, model: ExportedProgram, values: Sequence[Any]) -> tuple[Any, ...]:
+        """Run a stage on its inputs, in order."""
+        return run_program(model, values)
+
+    def result(self, pieces: Pieces, leaves: Sequence[Any]) -> Any:
+        """Return what the whole program returns, made of its outputs."""
+        return join_outputs(pieces, leaves)

@@ -21,7 +21,21 @@ from surgery.errors import InputError
 from surgery.kinds.fx.read import Reader
 from surgery.kinds.layers.tensors import key_of
 
-__all__ = ["copy_graph", "final_names", "own_state", "program_shapes", "read_program", "rename_entry"]
+__all__ = [
+    "copy_graph",
+    "final_names",
+    "memory_key",
+    "own_state",
+    "program_shapes",
+    "program_sizes",
+    "read_program",
+    "rename_entry",
+]
+
+
+def memory_key(value: Any) -> Any:
+    """Return a key that parameters, buffers and constants share exactly if they are one."""
+    return key_of(value) if isinstance(value, Tensor) else id(value)
 
 
 def copy_graph(graph: Graph) -> Graph:
@@ -90,7 +104,15 @@ def read_program(program: ExportedProgram, graph: Graph | None = None) -> Reader
 def program_shapes(
     program: ExportedProgram, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None
 ) -> Callable[[Node], Shape]:
-    """Return a function from nodes to concrete shapes.
+    """Return a function from nodes to concrete shapes; see ``program_sizes``."""
+    size = program_sizes(program, inputs)
+    return lambda node: tuple(map(size, node.meta["val"].shape))
+
+
+def program_sizes(
+    program: ExportedProgram, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None
+) -> Callable[[Any], int]:
+    """Return a function from sizes, which may be symbolic, to numbers.
 
     Symbolic sizes have the values that follow from the inputs, or those at the export if there are no inputs.
 
@@ -109,7 +131,7 @@ def program_shapes(
             raise InputError(f"the program does not say how large {dim} is", next_step="give example_inputs")
         return int(known)
 
-    return lambda node: tuple(size(dim) for dim in node.meta["val"].shape)
+    return size
 
 
 def _solve_symbols(program: ExportedProgram, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[Any, int]:

@@ -1,19 +1,27 @@
-"""The values that an exported program needs to be run node by node: those of its placeholders and buffers."""
+"""Run exported programs: node by node, and as stages of a whole."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
+from surgery.errors import InputError
+from surgery.kinds.base import Pieces
 from surgery.kinds.fx.read import Reader
 from surgery.kinds.fx.run import leaves_of
 from surgery.kinds.inputs import Inputs
+from surgery.kinds.program.whole import Whole
 
-__all__ = ["bind_program", "buffer_of"]
+__all__ = ["bind_program", "buffer_of", "call_leaves", "join_outputs", "run_program"]
+
+_MODULES: WeakKeyDictionary[ExportedProgram, nn.Module] = WeakKeyDictionary()  # a module of each program that was run
 
 
 def bind_program(program: ExportedProgram, reader: Reader, inputs: Inputs) -> dict[Node, Any]:
@@ -38,3 +46,39 @@ def buffer_of(program: ExportedProgram, node: Node) -> tuple[str, Tensor]:
     """Return the name and the tensor of the buffer that a placeholder provides."""
     name = program.graph_signature.inputs_to_buffers[node.name]
     return name, program.state_dict[name]
+
+
+def run_program(program: ExportedProgram, values: Sequence[Any]) -> tuple[Any, ...]:
+    """Run a stage on its inputs, in order, and return its outputs, in order."""
+    if program not in _MODULES:
+        _MODULES[program] = program.module(check_guards=False)
+    outputs: tuple[Any, ...] = _MODULES[program](*values)
+    return outputs
+
+
+def call_leaves(pieces: Pieces, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return the inputs of a call of the whole program, flat.
+
+    Raises:
+        InputError: they are not those that the program takes.
+    """
+    spec = _signature(pieces).in_spec
+    found = leaves_of((args, kwargs), spec)
+    order = spec.child(1).context or []
+    kwargs = {name: kwargs[name] for name in order} if set(order) == set(kwargs) else kwargs
+    if pytree.tree_structure((args, kwargs)) != spec or len(found) != len(pieces.inputs):
+        what = f"{len(args)} inputs by position and {len(kwargs)} by name"
+        raise InputError(what, allowed=f"the {len(pieces.inputs)} inputs {', '.join(pieces.inputs)}, as in the export")
+    return found
+
+
+def join_outputs(pieces: Pieces, leaves: Sequence[Any]) -> Any:
+    """Return what the whole program returns, made of the outputs that the stages give, and those that are constants."""
+    given = iter(leaves)
+    specs = [s for s in Whole.from_json(pieces.whole).signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
+    every = [s.arg.value if isinstance(s.arg, ConstantArgument) else next(given) for s in specs]
+    return pytree.tree_unflatten(every, _signature(pieces).out_spec)
+
+
+def _signature(pieces: Pieces) -> Any:
+    return Whole.from_json(pieces.whole).calls[0].signature
