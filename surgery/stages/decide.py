@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 from surgery.errors import InputError
 from surgery.plans.plan import Progress
 from surgery.sites.network import Network
+from surgery.stages.line import cut_in_line
 from surgery.stages.measure import Times
 from surgery.stages.named import stages_at
 from surgery.stages.report import BALANCES, Balance, SplitReport
@@ -88,7 +92,7 @@ def decide(network: Network, asked: Asked, costs: Times, progress: Progress) -> 
     """
     times = costs.seconds
     progress("cut", 0, 1)
-    stage_of = stages_at(network, asked.at) if asked.at else _even(network, times, asked.stages)
+    stage_of = stages_at(network, asked.at) if asked.at else _in_line(network, times, asked)
     stages = max(stage_of, default=0) + 1
     crossings = crossings_of(network, stage_of)
     traffic = traffic_of(crossings, stages, relay=asked.relay)
@@ -109,12 +113,33 @@ def decide(network: Network, asked: Asked, costs: Times, progress: Progress) -> 
     return Decided(tuple(stage_of), report)
 
 
-# TODO(problem): the solver
-def _even(network: Network, times: Sequence[float], stages: int) -> list[int]:
-    if stages > len(network.operations):
-        raise InputError(f"{stages} stages of {len(network.operations)} operations")
-    total, spent, found = sum(times) or 1.0, 0.0, []
-    for time in times:
-        found.append(min(stages - 1, int(stages * (spent + time / 2) / total)))
-        spent += time
-    return found
+def _in_line(network: Network, times: Sequence[float], asked: Asked) -> tuple[int, ...]:
+    """Return the stages that are best in the order of the graph."""
+    costs = _segment_costs(network, times, asked)
+    groups = list(network.together)
+    if asked.ties == "together":
+        tied: dict[object, set[int]] = {}
+        for number, operation in enumerate(network.operations):
+            for name in operation.tensors:
+                tied.setdefault(network.keys.get(name, name), set()).add(number)
+        groups += [frozenset(numbers) for numbers in tied.values()]
+    return cut_in_line(network, costs, groups, asked.stages)
+
+
+def _segment_costs(network: Network, times: Sequence[float], asked: Asked) -> npt.NDArray[np.float64]:
+    """Return the cost of the operations from i to before j as one stage; infinite for none, or too many bytes."""
+    count = len(network.operations)
+    weights = np.array([sum(network.bytes_of.get(name, 0) for name in op.tensors) for op in network.operations])
+    spent, held = (np.concatenate([[0.0], np.cumsum(each)]) for each in (np.array(times), weights))
+    seconds, size = spent[None, :] - spent[:, None], held[None, :] - held[:, None]
+    moved = np.zeros((count + 1, count + 1))
+    for value, readers in network.readers.items():
+        if value not in network.producer:
+            continue
+        source, each = network.producer[value], network.values[value].bytes
+        moved[: source + 1, source + 1 : max(readers) + 1] += each
+        for before, reader in zip((source, *readers), readers, strict=False):
+            moved[before + 1 : reader + 1, reader + 1 :] += each
+    found = seconds + moved / asked.link if asked.balance == "time" else size
+    too_large = np.tril(np.ones_like(moved, dtype=bool)) | (size > (asked.memory or np.inf))
+    return np.where(too_large, np.inf, found)
