@@ -109,12 +109,21 @@ def bench(
     json_: bool,
     **options: Any,
 ) -> None:
-    """Time models (.pt2 or .onnx) under onnxruntime on this CPU, interleaved; each later one against the first."""
+    """Time models (.pt2 or .onnx) under onnxruntime on this CPU, interleaved; each later one against the first.
+
+    Of a folder of stages, the stages are timed in a pipeline, one core for each, against the whole model on one core.
+    """
     from surgery.cli import show
+    from surgery.cli.split import bench_folder
     from surgery.kinds.inputs import with_batch
     from surgery.runtime.bench import bench as together
     from surgery.runtime.fresh import time_apart
+    from surgery.stages.folder import is_folder
 
+    if any(map(is_folder, models)):
+        refused = {"--threads": threads is not None, "--apart": apart, "another model": len(models) > 1}
+        bench_folder(models[0], [name for name, given in refused.items() if given], seconds, batch, json_, **options)
+        return
     run = time_apart if apart else together
 
     with show.progress(quiet=json_) as progress:
