@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -28,9 +31,11 @@ from surgery.runtime.written import write_with_origins
 from surgery.sites.network import Network, Operation, Value
 from surgery.stages.bench import bench_pipeline
 from surgery.stages.costs import as_one_stage, attribute, measure_operations, roofline
+from surgery.stages.distributed import pipeline_modules, pipeline_stages
 from surgery.stages.exported import measure_stages
 from surgery.stages.pipeline import Pipeline
 from surgery.system.machine import usable_cores
+from tests.gloo_stages import Net
 from tests.test_backends import ByParameters
 
 
@@ -286,3 +291,47 @@ def test_each_step_has_a_core_of_its_own() -> None:
     with Pipeline([lambda _: os.sched_getaffinity(0)], cores=[core]) as pipeline:
         assert list(pipeline.map([None])) == [{core}]
     assert os.sched_getaffinity(0) == before
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found that ran stages together over gloo."""
+    store = tmp_path_factory.mktemp("store") / "store"  # they find each other by a file, and take no port by number
+    command = [sys.executable, "-m", "tests.gloo_stages"]
+    root = Path(__file__).parent.parent
+    started: list[subprocess.Popen[str]] = []
+    try:
+        for rank in range(2):
+            row = [*command, str(rank), str(store)]
+            started.append(subprocess.Popen(row, cwd=root, stdout=PIPE, stderr=PIPE, text=True))
+        said = [process.communicate(timeout=100) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    for process, (_, errors) in zip(started, said, strict=True):
+        assert process.returncode == 0, errors
+    return [json.loads(output.splitlines()[-1]) for output, _ in said]
+
+
+def test_stages_in_two_processes_give_the_bits_of_the_whole(together: list[dict[str, Any]]) -> None:
+    assert [found["inference"] for found in together] == [None, True]
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
+def test_training_through_stages_is_training_the_whole(together: list[dict[str, Any]], schedule: str) -> None:
+    rows = [found[schedule] for found in together]
+    assert [row["equal"] for row in rows] == [None, True]
+    gradients = {name: gap for row in rows for name, gap in row["gradients"].items()}
+    assert gradients.keys() == dict(Net().named_parameters()).keys()
+    assert max(gradients.values()) < 1e-5
+    buffers = {name: gap for row in rows for name, gap in row["buffers"].items()}
+    assert buffers.keys() == dict(Net().named_buffers()).keys()
+    assert max(buffers.values()) < 1e-6
+
+
+def test_a_pipeline_of_processes_needs_modules_and_a_group(onnx_pieces: tuple[Pieces, Kind, Inputs]) -> None:
+    with pytest.raises(InputError, match="ONNX models do not run"):
+        pipeline_modules(*onnx_pieces[:2])
+    with pytest.raises(InputError, match="no process group"):
+        pipeline_stages(*onnx_pieces)
