@@ -90,23 +90,17 @@ def train(kind_of_schedule: Any, stages: int, rank: int, size: int) -> dict[str,
         outputs.append(whole(*rows[:2]))
         (cross_entropy(outputs[-1], rows[2]) / BATCHES).backward()
     own = {name for stage in mine for name in _names(model, stage.submod)}
-    return {
-        "equal": None if found is None else torch.equal(found, torch.cat(outputs)),
-        "gradients": {
-            n: _gap(p.grad, dict(whole.named_parameters())[n].grad) for n, p in _of(model, own, "parameters")
-        },
-        "buffers": {n: _gap(b, dict(whole.named_buffers())[n]) for n, b in _of(model, own, "buffers")},
-    }
+    wanted = {name: parameter.grad for name, parameter in whole.named_parameters()} | dict(whole.named_buffers())
+    gradients = {name: _gap(p.grad, wanted[name]) for name, p in model.named_parameters() if name in own}
+    buffers = {name: _gap(buffer, wanted[name]) for name, buffer in model.named_buffers() if name in own}
+    equal = None if found is None else torch.equal(found, torch.cat(outputs))
+    return {"equal": equal, "gradients": gradients, "buffers": buffers}
 
 
 def _names(model: nn.Module, stage: nn.Module) -> list[str]:
     """Return the names that a model has for the tensors of a stage."""
     held = {id(tensor) for tensor in (*stage.parameters(), *stage.buffers())}
     return [n for n, t in (*model.named_parameters(), *model.named_buffers()) if id(t) in held]
-
-
-def _of(model: nn.Module, names: set[str], kind: str) -> list[tuple[str, Tensor]]:
-    return [(name, tensor) for name, tensor in getattr(model, f"named_{kind}")() if name in names]
 
 
 def _gap(found: Tensor | None, wanted: Tensor | None) -> float:
@@ -141,7 +135,7 @@ def main() -> None:
         "interleaved": train(ScheduleInterleaved1F1B, 4, rank, 2),
     }
     dist.destroy_process_group()
-    print(json.dumps(found))
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":
