@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
@@ -22,7 +20,8 @@ class Facts:
     """What a kind knows of the nodes of a graph, in addition to the graph itself.
 
     ``tensors`` gives the names of the parameters, buffers and constants that a node reads, ``size`` the bytes of its
-    value, and ``macs`` its multiply-accumulates. ``extra`` are values that an operation gives besides its own.
+    value, and ``macs`` its multiply-accumulates; ``sent`` says whether it can be sent to another stage. ``extra`` are
+    values that an operation gives besides its own.
     """
 
     tensors: Callable[[Node], Sequence[str]]
@@ -30,6 +29,7 @@ class Facts:
     macs: Callable[[Node], int]
     bytes_of: Mapping[str, int]
     keys: Mapping[str, Hashable]
+    sent: Callable[[Node], bool]
     together: Sequence[Iterable[int]] = ()
     extra: Mapping[int, Sequence[Node]] = field(default_factory=dict)
 
@@ -65,7 +65,7 @@ def make_network(
     )
     values = tuple(Value(node.name, facts.size(node)) for node in nodes)
     ends = tuple(numbers[node] for node in outputs)
-    groups = joined([*facts.together, *_bound(operations)])
+    groups = joined([*facts.together, *_bound(operations, facts.sent)])
     network = Network(rows, values, tuple(range(len(inputs))), ends, facts.bytes_of, facts.keys, groups)
     return network, nodes
 
@@ -74,19 +74,14 @@ def _kind(node: Node) -> str:
     return str(node.target.overloadpacket) if isinstance(node.target, OpOverload) else function_name(node)
 
 
-def _bound(operations: Sequence[Node]) -> list[set[int]]:
+def _bound(operations: Sequence[Node], sent: Callable[[Node], bool]) -> list[set[int]]:
     """Return groups of operations whose values cannot be sent: tuples, truths and other objects stay where they are."""
     numbers = {node: number for number, node in enumerate(operations)}
     return [
         {number, *(numbers[user] for user in node.users if user in numbers)}
         for node, number in numbers.items()
-        if "val" in node.meta and not _is_sent(node.meta["val"])
+        if not sent(node)
     ]
-
-
-def _is_sent(value: Any) -> bool:
-    # a value that is a plain number is a constant, and nobody has to send it
-    return isinstance(value, Tensor) or type(value).__name__ == "SymInt" or type(value) is int
 
 
 def joined(groups: Iterable[Iterable[int]]) -> tuple[frozenset[int], ...]:

@@ -40,18 +40,16 @@ from surgery.sites import Call, Element, Flow, Layers, ModuleChain, Origin, Othe
 from surgery.system.importing import Lazy
 from surgery.text import first_line
 
-__all__ = ["ChainCall", "Extras", "fake_shapes", "lazy_shapes", "macs_of", "make_flow"]
+__all__ = ["ChainCall", "Extras", "fake_shapes", "fake_values", "lazy_shapes", "macs_of", "make_flow"]
 
 
-class _Shapes(Interpreter):
+class _Values(Interpreter):
     def __init__(self, module: GraphModule) -> None:
         super().__init__(module)
-        self.shapes: dict[Node, Shape] = {}
+        self.values: dict[Node, Any] = {}
 
     def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, torch.Tensor):
-            self.shapes[n] = tuple(int(size) for size in value.shape)
+        self.values[n] = value = super().run_node(n)
         return value
 
 
@@ -68,7 +66,20 @@ def lazy_shapes(module: GraphModule, inputs: Callable[[], tuple[Any, ...]]) -> C
 
 
 def fake_shapes(module: GraphModule, inputs: tuple[Any, ...]) -> Callable[[Node], Shape]:
-    """Run a graph on fake tensors and return the shape of each node's value.
+    """Run a graph on fake tensors and return the shape of each node's value; raises as ``fake_values``."""
+    values = fake_values(module, inputs)
+
+    def shape(node: Node) -> Shape:
+        value = values[node]
+        if not isinstance(value, torch.Tensor):
+            raise KeyError(node)
+        return tuple(int(size) for size in value.shape)
+
+    return shape
+
+
+def fake_values(module: GraphModule, inputs: tuple[Any, ...]) -> dict[Node, Any]:
+    """Run a graph on fake tensors and return each node's value.
 
     Raises:
         InputError: the graph does not accept the example inputs, or it has lazy layers, which the run would initialise.
@@ -82,14 +93,14 @@ def fake_shapes(module: GraphModule, inputs: tuple[Any, ...]) -> Callable[[Node]
         plain = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
         return mode.from_tensor(value) if plain else value
 
-    interpreter = _Shapes(module)
+    interpreter = _Values(module)
     try:
         with mode, torch.no_grad(), evaluation(module):
             interpreter.run(*torch.utils._pytree.tree_map(fake, inputs))
     except Exception as error:  # the graph may raise anything on inputs that do not fit
         what = f"the model does not accept the example inputs: {first_line(error)}"
         raise InputError(what, next_step="check their number, shapes and dtypes") from error
-    return interpreter.shapes.__getitem__
+    return interpreter.values
 
 
 # name of a product -> which of its tensors is the first factor

@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from surgery.kinds.base import Access, Kind
+from surgery.kinds.base import Access, Kind, Pieces
 from surgery.kinds.fx.graph_module import OpenGraphModule
+from surgery.kinds.fx.run import bind_graph
+from surgery.kinds.fx.stages import CutGraph, Origin, graph_result, origin_of, take_numbers
 from surgery.kinds.inputs import Declared, Inputs, Signature, example_forms, forward_signature, input_like
 
 __all__ = [
@@ -123,3 +125,31 @@ class GraphModuleKind(Kind):
     def refuse_structure(self) -> str | None:
         """Refuse, since the chains of a graph are nodes and not layers."""
         return "a graph"
+
+    def cuttable(self, model: GraphModule, inputs: Inputs) -> CutGraph:
+        """Open a graph to be cut into stages."""
+
+        def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+            return list(bind_graph(model.graph, (args, kwargs)).values())
+
+        return CutGraph(Origin(model, model, bind), bind(*inputs))
+
+    def join(self, pieces: Pieces) -> GraphModule:
+        """Return the graph of which the pieces are the stages."""
+        origin = origin_of(pieces)
+        take_numbers(origin, pieces)
+        assert isinstance(origin.model, GraphModule)  # as ``cuttable`` has it
+        return origin.model
+
+    def leaves(self, pieces: Pieces, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Return the inputs of a call of the whole, in the order of its graph."""
+        return list(origin_of(pieces).bind(args, kwargs))
+
+    def run_stage(self, model: GraphModule, values: Sequence[Any]) -> tuple[Any, ...]:
+        """Run a stage on its inputs, in order."""
+        outputs: tuple[Any, ...] = model(*values)
+        return outputs
+
+    def result(self, pieces: Pieces, leaves: Sequence[Any]) -> Any:
+        """Return what the whole returns, made of its outputs."""
+        return graph_result(origin_of(pieces), leaves)

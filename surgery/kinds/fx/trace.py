@@ -14,7 +14,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,25 +57,32 @@ class _Tracer(Tracer):
         )
 
 
+class _WholeTracer(_Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, UnpackedRecurrent) or super().is_leaf_module(m, module_qualified_name)
+
+
 def trace_module(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, runs: bool = False
 ) -> tuple[GraphModule, tuple[Any, ...]] | None:
     """Trace a module symbolically; return the graph and the values of its placeholders, or None if tracing fails.
 
     Arguments that the example inputs leave out are fixed to their defaults. A proxy would not do: it is never None, and
     would silently take the other branch of ``if mask is None``. A model with hooks, or with a forward on the instance,
-    is not traced, because the tracer does not see them.
+    is not traced, because the tracer does not see them. A graph that ``runs`` calls unpacked recurrent layers as they
+    are; others have their outlines.
     """
     bound = None if is_watched(model) else _bind(model, args, kwargs)
     if bound is None:
         return None
     given, defaults = bound
     try:
-        with warnings.catch_warnings(), outlining(), kept_state(model):
+        with warnings.catch_warnings(), nullcontext() if runs else outlining(), kept_state(model):
             warnings.simplefilter("ignore")
             for module in model.modules():
                 is_operator_module(module)  # this may run the module's forward, and must do so before the tracer is on
-            graph = _Tracer().trace(model, concrete_args=defaults or None)
+            tracer = _WholeTracer() if runs else _Tracer()
+            graph = tracer.trace(model, concrete_args=defaults or None)
             traced = GraphModule(model, graph)  # while the model still has the constants that the tracer put there
     except Exception:  # user code on proxies may raise anything; torch.export is tried next
         return None

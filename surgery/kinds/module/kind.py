@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
+from typing import Any
 
-from surgery.kinds.base import Access, Kind
+from torch import nn
+from torch.fx import GraphModule
+
+from surgery.kinds.base import Access, Kind, Pieces
+from surgery.kinds.fx.stages import CutGraph, graph_result, origin_of, take_numbers
 from surgery.kinds.inputs import Declared, Inputs, Signature, example_forms, forward_signature
 from surgery.kinds.layers.unpacking import refuse_inplace
+from surgery.kinds.module.cut import cut_module
 from surgery.kinds.module.write import OpenModule
 
 __all__ = ["ModuleKind"]
@@ -38,3 +44,26 @@ class ModuleKind(Kind):
     def says_what_runs(self) -> bool:
         """Return False, because a module may reach a layer in other ways than by its name."""
         return False
+
+    def cuttable(self, model: nn.Module, inputs: Inputs) -> CutGraph:
+        """Capture the graph of a module, in the mode that it is in, to be cut into stages that share its parameters."""
+        return cut_module(model, inputs)
+
+    def join(self, pieces: Pieces) -> nn.Module:
+        """Return the module of which the pieces are the stages."""
+        origin = origin_of(pieces)
+        take_numbers(origin, pieces)
+        return origin.model
+
+    def leaves(self, pieces: Pieces, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Return the inputs of a call of the whole, in the order of its graph."""
+        return list(origin_of(pieces).bind(args, kwargs))
+
+    def run_stage(self, model: GraphModule, values: Sequence[Any]) -> tuple[Any, ...]:
+        """Run a stage on its inputs, in order."""
+        outputs: tuple[Any, ...] = model(*values)
+        return outputs
+
+    def result(self, pieces: Pieces, leaves: Sequence[Any]) -> Any:
+        """Return what the whole returns, made of its outputs."""
+        return graph_result(origin_of(pieces), leaves)

@@ -75,6 +75,7 @@ class CutProgram(Cuttable):
             lambda node: macs_of(reader.numbers[node], node, reader, self._shape),
             {name: _bytes(tensor) for name, tensor in self._tensors.items()},
             {name: memory_key(tensor) for name, tensor in self._tensors.items()},
+            lambda node: isinstance(node.meta.get("val"), Tensor | SymInt | int),
             self._together(),
             {
                 number: [n for n, at in self._carried.items() if at == number and n in self._outputs]
@@ -95,6 +96,10 @@ class CutProgram(Cuttable):
         """The number of the first operation that reads each parameter, buffer or constant; 0 if there is none."""
         numbers = {node: number for number, node in enumerate(self._operations)}
         return {n: min((numbers[user] for user in n.users if user in numbers), default=0) for n in self._lifted}
+
+    @cached_property
+    def _numbers(self) -> dict[Node, int]:
+        return {node: number for number, node in enumerate(self._operations)}
 
     @cached_property
     def _named(self) -> dict[str, Node]:
@@ -199,7 +204,7 @@ class CutProgram(Cuttable):
         self, node: Node, stage: int, stage_of: Sequence[int], changes: Mapping[int, Sequence[OutputSpec]]
     ) -> bool:
         """Whether a stage has a parameter, buffer or constant: it reads it, or changes it, or nobody does."""
-        stages = {stage_of[at] for at, operation in enumerate(self._operations) if node in operation.all_input_nodes}
+        stages = {stage_of[self._numbers[user]] for user in node.users if user in self._numbers}
         name = str(self._specs[node.name].target)
         stages |= {number for number, row in changes.items() if name in _targets(row)}
         if node in self._outputs or not stages:
