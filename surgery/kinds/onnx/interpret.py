@@ -23,10 +23,10 @@ from surgery.kinds.onnx.ops.said import Op, Said
 from surgery.kinds.onnx.ops.table import OPS
 from surgery.kinds.onnx.tensors import DTYPES, to_torch
 
-__all__ = ["Observers", "Interpreter"]
+__all__ = ["RANDOM", "Interpreter", "Observers"]
 
 Env = dict[ir.Value, Any]
-_RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli")
+RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli")
 _SHAPED = ("RandomNormalLike", "RandomUniformLike")  # they read nothing but a shape
 _QUANTIZE = ("QuantizeLinear", "DynamicQuantizeLinear")
 _MOST_FOLDED = 2**20  # numbers of a value from constants alone, beyond those of its inputs, that are kept
@@ -114,7 +114,7 @@ class Interpreter:
 
     def _fold(self, node: ir.Node, run: Callable[[Env], Sequence[Any]]) -> bool:
         """Compute a node that reads constants alone, and return whether its outputs are constants now."""
-        if node.op_type in _RANDOM:
+        if node.op_type in RANDOM:
             self.is_random = True
             return False
         reads = [value for value in node.inputs if value is not None]

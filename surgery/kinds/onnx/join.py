@@ -2,8 +2,8 @@
 
 The frame is a message of the whole model without what its nodes and weights are: of each node the names of what it
 gives are left, of each weight its name, type and shape. It keeps the order of all, and what the model says of inputs,
-outputs, values and itself. A row of places says where each node lies: in a stage, or, for a constant that several
-stages have, under its name in each of them.
+outputs, values and itself. A row of places says where each node lies: in a stage, or, if it computes a
+constant, under the name of that in each stage that reads it.
 
     stages [a, b, k] and [k, c]     places [0, 0, "k", 1]     ->     a, b, k, c
 """
@@ -11,7 +11,7 @@ stages have, under its name in each of them.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
@@ -20,11 +20,13 @@ import onnx_ir as ir
 
 from surgery.errors import FileError, InputError
 from surgery.kinds.onnx.layout import KEEPS_OUTSIDE, SOURCES, note_layout
+from surgery.kinds.onnx.left import inside
+from surgery.kinds.onnx.origin import configured
 from surgery.kinds.onnx.places import memory_of
 from surgery.kinds.onnx.proto import keep_sparse, read_proto, write_proto
 from surgery.kinds.onnx.tensors import shape_of
 
-__all__ = ["Place", "frame_of", "join_stages"]
+__all__ = ["Place", "detached", "frame_of", "join_stages"]
 
 Place: TypeAlias = int | str
 _MOST = 1 << 28  # letters of a frame
@@ -38,9 +40,7 @@ def frame_of(model: ir.Model, places: Sequence[Place]) -> dict[str, Any]:
     for value in bare.graph.initializers.values():
         if value.const_value is not None:
             value.const_value = _empty(value.const_value)
-    for node in bare.graph:
-        for at in range(len(node.inputs)):
-            node.replace_input_with(at, None)
+    detached(bare.graph)
     outside = bool(bare.graph.meta.get(KEEPS_OUTSIDE))
     functions = [list(key) for key in model.functions]
     bare.functions.clear()
@@ -54,6 +54,16 @@ def frame_of(model: ir.Model, places: Sequence[Place]) -> dict[str, Any]:
         tensor.ClearField("data_location")
     frame = base64.b64encode(proto.SerializeToString(deterministic=True)).decode()
     return {"frame": frame, "places": list(places), "functions": functions, "outside": outside}
+
+
+def detached(nodes: Iterable[ir.Node]) -> list[ir.Node]:
+    """Return nodes that are on their way out of a graph, once they and their bodies read nothing any more."""
+    found = list(nodes)
+    for node in found:
+        for each in (node, *inside(node)):
+            for at in range(len(each.inputs)):
+                each.replace_input_with(at, None)
+    return found
 
 
 def _empty(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
@@ -79,7 +89,8 @@ def join_stages(given: Sequence[ir.Model], said: Mapping[str, Any]) -> ir.Model:
         _refuse("other nodes")
     _functions(whole, stages, said["functions"])
     _initializers(whole, stages)
-    _wire(whole, stages, nodes, stubs)
+    with configured(nodes):
+        _wire(whole, stages, nodes, stubs)
     keep_sparse(whole, stages)
     if said["outside"]:
         whole.graph.meta[KEEPS_OUTSIDE] = True
@@ -136,7 +147,7 @@ def _nodes(stages: Sequence[ir.Model], places: Sequence[Any]) -> list[ir.Node]:
 
 
 def _gives(node: ir.Node, name: str) -> bool:
-    return node.op_type == "Constant" and [value.name for value in node.outputs] == [name]
+    return bool(node.outputs) and node.outputs[0].name == name
 
 
 def _functions(whole: ir.Model, stages: Sequence[ir.Model], said: Sequence[Any]) -> None:
@@ -200,6 +211,7 @@ def _wire(whole: ir.Model, stages: Sequence[ir.Model], nodes: Sequence[ir.Node],
                 _refuse(f"nothing gives {value.name}")
             if value.uses():
                 value.replace_all_uses_with(values[value.name])
+        detached(node for node in stage.graph if node not in chosen)
         stage.graph.remove(list(stage.graph))
     graph.extend(nodes)
     graph.outputs.extend(outputs)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import onnx
 import onnx_ir as ir
 
-__all__ = ["Origin", "describe"]
+__all__ = ["Origin", "configure", "configured", "describe"]
 
 _WAS = "surgery.was"
 
@@ -24,6 +24,23 @@ def describe(new: ir.Value | ir.TensorProtocol, old: ir.Value | ir.TensorProtoco
     new.doc_string = old.doc_string
     new.metadata_props.update(old.metadata_props)
     new.meta.update(old.meta)
+
+
+def configure(node: ir.Node, said: onnx.NodeProto) -> None:
+    """Say of a node on which devices its values lie, as was said of a node with the same inputs and outputs."""
+    if configured := getattr(said, "device_configurations", ()):  # since ONNX 1.18
+        values = dict(zip([*said.input, *said.output], [*node.inputs, *node.outputs], strict=False))
+        read = ir.serde.deserialize_node_device_configuration
+        node.device_configurations = tuple(read(each, values) for each in configured)
+
+
+@contextlib.contextmanager
+def configured(nodes: Iterable[ir.Node]) -> Iterator[None]:
+    """Let nodes read other values; on which devices these lie is said as before."""
+    said = [(node, ir.serde.serialize_node(node)) for node in nodes if node.device_configurations]
+    yield
+    for node, each in said:
+        configure(node, each)
 
 
 class Origin:
@@ -67,10 +84,7 @@ class Origin:
         for node, said in zip(nodes, self._graph.node, strict=True):
             node.name, node.doc_string = said.name, said.doc_string or None
             node.metadata_props.update({each.key: each.value for each in said.metadata_props})
-            if configured := getattr(said, "device_configurations", ()):  # since ONNX 1.18
-                values = dict(zip([*said.input, *said.output], [*node.inputs, *node.outputs], strict=False))
-                read = ir.serde.deserialize_node_device_configuration
-                node.device_configurations = tuple(read(each, values) for each in configured)
+            configure(node, said)
         for node, info in zip(nodes, self._graph.value_info, strict=False):
             value = node.outputs[0]
             if info.name and info.name not in taken:
