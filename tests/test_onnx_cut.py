@@ -218,7 +218,8 @@ def test_files_with_weights_beside_them_come_back(tmp_path: Path) -> None:
     assert (tmp_path / "s0.onnx.data").stat().st_size == 8 * 64 * 4
     kept = tuple(replace(p, model=surgery.load(tmp_path / f"s{at}.onnx")) for at, p in enumerate(pieces.stages))
     joined = kind_of(read).join(replace(pieces, stages=kept))
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
     surgery.save(read, tmp_path / "a" / "m.onnx")
     surgery.save(joined, tmp_path / "b" / "m.onnx")
     for name in ("m.onnx", "m.onnx.data"):

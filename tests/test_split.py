@@ -25,7 +25,7 @@ from surgery.sites.network import Network, Operation, Value
 from surgery.stages.named import stages_at
 from surgery.stages.strip import strip_of
 from tests.command_line import run
-from tests.zoo import Inputs, graph
+from tests.zoo import KINDS_OF, ZOO, Inputs, graph
 
 # -- networks without a framework --------------------------------------------------------------------------------------
 
@@ -111,18 +111,7 @@ def test_a_strip_has_the_time_of_all_and_the_bytes_that_cross() -> None:
 
 # -- models ------------------------------------------------------------------------------------------------------------
 
-CASES = [
-    *(("unet", kind) for kind in ("module", "graph", "program", "program-dynamic", "onnx")),
-    ("tied", "module"),
-    ("tied", "program"),
-    ("called-twice", "program-dynamic"),
-    ("two-names", "graph"),
-    ("recurrent", "program"),
-    ("attention", "module"),
-    ("hf-bert", "program"),
-    ("hf-swin", "module"),
-    ("resnet-basic", "onnx"),
-]
+CASES = [(name, kind) for name in ZOO for kind in (*KINDS_OF[name], "onnx")]
 
 
 @pytest.fixture(scope="module")
@@ -157,12 +146,13 @@ def _state(model: Any) -> dict[str, Tensor]:
     return dict(kind_of(model).tensors(model))
 
 
+@pytest.mark.law(16)
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_split_save_load_join_is_the_identity(
     name: str, kind: str, tmp_path: Path, onnx_files: Callable[[str], Path]
 ) -> None:
     model, inputs = _opened(name, kind, onnx_files)
-    cut = surgery.split(model, inputs, stages=3 if name == "unet" else 2, measure=False)
+    cut = surgery.split(model, inputs, measure=False)
     assert [type(stage) for stage in cut.stages] == [type(cut.stages[0])] * len(cut.stages)
     expected = _called(model, inputs)
     with torch.no_grad():
@@ -215,8 +205,15 @@ def test_a_folder_that_was_split_can_be_split_and_joined_on_the_command_line(tmp
     page = run("report", folder)
     assert page.status == 0, page.stderr
     assert "</svg>" in (tmp_path / "u.report.html").read_text()
-    assert run("bench", folder, "--seconds", 0.01).status == 0
     assert run("inspect", folder / "stage1.pt2").status == 0
+
+
+def test_a_folder_is_timed_in_a_pipeline(tmp_path: Path) -> None:
+    surgery.split(graph("mlp", "program")[0], measure=False).save(tmp_path / "stages")
+    done = run("bench", tmp_path / "stages", "--seconds", 0.01)
+    assert done.status == 0, done.stderr
+    assert "2 stages" in done.stdout
+    assert run("bench", tmp_path / "stages", "--threads", 2).stderr.startswith("surgery: --threads with a folder")
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:

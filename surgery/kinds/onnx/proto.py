@@ -87,6 +87,12 @@ def keep_sparse(model: ir.Model, parts: Sequence[ir.Model]) -> None:
 def write_proto(model: ir.Model) -> onnx.ModelProto:
     """Return a model as a message."""
     proto: onnx.ModelProto = ir.to_proto(model)
+    for tensor in proto.graph.initializer:  # onnx_ir repeats what was read of an initializer
+        known = {entry.key: entry.value for entry in tensor.metadata_props}
+        if len(known) < len(tensor.metadata_props):
+            del tensor.metadata_props[:]
+            for key, value in known.items():
+                tensor.metadata_props.add(key=key, value=value)
     kept: _Kept | None = model.graph.meta.get(_KEPT)
     if kept is None:
         return proto
