@@ -30,7 +30,7 @@ from surgery.kinds.registry import kind_of
 from surgery.runtime.written import write_with_origins
 from surgery.sites.network import Network, Operation, Value
 from surgery.stages.bench import bench_pipeline
-from surgery.stages.costs import as_one_stage, attribute, measure_operations, roofline
+from surgery.stages.costs import attribute, measure_operations, roofline
 from surgery.stages.distributed import pipeline_modules, pipeline_stages
 from surgery.stages.exported import measure_stages
 from surgery.stages.pipeline import Pipeline
@@ -204,13 +204,22 @@ def test_each_stage_is_timed_by_the_backend(onnx_pieces: tuple[Pieces, Kind, Inp
     assert [each.median for each in samples] == pytest.approx([432e-6, 256e-6])
 
 
-def test_operations_are_timed_from_a_model_and_from_its_one_stage(onnx_pieces: tuple[Pieces, Kind, Inputs]) -> None:
+def test_operations_of_an_onnx_model_are_timed(onnx_pieces: tuple[Pieces, Kind, Inputs]) -> None:
     pieces, kind, inputs = onnx_pieces
     cuttable = kind.cuttable(kind.join(pieces), inputs)
-    model, own = as_one_stage(cuttable, kind, inputs)
-    costs = measure_operations(cuttable.network, model, own, make_backend(keep=False, threads=1), seconds=0.01)
+    costs = measure_operations(cuttable, kind, inputs, make_backend(keep=False, threads=1), seconds=0.01)
     assert sum(costs.seconds) == pytest.approx(costs.total)
     assert costs.measured > 0.9
+
+
+def test_operations_of_a_module_are_timed(small: tuple[nn.Module, Tensor]) -> None:
+    module, x = small
+    kind, inputs = kind_of(module), ((x,), dict[str, Any]())
+    cuttable = kind.cuttable(module, inputs)
+    costs = measure_operations(cuttable, kind, inputs, make_backend(keep=False, threads=1), seconds=0.01)
+    assert costs.measured > 0.5
+    by_name = {o.name: spent for o, spent in zip(cuttable.network.operations, costs.seconds, strict=True)}
+    assert by_name["conv"] > 100 * by_name["norm"]  # which is fused into it
 
 
 def test_a_pipeline_is_timed_against_the_whole(onnx_pieces: tuple[Pieces, Kind, Inputs]) -> None:

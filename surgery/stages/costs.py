@@ -15,17 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from surgery.cost.base import Backend, NodeTimes
 from surgery.kinds.base import Cuttable, Kind
 from surgery.kinds.inputs import Inputs
-from surgery.kinds.registry import Model
 from surgery.runtime.written import write_with_origins
 from surgery.sites.network import Network, Operation
 from surgery.system.scratch import scratch_folder
 
-__all__ = ["BANDWIDTH", "FLOPS", "Costs", "as_one_stage", "attribute", "measure_operations", "roofline"]
+__all__ = ["BANDWIDTH", "FLOPS", "Costs", "attribute", "measure_operations", "roofline"]
 
 FLOPS = 50e9  # of one core, a second; a multiply-accumulate is two
 BANDWIDTH = 20e9  # bytes a second
@@ -82,8 +80,8 @@ def _plain(operation: Operation) -> str:
 
 
 def measure_operations(
-    network: Network,
-    model: Model,
+    cuttable: Cuttable,
+    kind: Kind,
     inputs: Inputs,
     backend: Backend,
     *,
@@ -93,26 +91,22 @@ def measure_operations(
 ) -> Costs:
     """Return the seconds of each operation of a model as a backend measures them; what it has measured is looked up.
 
-    ``model`` has a graph with the names of the network: for a module, give the GraphModule that is its only stage
-    (``as_one_stage``). A model of PyTorch is exported to a temporary file first. ``threads``, ``seconds`` and
+    The model is timed as the one stage that it is as a whole, since that has the names of the network, if its graph had
+    to be captured as well. A model of PyTorch is exported to a temporary file. ``threads``, ``seconds`` and
     ``progress`` are those of ``Backend.profile``.
 
     Raises:
         CaptureError: the model cannot be written as ONNX.
         InputError: the backend cannot run it.
     """
-    with scratch_folder() as folder:
-        written, origins = write_with_origins(model, inputs, folder / "model.onnx", type(model).__name__)
-        times = backend.profile(written.file, threads=threads, seconds=seconds, progress=progress)
-    return attribute(network, times, origins)
-
-
-def as_one_stage(cuttable: Cuttable, kind: Kind, inputs: Inputs) -> tuple[Any, Inputs]:
-    """Return a model that is open to be cut as the one stage that it is as a whole, and the inputs of that stage."""
     pieces = cuttable.cut([0] * len(cuttable.network.operations))
     stage = pieces.stages[0]
     known = dict(zip(pieces.inputs, kind.leaves(pieces, *inputs), strict=True))
-    return stage.model, (tuple(known[name] for name in stage.inputs), {})
+    given = tuple(known[name] for name in stage.inputs)
+    with scratch_folder() as folder:
+        written, origins = write_with_origins(stage.model, (given, {}), folder / "model.onnx", "the model")
+        times = backend.profile(written.file, threads=threads, seconds=seconds, progress=progress)
+    return attribute(cuttable.network, times, origins)
 
 
 def attribute(network: Network, times: NodeTimes, origins: Mapping[str, str]) -> Costs:

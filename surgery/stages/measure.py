@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from surgery.cost.base import make_backend
 from surgery.errors import SurgeryError
-from surgery.kinds.base import Kind, Pieces
+from surgery.kinds.base import Cuttable, Kind, Pieces
 from surgery.kinds.inputs import Inputs
 from surgery.plans.plan import Progress
-from surgery.sites.network import Network
 from surgery.stages.costs import measure_operations, roofline
 from surgery.stages.exported import measure_stages
 
@@ -27,16 +25,19 @@ class Times:
     notes: tuple[str, ...] = ()
 
 
-def operation_times(network: Network, model: Any, inputs: Inputs | None, *, measure: bool, progress: Progress) -> Times:
-    """Return the seconds of the operations of a network; estimates where nothing is to be measured, or can be."""
+def operation_times(
+    cuttable: Cuttable, kind: Kind, inputs: Inputs | None, *, measure: bool, progress: Progress
+) -> Times:
+    """Return the seconds of the operations of a model; estimates where nothing is to be measured, or can be."""
+    network = cuttable.network
     if not measure:
         return Times(roofline(network), ("times are estimates, by 50 GFLOP and 20 GB a second",))
     if inputs is None:
         return Times(roofline(network), ("times are estimates: there are no inputs to measure on",))
     try:
         costs = measure_operations(
-            network,
-            model,
+            cuttable,
+            kind,
             inputs,
             make_backend(),
             seconds=_SECONDS,

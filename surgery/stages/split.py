@@ -224,7 +224,7 @@ def split(
     kind = kind_of(opened)
     cuttable = kind.cuttable(opened, inputs)
     example = inputs if any(inputs) else kind.brought_inputs(opened)
-    times = operation_times(cuttable.network, opened, example, measure=measure, progress=report)
+    times = operation_times(cuttable, kind, example, measure=measure, progress=report)
     decided = decide(cuttable.network, asked, times, report)
     found = Split(decided.report, kind, cuttable.cut(decided.stage_of), kind.name, example)
     return measured(found, progress=report) if measure else found
