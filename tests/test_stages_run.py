@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import PIPE
@@ -152,6 +154,15 @@ def test_onnxruntime_times_the_kernels_of_a_model_once(tmp_path: Path) -> None:
     assert set(tmp_path.iterdir()) - before == {tmp_path / "cache"}
 
 
+def test_weights_in_another_file_are_found(tmp_path: Path) -> None:
+    file = written(tmp_path)
+    outside = tmp_path / "outside" / "m.onnx"
+    outside.parent.mkdir()
+    onnx.save(onnx.load(file.path), outside, save_as_external_data=True, location="m.data", size_threshold=0)
+    times = make_backend(keep=False).time_nodes(ModelFile("m", outside, file.feeds), threads=1, seconds=0.01)
+    assert "out" in times.seconds
+
+
 def test_a_backend_that_sees_no_nodes_times_the_whole(tmp_path: Path) -> None:
     times = ByParameters().profile(written(tmp_path))
     assert times.total == pytest.approx(688e-6)
@@ -277,6 +288,18 @@ def test_what_a_step_raises_closes_the_pipeline(error: BaseException) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("stage")]
     with pytest.raises(InputError, match="the pipeline is closed"):
         list(pipeline.map([1]))
+
+
+def test_a_pipeline_ends_on_ctrl_c() -> None:
+    def step(x: int) -> int:
+        if x == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        return x
+
+    with pytest.raises(KeyboardInterrupt), Pipeline([lambda x: x, step]) as pipeline:
+        list(pipeline.map(range(1000)))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("stage")]
 
 
 def test_a_caller_that_wants_no_more_ends_the_threads() -> None:
