@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the table below, for type checkers; a test compares the two
     from surgery.cost.base import Comparison as Comparison
     from surgery.cost.base import ModelFile as ModelFile
     from surgery.cost.base import ModelTimes as ModelTimes
+    from surgery.cost.base import NodeTimes as NodeTimes
     from surgery.cost.base import Seconds as Seconds
     from surgery.cost.base import make_backend as make_backend
     from surgery.cost.onnxruntime.backend import OnnxRuntime as OnnxRuntime
@@ -75,6 +76,15 @@ if TYPE_CHECKING:  # the table below, for type checkers; a test compares the two
     from surgery.sites.site import Site as Site
     from surgery.sites.site import Skip as Skip
     from surgery.sites.site import Totals as Totals
+    from surgery.stages.bench import PipelineTiming as PipelineTiming
+    from surgery.stages.report import Crossing as Crossing
+    from surgery.stages.report import SplitReport as SplitReport
+    from surgery.stages.report import StageReport as StageReport
+    from surgery.stages.report import StripLayer as StripLayer
+    from surgery.stages.split import Split as Split
+    from surgery.stages.split import join as join
+    from surgery.stages.split import load_split as load_split
+    from surgery.stages.split import split as split
     from surgery.training import ADMM as ADMM
     from surgery.training import EpochRow as EpochRow
     from surgery.training import Event as Event
@@ -88,7 +98,7 @@ __version__ = "0.1.0"
 _PUBLIC: dict[str, tuple[str, ...]] = {
     "surgery.algebra.chain": ("Chain",),
     "surgery.algebra.operators": ("Conv", "Embedding", "Geometry", "Linear", "Operator"),
-    "surgery.cost.base": ("Backend", "Comparison", "ModelFile", "ModelTimes", "Seconds", "make_backend"),
+    "surgery.cost.base": ("Backend", "Comparison", "ModelFile", "ModelTimes", "NodeTimes", "Seconds", "make_backend"),
     "surgery.cost.onnxruntime.backend": ("OnnxRuntime",),
     "surgery.cost.timing": ("Budget", "Samples", "Speedup"),
     "surgery.errors": (
@@ -118,6 +128,9 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "surgery.runtime.export": ("ExportReport", "export_onnx"),
     "surgery.runtime.fresh": ("time_apart", "time_batches"),
     "surgery.sites.site": ("Site", "Skip", "Totals"),
+    "surgery.stages.bench": ("PipelineTiming",),
+    "surgery.stages.report": ("Crossing", "SplitReport", "StageReport", "StripLayer"),
+    "surgery.stages.split": ("Split", "join", "load_split", "split"),
     "surgery.training": ("ADMM", "EpochRow", "Event", "Forecast", "History", "LowRankTraining"),
 }
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}

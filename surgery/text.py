@@ -20,6 +20,7 @@ __all__ = [
     "rank_text",
     "seconds",
     "shown",
+    "size",
     "width",
     "wrap",
 ]
@@ -98,6 +99,17 @@ def count(value: int | float | None) -> str:
         if abs(value) >= size:
             return f"{value / size:.3g} {unit}" if abs(value) < 999.5 * size else f"{value / size:.0f} {unit}"
     return f"{value:g}"
+
+
+def size(value: float | None) -> str:
+    """Return a size with a unit, as 1.23 MB; a dash for None.
+
+    >>> size(0), size(1500)
+    ('0 B', '1.5 kB')
+    """
+    if value is None:
+        return "-"
+    return f"{count(value)}B" if value >= 1000 else f"{value:g} B"
 
 
 def seconds(value: float | None) -> str:

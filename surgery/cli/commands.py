@@ -114,16 +114,31 @@ def bench(
     json_: bool,
     **options: Any,
 ) -> None:
-    """Time models (.pt2 or .onnx) under onnxruntime on this CPU, interleaved; each later one against the first."""
+    """Time models (.pt2 or .onnx) under onnxruntime on this CPU, interleaved; each later one against the first.
+
+    Of a folder of stages, the stages are timed in a pipeline, one core for each, against the whole model on one core.
+    """
     from surgery.cli import show
+    from surgery.cli.split import bench_folder
     from surgery.cost.base import make_backend
     from surgery.kinds.inputs import with_batch
     from surgery.runtime.bench import bench as together
     from surgery.runtime.fresh import time_apart
+    from surgery.stages.folder import is_folder
 
+    if any(map(is_folder, models)):
+        refused = {
+            "--threads": threads is not None,
+            "--apart": apart,
+            "--backend": backend is not None,
+            "another model": len(models) > 1,
+        }
+        bench_folder(models[0], [name for name, given in refused.items() if given], seconds, batch, json_, **options)
+        return
     if backend is not None and not apart:
         raise InputError("--backend without --apart", allowed="--backend with --apart", next_step="leave one out")
     run = partial(time_apart, backend=make_backend(backend or "onnxruntime")) if apart else together
+
     with show.progress(quiet=json_) as progress:
         progress("load", 0, 1)
         opened, inputs = open_models(models, **options)

@@ -7,6 +7,7 @@ import click
 from surgery.cli.commands import bench, compare, export, inspect, recompose
 from surgery.cli.decompose import decompose
 from surgery.cli.report import bisect, plan, report
+from surgery.cli.split import join, split
 
 __all__ = ["cli"]
 
@@ -21,5 +22,5 @@ def cli() -> None:
     """
 
 
-for command in (inspect, decompose, recompose, export, bench, compare, report, plan, bisect):
+for command in (inspect, decompose, recompose, export, bench, compare, report, plan, bisect, split, join):
     cli.add_command(command)

@@ -6,7 +6,6 @@ File names from the command line, which are shown as they were typed: ``http://x
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,12 +14,14 @@ import click
 
 from surgery.errors import FileError, InputError
 from surgery.system.importing import import_function
+from surgery.system.units import read_bytes
 from surgery.text import cut, first_line
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from surgery.kinds.inputs import Inputs
+    from surgery.stages.split import Split
 
 __all__ = [
     "FILE",
@@ -31,6 +32,8 @@ __all__ = [
     "model_options",
     "open_models",
     "open_program",
+    "open_split",
+    "opening_options",
     "parse_bytes",
     "parse_shapes",
 ]
@@ -72,6 +75,19 @@ _LONGEST = 100  # letters of an argument that are shown
 
 
 def model_options(command: _F) -> _F:
+    """Add the options that say how MODEL is read and what it is run on, and the memory for that."""
+    return opening_options(_memory(command))
+
+
+_memory = click.option(
+    "--memory",
+    metavar="SIZE",
+    callback=lambda _context, _option, text: None if text is None else parse_bytes(text),
+    help="Most memory that work on the model may need, as 12G; else nine tenths of what is free.",
+)
+
+
+def opening_options(command: _F) -> _F:
     """Add the options that say how MODEL is read and what it is run on."""
     for option in reversed(
         (
@@ -84,12 +100,6 @@ def model_options(command: _F) -> _F:
             ),
             click.option("--model", "factory", metavar="MODULE:FACTORY", help="What makes the module of a state dict."),
             click.option("--trust", is_flag=True, help="Let the file run code: pickled modules, TorchScript."),
-            click.option(
-                "--memory",
-                metavar="SIZE",
-                callback=lambda _context, _option, text: None if text is None else parse_bytes(text),
-                help="Most memory that work on the model may need, as 12G; else nine tenths of what is free.",
-            ),
             click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of random inputs."),
         )
     ):
@@ -104,10 +114,7 @@ def as_json(command: _F) -> _F:
 
 def parse_bytes(text: str) -> int:
     """Return a number of bytes from a text such as 12G, 500M or 1.5GB; raises InputError for any other."""
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([KMGT]?)B?", text, re.ASCII | re.IGNORECASE)
-    if found is None:
-        raise InputError(f"--memory {cut(text, _LONGEST)!r}", allowed="a number of bytes, as 12G or 500M")
-    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
+    return read_bytes(text, "--memory")
 
 
 def parse_shapes(texts: tuple[str, ...]) -> list[tuple[str | None, tuple[int, ...]]]:
@@ -189,11 +196,15 @@ def _open(
 ) -> tuple[Any, Inputs | None]:
     """Return MODEL as ``open_program`` does, and the inputs of a program; None for an ONNX model."""
     from surgery.files.load import load
-    from surgery.kinds.program.kind import program_inputs
     from surgery.kinds.registry import kind_of
     from surgery.runtime.export import capture
+    from surgery.stages.folder import is_folder
+    from surgery.stages.split import in_a_row
 
     shapes = parse_shapes(input_shapes)
+    if is_folder(path):
+        cut, inputs = open_split(path, input_shapes=input_shapes, memory=memory, seed=seed)
+        return in_a_row(cut), inputs
     samples = _random(shapes, {}, seed)[0] or None
     loaded: Any = load(path, trust=trust, model=factory, example_inputs=samples, memory=memory)
     kind = kind_of(loaded)
@@ -201,12 +212,32 @@ def _open(
         return loaded, None
     program = kind.program(loaded)
     if program is not None:
-        inputs = _fill(program, shapes, seed) if shapes else program_inputs(program, seed=seed)
-        return program, inputs
+        return program, _program_inputs(program, shapes, seed)
     if not shapes:
         raise InputError(f"{path} is a module, which does not know its input shapes", next_step="pass --input-shape")
     inputs = _random(shapes, {}, seed)
     return capture(loaded, inputs)[0], inputs
+
+
+def open_split(folder: Path, *, input_shapes: tuple[str, ...], memory: int | None, seed: int) -> tuple[Split, Inputs]:
+    """Return a folder of stages, and the inputs to run them on, which are those of the model that was split.
+
+    Raises:
+        SurgeryError: as ``open_program``.
+    """
+    from surgery.stages.split import load_split
+
+    cut = load_split(folder, memory=memory)
+    joined = cut.join()
+    if cut.kind.is_onnx:
+        return cut, _random_inputs(joined, {"input_shapes": input_shapes, "seed": seed})
+    return cut, _program_inputs(joined, parse_shapes(input_shapes), seed)
+
+
+def _program_inputs(program: ExportedProgram, shapes: list[tuple[str | None, tuple[int, ...]]], seed: int) -> Inputs:
+    from surgery.kinds.program.kind import program_inputs
+
+    return _fill(program, shapes, seed) if shapes else program_inputs(program, seed=seed)
 
 
 def _random_inputs(model: Any, options: Mapping[str, Any]) -> Inputs:

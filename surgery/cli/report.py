@@ -25,18 +25,26 @@ __all__ = ["bisect", "plan", "report"]
 @click.option("--force", is_flag=True, help="Overwrite a file that exists.")
 @as_json
 def report(model: Path, output: Path | None, force: bool, json_: bool) -> None:
-    """Write what decompose did to MODEL, and why, as one HTML page; with --json only print it, unless -o is given."""
+    """Write what decompose did to MODEL, and why, as one HTML page; with --json only print it, unless -o is given.
+
+    MODEL may be a folder of stages: then the page shows where the network was cut.
+    """
     from surgery.cli import show
-    from surgery.report import render, write
+    from surgery.report import render, render_split
+    from surgery.stages.folder import is_folder, read_report
+    from surgery.system.writing import text_writer, write_atomically
 
     target = None if json_ and output is None else output or default_output(model, "report.html")
     if target is not None:
         check_outputs([target], [model], force=force)
-    found = _read_report(model)
-    if target is None:
-        render(found)  # nothing is passed on that a page could not show
+    if is_folder(model):
+        cut = read_report(model)
+        found, page = cut.to_json(), render_split(cut, name=model.name)
     else:
-        write(found, target, force=force)
+        found = _read_report(model)
+        page = render(found)  # also where no page is asked for: nothing is passed on that one could not show
+    if target is not None:
+        write_atomically(target, text_writer(page), force=force)
     if json_:
         show.print_json(found)
     else:

@@ -69,6 +69,11 @@ STEPS = {
     "correct": "correcting batch norms",
     "evaluate": "evaluating",
     "time": "timing both models",
+    "operations": "measuring operations",
+    "cut": "seeking the best cuts",
+    "stages": "measuring stages",
+    "write": "writing",
+    "join": "joining",
     "export": "exporting",
     "recompose": "fusing",
 }

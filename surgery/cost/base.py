@@ -5,7 +5,8 @@ A new one is a subclass of ``Backend`` in a folder of its own and a row in ``sur
 
 - ``key``: all that its numbers depend on besides the model: versions, the machine, the number of threads;
 - ``channel_multiple``: the number of channels that its kernels like;
-- ``time_pair``, ``time_one`` and ``time_models``: how it measures.
+- ``time_pair``, ``time_one`` and ``time_models``: how it measures;
+- ``time_nodes``: where the time of a model goes, if it can look inside of one.
 
 What was measured is kept under the key, so that no backend sees the numbers of another. Models come to a backend as
 .onnx files: whoever calls has exported them, and a backend knows neither torch's graphs nor how they are exported.
@@ -25,13 +26,15 @@ import numpy.typing as npt
 
 from surgery.algebra import Chain, Operator, Shape
 from surgery.cost.cache import Cache, cache_path, described
+from surgery.cost.structure import described_file
 from surgery.cost.timing import Samples, Speedup
 from surgery.errors import InputError
 from surgery.text import Verdict
 
-__all__ = ["BACKENDS", "Backend", "Comparison", "ModelFile", "ModelTimes", "Seconds", "make_backend"]
+__all__ = ["BACKENDS", "Backend", "Comparison", "ModelFile", "ModelTimes", "NodeTimes", "Seconds", "make_backend"]
 
 _Value = TypeVar("_Value")
+_MOST_KEPT = 5000  # nodes of a model whose times are kept: the cache takes no larger values
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,18 @@ class ModelTimes:
 
     samples: tuple[Samples, ...]
     speedups: tuple[Speedup, ...]
+
+
+@dataclass(frozen=True)
+class NodeTimes:
+    """Median seconds of one run of a model, and how many of them each of its values took, by name.
+
+    The time of what was fused counts for the last value that it computes. Values without a time of their own are left
+    out; the seconds of all are ``total`` at most.
+    """
+
+    total: float
+    seconds: Mapping[str, float]
 
 
 class Backend(ABC):
@@ -126,6 +141,38 @@ class Backend(ABC):
         Raises:
             InputError: a model cannot be run.
         """
+
+    def time_nodes(
+        self,
+        model: ModelFile,
+        *,
+        threads: int | None = None,
+        seconds: float = 2.0,
+        progress: Callable[[float], None] | None = None,
+    ) -> NodeTimes:
+        """Time the nodes of a model for about ``seconds``; a backend that cannot do so times the whole alone.
+
+        ``threads`` and ``progress`` are those of ``time_models``, and so is what is raised.
+        """
+        times = self.time_models([model], threads=threads, seconds=seconds, progress=progress)
+        return NodeTimes(times.samples[0].median, {})
+
+    def profile(
+        self,
+        model: ModelFile,
+        *,
+        threads: int | None = None,
+        seconds: float = 2.0,
+        progress: Callable[[float], None] | None = None,
+    ) -> NodeTimes:
+        """Return what ``time_nodes`` finds, or has found before of a model of this structure; raises as it does."""
+        what = described_file(model.path, model.feeds) | {"nodes": threads}
+        return self.recall(
+            NodeTimes,
+            what,
+            lambda: self.time_nodes(model, threads=threads, seconds=seconds, progress=progress),
+            keep=lambda found: len(found.seconds) <= _MOST_KEPT,
+        )
 
     def compare(self, dense: Operator | Chain, chain: Operator | Chain, shape: Shape) -> Comparison:
         """Return both latencies at an input shape, and how much faster the chain is; raises as ``time_pair``."""

@@ -77,7 +77,8 @@ class Cache:
     ) -> _Value:
         """Return the value that is known for ``what``, which is JSON values; else measure it, and keep it.
 
-        ``kind`` is a dataclass of numbers and verdicts. A value that ``keep`` turns down is returned, but not kept.
+        ``kind`` is a dataclass of numbers, numbers by name, and verdicts. A value that ``keep`` turns down is returned,
+        but not kept.
         """
         key = json.dumps(what, sort_keys=True, separators=(",", ":"))
         found = self._look_up(key, kind)
@@ -105,6 +106,8 @@ class Cache:
 def _is_sensible(name: str, value: Any) -> bool:
     if name == "verdict":
         return value in VERDICTS
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_sensible("", each) for key, each in value.items())
     return isinstance(value, float) and _LEAST <= value <= _MOST
 
 

@@ -41,25 +41,18 @@ from surgery.files.guard.archive import check_archive, entry_names, rewrite
 from surgery.files.guard.sizes import check_fit, check_program_sizes
 from surgery.files.memory import check_room, file_need, program_need
 from surgery.files.onnx_model import read_model
-from surgery.files.pretrained import note_record
 from surgery.files.save import RECORD_KEY
-from surgery.files.structure import give_structure, tie
-from surgery.kinds.layers.carried import copy_module
+from surgery.files.weights import FACTORY, cause, with_weights
 from surgery.kinds.registry import is_model
 from surgery.sites import Record
-from surgery.system.importing import import_function
 from surgery.system.opening import check_path, check_regular, open_regular, read_regular, shown_path
 from surgery.system.quiet import quiet
-from surgery.text import first_line
 
 __all__ = ["load"]
 
 _TRUST = "if you trust its author, pass --trust (in Python trust=True)"
 _EXPORT = "export it again with torch.export.export(model, inputs) and torch.export.save"
-_FACTORY = "pass --model package.module:factory (in Python model=...), a function that makes the module"
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before torch 1.6
-_NAMED = {"what": "has a model factory", "allowed": "package.module:factory, of a function or class"}
-_SAMPLE_KEYS = 3
 _START = 16  # bytes that tell an ONNX file, of which the rest is read piece by piece
 _SUFFIXES = ".pt2, .pt, .safetensors, .onnx"
 
@@ -184,7 +177,7 @@ def _load_torchscript(source: _Source) -> ExportedProgram:
         script = torch.jit.load(io.BytesIO(source.raw), map_location="cpu")
         return TS2EPConverter(script, source.example_inputs).convert()
     except Exception as error:
-        raise FileError(f"is TorchScript that cannot be converted: {_reason(error)}", next_step=_EXPORT) from error
+        raise FileError(f"is TorchScript that cannot be converted: {cause(error)}", next_step=_EXPORT) from error
 
 
 def _load_pickle(source: _Source) -> nn.Module | ExportedProgram:
@@ -197,18 +190,16 @@ def _load_pickle(source: _Source) -> nn.Module | ExportedProgram:
         found = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=False)
     if is_model(found):
         return found
-    return _with_weights(source, _unwrap(found))
+    return with_weights(source.model, _unwrap(found))
 
 
 def _not_weights(error: pickle.UnpicklingError) -> FileError:
     # torch names the first global that it refuses; without one, the bytes are damaged rather than unsafe.
     called = re.search(r"GLOBAL ([\w.]+)", str(error))
     if called is None:
-        return FileError(
-            f"cannot be read as weights ({_reason(error)})", next_step="get the file again from its source"
-        )
+        return FileError(f"cannot be read as weights ({cause(error)})", next_step="get the file again from its source")
     what = f"holds pickled objects ({called[1]}), and loading them runs code"
-    return UnsafeFileError(what, next_step=f"save the module's state_dict() and {_FACTORY}; {_TRUST}")
+    return UnsafeFileError(what, next_step=f"save the module's state_dict() and {FACTORY}; {_TRUST}")
 
 
 def _load_safetensors(source: _Source) -> nn.Module:
@@ -217,7 +208,7 @@ def _load_safetensors(source: _Source) -> nn.Module:
     header = json.loads(source.raw[8 : 8 + int.from_bytes(source.raw[:8], "little")])
     metadata = header.get("__metadata__")
     said = metadata.get(RECORD_KEY) if isinstance(metadata, dict) else None
-    return _with_weights(source, safetensors.torch.load(source.raw), None if said is None else _record(said))
+    return with_weights(source.model, safetensors.torch.load(source.raw), None if said is None else _record(said))
 
 
 def _record(said: Any) -> Record:
@@ -245,75 +236,6 @@ def _unwrap(found: Any) -> dict[str, torch.Tensor]:
         if all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors
-
-
-def _make(model: str | Callable[[], nn.Module] | nn.Module) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return model
-    try:
-        made = (import_function(model, **_NAMED) if isinstance(model, str) else model)()
-    except SurgeryError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise InputError(f"has a model factory {model!r} that failed: {_reason(error)}") from error
-    if not isinstance(made, nn.Module):
-        raise InputError(f"has a model factory {model!r} that returned a {type(made).__name__}", allowed="nn.Module")
-    return made
-
-
-def _sample(keys: list[str]) -> str:
-    rest = f" and {len(keys) - _SAMPLE_KEYS} more" if len(keys) > _SAMPLE_KEYS else ""
-    return ", ".join(keys[:_SAMPLE_KEYS]) + rest
-
-
-def _with_weights(source: _Source, tensors: Mapping[str, Any], record: Record | None = None) -> nn.Module:
-    if source.model is None:
-        raise InputError("is a state dict: weights without a model", next_step=_FACTORY)
-    made = _make(source.model)
-    if record is None or not record.sites:
-        return _filled(made, tensors, record)
-    given = isinstance(source.model, nn.Module)
-    # A copy is checked first, so that a failure leaves ``made`` as it is.
-    _filled(give_structure(copy_module(made), record.origins), tensors, record, fill=False)
-    module = give_structure(made, record.origins)
-    if given and module is not made:
-        raise InputError(f"holds a model that consists of one {type(made).__name__}", next_step="give a factory")
-    return _filled(module, tensors, record)
-
-
-def _filled(module: nn.Module, tensors: Mapping[str, Any], record: Record | None, *, fill: bool = True) -> nn.Module:
-    own = module.state_dict()
-    faults = {
-        "missing": [key for key in own if key not in tensors],
-        "unexpected": [key for key in tensors if key not in own],
-        "of another shape": [
-            f"{key} {_shape(tensors[key])} for {_shape(own[key])}"
-            for key in own
-            if key in tensors and _shape(tensors[key]) != _shape(own[key])
-        ],
-    }
-    if any(faults.values()):
-        listed = "; ".join(f"{what}: {_sample(keys)}" for what, keys in faults.items() if keys)
-        raise FileError(
-            f"does not fit {type(module).__name__}: {listed}", next_step="pass the factory it was made with"
-        )
-    if fill:
-        module.load_state_dict(dict(tensors), strict=True)
-        tie(module, () if record is None else record.ties)
-        note_record(module)
-    return module.eval() if fill else module
-
-
-def _shape(value: Any) -> Any:
-    return list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-
-
-def _reason(error: BaseException) -> str:
-    """Return one line that says what the first error in the chain of causes was."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    kind, said = type(error).__name__, first_line(error)[:160]
-    return kind if said == kind else f"{kind}: {said}"
 
 
 def _refusal(what: str, **extra: str) -> Callable[[_Source], nn.Module]:
@@ -378,4 +300,4 @@ def load(
         what = f"{shown_path(path)}: {' '.join(error.what.split())}"
         raise type(error)(what, allowed=error.allowed, next_step=next_step) from error.__cause__
     except (Exception, SystemExit) as error:
-        raise FileError(f"{os.fspath(path)}: cannot be loaded: {_reason(error)}", next_step=_EXPORT) from error
+        raise FileError(f"{os.fspath(path)}: cannot be loaded: {cause(error)}", next_step=_EXPORT) from error

@@ -7,5 +7,6 @@ from __future__ import annotations
 
 from surgery.report.collect import attach, collect, read
 from surgery.report.page import render, write
+from surgery.report.split_page import render_split
 
-__all__ = ["attach", "collect", "read", "render", "write"]
+__all__ = ["attach", "collect", "read", "render", "render_split", "write"]

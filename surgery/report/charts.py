@@ -17,7 +17,7 @@ from surgery.report.markup import Markup, note, section, shorten, tag
 from surgery.report.words import milliseconds
 from surgery.text import count
 
-__all__ = ["Bar", "Frontier", "bars", "frontier", "places", "possible", "ticks"]
+__all__ = ["Bar", "Frontier", "bars", "drawing", "frontier", "places", "possible", "ticks"]
 
 _BARS = 24  # more do not fit on a screen; then layers of one block share a bar
 _DEEPEST = 16
@@ -140,7 +140,7 @@ def bars(rows: Sequence[Bar], say: Callable[[float], str]) -> Markup:
     largest = max((max(row.before, row.after) for row in rows), default=0.0) or 1.0
     scale = (_WIDTH - _LABEL - _VALUE - 20) / largest
     drawn = [_pair(row, 8 + i * _ROW, scale, say) for i, row in enumerate(rows)]
-    return _drawing(drawn, 8 + len(rows) * _ROW, "Where it goes, before and after, by layer")
+    return drawing(drawn, 8 + len(rows) * _ROW, "Where it goes, before and after, by layer")
 
 
 def _pair(row: Bar, top: float, scale: float, say: Callable[[float], str]) -> Markup:
@@ -187,7 +187,7 @@ def frontier(plot: Frontier, say_cost: Callable[[float], str]) -> Markup:
         tag("text", "output error", x=8, y=18),
         tag("text", plot.cost, x=(_LEFT + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 10, text_anchor="middle"),
     ]
-    return _drawing(parts, _HEIGHT, "Output error against cost")
+    return drawing(parts, _HEIGHT, "Output error against cost")
 
 
 def _highest(plot: Frontier) -> float:
@@ -254,6 +254,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [float(f"{i * step:.6g}") for i in range(first, last + 1)]
 
 
-def _drawing(parts: Sequence[Markup], height: float, title: str) -> Markup:
+def drawing(parts: Sequence[Markup], height: float, title: str) -> Markup:
+    """Return a drawing of this height, in user units, with its title."""
     size = f"0 0 {_WIDTH:g} {height:g}"
     return tag("svg", tag("title", title), *parts, viewBox=size, role="img", xmlns="http://www.w3.org/2000/svg")

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.errors import InputError
+from surgery.system.rows import Row
 
 __all__ = ["Content", "KeptRow", "Latency", "LeftRow", "ReplacedRow", "Route", "Total", "VERSION", "read_content"]
 
 VERSION = 1
-_LARGEST = 1e30  # a larger number is not a measurement and could overflow sums; 1 / this could overflow quotients
 _WIDE = 1.25
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel = 1
 _AGAIN = "make the report again with surgery decompose"
 PROMISES = ("max_error", "max_drop", "target_speedup")
 
@@ -116,53 +112,13 @@ class Content:
     environment: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One JSON object, and where it stands in the report, for error messages."""
-
-    values: Mapping[str, Any]
-    where: str
-
-    def text(self, key: str) -> str:
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, str):
-            self.refuse(key, "text")
-        return value or ""
-
-    def maybe(self, key: str) -> float | None:
-        value = self.values.get(key)
-        return None if value is None else _number(value, f"{self.where}.{key}")
-
-    def number(self, key: str) -> float:
-        return _number(self.values.get(key), f"{self.where}.{key}")
-
-    def pair(self, key: str) -> tuple[float, float] | None:
-        value = self.values.get(key)
-        return None if value is None else _pair(value, f"{self.where}.{key}")
-
-    def items(self, key: str) -> list[Any]:
-        value = self.values.get(key, [])
-        if not isinstance(value, list):
-            self.refuse(key, "a list")
-        return list(value)
-
-    def row(self, key: str) -> _Row:
-        return _row(self.values.get(key, {}), f"{self.where}.{key}")
-
-    def rows(self, key: str) -> list[_Row]:
-        return [_row(item, f"{self.where}.{key}[{i}]") for i, item in enumerate(self.items(key))]
-
-    def refuse(self, key: str, allowed: str) -> None:
-        raise _error(f"{self.where}.{key}", self.values.get(key), allowed)
-
-
 def read_content(report: Mapping[str, Any]) -> Content:
     """Return the content of a report.
 
     Raises:
         InputError: a value is missing or has the wrong type; the message says where.
     """
-    top = _row(report, "report")
+    top = Row.of(report, "report", _AGAIN)
     if report.get("surgery_report") != VERSION:
         top.refuse("surgery_report", str(VERSION))
     decisions = {row.text("site"): row for row in top.row("plan").rows("decisions")}
@@ -186,12 +142,12 @@ def read_content(report: Mapping[str, Any]) -> Content:
     )
 
 
-def _total(row: _Row) -> Total:
+def _total(row: Row) -> Total:
     return Total(row.maybe("parameters"), row.maybe("macs"), row.maybe("file_size"))
 
 
-def _replaced(row: _Row, decision: _Row | None, *, searched: bool) -> ReplacedRow:
-    ranks = [f"{_number(rank, f'{row.where}.rank'):g}" for rank in row.items("rank")]
+def _replaced(row: Row, decision: Row | None, *, searched: bool) -> ReplacedRow:
+    ranks = [f"{rank:g}" for rank in row.numbers("rank")]
     return ReplacedRow(
         site=row.text("site"),
         operator=row.text("operator"),
@@ -207,12 +163,12 @@ def _replaced(row: _Row, decision: _Row | None, *, searched: bool) -> ReplacedRo
     )
 
 
-def _left(row: _Row, decision: _Row | None) -> LeftRow:
+def _left(row: Row, decision: Row | None) -> LeftRow:
     latency = None if decision is None else decision.maybe("dense_latency")
     return LeftRow(row.text("name"), row.text("operator"), row.text("reason"), row.maybe("macs"), latency)
 
 
-def _latency(row: _Row) -> Latency:
+def _latency(row: Row) -> Latency:
     models, compared = row.rows("models"), row.rows("comparisons")
     if len(models) < 2 or not compared:
         row.refuse("models", "two models and their comparison")
@@ -221,18 +177,16 @@ def _latency(row: _Row) -> Latency:
     return Latency(*times, c.number("speedup"), c.number("low"), c.number("high"), c.text("verdict"))
 
 
-def _promise(row: _Row) -> KeptRow:
-    kind, kept = row.text("kind"), row.values.get("kept")
+def _promise(row: Row) -> KeptRow:
+    kind = row.text("kind")
     if kind not in PROMISES:
         row.refuse("kind", ", ".join(PROMISES))
-    if not isinstance(kept, bool):
-        row.refuse("kept", "true or false")
-    return KeptRow(kind, row.number("limit"), row.number("measured"), bool(kept), row.text("note"))
+    return KeptRow(kind, row.number("limit"), row.number("measured"), row.truth("kept"), row.text("note"))
 
 
-def _route(row: _Row) -> Route:
+def _route(row: Row) -> Route:
     return Route(
-        points=tuple(_pair(point, f"{row.where}.frontier") for point in row.items("frontier")),
+        points=tuple(row.pair_of(point, "frontier") for point in row.items("frontier")),
         chosen=row.pair("chosen"),
         cost=row.text("cost"),
         trials=tuple((trial.number("value"), trial.values.get("kept") is True) for trial in row.rows("trials")),
@@ -240,31 +194,5 @@ def _route(row: _Row) -> Route:
     )
 
 
-def _environment(row: _Row) -> tuple[tuple[str, str], ...]:
-    return tuple((key, _said(value, f"{row.where}[{_SHORT.repr(key)}]")) for key, value in row.values.items())
-
-
-def _said(value: Any, where: str) -> str:
-    return value or "" if isinstance(value, str | None) else f"{_number(value, where):g}"
-
-
-def _row(value: Any, where: str) -> _Row:
-    if not isinstance(value, Mapping):
-        raise _error(where, value, "a JSON object")
-    return _Row(value, where)
-
-
-def _pair(value: Any, where: str) -> tuple[float, float]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise _error(where, value, "two numbers")
-    return _number(value[0], where), _number(value[1], where)
-
-
-def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
-        raise _error(where, value, f"a number of at most {_LARGEST:g}")
-    return float(value) if abs(value) * _LARGEST > 1 else 0.0  # below 1 / _LARGEST it counts as zero
-
-
-def _error(where: str, value: Any, allowed: str) -> InputError:
-    return InputError(f"{where} is {_SHORT.repr(value)}", allowed=allowed, next_step=_AGAIN)
+def _environment(row: Row) -> tuple[tuple[str, str], ...]:
+    return tuple((key, row.said(key)) for key in row.values)

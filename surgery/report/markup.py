@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 from surgery.text import cut, shown
 
-__all__ = ["POLICY", "STYLE", "Markup", "dotted", "join", "note", "section", "shorten", "table", "tag"]
+__all__ = ["Markup", "dotted", "join", "note", "page", "section", "shorten", "table", "tag"]
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
-STYLE = """
+_STYLE = """
 :root { color-scheme: light; --ink: #1d2733; --soft: #5b6775; --line: #dde3ea; --old: #b4bdc9; --new: #2468b2; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #fff; color: var(--ink);
@@ -54,13 +54,16 @@ rect.quiet { opacity: .45; }
 .point { fill: var(--old); }
 .chosen { fill: var(--new); }
 .limit { stroke: #c0392b; stroke-dasharray: 5 4; }
+.tone0 { fill: #7fa8d6; }
+.tone1 { fill: #2468b2; }
+.profile { fill: #e6ebf1; stroke: var(--old); }
 dt { font-weight: 600; float: left; clear: left; min-width: 9rem; font-size: .9rem; }
 dd { margin: 0 0 .5rem 9.5rem; font-size: .9rem; color: var(--soft); }
 @media print { details > * { display: block; } section { break-inside: avoid; } }
 """
 
 
-_EMPTY = {"br", "meta", "line", "rect", "circle", "polyline", "wbr"}
+_EMPTY = {"br", "meta", "line", "rect", "circle", "polygon", "polyline", "wbr"}
 
 
 class Markup(str):
@@ -101,6 +104,20 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1)
     top = tag("tr", *(tag("th", cell, class_=c, scope="col") for cell, c in zip(head, classes, strict=True)))
     body = [tag("tr", *(tag("td", cell, class_=c) for cell, c in zip(row, classes, strict=True))) for row in rows]
     return tag("div", tag("table", tag("thead", top), tag("tbody", *body)), class_="wide")
+
+
+def page(title: str, *parts: str) -> str:
+    """Return a whole page in HTML, with its title as its first heading."""
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", title),
+        tag("style", Markup(_STYLE)),
+    )
+    body = tag("main", tag("h1", title), *parts)
+    return f"<!DOCTYPE html>\n{tag('html', head, tag('body', body), lang='en')}\n"
 
 
 def section(heading: str, *parts: str) -> Markup:

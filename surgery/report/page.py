@@ -10,7 +10,7 @@ from typing import Any
 
 from surgery.report.charts import places, possible
 from surgery.report.content import Content, LeftRow, ReplacedRow, read_content
-from surgery.report.markup import POLICY, STYLE, Markup, dotted, join, note, section, table, tag
+from surgery.report.markup import Markup, dotted, join, note, page, section, table, tag
 from surgery.report.words import (
     GLOSSARY,
     bytes_text,
@@ -56,16 +56,7 @@ def render(report: Mapping[str, Any]) -> str:
         _environment(content),
         _glossary(),
     )
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", title(content)),
-        tag("style", Markup(STYLE)),
-    )
-    body = tag("main", tag("h1", title(content)), tag("p", summary(content), class_="lead"), *sections)
-    return f"<!DOCTYPE html>\n{tag('html', head, tag('body', body), lang='en')}\n"
+    return page(title(content), tag("p", summary(content), class_="lead"), *sections)
 
 
 def _totals(content: Content) -> Markup:

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from surgery.report.content import Content, KeptRow, Latency
 from surgery.report.markup import shorten
 from surgery.sites import left_alone
-from surgery.text import FAR, count, seconds
+from surgery.text import FAR, seconds, size
 
 __all__ = [
     "GLOSSARY",
@@ -57,7 +57,7 @@ def percent(value: float | None) -> str:
 
 def bytes_text(value: float | None) -> str:
     """Return a size with a unit; a dash for None."""
-    return "\u2013" if value is None else f"{count(value)}B" if value >= 1000 else f"{value:g} B"
+    return "\u2013" if value is None else size(value)
 
 
 def title(content: Content) -> str:

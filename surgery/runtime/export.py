@@ -46,6 +46,8 @@ __all__ = [
     "capture",
     "check_export",
     "export_onnx",
+    "to_onnx",
+    "write_draft",
 ]
 
 # Of badly conditioned models, onnxruntime's error was 0.9 to 1.5 times PyTorch's: both round as often, in other orders.
@@ -102,11 +104,11 @@ def export_onnx(
     if kind_of(model).is_onnx:
         raise InputError("the model is an ONNX model already", next_step="use it as it is, or surgery.save it")
     program, inputs = capture(model, example_inputs, seed=seed)
-    exported = _to_onnx(program)
+    exported = to_onnx(program)
     _keep_record(program, exported.model)
     with scratch_folder() as folder:
         draft = folder / target.name
-        _write_draft(exported, draft)
+        write_draft(exported, draft)
         session = _open_draft(draft)
         difference = check_export(program, session, inputs)
         data = _publish(draft, target, force=force)
@@ -154,7 +156,13 @@ def _capturing(done: str, run: Callable[[], _Result]) -> _Result:
         raise CaptureError(what, next_step="see torch.export's guide") from error
 
 
-def _to_onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
+def to_onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
+    """Return a program as torch writes it in ONNX; weights keep their names and their ties.
+
+    Raises:
+        CaptureError: torch cannot write it.
+    """
+
     def run() -> torch.onnx.ONNXProgram:
         with torch.no_grad():  # torch differentiates loops while it looks at them, and stumbles over dynamic sizes
             exported = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False)
@@ -185,7 +193,8 @@ def _keep_record(program: ExportedProgram, model: ir.Model) -> None:
         model.metadata_props[RECORD] = json.dumps(Record(sites).to_json())
 
 
-def _write_draft(exported: torch.onnx.ONNXProgram, draft: Path) -> None:
+def write_draft(exported: torch.onnx.ONNXProgram, draft: Path) -> None:
+    """Write what ``to_onnx`` returned to a file; weights of 2 GiB or more go to a second one, ``draft`` with .data."""
     size = sum(value.const_value.nbytes for value in exported.model.graph.initializers.values() if value.const_value)
     with quiet():
         exported.save(draft, external_data=size > _SINGLE_FILE_BYTES)

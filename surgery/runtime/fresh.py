@@ -13,21 +13,18 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from torch import nn
 from torch.export import ExportedProgram
 
-from surgery.cost.base import Backend, ModelFile, make_backend
+from surgery.cost.base import Backend, make_backend
 from surgery.cost.timing import Speedup
 from surgery.errors import InputError, only_own_errors
 from surgery.files.given import model_of
-from surgery.files.save import save
-from surgery.kinds.inputs import Inputs
-from surgery.kinds.onnx.session import check_threads, feed, open_session
-from surgery.kinds.registry import Model, kind_of
+from surgery.kinds.onnx.session import check_threads
+from surgery.kinds.registry import Model
 from surgery.runtime.bench import (
     ModelComparison,
     ModelTiming,
@@ -38,7 +35,7 @@ from surgery.runtime.bench import (
     name_of,
 )
 from surgery.runtime.compare import shared_inputs
-from surgery.runtime.export import capture, export_onnx
+from surgery.runtime.written import Written, write_model
 from surgery.system.scratch import scratch_folder
 
 __all__ = ["Apart", "time_apart", "time_batches"]
@@ -46,14 +43,6 @@ __all__ = ["Apart", "time_apart", "time_batches"]
 _WIDE = 1.1  # an interval whose upper end is more than this times the lower one says too little for a search
 
 _Given: TypeAlias = Model | str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class _Written:
-    """A model as its user has it: a file with its inputs, and the sizes that the file declares for each input."""
-
-    file: ModelFile
-    shapes: tuple[tuple[int | str | None, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -115,7 +104,7 @@ class Apart:
         held = ExitStack()
         weakref.finalize(self, held.close)  # also when Python ends
         self._folder = held.enter_context(scratch_folder())
-        self._first = _write(model, self._inputs, self._folder / "first.onnx", name_of(model))
+        self._first = write_model(model, self._inputs, self._folder / "first.onnx", name_of(model))
 
     def against(
         self,
@@ -131,7 +120,7 @@ class Apart:
         Where the interval leaves open whether the ``goal``, a speed-up, is reached, or is wider than a tenth, it takes
         longer, up to ``patience`` times as long.
         """
-        later = _write(model, self._inputs, self._folder / "later.onnx", name_of(model))
+        later = write_model(model, self._inputs, self._folder / "later.onnx", name_of(model))
         asked = _Patience(goal, patience)
         return self._time([self._first, later], asked, seconds, progress)
 
@@ -146,7 +135,7 @@ class Apart:
 
     def _time(
         self,
-        models: Sequence[_Written],
+        models: Sequence[Written],
         asked: _Patience | None,
         seconds: float,
         progress: Callable[[float], None] | None,
@@ -199,7 +188,7 @@ def _part(progress: Callable[[float], None], done: int, parts: int) -> Callable[
 @contextmanager
 def _written(
     models: Sequence[_Given], example_inputs: Any, names: Sequence[str] | None, seed: int
-) -> Iterator[list[_Written]]:
+) -> Iterator[list[Written]]:
     """Yield the models as files, in a folder that is removed whatever happens, or where they were."""
     check_models(models, names)
     opened = [model_of(model) for model in models]
@@ -209,27 +198,14 @@ def _written(
         for index, (model, given) in enumerate(zip(opened, models, strict=True)):
             called = name_of(given) if names is None else names[index]
             try:
-                written.append(_write(model, inputs, folder / f"{index}.onnx", called))
+                written.append(write_model(model, inputs, folder / f"{index}.onnx", called))
             except InputError as error:
                 raise InputError(f"{called}: {error.what}", allowed=error.allowed, next_step=error.next_step) from error
         del opened, model  # their weights are in the files
         yield written
 
 
-def _write(model: Model, inputs: Inputs, file: Path, name: str) -> _Written:
-    if (onnx := kind_of(model).as_onnx(model)) is not None:
-        save(onnx, file)
-        session = open_session(file)
-        feeds = feed(session, inputs)
-    else:
-        program, _ = capture(model, inputs)
-        export_onnx(program, file, inputs)
-        session = open_session(file)
-        feeds = feed(session, inputs, program)
-    return _Written(ModelFile(name, file, feeds), tuple(tuple(d.shape) for d in session.get_inputs()))
-
-
-def _resized(model: _Written, batch: int) -> _Written:
+def _resized(model: Written, batch: int) -> Written:
     names = [size for shape in model.shapes for size in shape if not isinstance(size, int)]
     if not names or names[0] is None:
         what = f"{model.file.name} has no dynamic batch axis"
@@ -245,7 +221,7 @@ def _resized(model: _Written, batch: int) -> _Written:
 
 def _time(
     backend: Backend,
-    models: Sequence[_Written],
+    models: Sequence[Written],
     asked: _Patience | None = None,
     *,
     threads: int | None,

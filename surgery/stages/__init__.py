@@ -1,1 +1,1 @@
-"""Stages: a model cut into parts that run one after another, on one machine or on several."""
+"""Stages: a model cut into parts that run one after another, on several devices or machines, and joined again."""

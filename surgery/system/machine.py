@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from functools import cache
 from pathlib import Path
 
-__all__ = ["cpu_name", "physical_cores"]
+__all__ = ["cpu_name", "physical_cores", "pin_thread", "usable_cores"]
 
 _CPU_FIELDS = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
@@ -34,3 +35,28 @@ def physical_cores() -> int:
         return len({Path(_SIBLINGS.format(cpu)).read_text() for cpu in usable})
     except (AttributeError, OSError):
         return os.cpu_count() or 1
+
+
+def usable_cores() -> list[int]:
+    """Return the numbers of the cores that this process may use: one of each physical core first, then their twins."""
+    try:
+        usable = sorted(os.sched_getaffinity(0))
+    except (AttributeError, OSError):
+        return list(range(os.cpu_count() or 1))
+    seen: set[str] = set()
+    first: list[int] = []
+    twins: list[int] = []
+    for core in usable:
+        try:
+            siblings = Path(_SIBLINGS.format(core)).read_text()
+        except OSError:
+            siblings = str(core)
+        (twins if siblings in seen else first).append(core)
+        seen.add(siblings)
+    return [*first, *twins]
+
+
+def pin_thread(core: int) -> None:
+    """Keep the calling thread on a core, if the system can."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.sched_setaffinity(0, {core})  # 0 is the calling thread

@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -26,7 +26,7 @@ try:
 except ImportError:  # a system without such locks: nothing is swept there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FULL", "draft_name", "open_draft", "reason", "scratch_folder"]
+__all__ = ["FULL", "draft_folder", "draft_name", "open_draft", "reason", "scratch_folder"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_ROOM = (*FULL, errno.EROFS, errno.EACCES, errno.EFBIG)
@@ -51,6 +51,19 @@ def open_draft(target: Path) -> tuple[Path, IO[bytes]]:
         if _lock(file.fileno()) is not False and path.exists():
             return path, file
         file.close()  # another process has swept it, before it was locked
+
+
+@contextlib.contextmanager
+def draft_folder(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside a target, locked, which is removed afterwards unless it has got another name."""
+    _sweep(target.parent, re.compile(rf"\.{re.escape(target.name)}\.{_MARK}\.tmp"))
+    folder, descriptor = _new_folder(lambda: draft_name(target), 0o777)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -83,9 +96,14 @@ def scratch_folder() -> Iterator[Path]:
 def _make_folder() -> tuple[Path, int | None]:
     parent = Path(tempfile.gettempdir())
     _sweep(parent, re.compile(rf"surgery-{_MARK}\.tmp"))
+    return _new_folder(lambda: parent / f"surgery-{_mark()}.tmp", 0o700)
+
+
+def _new_folder(name: Callable[[], Path], mode: int) -> tuple[Path, int | None]:
+    """Make a folder of a new name; return it with the descriptor that locks it, or None without such locks."""
     while True:
-        folder = parent / f"surgery-{_mark()}.tmp"
-        folder.mkdir(0o700)
+        folder = name()
+        folder.mkdir(mode)
         try:
             descriptor = os.open(folder, os.O_RDONLY)
         except FileNotFoundError:

@@ -18,9 +18,18 @@ from typing import IO, TypeAlias
 from surgery.errors import FileError
 from surgery.system.interrupts import put_off
 from surgery.system.opening import shown_path
-from surgery.system.scratch import FULL, draft_name, open_draft, reason
+from surgery.system.scratch import FULL, draft_folder, draft_name, open_draft, reason
 
-__all__ = ["Writer", "check_outputs", "noting", "text_writer", "write_atomically", "write_together"]
+__all__ = [
+    "Writer",
+    "check_folder",
+    "check_outputs",
+    "noting",
+    "text_writer",
+    "write_atomically",
+    "write_folder",
+    "write_together",
+]
 
 Writer: TypeAlias = Callable[[IO[bytes]], object]
 _Path: TypeAlias = str | os.PathLike[str]
@@ -141,6 +150,69 @@ def write_together(files: Sequence[tuple[_Path, Writer]], *, force: bool = True)
                 draft.fill(write)
         if not interrupts:
             _publish(drafts, force=force)
+
+
+def check_folder(folder: _Path, inputs: Sequence[_Path] = (), *, force: bool) -> Path:
+    """Return the folder that a name stands for, with links followed. Call it before any work is done.
+
+    Raises:
+        FileError: no such folder can be made, or the name is that of something else; or it holds files and ``force`` is
+            False; or one of the inputs lies in it.
+    """
+    name = shown_path(folder)
+    try:
+        target = Path(os.path.realpath(folder))
+        if not os.path.lexists(target):
+            return _checked(folder, force=False)
+        filled = any(target.iterdir())
+    except NotADirectoryError:
+        raise FileError(f"{name}: is not a folder", allowed="the name of a folder, old or new") from None
+    except (OSError, ValueError) as error:
+        raise _cannot_be_written(folder, error) from error
+    if filled and not force:
+        raise FileError(f"{name}: exists already, and is not empty", next_step=_EXISTS)
+    if not os.access(target, os.W_OK | os.X_OK):
+        raise FileError(f"{name}: nothing can be written to this folder")
+    if inside := [path for path in inputs if Path(os.path.realpath(path)).parent == target]:
+        what = f"{name}: holds {shown_path(inside[0])}, which is an input"
+        raise FileError(what, next_step="choose another folder for the output")
+    return target
+
+
+def write_folder(folder: _Path, files: Sequence[tuple[str, Writer]], *, force: bool = False) -> None:
+    """Write several files, each with its name, as one folder: all of them, or none and no folder.
+
+    A new folder appears whole. Into one that is there the files come as ``write_together`` writes them; what else it
+    holds stays.
+
+    Raises:
+        FileError: as ``check_folder``, or nothing can be written.
+    """
+    target = check_folder(folder, force=force)
+    if target.is_dir():
+        write_together([(Path(folder, name), write) for name, write in files], force=force)
+        return
+    with put_off() as interrupts, _telling(folder), draft_folder(target) as draft:
+        with noting([]), _naming(draft, folder):
+            write_together([(draft / name, write) for name, write in files], force=False)
+        if interrupts:
+            return
+        _checked(folder, force=False)  # what stands there may have changed meanwhile
+        os.rename(draft, target)
+        _sync(target.parent)
+        noted = _NOTED.get()
+        if noted is not None:
+            noted.append(Path(folder))
+
+
+@contextlib.contextmanager
+def _naming(draft: Path, folder: _Path) -> Iterator[None]:
+    """Let errors name the folder that was asked for, in place of its draft."""
+    try:
+        yield
+    except FileError as error:
+        what = error.what.replace(shown_path(draft), shown_path(folder))
+        raise FileError(what, allowed=error.allowed, next_step=error.next_step) from error
 
 
 @contextlib.contextmanager

@@ -21,9 +21,10 @@ import onnxruntime as ort
 import torch
 
 from surgery.algebra import Chain, Conv, Geometry, Operator, Shape
-from surgery.cost.base import Backend, Comparison, ModelFile, ModelTimes, Seconds
+from surgery.cost.base import Backend, Comparison, ModelFile, ModelTimes, NodeTimes, Seconds
 from surgery.cost.onnxruntime.model import build_choice, build_model, entries
 from surgery.cost.onnxruntime.processes import Blocks, TimingJob, compare_generations, time_generations
+from surgery.cost.onnxruntime.profile import profile
 from surgery.cost.onnxruntime.sessions import bind
 from surgery.cost.timing import Budget, Samples, Speedup, compare_samples, interleave
 from surgery.errors import FileError
@@ -153,6 +154,17 @@ class OnnxRuntime(Backend):
             )
         samples = tuple(_pooled(processes) for processes in zip(*generations, strict=True))
         return ModelTimes(samples, _speedups(generations))
+
+    def time_nodes(
+        self,
+        model: ModelFile,
+        *,
+        threads: int | None = None,
+        seconds: float = 2.0,
+        progress: Callable[[float], None] | None = None,
+    ) -> NodeTimes:
+        """Time the kernels of a model, in this process (``profile``)."""
+        return profile(model, threads=threads, seconds=seconds, progress=progress)
 
     def _interleave(self, runs: list[Callable[[], None]]) -> tuple[Samples, ...]:
         self.measured += 1

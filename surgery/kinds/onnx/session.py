@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -100,12 +100,14 @@ def open_session(
     spin: bool = False,
     small: bool = False,
     weights: Weights = MappingProxyType({}),
+    configure: Callable[[ort.SessionOptions], None] = lambda _: None,
 ) -> ort.InferenceSession:
     """Return a session on the CPU, all graph optimisations on, with a stated number of threads.
 
     ``spin`` lets its threads spin between runs, which disturbs other sessions. A ``small`` one
     does without the copies of weights in other layouts, and may be slower. ``weights`` are the initializers that
     the model says to be in other files; the session reads them where they are in memory.
+    ``configure`` sets further options.
 
     Raises:
         InputError: onnxruntime cannot load the model, or the number of threads is out of bounds.
@@ -120,6 +122,7 @@ def open_session(
     options.log_severity_level = 4  # fatal only: what goes wrong is raised
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "0" if spin else "1")
+    configure(options)
     arrays = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in weights.items()}
     source = model if isinstance(model, bytes) else str(model)
     try:
