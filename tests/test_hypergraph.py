@@ -157,7 +157,7 @@ def test_each_part_has_a_node_and_the_result_is_what_it_says(
 
 def test_refining_beats_the_sweep_and_auto_beats_both() -> None:
     h, _ = trap()
-    swept, better, best = (partition(h, **options).value for options in ({"refine": False}, {"method": "clique"}, {}))  # type: ignore[arg-type]
+    swept, better, best = (partition(h, **options).value for options in ({"refine": False}, {"method": "clique"}, {}))
     assert best <= better <= swept
 
 

@@ -131,7 +131,7 @@ def test_long_chains_have_their_vector_too() -> None:
 def test_nodes_that_nothing_ties_are_left_out() -> None:
     h = Hypergraph.from_edges([(0, 1, 2, 3), (2, 3, 4, 5), (7,)], nodes=8)
     for method in ("clique", "tensor"):
-        found = fiedler(h, method)  # type: ignore[arg-type]
+        found = fiedler(h, method)
         assert found.vector[6] == found.vector[7] == 0
         assert np.linalg.norm(found.vector) == pytest.approx(1)
 
@@ -146,7 +146,7 @@ def test_odd_and_mixed_sizes_are_refused_with_what_to_do() -> None:
     mixed = Hypergraph.from_edges([(0, 1), (1, 2, 3, 4)])
     for method in ("tensor", "absolute"):
         with pytest.raises(InputError, match=r"size 2 to 4.*h\.of_size\(k\)"):
-            fiedler(mixed, method)  # type: ignore[arg-type]
+            fiedler(mixed, method)
     assert fiedler(mixed.of_size(4), "tensor").kind != "unfinished"
     with pytest.raises(InputError, match="clique, tensor, absolute"):
         fiedler(odd, "hosvd")  # type: ignore[arg-type]
@@ -172,7 +172,7 @@ def test_hyperedges_split_evenly_are_the_one_thing_that_the_tensor_sees_better()
     h = Hypergraph.from_edges([*inside, *across], nodes=200)
     agreement = {}
     for method in ("tensor", "clique"):
-        part, _ = sweep(h, fiedler(h, method).vector, Limits("cut", np.full(2, 103.0)))  # type: ignore[arg-type]
+        part, _ = sweep(h, fiedler(h, method).vector, Limits("cut", np.full(2, 103.0)))
         share = float(np.mean(part == np.arange(200) % 2))
         agreement[method] = max(share, 1 - share)
     assert agreement["tensor"] >= agreement["clique"]
