@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from scipy.sparse import linalg
 
+from examples.hypergraph_trap import crossed, descended
 from surgery.errors import InputError
 from surgery.hypergraph import Form, Hypergraph, clique, cuts, fiedler, pairs, partition
 from surgery.hypergraph.moves import Limits
 from surgery.hypergraph.partitions import sweep
-from tests.hypergraph_cases import by_chance, dense_tensor, hypergraphs, trap
+from tests.hypergraph_cases import by_chance, dense_tensor, hypergraphs
 
 SEEDS = st.integers(0, 1000)
 
@@ -131,7 +132,7 @@ def test_long_chains_have_their_vector_too() -> None:
 def test_nodes_that_nothing_ties_are_left_out() -> None:
     h = Hypergraph.from_edges([(0, 1, 2, 3), (2, 3, 4, 5), (7,)], nodes=8)
     for method in ("clique", "tensor"):
-        found = fiedler(h, method)  # type: ignore[arg-type]
+        found = fiedler(h, method)
         assert found.vector[6] == found.vector[7] == 0
         assert np.linalg.norm(found.vector) == pytest.approx(1)
 
@@ -146,21 +147,22 @@ def test_odd_and_mixed_sizes_are_refused_with_what_to_do() -> None:
     mixed = Hypergraph.from_edges([(0, 1), (1, 2, 3, 4)])
     for method in ("tensor", "absolute"):
         with pytest.raises(InputError, match=r"size 2 to 4.*h\.of_size\(k\)"):
-            fiedler(mixed, method)  # type: ignore[arg-type]
+            fiedler(mixed, method)
     assert fiedler(mixed.of_size(4), "tensor").kind != "unfinished"
     with pytest.raises(InputError, match="clique, tensor, absolute"):
         fiedler(odd, "hosvd")  # type: ignore[arg-type]
 
 
 def test_a_partition_of_lower_tensor_value_cuts_nearly_everything() -> None:
-    # Two communities, crossed by two types of which each hyperedge takes two nodes: the form sees no even split.
-    h, labels = trap()
+    # Two communities, crossed by two types of which most hyperedges take two nodes each: the form sees no even split.
+    h, of = crossed()
     form = _form(h)
-    community, kind = (form(np.where(labels[:, i] == 0, 1.0, -1.0)) for i in (0, 1))
-    assert kind < community
-    assert cuts(h, labels[:, 1]).cut == 1200
-    assert cuts(h, labels[:, 0]).cut < 220
-    assert partition(h).value < 220
+    community, kind = (np.where(of[name] == 0, 1.0, -1.0) for name in ("communities", "types"))
+    assert form(kind) < form(community)
+    assert descended(form, kind) < descended(form, community)
+    assert cuts(h, of["types"]).hyperedges > 1150
+    assert cuts(h, of["communities"]).hyperedges < 250
+    assert partition(h).value < 250
 
 
 def test_hyperedges_split_evenly_are_the_one_thing_that_the_tensor_sees_better() -> None:
@@ -172,7 +174,7 @@ def test_hyperedges_split_evenly_are_the_one_thing_that_the_tensor_sees_better()
     h = Hypergraph.from_edges([*inside, *across], nodes=200)
     agreement = {}
     for method in ("tensor", "clique"):
-        part, _ = sweep(h, fiedler(h, method).vector, Limits("cut", np.full(2, 103.0)))  # type: ignore[arg-type]
+        part, _ = sweep(h, fiedler(h, method).vector, Limits("cut", np.full(2, 103.0)))
         share = float(np.mean(part == np.arange(200) % 2))
         agreement[method] = max(share, 1 - share)
     assert agreement["tensor"] >= agreement["clique"]

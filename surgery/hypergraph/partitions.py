@@ -82,8 +82,8 @@ def partition(
     None as ``balance`` bounds nothing: for "ratio" and "normalised", which keep their balance themselves. An equal
     share of nodes of one weight is rounded up to whole nodes; nodes of uneven weights may leave no partition that fits,
     and the result says so. Without ``refine`` the Fiedler vector's sweep is all; "auto" then takes the clique
-    expansion's. The same seed gives the same partition. Raises ``InputError`` for what cannot be, and where the method's Fiedler
-    vector refuses.
+    expansion's. The same seed gives the same partition. Raises ``InputError`` for what cannot be, and where the
+    method's Fiedler vector refuses.
 
     >>> h = Hypergraph.from_edges([(0, 1, 2), (0, 1), (2, 3), (3, 4, 5), (4, 5)])
     >>> found = partition(h)
