@@ -3,7 +3,7 @@
     python examples/hypergraph_trap.py
 
 400 nodes are in one of two communities, and of one of two types, all four combinations alike. 1,200 hyperedges of four
-nodes keep to one community, but for some; and nearly all take two nodes of each type. The tensor's form
+nodes mostly keep to one community, and most take two nodes of each type. The tensor's form
 
     f(x) = sum_e w_e (sum_{i in e} x_i^4 - 4 prod_{i in e} x_i)
 
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script find
 from surgery import hypergraph as hg
 
 NODES, EDGES = 400, 1200
-STRAY, MIXED = 0.25, 0.04  # shares of the hyperedges that keep to no community, and to no two of each type
+STRAY, MIXED = 0.22, 0.17  # shares of the hyperedges that keep to no community, and to no two of each type
 
 
 def crossed(seed: int = 0) -> tuple[hg.Hypergraph, dict[str, np.ndarray]]:

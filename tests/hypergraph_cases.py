@@ -1,4 +1,4 @@
-"""Small hypergraphs for the tests: by chance, for Hypothesis, and one on which a lower tensor value cuts far more."""
+"""Small hypergraphs for the tests: by chance and for Hypothesis, and the dense tensor from its definition."""
 
 from __future__ import annotations
 
@@ -29,26 +29,6 @@ def by_chance(nodes: int, size: int, edges: int, seed: int) -> Hypergraph:
     ring = (np.arange(nodes)[:, None] + np.arange(size)) % nodes
     rows = [*ring, *(rng.choice(nodes, size, replace=False) for _ in range(edges - nodes))]
     return Hypergraph.from_edges(rows, nodes=nodes)
-
-
-def trap(
-    nodes: int = 400, edges: int = 1200, crossing: int = 220, seed: int = 0
-) -> tuple[Hypergraph, NDArray[np.int64]]:
-    """4-edges in two communities, crossed by two types of which almost each takes two nodes each; (n, 2) the labels."""
-    rng = np.random.default_rng(seed)
-    labels = np.stack([np.arange(nodes) % 2, np.arange(nodes) // 2 % 2], axis=1)
-    rows: set[tuple[int, ...]] = set()
-    while len(rows) < edges:
-        inside = len(rows) >= crossing
-        side = rng.integers(2)
-        pair = [
-            rng.choice(
-                np.flatnonzero((labels[:, 1] == kind) & ((labels[:, 0] == side) | (not inside))), 2, replace=False
-            )
-            for kind in (0, 1)
-        ]
-        rows.add(tuple(sorted(np.concatenate(pair).tolist())))
-    return Hypergraph.from_edges(sorted(rows), nodes=nodes), labels
 
 
 def dense_tensor(h: Hypergraph) -> NDArray[np.float64]:

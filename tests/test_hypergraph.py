@@ -18,7 +18,7 @@ from surgery.hypergraph import METHODS, OBJECTIVES, Hypergraph, Objective, cuts,
 from surgery.hypergraph.moves import Limits, refine
 from surgery.hypergraph.multilevel import coarsen
 from surgery.sites.network import Network, Operation, Value
-from tests.hypergraph_cases import by_chance, hypergraphs, trap
+from tests.hypergraph_cases import by_chance, hypergraphs
 
 
 def test_hyperedges_are_sets_and_what_stands_twice_is_merged() -> None:
@@ -155,10 +155,14 @@ def test_each_part_has_a_node_and_the_result_is_what_it_says(
     assert again.part.tolist() == found.part.tolist()
 
 
-def test_refining_beats_the_sweep_and_auto_beats_both() -> None:
-    h, _ = trap()
-    swept, better, best = (partition(h, **options).value for options in ({"refine": False}, {"method": "clique"}, {}))
-    assert best <= better <= swept
+def test_refining_beats_the_sweep_and_auto_is_no_worse() -> None:
+    h = by_chance(200, 3, 500, seed=7)
+    swept = partition(h, refine=False)
+    better = partition(h, method="clique")
+    best = partition(h)
+    assert best.value <= better.value < swept.value
+    assert best.tried["clique"] == better.value
+    assert f"2 parts by {best.method}: cut {best.value:g} (tried: clique" in str(best)
 
 
 def test_unequal_weights_are_balanced_by_weight() -> None:

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from scipy.sparse import linalg
 
+from examples.hypergraph_trap import crossed, descended
 from surgery.errors import InputError
 from surgery.hypergraph import Form, Hypergraph, clique, cuts, fiedler, pairs, partition
 from surgery.hypergraph.moves import Limits
 from surgery.hypergraph.partitions import sweep
-from tests.hypergraph_cases import by_chance, dense_tensor, hypergraphs, trap
+from tests.hypergraph_cases import by_chance, dense_tensor, hypergraphs
 
 SEEDS = st.integers(0, 1000)
 
@@ -153,14 +154,15 @@ def test_odd_and_mixed_sizes_are_refused_with_what_to_do() -> None:
 
 
 def test_a_partition_of_lower_tensor_value_cuts_nearly_everything() -> None:
-    # Two communities, crossed by two types of which each hyperedge takes two nodes: the form sees no even split.
-    h, labels = trap()
+    # Two communities, crossed by two types of which most hyperedges take two nodes each: the form sees no even split.
+    h, of = crossed()
     form = _form(h)
-    community, kind = (form(np.where(labels[:, i] == 0, 1.0, -1.0)) for i in (0, 1))
-    assert kind < community
-    assert cuts(h, labels[:, 1]).cut == 1200
-    assert cuts(h, labels[:, 0]).cut < 220
-    assert partition(h).value < 220
+    community, kind = (np.where(of[name] == 0, 1.0, -1.0) for name in ("communities", "types"))
+    assert form(kind) < form(community)
+    assert descended(form, kind) < descended(form, community)
+    assert cuts(h, of["types"]).hyperedges > 1150
+    assert cuts(h, of["communities"]).hyperedges < 250
+    assert partition(h).value < 250
 
 
 def test_hyperedges_split_evenly_are_the_one_thing_that_the_tensor_sees_better() -> None:

@@ -20,7 +20,7 @@ from surgery.errors import InputError
 from surgery.hypergraph.hypergraph import Floats, Hypergraph, Integers
 from surgery.hypergraph.ragged import added
 
-__all__ = ["OBJECTIVES", "Cuts", "Objective", "counted", "cuts", "part_sizes"]
+__all__ = ["OBJECTIVES", "Cuts", "Objective", "checked", "counted", "cuts", "part_sizes"]
 
 Objective: TypeAlias = Literal["cut", "connectivity", "ratio", "normalised"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)

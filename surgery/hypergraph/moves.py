@@ -28,11 +28,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.hypergraph.costs import Objective, part_sizes
+from surgery.hypergraph.costs import Objective, cuts, part_sizes
 from surgery.hypergraph.hypergraph import Floats, Hypergraph, Integers
 from surgery.hypergraph.ragged import added, places
 
-__all__ = ["Limits", "refine"]
+__all__ = ["Limits", "costs_of", "refine"]
 
 _Counts = NDArray[np.int32]
 _Mask = NDArray[np.bool_]
@@ -92,6 +92,14 @@ def refine(
         if not len(going):
             break
     return part, values
+
+
+def costs_of(h: Hypergraph, part: Integers, limits: Limits) -> tuple[Floats, Floats]:
+    """Return by how much node weight each of the partitions (S, n) is above the limits, and their objectives."""
+    loads = np.stack([part_sizes(p, h.node_weights, limits.parts) for p in part])
+    excess = np.maximum(loads - limits.most, 0.0).sum(axis=1)
+    values = np.array([getattr(cuts(h, p), limits.objective) for p in part])
+    return np.where(excess < _TINY, 0.0, excess), values
 
 
 class _Batch:

@@ -15,71 +15,75 @@ import numpy as np
 from scipy import sparse
 
 from surgery.hypergraph.hypergraph import Floats, Hypergraph, Integers, merged
-from surgery.hypergraph.moves import Limits, refine
+from surgery.hypergraph.moves import Limits, costs_of, refine
 from surgery.hypergraph.ragged import added
 
-__all__ = ["coarsen", "multilevel", "random_parts"]
+__all__ = ["coarsen", "joined", "multilevel", "random_parts"]
 
 _SMALLEST = 120  # nodes for each two parts: below, levels end
 _WIDEST = 40  # hyperedges of more nodes rate no pairs; there would be too many
-_STARTS, _KEPT = 48, 4
+_STARTS, _KEPT, _FRESH = 48, 4, 2
+_ROUNDS = 4  # of choosing partners, on each level
+_STALLED = 0.95  # of the nodes are left: then there are no more levels
 _WORK = 40_000  # gains that one level chooses from at a time
 
 
 def multilevel(
-    h: Hypergraph, limits: Limits, *, rng: np.random.Generator, starts: Integers | None = None, cycles: int = 2
+    h: Hypergraph, limits: Limits, *, rng: np.random.Generator, starts: Integers | None = None, cycles: int = 4
 ) -> tuple[Integers, float]:
     """Return the best partition found and its objective; ``starts`` (S, n) are partitions to begin with, too."""
-    kept, values = _cycle(h, limits, rng, None)
+    found = [_cycle(h, limits, rng, None) for _ in range(_FRESH)]
     if starts is not None:
-        more, those = refine(h, starts, limits, rng=rng)
-        kept, values = _best(np.concatenate([kept, more]), np.concatenate([values, those]), _KEPT)
+        found.append(refine(h, starts, limits, rng=rng)[0])
+    kept, values = _best(h, np.concatenate(found), limits, _KEPT)
     for _ in range(cycles):
-        before = values.min()
-        again, those = _cycle(h, limits, rng, kept)
-        kept, values = _best(np.concatenate([kept, again]), np.concatenate([values, those]), _KEPT)
-        if values.min() >= before:
+        before = values[0]
+        again = _cycle(h, limits, rng, kept)
+        kept, values = _best(h, np.concatenate([kept, again]), limits, _KEPT)
+        if values[0] >= before:
             break
     return kept[0], float(values[0])
 
 
-def _cycle(h: Hypergraph, limits: Limits, rng: np.random.Generator, kept: Integers | None) -> tuple[Integers, Floats]:
+def _cycle(h: Hypergraph, limits: Limits, rng: np.random.Generator, kept: Integers | None) -> Integers:
     """Go down the levels and back up; ``kept`` are partitions that all levels have to respect, and start from."""
-    levels, maps = [h], []
-    part = kept
+    # Invariant: ``part`` (S, n) are partitions of the smallest level so far, and on the way back of ``level``.
+    levels, maps, part = [h], list[Integers](), kept
     heaviest = max(float(h.node_weights.max(initial=0)), 1.5 * h.node_weights.sum() / (_SMALLEST * limits.parts / 2))
     while levels[-1].nodes > _SMALLEST * limits.parts / 2:
         apart = None if part is None else np.unique(part, axis=1, return_inverse=True)[1].reshape(-1)
         small, new = coarsen(levels[-1], rng=rng, heaviest=heaviest, apart=apart)
-        if small.nodes > 0.95 * levels[-1].nodes:
+        if small.nodes > _STALLED * levels[-1].nodes:
             break
         if part is not None:
-            first = np.zeros((len(part), small.nodes), np.int64)
-            first[:, new] = part
-            part = first
+            carried = np.zeros((len(part), small.nodes), np.int64)
+            carried[:, new] = part
+            part = carried
         levels.append(small)
         maps.append(new)
     if part is None:
         part = random_parts(levels[-1], limits, count=_STARTS, rng=rng)
-    values = np.zeros(len(part))
     for number in range(len(levels) - 1, -1, -1):
         level = levels[number]
-        part, values = refine(level, part, limits, rng=rng, patience=_patience(level))
+        part = refine(level, part, limits, rng=rng, patience=_patience(level))[0]
         if number:
-            fit = int(np.clip(_WORK // max(1, levels[number - 1].nodes * limits.parts), 2, _STARTS))
-            part, values = _best(part, values, fit)
-            part = part[:, maps[number - 1]]
-    return _best(part, values, _KEPT)
+            few = int(np.clip(_WORK // (levels[number - 1].nodes * limits.parts), 2, _STARTS))
+            part = _best(level, part, limits, few)[0][:, maps[number - 1]]
+    return _best(h, part, limits, _KEPT)[0]
 
 
 def _patience(h: Hypergraph) -> int:
     return max(30, min(h.nodes // 100, 60))
 
 
-def _best(part: Integers, values: Floats, count: int) -> tuple[Integers, Floats]:
-    """Return the best partitions, each once, the best first."""
-    _, first = np.unique(part, axis=0, return_index=True)
-    order = first[np.argsort(values[first], kind="stable")][:count]
+def _best(h: Hypergraph, part: Integers, limits: Limits, count: int) -> tuple[Integers, Floats]:
+    """Return the best partitions, each once, and their objectives; the best first, and what fits before what does not.
+
+    What exceeds the limits comes by how much it does.
+    """
+    part = np.unique(part, axis=0)
+    excess, values = costs_of(h, part, limits)
+    order = np.lexsort((values, excess))[:count]
     return part[order], values[order]
 
 
@@ -100,24 +104,68 @@ def coarsen(
 ) -> tuple[Hypergraph, Integers]:
     """Return a smaller hypergraph and each node's number in it; nodes of different ``apart`` are never joined."""
     row, column, rating = _ratings(h, rng)
-    allowed = h.node_weights[row] + h.node_weights[column] <= heaviest
+    fine = h.node_weights[row] + h.node_weights[column] <= heaviest
     if apart is not None:
-        allowed &= apart[row] == apart[column]
-    row, column, rating = row[allowed], column[allowed], rating[allowed]
-    partner = np.arange(h.nodes)
-    for _ in range(4):
+        fine &= apart[row] == apart[column]
+    order = np.argsort(np.where(fine, rating, -1.0), kind="stable")[np.count_nonzero(~fine) :]
+    row, column = row[order], column[order]  # by rising rating, so that of what is written to a node the best stays
+    group, every = np.arange(h.nodes), (row, column)
+    for _ in range(_ROUNDS):
         best = np.full(h.nodes, -1)
-        order = np.argsort(rating, kind="stable")
-        best[row[order]] = column[order]  # the last written is the highest
+        best[row] = column
         chosen = (best >= 0) & (best[best] == np.arange(h.nodes))
-        partner[chosen] = best[chosen]
-        free = partner == np.arange(h.nodes)
-        left = free[row] & free[column]
-        row, column, rating = row[left], column[left], rating[left]
+        group[chosen] = np.minimum(best, np.arange(h.nodes))[chosen]
+        free = np.bincount(group, minlength=h.nodes)[group] == 1
+        both = free[row] & free[column]
+        row, column = row[both], column[both]
         if not len(row):
             break
-    kinds, new = np.unique(np.minimum(partner, np.arange(h.nodes)), return_inverse=True)
+    group = _joined_up(h, group, *every, heaviest)
+    group = _alone(h, group, heaviest, apart)
+    kinds, new = np.unique(group, return_inverse=True)
     return joined(h, new, len(kinds)), new
+
+
+def _joined_up(h: Hypergraph, group: Integers, row: Integers, column: Integers, heaviest: float) -> Integers:
+    """Let nodes that are alone join the group of their best neighbour, the lightest first, while that stays light."""
+    size = np.bincount(group, minlength=h.nodes)
+    alone = (size[group] == 1)[row] & (size[group] > 1)[column]
+    best = np.full(h.nodes, -1)
+    best[row[alone]] = column[alone]
+    nodes = np.flatnonzero(best >= 0)
+    return _filled_up(h, group, nodes, group[best[nodes]], heaviest)
+
+
+def _alone(h: Hypergraph, group: Integers, heaviest: float, apart: Integers | None) -> Integers:
+    """Join nodes that no hyperedge ties to others: they cost nothing wherever they are, and only slow things down."""
+    nodes = np.flatnonzero(h.degrees == 0)
+    if len(nodes) < 2:
+        return group
+    side = np.zeros(len(nodes), np.int64) if apart is None else apart[nodes]
+    nodes = nodes[np.argsort(side, kind="stable")]
+    pair = nodes[0 : len(nodes) - 1 : 2], nodes[1::2]
+    same = h.node_weights[pair[0]] + h.node_weights[pair[1]] <= heaviest
+    if apart is not None:
+        same &= apart[pair[0]] == apart[pair[1]]
+    group = group.copy()
+    group[pair[1][same]] = group[pair[0][same]]
+    return group
+
+
+def _filled_up(h: Hypergraph, group: Integers, nodes: Integers, wanted: Integers, heaviest: float) -> Integers:
+    """Add nodes to the groups that they want, the lightest first, as long as a group stays within ``heaviest``."""
+    if not len(nodes):
+        return group
+    order = np.lexsort((h.node_weights[nodes], wanted))
+    nodes, wanted = nodes[order], wanted[order]
+    total = np.cumsum(h.node_weights[nodes])
+    first = np.flatnonzero(np.diff(wanted, prepend=-1))
+    before = np.repeat(total[first] - h.node_weights[nodes[first]], np.diff(first, append=len(nodes)))
+    weight = np.bincount(group, h.node_weights, minlength=h.nodes)
+    fit = weight[wanted] + total - before <= heaviest
+    group = group.copy()
+    group[nodes[fit]] = wanted[fit]
+    return group
 
 
 def _ratings(h: Hypergraph, rng: np.random.Generator) -> tuple[Integers, Integers, Floats]:
