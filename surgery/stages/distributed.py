@@ -9,7 +9,7 @@ running statistics of batch norms in training. So they are found beforehand, by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,10 +40,17 @@ class RelayStage(nn.Module):
         self.stage = stage
         self.reads, self.gives = piece.inputs, piece.outputs
         self.takes, self.sends = tuple(takes), tuple(sends)
+        self.numbers: dict[str, Any] = {}
+
+    def fix(self, numbers: Mapping[str, Any]) -> None:
+        """Take these values as given, so that they need not be sent: sizes, which all microbatches share."""
+        self.numbers = dict(numbers)
+        self.takes = tuple(name for name in self.takes if name not in numbers)
+        self.sends = tuple(name for name in self.sends if name not in numbers)
 
     def forward(self, *args: Any) -> Any:
         """Run the stage; return what it sends."""
-        known = dict(zip(self.takes, args, strict=True))
+        known = self.numbers | dict(zip(self.takes, args, strict=True))
         found = self.stage(*(_writable(known[name]) for name in self.reads))
         known |= zip(self.gives, [found] if isinstance(found, Tensor) else list(found), strict=True)
         return tuple(known[name] for name in self.sends)
@@ -140,7 +147,7 @@ def pipeline_stages(
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if size > len(modules):
         raise InputError(f"{len(modules)} stages for {size} processes", allowed="at least one stage for each")
-    crossing = _shapes(modules, microbatch)
+    crossing = _crossing(modules, microbatch)
     return [
         PipelineStage(
             module.to(device),
@@ -156,10 +163,31 @@ def pipeline_stages(
     ]
 
 
-def _shapes(modules: Sequence[nn.Module], microbatch: Inputs) -> list[tuple[Tensor, ...]]:
-    """Return tensors without numbers: the inputs of the first stage, and what each stage returns."""
+def _crossing(modules: Sequence[nn.Module], microbatch: Inputs) -> list[tuple[Tensor, ...]]:
+    """Return tensors without numbers: the inputs of the first stage, and what each stage returns.
+
+    Sizes and other numbers that would cross are fixed in the stages; only tensors are left to be sent.
+    """
+    first = tuple(arg for arg in microbatch[0] if isinstance(arg, Tensor))
+    found = _shapes(modules, microbatch)
+    relays = [module.relay if isinstance(module, _Last) else module for module in modules]
+    numbers: dict[str, Any] = {}
+    for module, row in zip(relays[:-1], found, strict=False):
+        assert isinstance(module, RelayStage)
+        numbers |= {name: value for name, value in zip(module.sends, row, strict=True) if not isinstance(value, Tensor)}
+    if numbers:
+        for number, module in enumerate(relays):
+            assert isinstance(module, RelayStage)
+            whole = module.takes if number == 0 else module.sends if number == len(relays) - 1 else ()
+            module.fix({name: value for name, value in numbers.items() if name not in whole})
+    rows = [first, *(tuple(value for value in row if isinstance(value, Tensor)) for row in found)]
+    return [tuple(map(_without_numbers, row)) for row in rows]
+
+
+def _shapes(modules: Sequence[nn.Module], microbatch: Inputs) -> list[tuple[Any, ...]]:
+    """Return what each stage returns, from a run on tensors without numbers."""
     args, kwargs = microbatch
-    found = [tuple(arg for arg in args if isinstance(arg, Tensor))]
+    found: list[tuple[Any, ...]] = []
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
         try:
             args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
@@ -170,10 +198,7 @@ def _shapes(modules: Sequence[nn.Module], microbatch: Inputs) -> list[tuple[Tens
                 found.append(args)
         except Exception as error:  # models raise anything
             raise InputError(f"the stages do not run on the microbatch: {first_line(error)}") from error
-    if any(not isinstance(value, Tensor) for row in found for value in row):
-        what = "a stage sends a number to another, which torch's schedules cannot"
-        raise InputError(what, next_step="export the model with sizes that are fixed, or cut it elsewhere")
-    return [tuple(map(_without_numbers, row)) for row in found]
+    return found
 
 
 def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

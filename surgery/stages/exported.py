@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.cost.base import Backend, ModelFile
 from surgery.cost.timing import Samples
@@ -26,6 +26,20 @@ class StageOnnx:
     file: ModelFile
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+
+
+class _Tensors(nn.Module):
+    """A stage that takes and gives tensors alone: numbers, as sizes are, are those of the example."""
+
+    def __init__(self, stage: Piece, kind: Kind, values: Sequence[Any]) -> None:
+        super().__init__()
+        self.stage = kind.runnable(stage.model)
+        self._values = tuple(None if isinstance(value, Tensor) else value for value in values)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = iter(tensors)
+        found = self.stage(*(next(given) if value is None else value for value in self._values))
+        return tuple(value for value in found if isinstance(value, Tensor))
 
 
 def run_in_order(pieces: Pieces, kind: Kind, inputs: Inputs) -> Iterator[tuple[Piece, list[Any], tuple[Any, ...]]]:
@@ -47,8 +61,9 @@ def write_stages(pieces: Pieces, kind: Kind, inputs: Inputs, folder: Path) -> li
     """
     written = []
     for number, (stage, values, found) in enumerate(run_in_order(pieces, kind, inputs)):
-        name = f"stage {number}"
-        file = write_model(stage.model, (tuple(values), {}), folder / f"stage{number}.onnx", name).file
+        model = stage.model if all(isinstance(v, Tensor) for v in (*values, *found)) else _Tensors(stage, kind, values)
+        tensors = tuple(value for value in values if isinstance(value, Tensor))
+        file = write_model(model, (tensors, {}), folder / f"stage{number}.onnx", f"stage {number}").file
         named = zip(stage.inputs, values, strict=True), zip(stage.outputs, found, strict=True)
         taken, given = (tuple(name for name, value in pairs if isinstance(value, Tensor)) for pairs in named)
         written.append(StageOnnx(file, taken, given))
