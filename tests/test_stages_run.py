@@ -24,6 +24,7 @@ from onnx import helper
 from torch import Tensor, nn
 
 from surgery.cost.base import ModelFile, NodeTimes, make_backend
+from surgery.cost.cache import Cache
 from surgery.errors import InputError
 from surgery.files.load import load
 from surgery.kinds.base import Kind, Pieces
@@ -152,6 +153,13 @@ def test_onnxruntime_times_the_kernels_of_a_model_once(tmp_path: Path) -> None:
     assert seen[-1] == 1
     assert make_backend(path=tmp_path / "cache" / "known.sqlite3").profile(file, threads=1) == times
     assert set(tmp_path.iterdir()) - before == {tmp_path / "cache"}
+
+
+@pytest.mark.parametrize("bad", [[1.0], {"out": "1"}, {"out": -1.0}, 1.0])
+def test_kept_times_of_nodes_that_make_no_sense_are_measured_anew(bad: Any, tmp_path: Path) -> None:
+    path, good = tmp_path / "known.sqlite3", NodeTimes(2.0, {"out": 1.0})
+    Cache(path).recall(NodeTimes, {"model": 1}, lambda: NodeTimes(2.0, bad))
+    assert Cache(path).recall(NodeTimes, {"model": 1}, lambda: good) == good
 
 
 def test_weights_in_another_file_are_found(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import sqlite3
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict
+from dataclasses import fields as declared
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,17 +98,18 @@ class Cache:
             found = kind(**fields)
         except TypeError:
             return None  # written by another version, or by someone else
-        if not all(map(_is_sensible, fields, fields.values())):
+        named = {field.name for field in declared(kind) if str(field.type).startswith("Mapping")}  # type: ignore[arg-type]
+        if not all(_is_sensible(name, value, name in named) for name, value in fields.items()):
             return None
         self._known[key] = fields
         return found
 
 
-def _is_sensible(name: str, value: Any) -> bool:
+def _is_sensible(name: str, value: Any, by_name: bool) -> bool:
     if name == "verdict":
         return value in VERDICTS
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_sensible("", each) for key, each in value.items())
+    if by_name:
+        return isinstance(value, dict) and all(_is_sensible("", each, False) for each in value.values())
     return isinstance(value, float) and _LEAST <= value <= _MOST
 
 
