@@ -2,7 +2,8 @@
 
 ``uniform``  nodes by chance: easy, since hardly any pair of them is tied
 ``motif``    grown along the ties of the training hyperedges, a neighbour of a member at a time (Patil and others 2020);
-             pairs are two neighbours of one node
+             pairs are two neighbours of one node. All are tied, as hyperedges that were held out of a sparse hypergraph
+             often are not: there scores of ties fall below chance
 ``clique``   a training hyperedge with one node replaced by a neighbour of all others: so near that they share all but
              one node with what is known; report them, and rank no method by them alone
 """
