@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import time
 from dataclasses import replace
 
 import pytest
@@ -20,7 +19,7 @@ from surgery.stages.dynamic import best_cut
 from surgery.stages.loads import Loads
 from surgery.stages.milp import program
 from surgery.stages.orders import orders
-from surgery.stages.problem import Problem
+from surgery.stages.problem import Assignment, Problem
 from surgery.stages.refine import refine
 from surgery.stages.solve import solve
 
@@ -79,8 +78,7 @@ def test_the_bound_is_below_every_cut_and_a_proven_cut_is_the_best(problem: Prob
     assert found.bound <= best * (1 + 1e-9)
     assert found.bottleneck >= best * (1 - 1e-9)
     assert not found.proven or found.bottleneck == pytest.approx(best)
-    assert found.gap == pytest.approx(0 if found.proven else found.bottleneck / found.bound - 1)
-    assert found.bottleneck == pytest.approx(best) or not problem.relay
+    assert found.proven and found.gap == 0 and found == solve(problem)
 
 
 @settings(max_examples=30, deadline=None)
@@ -89,7 +87,7 @@ def test_down_sets_and_the_integer_program_agree_and_bound_every_cut(problem: Pr
     blocks = blocks_of(problem)
     if problem.stages > len(blocks):
         return
-    sets = down_sets(blocks, most=10**6, end=time.monotonic() + 60)
+    sets = down_sets(blocks, most=10**6)
     assert sets is not None
     found = optimum(problem, blocks, sets)
     assert found is not None
@@ -98,8 +96,8 @@ def test_down_sets_and_the_integer_program_agree_and_bound_every_cut(problem: Pr
     assert stages is not None
     scores = [cut.score()[1] for cut in every_cut(problem, blocks)]
     assert simple_bound(problem, blocks) <= found[0] * (1 + 1e-9) <= min(scores) * (1 + 2e-9)
-    if problem.relay or problem.stages == 2 or (problem.link is None and problem.balance == "time"):
-        assert found[0] == pytest.approx(min(scores))
+    assert found[0] == pytest.approx(min(scores))
+    assert Loads(problem, blocks, found[1]).score()[1] == pytest.approx(found[0])
 
 
 @settings(max_examples=40, deadline=None)
@@ -116,7 +114,8 @@ def test_values_go_forward_groups_stay_whole_and_memory_is_kept(problem: Problem
             assert all(found.stage_of[source] <= stage for source in sources)
         assert all(len({found.stage_of[one] for one in group}) == 1 for group in problem.network.together)
         assert set(found.stage_of) == set(range(problem.stages))
-        assert sum(found.sent) == sum(found.received)
+        assert sum(found.sent) <= sum(found.received)
+        assert sum(found.sent) == sum(found.received) or not problem.relay
         assert problem.ties == "copy" or not found.repeated
         copies = sum(one.bytes * len(one.stages) for one in found.repeated)
         assert copies <= sum(found.tensors)
@@ -131,11 +130,11 @@ def test_the_loads_of_moved_blocks_are_those_counted_anew_and_moves_never_make_a
         return
     for _, order in orders(blocks, seeds=1):
         for relay in (False, True):
-            stages = best_cut(problem, blocks, order, relay=relay)
+            stages = best_cut(replace(problem, relay=relay), blocks, order)
             assert stages is not None
             loads = Loads(problem, blocks, stages)
             before = loads.score()
-            refine(loads, end=time.monotonic() + 5)
+            refine(loads, tries=3000)
             assert loads.score()[1] <= before[1] * (1 + 1e-9)
             anew = Loads(problem, blocks, loads.stage_of)
             assert loads.score() == pytest.approx(anew.score())
@@ -145,12 +144,11 @@ def test_the_loads_of_moved_blocks_are_those_counted_anew_and_moves_never_make_a
 @settings(max_examples=40, deadline=None)
 @given(problems(9))
 def test_dynamic_programming_is_at_least_as_good_as_every_cut_of_its_order(problem: Problem) -> None:
-    problem = replace(problem, relay=True)
     blocks = blocks_of(problem)
     if problem.stages > len(blocks):
         return
     for _, order in orders(blocks, seeds=1):
-        stages = best_cut(problem, blocks, order, relay=True)
+        stages = best_cut(problem, blocks, order)
         assert stages is not None
         reached = Loads(problem, blocks, stages).score()[1]
         for cuts in itertools.combinations(range(1, len(order)), problem.stages - 1):
@@ -194,5 +192,34 @@ def test_other_numbers_of_the_values_change_nothing() -> None:
 def test_a_long_order_is_cut_at_fewer_places() -> None:
     made = network(5, 1500)
     times = (1.0,) * 1500
-    found = solve(Problem(made, times, 3), seconds=0.1)
+    found = solve(Problem(made, times, 3))
     assert found.bottleneck <= 1.02 * found.bound
+
+
+def test_times_of_zero_have_no_gap_and_a_network_of_nothing_is_refused() -> None:
+    made = network(1, 30)
+    found = solve(Problem(made, (0.0,) * 30, 3))
+    assert (found.gap, found.proven, found.bottleneck) == (0.0, True, 0.0)
+    assert Assignment((), (), (), (), (), (), (1.0,), 0.0, False, "graph").gap is None
+    with pytest.raises(InputError, match="a network without operations"):
+        Problem(Network((), (), (), ()), (), 1)
+
+
+def test_ties_that_leave_too_few_stages_are_named() -> None:
+    operations = tuple(Operation(f"o{n}", "op", (n,), (n + 1,), ("w",)) for n in range(4))
+    made = Network(operations, tuple(Value(f"v{n}", 4) for n in range(5)), (0,), (4,), {"w": 8})
+    problem = Problem(made, (1.0,) * 4, 2, ties="together")
+    with pytest.raises(InputError, match="at most 1 stages; .*ties='copy', at most 4 stages"):
+        solve(problem)
+    assert solve(replace(problem, ties="copy")).repeated[0].stages == (0, 1)
+
+
+def test_a_wide_graph_has_too_many_down_sets_and_a_proof_only_helps() -> None:
+    made = network(7, 40)
+    problem = Problem(made, tuple(float(one % 5 + 1) for one in range(40)), 4, link=30.0)
+    assert down_sets(blocks_of(problem), most=1200) is None
+    plain = solve(problem)
+    assert plain == solve(problem)
+    proved = solve(problem, prove_seconds=0.5)
+    assert proved.bottleneck <= plain.bottleneck
+    assert plain.bound <= proved.bound <= plain.bottleneck * (1 + 1e-9)

@@ -6,13 +6,10 @@ and have a few thousand:
 
     a -> b -> d, a -> c -> d:   {}, {a}, {a b}, {a c}, {a b c}, {a b c d}
 
-(Piper of Tarnawski et al., 2021, plans over down-sets too.) As in ``dynamic``, a value counts once for the stage that
-gives it. That is exact for values that are relayed, and a lower bound for those that are sent to each stage that reads.
+(Piper of Tarnawski et al., 2021, plans over down-sets too.)
 """
 
 from __future__ import annotations
-
-import time
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +23,7 @@ __all__ = ["down_sets", "optimum"]
 _Matrix = NDArray[np.float64]
 
 
-def down_sets(blocks: Blocks, *, most: int, end: float) -> _Matrix | None:
+def down_sets(blocks: Blocks, *, most: int) -> _Matrix | None:
     """Return the down-sets as rows of zeros and ones, smaller ones first, or None if there are more than ``most``."""
     before = [sum(1 << one for one in found) for found in blocks.before]
     seen, new = {0}, [0]
@@ -38,7 +35,7 @@ def down_sets(blocks: Blocks, *, most: int, end: float) -> _Matrix | None:
                     grown.add(one | 1 << block)
         seen |= grown
         new = list(grown)
-        if len(seen) > most or time.monotonic() > end:
+        if len(seen) > most:
             return None
     sizes = sorted(seen, key=lambda one: (one.bit_count(), one))
     width = (len(blocks) + 7) // 8
@@ -47,7 +44,7 @@ def down_sets(blocks: Blocks, *, most: int, end: float) -> _Matrix | None:
 
 
 def optimum(problem: Problem, blocks: Blocks, sets: _Matrix) -> tuple[float, tuple[int, ...]] | None:
-    """Return the least largest load, with values counted as above, and a cut that reaches it; None if nothing fits."""
+    """Return the least largest load, and a cut that reaches it; None if no cut fits in the memory."""
     costs = _costs(problem, blocks, sets)
     found = optimal(costs, problem.stages)
     if found is None:

@@ -7,8 +7,7 @@ rectangle of pairs (i, j). So four numbers a rectangle and two running sums give
     read at r after the read at q, it comes into [i, j) for this read if q < i <= r < j: rows q+1..r, columns r+1..n
 
 Then best[s][j] = min over i of max(best[s-1][i], cost[i, j]); among the cuts that reach the least largest cost, a
-second round takes the one that sends least. Sent once to several stages, a value counts once for its own stage here;
-the loads of the whole cut say what it really costs.
+second round takes the one that sends least.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _Matrix = NDArray[np.float64]
 _Span = tuple[int, int]
 _Rectangle = tuple[_Span, _Span, int]  # the first and last i, the first and last j, and what it adds
 
-_MOST_CUTS = 1000
+_MOST_CUTS = 600
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,18 +39,15 @@ class Costs:
     bytes: _Matrix
 
 
-def best_cut(problem: Problem, blocks: Blocks, order: Sequence[int], *, relay: bool) -> tuple[int, ...] | None:
-    """Return the stage of each block, or None if no cut of this order has segments that hold little enough.
-
-    With ``relay``, values are counted as if they went from stage to stage, whatever the problem says.
-    """
+def best_cut(problem: Problem, blocks: Blocks, order: Sequence[int]) -> tuple[int, ...] | None:
+    """Return the stage of each block, or None if no cut of this order has segments that hold little enough."""
     at = np.empty(len(order), int)
     at[np.array(order, int)] = np.arange(len(order))
     values = [Shared(tuple(at[list(value.blocks)].tolist()), value.bytes) for value in blocks.values]
     values = [Shared((one.blocks[0], *sorted(one.blocks[1:])), one.bytes) for one in values]
     tensors = [Shared(tuple(sorted(at[list(one.blocks)].tolist())), one.bytes) for one in blocks.tensors]
     cuts = _cuts(len(order), values, problem.stages)
-    found = optimal(_costs(problem, _Sums(cuts), values, tensors, _times(blocks, order), relay=relay), problem.stages)
+    found = optimal(_costs(problem, _Sums(cuts), values, tensors, _times(blocks, order)), problem.stages)
     if found is None:
         return None
     stages = np.searchsorted(cuts[found[1]], at, side="right") - 1
@@ -102,8 +98,6 @@ def _costs(
     values: Sequence[Shared],
     tensors: Sequence[Shared],
     times: _Matrix,
-    *,
-    relay: bool,
 ) -> Costs:
     end = len(times) - 1
     cuts = sums.cuts if isinstance(sums, _Sums) else np.arange(end + 1)
@@ -111,9 +105,9 @@ def _costs(
     going = [((0, first), (first + 1, last), size) for first, last, size in map(_ends, values)]
     relayed = [((0, end), (first + 1, last), size) for first, last, size in map(_ends, values)]
     coming = [rectangle for value in values for rectangle in _firsts(value.blocks[0], value.blocks[1:], value, end)]
-    received = sums(passing if relay else coming)
+    received = sums(passing if problem.relay else coming)
     given = sums(going)
-    traffic = received + (sums(relayed) if relay else given)
+    traffic = received + (sums(relayed) if problem.relay else given)
     held = sums([r for one in tensors for r in _firsts(-1, one.blocks, one, end)])
     memory = held + received + given
     if problem.balance == "time":
@@ -139,23 +133,20 @@ def _firsts(before: int, readers: Sequence[int], shared: Shared, end: int) -> li
 
 def optimal(costs: Costs, stages: int) -> tuple[float, NDArray[np.int_]] | None:
     """Return the least largest load, and where the stages start that reach it with the fewest bytes."""
-    largest = _rounds(costs.load, stages, np.maximum)[0][-1][-1]
+    load, size = np.ascontiguousarray(costs.load.T), len(costs.load)
+    start = np.where(np.arange(size) == 0, 0.0, np.inf)
+    best, joined = start, np.empty_like(load)
+    for _ in range(stages):
+        best = np.maximum(best, load, out=joined).min(1)
+    largest = best[-1]
     if not np.isfinite(largest):
         return None
-    within = np.where(costs.load <= largest, costs.bytes, np.inf)
-    chosen = _rounds(within, stages, np.add)[1]
-    starts, end = np.empty(stages, int), within.shape[0] - 1
+    within = np.where(load <= largest, costs.bytes.T, np.inf)
+    best, chosen = start, []
+    for _ in range(stages):
+        chosen.append(np.add(best, within, out=joined).argmin(1))
+        best = np.take_along_axis(joined, chosen[-1][:, None], 1)[:, 0]
+    starts, end = np.empty(stages, int), size - 1
     for stage in reversed(range(stages)):
         end = starts[stage] = chosen[stage][end]
     return float(largest), starts
-
-
-def _rounds(
-    cost: _Matrix, stages: int, join: Callable[[_Matrix, _Matrix], _Matrix]
-) -> tuple[list[_Matrix], list[NDArray[np.intp]]]:
-    best, chosen = [np.where(np.arange(len(cost)) == 0, 0.0, np.inf)], []
-    for _ in range(stages):
-        joined = join(best[-1][:, None], cost)
-        chosen.append(joined.argmin(0))
-        best.append(joined.min(0))
-    return best, chosen

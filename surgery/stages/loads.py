@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from surgery.stages.blocks import Blocks
 from surgery.stages.problem import Problem
@@ -39,22 +39,23 @@ class Loads:
             for block in tensor.blocks:
                 self._tensors[block].append(number)
 
-    def _hops(self, number: int) -> Iterator[tuple[int, int]]:
-        """Yield from which stage to which a value is sent."""
+    def _ends(self, number: int) -> tuple[Iterable[int], Iterable[int]]:
+        """Return the stages that send a value, and those that receive it."""
         first, *later = (self.stage_of[block] for block in self.blocks.values[number].blocks)
         if self.problem.relay:
-            yield from ((stage, stage + 1) for stage in range(first, max(later)))
-        else:
-            yield from ((first, stage) for stage in set(later) if stage != first)
+            last = max(later)
+            return range(first, last), range(first + 1, last + 1)
+        targets = set(later) - {first}
+        return ([first] if targets else []), targets
 
     def _add(self, number: int, sign: int) -> None:
         size = sign * self.blocks.values[number].bytes
-        touched = set()
-        for source, target in self._hops(number):
-            self.sent[source] += size
-            self.received[target] += size
-            touched |= {source, target}
-        for stage in touched:
+        sources, targets = self._ends(number)
+        for stage in sources:
+            self.sent[stage] += size
+        for stage in targets:
+            self.received[stage] += size
+        for stage in {*sources, *targets}:
             self.held[stage] += size
 
     def move(self, block: int, stage: int) -> None:
@@ -95,5 +96,6 @@ class Loads:
         return 0 if most is None else sum(max(0, self.memory(s) - most) for s in range(self.problem.stages))
 
     def score(self) -> tuple[int, float, int]:
-        """Return what is minimised: the bytes above the memory, then the largest load, then all bytes sent."""
-        return self.excess(), max(self.load(stage) for stage in range(self.problem.stages)), sum(self.sent)
+        """Return what is minimised: the bytes above the memory, then the largest load, then all bytes that are sent and received."""
+        largest = max(self.load(stage) for stage in range(self.problem.stages))
+        return self.excess(), largest, sum(self.sent) + sum(self.received)

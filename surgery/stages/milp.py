@@ -4,7 +4,7 @@ The variables are z[b, s], 1 if block b is in the first s + 1 stages; so it is i
 z[b, s - 1].
 A value comes into stage s by at least y[reader, s] - y[producer, s], and leaves it by y[producer, s] - y[reader, s];
 relayed, it crosses the boundary after s by z[producer, s] - z[reader, s]. A tensor is in s by at least y[b, s].
-The load of each stage is at most the last variable, which is minimised. As in ``downsets``, a value leaves once.
+The load of each stage is at most the last variable, which is minimised.
 """
 
 from __future__ import annotations
@@ -106,10 +106,12 @@ def _nothing() -> tuple[_Row, float]:
 
 
 def _sum(rows: list[tuple[_Row, float]]) -> tuple[_Row, float]:
-    total = _nothing()
-    for row in rows:
-        total = _minus(total, ({v: -a for v, a in row[0].items()}, -row[1]))
-    return total
+    total, constant = _nothing()
+    for row, more in rows:
+        constant += more
+        for variable, factor in row.items():
+            total[variable] = total.get(variable, 0.0) + factor
+    return total, constant
 
 
 def _scale(problem: Problem, blocks: Blocks) -> float:

@@ -27,8 +27,9 @@ class Problem:
     - ``params``: bytes of its tensors;
     - ``memory``: bytes of its tensors, and of the values that it takes and gives.
 
-    A value is sent once to each later stage that reads it; with ``relay``, it goes from stage to stage until the last
-    that reads it. A tensor that several operations read is in each of their stages, or, if ``ties`` is ``together``,
+    A value that later stages read leaves its own stage once, however many they are (it is put where all can take it),
+    and comes into each of them once; with ``relay``, it goes from stage to stage until the last that reads it, and each
+    stage on its way takes it once and sends it once. All parts of planning count like this. A tensor that several operations read is in each of their stages, or, if ``ties`` is ``together``,
     those operations stay in one stage. The inputs and outputs of the whole network cost nothing.
 
     Raises:
@@ -45,6 +46,8 @@ class Problem:
     ties: Ties = "copy"
 
     def __post_init__(self) -> None:
+        if not self.network.operations:
+            raise InputError("a network without operations", allowed="one operation or more")
         if len(self.seconds) != len(self.network.operations):
             what = f"{len(self.seconds)} times for {len(self.network.operations)} operations"
             raise InputError(what, allowed="one time an operation")
@@ -79,8 +82,8 @@ class Assignment:
     earlier stages and gives to later ones, ``tensors`` the bytes of its parameters, buffers and constants, and
     ``memory`` these and the values that it takes and gives. ``loads`` is each stage in the measure of the problem's
     ``balance``, in seconds or in bytes.
-    No cut whatever has a largest load below ``bound``; with ``proven``, none is better than this one. ``order`` names
-    the order of operations that led to it.
+    No cut whatever has a largest load below ``bound``; with ``proven``, none is better than this one by more than a
+    millionth. ``order`` names the order of operations, or the method, that led to it.
     """
 
     stage_of: tuple[int, ...]
@@ -101,8 +104,8 @@ class Assignment:
         return max(self.loads)
 
     @property
-    def gap(self) -> float:
-        """How far the bottleneck lies above the bound, as a share of the bound; 0 where it is proven."""
+    def gap(self) -> float | None:
+        """How far the bottleneck lies above the bound, as a share of it: 0 where it is proven, None if the bound is 0."""
         if self.proven or self.bottleneck <= self.bound:
             return 0.0
-        return self.bottleneck / self.bound - 1 if self.bound > 0 else math.inf
+        return self.bottleneck / self.bound - 1 if self.bound > 0 else None

@@ -2,12 +2,13 @@
 
 A block may go to any stage from the latest of those before it to the earliest of those after it, so no value ever goes
 backwards. A pass moves blocks out of or into the most loaded stage, each at most once, the best move first even if it
-makes things worse, and goes back to the best state that it saw. Passes end when one brings nothing.
+makes things worse, and goes back to the best state that it saw. Passes end when one brings nothing, or when so many
+moves were tried that the work would no longer be little; their number, not a clock, decides, so that the same network
+is always cut in the same way.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 from surgery.stages.loads import Loads
@@ -17,20 +18,23 @@ __all__ = ["refine"]
 _PATIENCE = 12  # moves in a row that bring nothing
 
 
-def refine(loads: Loads, *, end: float) -> None:
-    """Move blocks as long as that helps, and until ``end``, a time of ``time.monotonic``; never makes a cut worse."""
-    while _pass(loads, end):
-        pass
+def refine(loads: Loads, *, tries: int) -> None:
+    """Move blocks as long as that helps, and until about ``tries`` moves were tried; never makes a cut worse."""
+    while tries > 0:
+        better, tried = _pass(loads, tries)
+        tries = tries - tried if better else 0
 
 
-def _pass(loads: Loads, end: float) -> bool:
-    first = best = loads.score()
+def _pass(loads: Loads, tries: int) -> tuple[bool, int]:
+    """Return whether a pass made the cut better, and how many moves it tried."""
+    first, best, spent = loads.score(), loads.score(), 0
     done: list[tuple[int, int]] = []
     kept, moved = 0, set[int]()
-    while len(done) - kept < _PATIENCE and time.monotonic() < end:
+    while len(done) - kept < _PATIENCE and spent < tries:
         tried = [(_tried(loads, block, stage), block, stage) for block, stage in _moves(loads, moved)]
         if not tried:
             break
+        spent += len(tried)
         score, block, stage = min(tried)
         done.append((block, loads.stage_of[block]))
         loads.move(block, stage)
@@ -39,7 +43,7 @@ def _pass(loads: Loads, end: float) -> bool:
             best, kept = score, len(done)
     for block, stage in reversed(done[kept:]):
         loads.move(block, stage)
-    return _better(best, first)
+    return _better(best, first), spent
 
 
 def _better(new: tuple[int, float, int], old: tuple[int, float, int]) -> bool:

@@ -1,14 +1,19 @@
-"""Solve: orders, dynamic programming, moves and a bound, put together to the stages of a network."""
+"""Solve: down-sets where these are few, else orders, dynamic programming and moves, put together to stages.
+
+All budgets are counts, not seconds, so that the same problem always has the same answer. Only the proof that a user
+asks for takes the time that it is given.
+"""
 
 from __future__ import annotations
 
-import time
+import itertools
 from collections.abc import Hashable
 from dataclasses import replace
 
 from surgery.errors import InputError
 from surgery.stages.blocks import Blocks, blocks_of
-from surgery.stages.bound import certificate
+from surgery.stages.bound import SLACK, prove, simple_bound
+from surgery.stages.downsets import down_sets, optimum
 from surgery.stages.dynamic import best_cut
 from surgery.stages.loads import Loads
 from surgery.stages.orders import orders
@@ -17,48 +22,67 @@ from surgery.stages.refine import refine
 
 __all__ = ["solve"]
 
+_SETS, _MORE_SETS = 1200, 4000  # down-sets: by default, and where a proof is asked for
+_CELLS = 6_000_000  # segments of all orders, times the rounds over them
+_FEWEST_ORDERS, _MOST_ORDERS = 3, 13
+_REFINED, _TRIES = 3, 6000  # cuts that are moved, and moves tried for each
 
-def solve(problem: Problem, *, seconds: float = 0.5) -> Assignment:
+
+def solve(problem: Problem, *, prove_seconds: float = 0.0) -> Assignment:
     """Return the stages of a network, and how far they may be from the best.
 
-    ``seconds`` is about the time that may be spent; one order is cut in any case. Half of it goes to the proof.
+    Without ``prove_seconds``, the answer depends on the problem alone. With it, an integer program has so many seconds
+    to raise the bound or to find a better cut, where neither was settled before.
 
     Raises:
         InputError: there are more stages than operations that can be apart, or no cut found fits in the memory.
     """
-    start = time.monotonic()
     blocks = blocks_of(problem)
-    if problem.stages > len(blocks):
-        what = f"{problem.stages} stages for {len(blocks)} operations that can be apart"
-        raise InputError(what, allowed=f"at most {len(blocks)} stages")
-    name, best = _planned(problem, blocks, start + seconds / 2)
-    end = start + seconds
-    proof = certificate(problem, blocks, best, end=end)
-    if proof.stage_of is not None:
-        other = Loads(problem, blocks, proof.stage_of)
-        refine(other, end=end)
-        if other.score() < best.score():
-            name, best = proof.name, other
-    return _assignment(problem, best, name, proof.bound)
+    _check(problem, blocks)
+    bound = simple_bound(problem, blocks)
+    sets = down_sets(blocks, most=_MORE_SETS if prove_seconds else _SETS)
+    if sets is not None:
+        found = optimum(problem, blocks, sets)
+        if found is None:
+            return _assignment(problem, _smallest(problem, blocks), "least memory", bound)
+        return _assignment(problem, Loads(problem, blocks, found[1]), "down-sets", max(bound, found[0]))
+    name, best = _planned(problem, blocks)
+    if prove_seconds and best.score()[1] > bound * (1 + SLACK):
+        proof = prove(problem, blocks, seconds=prove_seconds)
+        bound = max(bound, proof.bound)
+        if proof.stage_of is not None:
+            other = Loads(problem, blocks, proof.stage_of)
+            refine(other, tries=_TRIES)
+            name, best = ("integer program", other) if other.score() < best.score() else (name, best)
+    return _assignment(problem, best, name, bound)
 
 
-def _planned(problem: Problem, blocks: Blocks, end: float) -> tuple[str, Loads]:
-    """Return the best cut of all orders for which there is time, and the name of its order."""
+def _check(problem: Problem, blocks: Blocks) -> None:
+    """Raise an error if there are fewer blocks than stages."""
+    if problem.stages <= len(blocks):
+        return
+    what = f"{problem.stages} stages for {len(blocks)} operations that can be apart"
+    free = len(blocks_of(replace(problem, ties="copy")))
+    step = f"operations that read the same tensor stay together; with ties='copy', at most {free} stages"
+    raise InputError(what, allowed=f"at most {len(blocks)} stages", next_step=step if free > len(blocks) else None)
+
+
+def _planned(problem: Problem, blocks: Blocks) -> tuple[str, Loads]:
+    """Return the best cut of all orders, and the name of its order."""
     found: list[tuple[tuple[int, float, int], str, Loads]] = []
-    for name, order in orders(blocks):
-        for relay in {problem.relay, True}:
-            stages = best_cut(problem, blocks, order, relay=relay)
-            if stages is not None:
-                loads = Loads(problem, blocks, stages)
-                found.append((loads.score(), name, loads))
-        if found and time.monotonic() > end:
-            break
+    rounds = _CELLS // ((min(len(blocks), 600) + 1) ** 2 * (problem.stages + 4))
+    most = min(_MOST_ORDERS, max(_FEWEST_ORDERS, rounds))
+    for name, order in itertools.islice(orders(blocks), most):
+        stages = best_cut(problem, blocks, order)
+        if stages is not None:
+            loads = Loads(problem, blocks, stages)
+            found.append((loads.score(), name, loads))
     if not found:
         return "least memory", _smallest(problem, blocks)
     found.sort(key=lambda one: one[0])
-    for _, _, loads in found[:3]:
-        refine(loads, end=end)
-    return min(((name, loads) for _, name, loads in found[:3]), key=lambda one: one[1].score())
+    for _, _, loads in found[:_REFINED]:
+        refine(loads, tries=_TRIES)
+    return min(((name, loads) for _, name, loads in found[:_REFINED]), key=lambda one: one[1].score())
 
 
 def _smallest(problem: Problem, blocks: Blocks) -> Loads:
@@ -83,7 +107,7 @@ def _assignment(problem: Problem, loads: Loads, order: str, bound: float) -> Ass
         memory=tuple(loads.memory(stage) for stage in stages),
         loads=tuple(loads.load(stage) for stage in stages),
         bound=bound,
-        proven=max(loads.load(stage) for stage in stages) <= bound * (1 + 1e-9),
+        proven=max(loads.load(stage) for stage in stages) <= bound * (1 + 2 * SLACK),
         order=order,
         repeated=_repeated(problem, stage_of),
     )
