@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 import surgery
+from surgery.algebra import relative_error
 from surgery.errors import InputError
 from surgery.kinds.registry import kind_of
 from surgery.report import render_split
@@ -25,6 +26,7 @@ from surgery.sites.network import Network, Operation, Value
 from surgery.stages.named import stages_at
 from surgery.stages.strip import strip_of
 from tests.command_line import run
+from tests.tolerances import tolerance
 from tests.zoo import KINDS_OF, ZOO, Inputs, graph
 
 # -- networks without a framework --------------------------------------------------------------------------------------
@@ -142,6 +144,11 @@ def _equal(a: Any, b: Any) -> bool:
     return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
 
 
+def _near(a: Any, b: Any) -> bool:
+    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
+    return all(relative_error(x, y) <= tolerance(torch.float32, steps=16) for x, y in pairs)
+
+
 def _state(model: Any) -> dict[str, Tensor]:
     return dict(kind_of(model).tensors(model))
 
@@ -153,15 +160,17 @@ def test_split_save_load_join_is_the_identity(
 ) -> None:
     model, inputs = _opened(name, kind, onnx_files)
     cut = surgery.split(model, inputs, measure=False)
-    assert [type(stage) for stage in cut.stages] == [type(cut.stages[0])] * len(cut.stages)
+    assert {type(stage).__name__ for stage in cut.stages} == {type(cut.stages[0]).__name__}
     expected = _called(model, inputs)
+    # onnxruntime fuses nodes, and may not across a cut: then sums are rounded in another order
+    same = _near if kind == "onnx" else _equal
     with torch.no_grad():
-        assert _equal(_called(cut, inputs), expected)
+        assert same(_called(cut, inputs), expected)
     cut.save(tmp_path / "stages")
     back = surgery.load_split(tmp_path / "stages")
     assert back.report == cut.report
     with torch.no_grad():
-        assert _equal(_called(back, inputs), expected)
+        assert same(_called(back, inputs), expected)
     joined = surgery.join(tmp_path / "stages")
     state = _state(joined)
     original = _state(model)

@@ -50,13 +50,15 @@ def _size(_context: click.Context, _option: click.Parameter, text: str | None) -
 @click.option("--relay", is_flag=True, help="Send values from each stage to the next alone, as schedules of torch do.")
 @click.option(
     "--ties",
-    type=click.Choice(["together", "copies"]),
-    default="together",
+    type=click.Choice(["copy", "together"]),
+    default="copy",
     show_default=True,
-    help="Keep tied weights in one stage, or give each stage its own.",
+    help="Weights read in several stages: one copy in each, or keep all that reads one together.",
 )
 @click.option("--no-measure", is_flag=True, help="Estimate times; measure nothing.")
-@click.option("--prove", type=click.FloatRange(min=0), default=5.0, show_default=True, help="Seconds to seek a bound.")
+@click.option(
+    "--prove", type=click.FloatRange(min=0), default=0.0, help="Seconds for a tighter bound, or a better cut."
+)
 @click.option("--dry-run", is_flag=True, help="Print the stages and write nothing.")
 @click.option("--force", is_flag=True, help="Write into a folder that holds files; an older split is replaced.")
 @opening_options

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
-
-import numpy as np
-import numpy.typing as npt
+from typing import get_args
 
 from surgery.errors import InputError
 from surgery.sites.network import Network
-from surgery.stages.line import cut_in_line
 from surgery.stages.measure import Times
 from surgery.stages.named import stages_at
-from surgery.stages.report import BALANCES, Balance, SplitReport
+from surgery.stages.problem import Balance, Problem, Ties
+from surgery.stages.report import BALANCES, SplitReport
+from surgery.stages.solve import assess, solve
 from surgery.stages.strip import strip_of
-from surgery.stages.tally import crossings_of, stages_of, tied_notes, traffic_of
+from surgery.stages.tally import crossings_of, stages_of, tied_notes
 from surgery.system.progress import Progress
 from surgery.system.units import read_bytes, read_rate
 
-__all__ = ["TIES", "Asked", "Decided", "Ties", "decide"]
+__all__ = ["TIES", "Asked", "Decided", "decide"]
 
-Ties: TypeAlias = Literal["together", "copies"]
-TIES: tuple[Ties, ...] = ("together", "copies")
+TIES: tuple[Ties, ...] = get_args(Ties)
 _MOST = 4096
 
 
@@ -90,56 +87,29 @@ def decide(network: Network, asked: Asked, costs: Times, progress: Progress) -> 
     Raises:
         InputError: there are no such stages.
     """
-    times = costs.seconds
     progress("cut", 0, 1)
-    stage_of = stages_at(network, asked.at) if asked.at else _in_line(network, times, asked)
-    stages = max(stage_of, default=0) + 1
-    crossings = crossings_of(network, stage_of)
-    traffic = traffic_of(crossings, stages, relay=asked.relay)
-    rows = stages_of(network, stage_of, times, traffic)
-    dearest = max(row.predicted_s + (row.bytes_in + row.bytes_out) / asked.link for row in rows)
+    named = stages_at(network, asked.at) if asked.at else None
+    problem = Problem(
+        network,
+        costs.seconds,
+        asked.stages if named is None else max(named, default=0) + 1,
+        link=asked.link,
+        memory=asked.memory,
+        balance=asked.balance,
+        relay=asked.relay,
+        ties="copy" if named is not None else asked.ties,
+    )
+    found = solve(problem, prove_seconds=asked.prove) if named is None else assess(problem, named)
     report = SplitReport(
-        stages=tuple(rows),
-        crossings=crossings,
-        layers=strip_of(network, stage_of, times),
+        stages=tuple(stages_of(network, found)),
+        crossings=crossings_of(network, found.stage_of),
+        layers=strip_of(network, found.stage_of, costs.seconds),
         balance=asked.balance,
         link=asked.link,
         relay=asked.relay,
         memory=asked.memory,
-        bottleneck=dearest,
-        bound=max(sum(times) / stages, max(times)),
-        notes=(*costs.notes, *tied_notes(network, stage_of)),
+        bottleneck=found.bottleneck,
+        bound=found.bound,
+        notes=(*costs.notes, *tied_notes(found)),
     )
-    return Decided(tuple(stage_of), report)
-
-
-def _in_line(network: Network, times: Sequence[float], asked: Asked) -> tuple[int, ...]:
-    """Return the stages that are best in the order of the graph."""
-    costs = _segment_costs(network, times, asked)
-    groups = list(network.together)
-    if asked.ties == "together":
-        tied: dict[object, set[int]] = {}
-        for number, operation in enumerate(network.operations):
-            for name in operation.tensors:
-                tied.setdefault(network.keys.get(name, name), set()).add(number)
-        groups += [frozenset(numbers) for numbers in tied.values()]
-    return cut_in_line(network, costs, groups, asked.stages)
-
-
-def _segment_costs(network: Network, times: Sequence[float], asked: Asked) -> npt.NDArray[np.float64]:
-    """Return the cost of the operations from i to before j as one stage; infinite for none, or too many bytes."""
-    count = len(network.operations)
-    weights = np.array([sum(network.bytes_of.get(name, 0) for name in op.tensors) for op in network.operations])
-    spent, held = (np.concatenate([[0.0], np.cumsum(each)]) for each in (np.array(times), weights))
-    seconds, size = spent[None, :] - spent[:, None], held[None, :] - held[:, None]
-    moved = np.zeros((count + 1, count + 1))
-    for value, readers in network.readers.items():
-        if value not in network.producer:
-            continue
-        source, each = network.producer[value], network.values[value].bytes
-        moved[: source + 1, source + 1 : max(readers) + 1] += each
-        for before, reader in zip((source, *readers), readers, strict=False):
-            moved[before + 1 : reader + 1, reader + 1 :] += each
-    found = seconds + moved / asked.link if asked.balance == "time" else size
-    too_large = np.tril(np.ones_like(moved, dtype=bool)) | (size > (asked.memory or np.inf))
-    return np.where(too_large, np.inf, found)
+    return Decided(found.stage_of, report)

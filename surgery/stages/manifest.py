@@ -11,7 +11,7 @@ from surgery.errors import FileError, InputError
 from surgery.stages.report import BALANCES, Crossing, SplitReport, StageReport, StripLayer
 from surgery.system.rows import Row, parse_json
 
-__all__ = ["MANIFEST", "Manifest", "StageFile", "read_manifest"]
+__all__ = ["MANIFEST", "SUFFIXES", "Manifest", "StageFile", "read_manifest"]
 
 MANIFEST = "manifest.json"
 SUFFIXES = {"program": ".pt2", "onnx": ".onnx"}  # of the files of stages, by their kind

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, get_args
 
+from surgery.stages.problem import Balance
 from surgery.system.tables import table
 from surgery.text import seconds, size
 
-__all__ = ["BALANCES", "Balance", "Crossing", "SplitReport", "StageReport", "StripLayer"]
+__all__ = ["BALANCES", "Crossing", "SplitReport", "StageReport", "StripLayer"]
 
-Balance: TypeAlias = Literal["time", "params", "memory"]
-BALANCES: tuple[Balance, ...] = ("time", "params", "memory")
+BALANCES: tuple[Balance, ...] = get_args(Balance)
 _EQUAL = 5e-4  # a share that is printed as 0.0 %
 
 

@@ -7,7 +7,7 @@ asks for takes the time that it is given.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 from surgery.errors import InputError
@@ -20,7 +20,7 @@ from surgery.stages.orders import orders
 from surgery.stages.problem import Assignment, Problem, Repeated
 from surgery.stages.refine import refine
 
-__all__ = ["solve"]
+__all__ = ["assess", "solve"]
 
 _SETS, _MORE_SETS = 1200, 4000  # down-sets: by default, and where a proof is asked for
 _CELLS = 6_000_000  # segments of all orders, times the rounds over them
@@ -55,6 +55,14 @@ def solve(problem: Problem, *, prove_seconds: float = 0.0) -> Assignment:
             refine(other, tries=_TRIES)
             name, best = ("integer program", other) if other.score() < best.score() else (name, best)
     return _assignment(problem, best, name, bound)
+
+
+def assess(problem: Problem, stage_of: Sequence[int]) -> Assignment:
+    """Return what a cut that is given costs: the number of the stage of each operation, and a bound on any cut."""
+    blocks = blocks_of(problem)
+    stages = dict(zip(blocks.block_of, stage_of, strict=True))
+    loads = Loads(problem, blocks, [stages[block] for block in range(len(blocks))])
+    return _assignment(problem, loads, "given", simple_bound(problem, blocks))
 
 
 def _check(problem: Problem, blocks: Blocks) -> None:

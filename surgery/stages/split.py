@@ -14,12 +14,15 @@ from surgery.errors import InputError, SurgeryError, only_own_errors
 from surgery.files.given import GivenModel, model_of
 from surgery.kinds.base import Kind, Piece, Pieces
 from surgery.kinds.inputs import Inputs, normalise_inputs
-from surgery.kinds.registry import kind_of
+from surgery.kinds.registry import KINDS, kind_of
 from surgery.stages.bench import PipelineTiming, bench_pipeline
 from surgery.stages.decide import Asked, decide
 from surgery.stages.folder import FolderContent, read_folder, write_stages
+from surgery.stages.manifest import SUFFIXES
 from surgery.stages.measure import operation_times, stage_times
-from surgery.stages.report import Balance, SplitReport
+from surgery.stages.problem import Balance, Ties
+from surgery.stages.programs import program_pieces
+from surgery.stages.report import SplitReport
 from surgery.system.progress import Progress, silent
 from surgery.text import first_line
 
@@ -168,7 +171,10 @@ class Split:
         >>> cut = split(net, torch.ones(1, 4), measure=False)
         >>> cut.save("net.stages")  # doctest: +SKIP
         """
-        write_stages(FolderContent(self.kind, self.pieces, self.origin, self.report), folder, force=force)
+        kind, pieces = self.kind, self.pieces
+        if kind.name not in SUFFIXES:
+            kind, pieces = KINDS["program"], program_pieces(kind, pieces, self._example())
+        write_stages(FolderContent(kind, pieces, self.origin, self.report), folder, force=force)
 
 
 @only_own_errors
@@ -181,9 +187,9 @@ def split(
     memory: str | int | None = None,
     balance: Balance = "time",
     relay: bool = False,
-    ties: str = "together",
+    ties: Ties = "copy",
     measure: bool = True,
-    prove: float = 5.0,
+    prove: float = 0.0,
     at: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Split:
@@ -199,9 +205,11 @@ def split(
         memory: the most bytes that a stage may need, as "2GB".
         balance: what the dearest stage has least of: "time" with transfers, "params", or "memory".
         relay: whether values go through all stages on their way, as in torch's schedules, or straight to their readers.
-        ties: "together" keeps weights that are one tensor in one stage, "copies" lets each stage have its own.
+        ties: with "copy", each stage that reads a weight has it, and the report says which weights are in several;
+            "together" keeps all that reads one weight in one stage, as training needs it.
         measure: whether operations and stages are timed; else their times are estimates.
-        prove: seconds to seek a proven bound in.
+        prove: seconds for an integer program to raise the proven bound, or find a better cut, where that is not settled
+            without it; then the answer depends on the machine's speed.
         at: names of the values to cut at, in place of a search; no others may cross.
         progress: is told of each step.
 

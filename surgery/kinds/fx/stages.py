@@ -110,7 +110,13 @@ class CutGraph(Cuttable):
             if node.op == "call_module" and (module := self._root.get_submodule(str(node.target))).training:
                 for buffer in module.buffers():
                     changed.setdefault(key_of(buffer), set()).add(number)
-        return [*groups, *map(frozenset, changed.values())]
+        return [*groups, *map(frozenset, changed.values()), *self._checks()]
+
+    def _checks(self) -> list[frozenset[int]]:
+        """Return each operation that nothing reads, such as a check of inputs, with the next: it makes no stage."""
+        last = len(self._operations) - 1
+        unread = [number for number, node in enumerate(self._operations) if not node.users]
+        return [frozenset({number, number + 1 if number < last else max(0, number - 1)}) for number in unread]
 
     def _writes(self, node: Node) -> list[Node]:
         """Return the inputs that a node may write to."""

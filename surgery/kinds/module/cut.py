@@ -25,7 +25,7 @@ from surgery.kinds.inputs import Inputs
 from surgery.kinds.layers.untouched import kept_random, kept_state
 from surgery.text import first_line
 
-__all__ = ["cut_module"]
+__all__ = ["cut_module", "export_module"]
 
 
 def cut_module(model: nn.Module, inputs: Inputs) -> CutGraph:
@@ -86,7 +86,7 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     Raises:
         CaptureError: torch.export cannot capture the model.
     """
-    program = _export(model, args, kwargs)
+    program = export_module(model, args, kwargs)
     graph = program.module(check_guards=False)
     own: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
     own |= dict(model.named_buffers(remove_duplicate=False))
@@ -97,7 +97,13 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return graph
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    """Return the program of a module in the mode that it is in; the batch is any, if the model lets it.
+
+    Raises:
+        CaptureError: torch.export cannot capture the model.
+    """
+
     def axes(value: Any) -> Any:
         many = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] > 1
         return {0: Dim.AUTO} if many else None
