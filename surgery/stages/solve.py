@@ -23,9 +23,9 @@ from surgery.stages.refine import refine
 __all__ = ["assess", "solve"]
 
 _SETS, _MORE_SETS = 1200, 4000  # down-sets: by default, and where a proof is asked for
-_CELLS = 6_000_000  # segments of all orders, times the rounds over them
+_CELLS = 30_000_000  # segments of all orders, times the rounds over them
 _FEWEST_ORDERS, _MOST_ORDERS = 3, 13
-_REFINED, _TRIES = 3, 6000  # cuts that are moved, and moves tried for each
+_REFINED, _TRIES = 3, 20_000  # cuts that are moved, and moves tried for each
 
 
 def solve(problem: Problem, *, prove_seconds: float = 0.0) -> Assignment:
