@@ -88,6 +88,11 @@ def main() -> None:
     run("recompose", small, "-o", back_again, "--force")
     run("compare", small, back_again)
 
+    print("\nthe network in two stages, and joined again:")
+    run("split", MODEL, "--stages", "2", "-o", folder / "fashion.stages", "--force")
+    run("join", folder / "fashion.stages", "-o", folder / "fashion.joined.pt2", "--force")
+    run("compare", MODEL, folder / "fashion.joined.pt2")
+
     run("recompose", factored, "-o", recomposed, "--state-dict", weights, "--force")
     run("compare", factored, recomposed)
     original_class = build()

@@ -15,11 +15,14 @@ def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
+    printed = []
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
-    printed = capsys.readouterr().out
-    assert "DecomposeResult" in printed
-    assert float(printed.split()[-1]) < 1e-5
+        printed.append(capsys.readouterr().out)
+    assert "DecomposeResult" in printed[0]
+    assert float(printed[0].split()[-1]) < 1e-5
+    assert "slowest stage" in printed[-1]
+    assert printed[-1].endswith("True\n")
     assert (tmp_path / "fashion.decomposed.pt2").exists()
 
 
