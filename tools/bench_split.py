@@ -150,7 +150,12 @@ def planned(problem: Problem) -> dict[str, Any]:
     rules = {
         rule: Loads(problem, blocks, in_a_row(weights_of(blocks, rule), problem.stages)).score()[1] for rule in RULES
     }
-    row = {"blocks": len(blocks), "bottleneck": found.bottleneck, "certified": found.bound, "proven": found.proven}
+    row: dict[str, Any] = {
+        "blocks": len(blocks),
+        "bottleneck": found.bottleneck,
+        "certified": found.bound,
+        "proven": found.proven,
+    }
     row |= {"simple": max(sum(blocks.seconds) / problem.stages, max(blocks.seconds)), "order": found.order}
     return row | {"seconds_to_split": spent, "rules": rules, "peer": peer(problem, blocks)}
 

@@ -96,6 +96,6 @@ class Loads:
         return 0 if most is None else sum(max(0, self.memory(s) - most) for s in range(self.problem.stages))
 
     def score(self) -> tuple[int, float, int]:
-        """Return what is minimised: the bytes above the memory, then the largest load, then all bytes that are sent and received."""
+        """Return what is minimised: bytes above the memory, then the largest load, then all bytes sent and received."""
         largest = max(self.load(stage) for stage in range(self.problem.stages))
         return self.excess(), largest, sum(self.sent) + sum(self.received)

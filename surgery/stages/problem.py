@@ -29,8 +29,9 @@ class Problem:
 
     A value that later stages read leaves its own stage once, however many they are (it is put where all can take it),
     and comes into each of them once; with ``relay``, it goes from stage to stage until the last that reads it, and each
-    stage on its way takes it once and sends it once. All parts of planning count like this. A tensor that several operations read is in each of their stages, or, if ``ties`` is ``together``,
-    those operations stay in one stage. The inputs and outputs of the whole network cost nothing.
+    stage on its way takes it once and sends it once. All parts of planning count like this. A tensor that several
+    operations read is in each of their stages, or, if ``ties`` is ``together``, those operations stay in one stage.
+    The inputs and outputs of the whole network cost nothing.
 
     Raises:
         InputError: a number or a choice that cannot be used.
@@ -105,7 +106,7 @@ class Assignment:
 
     @property
     def gap(self) -> float | None:
-        """How far the bottleneck lies above the bound, as a share of it: 0 where it is proven, None if the bound is 0."""
+        """How far the bottleneck lies above the bound, as a share of it: 0 where proven, None if the bound is 0."""
         if self.proven or self.bottleneck <= self.bound:
             return 0.0
         return self.bottleneck / self.bound - 1 if self.bound > 0 else None
