@@ -128,9 +128,14 @@ def peer_parts(blocks: Blocks, stages: int, seed: int) -> list[int]:
     module.set_seed(seed)
     context = library.context_from_preset(module.PresetType.DEFAULT)
     context.set_partitioning_parameters(stages, IMBALANCE, module.Objective.KM1)
-    rows, sizes = [list(value.blocks) for value in blocks.values], [value.bytes for value in blocks.values]
-    made = library.create_hypergraph(context, len(blocks), len(rows), rows, _whole(blocks.seconds), _whole(sizes))
-    return list(made.partition(context).get_partition())
+    new = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed)).tolist()  # its seed changes little
+    rows, sizes = [[new[b] for b in value.blocks] for value in blocks.values], [value.bytes for value in blocks.values]
+    times = [0.0] * len(blocks)
+    for block, number in enumerate(new):
+        times[number] = blocks.seconds[block]
+    made = library.create_hypergraph(context, len(blocks), len(rows), rows, _whole(times), _whole(sizes))
+    found = made.partition(context).get_partition()
+    return [found[number] for number in new]
 
 
 def peer(problem: Problem, blocks: Blocks) -> dict[str, Any]:
