@@ -83,8 +83,8 @@ class Assignment:
     earlier stages and gives to later ones, ``tensors`` the bytes of its parameters, buffers and constants, and
     ``memory`` these and the values that it takes and gives. ``loads`` is each stage in the measure of the problem's
     ``balance``, in seconds or in bytes.
-    No cut whatever has a largest load below ``bound``; with ``proven``, none is better than this one by more than a
-    millionth. ``order`` names the order of operations, or the method, that led to it.
+    No cut whatever has a largest load below ``bound``; with ``proven``, none is better than this one by more than two
+    millionths. ``order`` names the order of operations, or the method, that led to it.
     """
 
     stage_of: tuple[int, ...]
