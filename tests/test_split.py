@@ -204,6 +204,9 @@ def test_a_folder_that_was_split_can_be_split_and_joined_on_the_command_line(tmp
     assert "stage" in done.stdout
     assert f"wrote {folder}" in done.stdout
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", *(f"stage{n}.pt2" for n in range(3))]
+    shown = run("inspect", folder)
+    assert shown.status == 0
+    assert "slowest stage" in shown.stdout
     assert run("join", folder, "-o", back).status == 0
     joined = surgery.load(back)
     assert isinstance(joined, ExportedProgram)

@@ -20,10 +20,18 @@ __all__ = ["bench", "compare", "export", "inspect", "recompose"]
 @model_options
 @as_json
 def inspect(model: Path, json_: bool, **options: Any) -> None:
-    """List the sites of MODEL with their costs, and what is left alone and why."""
+    """List the sites of MODEL with their costs, and what is left alone and why; of a folder of stages, list these."""
     from surgery.cli import show
     from surgery.passes.original import Original
+    from surgery.stages.folder import is_folder, read_report
 
+    if is_folder(model):
+        report = read_report(model)
+        if json_:
+            show.print_json(report.to_json())
+        else:
+            show.split_tables(model, report)
+        return
     program, inputs = open_program(model, **options)
     original = Original(program, inputs)
     if json_:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from surgery.runtime.bench import Timing
     from surgery.runtime.compare import Difference
     from surgery.runtime.export import ExportReport
+    from surgery.stages.report import SplitReport
 
 __all__ = [
     "STEPS",
@@ -52,6 +53,7 @@ __all__ = [
     "recompose_json",
     "recompose_tables",
     "say",
+    "split_tables",
     "table",
     "timing_tables",
 ]
@@ -356,6 +358,14 @@ def difference_tables(files: tuple[Path, Path], difference: Difference) -> None:
     for output in difference.outputs:
         rows.append([output.name or "output", _shape(output.shape), f"{output.max_abs:.3e}", f"{output.relative:.3e}"])
     table(f"Outputs of {files[1]} against {files[0]}", rows)
+
+
+def split_tables(model: Path, report: SplitReport) -> None:
+    """Print the stages of a model, what crosses between them, and how good the cut is."""
+    table(f"Stages of {model}", report.rows(), words=3)
+    say()
+    for line in report.lines():
+        say(line, indent="  ")
 
 
 def bisection_tables(found: Bisection) -> None:

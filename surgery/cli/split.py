@@ -180,9 +180,6 @@ def _json(model: Path, output: Path | None, cut: Split) -> dict[str, Any]:
 def _tables(model: Path, output: Path | None, cut: Split) -> None:
     from surgery.cli import show
 
-    show.table(f"Stages of {model}", cut.report.rows(), words=3)
-    show.say()
-    for line in cut.report.lines():
-        show.say(line, indent="  ")
+    show.split_tables(model, cut.report)
     show.say()
     show.say("dry run: nothing was written" if output is None else f"wrote {output}")
