@@ -37,6 +37,7 @@ from surgery.stages.costs import attribute, measure_operations, roofline
 from surgery.stages.distributed import pipeline_modules, pipeline_stages
 from surgery.stages.exported import measure_stages
 from surgery.stages.pipeline import Pipeline
+from surgery.stages.split import split
 from surgery.system.machine import usable_cores
 from tests.gloo_stages import Net
 from tests.test_backends import ByParameters
@@ -375,3 +376,14 @@ def test_a_pipeline_of_processes_needs_modules_and_a_group(onnx_pieces: tuple[Pi
         pipeline_modules(*onnx_pieces[:2])
     with pytest.raises(InputError, match="no process group"):
         pipeline_stages(*onnx_pieces)
+
+
+def test_stages_that_would_train_one_weight_apart_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())
+    net[2].weight = net[0].weight
+    x = torch.ones(2, 4)
+    kind = kind_of(net)
+    assert len(pipeline_modules(split(net.eval(), x, at=["_1"], measure=False).pieces, kind)) == 2
+    learning = split(net.train(), x, at=["_1"], measure=False).pieces
+    with pytest.raises(InputError, match="in the stages 0 and 1, which would train it apart"):
+        pipeline_modules(learning, kind)

@@ -98,11 +98,12 @@ def pipeline_modules(pieces: Pieces, kind: Kind) -> tuple[nn.Module, ...]:
     """Return the stages as modules, each of which takes what the one before returns; they share the stages' tensors.
 
     Raises:
-        InputError: the stages are not models of PyTorch.
+        InputError: the stages are not models of PyTorch, or two of them would train one weight.
     """
     if kind.is_onnx:
         what = "stages that are ONNX models do not run under torch.distributed"
         raise InputError(what, next_step="split the module or program that they were exported from")
+    _check_ties(pieces)
     made: list[nn.Module] = []
     takes: tuple[str, ...] = pieces.inputs
     for number, piece in enumerate(pieces.stages):
@@ -113,6 +114,19 @@ def pipeline_modules(pieces: Pieces, kind: Kind) -> tuple[nn.Module, ...]:
     assert isinstance(made[-1], RelayStage)
     made[-1] = _Last(made[-1], kind, pieces)
     return tuple(made)
+
+
+def _check_ties(pieces: Pieces) -> None:
+    """Refuse stages in training mode that share a weight: two processes would train it apart, each in its own way."""
+    seen: dict[int, tuple[int, str]] = {}
+    for number, piece in enumerate(pieces.stages):
+        if not (isinstance(piece.model, nn.Module) and piece.model.training):
+            continue
+        for name, parameter in piece.model.named_parameters():
+            first, other = seen.setdefault(id(parameter), (number, name))
+            if first != number and parameter.requires_grad:
+                what = f"{other} is in the stages {first} and {number}, which would train it apart"
+                raise InputError(what, next_step="split with ties='together' (--ties together), or call eval() first")
 
 
 def _sent(number: int, pieces: Pieces, takes: Sequence[str]) -> tuple[str, ...]:
