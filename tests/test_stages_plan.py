@@ -20,6 +20,7 @@ from surgery.stages.loads import Loads
 from surgery.stages.milp import program
 from surgery.stages.orders import orders
 from surgery.stages.problem import Assignment, Problem
+from surgery.stages.reduce import reduced
 from surgery.stages.refine import refine
 from surgery.stages.solve import solve
 
@@ -94,12 +95,48 @@ def test_down_sets_and_the_integer_program_agree_and_bound_every_cut(problem: Pr
     found = optimum(problem, blocks, sets)
     assert found is not None
     bound, stages = program(problem, blocks, seconds=30)
-    assert bound == pytest.approx(found[0], rel=1e-5)
+    assert bound == pytest.approx(found.load, rel=1e-5)
     assert stages is not None
     scores = [cut.score()[1] for cut in every_cut(problem, blocks)]
-    assert simple_bound(problem, blocks) <= found[0] * (1 + 1e-9) <= min(scores) * (1 + 2e-9)
-    assert found[0] == pytest.approx(min(scores))
-    assert Loads(problem, blocks, found[1]).score()[1] == pytest.approx(found[0])
+    assert simple_bound(problem, blocks) <= found.load * (1 + 1e-9) <= min(scores) * (1 + 2e-9)
+    assert found.load == pytest.approx(min(scores))
+    assert found.load_of_fewer <= found.load
+    assert Loads(problem, blocks, found.stage_of).score()[1] == pytest.approx(found.load)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.sets(st.integers(0, 5)), st.sampled_from([0.0, 2.0, 1e9]))
+def test_what_a_reduction_loses_is_at_most_what_it_says(problem: Problem, plain: set[int], loss: float) -> None:
+    whole = problem.network
+    made = [replace(each, tensors=()) if n in plain else each for n, each in enumerate(whole.operations)]
+    problem = replace(problem, network=replace(whole, operations=tuple(made)))
+    blocks = blocks_of(problem)
+    smaller, lost = reduced(problem, loss=loss)
+    few = blocks_of(smaller)
+    assert lost <= loss
+    if problem.stages > len(few):
+        return
+    sets = down_sets(few, most=10**6)
+    assert sets is not None
+    found = optimum(smaller, few, sets)
+    assert found is not None
+    best = min(cut.score()[1] for cut in every_cut(problem, blocks))
+    assert found.load_of_fewer - lost <= best * (1 + 1e-9)
+
+
+def test_a_reduction_takes_views_with_what_they_view_and_masks_with_their_first_reader() -> None:
+    values = tuple(Value(f"v{n}", 8) for n in range(6))
+    operations = (
+        Operation("mask", "expand", (0,), (1,)),
+        Operation("first", "linear", (0,), (2,), ("a",)),
+        Operation("view", "view", (2,), (3,)),
+        Operation("second", "attention", (3, 1), (4,), ("b",)),
+        Operation("third", "attention", (4, 1), (5,), ("c",)),
+    )
+    made = Network(operations, values, (0,), (5,), {"a": 1, "b": 1, "c": 1})
+    smaller, lost = reduced(Problem(made, (1.0, 9.0, 1.0, 9.0, 9.0), 2), loss=2.0)
+    assert smaller.network.together == (frozenset({0, 3}), frozenset({1, 2}))
+    assert lost == 2.0
 
 
 @settings(max_examples=40, deadline=None)

@@ -11,6 +11,8 @@ and have a few thousand:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,7 +20,7 @@ from surgery.stages.blocks import Blocks, Shared
 from surgery.stages.dynamic import Costs, optimal
 from surgery.stages.problem import Problem
 
-__all__ = ["down_sets", "optimum"]
+__all__ = ["Optimum", "down_sets", "optimum"]
 
 _Matrix = NDArray[np.float64]
 
@@ -43,14 +45,26 @@ def down_sets(blocks: Blocks, *, most: int) -> _Matrix | None:
     return np.unpackbits(raw, axis=1, count=len(blocks), bitorder="little").astype(float)
 
 
-def optimum(problem: Problem, blocks: Blocks, sets: _Matrix) -> tuple[float, tuple[int, ...]] | None:
-    """Return the least largest load, and a cut that reaches it; None if no cut fits in the memory."""
+@dataclass(frozen=True)
+class Optimum:
+    """The least largest load, of as many stages as asked for and of at most as many, and a cut that reaches the first.
+
+    ``stage_of`` has the stage of each block.
+    """
+
+    load: float
+    load_of_fewer: float
+    stage_of: tuple[int, ...]
+
+
+def optimum(problem: Problem, blocks: Blocks, sets: _Matrix) -> Optimum | None:
+    """Return the best cut; None if no cut fits in the memory."""
     costs = _costs(problem, blocks, sets)
     found = optimal(costs, problem.stages)
     if found is None:
         return None
-    largest, starts = found
-    return largest, tuple(_stage(sets[starts]))
+    largest, starts, least = found
+    return Optimum(largest, least, tuple(_stage(sets[starts])))
 
 
 def _stage(chosen: _Matrix) -> list[int]:

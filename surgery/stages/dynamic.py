@@ -131,13 +131,17 @@ def _firsts(before: int, readers: Sequence[int], shared: Shared, end: int) -> li
     return [((last + 1, reader), (reader + 1, end), shared.bytes) for last, reader in ends]
 
 
-def optimal(costs: Costs, stages: int) -> tuple[float, NDArray[np.int_]] | None:
-    """Return the least largest load, and where the stages start that reach it with the fewest bytes."""
+def optimal(costs: Costs, stages: int) -> tuple[float, NDArray[np.int_], float] | None:
+    """Return the least largest load, and where the stages start that reach it with the fewest bytes.
+
+    The last number is the least largest load of as many stages or fewer.
+    """
     load, size = np.ascontiguousarray(costs.load.T), len(costs.load)
     start = np.where(np.arange(size) == 0, 0.0, np.inf)
-    best, joined = start, np.empty_like(load)
+    best, joined, least = start, np.empty_like(load), np.inf
     for _ in range(stages):
         best = np.maximum(best, load, out=joined).min(1)
+        least = min(least, best[-1])
     largest = best[-1]
     if not np.isfinite(largest):
         return None
@@ -149,4 +153,4 @@ def optimal(costs: Costs, stages: int) -> tuple[float, NDArray[np.int_]] | None:
     starts, end = np.empty(stages, int), size - 1
     for stage in reversed(range(stages)):
         end = starts[stage] = chosen[stage][end]
-    return float(largest), starts
+    return float(largest), starts, float(least)

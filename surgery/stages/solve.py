@@ -18,11 +18,13 @@ from surgery.stages.dynamic import best_cut
 from surgery.stages.loads import Loads
 from surgery.stages.orders import orders
 from surgery.stages.problem import Assignment, Problem, Repeated
+from surgery.stages.reduce import reduced
 from surgery.stages.refine import refine
 
 __all__ = ["assess", "solve"]
 
-_SETS, _MORE_SETS = 1200, 4000  # down-sets: by default, and where a proof is asked for
+_SETS, _MORE_SETS = 2000, 5000  # down-sets: by default, and where a proof is asked for
+_LOSS = 1e-3  # of the simple bound: what may be lost to make the down-sets fewer
 _CELLS = 30_000_000  # segments of all orders, times the rounds over them
 _FEWEST_ORDERS, _MOST_ORDERS = 3, 13
 _REFINED, _TRIES = 3, 20_000  # cuts that are moved, and moves tried for each
@@ -40,12 +42,9 @@ def solve(problem: Problem, *, prove_seconds: float = 0.0) -> Assignment:
     blocks = blocks_of(problem)
     _check(problem, blocks)
     bound = simple_bound(problem, blocks)
-    sets = down_sets(blocks, most=_MORE_SETS if prove_seconds else _SETS)
-    if sets is not None:
-        found = optimum(problem, blocks, sets)
-        if found is None:
-            return _assignment(problem, _smallest(problem, blocks), "least memory", bound)
-        return _assignment(problem, Loads(problem, blocks, found[1]), "down-sets", max(bound, found[0]))
+    exact = _exact(problem, blocks, loss=_LOSS * bound, most=_MORE_SETS if prove_seconds else _SETS)
+    if exact is not None:
+        return _assignment(problem, exact[0], "down-sets", max(bound, exact[1]))
     name, best = _planned(problem, blocks)
     if prove_seconds and best.score()[1] > bound * (1 + SLACK):
         proof = prove(problem, blocks, seconds=prove_seconds)
@@ -55,6 +54,24 @@ def solve(problem: Problem, *, prove_seconds: float = 0.0) -> Assignment:
             refine(other, tries=_TRIES)
             name, best = ("integer program", other) if other.score() < best.score() else (name, best)
     return _assignment(problem, best, name, bound)
+
+
+def _exact(problem: Problem, blocks: Blocks, *, loss: float, most: int) -> tuple[Loads, float] | None:
+    """Return the best cut and a bound, or a cut that ``loss`` may part from it; None for a graph of many down-sets."""
+    sets = down_sets(blocks, most=most)
+    if sets is not None:
+        found = optimum(problem, blocks, sets)
+        return None if found is None else (Loads(problem, blocks, found.stage_of), found.load)
+    smaller, lost = reduced(problem, loss=loss)
+    few = blocks_of(smaller)
+    sets = down_sets(few, most=most) if len(few) >= problem.stages else None
+    found = None if sets is None else optimum(smaller, few, sets)
+    if found is None:
+        return None
+    stages = {block: found.stage_of[other] for block, other in zip(blocks.block_of, few.block_of, strict=True)}
+    loads = Loads(problem, blocks, [stages[block] for block in range(len(blocks))])
+    refine(loads, tries=_TRIES)
+    return loads, found.load_of_fewer - lost
 
 
 def assess(problem: Problem, stage_of: Sequence[int]) -> Assignment:
