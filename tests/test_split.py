@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -293,3 +294,40 @@ def test_the_page_of_a_split_escapes_names_and_shows_the_cuts() -> None:
     assert "<svg" not in render_split(replace(report, layers=()))
     flat = tuple(replace(layer, seconds=0.0, bytes_after=0) for layer in layers)
     assert "nan" not in render_split(replace(report, layers=flat))
+
+
+class _Counts(nn.Module):
+    """Counts its runs in a buffer, and returns a dict and a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("runs", torch.zeros(()))
+        self.runs: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        self.runs += 1
+        hidden = self.first(x) * self.runs
+        return {"y": self.last(hidden), "rest": [hidden]}
+
+
+def test_a_module_that_writes_to_a_buffer_does_so_in_its_stages() -> None:
+    model, x = _Counts(), torch.ones(2, 4)
+    cut = surgery.split(model, x, stages=2, measure=False)
+    whole = copy.deepcopy(model)
+    for _ in range(3):
+        assert torch.equal(cut.run(x)["y"], whole(x)["y"])
+    assert model.runs == whole.runs == 3
+
+
+def test_the_containers_of_a_result_may_be_changed_as_those_of_the_model() -> None:
+    class Plain(_Counts):
+        def forward(self, x: torch.Tensor) -> dict[str, Any]:
+            hidden = self.first(x)
+            return {"y": self.last(hidden), "rest": [hidden]}
+
+    found = surgery.split(Plain(), torch.ones(2, 4), stages=2, measure=False).run(torch.ones(2, 4))
+    found["loss"] = 0.0
+    found["rest"].append(1)
+    assert type(found) is dict
+    assert type(found["rest"]) is list

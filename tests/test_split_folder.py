@@ -165,3 +165,17 @@ def test_a_folder_that_holds_the_input_is_not_written(tmp_path: Path) -> None:
     done = run("split", tmp_path / "m.pt2", "-o", tmp_path, "--force", "--no-measure")
     assert done.status == 2
     assert "which is an input" in done.stderr
+
+
+@pytest.mark.parametrize("lie", ["no outputs", "a form without outputs", "a tie of nothing"])
+def test_outputs_and_ties_that_are_not_there_are_refused(lie: str, folder: Path) -> None:
+    said = json.loads((folder / MANIFEST).read_text())
+    if lie == "no outputs":
+        said["outputs"] = []
+    elif lie == "a form without outputs":
+        said["whole"]["signature"]["output_specs"] = []
+    else:
+        said["whole"]["ties"] = [[]]
+    (folder / MANIFEST).write_text(json.dumps(said))
+    with pytest.raises(SurgeryError):
+        _used(folder)

@@ -35,7 +35,7 @@ from surgery.kinds.layers.around import inner_of_chain
 from surgery.kinds.layers.edit import Known
 from surgery.kinds.layers.modules import called_shape
 from surgery.kinds.layers.steps import read_link_module
-from surgery.kinds.layers.untouched import evaluation, untouched
+from surgery.kinds.layers.untouched import evaluation, kept_buffers, untouched
 from surgery.sites import Call, Element, Flow, Layers, ModuleChain, Origin, Other, Reshape, Skip, Sum
 from surgery.system.importing import Lazy
 from surgery.system.quiet import quiet
@@ -80,7 +80,7 @@ def fake_shapes(module: GraphModule, inputs: tuple[Any, ...]) -> Callable[[Node]
 
 
 def fake_values(module: GraphModule, inputs: tuple[Any, ...]) -> dict[Node, Any]:
-    """Run a graph on fake tensors and return each node's value.
+    """Run a graph on fake tensors and return each node's value; buffers that it writes to are left as they were.
 
     Raises:
         InputError: the graph does not accept the inputs, or it has lazy layers, which the run would initialise.
@@ -96,7 +96,7 @@ def fake_values(module: GraphModule, inputs: tuple[Any, ...]) -> dict[Node, Any]
 
     interpreter = _Values(module)
     try:
-        with quiet(), mode, torch.no_grad(), evaluation(module):
+        with kept_buffers(module), quiet(), mode, torch.no_grad(), evaluation(module):
             interpreter.run(*torch.utils._pytree.tree_map(fake, inputs))
     except Exception as error:  # the graph may raise anything on inputs that do not fit
         what = f"the model does not accept the inputs: {first_line(error)}"

@@ -236,4 +236,13 @@ def graph_result(origin: Origin, leaves: Sequence[Any]) -> Any:
     given: Iterator[Any] = iter(leaves)
     found = map_arg(_output(origin.graph).args[0], lambda node: next(given))
     codegen: Any = origin.graph.graph._codegen
-    return codegen.process_outputs(found)
+    return codegen.process_outputs(_plain(found))
+
+
+def _plain(value: Any) -> Any:
+    """Return lists and dicts that may be changed, as the model's own are, in the place of those of a graph."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return tuple(map(_plain, value)) if type(value) is tuple else value

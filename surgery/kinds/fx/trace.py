@@ -71,7 +71,8 @@ def trace_module(
     Arguments that the example inputs leave out are fixed to their defaults. A proxy would not do: it is never None, and
     would silently take the other branch of ``if mask is None``. A model with hooks, or with a forward on the instance,
     is not traced, because the tracer does not see them. A graph that ``runs`` calls unpacked recurrent layers as they
-    are; others have their outlines.
+    are; others have their outlines. None comes back, too, where a graph that ``runs`` would lack writes to buffers: the
+    tracer sees no buffer, so a forward that counts in one does so while it is traced, and never again.
     """
     bound = None if is_watched(model) else _bind(model, args, kwargs)
     if bound is None:
@@ -83,7 +84,10 @@ def trace_module(
             for module in model.modules():
                 is_operator_module(module)  # this may run the module's forward, and must do so before the tracer is on
             tracer = _WholeTracer() if runs else _Tracer()
+            buffers = _versions(model)
             graph = tracer.trace(model, concrete_args=defaults or None)
+            if runs and not _same(buffers, _versions(model)):
+                return None
             traced = GraphModule(model, graph)  # while the model still has the constants that the tracer put there
     except Exception:  # user code on proxies may raise anything; torch.export is tried next
         return None
@@ -94,6 +98,15 @@ def trace_module(
             # the tracer renames arguments that it fixes
             values.append(given[name] if name in given else defaults[name.removesuffix("_1")])
     return traced, tuple(values)
+
+
+def _versions(model: nn.Module) -> list[tuple[Tensor, int]]:
+    """Return the buffers, each with how often it was written to."""
+    return [(buffer, buffer._version) for buffer in model.buffers() if not buffer.is_inference()]
+
+
+def _same(before: list[tuple[Tensor, int]], after: list[tuple[Tensor, int]]) -> bool:
+    return len(before) == len(after) and all(a is b and m == n for (a, m), (b, n) in zip(before, after, strict=True))
 
 
 def trace_outline(module: nn.Module) -> Graph:

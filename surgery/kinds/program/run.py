@@ -73,11 +73,18 @@ def call_leaves(pieces: Pieces, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def join_outputs(pieces: Pieces, leaves: Sequence[Any]) -> Any:
-    """Return what the whole program returns, made of the outputs that the stages give, and those that are constants."""
-    given = iter(leaves)
+    """Return what the whole program returns, made of the outputs that the stages give, and those that are constants.
+
+    Raises:
+        InputError: they are not as many as the program returns.
+    """
     specs = [s for s in Whole.from_json(pieces.whole).signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
-    every = [s.arg.value if isinstance(s.arg, ConstantArgument) else next(given) for s in specs]
-    return pytree.tree_unflatten(every, _signature(pieces).out_spec)
+    wanted, form = sum(not isinstance(spec.arg, ConstantArgument) for spec in specs), _signature(pieces).out_spec
+    if wanted != len(leaves) or len(specs) != form.num_leaves:
+        raise InputError(f"the stages give {len(leaves)} outputs", allowed=f"{form.num_leaves}, as the whole program")
+    given = iter(leaves)
+    every = [spec.arg.value if isinstance(spec.arg, ConstantArgument) else next(given) for spec in specs]
+    return pytree.tree_unflatten(every, form)
 
 
 def _signature(pieces: Pieces) -> Any:

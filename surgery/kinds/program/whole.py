@@ -108,8 +108,8 @@ def _rows(said: Mapping[str, Any], field: str) -> list[tuple[str, int]]:
 
 def _ties(said: Mapping[str, Any]) -> list[list[str]]:
     found = said.get("ties")
-    if not isinstance(found, list) or not all(isinstance(group, list) for group in found):
-        raise _refuse("ties", "lists of names")
+    if not isinstance(found, list) or not all(isinstance(group, list) and group for group in found):
+        raise _refuse("ties", "lists of names, none of them empty")
     state = set(_names(said, "state"))
     if not all(isinstance(name, str) and name in state for group in found for name in group):
         raise _refuse("ties", "names of the state")
