@@ -12,7 +12,17 @@ from surgery.errors import InputError
 from surgery.kinds.fx.nodes import function_name
 from surgery.sites.network import Network, Operation, Value
 
-__all__ = ["Border", "Facts", "borders", "check_stages", "copy_node", "is_operation", "joined", "make_network"]
+__all__ = [
+    "Border",
+    "Facts",
+    "borders",
+    "check_stages",
+    "checks",
+    "copy_node",
+    "is_operation",
+    "joined",
+    "make_network",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +92,19 @@ def _bound(operations: Sequence[Node], sent: Callable[[Node], bool]) -> list[set
         for node, number in numbers.items()
         if not sent(node)
     ]
+
+
+def checks(operations: Sequence[Node]) -> list[set[int]]:
+    """Return each operation that nothing reads, such as a check of inputs, with the next one: it makes no stage.
+
+    What only such operations read goes with them.
+    """
+    last = len(operations) - 1
+    idle: set[Node] = set()
+    for node in reversed(operations):
+        if idle.issuperset(node.users):
+            idle.add(node)
+    return [{at, at + 1 if at < last else max(0, last - 1)} for at, node in enumerate(operations) if node in idle]
 
 
 def joined(groups: Iterable[Iterable[int]]) -> tuple[frozenset[int], ...]:
