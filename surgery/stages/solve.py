@@ -75,11 +75,20 @@ def _exact(problem: Problem, blocks: Blocks, *, loss: float, most: int) -> tuple
 
 
 def assess(problem: Problem, stage_of: Sequence[int]) -> Assignment:
-    """Return what a cut that is given costs: the number of the stage of each operation, and a bound on any cut."""
+    """Return what a cut that is given costs: the number of the stage of each operation, and a bound on any cut.
+
+    Raises:
+        InputError: a stage needs more than the memory.
+    """
     blocks = blocks_of(problem)
     stages = dict(zip(blocks.block_of, stage_of, strict=True))
     loads = Loads(problem, blocks, [stages[block] for block in range(len(blocks))])
-    return _assignment(problem, loads, "given", simple_bound(problem, blocks))
+    found = _assignment(problem, loads, "given", simple_bound(problem, blocks))
+    most = max(found.memory)
+    if problem.memory is not None and most > problem.memory:
+        what = f"stage {found.memory.index(most)} of this cut needs {most} bytes"
+        raise InputError(what, allowed=f"{problem.memory} bytes", next_step="cut at other values, or allow more memory")
+    return found
 
 
 def _check(problem: Problem, blocks: Blocks) -> None:

@@ -210,7 +210,8 @@ def split(
         measure: whether operations and stages are timed; else their times are estimates.
         prove: seconds for an integer program to raise the proven bound, or find a better cut, where that is not settled
             without it; then the answer depends on the machine's speed.
-        at: names of the values to cut at, in place of a search; no others may cross.
+        at: names of the values to cut at, in place of a search; no others may cross. Each stage has a copy of the
+            weights that it reads.
         progress: is told of each step.
 
     Raises:
