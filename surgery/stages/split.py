@@ -160,7 +160,7 @@ class Split:
         """Write the stages and their manifest into a folder, which is made; all files appear, or none.
 
         Stages of programs are ``stage0.pt2``, ``stage1.pt2``, ..., those of ONNX models ``stage0.onnx``, ... Stages of
-        modules are exported, and saved as programs. ``force`` writes into a folder that holds files; those of an older
+        modules are exported in evaluation mode, and saved as programs. ``force`` writes into a folder that holds files; those of an older
         split are replaced.
 
         Raises:
@@ -195,7 +195,8 @@ def split(
 ) -> Split:
     """Cut a model into stages that run one after another, so that the slowest of them is as fast as can be.
 
-    The stages in a row compute what the model computes, bit for bit on a CPU.
+    The stages in a row compute what the model computes, bit for bit on a CPU; but torch's fused kernels for whole
+    layers, which ``nn.TransformerEncoder`` runs in evaluation without gradients, round differently.
 
     Args:
         model: an nn.Module, a GraphModule, an ExportedProgram, an ONNX model, or the path of a file with one.
