@@ -160,8 +160,8 @@ class Split:
         """Write the stages and their manifest into a folder, which is made; all files appear, or none.
 
         Stages of programs are ``stage0.pt2``, ``stage1.pt2``, ..., those of ONNX models ``stage0.onnx``, ... Stages of
-        modules are exported in evaluation mode, and saved as programs. ``force`` writes into a folder that holds files; those of an older
-        split are replaced.
+        modules are exported in evaluation mode, and saved as programs. ``force`` writes into a folder that holds files;
+        those of an older split are replaced.
 
         Raises:
             FileError: the folder cannot be written, or holds files already.
