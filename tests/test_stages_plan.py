@@ -139,6 +139,16 @@ def test_a_reduction_takes_views_with_what_they_view_and_masks_with_their_first_
     assert lost == 2.0
 
 
+def test_what_a_kernel_computes_at_no_cost_stays_with_it() -> None:
+    rows = [("conv", 1.0), ("norm", 1e-12), ("relu", 1e-12), ("conv2", 1.0), ("relu2", 1e-12)]
+    operations = tuple(Operation(name, name, (at,), (at + 1,)) for at, (name, _) in enumerate(rows))
+    values = tuple(Value(f"v{at}", 8) for at in range(len(rows) + 1))
+    made = Network(operations, values, (0,), (len(rows),))
+    found = solve(Problem(made, tuple(time for _, time in rows), 2, link=1e3))
+    assert found.stage_of == (0, 0, 0, 1, 1)
+    assert found.proven
+
+
 @settings(max_examples=40, deadline=None)
 @given(problems(9), st.randoms(use_true_random=False))
 def test_values_go_forward_groups_stay_whole_and_memory_is_kept(problem: Problem, draw: random.Random) -> None:

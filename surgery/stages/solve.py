@@ -19,7 +19,7 @@ from surgery.stages.loads import Loads
 from surgery.stages.orders import orders
 from surgery.stages.problem import Assignment, Problem, Repeated
 from surgery.stages.reduce import reduced
-from surgery.stages.refine import refine
+from surgery.stages.refine import refine, rejoin
 
 __all__ = ["assess", "solve"]
 
@@ -41,10 +41,17 @@ def solve(problem: Problem, *, prove_seconds: float = 0.0) -> Assignment:
     """
     blocks = blocks_of(problem)
     _check(problem, blocks)
+    name, best, bound = _best(problem, blocks, prove_seconds)
+    rejoin(best)
+    return _assignment(problem, best, name, bound)
+
+
+def _best(problem: Problem, blocks: Blocks, prove_seconds: float) -> tuple[str, Loads, float]:
+    """Return how the best cut was found, the cut, and a bound."""
     bound = simple_bound(problem, blocks)
     exact = _exact(problem, blocks, loss=_LOSS * bound, most=_MORE_SETS if prove_seconds else _SETS)
     if exact is not None:
-        return _assignment(problem, exact[0], "down-sets", max(bound, exact[1]))
+        return "down-sets", exact[0], max(bound, exact[1])
     name, best = _planned(problem, blocks)
     if prove_seconds and best.score()[1] > bound * (1 + SLACK):
         proof = prove(problem, blocks, seconds=prove_seconds)
@@ -53,7 +60,7 @@ def solve(problem: Problem, *, prove_seconds: float = 0.0) -> Assignment:
             other = Loads(problem, blocks, proof.stage_of)
             refine(other, tries=_TRIES)
             name, best = ("integer program", other) if other.score() < best.score() else (name, best)
-    return _assignment(problem, best, name, bound)
+    return name, best, bound
 
 
 def _exact(problem: Problem, blocks: Blocks, *, loss: float, most: int) -> tuple[Loads, float] | None:
