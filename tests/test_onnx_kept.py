@@ -164,6 +164,14 @@ def test_weights_are_listed_in_their_order() -> None:
     assert [tensor.name for tensor in back.graph.initializer] == ["A", "p", "B", "most"]
 
 
+def test_a_bias_that_is_read_first_is_read_first_again() -> None:
+    model = parsed(
+        "g (float[n, 8] x) => (float[n, 6] z) { y = MatMul(x, W)  z = Add(b, y) }", W=numbers(8, 6), b=numbers(6)
+    )
+    back = surgery.recompose(surgery.decompose(model, X, ranks="2").model, X).model
+    assert [value.name for value in back.graph[-1].inputs] == ["b", "y"]
+
+
 def test_old_files_have_their_weights_among_the_inputs() -> None:
     proto = everything()
     proto.ir_version = 3
