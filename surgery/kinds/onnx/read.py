@@ -258,6 +258,8 @@ class Reader:
         transposed, groups = node.op_type == "ConvTranspose", int(said.get("group", 1))
         if not 1 <= len(weight.shape) - 2 <= 3:
             return Refusal("it is a convolution over more than three axes")
+        if tuple(said.get("kernel_shape", weight.shape[2:])) != weight.shape[2:]:
+            return Refusal("its weight has another shape than what its kernel_shape says")
         geometry = _geometry(said, weight.shape[2:], node.inputs[0], transposed=transposed)
         if isinstance(geometry, Refusal):
             return geometry
@@ -346,6 +348,8 @@ def _geometry(
     dilation = tuple(said.get("dilations", (1,) * dims))
     extra = tuple(said.get("output_padding", (0,) * dims))
     auto = said.get("auto_pad", "NOTSET")
+    if auto not in ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"):
+        return Refusal("its auto_pad is unknown")
     if transposed and "output_shape" in said:
         return Refusal("it is a ConvTranspose with output_shape")
     pads = list(said.get("pads", (0,) * 2 * dims))
