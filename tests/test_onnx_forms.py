@@ -197,3 +197,14 @@ def test_convolutions_that_no_runtime_takes_are_skips(said: str, reason: str) ->
     model = parsed(CONV.format(op="Conv", said=said), W=numbers(6, 4, 3, 3), b=numbers(6))
     [left] = Reader(model).left
     assert reason in left.skip.reason
+
+
+def test_weights_whose_sites_would_share_a_name() -> None:
+    text = "g (float[n, 8] x) => (float[n, 6] z) { y = MatMul(x, A)  w = Relu(y)  z = MatMul(w, B) }"
+    model = parsed(text, A=numbers(8, 16), B=numbers(16, 6))
+    model.graph.initializers["B"].name = "A.weight"
+    sites, skips = surgery.find_sites(model, X)
+    assert [site.name for site in sites] == ["A"]
+    assert [(skip.name, skip.reason) for skip in skips] == [("z", "another weight of the model has its name")]
+    made = surgery.decompose(model, X, ranks="2").model
+    assert weights(surgery.recompose(made, X).model) == weights(model)

@@ -98,7 +98,8 @@ def _hidden(reader: Reader, node: ir.Node) -> Iterator[tuple[ir.Node, str]]:
 def _skip(reader: Reader, node: ir.Node, values: Sequence[ir.Value | None], reason: str) -> Skip:
     weights = [found for value in values if (found := reader.weight(value)) is not None]
     large = [found for found in weights if len(found.shape) > 1]
-    name = site_name(large[0].name) if large else node.name or node.outputs[0].name or node.op_type
+    own = node.name or node.outputs[0].name or node.op_type
+    name = site_name(large[0].name) if large and reader.is_named(large[0]) else own
     known = [found for found in large if found.name in reader.parameters]
     return Skip(name, node.op_type, reason, sum(numbers_of(found.tensor) for found in known))
 
