@@ -93,6 +93,7 @@ class Cp(Factorization):
 
     def expand(self, cores: Sequence[Tensor]) -> Tensor:
         """Return the sum of the products of columns."""
+        # Invariant: ``product`` is (g, n_1 .. n_k, r), the Khatri-Rao product so far; the last core sums over r.
         product = cores[0]
         for core in cores[1:]:
             product = (
@@ -119,6 +120,8 @@ class Cp(Factorization):
 
 def _unit_factors(tensor: Tensor) -> list[Tensor]:
     """Return the exact factors: unit vectors in all modes but the largest, which has the fibres of the tensor."""
+    # T = sum over the places p of all modes but the largest: unit vectors there, the fibre at p in the largest mode.
+    # Example of 2 x 2 x 3: components (0, 0), (0, 1), (1, 0), (1, 1), the second being e_0 o e_1 o T[0, 1, :].
     groups, *shape = tensor.shape
     largest = shape.index(max(shape))
     others = [mode for mode in range(len(shape)) if mode != largest]

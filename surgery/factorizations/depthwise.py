@@ -63,6 +63,7 @@ class Depthwise(MatrixFactorization):
 
     def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
         """Return column t of left and row t of right for each pair."""
+        # (g O, I, r) and (g O, r, K)
         left, right = cores
         parts = [part for t in range(ranks[0]) for part in (left[:, :, t], right[:, t])]
         return tuple(part.reshape(shape) for part, shape in zip(parts, self.shapes(kernel, ranks), strict=True))

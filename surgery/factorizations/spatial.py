@@ -44,6 +44,7 @@ class Spatial(MatrixFactorization):
 
     def tensor(self, kernel: Tensor) -> Tensor:
         """Return (g, O b, I a)."""
+        # (g, O, I, a, b) -> (g, O, b, I, a) -> (g, O b, I a)
         rows = kernel.flatten(4).permute(0, 1, 4, 2, 3)
         return rows.flatten(3).flatten(1, 2)
 
@@ -59,6 +60,7 @@ class Spatial(MatrixFactorization):
     def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
         """Return right and left as kernels."""
         first, second = self.shapes(kernel, ranks)
+        # (g, O b, r) -> (g, O, b, r) -> (g, O, r, b)
         left = cores[0].unflatten(1, (kernel[1], math.prod(kernel[4:]))).transpose(2, 3)
         return cores[1].reshape(first), left.reshape(second)
 

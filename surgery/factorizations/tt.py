@@ -61,6 +61,7 @@ class Tt(Factorization):
     def tensor(self, kernel: Tensor) -> Tensor:
         """Return (g, I, a, b, O), of the dimensions that extend; W ((p q), (a b)) as (1, p b, q a)."""
         if kernel.dim() == 3:
+            # (1, p q, a b) -> (1, p, q, a, b) -> (1, p, b, q, a) -> (1, p b, q a)
             split = kernel.unflatten(2, balanced(kernel.shape[2])).unflatten(1, balanced(kernel.shape[1]))
             return split.permute(0, 1, 4, 2, 3).flatten(3).flatten(1, 2)
         extents = [kernel.shape[3 + dim] for dim in spatial_dims(tuple(kernel.shape))]
@@ -158,6 +159,8 @@ def _needs(kernel: Shape, ranks: Ranks) -> tuple[bool, bool]:
 
 def _conv_factors(cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> list[Tensor]:
     """Return the cores as (g, after, before, extent); a 1x1 that is not needed is multiplied into its neighbour."""
+    # Cores (1, I, r1), (r1, a, r2), (r2, b, r3), (r3, O, 1). At r1 = I the first is square: (I, r1) (r1, a, r2) is
+    # (I, a, r2), which starts the chain itself. The same holds for the last at r3 = O.
     first, *middle, last = cores
     reduce, expand = _needs(kernel, ranks)
     if not reduce:
@@ -179,6 +182,7 @@ def _conv_cores(factors: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> list[
 
 def _linear_factors(cores: Sequence[Tensor], kernel: Shape) -> list[Tensor]:
     """Return G1 as (1, p, r, b) and G2 as (1, q, a, r)."""
+    # (p b, r) -> (p, r, b), rows p r and columns b; (r, q a) -> (q, a, r)
     left, right = cores
     (a, b), (p, q) = balanced(kernel[2]), balanced(kernel[1])
     return [left.unflatten(1, (p, b)).transpose(2, 3), right.mT.unflatten(1, (q, a))]

@@ -81,6 +81,7 @@ class Tucker(Factorization):
 
     def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
         """Return those of V^T, core and U that are needed; the others are multiplied into the core."""
+        # At a full rank the basis is square: core x_1 U has O in the place of ro, core x_2 V has I in the place of ri.
         core, out_basis, in_basis = cores
         reduce, expand = _needs(kernel, ranks)
         if not expand:

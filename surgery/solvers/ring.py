@@ -98,8 +98,8 @@ def _start(tensor: Tensor, ranks: Sequence[int], total: float, *, swept: bool) -
     choices = sorted((k for k in range(count) if room[k] >= min(1.0, max(room))), key=lambda k: sizes[k])
     starts = []
     for first in choices[:1] if swept else choices:
-        # A ring has no beginning. Example: of 3 modes from the second, the order is 1, 2, 0, and mode 0 has the core at
-        # 2.
+        # A ring has no beginning. Example: of 3 modes from the second, the order is 1, 2, 0, and
+        # mode 0 has the core at 2.
         order = [(first + k) % count for k in range(count)]
         cores, lost = _ring_svd(tensor.permute(0, *(1 + k for k in order)), [ranks[k] for k in order])
         starts.append((lost / total, [cores[(k - first) % count] for k in range(count)]))

@@ -76,8 +76,8 @@ class SecondMoment:
         first, *rest = self.factors
         if rest or self.taps == 1:
             return first
-        # The mean of the blocks on the diagonal of the taps. Example: of 2 channels and 9 taps, (18, 18) is (2, 9, 2,
-        # 9).
+        # The mean of the blocks on the diagonal of the taps. Example: of 2 channels and 9 taps,
+        # (18, 18) is (2, 9, 2, 9).
         split = first.unflatten(1, (-1, self.taps)).unflatten(-1, (-1, self.taps))
         return torch.einsum("gikjk->gij", split) / self.taps
 
@@ -99,8 +99,8 @@ class SecondMoment:
             return replace(self, factors=(first * inverse**2, *rest))
         taps = 1 if rest else self.taps
         turned = inverse if inverse.dim() == 2 else inverse.mT
-        # D C D^T = (D R) (R^-1 C R^-T) (D R)^T, where R stands for R (x) I: C R^-T first, then its transpose times
-        # R^-T.
+        # D C D^T = (D R) (R^-1 C R^-T) (D R)^T, where R stands for R (x) I: C R^-T first, then
+        # its transpose times R^-T.
         half = times_channels(first, turned, taps)
         return replace(self, factors=(times_channels(half.mT, turned, taps), *rest))
 
