@@ -70,6 +70,7 @@ class Cp(Factorization):
 
     def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
         """Return the shapes of the first 1x1, a depthwise convolution for each dimension, and the last 1x1."""
+        # Example of 64 -> 128, 3 x 3, at rank 32: 32 x 64, twice 32 x 3 and 128 x 32, 6,336 numbers for 73,728.
         groups, out, columns, *size = kernel
         (rank,) = ranks
         ones = (1,) * len(size)
@@ -107,6 +108,7 @@ class Cp(Factorization):
 
     def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
         """Return the factors of the inputs, of each dimension and of the outputs."""
+        # (g, I, r) -> (g, r, I); (g, a, r) -> (g, r, a) -> (g r, a)
         out, columns, *extents = cores
         parts = [columns.mT, *(extent.mT.flatten(0, 1) for extent in extents), out]
         return tuple(part.reshape(shape) for part, shape in zip(parts, self.shapes(kernel, ranks), strict=True))

@@ -50,6 +50,7 @@ class Spatial(MatrixFactorization):
 
     def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
         """Return (g, r, I, a, 1) and (g, O, r, 1, b)."""
+        # Example of 64 -> 128, 3 x 3, at rank 32: 32 x 64 x 3 x 1 and 128 x 32 x 1 x 3, 18,432 numbers for 73,728.
         groups, out, columns, first, *rest = kernel
         return (groups, ranks[0], columns, first, *(1 for _ in rest)), (groups, out, ranks[0], 1, *rest)
 
@@ -66,4 +67,5 @@ class Spatial(MatrixFactorization):
 
     def cores(self, factors: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> list[Tensor]:
         """Return left and right."""
+        # (g, O, r, b) -> (g, O, b, r) -> (g, O b, r); (g, r, I, a) -> (g, r, I a)
         return [factors[1].flatten(3).transpose(2, 3).flatten(1, 2), factors[0].flatten(2)]

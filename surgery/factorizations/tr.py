@@ -83,8 +83,11 @@ class Tr(Factorization):
         """Return (g, r n, I, 1..), (g, s, r, 1, *k), (g, O, s n, 1..); n = 1 does not need its own dimension."""
         groups, out, columns, *size = kernel
         if not size:
+            # Example of 256 -> 512 at ranks (2, 4, 8, 4): 8 x 16, 8 x 64, 64 x 8 and 32 x 8, 1,408 numbers for 131,072.
             (a, b), (p, q), (t, u, v, w) = balanced(columns), balanced(out), ranks
             return (1, t * u, b), (1, v, a * u), (1, p * w, v), (1, q, t * w)
+        # Example of 64 -> 128, 3 x 3, at ranks (4, 8, 4): 16 x 64, 8 x 4 x 1 x 3 x 3 and 128 x 32,
+        # 5,408 numbers for 73,728.
         (n, s, r), ones = ranks, (1,) * len(size)
         return (groups, r * n, columns, *ones), (groups, s, r, *_inner(n), *size), (groups, out, s * n, *ones)
 
@@ -173,6 +176,7 @@ def _exact(sizes: Shape) -> tuple[int, Ranks]:
     """Return a mode and the ranks at which TR-SVD from it is exact, with the fewest parameters of all modes."""
     # A mode needs bonds whose product is the rank of its unfolding, at most the smaller side of n x (all others).
     held = [min(size, math.prod(sizes) // size) for size in sizes]
+    # Example of (128, 9, 64): from the last mode, 64 = 8 x 8, with the ranks (8, 72, 8).
     choices = [(first, _later_full(sizes, first, balanced(held[first]))) for first in range(len(sizes))]
     return min(choices, key=lambda choice: _parameters(sizes, choice[1]))
 

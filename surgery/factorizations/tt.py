@@ -75,8 +75,12 @@ class Tt(Factorization):
         """Return (1, p r, b) and (1, q, a r); or those of the first 1x1, one for each dimension, and the last 1x1."""
         groups, out, columns, *size = kernel
         if not size:
+            # Example of 256 -> 512 at rank 16: 256 = 16 x 16 and 512 = 16 x 32, factors 256 x 16 and
+            # 32 x 256, 12,288 numbers.
             (a, b), (p, q), (rank,) = balanced(columns), balanced(out), ranks
             return (1, p * rank, b), (1, q, a * rank)
+        # Example of 64 -> 128, 3 x 3: at ranks (16, 24, 32) 16 x 64, 24 x 16 x 3 x 1, 32 x 24 x 1 x 3 and 128 x 32,
+        # 8,576 numbers for 73,728; at (64, 24, 32) the first is 24 x 64 x 3 x 1.
         ones = (1,) * len(size)
         reduce, expand = _needs(kernel, ranks)
         ends = ranks if reduce else (columns, *ranks[1:])

@@ -92,6 +92,7 @@ class Form:
 
     def hessian(self, x: Floats) -> sparse.csr_array:
         """Return the second derivatives (n, n)."""
+        # Of sum x_i^k - k prod x_i: -k times the product of the others for a pair, k (k - 1) x_i^(k-2) on the diagonal.
         at, k = x[self.table], self.order
         weights = self.weights * np.sign(self.terms(x)) if self.absolute else self.weights
         rows: list[Integers] = []

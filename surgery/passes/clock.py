@@ -237,5 +237,6 @@ def _random_chain(operator: Operator, option: Option) -> Chain:
     method, like = named(option.factorization), operator.weight
     generator = torch.Generator().manual_seed(0)
     shapes = method.shapes(tuple(operator.kernel.shape), option.ranks)
+    # An output is a sum of I K terms, (g, O, I, *k): divided by their root it is about as large as an input.
     factors = [torch.randn(shape, generator=generator).to(like) * math.prod(shape[2:]) ** -0.5 for shape in shapes]
     return method.assemble(operator, factors, option.ranks)
