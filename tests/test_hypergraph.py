@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from surgery.errors import InputError
-from surgery.hypergraph import METHODS, OBJECTIVES, Hypergraph, Objective, cuts, partition
+from surgery.hypergraph import METHODS, OBJECTIVES, Hypergraph, Method, Objective, cuts, partition
 from surgery.hypergraph.moves import Limits, refine
 from surgery.hypergraph.multilevel import coarsen
 from surgery.sites.network import Network, Operation, Value
@@ -56,9 +55,16 @@ def test_what_is_given_stays_as_it_is_and_nothing_can_be_changed_afterwards() ->
         ([(0, 1)], {"weights": [1, 2]}, "one a hyperedge"),
         ([(0, 1)], {"weights": [-1.0]}, "0 or more"),
         ([(0, 1)], {"node_weights": [1.0, np.nan]}, "finite"),
+        ([(0, 1)], {"weights": ["a"]}, "no numbers; allowed: one number a hyperedge"),
+        ([(0, 1)], {"weights": [1e300]}, "allowed: 0, or 1e-50 to 1e\\+50; scale them"),
+        ([(0, 1 << 40)], {}, "number the nodes first"),
+        ([], {"nodes": -1}, "-1 nodes"),
+        ([], {"nodes": 1.5}, "1.5 nodes"),
+        (3, {}, "hyperedges of type int"),
+        ([0, 1], {}, "allowed: collections of nodes"),
     ],
 )
-def test_what_is_no_hypergraph_is_refused(edges: Iterable[Iterable[int]], options: dict[str, Any], said: str) -> None:
+def test_what_is_no_hypergraph_is_refused(edges: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         Hypergraph.from_edges(edges, **options)
 
@@ -173,6 +179,17 @@ def test_unequal_weights_are_balanced_by_weight() -> None:
         found = partition(heavy, parts, balance=0.1)
         assert found.fits
         assert found.cuts.imbalance <= 0.1 + 1e-9
+
+
+@pytest.mark.parametrize("objective", ["cut", "connectivity", "normalised"])
+@pytest.mark.parametrize("method", ["auto", "multilevel", "clique"])
+def test_nodes_that_weigh_nothing_are_parted_too(method: Method, objective: Objective) -> None:
+    for weights in ([0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 5.0, 1.0]):
+        h = Hypergraph.from_edges([(0, 1), (1, 2), (2, 3)], node_weights=weights)
+        for parts in (1, 2, 3, 4):
+            assert len(set(partition(h, parts, method=method, objective=objective).part.tolist())) == parts
+    with pytest.raises(InputError, match="node weights of 0"):
+        partition(h, objective="ratio")
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,8 @@ def test_nodes_that_nothing_ties_are_left_out() -> None:
 
 def test_odd_and_mixed_sizes_are_refused_with_what_to_do() -> None:
     odd = by_chance(12, 3, 30, seed=0)
+    with pytest.raises(InputError, match="powers of that order are no numbers; allowed: a size up to 64"):
+        fiedler(Hypergraph.from_edges([tuple(range(400))]), "tensor")
     with pytest.raises(InputError, match='no least value; allowed: an even size; take method="absolute" or "clique"'):
         fiedler(odd, "tensor")
     found = fiedler(odd, "absolute")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import surgery
 from surgery.algebra import Chain, relative_error
 from surgery.cli.group import cli
+from surgery.cli.options import open_calibrated
 from surgery.cost.onnxruntime.model import build_model
 from surgery.data.collect import collect, with_sensitivity
 from surgery.data.samples import read_calibration
@@ -706,6 +707,15 @@ def test_the_command_line_takes_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {path.name for path in tmp_path.iterdir()} == set(names)
     again: Any = surgery.load("m.decomposed.recomposed.onnx")
     assert weights(again) == weights(mlp())
+
+
+def test_the_command_line_reads_calibration_data_once(tmp_path: Path) -> None:
+    saved(mlp(), tmp_path / "m.onnx")
+    np.savez(tmp_path / "x.npz", x=DATA.numpy())
+    how: dict[str, Any] = {"input_shapes": (), "factory": None, "trust": False, "memory": None, "seed": 0}
+    model, inputs, data = open_calibrated(tmp_path / "m.onnx", tmp_path / "x.npz", **how)
+    assert read_calibration(data, model) is data  # decompose does not read it again
+    assert torch.equal(inputs[0][0], DATA[:1])
 
 
 def test_a_message_gives_back_a_message() -> None:

@@ -22,6 +22,7 @@ from surgery.passes.metrics import drop_of
 from surgery.plans.goal import Goal
 from surgery.plans.plan import Plan
 from tests.cases import decaying
+from tests.covering import in_turns
 
 KINDS = ("module", "graph", "program")
 
@@ -237,8 +238,11 @@ def test_auto_is_the_promise_of_an_output_error() -> None:
     assert found.plan.ranks == "max_error=0.05"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("goal", [Goal.error(0.2, cost="macs"), Goal.drop(0.5, lambda m: 1.0, cost="params")], ids=str)
+@pytest.mark.parametrize(
+    ("goal", "kind"),
+    in_turns([Goal.error(0.2, cost="macs"), Goal.drop(0.5, lambda m: 1.0, cost="params")], KINDS),
+    ids=str,
+)
 def test_the_plan_of_a_promise_gives_the_same_model_again(goal: Goal, kind: str) -> None:
     x = samples()
     result = surgery.decompose(opened(kind), x[:4], calibration=x, ranks=goal)

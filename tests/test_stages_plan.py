@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from surgery.errors import InputError
 from surgery.sites.network import Network, Operation, Value
 from surgery.stages.blocks import Blocks, blocks_of
-from surgery.stages.bound import simple_bound
+from surgery.stages.bound import simple_bound, surrounded_bound
 from surgery.stages.downsets import down_sets, optimum
 from surgery.stages.dynamic import best_cut
 from surgery.stages.loads import Loads
@@ -84,6 +84,24 @@ def test_the_bound_is_below_every_cut_and_a_proven_cut_is_the_best(problem: Prob
     assert found == solve(problem)
 
 
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_what_surrounds_a_block_bounds_every_cut(problem: Problem) -> None:
+    blocks = blocks_of(problem)
+    least = min((cut.score()[1] for cut in every_cut(problem, blocks)), default=float("inf"))
+    assert surrounded_bound(problem, blocks) <= least * (1 + 1e-9)
+
+
+def test_a_block_has_to_be_fed_or_to_lie_with_what_feeds_it() -> None:
+    operations = [Operation(str(at), "f", (at,), (at + 1,)) for at in range(3)]
+    made = Network(tuple(operations), tuple(Value(f"v{at}", 1) for at in range(4)), (0,), (3,))
+    found = [
+        surrounded_bound(problem, blocks_of(problem))
+        for problem in (Problem(made, seconds, 2, link=1.0) for seconds in ((5.0, 9.0, 5.0), (0.5, 9.0, 5.0)))
+    ]
+    assert found == pytest.approx([11, 10.5], rel=1e-6)
+
+
 @settings(max_examples=30, deadline=None)
 @given(problems(5))
 def test_down_sets_and_the_integer_program_agree_and_bound_every_cut(problem: Problem) -> None:
@@ -137,6 +155,16 @@ def test_a_reduction_takes_views_with_what_they_view_and_masks_with_their_first_
     smaller, lost = reduced(Problem(made, (1.0, 9.0, 1.0, 9.0, 9.0), 2), loss=2.0)
     assert smaller.network.together == (frozenset({0, 3}), frozenset({1, 2}))
     assert lost == 2.0
+
+
+def test_what_a_kernel_computes_at_no_cost_stays_with_it() -> None:
+    rows = [("conv", 1.0), ("norm", 1e-12), ("relu", 1e-12), ("conv2", 1.0), ("relu2", 1e-12)]
+    operations = tuple(Operation(name, name, (at,), (at + 1,)) for at, (name, _) in enumerate(rows))
+    values = tuple(Value(f"v{at}", 8) for at in range(len(rows) + 1))
+    made = Network(operations, values, (0,), (len(rows),))
+    found = solve(Problem(made, tuple(time for _, time in rows), 2, link=1e3))
+    assert found.stage_of == (0, 0, 0, 1, 1)
+    assert found.proven
 
 
 @settings(max_examples=40, deadline=None)

@@ -9,7 +9,6 @@ Each set of nodes is one hyperedge: what is given twice is merged, and its weigh
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,12 +78,15 @@ class Hypergraph:
         ``nodes`` counts the nodes, by default up to the largest that is named. ``weights`` are one for each
         hyperedge given, ``node_weights`` one for each node; all are 1 by default. Hyperedges of one set of nodes are
         merged in the place of the first, and their weights are added. Raises ``InputError`` for an empty hyperedge, a
-        node twice in a hyperedge, a node that is no number from 0 on, and weights that are negative or not finite.
+        node twice in a hyperedge, a node that is no number from 0 on, and weights that are negative or not finite, or
+        beyond 1e-50 and 1e50.
         """
         pins, sizes = _flat(edges)
         largest = int(pins.max(initial=-1)) + 1
         given = np.size(node_weights) if node_weights is not None else largest
-        count = given if nodes is None else operator.index(nodes)
+        count = given if nodes is None else nodes
+        if not isinstance(count, int | np.integer) or not 0 <= count <= _MOST:
+            raise InputError(f"{count} nodes", allowed=f"a whole number from 0 to {_MOST}", next_step=_NUMBER)
         if len(pins) and (pins.min() < 0 or largest > count):
             bad = int(pins.min()) if pins.min() < 0 else largest - 1
             raise InputError(f"node {bad} in a hyperedge", allowed=f"0 to {count - 1}", next_step=_NUMBER)
@@ -191,6 +193,8 @@ class Hypergraph:
         return f"Hypergraph({self.nodes} nodes, {edges}{f' of {self.say_sizes()}' if self.edges else ''})"
 
 
+_MOST = 1 << 31  # nodes
+_LEAST_WEIGHT, _MOST_WEIGHT = 1e-50, 1e50  # products of a few weights are numbers too
 _NUMBER = "number the nodes first, for instance by numpy.unique(names, return_inverse=True), or give nodes="
 _ONE_SIZE = "take the hyperedges of one size by h.of_size(k), or another method"
 
@@ -209,7 +213,10 @@ def _flat(edges: Iterable[Iterable[int]] | NDArray[Any]) -> tuple[Integers, Inte
     if isinstance(edges, np.ndarray) and edges.ndim == 2:
         flat, sizes = edges.ravel(), np.full(len(edges), edges.shape[1])
     else:
-        rows = [list(edge) for edge in edges]
+        try:
+            rows = [list(edge) for edge in edges]
+        except TypeError as error:
+            raise InputError(f"hyperedges of type {type(edges).__name__}", allowed="collections of nodes") from error
         flat, sizes = np.asarray(list(chain.from_iterable(rows))), np.array([len(row) for row in rows], np.int64)
     if len(flat) and (flat.dtype.kind not in "iu" or flat.ndim != 1):
         raise InputError(f"nodes of type {flat.dtype}", allowed="whole numbers from 0 on", next_step=_NUMBER)
@@ -233,9 +240,16 @@ def _weights(name: str, given: ArrayLike | None, count: int, one: str) -> Floats
     """Return one weight for each, 1 by default; raise for any other number of them and for what is no weight."""
     if given is None:
         return np.ones(count)
-    found = np.array(given, np.float64)
+    try:
+        found = np.array(given, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} that are no numbers", allowed=f"one number a {one}") from error
     if found.shape != (count,):
         raise InputError(f"{name} of shape {found.shape}", allowed=f"({count},), one a {one}")
     if not (np.isfinite(found).all() and (found >= 0).all()):
         raise InputError(f"{name} with {found[~(found >= 0) | ~np.isfinite(found)][0]}", allowed="finite, 0 or more")
+    bad = found[(found > 0) & ((found < _LEAST_WEIGHT) | (found > _MOST_WEIGHT))]
+    if len(bad):
+        allowed = f"0, or {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}"
+        raise InputError(f"{name} with {bad[0]}", allowed=allowed, next_step="scale them")
     return found

@@ -97,7 +97,7 @@ def random_parts(h: Hypergraph, limits: Limits, *, count: int, rng: np.random.Ge
     most = np.where(np.isfinite(limits.most), limits.most, 1.0)
     # A node is in the part in which the middle of its weight lies. Example: 4 nodes of weight 1 for two equal parts
     # have middles at 0.5, 1.5, 2.5 and 3.5, and the end of the first part is at 2.
-    ends = np.cumsum(most)[:-1] / most.sum() * max(h.node_weights.sum(), 1e-300)
+    ends = np.cumsum(most)[:-1] / (most.sum() or 1.0) * max(h.node_weights.sum(), 1e-300)
     slots = np.searchsorted(ends, np.cumsum(weights, axis=1) - weights / 2, side="right")
     part = np.empty((count, h.nodes), np.int64)
     np.put_along_axis(part, order, slots, axis=1)
@@ -182,7 +182,7 @@ def _ratings(h: Hypergraph, rng: np.random.Generator) -> tuple[Integers, Integer
     small = h if h.sizes.max(initial=0) <= _WIDEST else h.subset(h.sizes <= _WIDEST)
     weight = small.weights / np.maximum(small.sizes - 1, 1)
     upper = sparse.triu(small.incidence.T @ (small.incidence * weight[:, None]), 1).tocoo()
-    mass = np.maximum(h.node_weights, 1e-12 * max(h.node_weights.max(initial=0.0), 1e-300))
+    mass = np.maximum(h.node_weights, 1e-12 * (h.node_weights.max(initial=0.0) or 1.0))
     rating = upper.data / (mass[upper.row] * mass[upper.col]) * (1 + 1e-3 * rng.random(upper.nnz))
     row, column = upper.row.astype(np.int64), upper.col.astype(np.int64)
     return np.concatenate([row, column]), np.concatenate([column, row]), np.concatenate([rating, rating])

@@ -109,6 +109,9 @@ def _check(
         raise InputError(f"objective {objective!r}", allowed=", ".join(OBJECTIVES))
     if not 1 <= parts <= h.nodes:
         raise InputError(f"{parts} parts of {h.nodes} nodes", allowed=f"1 to {h.nodes}")
+    if objective == "ratio" and h.nodes and not h.node_weights.all():
+        what = 'objective "ratio" with node weights of 0'
+        raise InputError(what, allowed="above 0: the cut is divided by them", next_step='or take "normalised"')
     if balance is None and objective not in ("ratio", "normalised"):
         raise InputError(f"no balance for {objective!r}", allowed='a number, or objective "ratio" or "normalised"')
     if balance is not None and not 0 <= balance < np.inf:

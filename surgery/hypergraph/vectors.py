@@ -39,6 +39,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 _DENSE = 300  # nodes: up to there a dense eigendecomposition costs no more
 _CRITICAL = 1e-4  # relative residual of a critical point
 _FLAT = 1e-3  # curvature, relative to the largest, that counts as none
+_MOST_ORDER = 64
 _STEPS, _ESCAPES = 1000, 3
 _SLOPE = 1e-7  # in entries of the gradient of (f / n) where entries of x are about 1
 
@@ -148,6 +149,9 @@ def _of_tensor(h: Hypergraph, method: Vector) -> Fiedler:
     if method == "tensor" and table.shape[1] % 2:
         what = f"hyperedges of {h.say_sizes()}: a form of odd order has no least value"
         raise InputError(what, allowed="an even size", next_step='take method="absolute" or "clique"')
+    if table.shape[1] > _MOST_ORDER:
+        what = f"hyperedges of {h.say_sizes()}: powers of that order are no numbers"
+        raise InputError(what, allowed=f"a size up to {_MOST_ORDER}", next_step='take method="clique"')
     form = Form(table, h.weights, h.nodes, absolute=method == "absolute")
     start = _second(clique(h))[0]
     start -= start.mean()

@@ -20,10 +20,10 @@ from surgery.errors import CaptureError, CheckError, InputError, only_own_errors
 from surgery.files.given import model_of
 from surgery.kinds.fx.graph import read_record
 from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs
-from surgery.kinds.onnx.exported import keep_weights
+from surgery.kinds.onnx.exported import keep_weights, mark_steps
 from surgery.kinds.onnx.graph import RECORD
 from surgery.kinds.onnx.session import TOLERANCES, feed, open_session
-from surgery.kinds.registry import Model, kind_of
+from surgery.kinds.registry import Model, kind_of, open_model
 from surgery.runtime.compare import (
     Difference,
     compare_outputs,
@@ -105,6 +105,7 @@ def export_onnx(
         raise InputError("the model is an ONNX model already", next_step="use it as it is, or surgery.save it")
     program, inputs = capture(model, example_inputs, seed=seed)
     exported = to_onnx(program)
+    mark_steps(exported.model, open_model(program, copies=False).flow)
     _keep_record(program, exported.model)
     with scratch_folder() as folder:
         draft = folder / target.name

@@ -27,7 +27,7 @@ __all__ = ["BANDWIDTH", "FLOPS", "Costs", "attribute", "measure_operations", "ro
 
 FLOPS = 50e9  # of one core, a second; a multiply-accumulate is two
 BANDWIDTH = 20e9  # bytes a second
-_LEAST = 1e-9  # seconds: no operation is free, so that each order has one best cut
+_LEAST = 1e-12  # seconds: no operation is free, so that each order has one best cut
 # Kinds of operations that move no memory, and those that read only the rows that they give.
 _VIEWS = ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "detach", "alias")
 _FREE = frozenset((*_VIEWS, "getitem", "dropout", "identity", "shape", "size", "sym_size", "constant"))

@@ -61,6 +61,9 @@ class Asked:
             raise InputError(f"at={at!r}", allowed="a list of names of values")
         if stages is not None and at:
             raise InputError("stages and at together", allowed="one of them: cuts say how many stages there are")
+        if at and (prove or ties != "copy"):
+            what = "at together with " + ("prove" if prove else f"ties={ties!r}")
+            raise InputError(what, allowed="one of them: with cuts at named values nothing is searched for")
         known_balance = next((each for each in BALANCES if each == balance), None)
         if known_balance is None:
             raise InputError(f"balance={balance!r}", allowed=", ".join(BALANCES))
@@ -97,7 +100,7 @@ def decide(network: Network, asked: Asked, costs: Times, progress: Progress) -> 
         memory=asked.memory,
         balance=asked.balance,
         relay=asked.relay,
-        ties="copy" if named is not None else asked.ties,
+        ties=asked.ties,
     )
     found = solve(problem, prove_seconds=asked.prove) if named is None else assess(problem, named)
     report = SplitReport(

@@ -167,7 +167,13 @@ def _check_stage(path: Path, model: Any, kind: Kind, stage: StageFile) -> None:
     if not isinstance(model, kind.models):
         what = f"{shown_path(path)}: is a {kind_of(model).label}"
         raise FileError(what, allowed=kind.label, next_step=_AGAIN)
-    taken = len(kind.signature(model, ((), {})).names)
-    if taken != len(stage.inputs):
-        what = f"{shown_path(path)}: takes {taken} inputs, and the manifest names {len(stage.inputs)}"
+    taken = tuple(kind.signature(model, ((), {})).names)
+    if len(taken) != len(stage.inputs):
+        what = f"{shown_path(path)}: takes {len(taken)} inputs, and the manifest names {len(stage.inputs)}"
         raise FileError(what, next_step=_AGAIN)
+    for own, name in zip(taken, stage.inputs, strict=True):
+        if own != name:
+            what = (
+                f"{shown_path(path)}: takes {own[:80]!r} where the manifest names {name[:80]!r}: is it another stage?"
+            )
+            raise FileError(what, next_step=_AGAIN)

@@ -12,14 +12,14 @@ from dataclasses import replace
 
 from surgery.errors import InputError
 from surgery.stages.blocks import Blocks, blocks_of
-from surgery.stages.bound import SLACK, prove, simple_bound
+from surgery.stages.bound import SLACK, prove, simple_bound, surrounded_bound
 from surgery.stages.downsets import down_sets, optimum
 from surgery.stages.dynamic import best_cut
 from surgery.stages.loads import Loads
 from surgery.stages.orders import orders
 from surgery.stages.problem import Assignment, Problem, Repeated
 from surgery.stages.reduce import reduced
-from surgery.stages.refine import refine
+from surgery.stages.refine import refine, rejoin
 
 __all__ = ["assess", "solve"]
 
@@ -41,11 +41,20 @@ def solve(problem: Problem, *, prove_seconds: float = 0.0) -> Assignment:
     """
     blocks = blocks_of(problem)
     _check(problem, blocks)
+    name, best, bound = _best(problem, blocks, prove_seconds)
+    rejoin(best)
+    return _assignment(problem, best, name, bound)
+
+
+def _best(problem: Problem, blocks: Blocks, prove_seconds: float) -> tuple[str, Loads, float]:
+    """Return how the best cut was found, the cut, and a bound."""
     bound = simple_bound(problem, blocks)
     exact = _exact(problem, blocks, loss=_LOSS * bound, most=_MORE_SETS if prove_seconds else _SETS)
     if exact is not None:
-        return _assignment(problem, exact[0], "down-sets", max(bound, exact[1]))
+        return "down-sets", exact[0], max(bound, exact[1])
     name, best = _planned(problem, blocks)
+    if best.score()[1] > bound:
+        bound = max(bound, surrounded_bound(problem, blocks))
     if prove_seconds and best.score()[1] > bound * (1 + SLACK):
         proof = prove(problem, blocks, seconds=prove_seconds)
         bound = max(bound, proof.bound)
@@ -53,7 +62,7 @@ def solve(problem: Problem, *, prove_seconds: float = 0.0) -> Assignment:
             other = Loads(problem, blocks, proof.stage_of)
             refine(other, tries=_TRIES)
             name, best = ("integer program", other) if other.score() < best.score() else (name, best)
-    return _assignment(problem, best, name, bound)
+    return name, best, bound
 
 
 def _exact(problem: Problem, blocks: Blocks, *, loss: float, most: int) -> tuple[Loads, float] | None:
@@ -77,11 +86,20 @@ def _exact(problem: Problem, blocks: Blocks, *, loss: float, most: int) -> tuple
 
 
 def assess(problem: Problem, stage_of: Sequence[int]) -> Assignment:
-    """Return what a cut that is given costs: the number of the stage of each operation, and a bound on any cut."""
+    """Return what a cut that is given costs: the number of the stage of each operation, and a bound on any cut.
+
+    Raises:
+        InputError: a stage needs more than the memory.
+    """
     blocks = blocks_of(problem)
     stages = dict(zip(blocks.block_of, stage_of, strict=True))
     loads = Loads(problem, blocks, [stages[block] for block in range(len(blocks))])
-    return _assignment(problem, loads, "given", simple_bound(problem, blocks))
+    found = _assignment(problem, loads, "given", simple_bound(problem, blocks))
+    most = max(found.memory)
+    if problem.memory is not None and most > problem.memory:
+        what = f"stage {found.memory.index(most)} of this cut needs {most} bytes"
+        raise InputError(what, allowed=f"{problem.memory} bytes", next_step="cut at other values, or allow more memory")
+    return found
 
 
 def _check(problem: Problem, blocks: Blocks) -> None:

@@ -160,8 +160,8 @@ class Split:
         """Write the stages and their manifest into a folder, which is made; all files appear, or none.
 
         Stages of programs are ``stage0.pt2``, ``stage1.pt2``, ..., those of ONNX models ``stage0.onnx``, ... Stages of
-        modules are exported, and saved as programs. ``force`` writes into a folder that holds files; those of an older
-        split are replaced.
+        modules are exported in evaluation mode, and saved as programs. ``force`` writes into a folder that holds files;
+        those of an older split are replaced.
 
         Raises:
             FileError: the folder cannot be written, or holds files already.
@@ -195,7 +195,8 @@ def split(
 ) -> Split:
     """Cut a model into stages that run one after another, so that the slowest of them is as fast as can be.
 
-    The stages in a row compute what the model computes, bit for bit on a CPU.
+    The stages in a row compute what the model computes, bit for bit on a CPU; but torch's fused kernels for whole
+    layers, which ``nn.TransformerEncoder`` runs in evaluation without gradients, round differently.
 
     Args:
         model: an nn.Module, a GraphModule, an ExportedProgram, an ONNX model, or the path of a file with one.
@@ -210,7 +211,8 @@ def split(
         measure: whether operations and stages are timed; else their times are estimates.
         prove: seconds for an integer program to raise the proven bound, or find a better cut, where that is not settled
             without it; then the answer depends on the machine's speed.
-        at: names of the values to cut at, in place of a search; no others may cross.
+        at: names of the values to cut at, in place of a search; no others may cross. Each stage has a copy of the
+            weights that it reads.
         progress: is told of each step.
 
     Raises:

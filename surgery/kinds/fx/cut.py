@@ -7,12 +7,23 @@ from dataclasses import dataclass, field
 
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
+from torch.nn import Module
 
 from surgery.errors import InputError
 from surgery.kinds.fx.nodes import function_name
 from surgery.sites.network import Network, Operation, Value
 
-__all__ = ["Border", "Facts", "borders", "check_stages", "copy_node", "is_operation", "joined", "make_network"]
+__all__ = [
+    "Border",
+    "Facts",
+    "borders",
+    "check_stages",
+    "checks",
+    "copy_node",
+    "is_operation",
+    "joined",
+    "make_network",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +32,7 @@ class Facts:
 
     ``tensors`` gives the names of the parameters, buffers and constants that a node reads, ``size`` the bytes of its
     value, and ``macs`` its multiply-accumulates; ``sent`` says whether it can be sent to another stage. ``extra`` are
-    values that an operation gives besides its own.
+    values that an operation gives besides its own, and ``layer`` gives the module at a path, if nodes call modules.
     """
 
     tensors: Callable[[Node], Sequence[str]]
@@ -32,6 +43,7 @@ class Facts:
     sent: Callable[[Node], bool]
     together: Sequence[Iterable[int]] = ()
     extra: Mapping[int, Sequence[Node]] = field(default_factory=dict)
+    layer: Callable[[str], Module] | None = None
 
 
 def is_operation(node: Node) -> bool:
@@ -55,7 +67,7 @@ def make_network(
     rows = tuple(
         Operation(
             node.name,
-            _kind(node),
+            _kind(node, facts.layer),
             tuple(numbers[other] for other in node.all_input_nodes if other in numbers),
             tuple(numbers[other] for other in row),
             tuple(facts.tensors(node)),
@@ -70,7 +82,9 @@ def make_network(
     return network, nodes
 
 
-def _kind(node: Node) -> str:
+def _kind(node: Node, layer: Callable[[str], Module] | None) -> str:
+    if node.op == "call_module" and layer is not None:
+        return type(layer(str(node.target))).__name__
     return str(node.target.overloadpacket) if isinstance(node.target, OpOverload) else function_name(node)
 
 
@@ -82,6 +96,19 @@ def _bound(operations: Sequence[Node], sent: Callable[[Node], bool]) -> list[set
         for node, number in numbers.items()
         if not sent(node)
     ]
+
+
+def checks(operations: Sequence[Node]) -> list[set[int]]:
+    """Return each operation that nothing reads, such as a check of inputs, with the next one: it makes no stage.
+
+    What only such operations read goes with them.
+    """
+    last = len(operations) - 1
+    idle: set[Node] = set()
+    for node in reversed(operations):
+        if idle.issuperset(node.users):
+            idle.add(node)
+    return [{at, at + 1 if at < last else max(0, last - 1)} for at, node in enumerate(operations) if node in idle]
 
 
 def joined(groups: Iterable[Iterable[int]]) -> tuple[frozenset[int], ...]:

@@ -155,20 +155,29 @@ def bind_graph(graph: Graph, inputs: Inputs) -> dict[Node, Any]:
     """Return the inputs by placeholder: flattened if the graph was exported with a tree, else by position and name.
 
     Raises:
-        InputError: a placeholder has neither a value nor a default.
+        InputError: a placeholder has neither a value nor a default, or there are inputs that no placeholder takes.
     """
     nodes = list(graph.find_nodes(op="placeholder"))
     if hasattr(graph._codegen, "pytree_info"):
         return dict(zip(nodes, leaves_of(inputs, graph._codegen.pytree_info.in_spec), strict=True))
-    args, kwargs = inputs
-    values = dict(zip(nodes, args, strict=False))
-    for node in nodes[len(args) :]:
-        if str(node.target) in kwargs:
-            values[node] = kwargs[str(node.target)]
+    args, kwargs = list(inputs[0]), dict(inputs[1])
+    values: dict[Node, Any] = {}
+    for node in nodes:
+        name = str(node.target)
+        if name.startswith("*"):
+            what = f"the graph takes any number of inputs as {name}"
+            raise InputError(what, next_step="export the model with torch.export, which counts them")
+        if args:
+            values[node] = args.pop(0)
+        elif name in kwargs:
+            values[node] = kwargs.pop(name)
         elif node.args:
             values[node] = node.args[0]
         else:
-            raise InputError(f"no value is given for the input {node.target}")
+            raise InputError(f"no value is given for the input {name}")
+    if args or kwargs:
+        what = f"{len(args)} more inputs than the graph takes" if args else f"an input {next(iter(kwargs))}"
+        raise InputError(what, allowed=", ".join(str(node.target) for node in nodes))
     return values
 
 

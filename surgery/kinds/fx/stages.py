@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import InputError
 from surgery.kinds.base import Cuttable, Piece, Pieces
-from surgery.kinds.fx.cut import Facts, borders, check_stages, copy_node, is_operation, make_network
+from surgery.kinds.fx.cut import Facts, borders, check_stages, checks, copy_node, is_operation, make_network
 from surgery.kinds.fx.flow import fake_values, macs_of
 from surgery.kinds.fx.memory import kept_together, operator_aliases, operator_writes
 from surgery.kinds.fx.nodes import function_name
@@ -92,6 +92,7 @@ class CutGraph(Cuttable):
             lambda node: isinstance(self._values.get(node), Tensor | int),
             self._together(),
             {0: tuple(ends)} if ends else {},
+            self._root.get_submodule,
         )
         return make_network(self._operations, self._inputs, self._outputs, facts)
 
@@ -110,13 +111,23 @@ class CutGraph(Cuttable):
             if node.op == "call_module" and (module := self._root.get_submodule(str(node.target))).training:
                 for buffer in module.buffers():
                     changed.setdefault(key_of(buffer), set()).add(number)
-        return [*groups, *map(frozenset, changed.values()), *self._checks()]
+        return [
+            *groups,
+            *map(frozenset, changed.values()),
+            *map(frozenset, (*checks(self._operations), *self._unpacked())),
+        ]
 
-    def _checks(self) -> list[frozenset[int]]:
-        """Return each operation that nothing reads, such as a check of inputs, with the next: it makes no stage."""
-        last = len(self._operations) - 1
-        unread = [number for number, node in enumerate(self._operations) if not node.users]
-        return [frozenset({number, number + 1 if number < last else max(0, number - 1)}) for number in unread]
+    def _unpacked(self) -> Iterator[set[int]]:
+        """Yield what is computed of inputs that are no tensors, such as an item of a dict, with its first reader.
+
+        An export has no such operations, so that they make no stage.
+        """
+        numbers = {node: number for number, node in enumerate(self._operations)}
+        plain = {node for node in self._inputs if not isinstance(self._values.get(node), Tensor)}
+        for number, node in enumerate(self._operations):
+            if node.all_input_nodes and plain.issuperset(node.all_input_nodes):
+                plain.add(node)
+                yield {number, *[numbers[user] for user in node.users if user in numbers][:1]}
 
     def _writes(self, node: Node) -> list[Node]:
         """Return the inputs that a node may write to."""

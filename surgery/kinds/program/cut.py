@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import InputError
 from surgery.kinds.base import Cuttable, Piece, Pieces
-from surgery.kinds.fx.cut import Facts, borders, check_stages, is_operation, make_network
+from surgery.kinds.fx.cut import Facts, borders, check_stages, checks, is_operation, make_network
 from surgery.kinds.fx.flow import macs_of
 from surgery.kinds.fx.memory import kept_together, operator_aliases, operator_writes
 from surgery.kinds.inputs import Inputs
@@ -141,7 +141,7 @@ class CutProgram(Cuttable):
             # the new numbers: so whoever reads the old ones stays with what computes the new ones.
             readers = {numbers[user] for n in changed for user in n.users if user in numbers}
             groups.append(readers | {numbers[n] for n in [self._named[spec.arg.name]] if n in numbers})
-        return groups + list(self._unbacked(numbers).values())
+        return [*groups, *self._unbacked(numbers).values(), *checks(self._operations)]
 
     def _is_changed(self, node: Node, spec: OutputSpec) -> bool:
         """Whether a placeholder stands for the memory that an output writes to; all tokens are one thing."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -16,6 +17,7 @@ from surgery.kinds.fx.kind import declare, first_size
 from surgery.kinds.inputs import Declared, Inputs, Signature, given_inputs, input_like
 from surgery.kinds.program.cut import CutProgram
 from surgery.kinds.program.join import join_program
+from surgery.kinds.program.read import input_arguments
 from surgery.kinds.program.run import call_leaves, join_outputs, run_program
 from surgery.kinds.program.write import OpenProgram
 
@@ -34,12 +36,16 @@ def program_inputs(program: ExportedProgram, *, seed: int = 0) -> Inputs:
         args, kwargs = program.example_inputs
         return tuple(args), dict(kwargs)
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    leaves = []
-    for index, name in enumerate(program.graph_signature.user_inputs):
-        value = values.get(str(name))
-        if not isinstance(value, Tensor):
-            raise InputError(f"the input {name} of the program is not a tensor", next_step="give example_inputs")
-        leaves.append(input_like(value, str(name), seed + index))
+    leaves: list[Any] = []
+    for index, argument in enumerate(input_arguments(program)):
+        value = values.get(argument.name)
+        if isinstance(argument, ConstantArgument):
+            leaves.append(argument.value)
+        elif isinstance(value, Tensor):
+            leaves.append(input_like(value, argument.name, seed + index))
+        else:
+            what = f"the input {argument.name} of the program is not a tensor"
+            raise InputError(what, next_step="give example_inputs")
     args, kwargs = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
     return tuple(args), dict(kwargs)
 
@@ -47,7 +53,7 @@ def program_inputs(program: ExportedProgram, *, seed: int = 0) -> Inputs:
 def read_signature(program: ExportedProgram) -> Signature:
     """Return how a program is called."""
     args, kwargs = program_inputs(program)
-    names = [str(name) for name in program.graph_signature.user_inputs]
+    names = [argument.name for argument in input_arguments(program)]
     # inputs that are themselves tuples or dicts have several names each; then positions get names of their own
     flat = len(names) == len(args) + len(kwargs)
     first = names[: len(args)] if flat else [f"arg{i}" for i in range(len(args))]
@@ -56,7 +62,7 @@ def read_signature(program: ExportedProgram) -> Signature:
 
 
 def _nodes(program: ExportedProgram) -> list[Node]:
-    inputs = {str(name) for name in program.graph_signature.user_inputs}
+    inputs = {argument.name for argument in input_arguments(program)}
     return [node for node in program.graph.find_nodes(op="placeholder") if node.name in inputs]
 
 

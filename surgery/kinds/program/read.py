@@ -24,6 +24,7 @@ from surgery.kinds.layers.tensors import key_of
 __all__ = [
     "copy_graph",
     "final_names",
+    "input_arguments",
     "memory_key",
     "own_state",
     "program_shapes",
@@ -101,6 +102,11 @@ def read_program(program: ExportedProgram, graph: Graph | None = None) -> Reader
     return Reader(graph, parameters, providers, frozenset(buffers))
 
 
+def input_arguments(program: ExportedProgram) -> list[Any]:
+    """Return what the signature says of each input, by name; ``user_inputs`` of torch does not name constants."""
+    return [spec.arg for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+
+
 def program_shapes(
     program: ExportedProgram, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None
 ) -> Callable[[Node], Shape]:
@@ -136,9 +142,12 @@ def program_sizes(
 
 def _solve_symbols(program: ExportedProgram, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[Any, int]:
     """Return the values of symbolic sizes that follow from the sizes of the inputs."""
-    wanted = [n for n in program.graph.find_nodes(op="placeholder") if n.name in program.graph_signature.user_inputs]
-    given = [leaf for leaf in torch.utils._pytree.tree_leaves(inputs) if leaf is not None]
-    wanted = [node for node in wanted if node.meta.get("val") is not None]
+    names = [arg.name for arg in input_arguments(program)]
+    wanted = [node for node in program.graph.find_nodes(op="placeholder") if node.name in names]
+    given = torch.utils._pytree.tree_leaves(inputs)
+    if len(given) != len(wanted):  # what is None may be left out
+        given = [leaf for leaf in given if leaf is not None]
+        wanted = [node for node in wanted if node.meta.get("val") is not None]
     if len(given) != len(wanted):
         raise InputError(f"{len(given)} inputs were given", allowed=f"{len(wanted)}, as the program was exported")
     values: dict[Any, int] = {}

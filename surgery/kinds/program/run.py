@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -69,7 +69,18 @@ def call_leaves(pieces: Pieces, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if pytree.tree_structure((args, kwargs)) != spec or len(found) != len(pieces.inputs):
         what = f"{len(args)} inputs by position and {len(kwargs)} by name"
         raise InputError(what, allowed=f"the {len(pieces.inputs)} inputs {', '.join(pieces.inputs)}, as in the export")
+    _check_constants(pieces, dict(zip(pieces.inputs, found, strict=True)))
     return found
+
+
+def _check_constants(pieces: Pieces, given: Mapping[str, Any]) -> None:
+    """Refuse other values than those that the export has worked into the graph."""
+    for spec in Whole.from_json(pieces.whole).signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, ConstantArgument):
+            value = given.get(spec.arg.name)
+            if type(value) is not type(spec.arg.value) or value != spec.arg.value:
+                what = f"the input {spec.arg.name} is {value!r:.80}"
+                raise InputError(what, allowed=f"{spec.arg.value!r:.80}, as in the export")
 
 
 def join_outputs(pieces: Pieces, leaves: Sequence[Any]) -> Any:

@@ -137,9 +137,10 @@ class Stage:
         return made
 
     def _calls(self, signature: ExportGraphSignature) -> list[ModuleCallEntry]:
-        inputs, outputs = signature.user_inputs, signature.user_outputs
+        inputs = [spec.arg.name for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT]
+        outputs = signature.user_outputs
         taken = pytree.tree_structure(((0,) * len(inputs), {}))
-        own = ModuleCallSignature([], [], taken, pytree.tree_structure((0,) * len(outputs)), list(map(str, inputs)))
+        own = ModuleCallSignature([], [], taken, pytree.tree_structure((0,) * len(outputs)), inputs)
         stacks = [node.meta.get("nn_module_stack") or {} for node in self._operations]
         paths = {str(row[0]) for stack in stacks for row in stack.values()}
         rest = self._program.module_call_graph[1:]

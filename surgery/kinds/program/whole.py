@@ -17,6 +17,7 @@ from torch.export.graph_signature import ExportGraphSignature
 from surgery.errors import FileError, InputError
 from surgery.files.guard.guards import check_guard
 from surgery.files.guard.program import check_schema
+from surgery.text import first_line
 
 __all__ = ["Whole"]
 
@@ -42,11 +43,23 @@ class Whole:
     kept: Any
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON values."""
+        """Return the JSON values.
+
+        Raises:
+            InputError: torch cannot write down what the program takes or returns, such as an object of a class that
+                has no name for files.
+        """
         serializer = serialize.GraphModuleSerializer(self.signature, self.calls)
+        try:
+            signature = _plain(serializer.serialize_signature(self.signature))
+            calls = _plain(serializer.serialize_module_call_graph(self.calls))
+        except Exception as error:  # torch raises anything
+            what = f"what the program takes or returns cannot be written to a file: {first_line(error)}"
+            step = "register classes by torch.export.register_dataclass, with a serialized_type_name"
+            raise InputError(what, next_step=step) from error
         return {
-            "signature": _plain(serializer.serialize_signature(self.signature)),
-            "calls": _plain(serializer.serialize_module_call_graph(self.calls)),
+            "signature": signature,
+            "calls": calls,
             "operations": [list(row) for row in self.operations],
             "attributes": [list(row) for row in self.attributes],
             **{name: getattr(self, name) for name in ("state", "constants", "ties", "guards", "kept")},
