@@ -98,6 +98,7 @@ def _read_tensors(path: Path, most: int) -> Any:
     for leaf in leaves:
         if leaf.layout != torch.strided or leaf.device.type != "cpu" or leaf.is_quantized or leaf.is_nested:
             raise FileError(f"{shown_path(path)}: holds a tensor that is not plain", allowed="dense tensors of numbers")
+        # A view of stride 0 can make a few stored numbers look like terabytes, which the first copy would ask for.
         if leaf.nbytes > max(most, leaf.untyped_storage().nbytes()):
             what = f"{shown_path(path)}: expands a tensor to {leaf.nbytes} bytes by repeating its numbers"
             raise FileError(what, allowed=f"{most}", next_step="give fewer samples")

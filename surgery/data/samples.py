@@ -106,6 +106,7 @@ class Calibration:
             InputError: there are too few samples for two parts.
         """
         unit = self.batch_size if self.exact else 1
+        # Example of 100 samples in exact batches of 16: a quarter is 1.56 batches, so that 32 are held out.
         aside = max(1, round(held_out * self.count / unit)) * unit
         if aside >= self.count:
             what = f"{self.count} calibration samples cannot be split into two parts"

@@ -59,6 +59,7 @@ def roofline(network: Network, *, flops: float = FLOPS, bandwidth: float = BANDW
     (0.0002004,)
     """
     moved = _bytes_moved(network)
+    # In the example above, 2 million operations take 40 us, and 4000 + 4000 + 4,000,000 bytes 200.4 us.
     pairs = zip(network.operations, moved, strict=True)
     return tuple(max(_LEAST, 2 * operation.macs / flops, size / bandwidth) for operation, size in pairs)
 
@@ -132,6 +133,7 @@ def attribute(network: Network, times: NodeTimes, origins: Mapping[str, str]) ->
         for number, weight in zip(group, weights, strict=True):
             found[number] = max(_LEAST, spent * weight / sum(weights))
     measured = sum(timed.values())
+    # Groups that took 2 ms and have a roofline of 1 ms make the roofline of the rest count twice.
     scale = measured / (sum(estimate) - sum(estimate[number] for number in rest)) if timed else 1.0
     for number in rest:
         found[number] = estimate[number] * scale

@@ -192,6 +192,8 @@ def _crossing(modules: Sequence[nn.Module], microbatch: Inputs) -> list[tuple[Te
     if numbers:
         for number, module in enumerate(relays):
             assert isinstance(module, RelayStage)
+            # What the first stage takes and the last one sends are inputs and outputs of the model, which
+            # it takes and gives still.
             whole = module.takes if number == 0 else module.sends if number == len(relays) - 1 else ()
             module.fix({name: value for name, value in numbers.items() if name not in whole})
     rows = [first, *(tuple(value for value in row if isinstance(value, Tensor)) for row in found)]

@@ -61,6 +61,7 @@ def _pass(loads: Loads, tries: int) -> tuple[bool, int]:
         moved.add(block)
         if score < best:
             best, kept = score, len(done)
+    # ``done`` has where each block was: moved back from the last on, all is as after the first ``kept`` moves.
     for block, stage in reversed(done[kept:]):
         loads.move(block, stage)
     return _better(best, first), spent
@@ -86,6 +87,7 @@ def _moves(loads: Loads, moved: set[int]) -> Iterator[tuple[int, int]]:
     worst = {max(stages, key=loads.load)} | {s for s in stages if most is not None and loads.memory(s) > most}
     blocks, stage_of, last = loads.blocks, loads.stage_of, loads.problem.stages - 1
     for block, old in enumerate(stage_of):
+        # The last block of a stage stays, so that none gets empty.
         if block in moved or loads.count[old] == 1:
             continue
         low = max((stage_of[one] for one in blocks.before[block]), default=0)

@@ -81,6 +81,8 @@ def _exact(problem: Problem, blocks: Blocks, *, loss: float, most: int) -> tuple
     stages = {block: found.stage_of[other] for block, other in zip(blocks.block_of, few.block_of, strict=True)}
     loads = Loads(problem, blocks, [stages[block] for block in range(len(blocks))])
     refine(loads, tries=_TRIES)
+    # Any cut, with its cheap operations moved, is one of the smaller problem into as many stages or fewer, and
+    # dearer by ``lost`` at most.
     return loads, found.load_of_fewer - lost
 
 
@@ -114,6 +116,7 @@ def _check(problem: Problem, blocks: Blocks) -> None:
 def _planned(problem: Problem, blocks: Blocks) -> tuple[str, Loads]:
     """Return the best cut of all orders, and the name of its order."""
     found: list[tuple[tuple[int, float, int], str, Loads]] = []
+    # Example of 600 blocks or more in 8 stages: 30,000,000 // (601^2 * 12) = 6 orders; 100 blocks in 4 have all 13.
     rounds = _CELLS // ((min(len(blocks), 600) + 1) ** 2 * (problem.stages + 4))
     most = min(_MOST_ORDERS, max(_FEWEST_ORDERS, rounds))
     for name, order in itertools.islice(orders(blocks), most):

@@ -26,6 +26,7 @@ __all__ = ["keep_weights", "mark_steps"]
 
 def keep_weights(model: ir.Model, optimize: Callable[[], ir.Model]) -> ir.Model:
     """Optimize an exported model by ``optimize``; weights keep their names and their ties."""
+    # The copy that the optimizer will make of a weight, by the name of the Transpose's value, and the weight itself.
     tied: dict[str, str] = {}
     for name, value in list(model.graph.initializers.items()):
         uses = [use.node for use in value.uses()]

@@ -62,6 +62,7 @@ def _same(
             size = sizes[at] if at < len(sizes) else None
             if not isinstance(size, int):
                 return Refusal("its pads depend on the size of its input (auto_pad with a stride)")
+            # ceil(size / s) windows: of k = 3, s = 2 and size 6, (3 - 1) * 2 + 3 - 6 = 1.
             total = max(0, (-(-size // s) - 1) * s + span + 1 - size)
         small, large = total // 2, total - total // 2
         padding.append((large, small) if lower else (small, large))

@@ -84,6 +84,7 @@ class EditedGraph:
 
     def value(self, number: int) -> ir.Value:
         """Return the value that has a number, or what stands in its place now."""
+        # Each reading begins behind the end of the one before: the last that does not begin behind the number has it.
         reader = next(each for each in reversed(self._readers) if each.start <= number)
         value = reader.values[number - reader.start]
         while value in self._now:

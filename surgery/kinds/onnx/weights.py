@@ -75,6 +75,7 @@ class View:
         """Return what the node would have to read to compute a tensor; rounded if the node casts."""
         if self.op_type == "Transpose":
             order = self.said or tuple(reversed(range(tensor.dim())))
+            # The inverse order: 2 0 1 is undone by 1 2 0.
             return tensor.permute(tuple(np.argsort(order)))
         if self.op_type == "Cast":
             return tensor.to(DTYPES[self.dtype])
