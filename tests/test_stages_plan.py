@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from surgery.errors import InputError
 from surgery.sites.network import Network, Operation, Value
 from surgery.stages.blocks import Blocks, blocks_of
-from surgery.stages.bound import simple_bound, surrounded_bound
+from surgery.stages.bound import simple_bound
+from surgery.stages.crossing import crossing_bound
 from surgery.stages.downsets import down_sets, optimum
 from surgery.stages.dynamic import best_cut
 from surgery.stages.loads import Loads
@@ -85,21 +86,35 @@ def test_the_bound_is_below_every_cut_and_a_proven_cut_is_the_best(problem: Prob
 
 
 @settings(max_examples=60, deadline=None)
-@given(problems())
-def test_what_surrounds_a_block_bounds_every_cut(problem: Problem) -> None:
+@given(problems(), st.sampled_from([None, 0.3, 3.0, 30.0]))
+def test_what_crosses_around_blocks_bounds_every_cut(problem: Problem, link: float | None) -> None:
+    problem = replace(problem, link=link)
     blocks = blocks_of(problem)
-    least = min((cut.score()[1] for cut in every_cut(problem, blocks)), default=float("inf"))
-    assert surrounded_bound(problem, blocks) <= least * (1 + 1e-9)
+    scores = [cut.score()[1] for cut in every_cut(problem, blocks)]
+    if scores:
+        found = crossing_bound(problem, blocks, low=0.0, high=2 * max(scores))
+        assert found <= min(scores) * (1 + 1e-6)
 
 
-def test_a_block_has_to_be_fed_or_to_lie_with_what_feeds_it() -> None:
-    operations = [Operation(str(at), "f", (at,), (at + 1,)) for at in range(3)]
-    made = Network(tuple(operations), tuple(Value(f"v{at}", 1) for at in range(4)), (0,), (3,))
-    found = [
-        surrounded_bound(problem, blocks_of(problem))
-        for problem in (Problem(made, seconds, 2, link=1.0) for seconds in ((5.0, 9.0, 5.0), (0.5, 9.0, 5.0)))
-    ]
-    assert found == pytest.approx([11, 10.5], rel=1e-6)
+def row(*seconds: float) -> Network:
+    operations = [Operation(str(at), "f", (at,), (at + 1,)) for at in range(len(seconds))]
+    return Network(
+        tuple(operations), tuple(Value(f"v{at}", 1) for at in range(len(seconds) + 1)), (0,), (len(seconds),)
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "stages", "least"),
+    [
+        ((5.0, 9.0, 5.0), 2, 11.0),  # the longest has to be fed, and read
+        ((0.5, 9.0, 5.0), 2, 10.5),  # or lies with what feeds it
+        ((1.0,) * 10, 2, 5.5),  # each stage has a border; the optimum is 6
+        ((1.0,) * 40, 4, 11.0),  # most have two; the optimum is 12
+    ],
+)
+def test_the_link_is_part_of_the_bound(seconds: tuple[float, ...], stages: int, least: float) -> None:
+    problem = Problem(row(*seconds), seconds, stages, link=1.0)
+    assert crossing_bound(problem, blocks_of(problem), low=0.0, high=sum(seconds)) >= least * (1 - 1e-6)
 
 
 @settings(max_examples=30, deadline=None)

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from surgery.errors import InputError
 from surgery.stages.blocks import Blocks, blocks_of
-from surgery.stages.bound import SLACK, prove, simple_bound, surrounded_bound
+from surgery.stages.bound import SLACK, prove, simple_bound
+from surgery.stages.crossing import crossing_bound
 from surgery.stages.downsets import down_sets, optimum
 from surgery.stages.dynamic import best_cut
 from surgery.stages.loads import Loads
@@ -54,7 +55,7 @@ def _best(problem: Problem, blocks: Blocks, prove_seconds: float) -> tuple[str, 
         return "down-sets", exact[0], max(bound, exact[1])
     name, best = _planned(problem, blocks)
     if best.score()[1] > bound:
-        bound = max(bound, surrounded_bound(problem, blocks))
+        bound = crossing_bound(problem, blocks, low=bound, high=best.score()[1])
     if prove_seconds and best.score()[1] > bound * (1 + SLACK):
         proof = prove(problem, blocks, seconds=prove_seconds)
         bound = max(bound, proof.bound)

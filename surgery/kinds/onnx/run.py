@@ -214,7 +214,8 @@ class Shapes:
         feeds = feeds_of(self._reader, self._inputs)
         for value, found in feeds.items():
             note(value, found)
-        interpret(self._model, self._reader, feeds, observers)
+        for value, found in interpret(self._model, self._reader, feeds, observers).items():
+            note(value, found)
         give_back()
         return {number: known[value] for number, value in values.items() if value in known}
 

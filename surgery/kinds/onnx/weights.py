@@ -181,6 +181,8 @@ def held(value: ir.Value | None) -> ir.TensorProtocol | None:
     if node is not None and node.op_type == "Constant" and is_plain(node) and "value" in node.attributes:
         found: ir.TensorProtocol = node.attributes["value"].value
         return found
+    if node is not None and node.op_type == "Constant" and is_plain(node) and "value_ints" in node.attributes:
+        return ir.tensor(list(node.attributes["value_ints"].value or ()), dtype=ir.DataType.INT64)  # sizes or axes
     return value.const_value if value.is_initializer() else None
 
 

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from surgery.errors import InputError
 from surgery.kinds.onnx.ops.said import Op, Said, axes_of, ints
 from surgery.kinds.onnx.tensors import to_torch, torch_dtype
+from surgery.system.memory import available_memory
 
 __all__ = ["SHAPES"]
+
+_LARGE = 2**30  # bytes
 
 
 def _shape(said: Said, x: Tensor) -> Tensor:
@@ -128,7 +132,12 @@ def _padding_indices(mode: str, before: int, size: int, after: int) -> Tensor:
 
 
 def _expand(said: Said, x: Tensor, shape: Tensor) -> Tensor:
-    return x.expand(torch.broadcast_shapes(x.shape, tuple(ints(shape))))
+    sizes = torch.broadcast_shapes(x.shape, tuple(ints(shape)))
+    needed = math.prod(sizes) * x.element_size()
+    # torch repeats numbers without memory, so that nothing would end what reads them
+    if needed > _LARGE and needed > (available_memory() or math.inf):
+        raise InputError(f"an Expand gives {needed} bytes", allowed="what fits into memory")
+    return x.expand(sizes)
 
 
 def _tile(said: Said, x: Tensor, repeats: Tensor, axis: Tensor | None = None) -> Tensor | None:
