@@ -7,6 +7,7 @@ before any numbers are read, and only the samples that will be used are read. No
 
 from __future__ import annotations
 
+import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -92,6 +93,9 @@ def _read_tensors(path: Path, most: int) -> Any:
             _check_stored(file)
             found = torch.load(file, map_location="cpu", weights_only=True)
             leaves = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+        except pickle.UnpicklingError as error:  # torch's words suggest to load it without a check
+            what = f"{shown_path(path)}: is not a file of tensors alone"
+            raise FileError(what, allowed=_TENSORS) from error
         except Exception as error:  # torch and zipfile raise errors of many types
             what = f"{shown_path(path)}: cannot be read: {first_line(error)}"
             raise FileError(what, allowed=_TENSORS) from error
