@@ -72,6 +72,7 @@ def evbmf(values: Tensor | Array, rows: int, columns: int, *, sigma2: float | No
         raise InputError(f"evbmf takes the values of one matrix, not of {len(scaled)}", next_step="use evbmf_rank")
     alpha, long_side = min(rows, columns) / max(rows, columns), max(rows, columns)
     kept = scaled[0][scaled[0] > _threshold(noise, alpha)[0]]
+    # gamma tau(x) / x, where x = gamma^2 / sigma^2.
     shrunken = noise[0] * _tau(kept**2 / noise[0], alpha) / kept
     scale = float(largest[0])
     return Evbmf(shrunken * scale, float(noise[0]) / long_side * scale * scale)

@@ -74,7 +74,7 @@ def program(problem: Problem, blocks: Blocks, *, seconds: float) -> tuple[float,
     stages, limit = range(problem.stages), made.new()
     for block in range(len(blocks)):
         for stage in stages:
-            # In the first s stages is in the first s + 1; and what reads a block is in them only if the block is.
+            # What is in the first s stages is in the first s + 1; and what reads a block is there only if the block is.
             made.at_most(made.within(block, stage - 1), made.within(block, stage))
             for after in blocks.after[block]:
                 made.at_most(made.within(after, stage), made.within(block, stage))
