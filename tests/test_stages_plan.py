@@ -19,7 +19,7 @@ from surgery.stages.downsets import down_sets, optimum
 from surgery.stages.dynamic import best_cut
 from surgery.stages.loads import Loads
 from surgery.stages.milp import program
-from surgery.stages.orders import orders
+from surgery.stages.orders import fiedler, orders
 from surgery.stages.problem import Assignment, Problem
 from surgery.stages.reduce import reduced
 from surgery.stages.refine import refine
@@ -93,7 +93,15 @@ def test_what_crosses_around_blocks_bounds_every_cut(problem: Problem, link: flo
     scores = [cut.score()[1] for cut in every_cut(problem, blocks)]
     if scores:
         found = crossing_bound(problem, blocks, low=0.0, high=2 * max(scores))
+        assert type(found) is float
         assert found <= min(scores) * (1 + 1e-6)
+
+
+def test_the_fiedler_vector_of_two_rows_side_by_side_parts_them() -> None:
+    operations = [Operation(str(at), "f", (at,), (at + 1,)) for at in (0, 1, 3, 4)]
+    made = Network(tuple(operations), tuple(Value(f"v{at}", 1) for at in range(6)), (0, 3), (2, 5))
+    found = fiedler(blocks_of(Problem(made, (1.0,) * 4, 2)))
+    assert found == pytest.approx([-0.5, -0.5, 0.5, 0.5], abs=1e-3)
 
 
 def row(*seconds: float) -> Network:

@@ -103,4 +103,4 @@ class _Around:
         ends = np.stack([np.arange(count), np.full(count, self._last), price * self._seconds // self._unit], axis=1)
         sources, targets, limits = np.concatenate([self._edges, ends.astype(np.int32)]).T
         graph = csr_array((limits, (sources, targets)), shape=(self._last + 1, self._last + 1))
-        return [maximum_flow(graph, block, self._last).flow_value * self._unit for block in blocks]
+        return [int(maximum_flow(graph, block, self._last).flow_value) * self._unit for block in blocks]

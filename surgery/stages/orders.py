@@ -101,7 +101,9 @@ def fiedler(blocks: Blocks) -> NDArray[np.float64]:
     # The Laplacian D - W: W has the weights of all pairs both ways, D the sums of its rows.
     rows, columns = np.array(pairs, int).T
     half = csr_array((np.array(weights), (rows, columns)), shape=(count, count))
-    near = half + half.T + csr_array(([1e-9] * (count - 1), (range(count - 1), range(1, count))), shape=(count, count))
+    # A weak path holds together what nothing else does: two graphs side by side have no Fiedler vector.
+    half = half + csr_array(([1e-9] * (count - 1), (range(count - 1), range(1, count))), shape=(count, count))
+    near = half + half.T
     vector = _second(diags_array(near.sum(1)) - near, count)
     # sum of v_b (b - mean of b) >= 0: entries go up along the order of the graph.
     return vector if vector @ np.arange(count) >= vector.sum() * (count - 1) / 2 else -vector
