@@ -21,7 +21,7 @@ from surgery.errors import FileError, InputError, SurgeryError, UnsafeFileError
 from surgery.kinds.base import Pieces
 from surgery.stages.folder import read_report
 from surgery.stages.manifest import MANIFEST, read_manifest
-from surgery.system.writing import text_writer, write_folder
+from surgery.system.writing import check_folder, text_writer, write_folder
 from tests.hostile.manifests import FOLDERS
 from tests.test_hostile import STRANGE
 
@@ -143,6 +143,13 @@ def test_a_disk_that_is_full_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="no space left"):
         write_folder(tmp_path / "new", [("a", text_writer("whole")), ("b", _full)])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_where_nothing_can_be_written_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(FileError) as refused:
+        check_folder(tmp_path / "new", force=False)
+    assert refused.value.what == f"{tmp_path}/new: nothing can be written to the folder {tmp_path}"
 
 
 def test_an_interrupt_leaves_no_folder(tmp_path: Path) -> None:
