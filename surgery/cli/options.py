@@ -154,12 +154,13 @@ def default_output(model: Path, suffix: str) -> Path:
 def open_program(path: Path, calibration: Path | None = None, **options: Any) -> tuple[Any, Inputs]:
     """Return MODEL as an exported program, or as the ONNX model that it is, and the inputs to run it on.
 
-    Those of an ONNX model are the first calibration sample, if there are samples and no shape is said.
+    Those of an ONNX model are the first calibration sample, if there are samples and no shape is said. The stages in a
+    folder are joined.
 
     Raises:
         SurgeryError: a file that cannot be loaded, or inputs that do not fit.
     """
-    model, inputs = _open(path, **options)
+    model, inputs = _open(path, joined=True, **options)
     if inputs is None and calibration is not None and not options["input_shapes"]:
         from surgery.data.samples import read_calibration
 
@@ -178,7 +179,7 @@ def open_models(paths: Sequence[Path], inputs_file: Path | None = None, **option
     """
     from surgery.runtime.compare import shared_inputs
 
-    opened = [_open(path, **options) for path in paths]
+    opened = [_open(path, joined=False, **options) for path in paths]
     models = [model for model, _ in opened]
     if inputs_file is not None:
         from surgery.data.samples import read_inputs
@@ -192,9 +193,19 @@ def open_models(paths: Sequence[Path], inputs_file: Path | None = None, **option
 
 
 def _open(
-    path: Path, *, input_shapes: tuple[str, ...], factory: str | None, trust: bool, memory: int | None, seed: int
+    path: Path,
+    *,
+    joined: bool,
+    input_shapes: tuple[str, ...],
+    factory: str | None,
+    trust: bool,
+    memory: int | None,
+    seed: int,
 ) -> tuple[Any, Inputs | None]:
-    """Return MODEL as ``open_program`` does, and the inputs of a program; None for an ONNX model."""
+    """Return MODEL as ``open_program`` does, and the inputs of a program; None for an ONNX model.
+
+    Stages that are not joined run in a row.
+    """
     from surgery.files.load import load
     from surgery.kinds.registry import kind_of
     from surgery.runtime.export import capture
@@ -204,6 +215,8 @@ def _open(
     shapes = parse_shapes(input_shapes)
     if is_folder(path):
         cut, inputs = open_split(path, input_shapes=input_shapes, memory=memory, seed=seed)
+        if joined:
+            return cut.join(), None if cut.kind.is_onnx else inputs
         return in_a_row(cut), inputs
     samples = _random(shapes, {}, seed)[0] or None
     loaded: Any = load(path, trust=trust, model=factory, example_inputs=samples, memory=memory)
