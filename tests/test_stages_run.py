@@ -125,6 +125,16 @@ def test_a_roofline_knows_views_and_rows() -> None:
     assert view < 1e-6
 
 
+def test_a_module_is_estimated_as_its_program() -> None:
+    layers = (nn.Embedding(5000, 16), nn.Dropout(), nn.Flatten(), nn.Linear(64, 8))
+    model, ids = nn.Sequential(*layers).eval(), torch.zeros(2, 4, dtype=torch.long)
+    found = [
+        sum(roofline(kind_of(graph).cuttable(graph, ((ids,), {})).network))
+        for graph in (model, torch.export.export(model, (ids,)))
+    ]
+    assert found[0] == pytest.approx(found[1], rel=0.01)
+
+
 def written(folder: Path) -> ModelFile:
     """Return the file of a small ONNX model, of which one node has a name and the others have none."""
     sizes = {"w": (16, 3, 3, 3), "v": (16, 16, 1, 1)}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import FILE, as_json, default_output, load_function, model_options, open_program
+from surgery.cli.options import FILE, as_json, default_output, load_function, model_options, open_calibrated
 from surgery.errors import InputError, SurgeryError
 from surgery.system.writing import Writer, check_outputs, text_writer, write_together
 
@@ -235,10 +235,10 @@ def decompose(**given: Any) -> None:
     asked = asked_for(options)
     with show.progress(quiet=options.json_) as progress:
         progress("load", 0, 1)
-        program, inputs = open_program(options.model, options.calibration, **options.opening)
+        program, inputs, data = open_calibrated(options.model, options.calibration, **options.opening)
         if target is not None:
             check_ending(program, target)
-        result = _result(options, asked, program, inputs, progress)
+        result = _result(options, asked, (program, inputs, data), progress)
         measured: Timing | str | None = None if result.search is None else result.search.timing
         if measured is None and options.timing and not options.dry_run and result.changes:
             measured = _time([program, result.model], inputs, progress)
@@ -259,16 +259,17 @@ def _check_files(options: DecomposeOptions, target: Path | None) -> None:
 
 
 def _result(
-    options: DecomposeOptions, asked: Asked, program: ExportedProgram, inputs: Any, progress: Progress
+    options: DecomposeOptions, asked: Asked, opened: tuple[Any, Any, Any], progress: Progress
 ) -> DecomposeResult[Any]:
-    """Return what is asked for; of a dry run with the model as it is."""
+    """Return what is asked for of the model, inputs and data that were opened; of a dry run with the model as it is."""
     from surgery.passes.decompose import decompose as run
     from surgery.passes.preview import preview
     from surgery.plans.goal import Goal
 
+    program, inputs, data = opened
     chosen: dict[str, Any] = {"include": options.include, "exclude": options.exclude}
     chosen |= {"factorization": options.factorization or "auto"}
-    fits: dict[str, Any] = {"solver": options.solver, "calibration": options.calibration, "groups": options.groups}
+    fits: dict[str, Any] = {"solver": options.solver, "calibration": data, "groups": options.groups}
     if isinstance(asked, Goal):
         return run(program, inputs, ranks=asked, joint=options.joint_groups, progress=progress, **chosen, **fits)
     chosen |= {"joint": options.joint_groups, "backend": (options.backend or "onnxruntime") if options.timing else None}

@@ -31,6 +31,7 @@ __all__ = [
     "load_function",
     "model_options",
     "open_models",
+    "open_calibrated",
     "open_program",
     "open_split",
     "opening_options",
@@ -151,22 +152,34 @@ def default_output(model: Path, suffix: str) -> Path:
     return model.beside(name) if isinstance(model, TypedPath) else model.with_name(name)
 
 
-def open_program(path: Path, calibration: Path | None = None, **options: Any) -> tuple[Any, Inputs]:
+def open_program(path: Path, **options: Any) -> tuple[Any, Inputs]:
     """Return MODEL as an exported program, or as the ONNX model that it is, and the inputs to run it on.
 
-    Those of an ONNX model are the first calibration sample, if there are samples and no shape is said. The stages in a
-    folder are joined.
+    The stages in a folder are joined.
 
     Raises:
         SurgeryError: a file that cannot be loaded, or inputs that do not fit.
     """
     model, inputs = _open(path, joined=True, **options)
+    return model, _random_inputs(model, options) if inputs is None else inputs
+
+
+def open_calibrated(path: Path, calibration: Path | None, **options: Any) -> tuple[Any, Inputs, Any]:
+    """Return what ``open_program`` returns, and the calibration data: the file, or its samples if they had to be read.
+
+    The inputs of an ONNX model are the first sample, if there are samples and no shape is said.
+
+    Raises:
+        SurgeryError: as ``open_program``, or data that cannot be used.
+    """
+    model, inputs = _open(path, joined=True, **options)
+    data: Any = calibration
     if inputs is None and calibration is not None and not options["input_shapes"]:
         from surgery.data.samples import read_calibration
 
-        samples = read_calibration(calibration, model)
-        inputs = next(iter(samples if samples.exact else samples.take(slice(1))))
-    return model, _random_inputs(model, options) if inputs is None else inputs
+        data = read_calibration(calibration, model)
+        inputs = next(iter(data if data.exact else data.take(slice(1))))
+    return model, _random_inputs(model, options) if inputs is None else inputs, data
 
 
 def open_models(paths: Sequence[Path], inputs_file: Path | None = None, **options: Any) -> tuple[list[Any], Inputs]:

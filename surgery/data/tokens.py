@@ -112,6 +112,8 @@ def _lines(form: _LineForm) -> Iterator[_Line]:
         for number in count(1):
             where = f"{shown_path(form.path)}, line {number}"
             try:
+                # One character more than is left shows that the file is too long, before a line
+                # without an end fills memory.
                 text = lines.readline(left + 1)
             except (OSError, UnicodeDecodeError) as error:
                 what = f"{shown_path(form.path)}: cannot be read: {first_line(error)}"

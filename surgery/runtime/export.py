@@ -20,10 +20,10 @@ from surgery.errors import CaptureError, CheckError, InputError, only_own_errors
 from surgery.files.given import model_of
 from surgery.kinds.fx.graph import read_record
 from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs
-from surgery.kinds.onnx.exported import keep_weights
+from surgery.kinds.onnx.exported import keep_weights, mark_steps
 from surgery.kinds.onnx.graph import RECORD
 from surgery.kinds.onnx.session import TOLERANCES, feed, open_session
-from surgery.kinds.registry import Model, kind_of
+from surgery.kinds.registry import Model, kind_of, open_model
 from surgery.runtime.compare import (
     Difference,
     compare_outputs,
@@ -105,6 +105,7 @@ def export_onnx(
         raise InputError("the model is an ONNX model already", next_step="use it as it is, or surgery.save it")
     program, inputs = capture(model, example_inputs, seed=seed)
     exported = to_onnx(program)
+    mark_steps(exported.model, open_model(program, copies=False).flow)
     _keep_record(program, exported.model)
     with scratch_folder() as folder:
         draft = folder / target.name
@@ -242,6 +243,7 @@ def check_export(program: ExportedProgram, session: Any, inputs: Inputs) -> Diff
     if not compare_outputs(expected, run_model(program, inputs)).relative <= tolerance:
         raise CheckError(f"{wrong}, whose own differ from run to run", next_step="nothing was written")
     errors, allowed = _against_rounding(program, inputs, plain, found, tolerance)
+    # The output furthest above its own limit; an output of whole numbers may have the limit 0.
     worst = max(range(len(errors)), key=lambda output: errors[output] / max(allowed[output], 1e-300))
     if not errors[worst] <= allowed[worst]:
         most = f"at most {allowed[worst]:.2g}, with regard to rounding, and it is {errors[worst]:.2g}"
@@ -257,12 +259,14 @@ def _against_rounding(
     if exact is not None:
         exact = [_where_finite(value, wanted) for value, wanted in zip(exact, expected, strict=True)]
         rounding = _relative(exact, expected)
+    # Without numbers in float64 the program's own are taken for exact, and its rounding is what shaking shows.
     if exact is None or not all(map(math.isfinite, rounding)):
         exact, rounding = list(expected), [0.0] * len(expected)
     for seed in range(_SHAKES):
         shaken = shaken_outputs(program, inputs, seed=seed)
         if shaken is not None:
             rounding = [max(pair) for pair in zip(rounding, _relative(expected, shaken), strict=True)]
+    # Example of a tolerance of 1e-4: a rounding of 1e-3 allows 8e-3, one of 0.05 allows 0.1, one of 1e-9 the tolerance.
     allowed = [max(tolerance, min(ROUNDING_SLACK * value, MAX_ROUNDING)) for value in rounding]
     return _relative(exact, found), allowed
 

@@ -274,6 +274,8 @@ def _crossing(modules: Sequence[nn.Module], microbatch: Inputs) -> list[tuple[Te
         numbers |= {name: value for name, value in named.items() if name not in tensors}
     if numbers:
         for number, relay in enumerate(relays):
+            # What the first stage takes and the last one sends are inputs and outputs of the model, which
+            # it takes and gives still.
             whole = relay.takes if number == 0 else relay.sends if number == len(relays) - 1 else ()
             relay.fix({name: value for name, value in numbers.items() if name not in whole})
     if len(modules) > 1 and isinstance(modules[0], _First):

@@ -48,6 +48,8 @@ def open_draft(target: Path) -> tuple[Path, IO[bytes]]:
     while True:
         path = draft_name(target)
         file = open(path, "x+b")  # noqa: SIM115  # for the caller to close
+        # Until the file is locked, another process may take it for litter. Once it is, nobody removes it: a name that
+        # is still there with the lock held stays.
         if _lock(file.fileno()) is not False and path.exists():
             return path, file
         file.close()  # another process has swept it, before it was locked
@@ -154,6 +156,8 @@ def _sweep_one(path: str, *, is_folder: bool) -> None:
     with contextlib.suppress(OSError):
         descriptor = os.open(path, access | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
         try:
+            # Its process lives. With the lock, the removal goes by name: a draft that has taken its target's name in
+            # the meantime is not here any more and is left alone.
             if not _lock(descriptor):
                 return
             if is_folder:

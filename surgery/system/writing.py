@@ -234,6 +234,7 @@ class _Draft:
     def fill(self, write: Writer) -> None:
         """Write all of it to the disk."""
         write(self._file)
+        # On the disk before the rename: after a crash, the new name must not stand for bytes that never got there.
         self._file.flush()
         os.fsync(self._file.fileno())
         if os.name == "nt":
@@ -246,6 +247,7 @@ class _Draft:
             _move_to_new(self._path, self.target)
             return
         if self.target.exists():
+            # The permissions of the old file, but no setuid or setgid.
             self._path.chmod(self.target.stat().st_mode & 0o777)
             if keep:
                 self._old = draft_name(self.target)
@@ -287,6 +289,8 @@ def _second_name(path: Path, other: Path) -> None:
 
 
 def _publish(drafts: Sequence[_Draft], *, force: bool) -> None:
+    # Invariant: ``done`` are the drafts that stand in their targets' places. On an error these are taken back, the last
+    # first; all others have changed nothing.
     done: list[_Draft] = []
     try:
         for draft in drafts:

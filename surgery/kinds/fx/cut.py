@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
+from torch.nn import Module
 
 from surgery.errors import InputError
 from surgery.kinds.fx.nodes import function_name
@@ -31,7 +32,7 @@ class Facts:
 
     ``tensors`` gives the names of the parameters, buffers and constants that a node reads, ``size`` the bytes of its
     value, and ``macs`` its multiply-accumulates; ``sent`` says whether it can be sent to another stage. ``extra`` are
-    values that an operation gives besides its own.
+    values that an operation gives besides its own, and ``layer`` gives the module at a path, if nodes call modules.
     """
 
     tensors: Callable[[Node], Sequence[str]]
@@ -42,6 +43,7 @@ class Facts:
     sent: Callable[[Node], bool]
     together: Sequence[Iterable[int]] = ()
     extra: Mapping[int, Sequence[Node]] = field(default_factory=dict)
+    layer: Callable[[str], Module] | None = None
 
 
 def is_operation(node: Node) -> bool:
@@ -65,7 +67,7 @@ def make_network(
     rows = tuple(
         Operation(
             node.name,
-            _kind(node),
+            _kind(node, facts.layer),
             tuple(numbers[other] for other in node.all_input_nodes if other in numbers),
             tuple(numbers[other] for other in row),
             tuple(facts.tensors(node)),
@@ -80,7 +82,9 @@ def make_network(
     return network, nodes
 
 
-def _kind(node: Node) -> str:
+def _kind(node: Node, layer: Callable[[str], Module] | None) -> str:
+    if node.op == "call_module" and layer is not None:
+        return type(layer(str(node.target))).__name__
     return str(node.target.overloadpacket) if isinstance(node.target, OpOverload) else function_name(node)
 
 
@@ -113,6 +117,8 @@ def joined(groups: Iterable[Iterable[int]]) -> tuple[frozenset[int], ...]:
     >>> joined([{1, 2}, {4}, {5, 3}, {2, 3}])
     (frozenset({1, 2, 3, 5}),)
     """
+    # Invariant: no two groups in ``found`` share a number. A new group takes in all those that it meets: {2,
+    # 3} joins {1, 2} and {5, 3}.
     found: list[set[int]] = []
     for group in map(set, groups):
         apart = [other for other in found if not other & group]
@@ -163,6 +169,8 @@ def borders(network: Network, stage_of: Sequence[int], idle: Iterable[int] = ())
     ``idle`` are inputs of the model that no operation reads; stage 0 takes them, so that none is lost.
     """
     count = max(stage_of) + 1
+    # A value goes from the stage that gives it to each stage that reads it, and does not pass through those in between.
+    # Example: of stages 0, 1, 2, a value of stage 0 that 2 reads is an output of 0 and an input of 2 alone.
     inputs: list[set[int]] = [set(idle), *(set() for _ in range(1, count))]
     outputs: list[set[int]] = [set() for _ in range(count)]
     at = {value: stage_of[number] for value, number in network.producer.items()}

@@ -92,6 +92,7 @@ class CutGraph(Cuttable):
             lambda node: isinstance(self._values.get(node), Tensor | int),
             self._together(),
             {0: tuple(ends)} if ends else {},
+            self._root.get_submodule,
         )
         return make_network(self._operations, self._inputs, self._outputs, facts)
 

@@ -1,0 +1,51 @@
+"""Factored models that were exported to ONNX come back: each chain in the file is one operator again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import surgery
+from surgery.algebra import relative_error
+from surgery.factorizations import FACTORIZATIONS
+from surgery.kinds.registry import kind_of
+from surgery.runtime.compare import run_model
+
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "linear": (nn.Linear(16, 12), (2, 16)),
+    "conv": (nn.Conv2d(8, 6, 3, stride=2, bias=False), (1, 8, 7, 7)),
+}
+FITTING = [
+    (name, method)
+    for name in LAYERS
+    for method in FACTORIZATIONS
+    if name == "conv" or method in ("svd", "tt", "tr")  # the others are of convolutions alone
+]
+
+
+def shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in kind_of(model).tensors(model).items()}
+
+
+@pytest.mark.law(3)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter to itself
+@pytest.mark.parametrize(("name", "method"), FITTING)
+def test_an_exported_chain_is_one_operator_again(name: str, method: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer, size = LAYERS[name]
+    module, x = nn.Sequential(layer, nn.ReLU()).eval(), torch.randn(size)
+    made = surgery.decompose(module, x, ranks="full", factorization=method)
+    assert made.changes
+    surgery.export_onnx(made.model, tmp_path / "made.onnx", x)
+    exported: Any = surgery.load(tmp_path / "made.onnx")
+    back = surgery.recompose(exported, x)
+    assert [fusion.site for fusion in back.changes] == ["0"]
+    assert "0.weight" in shapes(back.model)
+    assert not [key for key in shapes(back.model) if key.startswith("0.0.")]
+    assert [node.op_type for node in back.model.graph if node.op_type in ("Reshape", "Transpose")] == []
+    [found], [wanted] = ([v for v in run_model(m, ((x,), {})) if isinstance(v, Tensor)] for m in (back.model, exported))
+    assert relative_error(found, wanted) <= 1e-5
