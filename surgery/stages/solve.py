@@ -107,10 +107,13 @@ def _check(problem: Problem, blocks: Blocks) -> None:
     """Raise an error if there are fewer blocks than stages."""
     if problem.stages <= len(blocks):
         return
-    what = f"{problem.stages} stages for {len(blocks)} operations that can be apart"
-    free = len(blocks_of(replace(problem, ties="copy")))
-    step = f"operations that read the same tensor stay together; with ties='copy', at most {free} stages"
-    raise InputError(what, allowed=f"at most {len(blocks)} stages", next_step=step if free > len(blocks) else None)
+    most, free = len(blocks), len(blocks_of(replace(problem, ties="copy")))
+    parts = f"{most} parts that can be apart" if most > 1 else "operations that all have to stay together"
+    step = f"operations that read the same tensor stay together; ties='copy' (--ties copy) allows {free} stages"
+    whole = "a model cannot be cut within loops, checks and writes to its inputs or buffers"
+    allowed = f"1 to {most} stages" if most > 1 else "1 stage"
+    next_step = step if free > most else None if most > 1 else whole
+    raise InputError(f"{problem.stages} stages for {parts}", allowed=allowed, next_step=next_step)
 
 
 def _planned(problem: Problem, blocks: Blocks) -> tuple[str, Loads]:

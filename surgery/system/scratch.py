@@ -81,11 +81,12 @@ def scratch_folder() -> Iterator[Path]:
         with put_off():
             folder, descriptor = _make_folder()
         yield folder
-    except OSError as error:
-        if folder is not None and error.errno not in _NO_ROOM:
+    except (OSError, FileError) as error:
+        cause = error.__cause__ if isinstance(error, FileError) and str(folder) in error.what else error
+        if not isinstance(cause, OSError) or (folder is not None and cause.errno not in _NO_ROOM):
             raise
         place = Path(tempfile.gettempdir() if folder is None else folder.parent)
-        what = f"temporary files cannot be written to {place}: {reason(error, place)}"
+        what = f"temporary files cannot be written to {place}: {reason(cause, place)}"
         raise FileError(what, next_step="set TMPDIR to a folder with room") from error
     finally:
         with put_off():

@@ -162,13 +162,13 @@ def check_folder(folder: _Path, inputs: Sequence[_Path] = (), *, force: bool) ->
     name = shown_path(folder)
     try:
         target = Path(os.path.realpath(folder))
-        if not os.path.lexists(target):
-            return _checked(folder, force=False)
-        filled = any(target.iterdir())
+        filled = os.path.lexists(target) and any(target.iterdir())
     except NotADirectoryError:
         raise FileError(f"{name}: is not a folder", allowed="the name of a folder, old or new") from None
     except (OSError, ValueError) as error:
         raise _cannot_be_written(folder, error) from error
+    if not os.path.lexists(target):
+        return _checked(folder, force=False)
     if filled and not force:
         raise FileError(f"{name}: exists already, and is not empty", next_step=_EXISTS)
     if not os.access(target, os.W_OK | os.X_OK):
