@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import surgery
 from surgery.algebra import relative_error
@@ -49,3 +50,27 @@ def test_an_exported_chain_is_one_operator_again(name: str, method: str, tmp_pat
     assert [node.op_type for node in back.model.graph if node.op_type in ("Reshape", "Transpose")] == []
     [found], [wanted] = ([v for v in run_model(m, ((x,), {})) if isinstance(v, Tensor)] for m in (back.model, exported))
     assert relative_error(found, wanted) <= 1e-5
+
+
+class Computed(nn.Module):
+    """Weights that torch's own exporter would compute at each run, as they are large; and one that is tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = weight_norm(nn.Linear(128, 128))
+        self.rnn = nn.LSTM(128, 128)
+        self.table, self.last = nn.Embedding(128, 128), nn.Linear(128, 128, bias=False)
+        self.last.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.rnn(self.first(x))[0]) + self.last(x)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter to itself
+def test_weights_that_the_program_computes_are_initializers_with_the_names_of_its_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 128)
+    surgery.export_onnx(Computed().eval(), tmp_path / "m.onnx", x)
+    model: Any = surgery.load(tmp_path / "m.onnx")
+    assert {site.name for site in surgery.find_sites(model, x)[0]} == {"first", "rnn.ih_l0", "table"}
+    assert [skip.name for skip in surgery.find_sites(model, x)[1]] == ["rnn.hh_l0"]

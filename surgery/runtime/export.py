@@ -20,7 +20,7 @@ from surgery.errors import CaptureError, CheckError, InputError, only_own_errors
 from surgery.files.given import model_of
 from surgery.kinds.fx.graph import read_record
 from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs
-from surgery.kinds.onnx.exported import keep_weights, mark_steps
+from surgery.kinds.onnx.exported import mark_steps, simplify_export
 from surgery.kinds.onnx.graph import RECORD
 from surgery.kinds.onnx.session import TOLERANCES, feed, open_session
 from surgery.kinds.registry import Model, kind_of, open_model
@@ -105,7 +105,6 @@ def export_onnx(
         raise InputError("the model is an ONNX model already", next_step="use it as it is, or surgery.save it")
     program, inputs = capture(model, example_inputs, seed=seed)
     exported = to_onnx(program)
-    mark_steps(exported.model, open_model(program, copies=False).flow)
     _keep_record(program, exported.model)
     with scratch_folder() as folder:
         draft = folder / target.name
@@ -158,27 +157,24 @@ def _capturing(done: str, run: Callable[[], _Result]) -> _Result:
 
 
 def to_onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
-    """Return a program as torch writes it in ONNX; weights keep their names and their ties.
+    """Return a program as torch writes it in ONNX; weights keep their names and their ties, chains say what they are.
 
     Raises:
         CaptureError: torch cannot write it.
     """
+    flow = open_model(program, copies=False).flow
 
     def run() -> torch.onnx.ONNXProgram:
         with torch.no_grad():  # torch differentiates loops while it looks at them, and stumbles over dynamic sizes
             exported = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False)
         if exported is None:
             raise InputError("torch.onnx.export returned nothing")
-        exported.model = keep_weights(exported.model, lambda: _optimized(exported))
+        simplify_export(exported.model, flow)
+        mark_steps(exported.model, flow)
         return exported
 
     with quiet():
         return _capturing("written as ONNX", run)
-
-
-def _optimized(exported: torch.onnx.ONNXProgram) -> ir.Model:
-    exported.optimize()
-    return exported.model
 
 
 def _keep_record(program: ExportedProgram, model: ir.Model) -> None:

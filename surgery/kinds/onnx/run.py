@@ -56,7 +56,7 @@ def interpret(
     """
     try:
         with torch.no_grad():
-            interpreter = Interpreter(model, reader.gates)
+            interpreter = Interpreter(model, reader.gates, calls=reader.calling)
             interpreter.run(feeds, observers)
     except InputError:
         raise
@@ -214,7 +214,10 @@ class Shapes:
         feeds = feeds_of(self._reader, self._inputs)
         for value, found in feeds.items():
             note(value, found)
-        interpret(self._model, self._reader, feeds, observers)
+        constants = interpret(self._model, self._reader, feeds, observers)
+        for value in values.values():
+            if value in constants:
+                note(value, constants[value])
         give_back()
         return {number: known[value] for number, value in values.items() if value in known}
 
