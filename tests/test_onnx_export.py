@@ -43,6 +43,8 @@ def test_an_exported_chain_is_one_operator_again(name: str, method: str, tmp_pat
     assert made.changes
     surgery.export_onnx(made.model, tmp_path / "made.onnx", x)
     exported: Any = surgery.load(tmp_path / "made.onnx")
+    [site], _ = surgery.find_sites(exported, x)  # the record says what made its factors, so that they can be cut
+    assert (site.name, site.chain and site.chain.origin) == ("0", (method, made.changes[0].rank))
     back = surgery.recompose(exported, x)
     assert [fusion.site for fusion in back.changes] == ["0"]
     assert "0.weight" in shapes(back.model)
@@ -74,3 +76,18 @@ def test_weights_that_the_program_computes_are_initializers_with_the_names_of_it
     model: Any = surgery.load(tmp_path / "m.onnx")
     assert {site.name for site in surgery.find_sites(model, x)[0]} == {"first", "rnn.ih_l0", "table"}
     assert [skip.name for skip in surgery.find_sites(model, x)[1]] == ["rnn.hh_l0"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter to itself
+def test_a_factored_site_whose_chain_is_not_known_any_more_is_refused_with_its_reason(tmp_path: Path) -> None:
+    module, x = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 9)).eval(), torch.randn(2, 16)
+    made = surgery.decompose(module, x, ranks={"0": (2, 2, 2, 2)}, factorization="tr")
+    made = surgery.decompose(made.model, x, ranks={"2": 4}, factorization="svd")
+    surgery.export_onnx(made.model, tmp_path / "made.onnx", x)
+    model: Any = surgery.load(tmp_path / "made.onnx")
+    for node in model.graph:
+        node.metadata_props.clear()  # as other tools do
+    back = surgery.recompose(model, x)
+    assert [fusion.site for fusion in back.changes] == ["2"]
+    assert [skip.name for skip in back.skips] == ["0"]
+    assert "not known as those of one chain" in back.skips[0].reason

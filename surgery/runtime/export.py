@@ -15,10 +15,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from surgery.errors import CaptureError, CheckError, InputError, only_own_errors
 from surgery.files.given import model_of
-from surgery.kinds.fx.graph import read_record
+from surgery.files.record import record_of
+from surgery.kinds.fx.graph import read_record, write_record
 from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs
 from surgery.kinds.onnx.exported import mark_steps, simplify_export
 from surgery.kinds.onnx.graph import RECORD
@@ -126,7 +128,7 @@ def export_onnx(
 
 
 def capture(model: Model, example_inputs: Any = None, *, seed: int = 0) -> tuple[ExportedProgram, Inputs]:
-    """Return the model as a program (a module's, in evaluation mode), and inputs that it runs on.
+    """Return the model as a program (a module's, in evaluation mode), with its record, and inputs that it runs on.
 
     Raises:
         InputError: no inputs are given, and the model does not know any.
@@ -142,7 +144,10 @@ def capture(model: Model, example_inputs: Any = None, *, seed: int = 0) -> tuple
     run_model(model, inputs)  # inputs that do not fit are an InputError, not a failure of the capture
     module = kind.runnable(model)
     with quiet(), evaluating(module):
-        return _capturing("captured", lambda: torch.export.export(module, args, kwargs)), inputs
+        program = _capturing("captured", lambda: torch.export.export(module, args, kwargs))
+    own = read_record(module) if isinstance(module, GraphModule) else Record()
+    write_record(program.graph_module, own or record_of(module))
+    return program, inputs
 
 
 def _capturing(done: str, run: Callable[[], _Result]) -> _Result:
@@ -178,15 +183,18 @@ def to_onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
 
 
 def _keep_record(program: ExportedProgram, model: ir.Model) -> None:
-    """Give an exported model the record of factored sites, if it has their names; torch folds others into new weights.
+    """Give an exported model the record of the factored sites of which it has weights.
 
     How a weight is stored is another thing in ONNX, and is left out.
     """
     record = read_record(program.graph_module)
-    sites = {name: Entry(entry.origin, entry.weight) for name, entry in record.sites.items()}
     weights = [key for key in model.graph.initializers if key.endswith(".weight")]
-    known = [any(key.startswith(f"{name}.") for key in weights) for name in sites]
-    if sites and all(known):
+    sites = {
+        name: Entry(entry.origin, entry.weight)
+        for name, entry in record.sites.items()
+        if any(key.startswith(f"{name}.") for key in weights)
+    }
+    if sites:
         model.metadata_props[RECORD] = json.dumps(Record(sites).to_json())
 
 
