@@ -365,6 +365,28 @@ def test_a_weight_of_the_graph_that_both_branches_read() -> None:
     assert relative_error(outputs(made, *other)[0], outputs(made, X, torch.tensor(True))[0]) <= 1e-6
 
 
+@pytest.mark.parametrize("takes", [True, False])
+def test_a_branch_that_is_not_taken_costs_nothing(takes: bool) -> None:
+    text = """g (float[n, 8] x, bool c) => (float[n, 6] z) {
+        z = If (c) <
+            then_branch = t () => (float[n, 6] y) { y = MatMul(x, W) },
+            else_branch = e () => (float[n, 6] u) { v = Relu(x)  a = MatMul(v, W)  b = MatMul(v, V)  u = Mul(a, b) }
+        >
+    }"""
+    model, given = parsed(text, W=numbers(8, 6), V=numbers(8, 6, seed=1)), (X, torch.tensor(takes))
+    sites, skips = find_sites(model, given)
+    assert {site.name: site.macs for site in sites} == ({"W": 3 * 48} if takes else {"W": 3 * 48, "V": 3 * 48})
+    assert [(skip.name, skip.macs) for skip in skips] == ([("V", 0)] if takes else [])
+    refused = surgery.decompose(model, given, ranks="full", factorization="tt", include=["W"])
+    assert "branch that does not run" in next(skip.reason for skip in refused.skips if skip.name == "W")
+    made = surgery.decompose(model, given, ranks="full", include=["W"])
+    assert made.before.macs == sum(site.macs for site in sites)
+    assert [change.site for change in made.changes] == ["W"]
+    for other in (takes, not takes):  # both branches are factored
+        a, b = (outputs(m, X, torch.tensor(other))[0] for m in (made.model, model))
+        assert relative_error(a, b) <= 1e-5
+
+
 def in_a_loop() -> ir.Model:
     body = parsed("g (int64 i, bool c, float[n, 8] s) => (bool d, float[n, 8] t) { d = Identity(c) t = MatMul(s, W) }")
     proto = ir.to_proto(body).graph

@@ -15,6 +15,7 @@ from surgery.algebra import relative_error
 from surgery.factorizations import FACTORIZATIONS
 from surgery.kinds.registry import kind_of
 from surgery.runtime.compare import run_model
+from surgery.sites import FactoredSite
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "linear": (nn.Linear(16, 12), (2, 16)),
@@ -44,7 +45,8 @@ def test_an_exported_chain_is_one_operator_again(name: str, method: str, tmp_pat
     surgery.export_onnx(made.model, tmp_path / "made.onnx", x)
     exported: Any = surgery.load(tmp_path / "made.onnx")
     [site], _ = surgery.find_sites(exported, x)  # the record says what made its factors, so that they can be cut
-    assert (site.name, site.chain and site.chain.origin) == ("0", (method, made.changes[0].rank))
+    assert isinstance(site, FactoredSite)
+    assert (site.name, site.chain.origin) == ("0", (method, made.changes[0].rank))
     back = surgery.recompose(exported, x)
     assert [fusion.site for fusion in back.changes] == ["0"]
     assert "0.weight" in shapes(back.model)

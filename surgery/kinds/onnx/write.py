@@ -101,6 +101,7 @@ class OpenOnnx(EditedGraph, OpenModel):
             reader.left,
             origins=self.record.origins,
             recorded=frozenset(self.record.sites),
+            runs=Lazy(calls, lambda value: shapes.runs(calls[value])),
             any_padding=True,
         )
 
@@ -133,6 +134,10 @@ class OpenOnnx(EditedGraph, OpenModel):
         node = self.user(first)
         if self.loop(first) is not None and not all(isinstance(step, Linear) for step in chain.steps):
             self._refused[site.name] = f"only svd gives factors that {node.op_type} can read"
+            return
+        reshapes = any(isinstance(step, _RESHAPES) for step in chain.steps)
+        if reshapes and self.flow.running(calls) != calls:
+            self._refused[site.name] = "a call of it is in a branch that does not run, of unknown shape to reshape"
             return
         read = self.reader.weight(node.inputs[DENSE[node.op_type]])
         views = () if read is None else read.views
