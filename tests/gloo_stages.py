@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.nn.functional import cross_entropy
 
+from surgery.errors import InputError
 from surgery.kinds.base import Kind, Pieces
+from surgery.kinds.inputs import Inputs
 from surgery.kinds.registry import kind_of
 from surgery.stages.distributed import pipeline_stages
 
@@ -26,7 +28,7 @@ BATCHES = 4
 
 
 class Net(nn.Module):
-    """Values that skip stages, among them an input of whole numbers; batch norms, and an activation in place."""
+    """Values that skip stages, among them an input, a transposed one and a buffer that counts; batch norms."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,11 +36,14 @@ class Net(nn.Module):
         self.act, self.second = nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, padding=1)
         self.third, self.fc = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
         self.table = nn.Embedding(5, 8)
+        self.seen = nn.Buffer(torch.zeros(1))
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        y = self.act(self.norm(self.first(x)))
+        if self.training:
+            self.seen.add_(1)
+        y = self.act(self.norm(self.first(x))).transpose(2, 3)
         z = self.third(torch.tanh(self.second(y)))
-        return self.fc((y + z).mean((2, 3)) + self.table(labels))
+        return self.fc((y + z).mean((2, 3)) + self.table(labels)) + self.seen
 
 
 def build() -> nn.Module:
@@ -121,6 +126,21 @@ def infer(stages: int, rank: int, size: int) -> bool | None:
     return None if found is None else torch.equal(found, torch.cat([whole(*row) for row in rows]))
 
 
+def refused() -> list[str]:
+    """Return what is said of stages that do not fit the processes, and of a microbatch that does not fit the stages."""
+    x, labels, _ = data()
+    small: Inputs = ((x[:2], labels[:2]), {})
+    said = []
+    for stages, given in ((3, x[:2]), (2, x[:1])):
+        try:
+            mine = pipeline_stages(*cut(build(), stages), small)
+            if mine[0].is_first:
+                mine[0].submod(given, labels[:2])
+        except InputError as error:
+            said.append(str(error))
+    return said
+
+
 def main() -> None:
     """Join the other process, and do all checks."""
     rank, store = int(sys.argv[1]), sys.argv[2]
@@ -132,6 +152,7 @@ def main() -> None:
         "inference": infer(2, rank, 2),
         "gpipe": train(ScheduleGPipe, 2, rank, 2),
         "1f1b": train(Schedule1F1B, 2, rank, 2),
+        "refused": refused(),
         "interleaved": train(ScheduleInterleaved1F1B, 4, rank, 2),
     }
     dist.destroy_process_group()

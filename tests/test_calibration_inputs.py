@@ -114,6 +114,16 @@ def test_inputs_that_are_not_finite_name_the_site() -> None:
         collect(model, read_calibration(torch.full((4, 4), torch.inf), model))
 
 
+@pytest.mark.parametrize("ranks", ["auto", "energy=0.9"])
+def test_values_that_are_no_numbers_name_the_input_and_the_sample(ranks: str, tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)).eval(), torch.ones(6, 8)
+    x[4, 2] = float("nan")
+    np.savez(tmp_path / "x.npz", input=x.numpy())
+    for given in (x, str(tmp_path / "x.npz")):
+        with pytest.raises(InputError, match=r"the calibration input input in sample 4 has .* \(NaN\); leave such"):
+            decompose(model, x[:2], ranks=ranks, calibration=given)
+
+
 def test_a_fixed_batch_size_is_kept() -> None:
     program = as_kind(net(), "program", images(4))
     calibration = read_calibration(images(15), program)

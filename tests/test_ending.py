@@ -60,6 +60,8 @@ def run(body: str, folder: Path, shell: str = "", **variables: str) -> tuple[int
 def test_an_interrupt_is_told_with_what_was_written(name: str, tmp_path: Path) -> None:
     sent = f"os.kill(os.getpid(), signal.{name}); time.sleep(10)"
     assert run(sent, tmp_path) == (130, "surgery: interrupted; nothing was written")
+    gone = "from surgery.system.scratch import scratch_folder\n    with scratch_folder() as f: os.chdir(f); write(); "
+    assert run(f"{gone}{sent}", tmp_path) == (130, "surgery: interrupted; nothing was written")
     assert run(f"write(); {sent}", tmp_path) == (130, "surgery: interrupted; a and b were written")
 
 

@@ -194,6 +194,23 @@ def test_a_computed_bias_is_added_after_a_chain_that_ends_with_a_reshape() -> No
         assert relative_error(outputs(surgery.recompose(made.model, X).model, X)[0], before) <= 1e-5
 
 
+@pytest.mark.parametrize("view", ["Cast <to = 1> (h)", "Reshape (r, n)"])
+def test_a_bias_may_be_moved_or_converted(view: str) -> None:
+    text = f"""g (float[n, 8] x) => (float[n, 6] z) {{
+        b = {view}  y = Gemm(x, W, b)  u = Unsqueeze(y, m)  v = Conv(u, K, b)  z = Squeeze(v, m)
+    }}"""
+    arrays = {"h": numbers(6).astype(np.float16), "r": numbers(1, 6), "n": np.array([6]), "m": np.array([2])}
+    model = parsed(text, W=numbers(8, 6), K=numbers(6, 6, 1), **arrays)
+    assert_comes_back(model, X, ["W", "K"])
+
+
+def test_sizes_in_a_constant_node_may_be_a_list() -> None:
+    text = """g (float[n, 8] x) => (float[n, 6] z) {
+        s = Constant<value_ints = [8, 6]>()  V = Reshape(W, s)  z = MatMul(x, V)
+    }"""
+    assert_comes_back(parsed(text, W=numbers(48)), X, ["W"], same_nodes=False)
+
+
 def test_weights_behind_identity_and_in_constant_nodes() -> None:
     text = """g (float[n, 8] x) => (float[n, 8] z) {
         V = Identity(W)  a = MatMul(x, V)  b = Relu(a)  c = MatMul(b, K)  z = Relu(c)
@@ -305,6 +322,38 @@ SKIPS: dict[str, tuple[str, dict[str, Any], str]] = {
         "g (float[n, 8] x) => (float[n, 6] z) { V = Mul(W, s)  z = MatMul(x, V) }",
         {"W": numbers(8, 6), "s": numbers(6)},
         "computed by Mul",
+    ),
+    "computed-of-a-list": (
+        """g (float[n, 8] x) => (float[n, 1] z) {
+            v = Constant <value_floats = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]> ()
+            V = Unsqueeze(v, s)  z = MatMul(x, V) }""",
+        {"s": np.array([1])},
+        "computed by Unsqueeze",
+    ),
+    "computed-at-random": (
+        "g (float[n, 8] x) => (float[n, 6] z) { V = RandomNormal <shape = [8, 6]> ()  z = MatMul(x, V) }",
+        {},
+        "computed by RandomNormal",
+    ),
+    "computed-of-a-size": (
+        """g (float[n, 8] x) => (float[n, 6] z) {
+            n = Shape <start = 1> (x)  t = Concat <axis = 0> (n, m)  V = Reshape(W, t)  z = MatMul(x, V) }""",
+        {"W": numbers(6, 8), "m": np.array([-1])},
+        "computed by Reshape",
+    ),
+    "computed-in-branches": (
+        """g (float[n, 8] x) => (float[n, 6] z) {
+            s = ReduceSum <keepdims = 0> (x)  c = Less(s, s)
+            V = If (c) <then_branch = t () => (float[8, 6] p) { p = Identity(W) },
+                else_branch = e () => (float[8, 6] q) { q = Neg(W) }>
+            z = MatMul(x, V) }""",
+        {"W": numbers(8, 6)},
+        "computed by If",
+    ),
+    "dequantized-16": (
+        "g (float[n, 8] x) => (float[n, 6] z) { U = Cast <to = 1> (W)  V = Mul(U, s)  z = MatMul (x, V) }",
+        {"W": np.ones((8, 6), np.int16), "s": np.array(0.1, np.float32)},
+        "its weight is INT16, read through Mul",
     ),
     "left": (
         "g (float[8, n] x) => (float[6, n] z) { z = MatMul(W, x) }",
@@ -485,6 +534,23 @@ def test_layers_in_functions_are_reported() -> None:
         ("W", "f, which reads it, is a function"),
         ("K", "it is inside of a function"),
     ]
+
+
+@pytest.mark.parametrize("caller", ["own.h", "loop"])
+def test_layers_that_are_reached_through_functions_are_reported(caller: str) -> None:
+    loop = """z = Loop (k, , x) <body = b (int64 i, bool go, float[n, 6] s) => (bool on, float[n, 6] t) {
+        on = Identity(go)  t = own.f(s) }>"""
+    text = f"""<ir_version: 8, opset_import: ["" : 17, "own" : 1]>
+    g (float[n, 6] x, int64 k) => (float[n, 6] z) {{ {loop if caller == "loop" else "z = own.h (x)"} }}
+    <domain: "own", opset_import: ["" : 17, "own" : 1]> h (a) => (c) {{ c = own.f(a) }}
+    <domain: "own", opset_import: ["" : 17]> f (a) => (c) {{ K = Constant <value_int = 1> () c = MatMul(a, K) }}
+    """
+    proto = onnx.parser.parse_model(text)
+    constant = proto.functions[1].node[0].attribute[0]
+    constant.CopyFrom(helper.make_attribute("value", numpy_helper.from_array(numbers(6, 6))))
+    sites, skips = find_sites(ir.serde.deserialize_model(proto), (torch.ones(3, 6), torch.tensor(2)))
+    assert not sites
+    assert [(skip.name, skip.reason) for skip in skips] == [("K", "it is inside of a function")]
 
 
 def test_all_but_the_sites_stays_as_it_was() -> None:

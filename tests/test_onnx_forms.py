@@ -16,7 +16,8 @@ import surgery
 from surgery.algebra import relative_error
 from surgery.errors import InputError
 from surgery.kinds.onnx.proto import write_proto
-from tests.test_onnx import X, assert_comes_back, numbers, outputs, parsed, weights
+from surgery.kinds.onnx.read import Reader
+from tests.test_onnx import CONV, X, assert_comes_back, numbers, outputs, parsed, weights
 from tests.test_onnx_api import without_shape
 
 BODY = "{ a = MatMul(x, A)  b = Add(a, p)  c = Relu(b)  z = Gemm(c, B, q) }"
@@ -178,3 +179,32 @@ def test_an_input_of_no_known_shape() -> None:
     assert made.graph.inputs[0].shape is None
     found: Tensor = outputs(surgery.recompose(made).model, X)[0]
     assert relative_error(found, outputs(made, X)[0]) <= 1e-5
+
+
+def test_an_expand_beyond_the_memory_ends() -> None:
+    text = """g (float[n, 8] x) => (float[n, 6] z) {
+        b = Expand(x, s)  c = ReduceSum <keepdims = 0> (b)  y = MatMul(x, W)  z = Add(y, c)
+    }"""
+    model = parsed(text, W=numbers(8, 6), s=np.array([10**12, 1, 8]))
+    with pytest.raises(InputError, match=r"does not run on the example inputs: .* 32000000000000"):
+        surgery.find_sites(model)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"), [("kernel_shape = [5, 5]", "what its kernel_shape says"), ('auto_pad = "SAME"', "auto_pad")]
+)
+def test_convolutions_that_no_runtime_takes_are_skips(said: str, reason: str) -> None:
+    model = parsed(CONV.format(op="Conv", said=said), W=numbers(6, 4, 3, 3), b=numbers(6))
+    [left] = Reader(model).left
+    assert reason in left.skip.reason
+
+
+def test_weights_whose_sites_would_share_a_name() -> None:
+    text = "g (float[n, 8] x) => (float[n, 6] z) { y = MatMul(x, A)  w = Relu(y)  z = MatMul(w, B) }"
+    model = parsed(text, A=numbers(8, 16), B=numbers(16, 6))
+    model.graph.initializers["B"].name = "A.weight"
+    sites, skips = surgery.find_sites(model, X)
+    assert [site.name for site in sites] == ["A"]
+    assert [(skip.name, skip.reason) for skip in skips] == [("z", "another weight of the model has its name")]
+    made = surgery.decompose(model, X, ranks="2").model
+    assert weights(surgery.recompose(made, X).model) == weights(model)

@@ -154,6 +154,24 @@ def test_a_model_that_comes_back_is_the_one_that_went(ranks: str) -> None:
     assert by_output(back) == by_output(proto)
 
 
+def test_weights_are_listed_in_their_order() -> None:
+    proto = everything()
+    made = written(surgery.decompose(proto, X, ranks="3").model)
+    assert [tensor.name for tensor in made.graph.initializer] == [
+        *("A.0.weight", "A.1.weight", "p", "B.0.weight", "B.1.weight", "most")
+    ]
+    back = written(surgery.recompose(surgery.decompose(made, X, ranks="2").model, X).model)
+    assert [tensor.name for tensor in back.graph.initializer] == ["A", "p", "B", "most"]
+
+
+def test_a_bias_that_is_read_first_is_read_first_again() -> None:
+    model = parsed(
+        "g (float[n, 8] x) => (float[n, 6] z) { y = MatMul(x, W)  z = Add(b, y) }", W=numbers(8, 6), b=numbers(6)
+    )
+    back = surgery.recompose(surgery.decompose(model, X, ranks="2").model, X).model
+    assert [value.name for value in back.graph[-1].inputs] == ["b", "y"]
+
+
 def test_old_files_have_their_weights_among_the_inputs() -> None:
     proto = everything()
     proto.ir_version = 3

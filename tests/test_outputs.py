@@ -220,6 +220,10 @@ def test_a_full_scratch_folder_is_one_error(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(FileError, match=rf"{tmp_path}: no space left .* TMPDIR"), scratch_folder():
         raise OSError(errno.ENOSPC, "x")
+    with pytest.raises(FileError, match=rf"temporary .* {tmp_path}: no space left .* TMPDIR"), scratch_folder() as own:
+        write_atomically(own / "model", _fails(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(FileError, match="other: cannot be written: no space left"), scratch_folder():
+        write_atomically(tmp_path / "other", _fails(OSError(errno.ENOSPC, "full")))
     with pytest.raises(FileNotFoundError), scratch_folder():
         raise FileNotFoundError("of the block's own")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))

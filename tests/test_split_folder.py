@@ -21,7 +21,7 @@ from surgery.errors import FileError, InputError, SurgeryError, UnsafeFileError
 from surgery.kinds.base import Pieces
 from surgery.stages.folder import read_report
 from surgery.stages.manifest import MANIFEST, read_manifest
-from surgery.system.writing import text_writer, write_folder
+from surgery.system.writing import check_folder, text_writer, write_folder
 from tests.hostile.manifests import FOLDERS
 from tests.test_hostile import STRANGE
 
@@ -145,6 +145,13 @@ def test_a_disk_that_is_full_leaves_no_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_where_nothing_can_be_written_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(FileError) as refused:
+        check_folder(tmp_path / "new", force=False)
+    assert refused.value.what == f"{tmp_path}/new: nothing can be written to the folder {tmp_path}"
+
+
 def test_an_interrupt_leaves_no_folder(tmp_path: Path) -> None:
     def stop(file: Any) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -187,3 +194,29 @@ def test_outputs_and_ties_that_are_not_there_are_refused(lie: str, folder: Path)
     (folder / MANIFEST).write_text(json.dumps(said))
     with pytest.raises(SurgeryError):
         _used(folder)
+
+
+def test_commands_that_change_a_model_join_a_folder_first(folder: Path) -> None:
+    from tests.command_line import run
+
+    done = run("recompose", folder, "-o", folder.parent / "whole.pt2")
+    assert done.status == 0, done.stderr
+    found = surgery.load(folder.parent / "whole.pt2")
+    assert isinstance(found, torch.export.ExportedProgram)
+    assert list(found.state_dict) == list(_program().state_dict)
+
+
+def test_too_many_stages_are_told_how_many_there_can_be() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    net[2].weight = net[0].weight
+    with pytest.raises(InputError, match=r"9 stages for 3 parts .*; allowed: 1 to 3 stages$"):
+        surgery.split(net, X, stages=9, measure=False)
+    with pytest.raises(InputError, match=r"all have to stay together; allowed: 1 stage; .*--ties copy\) allows 3"):
+        surgery.split(net, X, ties="together", measure=False)
+
+
+def test_a_stage_that_fails_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    cut = surgery.split(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), X, measure=False)
+    with pytest.raises(InputError, match="stage 0 does not run"):
+        cut.run(torch.ones(2, 5))
+    assert capfd.readouterr() == ("", "")

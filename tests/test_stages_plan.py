@@ -14,11 +14,12 @@ from surgery.errors import InputError
 from surgery.sites.network import Network, Operation, Value
 from surgery.stages.blocks import Blocks, blocks_of
 from surgery.stages.bound import simple_bound
+from surgery.stages.crossing import crossing_bound
 from surgery.stages.downsets import down_sets, optimum
 from surgery.stages.dynamic import best_cut
 from surgery.stages.loads import Loads
 from surgery.stages.milp import program
-from surgery.stages.orders import orders
+from surgery.stages.orders import fiedler, orders
 from surgery.stages.problem import Assignment, Problem
 from surgery.stages.reduce import reduced
 from surgery.stages.refine import refine
@@ -71,7 +72,7 @@ def every_cut(problem: Problem, blocks: Blocks) -> list[Loads]:
 def test_the_bound_is_below_every_cut_and_a_proven_cut_is_the_best(problem: Problem) -> None:
     blocks = blocks_of(problem)
     if problem.stages > len(blocks):
-        with pytest.raises(InputError, match=f"at most {len(blocks)} stages"):
+        with pytest.raises(InputError, match=rf"allowed: (1 to )?{len(blocks)} stages?\b"):
             solve(problem)
         return
     best = min(cut.score()[1] for cut in every_cut(problem, blocks))
@@ -82,6 +83,46 @@ def test_the_bound_is_below_every_cut_and_a_proven_cut_is_the_best(problem: Prob
     assert found.proven
     assert found.gap == 0
     assert found == solve(problem)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.sampled_from([None, 0.3, 3.0, 30.0]))
+def test_what_crosses_around_blocks_bounds_every_cut(problem: Problem, link: float | None) -> None:
+    problem = replace(problem, link=link)
+    blocks = blocks_of(problem)
+    scores = [cut.score()[1] for cut in every_cut(problem, blocks)]
+    if scores:
+        found = crossing_bound(problem, blocks, low=0.0, high=2 * max(scores))
+        assert type(found) is float
+        assert found <= min(scores) * (1 + 1e-6)
+
+
+def test_the_fiedler_vector_of_two_rows_side_by_side_parts_them() -> None:
+    operations = [Operation(str(at), "f", (at,), (at + 1,)) for at in (0, 1, 3, 4)]
+    made = Network(tuple(operations), tuple(Value(f"v{at}", 1) for at in range(6)), (0, 3), (2, 5))
+    found = fiedler(blocks_of(Problem(made, (1.0,) * 4, 2)))
+    assert found == pytest.approx([-0.5, -0.5, 0.5, 0.5], abs=1e-3)
+
+
+def row(*seconds: float) -> Network:
+    operations = [Operation(str(at), "f", (at,), (at + 1,)) for at in range(len(seconds))]
+    return Network(
+        tuple(operations), tuple(Value(f"v{at}", 1) for at in range(len(seconds) + 1)), (0,), (len(seconds),)
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "stages", "least"),
+    [
+        ((5.0, 9.0, 5.0), 2, 11.0),  # the longest has to be fed, and read
+        ((0.5, 9.0, 5.0), 2, 10.5),  # or lies with what feeds it
+        ((1.0,) * 10, 2, 5.5),  # each stage has a border; the optimum is 6
+        ((1.0,) * 40, 4, 11.0),  # most have two; the optimum is 12
+    ],
+)
+def test_the_link_is_part_of_the_bound(seconds: tuple[float, ...], stages: int, least: float) -> None:
+    problem = Problem(row(*seconds), seconds, stages, link=1.0)
+    assert crossing_bound(problem, blocks_of(problem), low=0.0, high=sum(seconds)) >= least * (1 - 1e-6)
 
 
 @settings(max_examples=30, deadline=None)
@@ -137,6 +178,16 @@ def test_a_reduction_takes_views_with_what_they_view_and_masks_with_their_first_
     smaller, lost = reduced(Problem(made, (1.0, 9.0, 1.0, 9.0, 9.0), 2), loss=2.0)
     assert smaller.network.together == (frozenset({0, 3}), frozenset({1, 2}))
     assert lost == 2.0
+
+
+def test_what_a_kernel_computes_at_no_cost_stays_with_it() -> None:
+    rows = [("conv", 1.0), ("norm", 1e-12), ("relu", 1e-12), ("conv2", 1.0), ("relu2", 1e-12)]
+    operations = tuple(Operation(name, name, (at,), (at + 1,)) for at, (name, _) in enumerate(rows))
+    values = tuple(Value(f"v{at}", 8) for at in range(len(rows) + 1))
+    made = Network(operations, values, (0,), (len(rows),))
+    found = solve(Problem(made, tuple(time for _, time in rows), 2, link=1e3))
+    assert found.stage_of == (0, 0, 0, 1, 1)
+    assert found.proven
 
 
 @settings(max_examples=40, deadline=None)
@@ -204,7 +255,7 @@ def test_too_little_memory_and_too_many_stages_say_what_would_do() -> None:
         solve(problem)
     smallest = int(str(caught.value.allowed).split()[2])
     assert max(solve(replace(problem, memory=smallest)).memory) <= smallest
-    with pytest.raises(InputError, match="at most 8 stages"):
+    with pytest.raises(InputError, match="allowed: 1 to 8 stages"):
         solve(replace(problem, memory=None, stages=9))
 
 
@@ -248,7 +299,7 @@ def test_ties_that_leave_too_few_stages_are_named() -> None:
     operations = tuple(Operation(f"o{n}", "op", (n,), (n + 1,), ("w",)) for n in range(4))
     made = Network(operations, tuple(Value(f"v{n}", 4) for n in range(5)), (0,), (4,), {"w": 8})
     problem = Problem(made, (1.0,) * 4, 2, ties="together")
-    with pytest.raises(InputError, match=r"at most 1 stages; .*ties='copy', at most 4 stages"):
+    with pytest.raises(InputError, match=r"allowed: 1 stage; .*ties=.copy. .*allows 4 stages"):
         solve(problem)
     assert solve(replace(problem, ties="copy")).repeated[0].stages == (0, 1)
 

@@ -37,7 +37,7 @@ from surgery.stages.costs import attribute, measure_operations, roofline
 from surgery.stages.distributed import pipeline_modules, pipeline_stages
 from surgery.stages.exported import measure_stages
 from surgery.stages.pipeline import Pipeline
-from surgery.stages.split import split
+from surgery.stages.split import load_split, split
 from surgery.system.machine import usable_cores
 from tests.gloo_stages import Net
 from tests.test_backends import ByParameters
@@ -381,6 +381,13 @@ def test_training_through_stages_is_training_the_whole(together: list[dict[str, 
     assert max(buffers.values()) < 1e-6
 
 
+def test_stages_and_microbatches_that_processes_cannot_share_are_refused(together: list[dict[str, Any]]) -> None:
+    first, last = (found["refused"] for found in together)
+    assert first[0] == last[0]
+    assert first[0].startswith("3 stages for 2 processes")
+    assert "of shape (1, 3, 6, 6), in stages made for (2, 3, 6, 6)" in first[1]
+
+
 def test_a_pipeline_of_processes_needs_modules_and_a_group(onnx_pieces: tuple[Pieces, Kind, Inputs]) -> None:
     with pytest.raises(InputError, match="ONNX models do not run"):
         pipeline_modules(*onnx_pieces[:2])
@@ -397,3 +404,19 @@ def test_stages_that_would_train_one_weight_apart_are_refused() -> None:
     learning = split(net.train(), x, at=["_1"], measure=False).pieces
     with pytest.raises(InputError, match="in the stages 0 and 1, which would train it apart"):
         pipeline_modules(learning, kind)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_weight_in_two_stages_of_a_program_is_not_trained(saved: bool, tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU()).eval()
+    net[2].weight = net[0].weight
+    x = torch.ones(2, 4)
+    pieces = split(torch.export.export(net, (x,)), x, at=["relu"], measure=False)
+    if saved:
+        pieces.save(tmp_path / "stages")
+        pieces = load_split(tmp_path / "stages")
+    first, second = pipeline_modules(pieces.pieces, pieces.kind)
+    with torch.no_grad():
+        assert torch.equal(second(*first(x)), net(x))
+    with pytest.raises(InputError, match="in the stages 0 and 1, which would train it apart"):
+        second(*first(x)).sum().backward()

@@ -142,6 +142,7 @@ def split(chain: Chain, operators: Sequence[Operator]) -> tuple[Chain, ...] | Re
     [(1, 3), (1, 4)]
     """
     *rest, last = chain.steps
+    # The last factor must be [U_1; U_2; ..] and nothing else: its rows are all that belongs to one operator alone.
     rows = [operator.kernel.shape[1] for operator in operators]
     if not (rest and isinstance(last, Operator) and not last.reads_indices and last.kernel.shape[1] == sum(rows)):
         return Refusal("its last factor is not that of the outputs alone, so that there is nothing to share")

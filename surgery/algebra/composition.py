@@ -71,6 +71,8 @@ def _merge_bias(first: Conv, second: Conv) -> Tensor | Refusal | None:
         return Refusal("the first convolution has a bias and the second pads with zeros, so the border differs")
     if second.geometry.transposed and not second.pointwise:
         return Refusal("the first convolution has a bias and the second is transposed, so the border differs")
+    # To the second, the bias of the first is a constant input: each output gets it times the
+    # sum of its taps, (g, o, i).
     taps = second.kernel.double().flatten(3).sum(-1)
     carried = torch.einsum("goi,gi->go", taps, first.bias.double().view(second.groups, -1)).flatten()
     return carried if second.bias is None else carried + second.bias.double()
@@ -158,6 +160,8 @@ def _merge_axis(a: _Axis, b: _Axis, *, transposed: bool, mode: str) -> tuple[_Ax
     bare_stride = a.kernel == 1 and a.padding == (0, 0) and mode == "zeros"
     if transposed or not (b.padding == (0, 0) or bare_stride):
         return None
+    # A bare stride looks at every sA-th place, so that distances in B count sA times. Example: stride 2, then 3 taps
+    # with padding 1, is 3 taps with dilation 2, padding 2 and stride 2: 7 places become 4 either way.
     step_a = a.dilation if a.kernel > 1 else 0
     step_b = a.stride * b.dilation if b.kernel > 1 else 0
     dilation = math.gcd(step_a, step_b) or 1
@@ -179,6 +183,7 @@ def _regroup(kernel: Tensor, groups: int) -> Tensor:
     _, rows, columns, *size = kernel.shape
     dense = kernel.new_zeros(groups, blocks, rows, blocks, columns, *size)
     index = torch.arange(blocks, device=kernel.device)
+    # Index arrays on both sides of a slice put their axis in front: (blocks, groups, rows, columns, *size).
     dense[:, index, :, index] = kernel.unflatten(0, (groups, blocks)).transpose(0, 1)
     return dense.flatten(3, 4).flatten(1, 2)
 
@@ -210,6 +215,7 @@ def _convolve_kernels(first: Tensor, second: Tensor) -> Tensor:
         return _interleave(product, size_a, size_b)
     full = [b - 1 for b in size_b]
     run = (F.conv1d, F.conv2d, F.conv3d)[len(size_b) - 1]
+    # (i, g m, *a) with (g o, m, *b) in g groups gives (i, g o, *(a + b - 1)): the inputs of the first are the batch.
     flipped = second.flip(list(range(3, second.dim()))).flatten(0, 1)
     images = first.transpose(1, 2).transpose(0, 1).flatten(1, 2)
     response: Tensor = run(images, flipped, padding=full, groups=groups)
@@ -290,6 +296,7 @@ def _fold_ring(split: Unflatten, conv: Conv, join: Flatten) -> Conv | None:
         return None
     copies = split.sizes[1]
     eye = torch.eye(copies, dtype=conv.weight.dtype, device=conv.weight.device)
+    # (g, s, r, *k) and I_n make (g, s n, r n, *k); channel (c, b) is number c n + b, as the split has it.
     core = conv.kernel.squeeze(3)
     kernel = torch.einsum("grsk,ab->grasbk", core.flatten(3), eye)
     groups, rows, columns = core.shape[0], core.shape[1] * copies, core.shape[2] * copies
@@ -324,6 +331,7 @@ def _compose_features(steps: Sequence[Step]) -> Linear | Refusal:
     for step in wide:  # apart, since weights may be far smaller than biases
         rows, offset = _without_bias(step)(rows), step(offset)
     shifted = any(step.bias is not None for step in steps if isinstance(step, Operator | Shift))
+    # What the steps make of I is I W^T.
     weight, dtype = rows.mT.contiguous(), first.weight.dtype
     return Linear(weight.to(dtype), bias=offset[0].to(dtype) if shifted else None)
 
@@ -351,6 +359,7 @@ def _depth(step: Step, depth: int) -> int:
     if isinstance(step, Unflatten):
         return depth + len(step.sizes) - 1 if -step.dim <= depth else 0
     if isinstance(step, Flatten):
+        # Example: flattening the axes -2 and -1 makes depth 3 into 3 - 2 + 1 = 2.
         return depth + step.start - step.end if -step.start <= depth else 0
     if isinstance(step, Transpose):
         return depth if -step.first <= depth else 0

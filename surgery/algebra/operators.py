@@ -72,6 +72,8 @@ class Geometry:
 
     def out_size(self, size: Shape, kernel_size: Shape) -> Shape:
         """Return the spatial output size for a spatial input size."""
+        # Example of 3 taps, stride 2, padding 1 and 1: 7 places give (7 + 2 - 2 - 1) // 2 + 1 = 4. Transposed, 4 places
+        # give (4 - 1) * 2 - 2 + 2 + 0 + 1 = 7 again.
         span = [d * (k - 1) for d, k in zip(self.dilation, kernel_size, strict=True)]
         pads = [before + after for before, after in self.padding]
         if self.transposed:
@@ -327,6 +329,7 @@ class Conv(Operator):
     @property
     def expressible(self) -> bool:
         """Whether torch's arguments can say this padding: equal sides, or what ``padding='same'`` means."""
+        # "same" puts the larger half behind. Example of 4 taps: 3 places, 1 before and 2 after.
         spans = [d * (k - 1) for d, k in zip(self.geometry.dilation, self.kernel_size, strict=True)]
         same = tuple((span // 2, span - span // 2) for span in spans)
         plain = not self.geometry.transposed and set(self.geometry.stride) == {1}
@@ -344,6 +347,7 @@ class Conv(Operator):
         padding = [before for before, _ in g.padding]
         if g.padding_mode != "zeros" or not g.symmetric:
             mode = "constant" if g.padding_mode == "zeros" else g.padding_mode
+            # ``F.pad`` takes the last dimension first: the padding ((1, 2), (3, 4)) is the list 3, 4, 1, 2.
             x = F.pad(x, [side for pair in reversed(g.padding) for side in pair], mode=mode)
             padding = [0] * dims
         run = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]

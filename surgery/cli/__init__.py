@@ -108,8 +108,9 @@ def _say(text: str) -> None:
 
 
 def _fate(written: list[Path]) -> str:
-    names = " and ".join(shown(str(path)) for path in written)
-    return f"{names} {'were' if len(written) > 1 else 'was'} written" if names else "nothing was written"
+    left = [path for path in written if os.path.lexists(path)]  # temporary files are gone
+    names = " and ".join(shown(str(path)) for path in left)
+    return f"{names} {'were' if len(left) > 1 else 'was'} written" if names else "nothing was written"
 
 
 def _catch_signals() -> list[int]:

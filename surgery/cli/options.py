@@ -155,10 +155,12 @@ def default_output(model: Path, suffix: str) -> Path:
 def open_program(path: Path, **options: Any) -> tuple[Any, Inputs]:
     """Return MODEL as an exported program, or as the ONNX model that it is, and the inputs to run it on.
 
+    The stages in a folder are joined.
+
     Raises:
         SurgeryError: a file that cannot be loaded, or inputs that do not fit.
     """
-    model, inputs = _open(path, **options)
+    model, inputs = _open(path, joined=True, **options)
     return model, _random_inputs(model, options) if inputs is None else inputs
 
 
@@ -170,7 +172,7 @@ def open_calibrated(path: Path, calibration: Path | None, **options: Any) -> tup
     Raises:
         SurgeryError: as ``open_program``, or data that cannot be used.
     """
-    model, inputs = _open(path, **options)
+    model, inputs = _open(path, joined=True, **options)
     data: Any = calibration
     if inputs is None and calibration is not None and not options["input_shapes"]:
         from surgery.data.samples import read_calibration
@@ -190,7 +192,7 @@ def open_models(paths: Sequence[Path], inputs_file: Path | None = None, **option
     """
     from surgery.runtime.compare import shared_inputs
 
-    opened = [_open(path, **options) for path in paths]
+    opened = [_open(path, joined=False, **options) for path in paths]
     models = [model for model, _ in opened]
     if inputs_file is not None:
         from surgery.data.samples import read_inputs
@@ -204,9 +206,19 @@ def open_models(paths: Sequence[Path], inputs_file: Path | None = None, **option
 
 
 def _open(
-    path: Path, *, input_shapes: tuple[str, ...], factory: str | None, trust: bool, memory: int | None, seed: int
+    path: Path,
+    *,
+    joined: bool,
+    input_shapes: tuple[str, ...],
+    factory: str | None,
+    trust: bool,
+    memory: int | None,
+    seed: int,
 ) -> tuple[Any, Inputs | None]:
-    """Return MODEL as ``open_program`` does, and the inputs of a program; None for an ONNX model."""
+    """Return MODEL as ``open_program`` does, and the inputs of a program; None for an ONNX model.
+
+    Stages that are not joined run in a row.
+    """
     from surgery.files.load import load
     from surgery.kinds.registry import kind_of
     from surgery.runtime.export import capture
@@ -216,6 +228,8 @@ def _open(
     shapes = parse_shapes(input_shapes)
     if is_folder(path):
         cut, inputs = open_split(path, input_shapes=input_shapes, memory=memory, seed=seed)
+        if joined:
+            return cut.join(), None if cut.kind.is_onnx else inputs
         return in_a_row(cut), inputs
     samples = _random(shapes, {}, seed)[0] or None
     loaded: Any = load(path, trust=trust, model=factory, example_inputs=samples, memory=memory)

@@ -137,6 +137,7 @@ class Store:
             return []
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            # A link to itself is there for ``lexists`` alone, and is then no regular file.
             if os.path.lexists(self._path):
                 check_regular(self._path)
             with closing(sqlite3.connect(self._path, timeout=_WAIT, isolation_level=None)) as connection:

@@ -120,6 +120,7 @@ def compare_samples(first: Samples, second: Samples, *, seed: int = 0, confidenc
     if first.runs != second.runs or not first.runs:
         raise InputError(f"{first.runs} and {second.runs} rounds cannot be paired", allowed="equal numbers above 0")
     seconds = np.array([first.seconds, second.seconds])
+    # (2, resamples, rounds): both are resampled at the same rounds, so that what disturbed a round counts for both.
     medians = np.median(seconds[:, _resample_rounds(first.runs, seed)], axis=-1)
     tail = (1 - confidence) / 2
     low, high = np.quantile(medians[0] / medians[1], [tail, 1 - tail])

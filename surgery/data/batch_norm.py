@@ -81,6 +81,8 @@ def reestimate_batch_norm(
     # The first pass normalises with the statistics of each batch; each pass ends by setting the ones of all batches.
     for number in range(passes if norms or also_watch is not None else 0):
         for norm in norms:
+            # With their own batch's statistics in the first pass, batch norms pass on what training saw: otherwise each
+            # would measure what the wrong statistics of those before it have made.
             norm.own_batch, norm.seen = number == 0, _Statistics()
         for done, batch in enumerate(batches):
             if progress is not None:
@@ -134,6 +136,7 @@ class _Statistics:
     @property
     def variance(self) -> Tensor:
         """The unbiased variance."""
+        # sum (x - mean)^2 = sum x^2 - mean * sum x. It may cancel down to rounding, hence float64 and the clamp.
         return (self._squares - self._sum * self.mean).clamp(min=0) / max(1, self._count - 1)
 
 

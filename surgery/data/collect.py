@@ -132,6 +132,7 @@ def _by_noise(
         variance = (_NOISE * scales.get(name, 0.0)) ** 2
         if variance:
             groups, out = operator.kernel.shape[:2]
+            # tr(G) = |df|^2 / s^2, spread evenly over all outputs.
             level = sum(moved) / len(moved) / variance / (groups * out)
             identity = torch.eye(out, dtype=torch.float64).expand(groups, out, out)
             found[name] = replace(moments[name], sensitivity=level * identity)
@@ -204,6 +205,7 @@ class _Gram:
     def mean(self, runs: int) -> Tensor:
         """Return G, mixed with the identity."""
         # The mean of the diagonal is the level at which the identity has the same trace.
+        # Example: 256 gradients of 256 channels count for one half, and the identity for the other.
         mean, share = self._sum / runs, self._out / (self._out + self.count)
         level = mean.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         return (1 - share) * mean + share * level * torch.eye(self._out, dtype=mean.dtype, device=mean.device)
@@ -216,6 +218,7 @@ class _Gram:
         return own
 
     def _add(self, gradient: Tensor, masks: Masks) -> None:
+        # (.., O, *size) -> (.., *size, O) -> (rows, g, O) -> (g, rows, O)
         rows = gradient.detach().movedim(self._axis, -1)
         visible = visible_rows(masks, rows.shape[:-1]) if self._axis >= -2 else None
         rows = rows.reshape(-1, self._groups, self._out)
@@ -301,6 +304,7 @@ def _accumulators(placements: Sequence[Placement], batches: int, budget_bytes: i
     limit = next((n for n in _LIMITS if _total(placements, n) <= budget_bytes), _LIMITS[-1])
     made = []
     for placement in placements:
+        # By the site's name, so that the positions that are read of a site do not depend on which others are collected.
         own = seed + zlib.crc32(placement.site.name.encode())
         made.append(Accumulator(placement.site.operator, limit=limit, rows=rows_of(placement, batches), seed=own))
     return made
@@ -308,6 +312,7 @@ def _accumulators(placements: Sequence[Placement], batches: int, budget_bytes: i
 
 def rows_of(placement: Placement, batches: int) -> int:
     """Return how many columns to use of each input, so that all batches and calls together give enough."""
+    # Example of 64 channels and 3x3 taps, n = 576: 4096 columns are wanted, 256 from each of 16 batches with one call.
     wanted = max(_LEAST_ROWS, _ROWS * placement.site.operator.kernel[0, 0].numel())
     return -(-wanted // (batches * placement.site.runs))
 

@@ -98,6 +98,7 @@ class Problem:
         """The indices of the factors that read the operator's input channels directly."""
         # They are the first of each row. If the chain starts with a reshape, no factor reads the channels directly.
         first = self.method.skeleton(self.operator, self.ranks).steps[0]
+        # Example of rows with 2, 2 and 2 factors: the first of each are the factors 0, 2 and 4.
         starts = accumulate(self._lengths[:-1], initial=0)
         return frozenset(starts if isinstance(first, Operator | Branches) else ())
 
@@ -141,6 +142,7 @@ def _coordinates(problem: Problem, metric: SecondMoment) -> _Coordinates:
     # Only a factor that reads or writes the channels directly can take a multiplier, and give it back afterwards.
     if problem.writes and problem.sensitivity is not None:
         lower, inverse = triangles(problem.sensitivity, problem.ridge)
+        # G = S S^T: the coordinates have S^T W, and S^-T brings back what was found in them.
         left = (lower, inverse) if lower.dim() == 2 else (lower.mT, inverse.mT)
     if problem.readers and problem.method.name != "svd":  # the closed form of svd whitens by itself
         right = triangles(metric.channels, problem.ridge)
@@ -238,6 +240,7 @@ def fit(
 def squared_error(chain: Chain, operator: Operator, moments: Moments, *, centred: bool) -> float:
     """Return ``tr(G D Cov D^T) + e^T G e`` for D = W - W' and e = D m + b - b'; ``centred`` drops the second term."""
     difference = _difference(chain, operator, moments.mean.dtype)
+    # E |D x + b - b'|^2 = tr(D Cov D^T) + |D m + b - b'|^2: the spread about the mean, and the mean itself.
     energy = float(moments.centred_energy(difference, moments.sensitivity))
     if centred:
         return energy

@@ -7,6 +7,7 @@ before any numbers are read, and only the samples that will be used are read. No
 
 from __future__ import annotations
 
+import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -92,12 +93,16 @@ def _read_tensors(path: Path, most: int) -> Any:
             _check_stored(file)
             found = torch.load(file, map_location="cpu", weights_only=True)
             leaves = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+        except pickle.UnpicklingError as error:  # torch's words suggest to load it without a check
+            what = f"{shown_path(path)}: is not a file of tensors alone"
+            raise FileError(what, allowed=_TENSORS) from error
         except Exception as error:  # torch and zipfile raise errors of many types
             what = f"{shown_path(path)}: cannot be read: {first_line(error)}"
             raise FileError(what, allowed=_TENSORS) from error
     for leaf in leaves:
         if leaf.layout != torch.strided or leaf.device.type != "cpu" or leaf.is_quantized or leaf.is_nested:
             raise FileError(f"{shown_path(path)}: holds a tensor that is not plain", allowed="dense tensors of numbers")
+        # A view of stride 0 can make a few stored numbers look like terabytes, which the first copy would ask for.
         if leaf.nbytes > max(most, leaf.untyped_storage().nbytes()):
             what = f"{shown_path(path)}: expands a tensor to {leaf.nbytes} bytes by repeating its numbers"
             raise FileError(what, allowed=f"{most}", next_step="give fewer samples")

@@ -100,6 +100,7 @@ def visible_rows(masks: Sequence[Tensor], positions: Sequence[int]) -> Tensor | 
     positions = tuple(positions)
     for mask in masks:
         if positions[:2] == tuple(mask.shape) and not set(mask.shape) & set(positions[2:]):
+            # Example: a mask (N, T) of rows (N, T, heads) counts for all heads of a position.
             return mask.reshape(*mask.shape, *(1 for _ in positions[2:])).expand(positions).flatten()
         if positions == (mask.numel(),):
             return mask.flatten()

@@ -183,6 +183,7 @@ class Accumulator:
             self._first += block.mT @ block
             return
         # C is the Kronecker product of two factors: x as X (channels, taps) adds X X^T to one and X^T X to the other.
+        # (g, rows, I, K); the channels see rows of I, one for each tap, and the taps rows of K, one for each channel.
         split = block.unflatten(2, (-1, self._taps))
         rows = split.mT.flatten(1, 2)
         self._first += rows.square().sum(1, dtype=torch.float64) if self._first.dim() == 2 else rows.mT @ rows
@@ -204,6 +205,8 @@ class Accumulator:
             factors: tuple[Tensor, ...] = (self._first / self.count,)
         else:
             tiny = torch.finfo(torch.float64).tiny
+            # tr(A (x) B) = tr(A) tr(B). A is averaged over the taps and tr(B) is K, so that the product has the mean
+            # square of a column. Example: columns of mean square 18 at 9 taps have tr(A) = 2 and tr(B) = 9.
             channels = self._first / (self.count * self._taps)
             factors = channels, self._second * (self._taps / _trace(self._second).clamp(min=tiny))
         return Moments(self.count, self._mean / self.count, SecondMoment(factors, self._taps))
@@ -268,6 +271,7 @@ def _choose(
     total: int, rows: int, generator: torch.Generator, *, width: int, visible: Tensor | None
 ) -> Iterator[Tensor]:
     places = torch.arange(total, device="cpu") if visible is None else visible.cpu().nonzero().flatten()
+    # Inputs and outputs are read in two calls: the same generator state and the same number of places choose alike.
     if len(places) > rows:
         places = places[torch.randperm(len(places), generator=generator, device="cpu")[:rows]]
     yield from places.split(max(1, _BLOCK // width))
@@ -287,6 +291,7 @@ def _patches(
     for chosen in _choose(positions.numel(), rows, generator, width=width, visible=visible):
         patches = view[torch.unravel_index(chosen, positions)]
         patches = patches.flip(list(range(-dims, 0))) if mirrored else patches
+        # (rows, g I, *taps) -> (rows, g, I, *taps) -> (rows, g, n) -> (g, rows, n)
         yield patches.unflatten(1, (conv.groups, -1)).flatten(2).transpose(0, 1)
 
 
@@ -317,5 +322,6 @@ def _stuffed_view(conv: Conv, x: Tensor) -> Tensor:
 def _windows(x: Tensor, size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
     # Each unfold moves one axis of windows to the end; every d-th element of a window is a tap.
     for dim, (k, s, d) in enumerate(zip(size, stride, dilation, strict=True), start=2):
+        # Example of 3 taps with dilation 2: windows of 5, of which the places 0, 2 and 4 are taps.
         x = x.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
     return x

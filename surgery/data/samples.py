@@ -106,6 +106,7 @@ class Calibration:
             InputError: there are too few samples for two parts.
         """
         unit = self.batch_size if self.exact else 1
+        # Example of 100 samples in exact batches of 16: a quarter is 1.56 batches, so that 32 are held out.
         aside = max(1, round(held_out * self.count / unit)) * unit
         if aside >= self.count:
             what = f"{self.count} calibration samples cannot be split into two parts"
@@ -144,7 +145,8 @@ def read_calibration(
             break
     if not found:
         raise InputError("there is no calibration input", allowed=_ALLOWED)
-    samples = _masked(_join(items, batch_size), leaf_names(signature.names, items[0]))
+    names = leaf_names(signature.names, items[0])
+    samples = _masked(_checked(_join(items, batch_size), names), names)
     samples = _on_device_of(model, samples.take(slice(min(limit, samples.count))))
     fixed = kind.fixed_batch(model)
     if fixed is None and (kind.brings_inputs() or kind.is_onnx):
@@ -168,6 +170,19 @@ def read_inputs(path: Path, model: Model | None) -> Inputs:
     example = kind.brought_inputs(model) or ((), {})
     signature = kind.signature(model, example)
     return signature.arrange(read_file(path, signature, kind.declared_inputs(model, example, signature), limit=None))
+
+
+def _checked(samples: Calibration, names: Sequence[str]) -> Calibration:
+    """Return samples as they are; raise for one with a value that is not a number, which would spoil all sums."""
+    for name, leaf, many in zip(names, samples.leaves, samples.sampled, strict=True):
+        # a sum that is a number has only numbers in it; one of inf - inf is looked at again
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(leaf.sum().isnan()):
+            bad = leaf.isnan().nonzero()
+            if len(bad):
+                where = f"in sample {int(bad[0, 0])} " if many else ""
+                what = f"the calibration input {name} {where}has values that are not numbers (NaN)"
+                raise InputError(what, next_step="leave such samples out, or fill in numbers")
+    return samples
 
 
 def _masked(samples: Calibration, names: Sequence[str]) -> Calibration:

@@ -167,6 +167,8 @@ class _Pairs:
         self._crossed, self._second = (new(2, groups, size, n, dtype=torch.float64) for size in (out, n))
         calls = zip(changed.columns, original.outputs(summed=summed), changed.outputs(summed=summed), strict=True)
         for number, (x, before, after) in enumerate(calls):
+            # Calls of one batch stay together, since their errors go together. Example of 2 calls: 0 and 1 are in half
+            # 0, 2 and 3 in half 1, 4 and 5 in half 0 again.
             half = number // changed.calls % 2
             now, lag = x.double(), before.double() - after.double()  # float64: a mean may far exceed the deviation
             self._counts[half] += now.shape[1]
@@ -227,4 +229,5 @@ def _regression(halves: Sequence[tuple[Tensor, Tensor, int]]) -> Tensor:
 def _solve(lag: Tensor, second: Tensor) -> Tensor:
     """Return ``E[l x'^T] (C + ridge)^-1``; C may be a covariance of which only rounding errors are left."""
     _, inverse = triangles(second, RIDGE)
+    # C + ridge = L L^T, whose inverse is L^-T L^-1.
     return lag @ inverse.mT @ inverse

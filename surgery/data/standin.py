@@ -56,6 +56,7 @@ class Effort:
 
     def steps_at(self, macs: float) -> int:
         """Return how many steps to take where one pass takes ``macs`` multiply-accumulates."""
+        # A step is a forward and a backward pass, together about three passes.
         return int(max(self.steps[0], min(self.steps[1], self.work / max(3 * macs, 1.0))))
 
 

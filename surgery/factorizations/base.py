@@ -233,6 +233,8 @@ def spatial_dims(kernel: Shape) -> list[int]:
 
 def along_each(geometry: Geometry, kernel: Shape) -> list[Geometry]:
     """Return the geometry along each dimension that extends; the first one also has that of those that do not."""
+    # A dimension of extent 1 has no factor, but its stride must not be lost. Example: of a 1 x 3 kernel with stride
+    # (2, 1), the one factor along dimension 1 has the stride 2 of dimension 0 as well.
     dims = spatial_dims(kernel)
     flat = set(range(geometry.dims)) - set(dims)
     return [geometry.along({dim} | flat if dim == dims[0] else {dim}) for dim in dims]

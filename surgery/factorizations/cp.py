@@ -70,6 +70,7 @@ class Cp(Factorization):
 
     def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
         """Return the shapes of the first 1x1, a depthwise convolution for each dimension, and the last 1x1."""
+        # Example of 64 -> 128, 3 x 3, at rank 32: 32 x 64, twice 32 x 3 and 128 x 32, 6,336 numbers for 73,728.
         groups, out, columns, *size = kernel
         (rank,) = ranks
         ones = (1,) * len(size)
@@ -93,6 +94,7 @@ class Cp(Factorization):
 
     def expand(self, cores: Sequence[Tensor]) -> Tensor:
         """Return the sum of the products of columns."""
+        # Invariant: ``product`` is (g, n_1 .. n_k, r), the Khatri-Rao product so far; the last core sums over r.
         product = cores[0]
         for core in cores[1:]:
             product = (
@@ -106,6 +108,7 @@ class Cp(Factorization):
 
     def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
         """Return the factors of the inputs, of each dimension and of the outputs."""
+        # (g, I, r) -> (g, r, I); (g, a, r) -> (g, r, a) -> (g r, a)
         out, columns, *extents = cores
         parts = [columns.mT, *(extent.mT.flatten(0, 1) for extent in extents), out]
         return tuple(part.reshape(shape) for part, shape in zip(parts, self.shapes(kernel, ranks), strict=True))
@@ -119,6 +122,8 @@ class Cp(Factorization):
 
 def _unit_factors(tensor: Tensor) -> list[Tensor]:
     """Return the exact factors: unit vectors in all modes but the largest, which has the fibres of the tensor."""
+    # T = sum over the places p of all modes but the largest: unit vectors there, the fibre at p in the largest mode.
+    # Example of 2 x 2 x 3: components (0, 0), (0, 1), (1, 0), (1, 1), the second being e_0 o e_1 o T[0, 1, :].
     groups, *shape = tensor.shape
     largest = shape.index(max(shape))
     others = [mode for mode in range(len(shape)) if mode != largest]

@@ -47,6 +47,7 @@ class Depthwise(MatrixFactorization):
 
     def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
         """Return (g, O, I, 1...) and (g O, 1, 1, *k) for each pair in turn."""
+        # Example of 64 -> 128, 3 x 3, with two pairs: twice 128 x 64 and 128 x 1 x 3 x 3, 18,688 numbers for 73,728.
         groups, out, columns, *size = kernel
         ones = (1,) * len(size)
         return ((groups, out, columns, *ones), (groups * out, 1, 1, *size)) * ranks[0]
@@ -63,11 +64,13 @@ class Depthwise(MatrixFactorization):
 
     def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
         """Return column t of left and row t of right for each pair."""
+        # (g O, I, r) and (g O, r, K)
         left, right = cores
         parts = [part for t in range(ranks[0]) for part in (left[:, :, t], right[:, t])]
         return tuple(part.reshape(shape) for part, shape in zip(parts, self.shapes(kernel, ranks), strict=True))
 
     def cores(self, factors: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> list[Tensor]:
         """Return left (g O, I, r) and right (g O, r, K)."""
+        # (g, O, I, 1..) -> (g O, I), r of them along the last axis; (g O, 1, 1, *k) -> (g O, K), along the middle one.
         left = torch.stack([part.flatten(0, 1).flatten(1) for part in factors[::2]], -1)
         return [left, torch.stack([part.flatten(1) for part in factors[1::2]], 1)]

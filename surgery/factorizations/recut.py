@@ -60,6 +60,7 @@ def chain_spectra(method: Factorization, operator: Operator, chain: Chain) -> tu
     whole = method.unfoldings(torch.empty(_kernel(operator), device="meta"))
     spectra = []
     for matrix, like in zip(matrices, whole, strict=True):
+        # The whole has as many singular values as its shape allows; those that the small tensor lacks are 0.
         values, (rows, columns) = singular_values(matrix), like.shape[-2:]
         spectra.append(Spectrum(F.pad(values, (0, min(rows, columns) - values.shape[-1])), rows, columns))
     return tuple(spectra)
@@ -92,6 +93,8 @@ def _shrink(whole: _Cores) -> tuple[list[Tensor], list[Tensor | None]]:
             cores.append(core)
             bases.append(None)
             continue
+        # (n, m) = Q (n, m) R (m, m). Example of a train's core 2 x 64 x 3: m = 6, so that its
+        # mode of 64 becomes one of 6.
         basis, rest = torch.linalg.qr(matrix)
         ranks = [size for at, size in enumerate(core.shape) if at not in (0, axis)]
         cores.append(rest.unflatten(2, ranks).movedim(1, axis))

@@ -44,11 +44,13 @@ class Spatial(MatrixFactorization):
 
     def tensor(self, kernel: Tensor) -> Tensor:
         """Return (g, O b, I a)."""
+        # (g, O, I, a, b) -> (g, O, b, I, a) -> (g, O b, I a)
         rows = kernel.flatten(4).permute(0, 1, 4, 2, 3)
         return rows.flatten(3).flatten(1, 2)
 
     def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
         """Return (g, r, I, a, 1) and (g, O, r, 1, b)."""
+        # Example of 64 -> 128, 3 x 3, at rank 32: 32 x 64 x 3 x 1 and 128 x 32 x 1 x 3, 18,432 numbers for 73,728.
         groups, out, columns, first, *rest = kernel
         return (groups, ranks[0], columns, first, *(1 for _ in rest)), (groups, out, ranks[0], 1, *rest)
 
@@ -59,9 +61,11 @@ class Spatial(MatrixFactorization):
     def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
         """Return right and left as kernels."""
         first, second = self.shapes(kernel, ranks)
+        # (g, O b, r) -> (g, O, b, r) -> (g, O, r, b)
         left = cores[0].unflatten(1, (kernel[1], math.prod(kernel[4:]))).transpose(2, 3)
         return cores[1].reshape(first), left.reshape(second)
 
     def cores(self, factors: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> list[Tensor]:
         """Return left and right."""
+        # (g, O, r, b) -> (g, O, b, r) -> (g, O b, r); (g, r, I, a) -> (g, r, I a)
         return [factors[1].flatten(3).transpose(2, 3).flatten(1, 2), factors[0].flatten(2)]

@@ -57,6 +57,7 @@ class Tr(Factorization):
         """Return W (g, O, I, *k) as (g, O, K, I), and W ((p q), (a b)) as (1, b, a, p, q)."""
         if kernel.dim() > 3:
             return kernel.flatten(3).transpose(2, 3)
+        # (1, p q, a b) -> (1, p, q, a, b) -> (1, b, a, p, q)
         split = kernel.unflatten(2, balanced(kernel.shape[2])).unflatten(1, balanced(kernel.shape[1]))
         return split.permute(0, 4, 3, 1, 2)
 
@@ -82,8 +83,11 @@ class Tr(Factorization):
         """Return (g, r n, I, 1..), (g, s, r, 1, *k), (g, O, s n, 1..); n = 1 does not need its own dimension."""
         groups, out, columns, *size = kernel
         if not size:
+            # Example of 256 -> 512 at ranks (2, 4, 8, 4): 8 x 16, 8 x 64, 64 x 8 and 32 x 8, 1,408 numbers for 131,072.
             (a, b), (p, q), (t, u, v, w) = balanced(columns), balanced(out), ranks
             return (1, t * u, b), (1, v, a * u), (1, p * w, v), (1, q, t * w)
+        # Example of 64 -> 128, 3 x 3, at ranks (4, 8, 4): 16 x 64, 8 x 4 x 1 x 3 x 3 and 128 x 32,
+        # 5,408 numbers for 73,728.
         (n, s, r), ones = ranks, (1,) * len(size)
         return (groups, r * n, columns, *ones), (groups, s, r, *_inner(n), *size), (groups, out, s * n, *ones)
 
@@ -116,9 +120,11 @@ class Tr(Factorization):
     def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
         """Return the cores as kernels."""
         if len(kernel) == 3:
+            # (t, b, u) -> (t u, b); (u, a, v) -> (v, a u); (v, p, w) -> (p w, v); (w, q, t) -> (q, t w)
             b, a, p, q = cores
             parts = [b.transpose(2, 3), a.permute(0, 3, 2, 1), p.permute(0, 2, 3, 1), q.permute(0, 2, 3, 1)]
         else:
+            # (r, I, n) -> (r n, I); (s, K, r) -> (s, r, K); (n, O, s) -> (O, s n)
             out, middle, columns = cores
             parts = [columns.transpose(2, 3), middle.transpose(2, 3), out.permute(0, 2, 3, 1)]
         return tuple(part.reshape(shape) for part, shape in zip(parts, self.shapes(kernel, ranks), strict=True))
@@ -141,6 +147,8 @@ class Tr(Factorization):
         """Return the four linear layers with the reshapes around them."""
         (a, b), (p, _) = balanced(operator.in_channels), balanced(operator.out_channels)
         first, second, third, fourth = super().linear_steps(operator, factors)
+        # (.., a, b) -> (.., a, t u) -> (.., a, t, u) -> (.., t, a u) -> (.., t, v) -> (.., t, p w) -> (.., t, p, w) ->
+        # (.., p, t w) -> (.., p, q). The bond t is an axis from the first layer to the last, which closes the ring.
         u, w = factors[1].shape[2] // a, factors[2].shape[1] // p
         swap = Transpose(-3, -2), Flatten(-2, -1)
         contract = Unflatten(-1, (a, b)), first, Unflatten(-1, (factors[0].shape[1] // u, u)), *swap, second
@@ -166,7 +174,9 @@ def _turn(row: Shape, by: int) -> Shape:
 
 def _exact(sizes: Shape) -> tuple[int, Ranks]:
     """Return a mode and the ranks at which TR-SVD from it is exact, with the fewest parameters of all modes."""
+    # A mode needs bonds whose product is the rank of its unfolding, at most the smaller side of n x (all others).
     held = [min(size, math.prod(sizes) // size) for size in sizes]
+    # Example of (128, 9, 64): from the last mode, 64 = 8 x 8, with the ranks (8, 72, 8).
     choices = [(first, _later_full(sizes, first, balanced(held[first]))) for first in range(len(sizes))]
     return min(choices, key=lambda choice: _parameters(sizes, choice[1]))
 

@@ -61,6 +61,7 @@ class Tt(Factorization):
     def tensor(self, kernel: Tensor) -> Tensor:
         """Return (g, I, a, b, O), of the dimensions that extend; W ((p q), (a b)) as (1, p b, q a)."""
         if kernel.dim() == 3:
+            # (1, p q, a b) -> (1, p, q, a, b) -> (1, p, b, q, a) -> (1, p b, q a)
             split = kernel.unflatten(2, balanced(kernel.shape[2])).unflatten(1, balanced(kernel.shape[1]))
             return split.permute(0, 1, 4, 2, 3).flatten(3).flatten(1, 2)
         extents = [kernel.shape[3 + dim] for dim in spatial_dims(tuple(kernel.shape))]
@@ -74,8 +75,12 @@ class Tt(Factorization):
         """Return (1, p r, b) and (1, q, a r); or those of the first 1x1, one for each dimension, and the last 1x1."""
         groups, out, columns, *size = kernel
         if not size:
+            # Example of 256 -> 512 at rank 16: 256 = 16 x 16 and 512 = 16 x 32, factors 256 x 16 and
+            # 32 x 256, 12,288 numbers.
             (a, b), (p, q), (rank,) = balanced(columns), balanced(out), ranks
             return (1, p * rank, b), (1, q, a * rank)
+        # Example of 64 -> 128, 3 x 3: at ranks (16, 24, 32) 16 x 64, 24 x 16 x 3 x 1, 32 x 24 x 1 x 3 and 128 x 32,
+        # 8,576 numbers for 73,728; at (64, 24, 32) the first is 24 x 64 x 3 x 1.
         ones = (1,) * len(size)
         reduce, expand = _needs(kernel, ranks)
         ends = ranks if reduce else (columns, *ranks[1:])
@@ -158,6 +163,8 @@ def _needs(kernel: Shape, ranks: Ranks) -> tuple[bool, bool]:
 
 def _conv_factors(cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> list[Tensor]:
     """Return the cores as (g, after, before, extent); a 1x1 that is not needed is multiplied into its neighbour."""
+    # Cores (1, I, r1), (r1, a, r2), (r2, b, r3), (r3, O, 1). At r1 = I the first is square: (I, r1) (r1, a, r2) is
+    # (I, a, r2), which starts the chain itself. The same holds for the last at r3 = O.
     first, *middle, last = cores
     reduce, expand = _needs(kernel, ranks)
     if not reduce:
@@ -179,6 +186,7 @@ def _conv_cores(factors: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> list[
 
 def _linear_factors(cores: Sequence[Tensor], kernel: Shape) -> list[Tensor]:
     """Return G1 as (1, p, r, b) and G2 as (1, q, a, r)."""
+    # (p b, r) -> (p, r, b), rows p r and columns b; (r, q a) -> (q, a, r)
     left, right = cores
     (a, b), (p, q) = balanced(kernel[2]), balanced(kernel[1])
     return [left.unflatten(1, (p, b)).transpose(2, 3), right.mT.unflatten(1, (q, a))]

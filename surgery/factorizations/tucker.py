@@ -48,6 +48,8 @@ class Tucker(Factorization):
 
     def shapes(self, kernel: Shape, ranks: Ranks) -> tuple[Shape, ...]:
         """Return the shapes of the reducing 1x1, the core and the expanding 1x1, without those that are not needed."""
+        # Example of 64 -> 128, 3 x 3: at ranks (32, 16) 16 x 64, 32 x 16 x 3 x 3 and 128 x 32, 9,728 numbers for
+        # 73,728; at (128, 16) 16 x 64 and 128 x 16 x 3 x 3.
         groups, out, columns, *size = kernel
         rank_out, rank_in = ranks
         ones = [1 for _ in size]
@@ -81,6 +83,7 @@ class Tucker(Factorization):
 
     def factors(self, cores: Sequence[Tensor], kernel: Shape, ranks: Ranks) -> tuple[Tensor, ...]:
         """Return those of V^T, core and U that are needed; the others are multiplied into the core."""
+        # At a full rank the basis is square: core x_1 U has O in the place of ro, core x_2 V has I in the place of ri.
         core, out_basis, in_basis = cores
         reduce, expand = _needs(kernel, ranks)
         if not expand:

@@ -102,6 +102,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         """Return the spec of the registry's module with our loader; None for any other module."""
         if fullname != _REGISTRY:
             return None
+        # Before the search, which would come here again.
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:

@@ -60,6 +60,8 @@ def cuts(h: Hypergraph, part: ArrayLike) -> Cuts:
     """
     of = checked(h, part)
     parts = int(of.max(initial=0)) + 1
+    # (m, parts): which parts each hyperedge touches; the row sums are lambda_e. ``border`` is, for each part, the
+    # weight of the cut hyperedges that touch it.
     there = counted(h, of, parts) > 0
     touched = there.sum(axis=1)
     split = touched > 1

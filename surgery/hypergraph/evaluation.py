@@ -156,6 +156,8 @@ def hold_out(h: Hypergraph, share: float, *, rng: np.random.Generator) -> Split:
         raise InputError(f"a held-out share of {share}", allowed="above 0, below 1")
     wide = np.flatnonzero(h.sizes > 1)
     wanted = max(1, round(share * len(wide)))
+    # Invariant: ``left`` counts the hyperedges that each node still has, and is never 0 by what was taken. Example of
+    # the triangle 01, 12, 02: once 01 is taken, nodes 0 and 1 have one left, and both others stay.
     left = np.bincount(h.pins, minlength=h.nodes)
     rows = {int(e): h.pins[h.starts[e] : h.starts[e + 1]] for e in wide}
     taken: list[int] = []
@@ -181,6 +183,7 @@ def _candidates(
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
         drawn = sample(kind, split.train, size, ratio * count, known=known, rng=rng)
         rows += [tuple(row) for row in drawn.tolist()]
+    # The hyperedges came first, so that a place in ``rows`` below their number marks one.
     order = rng.permutation(len(rows))
     return [rows[i] for i in order], order < len(split.held_out)
 
@@ -193,6 +196,8 @@ def auc(scores: Floats, likely: Integers | np.ndarray) -> float:
     """
     _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
     rank = (np.cumsum(count) - (count - 1) / 2)[place]  # the mean rank of equal scores, from 1 on
+    # Mann-Whitney: the hyperedges' ranks, less what they would be if all stood last, count the pairs that they win.
+    # Example of scores 1 (a hyperedge), 1, 0: ranks 2.5, 2.5, 1, and (2.5 - 1) / (1 * 2) = 0.75.
     yes = int(np.sum(likely))
     return float((rank[likely].sum() - yes * (yes + 1) / 2) / (yes * (len(scores) - yes)))
 

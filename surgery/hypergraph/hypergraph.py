@@ -169,6 +169,7 @@ class Hypergraph:
         new = np.full(self.nodes, -1)
         new[kept] = np.arange(len(kept))
         there = new[self.pins] >= 0
+        # How many nodes each hyperedge has inside. ``reduceat`` would be wrong for empty rows, which no hypergraph has.
         sizes = np.add.reduceat(there, self.starts[:-1]) if self.edges else self.sizes
         take = sizes == self.sizes if whole else sizes > 1
         pins = new[self.pins[there & np.repeat(take, self.sizes)]]
@@ -227,6 +228,7 @@ def _flat(edges: Iterable[Iterable[int]] | NDArray[Any]) -> tuple[Integers, Inte
 def _distinct(pins: Integers, sizes: Integers) -> None:
     """Raise if a hyperedge has a node twice."""
     row = np.repeat(np.arange(len(sizes)), sizes)
+    # A node that stands twice in a hyperedge has itself as its neighbour in the order, with the same row number.
     ordered = sorted_rows(pins, sizes)
     twice = np.flatnonzero((np.diff(ordered) == 0) & (np.diff(row) == 0))
     if len(twice):

@@ -37,6 +37,7 @@ def pairs(h: Hypergraph) -> sparse.csr_array:
            [0.5, 1.5, 0. ]])
     """
     each = np.where(h.sizes > 1, h.weights / np.maximum(h.sizes - 1, 1), 0.0)
+    # H^T diag(w_e / (|e| - 1)) H, whose diagonal says nothing of pairs.
     found = h.around @ sparse.diags_array(each) @ h.incidence
     found.setdiag(0.0)
     found.eliminate_zeros()
@@ -82,6 +83,7 @@ class Form:
         """Return f(x) and its gradient (n,)."""
         at, k = x[self.columns], self.order
         powers, others = _power(at, k - 1), _without_each(at)
+        # sum x_i^k - k prod x_i, and for each entry k w_e (x_i^(k-1) - the product of the others).
         terms = (powers * at).sum(axis=0) - k * (others[0] * at[0])
         weights = self.weights * np.sign(terms) if self.absolute else self.weights
         powers -= others
@@ -90,6 +92,7 @@ class Form:
 
     def hessian(self, x: Floats) -> sparse.csr_array:
         """Return the second derivatives (n, n)."""
+        # Of sum x_i^k - k prod x_i: -k times the product of the others for a pair, k (k - 1) x_i^(k-2) on the diagonal.
         at, k = x[self.table], self.order
         weights = self.weights * np.sign(self.terms(x)) if self.absolute else self.weights
         rows: list[Integers] = []

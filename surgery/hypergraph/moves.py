@@ -118,6 +118,8 @@ class _Batch:
         self.masses = h.node_weights[:1] if h.nodes and np.ptp(h.node_weights) == 0 else h.node_weights
         self.slack = h.node_weights.max(initial=0.0) + _TINY
         self.counts = self._counted()
+        # (S, m): lambda_e in each partition. ``border`` (S, K) is the weight of the cut
+        # hyperedges that touch each part.
         touched = (self.counts > 0).sum(axis=2)
         self.total = (np.minimum(touched - 1, 1) if self.cut else touched - 1) @ h.weights
         split = (touched > 1)[:, :, None] & (self.counts > 0)
@@ -130,6 +132,7 @@ class _Batch:
         inside = (
             (self.part[:, :, None] == np.arange(self.parts)).transpose(1, 0, 2).reshape(h.nodes, count * self.parts)
         )
+        # (m, n) @ (n, S K): one product counts for all partitions.
         found = h.incidence @ inside.astype(np.float64)
         return np.ascontiguousarray(found.reshape(h.edges, count, self.parts).transpose(1, 0, 2)).astype(np.int32)
 
@@ -142,6 +145,8 @@ class _Batch:
 
     def _bounds(self, counts: _Counts, sizes: Integers) -> tuple[_Counts, _Counts]:
         """Return leave and enter for hyperedges of weight 1."""
+        # Only gain = leave(e, a) - enter(e, b) counts, so that signs may be shared out: for a cut, leaving a whole
+        # hyperedge costs, [c_a = |e|], and entering what is whole but for this node gains, [c_b = |e| - 1].
         if self.cut:
             return -(counts == sizes).astype(np.int32), -(counts == sizes - 1).astype(np.int32)
         return (counts == 1).astype(np.int32), (counts == 0).astype(np.int32)
@@ -186,6 +191,8 @@ class _Batch:
 
     def _choose(self) -> _Step:
         """Return the best move of each partition that has one."""
+        # Within its limits, a partition may exceed them by a node on its way, so that two nodes can change places. Once
+        # a part is over, moves have to fit, and the excess only falls.
         room = self.limits.most - self.load
         over = (room < -_TINY).any(axis=1)
         room += np.where(over, _TINY, self.slack)[:, None]
@@ -213,6 +220,8 @@ class _Batch:
         self.gain[rows, :, node] = -np.inf
         place, degree = places(h.around.indptr, node)
         edge, move = h.around.indices[place], np.repeat(np.arange(len(rows)), degree)
+        # Count (s, e, p) of (S, m, K) is number (s m + e) K + p. In this step no two moves are in one partition, so
+        # that no number comes twice and the changes may be made at once.
         flat, at = self.counts.reshape(-1), (rows[move] * h.edges + edge) * self.parts
         at_source, at_target = at + source[move], at + target[move]
         touched = _Touched(move, edge, flat[at_source], flat[at_target])
@@ -228,6 +237,8 @@ class _Batch:
     def _spread_two(self, step: _Step, touched: _Touched) -> None:
         """Keep the gains of two parts true; see the formulae at the top."""
         weight = self.h.weights[touched.edge]
+        # The node's own part in the formulae is a or b; its gain is the one towards the other part, number
+        # (2 s + 1 - own) n + u of (S, 2, n). Nodes that have moved stay at minus infinity whatever is added.
         stay = weight * ((touched.source == 2) * 1.0 + (touched.target == 0))
         there = -weight * ((touched.target == 1) * 1.0 + (touched.source == 1))
         u, of, row = self._nodes(step, touched)
@@ -238,6 +249,9 @@ class _Batch:
     def _spread(self, step: _Step, touched: _Touched) -> None:
         """Keep the gains of more than two parts true: those to source and target, and those of what lies in them."""
         sizes, nodes = self.h.sizes[touched.edge], self.h.nodes
+        # Leave and enter of a hyperedge change at the source, which loses one node, and at the target,
+        # which gets one. ``enter`` counts for every node of the hyperedge towards that part, ``leave`` for
+        # those in it towards all parts.
         ends = []
         for count, by in ((touched.source, -1), (touched.target, 1)):
             before, after = self._bounds(count, sizes), self._bounds(count + by, sizes)
@@ -265,6 +279,9 @@ class _Batch:
     def _shift_border(self, step: _Step, touched: _Touched) -> None:
         """Keep the weight of the hyperedges that leave each part true."""
         sizes, weight = self.h.sizes[touched.edge], self.h.weights[touched.edge]
+        # A hyperedge counts at a part that it touches if it is cut. At the source it was cut if c_a < |e|,
+        # and still touches if c_a > 1; at the target it touched if c_b > 0, and is cut if c_b + 1 < |e|. At
+        # other parts nothing changes.
         left = (touched.source > 1) * 1.0 - (touched.source < sizes)
         come = (touched.target + 1 < sizes) * 1.0 - (touched.target > 0)
         for part, change in ((step.source, left), (step.target, come)):

@@ -51,6 +51,9 @@ def _cycle(h: Hypergraph, limits: Limits, rng: np.random.Generator, kept: Intege
     levels, maps, part = [h], list[Integers](), kept
     heaviest = max(float(h.node_weights.max(initial=0)), 1.5 * h.node_weights.sum() / (_SMALLEST * limits.parts / 2))
     while levels[-1].nodes > _SMALLEST * limits.parts / 2:
+        # A column is what all kept partitions say of a node. Example: 0011 and 0101 have the columns 00, 01,
+        # 10, 11, and no two nodes are joined. Joined nodes agree in all partitions, so that ``carried`` is the
+        # same whichever writes last.
         apart = None if part is None else np.unique(part, axis=1, return_inverse=True)[1].reshape(-1)
         small, new = coarsen(levels[-1], rng=rng, heaviest=heaviest, apart=apart)
         if small.nodes > _STALLED * levels[-1].nodes:
@@ -92,6 +95,8 @@ def random_parts(h: Hypergraph, limits: Limits, *, count: int, rng: np.random.Ge
     order = np.argsort(rng.random((count, h.nodes)), axis=1)
     weights = h.node_weights[order]
     most = np.where(np.isfinite(limits.most), limits.most, 1.0)
+    # A node is in the part in which the middle of its weight lies. Example: 4 nodes of weight 1 for two equal parts
+    # have middles at 0.5, 1.5, 2.5 and 3.5, and the end of the first part is at 2.
     ends = np.cumsum(most)[:-1] / (most.sum() or 1.0) * max(h.node_weights.sum(), 1e-300)
     slots = np.searchsorted(ends, np.cumsum(weights, axis=1) - weights / 2, side="right")
     part = np.empty((count, h.nodes), np.int64)
@@ -112,6 +117,8 @@ def coarsen(
     group, every = np.arange(h.nodes), (row, column)
     for _ in range(_ROUNDS):
         best = np.full(h.nodes, -1)
+        # Pairs that chose each other: 0 chose 3 and 3 chose 0, so that both have group 0. Who
+        # was not chosen tries again.
         best[row] = column
         chosen = (best >= 0) & (best[best] == np.arange(h.nodes))
         group[chosen] = np.minimum(best, np.arange(h.nodes))[chosen]
@@ -156,6 +163,8 @@ def _filled_up(h: Hypergraph, group: Integers, nodes: Integers, wanted: Integers
     """Add nodes to the groups that they want, the lightest first, as long as a group stays within ``heaviest``."""
     if not len(nodes):
         return group
+    # ``total - before`` is the weight of what wants the same group so far. Example: 1, 2, 3 want one group and 4
+    # another: totals 1, 3, 6, 10, before 0, 0, 0, 6. As the lightest come first, nothing fits after one that did not.
     order = np.lexsort((h.node_weights[nodes], wanted))
     nodes, wanted = nodes[order], wanted[order]
     total = np.cumsum(h.node_weights[nodes])
@@ -182,6 +191,7 @@ def _ratings(h: Hypergraph, rng: np.random.Generator) -> tuple[Integers, Integer
 def joined(h: Hypergraph, new: Integers, nodes: int) -> Hypergraph:
     """Return the hypergraph in which the nodes of one new number are one node; what then has one node is left out."""
     row = np.repeat(np.arange(h.edges), h.sizes)
+    # (hyperedge, new node) as one number, so that nodes that became one count once in a hyperedge.
     key = np.unique(row * nodes + new[h.pins])
     row, pins = np.divmod(key, nodes)
     sizes = np.bincount(row, minlength=h.edges)

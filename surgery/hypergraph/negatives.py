@@ -67,6 +67,7 @@ def _grown(ties: sparse.csr_array, size: int, count: int, rng: np.random.Generat
         return np.zeros((0, size), np.int64)
     rows = np.full((count, size), -1)
     first = rng.integers(ties.nnz, size=count)  # a tie by chance: its two nodes
+    # The row of an entry is the last whose start is not behind it. Example: of starts 0, 2, 3 entry 2 is in row 1.
     rows[:, 0] = np.searchsorted(ties.indptr, first, side="right") - 1
     rows[:, 1] = ties.indices[first]
     if size == 2:  # two neighbours of one node: tied pairs are hyperedges themselves too often
@@ -90,6 +91,7 @@ def _replaced(ties: sparse.csr_array, same: Integers, count: int, rng: np.random
     rows = rng.permuted(rows, axis=1)
     new = _neighbour(ties, rows[:, 1], rng)
     for j in range(1, rows.shape[1]):
+        # Invariant: ``new`` is a neighbour of members 1 to j and not the one replaced, or -1, which stays -1.
         tied = np.asarray(ties[new, rows[:, j]]).reshape(-1) > 0
         new = np.where(tied & (new != rows[:, 0]), new, -1)
     rows[:, 0] = new

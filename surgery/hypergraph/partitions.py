@@ -165,6 +165,8 @@ class _Task:
         found = np.zeros(h.nodes, np.int64)
         for number, first in ((0, 0), (1, halves[0])):
             own = side == number
+            # For a cut, a hyperedge that is cut already costs no more inside. For the
+            # connectivity its rest costs again.
             inner = h.inside(own, whole=limits.objective != "connectivity")
             found[own] = first + self.recurse(inner, limits, int(halves[number]))
         return found
@@ -220,6 +222,7 @@ def sweep(h: Hypergraph, vector: Floats, limits: Limits) -> tuple[Integers, floa
         with np.errstate(divide="ignore", invalid="ignore"):
             shares = value / left + value / (float(size.sum()) - left)
         value = np.where(value > 1e-12 * h.weights.max(initial=0.0), shares, 0.0)
+    # The first nodes may be part 0 or part 1, whichever exceeds the limits less.
     low, high = (np.maximum(load - limits.most[i], 0) + np.maximum(rest - limits.most[1 - i], 0) for i in (0, 1))
     excess = np.minimum(low, high)
     at = int(np.lexsort((value, np.where(excess < 1e-9, 0.0, excess)))[0])

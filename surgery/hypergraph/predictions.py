@@ -57,6 +57,7 @@ def predict(h: Hypergraph, candidates: Iterable[Iterable[int]] | NDArray[Any], *
 def _mean_of_pairs(h: Hypergraph, method: str, flat: Integers, sizes: Integers) -> Floats:
     u, v, row = _all_pairs(flat, sizes)
     low, high = np.minimum(u, v), np.maximum(u, v)
+    # Pair (u, v) is number u n + v. A pair that stands in many candidates is scored once.
     both, place = np.unique(low * h.nodes + high, return_inverse=True)
     score = PAIRS[method](pairs(h), both // h.nodes, both % h.nodes)[place]
     return added(row, score, len(sizes)) / np.maximum(sizes * (sizes - 1) // 2, 1)
@@ -79,6 +80,8 @@ def _all_pairs(flat: Integers, sizes: Integers) -> tuple[Integers, Integers, Int
 def _spread(x: Floats, flat: Integers, sizes: Integers) -> Floats:
     """Return minus the mean squared difference of x over each row's pairs."""
     row = np.repeat(np.arange(len(sizes)), sizes)
+    # The sum of squared differences over all pairs of n numbers is n times their squared deviations, and there are n
+    # (n - 1) / 2 pairs. Example of 0 and 1: deviations 1/4 + 1/4, times 2 / 1, is (1 - 0)^2.
     mean = added(row, x[flat], len(sizes)) / sizes
     return -2 * added(row, (x[flat] - mean[row]) ** 2, len(sizes)) / (sizes - 1)
 

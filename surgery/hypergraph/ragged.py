@@ -36,6 +36,8 @@ def places(starts: _Ints, rows: _Ints) -> tuple[_Ints, _Ints]:
     >>> places(np.array([0, 3, 5]), np.array([1, 0]))
     (array([3, 4, 0, 1, 2]), array([2, 3]))
     """
+    # ``ends - sizes`` is where a row starts in what is returned, so that each row is a shift of the places there.
+    # Example: rows 1 and 0 go to 0 and 2; shifts of 3 and -2 take 0 1 | 2 3 4 to 3 4 | 0 1 2.
     first = starts[rows]
     sizes = starts[rows + 1] - first
     ends = np.cumsum(sizes)

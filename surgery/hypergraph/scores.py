@@ -57,6 +57,7 @@ def _katz(weights: sparse.csr_array, u: Integers, v: Integers) -> Floats:
     found = np.empty(len(u))
     for first in range(0, len(nodes), _BLOCK):
         block = nodes[first : first + _BLOCK]
+        # Invariant: ``walks`` is (b W)^l for the block's rows, ``total`` the sum up to l.
         walks = step[block].toarray()
         total = walks.copy()
         for _ in range(_HOPS - 1):

@@ -110,11 +110,14 @@ def _second(matrix: sparse.csr_array) -> tuple[Floats, int]:
     turned = _Turned(lambda x: 2 * x - scaled @ x, [first])
     start = np.random.default_rng(0).standard_normal(nodes)
     if nodes <= _DENSE:
+        # The first eigenvector's value goes from 0 to 4, above all others, so that the second comes first.
         vector = np.linalg.eigh(scaled.toarray() + 4 * np.outer(first, first))[1][:, 0]
     else:
         try:
             vector = linalg.eigsh(turned.operator(), 1, which="LA", v0=start, tol=1e-9, maxiter=100)[1][:, 0]
         except linalg.ArpackNoConvergence:  # the gap is small, as in long chains: these factor cheaply
+            # Of the two least, the one across the known first is wanted. A shift below 0 leaves a
+            # definite matrix to factor.
             both = linalg.eigsh(scaled.tocsc(), 2, sigma=-1e-7, which="LM", v0=start)[1]
             vector = both[:, int(np.argmin(np.abs(first @ both)))]
     vector = turned.across(vector) / root
@@ -174,6 +177,8 @@ def _descended(form: Form, start: Floats) -> tuple[Floats, int]:
 
     def quotient(x: Floats) -> tuple[float, Floats]:
         x = x - x.mean()
+        # f is homogeneous of order k: x . grad f = k f. With |unit|^2 = n, taking k f / n times ``unit`` from the
+        # gradient leaves what lies along the sphere, and taking the mean what lies across the constant vector.
         length = float(np.linalg.norm(x))
         unit = x * (scale / length)
         value, slope = form.with_gradient(unit)
@@ -190,6 +195,9 @@ def _curved(form: Form, vector: Floats) -> tuple[Kind, Floats]:
     """Return how the form curves on the sphere across the constant vector, and the direction in which it does least."""
     if form.absolute:
         return "not smooth", vector
+    # On the unit sphere the curvature is that of the Hessian less x . grad f = k f. ``top``, the largest sum
+    # of a row's magnitudes, bounds the Hessian's eigenvalues, so that the least curvature is ``top`` less
+    # the largest eigenvalue here.
     matrix, bend = form.hessian(vector), form.order * form(vector)
     top = float(abs(matrix).sum(axis=1).max()) or 1.0
     nodes = form.nodes

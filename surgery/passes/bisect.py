@@ -149,6 +149,7 @@ def _slots(site: str, first: nn.Module, second: nn.Module) -> list[_Slot]:
     slots = []
     for name in names:
         if name in old and name in new and old[name].shape == new[name].shape:
+            # A packed weight (3 E, E) has the rows of q, k and v one after another: ``part`` of ``parts``.
             a, b = old[name].detach(), new[name].detach()
             place, dense = b.chunk(parts)[part], a.chunk(parts)[part]
             slots.append(_Slot(place, place.clone(), dense))
@@ -176,6 +177,9 @@ class _Bench:
 
     def search(self, sites: Sequence[str], *, base: float, loss: float, least: float) -> list[Blame]:
         """Return groups that were not halved, by what they gain; the group with the most is halved first."""
+        # Invariant: ``groups`` and ``done`` share all sites out between them. Example of a loss of 1 and least = 0.1:
+        # halves that gain 0.9 and 0.05 are both kept, and the first is halved next; halves of 0.05 and 0.02 say that
+        # only the group as a whole matters, which is then done.
         groups, done = [Blame(tuple(sites), loss)], []
         while groups:
             group = max(groups, key=lambda blame: blame.gain)

@@ -195,6 +195,8 @@ class Speeds:
             keep=lambda comparison: comparison.high < _SURE * comparison.low,
         )
         self._compared[_keys(chosen)] = found.speedup
+        # Example: sites that save 10 ms alone saved 6 ms in the whole model, so that of other choices, too, 0.6 of what
+        # their sites save is expected. Of 30 ms, a choice of 20 ms leaves 18: a speed-up of 1.67.
         if (saved := self._saved(chosen)) > 0:
             self._realised = (found.dense_s - found.chain_s) / saved
         return found
@@ -235,5 +237,6 @@ def _random_chain(operator: Operator, option: Option) -> Chain:
     method, like = named(option.factorization), operator.weight
     generator = torch.Generator().manual_seed(0)
     shapes = method.shapes(tuple(operator.kernel.shape), option.ranks)
+    # An output is a sum of I K terms, (g, O, I, *k): divided by their root it is about as large as an input.
     factors = [torch.randn(shape, generator=generator).to(like) * math.prod(shape[2:]) ** -0.5 for shape in shapes]
     return method.assemble(operator, factors, option.ranks)

@@ -155,6 +155,7 @@ class Damages:
         if self._effects is None:
             self._effects = self._open(self._evidence, len(self.sites))
         effect = self._effects.of(option.site, self._as_followed(option.site, chain))
+        # Example: an expected damage of 0.01 whose chain moves the outputs by 0.2 is 0.04, so that the ratio is 4.
         ratio = effect**2 / self._expected[_key(option)]
         self._ratios[_key(option)[:2]] = ratio if ratio < _WORST else _WORST  # or not finite
 

@@ -69,6 +69,8 @@ def beyond(differences: Tensor) -> float:
     if not variance > 0:
         return 0.0 if variance == 0 else math.nan
     quantile = float(stats.t.ppf(1 - _RISK, count - 1))
+    # Johnson: the mean's limit moves by m3 / (6 s^2 n) + m3 (mean - mu)^2 / (3 s^4), and at the quantile t the square
+    # is t^2 s^2 / n. Only a tail of large errors counts: one of small errors never lowers the limit.
     skewed = max(0.0, third) / (6 * variance * count) * (1 + 2 * quantile**2)
     return quantile * math.sqrt(variance / count) + skewed
 
@@ -134,6 +136,8 @@ class Outputs:
         for batch, expected, visible in zip(self._samples, self._outputs, self._visible, strict=True):
             outputs = list(zip(_leaves(run(batch)), expected, visible, strict=True))
             squares.append(self._per_sample([(found - wanted, mask) for found, wanted, mask in outputs]))
+        # For large samples the ratio R = sum e / sum n is off as the mean of (e - R n) / mean(n) is. Example: e = 1, 3
+        # and n = 10, 10 have R = 0.2 and the residuals -0.1 and 0.1.
         e, n = torch.cat(squares), self._energies
         ratio = float(e.sum() / n.sum().clamp(min=1e-300))
         above = beyond((e - ratio * n) / n.mean().clamp(min=1e-300))
@@ -168,6 +172,7 @@ def split_samples(samples: Calibration, share: float | None = None) -> tuple[Cal
     The more there are to fit to, the better is the fit. By default an eighth is to judge by, or as many more as make
     sixteen, but no more than a quarter.
     """
+    # Example: of 256 samples 32 are to judge by, of 100 or of 64 sixteen, and of 20 a quarter, 5.
     few = min(PROMISED_SHARE, max(_SHARE, _ENOUGH / samples.count))
     try:
         return samples.split(few if share is None else share)

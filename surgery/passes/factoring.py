@@ -173,6 +173,7 @@ class SiteData:
         None of them is empty.
         """
         groups = min(count, self.samples.passes(self.macs) if wanted is None else wanted)
+        # Example: 7 sites in 3 groups are cut at 0, 2, 4 and 7.
         cuts = [count * i // groups for i in range(groups + 1)] if groups else []
         return [range(start, stop) for start, stop in pairwise(cuts)]
 
@@ -207,6 +208,7 @@ def gather(original: Original, samples: Calibration, sites: Collection[str] | No
         raise InputError(what, next_step="give samples that do, as example inputs as well, or exclude it")
     with suppress(InputError):  # what cannot be differentiated is fitted without: all errors of an output count alike
         moments = with_sensitivity(model, samples.affordable(_BACKWARD * macs, least=1), moments, progress=progress)
+    # A bias takes up the mean of one site's error. One that several sites share cannot, so that it stays as it is.
     biases = Counter(address for site in original.sites.values() if (address := _bias(site)) is not None)
     owners = {name for name in moments if (at := _bias(original.sites[name])) is not None and biases[at] == 1}
     centred = frozenset(name for name in moments if name in owners or original.feeds_batch_norm(name))

@@ -93,8 +93,11 @@ class Fitting:
 
     def _in_groups(self, groups: Sequence[range]) -> dict[str, Made]:
         """Return the chains after all groups, of which those between two checks stay that have lowered the error."""
+        # Invariant: ``grouped`` and ``kept`` have the chains of the same sites, and are alike up to the last check.
+        # Since then ``kept`` has direct fits, so that a check compares the two ways of fitting what came in between.
         grouped: dict[str, Made] = {}
         kept: dict[str, Made] = {}  # what the last check has kept, and direct chains since then
+        # Example of 9 groups: after the groups 2, 4 and 6; the last is judged with all ways at the end.
         checks = {round((len(groups) - 1) * i / _PARTS) for i in range(1, _PARTS)} - {0, len(groups) - 1}
         for number, group in enumerate(groups):
             self.progress("fit", group.start, len(self.units))

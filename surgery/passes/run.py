@@ -42,6 +42,8 @@ from surgery.system.progress import Progress
 
 __all__ = ["CarriedOut", "as_it_went", "by_goal", "by_plan", "carry_out", "plan_for", "propose", "result_of"]
 
+_NONE_FASTER = "at the ranks that the weights suggest, no chain measured faster; calibration data let others be tried"
+
 
 def result_of(model: Any, plan: Plan, errors: Mapping[str, float], original: Original) -> DecomposeResult[Any]:
     """Return the result; ``errors`` are those of the weights of the sites that were factored, in graph order."""
@@ -252,7 +254,7 @@ def propose(
     if goal.cost == "latency":  # other costs are counted as options are made, for all sites
         ruled = plan_for(original, "measured", job.selection, backend=instruments.backend, progress=job.progress)
         if all(decision.dense for decision in ruled):
-            return _nothing_shown(ruled, goal, "no site has a chain that measured faster"), None
+            return _nothing_shown(ruled, goal, _NONE_FASTER), None
     reasons = _left_out(job, original) if ruled is None else {d.site: d.reason or "" for d in ruled if d.dense}
     made = stand_in(original.model, original.inputs, original.found, progress=job.progress)
     if not isinstance(made, StandIn):

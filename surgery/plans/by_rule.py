@@ -121,6 +121,7 @@ def decide(unit: Site, outcome: Outcome, *, error: float | None = None) -> list[
     if isinstance(outcome, Refusal):
         return [_dense(site, outcome.reason) for site in unit.members]
     together = len(unit.members) > 1
+    # A group is timed as a whole; each member gets the part of the seconds that it has of the MACs.
     shares = [1.0] if not together else [site.macs / (unit.macs or 1) for site in unit.members]
     return [
         dataclasses.replace(

@@ -81,6 +81,7 @@ def _solve(
         return []
     owner = np.repeat(np.arange(len(sites)), [len(site.options) for site in sites])
     one_each = scipy.sparse.csr_array((np.ones(len(options)), (owner, np.arange(len(options)))))
+    # The solver's tolerances are absolute: goals are at most 1, and the budget is 1.
     goals = np.array(goal) / (max(goal) or 1.0)
     with np.errstate(over="ignore"):  # an option of more than the limit cannot be taken, however much it is
         weights = np.minimum(np.array(weight) / (limit or 1.0), 2.0)
@@ -106,6 +107,7 @@ def _silence() -> Iterator[None]:
         yield
         return
     flush = ctypes.CDLL(None).fflush
+    # What was printed before belongs to the old output, in Python's buffer as in that of C.
     sys.stdout.flush()
     flush(None)
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
@@ -141,6 +143,8 @@ def largest_budget(
 
     ``value ~ budget ** power`` is how the first guesses scale. No budget above ``most`` is tried: it changes nothing.
     """
+    # Invariant: ``low`` is the largest budget that was kept, ``high`` the least that was not;
+    # guesses stay between them.
     done: list[Trial] = []
     budget = min(start, most)
     for _ in range(trials):
@@ -162,7 +166,9 @@ def largest_budget(
 def _scaled(last: Trial, limit: float, power: float) -> float:
     """Return the budget at which the value would be just below its limit; further on where there is no telling."""
     if last.kept and limit / 2 <= last.value and limit > 0:
+        # Example of a limit of 0.05: a budget of 4 that gave 0.04 is followed by 4 * 0.98 * 0.05 / 0.04 = 4.9.
         return last.budget * (_AIM * limit / last.value) ** (1 / power)
+    # A value far from its limit says little: a kept one at least doubles the budget, another at least halves it.
     scale = (limit / last.value) ** (1 / power) if last.value > 0 and limit > 0 else math.inf if last.kept else 0.0
     scale = max(scale, 2.0) if last.kept else min(scale, 0.5)
     return last.budget * min(_STRETCH, max(1 / _STRETCH, scale))
@@ -170,6 +176,7 @@ def _scaled(last: Trial, limit: float, power: float) -> float:
 
 def _between(low: Trial, high: Trial, limit: float) -> float:
     """Return where the line through two trials meets the limit, in logarithms, and within the middle of the bracket."""
+    # Example of a limit of 0.04: budgets 1 (value 0.02) and 4 (value 0.08) have it half-way in logarithms, at 2.
     share = 0.5
     if 0 < low.value < limit < high.value:
         share = math.log(limit / low.value) / math.log(high.value / low.value)

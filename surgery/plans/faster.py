@@ -95,8 +95,10 @@ def snap(rank: int, *, groups: int = 1, multiple: int | None = None) -> int:
     """
     if multiple is None:
         return rank
+    # rank * groups is a multiple if the rank is one of multiple / gcd. Example: 4 groups and 16 need ranks of 4, 8, ...
     step = multiple // math.gcd(multiple, groups)
     if rank < step:
+        # The next power of two: 5 has (5 - 1).bit_length() = 3, and becomes 8.
         return min(step, max(_LEAST, 1 << (rank - 1).bit_length()))
     return -(-rank // step) * step
 

@@ -66,6 +66,8 @@ class Measured:
     def price(self, candidate: Candidate, choices: Sequence[Ranks], /) -> tuple[float, list[float]]:
         """Return the seconds of dense and of each choice."""
         macs = [candidate.cost(ranks).macs for ranks in choices]
+        # Places even over the order of costs. Example: of 10 choices, 4 knots time the cheapest,
+        # the dearest, and 3 and 6.
         order = sorted(range(len(choices)), key=macs.__getitem__)
         picked = sorted({order[round(at)] for at in np.linspace(0, len(order) - 1, min(self.knots, len(order)))})
         dense, seconds = [], {}
@@ -208,6 +210,8 @@ def _undominated(dense: Option, options: Sequence[Option], sure: float) -> list[
 
     ``sure`` is the share by which costs must differ: what is gained by less may be chance, and the damage is not.
     """
+    # Invariant: by rising damage, costs fall by more than ``sure``. Example of dense (0, 4) and (1, 2), (2, 2.1),
+    # (3, 1): the second of these is dearer than the first at more damage, and goes.
     kept = [dense]
     for option in sorted(options, key=lambda option: (option.damage, option.cost)):
         if option.cost < (1 - sure) * kept[-1].cost:
@@ -234,6 +238,8 @@ def _whitened(site: Site, moments: Moments, *, centred: bool) -> tuple[Site, flo
     if metric.factors[0].shape[-1] > _JOINT and metric.factors[0].dim() == 3:
         metric = metric.separated()
     mixed = metric.taps > 1 and len(metric.factors) == 1  # a root over channels and taps at once must be symmetric
+    # Invariant: with C = L L^T and G = S S^T, |S^T W L|^2 = tr(G W C W^T), so that the singular values that are cut off
+    # are the damage. W is (g, O, I K); where C = A (x) B, the root of A multiplies the channels, that of B the taps.
     first, *rest = (roots(f, RIDGE)[0] if mixed else triangle(f, RIDGE) for f in metric.factors)
     rows = times_channels(kernel.flatten(2), first, metric.taps if rest else 1)
     if rest:

@@ -139,6 +139,8 @@ class Vbmf(QualityRule):
 
 def energy_counts(candidate: Candidate, share: float) -> Ranks:
     """Return how few singular values of each unfolding keep this share of the energy, pooled over the groups."""
+    # Example: shares 0.7, 0.2, 0.1 sum to 0.7, 0.9, 1: for 0.9 of the energy, the place 1 is
+    # found, and two values stay.
     kept = [np.cumsum(np.square(levels)) for levels in candidate.levels]
     return tuple(min(len(k), int(np.searchsorted(k, share * k[-1])) + 1) for k in kept)
 
@@ -169,6 +171,7 @@ class Threshold(SiteRule):
 
     def ranks(self, candidate: Candidate) -> Ranks:
         """Return the number of singular values at or above the level in each mode, at least 1."""
+        # How many of the descending values are at the level or above. Example: of 0.9, 0.5, 0.1 at a level of 0.5, two.
         counts = [int(np.searchsorted(-levels, -self.level, side="right")) for levels in candidate.levels]
         return candidate.widened(candidate.settled(tuple(max(1, count) for count in counts)), self.cost)
 
@@ -197,6 +200,8 @@ class Keep(RankRule):
         def after(level: float) -> int:
             return rest + sum(self._cheapest(candidates, level) for candidates in sites)
 
+        # Invariant: ``levels[high]`` meets the budget and nothing below ``levels[low]`` does. At the last level, which
+        # is infinite, every site is at rank 1.
         low, high = 0, len(levels) - 1
         if (least := after(math.inf)) > self.fraction * before:
             raise self._out_of_reach(least / before)

@@ -125,6 +125,8 @@ def join(sites: Sequence[Site], groups: Sequence[Sequence[str]]) -> list[Site]:
     """
     by_name = {site.name: site for site in sites}
     present = [[by_name[name] for name in group if name in by_name] for group in groups]
+    # Invariant: the site of a group stands where its first member was, and the others go. Example: of a, b, c, d with
+    # the group (d, b), the result is a, b + d, c.
     leads: dict[str, Site] = {}
     absorbed: set[str] = set()
     for members in present:

@@ -72,6 +72,7 @@ def evbmf(values: Tensor | Array, rows: int, columns: int, *, sigma2: float | No
         raise InputError(f"evbmf takes the values of one matrix, not of {len(scaled)}", next_step="use evbmf_rank")
     alpha, long_side = min(rows, columns) / max(rows, columns), max(rows, columns)
     kept = scaled[0][scaled[0] > _threshold(noise, alpha)[0]]
+    # gamma tau(x) / x, where x = gamma^2 / sigma^2.
     shrunken = noise[0] * _tau(kept**2 / noise[0], alpha) / kept
     scale = float(largest[0])
     return Evbmf(shrunken * scale, float(noise[0]) / long_side * scale * scale)
@@ -112,6 +113,8 @@ def _edge(alpha: float) -> float:
     def phi(z: float) -> float:
         return math.log1p(z) / z - 0.5
 
+    # Phi falls and is 0 at 2.5129: at t = 2.5 alpha both terms are above 0, at t = 2.6 both are below. The middle is
+    # the geometric one, since the bracket is wide for a small alpha.
     low, high = 2.5 * alpha, 2.6
     for _ in range(100):
         middle = math.sqrt(low * high)
@@ -136,6 +139,7 @@ def _solve(values: Tensor | Array, rows: int, columns: int, sigma2: float | None
     scale = np.where(largest > 0, largest, 1)
     scaled = singular / scale[:, None]
     alpha = min(rows, columns) / max(rows, columns)
+    # With this noise the threshold is _RESOLUTION: nothing below it is ever kept.
     floor = _RESOLUTION**2 / _edge(alpha)
     if sigma2 is not None:
         deviation = math.sqrt(sigma2 * max(rows, columns))
@@ -152,6 +156,9 @@ def _minimise(squares: Array, alpha: float, floor: float) -> Array:
     # length 2.55 has grid points 0.01 apart, and after 5 rounds the minimum is known to 0.01 / 8^5 = 3e-7.
     size, edge = squares.shape[1], _edge(alpha)
     most = math.ceil(size / (1 + alpha)) - 1  # no solution keeps more values than this
+    # At most ``most`` values are kept. So the noise is at least what puts the largest of the tail at the threshold, and
+    # the mean of the tail; it is at most the mean of all squares. Example of squares 1, 0.04, 0.04, 0.04 with alpha =
+    # 1: one is kept, and M s2 is between max(0.04 / 4.91, 0.04) = 0.04 and 0.28.
     tail = squares[:, most:]
     low = np.log(np.maximum(np.maximum(tail[:, 0] / edge, tail.mean(1)), floor))[:, None]
     high = np.maximum(np.log(np.maximum(squares.mean(1), floor))[:, None], low)
@@ -176,6 +183,7 @@ def _minimise(squares: Array, alpha: float, floor: float) -> Array:
 def _free_energy(log_noise: Array, squares: Array, most: int, alpha: float) -> Array:
     """Return the objective (groups, points) without its terms that are the same for each noise."""
     noise = np.exp(log_noise)
+    # sum (x - log x) with x = squares / noise, but for sum log squares, which no noise changes.
     energy = squares.sum(1)[:, None] / noise + squares.shape[1] * log_noise
     x = np.maximum(squares[:, None, :most] / noise[..., None], _edge(alpha))  # at the edge what follows is 0
     tau = _tau(x, alpha)

@@ -192,6 +192,8 @@ def frontier(plot: Frontier, say_cost: Callable[[float], str]) -> Markup:
 
 def _highest(plot: Frontier) -> float:
     """Return the top of the axis: 2.5 times the chosen error or twice the limit, at most the largest error."""
+    # Example of a chosen error of 0.02 and a limit of 0.05: the axis ends at 0.105, or where the points do. 5 % more
+    # leave room for the highest.
     chosen = plot.chosen[1] if plot.chosen else 0.0
     wanted = max(2.5 * chosen, 2.0 * (plot.limit or 0.0))
     return max(chosen, min(max(y for _, y in plot.points), wanted or math.inf)) * 1.05 or 1.0

@@ -97,6 +97,8 @@ def _blocks(places: Sequence[_Place]) -> list[Markup]:
     """Return the names of modules beneath their layers: as deep as still gives few enough, where there is room."""
     runs: list[tuple[str, float, float]] = []
     deepest = max(len(_parts(place.layer.name)) for place in places)
+    # Example of encoder.0.fc, encoder.1.fc and head: two names at depth 1, and at depth 2
+    # encoder.0, encoder.1 and head.
     for depth in range(1, deepest + 1):
         deeper = [
             (key[1], *_span(list(group)))
@@ -125,6 +127,7 @@ def _profile(places: Sequence[_Place]) -> list[Markup]:
     points = [(_LEFT, _LOW)]
     for place in places:
         high = _height(place.layer.bytes_after, most)
+        # Beneath a layer lies what a cut before it would send; at its end is the step to what a cut behind it would.
         points += [(place.left, points[-1][1]), (place.right, points[-1][1]), (place.right, high)]
     points.append((points[-1][0], _LOW))
     grid = []
@@ -152,6 +155,7 @@ def _cuts(places: Sequence[_Place]) -> list[Markup]:
         found.append(tag("line", x1=at, x2=at, y1=_TOP - 4, y2=_LOW, class_="limit"))
         found.append(tag("circle", cx=at, cy=_height(sent, most), r=4, class_="chosen"))
         text = size(sent)
+        # A label that would run into the one before it is left out; its line and its point stay.
         left = at - len(text) * _LETTER / 2
         if left > free:
             found.append(tag("text", text, x=at, y=_LOW + 18, text_anchor="middle", class_="strong"))

@@ -190,6 +190,8 @@ def compare_outputs(first: Any, second: Any, *, names: Sequence[str] = ()) -> Di
 def _differ(name: str, first: Tensor, second: Tensor) -> OutputDifference:
     x, y = (_real(tensor.detach().cpu()) for tensor in (first, second))
     if torch.equal(torch.isnan(x), torch.isnan(y)):
+        # inf - inf would be NaN. Only where both agree do they become 0: one infinity against a
+        # number stays a difference.
         same = (x == y) | torch.isnan(x)  # infinities and NaN in the same places do not count as a difference
         x, y = x.masked_fill(same & ~torch.isfinite(x), 0), y.masked_fill(same & ~torch.isfinite(y), 0)
     max_abs = float((x - y).abs().max()) if x.numel() else 0.0

@@ -247,6 +247,7 @@ def check_export(program: ExportedProgram, session: Any, inputs: Inputs) -> Diff
     if not compare_outputs(expected, run_model(program, inputs)).relative <= tolerance:
         raise CheckError(f"{wrong}, whose own differ from run to run", next_step="nothing was written")
     errors, allowed = _against_rounding(program, inputs, plain, found, tolerance)
+    # The output furthest above its own limit; an output of whole numbers may have the limit 0.
     worst = max(range(len(errors)), key=lambda output: errors[output] / max(allowed[output], 1e-300))
     if not errors[worst] <= allowed[worst]:
         most = f"at most {allowed[worst]:.2g}, with regard to rounding, and it is {errors[worst]:.2g}"
@@ -262,12 +263,14 @@ def _against_rounding(
     if exact is not None:
         exact = [_where_finite(value, wanted) for value, wanted in zip(exact, expected, strict=True)]
         rounding = _relative(exact, expected)
+    # Without numbers in float64 the program's own are taken for exact, and its rounding is what shaking shows.
     if exact is None or not all(map(math.isfinite, rounding)):
         exact, rounding = list(expected), [0.0] * len(expected)
     for seed in range(_SHAKES):
         shaken = shaken_outputs(program, inputs, seed=seed)
         if shaken is not None:
             rounding = [max(pair) for pair in zip(rounding, _relative(expected, shaken), strict=True)]
+    # Example of a tolerance of 1e-4: a rounding of 1e-3 allows 8e-3, one of 0.05 allows 0.1, one of 1e-9 the tolerance.
     allowed = [max(tolerance, min(ROUNDING_SLACK * value, MAX_ROUNDING)) for value in rounding]
     return _relative(exact, found), allowed
 

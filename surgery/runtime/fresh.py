@@ -56,6 +56,8 @@ class _Patience:
     patience: int
 
     def answered(self, found: Speedup) -> bool:
+        # Example of the goal 1.2: the interval [1.1, 1.3] leaves it open; [1.25, 1.3] reaches it; [1.25, 1.4] reaches
+        # it, too, but is too wide to go on from, as 1.4 > 1.1 * 1.25.
         return self.goal is None or not (found.low < self.goal <= found.high or found.high > _WIDE * found.low)
 
 
@@ -214,6 +216,7 @@ def _resized(model: Written, batch: int) -> Written:
     for (name, array), shape in zip(model.file.feeds.items(), model.shapes, strict=True):
         for axis, size in enumerate(shape):
             if size == names[0]:
+                # Example of 2 samples: a batch of 5 is 0 1 0 1 0, and a batch of 1 is 0.
                 array = np.take(array, np.arange(batch) % array.shape[axis], axis)
         feeds[name] = np.ascontiguousarray(array)
     return replace(model, file=replace(model.file, feeds=feeds))

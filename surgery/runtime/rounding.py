@@ -57,6 +57,8 @@ def shaken_outputs(program: ExportedProgram, inputs: Inputs, *, seed: int = 0) -
     def shake(value: Any) -> Any:
         if not (isinstance(value, Tensor) and value.is_floating_point()):
             return value
+        # eps |x| is one to two units in the last place of x: 1.5 in float32 moves by up to 1.8e-7. The factor is in
+        # float64, as 1 + eps noise rounded to float32 would be 1 or one of its neighbours.
         noise = torch.empty(value.shape, dtype=torch.float64).uniform_(-1, 1, generator=generator).to(value.device)
         moved = (value * (1 + torch.finfo(value.dtype).eps * noise)).to(value.dtype)
         return torch.where(value == value.round(), value, moved)  # whole numbers are exact: masks, places, limits

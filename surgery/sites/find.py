@@ -148,6 +148,7 @@ def find(flow: Flow) -> Found:
     placements = sorted([*chains, *placed], key=lambda placement: placement.first)
     skips = _with_macs(flow, skips)
     skips += _unseen(flow, placements, skips)
+    # Each node's MACs are counted once, in a site or in a skip, so that the totals are those of the model.
     macs = sum(placement.site.macs for placement in placements) + sum(skip.macs for skip in skips)
     return Found(tuple(placements), tuple(skips), Totals(flow.tensors.total, macs))
 

@@ -154,6 +154,7 @@ def _partition(parts: Sequence[Part], *, any_padding: bool) -> tuple[list[_Piece
 
 def _longest(parts: Sequence[Part], *, any_padding: bool) -> _Piece | None:
     """Return the longest piece that starts with the first part, has two calls or more, and composes."""
+    # Every prefix is tried: that [p, q] does not compose says nothing of [p, q, r], where r may undo a reshape q.
     for end in range(len(parts), 0, -1):
         piece = parts[:end]
         # module calls and function calls cannot be one piece: modules are replaced, function calls are rewritten
@@ -167,6 +168,8 @@ def _longest(parts: Sequence[Part], *, any_padding: bool) -> _Piece | None:
 
 def _partition_calls(calls: Sequence[Call], *, any_padding: bool) -> tuple[list[_Piece], list[Skip]]:
     # ``operator`` is what the calls in ``current`` compose to. Each next call either joins them or starts a new piece.
+    # Example of a -> b -> c where a and b compose and (b a) and c do not: [a, b] is a piece, c starts the next one,
+    # and the skip names b -> c.
     pieces: list[_Piece] = []
     skips = []
     current, operator = [calls[0]], calls[0].operator

@@ -68,6 +68,7 @@ class Network:
     @cached_property
     def readers(self) -> Mapping[int, tuple[int, ...]]:
         """The numbers of the operations that read each value, in order, each once."""
+        # Example of add(x, x) as operation 2: value x is read by (2,), although it stands twice in ``reads``.
         found: dict[int, list[int]] = {}
         for number, operation in enumerate(self.operations):
             for value in dict.fromkeys(operation.reads):

@@ -43,6 +43,7 @@ def _find_rows(flow: Flow) -> Iterator[list[Part]]:
     follower: dict[int, Part] = {}
     ends = {part.value for part in parts if part.calls and part.calls[-1].computed_bias is not None}
     for part in parts:
+        # ``values`` has all values of a sum of branches: that several of its branches read the source is no other use.
         if part.source not in ends and flow.users.get(part.source, frozenset()) <= set(part.values):
             follower[part.source] = part
     inner = {follower[part.value].value for part in parts if part.value in follower}
@@ -78,6 +79,7 @@ def _branch_sum(flow: Flow, last: Sum, calls: Mapping[int, Call]) -> BranchSum |
     leaves, additions = _leaves(flow, last)
     # each term must be the end of a branch, all branches must start at one value, and no term may occur twice
     rows = [_branch(flow, leaf, calls) for leaf in leaves] if len(set(leaves)) == len(leaves) else [[]]
+    # An empty row is a term that is no call, such as x itself in x + b(a(x)): a residual sum, not one operator.
     if any(not row or row[0].source != rows[0][0].source for row in rows):
         return None
     found = BranchSum(tuple(map(tuple, rows)), tuple(additions))
@@ -145,6 +147,8 @@ def _factored(flow: Flow, row: Sequence[Part]) -> int:
     lead = next((at for at, part in enumerate(row) if part.calls), len(row))
     carriers = [part for part in row if part.calls]
     above, mine = _site_of_first(flow, carriers)
+    # As many reshapes must stand before the first weight as its step number says; with fewer or
+    # more, these are others'.
     if not above or step_of(flow, carriers[0], above) != lead:
         return 0
     # the parts are the whole chain only if they have every parameter below P.<number>
@@ -166,6 +170,8 @@ def _factored(flow: Flow, row: Sequence[Part]) -> int:
         return len(row)
     # the reshapes before the next part with a weight belong to that part's chain if its step number says so
     others = parents(flow, row[following])
+    # Example of reshape, P.1, P.2, reshape, Q.0: last = 2, following = 4 and Q.0 is step 0, so 4 parts. With Q.1 in
+    # place of Q.0 the second reshape would be step 0 of Q, and P would have 4 - 1 = 3 parts.
     return max(last + 1, following - (step_of(flow, row[following], others) if others else 0))
 
 

@@ -40,5 +40,6 @@ def filter_degree(cut: Tensor, largest: Tensor, most: int) -> int:
     """Return the highest usable degree; 0 if float32 cannot hold even the gain ``2 largest / cut - 1`` of degree 1."""
     if not bool((cut > 0).all()):
         return 0
+    # For x >= 1, T_p(x) <= 2^(p-1) x^p. Example: T_2(3) = 17 <= 2 * 9 = 18.
     gain = float((2 * largest / cut - 1).amax())
     return next((degree for degree in range(most, 0, -1) if 2 ** (degree - 1) * gain**degree < _MAX_GAIN), 0)

@@ -97,6 +97,7 @@ def _cp(tensor: Tensor, rank: int, method: str, *, sweeps: int, tolerance: float
         model.measure()
     reason = _reason(model)
     factors = [torch.from_numpy(factor).to(tensor) for factor in _balanced(model.factors, scale)]
+    # ``order[i]`` is the mode at place i; its inverse puts the factors back in the order of the caller's modes.
     factors = [factors[order.index(mode)] for mode in range(len(order))]
     return CpResult(factors, _error(model, scale), done, bool(reason), reason)
 
@@ -116,6 +117,7 @@ def _run(model: CpModel, method: str, *, sweeps: int, tolerance: float) -> tuple
 
 def _order(sizes: Sequence[int]) -> list[int]:
     """Return the modes as they are updated: the largest, then by size, so that loops over the last are long."""
+    # Example: of sizes (32, 3, 3, 64) the modes are updated in the order 3, 1, 2, 0.
     ascending = sorted(range(len(sizes)), key=lambda mode: sizes[mode])
     return [ascending[-1], *ascending[:-1]]
 
@@ -157,6 +159,7 @@ def start(tensor: Tensor, rank: int, *, restarts: int = 0, seed: int = 0) -> CpM
     for model in models:
         for _ in range(_TRIAL_SWEEPS):
             model.step(model.sweep)
+    # (starts, g): each group takes the start that is best for it, since groups share nothing but the sweeps
     best = np.stack([model.objective for model in models]).argmin(0)
     groups = np.arange(len(tensor))
     factors = zip(*(model.factors for model in models), strict=True)
@@ -185,6 +188,7 @@ def _random(like: Tensor, rank: int, size: int, generator: torch.Generator) -> T
 
 def _balanced(factors: Sequence[Array], scale: Array) -> list[Array]:
     """Return (g, n_i, r) with the norm of each component, and the tensor's scale, spread evenly over the modes."""
+    # Each mode gets the geometric mean. Example of two modes: norms 8 and 2 become 4 and 4.
     wide = [factor.astype(np.float64, copy=False) for factor in factors]
     norms = [np.sqrt(np.einsum("gri,gri->gr", factor, factor))[:, :, None] for factor in wide]
     root = 1 / len(factors)
@@ -195,12 +199,14 @@ def _balanced(factors: Sequence[Array], scale: Array) -> list[Array]:
 
 def _error(model: CpModel, scale: Array) -> float:
     """Return the relative error over the batch."""
+    # Each group was divided by its scale, so that its energy counts by the square of it.
     energy = model.energy * np.square(scale / scale.max())
     return math.sqrt(float((model.residual * energy).sum() / max(energy.sum(), _TINY)))
 
 
 def _reason(model: CpModel) -> str:
     """Return why a model is degenerate; "" if it is not."""
+    # The penalty is mu sum_r lambda_r^2, and ``blowup`` is the sum, both as shares of the energy, as the residual is.
     bad = model.ridge * model.blowup > _PENALTY * model.residual
     if not bad.any():
         return ""

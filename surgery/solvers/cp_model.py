@@ -149,6 +149,7 @@ class CpModel:
 
         A group whose error rose is not settled: a step was taken back, or a ridge was added.
         """
+        # The error is a root: where it falls by a share t, the objective falls by about 2 t.
         gain = before - self.objective
         return bool((fell & (gain >= 0) & (gain <= 2 * tolerance * self.objective)).all())
 
@@ -175,6 +176,7 @@ class CpModel:
         return matmul(factor, np.ascontiguousarray(factor.swapaxes(1, 2)))  # OpenBLAS is slow on a small transpose
 
     def _judge(self, mttkrp: Array) -> None:
+        # ||T - X||^2 = ||T||^2 - 2 <M, A_N> + sum(G). The trace of G is the sum of the components' squared norms.
         model, floor = product(self.grams), np.maximum(self.energy, _TINY)
         inner = np.multiply(mttkrp, self.factors[-1], dtype=np.float64).sum((1, 2))
         total = model.sum((1, 2), dtype=np.float64)
@@ -230,6 +232,8 @@ def _solve_one(normal: Array, right: Array, least: float = 0) -> Array | None:
     that nothing is transposed.
     """
     factor, solve = _LAPACK[normal.dtype.char]
+    # G = L L^T, so that X^T = R^T L^-T L^-1: two solutions from the right. The square of L_ii is what component i has
+    # orthogonal to those before it. Example of G = [[4, 2], [2, 2]]: L = [[2, 0], [1, 1]], and half of the second's 2.
     triangle, failed = factor(normal[0].T, lower=True, clean=False)
     if failed or (least and (np.square(triangle.diagonal()) < least * normal[0].diagonal()).any()):
         return None

@@ -14,9 +14,8 @@ Up to a quarter of the full rank, a random start and Chebyshev filters of the fl
 eigendecomposition (Halko et al. 2011), at m^2 r for each product. A few more columns than r speed this up. It stops
 when what is still to come, by the rate at which gains fall, is below a two-thousandth of the missed energy.
 
-Scales at which squares of entries neither overflow nor vanish, whatever the unit of a weight.
-
-Eigenvectors of symmetric matrices, also in float32, where LAPACK's solver may not converge.
+Matrices are brought to a scale at which the squares of entries neither overflow nor vanish, whatever the unit of a
+weight.
 
 Divide and conquer (``syevd``) can fail in float32 if many eigenvalues are zero apart from rounding. In float64 it does
 not fail on the same matrix. Every eigendecomposition of a solver therefore comes from here.
@@ -101,6 +100,7 @@ _TO_COME, _MAX_RATE = 5e-4, 0.9
 
 def gram(matrix: Tensor) -> Tensor:
     """Return ``M M^T`` in float64 for a batch of matrices (..., m, n); only some columns are cast at a time."""
+    # M M^T is the sum of B B^T over blocks B of columns; a block of the batch has at most _BLOCK entries.
     columns = max(1, _BLOCK * matrix.shape[-1] // max(1, matrix.numel()))
     if matrix.dtype == torch.float64 or columns >= matrix.shape[-1]:
         matrix = matrix.double()
@@ -154,6 +154,7 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     basis = left_subspace(scaled, rank)
     projected = basis.mT @ scaled
     values = torch.linalg.vector_norm(projected, dim=-1, keepdim=True)
+    # A singular value of 4 puts 2 on each side. The scale that was divided out goes back in the same way.
     root = torch.where(values > 0, values, 1).sqrt()
     grown = peak.sqrt()
     return basis * (root.mT * grown), projected.mul_(grown / root)
@@ -211,6 +212,7 @@ def _subspace(gram_matrix: Tensor, rank: int) -> tuple[Tensor, int | None]:
     total = gram_matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
     find = _filtered if size > _FILTERED and 4 * rank <= size else leading_eigen
     values, vectors = find(gram_matrix, rank)
+    # The trace is the sum of all eigenvalues, so that the energy missed needs only those that were found.
     missed = torch.where(total > 0, (total - values.sum(-1)) / total, 1)
     if bool((missed >= _MISSED).all()):
         return vectors, None

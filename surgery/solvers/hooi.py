@@ -64,6 +64,7 @@ def _start_and_sweep(
     first = _first_mode(kernel, ranks)
     bases, mode, projected = [kernel, kernel], first, kernel
     missed, to_come, total = math.inf, math.inf, 0.0
+    # (O, I) of (g, O, K, I)
     uneven = max(kernel.shape[1::2]) / min(kernel.shape[1::2])  # what a step of the smaller mode says too little by
     for step in range(2 + 2 * sweeps):
         mode = (first + step) % 2
@@ -89,6 +90,8 @@ def _start_and_sweep(
 
 def _first_mode(kernel: Tensor, ranks: tuple[int, int]) -> int:
     """Return the mode whose basis alone decides, if one does; else the mode with the smaller Gram matrix."""
+    # With the in basis at rank ri, the out unfolding (O, K ri) has at most K ri columns: a larger ro cuts nothing.
+    # Example of 3 taps: ranks (6, 2) keep all of the out mode, so that the in basis decides, and is found first.
     _, out, extent, columns = kernel.shape
     rank_out, rank_in = ranks
     if rank_out >= rank_in * extent or rank_in >= rank_out * extent:
@@ -114,6 +117,7 @@ def _trace(gram: Tensor) -> Tensor:
 
 
 def _missed(gram: Tensor, basis: Tensor, total: float) -> float:
+    # The energy inside of a basis B is tr(B^T G B).
     return max(0.0, 1 - float((basis * (gram @ basis)).sum()) / total)
 
 
@@ -125,6 +129,7 @@ def _improve(gram: Tensor, basis: Tensor, most: int, share: float) -> Tensor:
     if size <= _SMALL:
         return leading_subspace(gram, rank)
     image = gram @ basis
+    # The diagonal of B^T G B. Its least entry is no less than the least Ritz value, and needs no eigendecomposition.
     ritz = (basis * image).sum(-2)
     cut, largest = share * ritz.amin(-1), ritz.amax(-1)
     degree = filter_degree(cut, largest, most)

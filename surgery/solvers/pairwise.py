@@ -40,6 +40,9 @@ def pairwise_sweeps(model: CpModel, *, sweeps: int, tolerance: float) -> int:
 
     Return the number of sweeps of both kinds. The last one is exact, and no phase raises the exact error.
     """
+    # Invariant: ``anchor`` is the model after the last exact sweep, ``phase`` the number of sweeps by pairs since. The
+    # exact sweep that follows a phase judges it against the anchor: groups that did not fall go back to it. Example of
+    # limits: 0.05 doubles to 0.1 and 0.2 at most; after a phase that failed, 0.2 becomes 0.05.
     limit, done, phase, anchor = _LIMIT, 0, 0, model.snapshot()
     while done < sweeps:
         before, kept = model.objective, model.snapshot()

@@ -61,6 +61,8 @@ def _ring(tensor: Tensor, ranks: list[int], sweeps: int, tolerance: float) -> li
     """Return cores in float64; a pair of modes whose bond is full for one of them is solved for as one."""
     sizes = tensor.shape[1:]
     for k in range(1, len(ranks)) if len(ranks) > 2 else ():
+        # Example of ranks (2, 8, 3) and sizes (4, 5, 6): bond 1 has 8 = 2 * 4, and is full. The ring (20, 6) of ranks
+        # (2, 3) is solved; its core (2, 20, 3), seen as 8 x 15, is an identity (2, 4, 8) and the rest (8, 5, 3).
         before, after = ranks[k - 1] * sizes[k - 1], sizes[k] * ranks[(k + 1) % len(ranks)]
         if ranks[k] >= min(before, after):
             cores = _ring(tensor.flatten(k, k + 1), ranks[:k] + ranks[k + 1 :], sweeps, tolerance)
@@ -91,10 +93,13 @@ def _start_and_sweep(tensor: Tensor, ranks: Sequence[int], sweeps: int, toleranc
 def _start(tensor: Tensor, ranks: Sequence[int], total: float, *, swept: bool) -> tuple[list[Tensor], float]:
     """Return the cores of TR-SVD in float64, filled to their ranks, and the share of the energy that they miss."""
     count, sizes = len(ranks), tensor.shape[1:]
+    # A mode of room 1 or more holds its two ranks. Where none does, only the roomiest is left to choose.
     room = [size / (ranks[k] * ranks[(k + 1) % count]) for k, size in enumerate(sizes)]
     choices = sorted((k for k in range(count) if room[k] >= min(1.0, max(room))), key=lambda k: sizes[k])
     starts = []
     for first in choices[:1] if swept else choices:
+        # A ring has no beginning. Example: of 3 modes from the second, the order is 1, 2, 0, and
+        # mode 0 has the core at 2.
         order = [(first + k) % count for k in range(count)]
         cores, lost = _ring_svd(tensor.permute(0, *(1 + k for k in order)), [ranks[k] for k in order])
         starts.append((lost / total, [cores[(k - first) % count] for k in range(count)]))
@@ -121,6 +126,7 @@ def _ring_svd(tensor: Tensor, ranks: Sequence[int]) -> tuple[list[Tensor], float
         left, rest, more = _cut(rest.reshape(groups, rows * size, -1), rank)
         cores.append(left.unflatten(1, (rows, size)))
         rows, lost = rank, lost + more
+    # A bond cut short is filled: zeros in the last core meet the random vectors in the first, and add nothing.
     cores.append(F.pad(rest.reshape(groups, rows, tensor.shape[-1], first), (0, ranks[0] - first)))
     generator = torch.Generator().manual_seed(0)
     extra = torch.randn(groups, ranks[0] - first, *cores[0].shape[2:], generator=generator, device="cpu")
@@ -150,7 +156,9 @@ def _sweep_half(
 ) -> tuple[list[Tensor], float]:
     """Update the cores of the rows of a matrix; the others are those of its columns. Return the energy missed too."""
     updated, missed = list(cores), 1.0
+    # (g, r_h, columns, r_0)
     chain = _merged(others).to(matrix.dtype)
+    # (g, rows, columns) @ (g, columns, r_h r_0) -> (g, rows, r_h r_0) -> (g, r_0, rows, r_h)
     image = matrix @ chain.transpose(1, 2).flatten(2)
     image = image.unflatten(2, (chain.shape[1], chain.shape[3])).permute(0, 3, 1, 2)
     for k, core in enumerate(cores):
@@ -158,6 +166,7 @@ def _sweep_half(
         gram = _gram([*updated[k + 1 :], *others, *updated[:k]])
         updated[k] = _least_squares(target, gram, core, _RIDGE[matrix.dtype])
         if k == len(cores) - 1:
+            # |T - X|^2 = |T|^2 - 2 <X, target> + <X, gram X>
             rows = _rows(updated[k])
             missed = max(0.0, 1 - float((rows * (2 * _rows(target) - gram @ rows)).sum()) / total)
     return updated, missed
@@ -169,8 +178,10 @@ def _target(image: Tensor, before: Sequence[Tensor], size: int, after: Sequence[
     left, right = (math.prod(core.shape[2] for core in cores) for cores in (before, after))
     image = image.reshape(groups, first * left, size, right * last)
     if after:
+        # (g, r_0 left size, right r_h) @ (g, right r_h, s)
         image = (image.flatten(1, 2) @ _merged(after).to(image.dtype).flatten(2).mT).unflatten(1, (first * left, size))
     if before:
+        # (g, r, r_0 left) @ (g, r_0 left, size s)
         image = (_merged(before).to(image.dtype).flatten(1, 2).mT @ image.flatten(2)).unflatten(
             2, tuple(image.shape[2:])
         )
@@ -199,6 +210,7 @@ def _gram(cores: Sequence[Tensor]) -> Tensor:
     product = transfers[0].flatten(3).flatten(1, 2)
     for transfer in transfers[1:]:
         product = product @ transfer.flatten(3).flatten(1, 2)
+    # (s s') x (r r') becomes (r s) x (r' s'), the order of ``_rows``.
     pairs = product.view(-1, after, after, before, before).permute(0, 3, 1, 4, 2)
     return pairs.reshape(-1, before * after, before * after)
 

@@ -49,6 +49,7 @@ def round_train(cores: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
     for _, factor in pairs:
         scale = scale * factor
     for k in range(len(parts) - 1, 0, -1):
+        # The core (g, r, n s) is R^T Q^T: the orthonormal rows stay, and R^T moves into the core before it.
         q, r = torch.linalg.qr(parts[k].flatten(2).mT)
         parts[k] = q.mT.unflatten(2, tuple(parts[k].shape[2:]))
         parts[k - 1] = parts[k - 1] @ r.mT.unsqueeze(1)
@@ -85,6 +86,7 @@ def cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         rest = left.mT @ matrix
     else:
         right = left_subspace(matrix.mT, kept)
+        # M ~ (M V) V^T = Q (R V^T), so that the left side is orthonormal although V came from the right.
         left, rest = torch.linalg.qr(matrix @ right)
         rest = rest @ right.mT
     empty = rank - kept

@@ -75,6 +75,8 @@ class _Model:
         basis = before = self.factors[mode]
         for _ in range(_ITERATIONS):
             basis = torch.linalg.qr(unfolding @ (unfolding.mT @ basis)).Q
+        # Procrustes: of all rotations Q, U V^T of the SVD of ``basis^T before`` brings ``basis Q`` nearest to
+        # ``before``. Example with one column: basis = -before gives Q = -1, and the basis does not move at all.
         left, _, right = torch.linalg.svd(basis.mT @ before)
         self.factors[mode] = basis @ (left @ right)
         if mode == self.modes[-1]:
@@ -88,6 +90,8 @@ class _Model:
         def onto(mode: int, other: int, matrix: Tensor) -> Tensor:
             return _project(pairs[min(mode, other), max(mode, other)], matrix, other)
 
+        # Y_n at the anchors is a pair operator with its other mode projected. Invariant of a sweep, to first order in
+        # the moves D: Y_n = leaves[n] + sum_m pairs[n, m] x_m D_m^T.
         leaves = [onto(mode, (mode + 1) % len(anchors), anchors[(mode + 1) % len(anchors)]) for mode in self.modes]
 
         def sweep() -> None:
@@ -158,6 +162,9 @@ def _sweeps(model: _Model, sweeps: int, tolerance: float) -> int:
 
 def _pairwise(model: _Model, sweeps: int, tolerance: float) -> int:
     """Sweep exactly while the bases move fast, and otherwise by pair operators; the last sweep is exact."""
+    # Invariant: ``anchor`` and ``before`` are the bases and the residual of the last exact sweep, and ``phase`` is the
+    # number of sweeps by pairs since. The exact sweep after a phase judges it: if more is missed than before, the bases
+    # are those of the anchor again, and the next phase may go a quarter as far.
     limit, done, phase = _LIMIT, 0, 0
     anchor, before = list(model.factors), model.residual
     while done < sweeps:
@@ -168,6 +175,7 @@ def _pairwise(model: _Model, sweeps: int, tolerance: float) -> int:
             model.factors, limit, kept = anchor, limit / 4, anchor
             model.sweep()
             done += 1
+        # ``before`` is phase + 1 sweeps ago, and the tolerance is that of one sweep.
         if _settled(before, model.residual, tolerance * (phase + 1)):
             break
         phase, anchor, before = 0, list(model.factors), model.residual
@@ -199,6 +207,8 @@ def _settled(before: Tensor, after: Tensor, tolerance: float) -> bool:
 def _project(node: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """Return a node (g, ..., n_mode, ...) with one mode multiplied by the transpose of (g, n_mode, r)."""
     before, after = node.shape[1 : mode + 1], node.shape[mode + 2 :]
+    # The modes before and after become one each. Example of mode 1 in (g, 64, 3, 3, 32): (g, 64, 3, 96), and with a
+    # matrix (g, 3, 2) the result is (g, 64, 2, 3, 32).
     cube = node.reshape(len(node), math.prod(before), -1, math.prod(after))
     if cube.shape[3] == 1:
         found = cube[..., 0] @ matrix

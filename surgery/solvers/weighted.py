@@ -55,6 +55,8 @@ class SecondMoment:
         if len(self.factors) == 1:
             return _times(matrix, self.factors[0])
         channels, taps = self.factors
+        # Invariant: a row of M is an I x K matrix X, and (channels (x) taps) turns it into ``channels X taps``. The
+        # taps multiply (g, rows * I, K), the channels (g, rows * K, I).
         split = matrix.unflatten(-1, (-1, self.taps))
         inner = _times(split.flatten(1, 2), taps).view_as(split)
         return _times(inner.mT.flatten(1, 2), channels).unflatten(1, (-1, self.taps)).mT.flatten(2)
@@ -74,6 +76,8 @@ class SecondMoment:
         first, *rest = self.factors
         if rest or self.taps == 1:
             return first
+        # The mean of the blocks on the diagonal of the taps. Example: of 2 channels and 9 taps,
+        # (18, 18) is (2, 9, 2, 9).
         split = first.unflatten(1, (-1, self.taps)).unflatten(-1, (-1, self.taps))
         return torch.einsum("gikjk->gij", split) / self.taps
 
@@ -95,6 +99,8 @@ class SecondMoment:
             return replace(self, factors=(first * inverse**2, *rest))
         taps = 1 if rest else self.taps
         turned = inverse if inverse.dim() == 2 else inverse.mT
+        # D C D^T = (D R) (R^-1 C R^-T) (D R)^T, where R stands for R (x) I: C R^-T first, then
+        # its transpose times R^-T.
         half = times_channels(first, turned, taps)
         return replace(self, factors=(times_channels(half.mT, turned, taps), *rest))
 
@@ -163,6 +169,7 @@ def low_rank(matrix: Tensor, rank: int, metric: SecondMoment) -> tuple[Tensor, T
     """
     matrix = matrix.double()
     if matrix.shape[-2] <= matrix.shape[-1] or len(metric.factors) > 1:
+        # U of W C W^T, (m, n) (n, n) (n, m): the vectors of the left side, which is the shorter one.
         basis = leading_subspace(metric.times(matrix) @ matrix.mT, rank)
         return _balanced(basis, basis.mT @ matrix)
     (moment,) = metric.factors
@@ -171,12 +178,15 @@ def low_rank(matrix: Tensor, rank: int, metric: SecondMoment) -> tuple[Tensor, T
         basis = leading_subspace((matrix * root).mT @ (matrix * root), rank)
         return _balanced((matrix * root) @ basis, basis.mT / root)
     lower, inverse = triangles(moment, _NEXT_TO_NOTHING)
+    # V of L^T W^T W L, (n, n). What V selects of W L goes back through L^-1: (m, r) (r, n).
     seen = matrix @ lower
     basis = leading_subspace(seen.mT @ seen, rank)
     return _balanced(seen @ basis, basis.mT @ inverse)
 
 
 def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    # left right = Q (R right), and with the eigenvectors V of (R right) (R right)^T it is (Q V) (V^T R right): the rows
+    # of the second are orthogonal, and their norms are the singular values.
     basis, rest = torch.linalg.qr(left)
     right = rest @ right
     vectors = torch.linalg.eigh(right @ right.mT).eigenvectors.flip(-1)
@@ -242,6 +252,7 @@ def _gauss_newton(
     step, direction = [torch.zeros_like(part) for part in residual], residual
     size = first = _dot(residual, residual)
     for _ in range(iterations):
+        # The sizes are squares: the residual has fallen to a thousandth.
         if size <= 1e-6 * first:
             break
         (pushed,) = torch.autograd.grad(pulled, dual, direction, retain_graph=True)

@@ -217,6 +217,7 @@ def _check(whole: _Session, parts: Sequence[_Session], item: _Values, cores: Seq
     for part in parts:
         row = part(row)
     with Pipeline(parts, cores=cores) as pipeline:
+        # So many that all places are taken twice; bytes are compared, so that NaN in the same places is equal.
         for found in pipeline.map([item] * (2 * pipeline.flight)):
             if any(found[name].numpy().tobytes() != value.numpy().tobytes() for name, value in row.items()):
                 raise CheckError("the stages in a pipeline give other outputs than in a row")
@@ -230,6 +231,7 @@ def _items_each_round(pipelines: Sequence[Pipeline], item: _Values, seconds: flo
         for _ in pipeline.map([item] * pipeline.flight):
             pass
     latency = min(_latency(pipelines[0], item) for _ in range(_ALONE))
+    # Example of 10 s and a latency of 10 ms: 10 / 8 / 0.01 / 2 = 62.5, and 59 besides the three that come one by one.
     share = seconds / _ROUNDS / latency / 2  # both get as many, and the pipeline takes less time
     return int(min(_MOST, max(2 * pipelines[1].flight, share - _ALONE)))
 
@@ -237,6 +239,7 @@ def _items_each_round(pipelines: Sequence[Pipeline], item: _Values, seconds: flo
 def _seconds_each(pipeline: Pipeline, item: _Values, count: int) -> float:
     """Return the mean seconds between two outputs while inputs are waiting."""
     ends = [time.perf_counter() for _ in pipeline.map([item] * count)]
+    # The first output comes after a whole latency, and does not count: n outputs have n - 1 gaps.
     return (ends[-1] - ends[0]) / (count - 1)
 
 

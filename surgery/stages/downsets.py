@@ -27,6 +27,8 @@ _Matrix = NDArray[np.float64]
 
 def down_sets(blocks: Blocks, *, most: int) -> _Matrix | None:
     """Return the down-sets as rows of zeros and ones, smaller ones first, or None if there are more than ``most``."""
+    # Bit b of a number says whether it has block b. ``new`` holds all down-sets of one size: each is found from those
+    # of one block less. Example of a -> b: 0, then 01, then 11; 10 has b without a.
     before = [sum(1 << one for one in found) for found in blocks.before]
     seen, new = {0}, [0]
     while new:
@@ -69,16 +71,22 @@ def optimum(problem: Problem, blocks: Blocks, sets: _Matrix) -> Optimum | None:
 
 def _stage(chosen: _Matrix) -> list[int]:
     """Return the stage of each block, given the down-sets with which the stages start: how many do not have it."""
+    # Example of a -> b -> c with stages that start at {} and {a b}: a is not in one of them, c
+    # not in two: stages 0 and 1.
     found: list[int] = ((1 - chosen).sum(0) - 1).astype(int).tolist()
     return found
 
 
 def _costs(problem: Problem, blocks: Blocks, sets: _Matrix) -> Costs:
+    # All is for the pairs of a stage [D', D), of rows D' and columns D; D' is part of D if no block of it is
+    # outside of D. (S, n) @ (n, S)
     inside = (sets @ (1 - sets).T) == 0
     np.fill_diagonal(inside, False)
+    # (S, values): the bytes of what crosses behind D, and whether D has its producer.
     crossing = np.array([_crosses(value, sets) * value.bytes for value in blocks.values]).reshape(-1, len(sets)).T
     given = np.array([sets[:, value.blocks[0]] for value in blocks.values]).reshape(-1, len(sets)).T
     cut = crossing.sum(1)
+    # What crosses behind D, without what was given in D' already.
     sent_here = cut[None, :] - given @ crossing.T
     received = cut[:, None] + 0 * sent_here if problem.relay else _touched(blocks.values, sets, skip=1)
     held = _touched(blocks.tensors, sets, skip=0)
@@ -95,6 +103,7 @@ def _costs(problem: Problem, blocks: Blocks, sets: _Matrix) -> Costs:
 
 
 def _crosses(value: Shared, sets: _Matrix) -> _Matrix:
+    # The producer is in D, and not all readers are.
     return np.asarray(sets[:, value.blocks[0]] * (1 - sets[:, list(value.blocks[1:])].min(1)))
 
 
@@ -104,6 +113,7 @@ def _touched(things: tuple[Shared, ...], sets: _Matrix, *, skip: int) -> _Matrix
     That is a sum over t of [t readers in D'] x [more than t in D]. With ``skip``, the first block gives the value, and
     has to be in D'.
     """
+    # Example of two readers, one in D' and both in D: t = 0 gives 0 * 1, and t = 1 gives 1 * 1, so that it counts once.
     old, new = [], []
     for thing in things:
         readers = sets[:, list(thing.blocks[skip:])].sum(1)

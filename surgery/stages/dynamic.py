@@ -65,6 +65,7 @@ def _cuts(count: int, values: Sequence[Shared], stages: int) -> NDArray[np.int_]
         return np.arange(count + 1)
     change = np.zeros(count + 2)
     for value in values:
+        # ``crossing[p]`` will be the bytes given before position p and read at p or later: first < p <= last.
         change[value.blocks[0] + 1] += value.bytes
         change[value.blocks[-1] + 1] -= value.bytes
     crossing = np.cumsum(change)
@@ -85,6 +86,9 @@ class _Sums:
         if rectangles:
             spans = np.array([(*rows, *columns) for rows, columns, _ in rectangles], int)
             added = np.array([amount for _, _, amount in rectangles], float)
+            # A sum over rows and columns fills a rectangle from its corners: + at its start, - behind its end
+            # in one direction, + behind it in both. Example of 5 in row 0, columns 1 to 2: 5 at (0, 1) and
+            # (1, 3), -5 at (1, 1) and (0, 3).
             top, left = (np.searchsorted(self.cuts, spans[:, column]) for column in (0, 2))
             bottom, right = (np.searchsorted(self.cuts, spans[:, column], side="right") for column in (1, 3))
             for row, column, sign in ((top, left, 1), (bottom, left, -1), (top, right, -1), (bottom, right, 1)):
@@ -101,6 +105,8 @@ def _costs(
 ) -> Costs:
     end = len(times) - 1
     cuts = sums.cuts if isinstance(sums, _Sums) else np.arange(end + 1)
+    # A value lies across position p if first < p <= last. Relayed, it comes into [i, j) if it lies across i, and goes
+    # on if it lies across j; ``going`` are those that the stage gives itself.
     passing = [((first + 1, last), (0, end), size) for first, last, size in map(_ends, values)]
     going = [((0, first), (first + 1, last), size) for first, last, size in map(_ends, values)]
     relayed = [((0, end), (first + 1, last), size) for first, last, size in map(_ends, values)]
@@ -127,6 +133,7 @@ def _ends(value: Shared) -> tuple[int, int, int]:
 
 def _firsts(before: int, readers: Sequence[int], shared: Shared, end: int) -> list[_Rectangle]:
     """Return the segments in which each reader is the first, so that together they count each segment once."""
+    # Example of readers at 2 and 5, and -1 before them: from 0..2 to 3.. the first is 2, from 3..5 to 6.. it is 5.
     ends = zip((before, *readers), readers, strict=False)
     return [((last + 1, reader), (reader + 1, end), shared.bytes) for last, reader in ends]
 
@@ -140,11 +147,14 @@ def optimal(costs: Costs, stages: int) -> tuple[float, NDArray[np.int_], float] 
     start = np.where(np.arange(size) == 0, 0.0, np.inf)
     best, joined, least = start, np.empty_like(load), np.inf
     for _ in range(stages):
+        # joined[j, i] = max(best[i], load of [i, j)). After s rounds best[j] is that of the
+        # first j positions in s stages.
         best = np.maximum(best, load, out=joined).min(1)
         least = min(least, best[-1])
     largest = best[-1]
     if not np.isfinite(largest):
         return None
+    # The same once more with sums for maxima, over the segments that are no dearer than the best cut's dearest.
     within = np.where(load <= largest, costs.bytes.T, np.inf)
     best, chosen = start, []
     for _ in range(stages):

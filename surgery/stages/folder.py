@@ -79,6 +79,7 @@ def write_stages(content: FolderContent, folder: str | os.PathLike[str], *, forc
     known = {name for name, _ in files}
     stale = _old_stages(Path(folder)) if force and is_folder(folder) else []
     write_folder(folder, files, force=force)
+    # Last: as long as the old manifest stands, the old stages have to.
     for path in stale:
         if path.name not in known:
             path.unlink(missing_ok=True)

@@ -43,6 +43,7 @@ class Loads:
         """Return the stages that send a value, and those that receive it."""
         first, *later = (self.stage_of[block] for block in self.blocks.values[number].blocks)
         if self.problem.relay:
+            # Example of a value from stage 0 to 2: stages 0 and 1 send it, 1 and 2 receive it, and 1 holds it once.
             last = max(later)
             return range(first, last), range(first + 1, last + 1)
         targets = set(later) - {first}
@@ -68,6 +69,7 @@ class Loads:
             self._add(number, 1)
         for number in self._tensors[block]:
             readers, size = self._readers[number], self.blocks.tensors[number].bytes
+            # The first reader brings the tensor into a stage, and the last one takes it away.
             self.tensors[stage] += size * (not readers[stage])
             readers[stage] += 1
             readers[old] -= 1

@@ -54,6 +54,7 @@ class _Program:
 
     def above(self, *rows: tuple[_Row, float]) -> int:
         """Return a new variable that is at least each row, and at least 0."""
+        # Where less is better, the least such number is the largest of the rows: a maximum in linear terms.
         variable = self.new()
         for row in rows:
             self.at_most(row, ({variable: 1.0}, 0.0))
@@ -73,6 +74,7 @@ def program(problem: Problem, blocks: Blocks, *, seconds: float) -> tuple[float,
     stages, limit = range(problem.stages), made.new()
     for block in range(len(blocks)):
         for stage in stages:
+            # What is in the first s stages is in the first s + 1; and what reads a block is there only if the block is.
             made.at_most(made.within(block, stage - 1), made.within(block, stage))
             for after in blocks.after[block]:
                 made.at_most(made.within(after, stage), made.within(block, stage))
@@ -97,6 +99,7 @@ def program(problem: Problem, blocks: Blocks, *, seconds: float) -> tuple[float,
             for variable, size in memory:
                 held[variable] = held.get(variable, 0.0) + size / problem.memory
             made.at_most((held, 0.0), ({}, 1.0))
+        # No stage is empty.
         made.at_most(({}, 1.0), _sum([made.at(block, stage) for block in range(len(blocks))]))
     return _solved(made, limit, scale, seconds)
 
@@ -170,5 +173,7 @@ def _solved(made: _Program, limit: int, scale: float, seconds: float) -> tuple[f
     bound = 0.0 if found.mip_dual_bound is None else float(found.mip_dual_bound) * scale
     if found.x is None:
         return bound, None
+    # z of a block in stage t is 0 before t and 1 from there. Example of three stages: 1 1 is stage 2 - 2 =
+    # 0, 0 1 is 1, and 0 0 is 2.
     held = np.round(found.x[: made.whole]).reshape(len(made.blocks), -1)
     return bound, tuple((made.problem.stages - 1 - held.sum(1)).astype(int).tolist())

@@ -63,6 +63,7 @@ def _together(network: Network, named: set[int]) -> list[int]:
 
     def root(number: int) -> int:
         while parent[number] != number:
+            # Each step up halves the way for the next: all trees stay flat.
             parent[number] = parent[parent[number]]
             number = parent[number]
         return number

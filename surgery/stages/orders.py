@@ -98,20 +98,26 @@ def fiedler(blocks: Blocks) -> NDArray[np.float64]:
         weights += [weight] * len(found)
     if count < 3 or not pairs:
         return np.arange(count, dtype=float)
+    # The Laplacian D - W: W has the weights of all pairs both ways, D the sums of its rows.
     rows, columns = np.array(pairs, int).T
     half = csr_array((np.array(weights), (rows, columns)), shape=(count, count))
-    near = half + half.T + csr_array(([1e-9] * (count - 1), (range(count - 1), range(1, count))), shape=(count, count))
+    # A weak path holds together what nothing else does: two graphs side by side have no Fiedler vector.
+    half = half + csr_array(([1e-9] * (count - 1), (range(count - 1), range(1, count))), shape=(count, count))
+    near = half + half.T
     vector = _second(diags_array(near.sum(1)) - near, count)
+    # sum of v_b (b - mean of b) >= 0: entries go up along the order of the graph.
     return vector if vector @ np.arange(count) >= vector.sum() * (count - 1) / 2 else -vector
 
 
 def _second(laplacian: csr_array, count: int) -> NDArray[np.float64]:
     if count <= _DENSE:
         return np.asarray(np.linalg.eigh(laplacian.toarray())[1][:, 1])
+    # The Fiedler vector of a path, which most networks are nearly.
     start = np.cos(np.pi * (np.arange(count) + 0.5) / count)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # A shift below 0 leaves a definite matrix to factor. Of the two least eigenvalues the larger one is wanted.
             found = eigsh(laplacian.tocsc() + 1e-12 * diags_array(np.ones(count)), 2, sigma=-1e-8, v0=start)
     except (ArpackError, RuntimeError):
         return np.arange(count, dtype=float)

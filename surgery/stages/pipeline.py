@@ -77,6 +77,7 @@ class Pipeline(AbstractContextManager["Pipeline"]):
             raise
 
     def _map(self, items: Iterable[Any]) -> Iterator[Any]:
+        # Invariant: ``under_way`` inputs were put in whose results were not taken, never more than ``flight``.
         under_way = 0
         for item in items:
             if under_way == self.flight:
@@ -111,6 +112,8 @@ class Pipeline(AbstractContextManager["Pipeline"]):
             pin_thread(core)
         source, target = self._queues[number : number + 2]
         while not isinstance(item := source.get(), _End) and not self._closing.is_set():
+            # A failure goes through the later steps in its place, so that the results before it
+            # still come out, in order.
             if not isinstance(item, _Failed):
                 try:
                     item = step(item)

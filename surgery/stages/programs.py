@@ -125,6 +125,7 @@ def _stages(network: Network, notes: Mapping[str, int]) -> Sequence[int]:
     Operations that have to stay together are in the last of their stages, and what reads them is not before them.
     """
     stage_of = [notes.get(operation.name, 0) for operation in network.operations]
+    # Stages only go up, and to no higher one than there is, so that the rounds come to an end.
     before: list[int] = []
     while before != stage_of:
         before = list(stage_of)

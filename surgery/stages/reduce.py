@@ -71,6 +71,8 @@ def _backward(network: Network) -> dict[int, int]:
     for number, operation in enumerate(network.operations):
         if not _small(network, number) or any(value in network.producer for value in operation.reads):
             continue
+        # The first reader has the least number, so that no other can be before it. Bit n of ``behind`` is operation n:
+        # of a -> b -> c they are 110, 100 and 000.
         readers = network.readers.get(operation.gives[0], ())
         if readers and all(behind[readers[0]] >> other & 1 for other in readers[1:]):
             found[number] = readers[0]

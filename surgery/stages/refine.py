@@ -13,9 +13,10 @@ from collections.abc import Iterator
 
 from surgery.stages.loads import Loads
 
-__all__ = ["refine"]
+__all__ = ["refine", "rejoin"]
 
 _PATIENCE = 12  # moves in a row that bring nothing
+_NOTHING = 1e-6  # of the longest time: what a block takes that a runtime computes in the kernel of another
 
 
 def refine(loads: Loads, *, tries: int) -> None:
@@ -23,6 +24,25 @@ def refine(loads: Loads, *, tries: int) -> None:
     while tries > 0:
         better, tried = _pass(loads, tries)
         tries = tries - tried if better else 0
+
+
+def rejoin(loads: Loads) -> None:
+    """Move each block that takes next to no time to the stage of the one block that it reads, if nothing gets dearer.
+
+    A runtime computes such a block in the kernel before it, so that a cut between the two would make it a kernel more.
+    """
+    # conv | norm relu -> conv2, where norm and relu cost nothing, becomes conv norm relu | conv2
+    excess, largest, sent = loads.score()
+    least = _NOTHING * max(loads.blocks.seconds)
+    for block, before in enumerate(loads.blocks.before):
+        old = loads.stage_of[block]
+        if len(before) != 1 or loads.stage_of[before[0]] == old or loads.count[old] == 1:
+            continue
+        if loads.blocks.seconds[block] <= least:
+            loads.move(block, loads.stage_of[before[0]])
+            now = loads.score()
+            if now[0] > excess or now[1] > largest * (1 + _NOTHING) or now[2] > sent:
+                loads.move(block, old)
 
 
 def _pass(loads: Loads, tries: int) -> tuple[bool, int]:
@@ -41,6 +61,7 @@ def _pass(loads: Loads, tries: int) -> tuple[bool, int]:
         moved.add(block)
         if score < best:
             best, kept = score, len(done)
+    # ``done`` has where each block was: moved back from the last on, all is as after the first ``kept`` moves.
     for block, stage in reversed(done[kept:]):
         loads.move(block, stage)
     return _better(best, first), spent
@@ -66,6 +87,7 @@ def _moves(loads: Loads, moved: set[int]) -> Iterator[tuple[int, int]]:
     worst = {max(stages, key=loads.load)} | {s for s in stages if most is not None and loads.memory(s) > most}
     blocks, stage_of, last = loads.blocks, loads.stage_of, loads.problem.stages - 1
     for block, old in enumerate(stage_of):
+        # The last block of a stage stays, so that none gets empty.
         if block in moved or loads.count[old] == 1:
             continue
         low = max((stage_of[one] for one in blocks.before[block]), default=0)

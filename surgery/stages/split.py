@@ -132,17 +132,24 @@ class Split:
     ) -> list[Any]:
         """Return the ``torch.distributed.pipelining.PipelineStage`` of each stage that this process runs.
 
-        Stage ``i`` runs on rank ``i % size`` of a process group that is there. Schedules of torch, as ``ScheduleGPipe``
-        and ``Schedule1F1B``, take them; values that skip a stage are relayed. Every process splits or loads the same
-        model. ``microbatch`` is one as the schedule will make it, in the form of ``example_inputs``, which are the
-        default.
+        Stage ``i`` runs on rank ``i % size`` of a process group that is there. With as many processes as stages,
+        ``ScheduleGPipe`` and ``Schedule1F1B`` of torch take the one stage; with fewer, schedules such as
+        ``ScheduleInterleaved1F1B`` take them all. Values that skip a stage are relayed. Every process splits or loads
+        the same model; the first gives the schedule the inputs, the last the target. Outputs that are no tensor or row
+        of tensors, as dicts, come as a tuple, in the order of ``outputs``.
+
+        ``microbatch`` is one as the schedule will make it, in the form of ``example_inputs``, which are the default;
+        all have its shape. Stages of a module have its own parameters: each process trains those that it runs, and only
+        their numbers are new in its ``join()``. Saved stages are in evaluation mode.
 
         Raises:
-            InputError: there is no process group, or one of more processes than stages; the stages are ONNX models, or
-                do not run on the microbatch.
+            InputError: there is no process group, or the stages cannot be shared out equally among its processes; the
+                stages are ONNX models, do not run on the microbatch, or would train one weight apart.
 
-        >>> stages = load_split("net.stages").to_pipeline(torch.ones(1, 8))  # doctest: +SKIP
-        >>> schedule = torch.distributed.pipelining.ScheduleGPipe(stages[0], n_microbatches=4)  # doctest: +SKIP
+        >>> mine = split(net, torch.ones(2, 8)).to_pipeline()  # doctest: +SKIP
+        >>> learning = torch.optim.SGD(mine[0].submod.parameters(), lr=0.1)  # doctest: +SKIP
+        >>> schedule = ScheduleGPipe(mine[0], n_microbatches=4, loss_fn=loss)  # doctest: +SKIP
+        >>> schedule.step(*([x] if mine[0].is_first else []), target=y if mine[0].is_last else None)  # doctest: +SKIP
         """
         from surgery.stages.distributed import pipeline_stages
 

@@ -101,6 +101,8 @@ class ArrayFile:
         with _told(array.where):
             numbers = _native(array, _read(array, needed.numel()))
             if array.by_columns:
+                # By columns, a 3 x 2 array is a b c | d e f in the file: as 2 x 3 transposed it
+                # has the rows ad, be, cf.
                 numbers = numbers.reshape(array.shape[::-1]).T[: len(part)]
             return torch.from_numpy(np.ascontiguousarray(numbers)).reshape(part.shape)
 
@@ -186,6 +188,8 @@ def _read_header(where: str, size: int, opening: Callable[[], contextlib.Abstrac
     taken = math.prod(shape) * dtype.itemsize
     if any(length < 0 or length > _LONGEST for length in shape) or len(shape) > _MOST_AXES:
         raise ValueError(f"it has the shape {shown_name(str(shape))}")
+    # The file must have exactly the bytes that the header promises: a few bytes that claim a huge shape are refused
+    # before memory is taken for it.
     if head.tell() + taken != size:
         raise ValueError(f"it should take {taken} bytes, and takes {size - head.tell()}")
     return _Array(where, tuple(map(int, shape)), dtype, by_columns and len(shape) > 1, head.tell(), opening)

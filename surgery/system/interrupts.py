@@ -40,5 +40,6 @@ def put_off() -> Iterator[list[int]]:
         for caught, handler in handlers.items():
             with contextlib.suppress(ValueError):
                 signal.signal(caught, handler)
+        # Last, when all handlers are back: the handler of Ctrl-C raises, and nothing after it would run.
         if came:
             handlers[came[0]](came[0], None)

@@ -43,6 +43,8 @@ def usable_cores() -> list[int]:
         usable = sorted(os.sched_getaffinity(0))
     except (AttributeError, OSError):
         return list(range(os.cpu_count() or 1))
+    # Threads of one physical core have the same list of siblings. Example of cores 0 to 3 where 0, 1 and 2, 3 are
+    # twins: the order is 0, 2, 1, 3.
     seen: set[str] = set()
     first: list[int] = []
     twins: list[int] = []

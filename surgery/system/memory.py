@@ -76,6 +76,7 @@ def _of_process() -> Iterator[int]:
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # not on every system
 
+        # RLIMIT_AS limits the address space, whose pages are the first number in statm.
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         if limit != resource.RLIM_INFINITY:
             yield limit - int(_PAGES.read_text().split()[0]) * resource.getpagesize()
@@ -93,6 +94,8 @@ def estimate(method: str, kernel: Sequence[int], itemsize: int) -> int:
     >>> estimate("svd", (1, 4096, 4096), 4) // 2**20
     640
     """
+    # Example of a float32 layer 4096 x 4096, 64 MiB: the weight, five copies and four Gram matrices of 4096 x
+    # 4096 are ten times 64 MiB.
     groups, out, columns, *size = kernel
     taps, weights = math.prod(size), math.prod(kernel)
     by_out, by_in = min(out, columns * taps), min(columns, out * taps)

@@ -101,6 +101,8 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
             file = opened.enter_context(open(_descend(base, Path(target).relative_to(base).parts), "rb"))
             found = os.fstat(file.fileno())
             _check_mode(target, found.st_mode)
+            # A hard link to a file elsewhere is a regular file on a way without links; only the
+            # number of names gives it away.
             if found.st_nlink > 1:
                 raise UnsafeFileError("a file with a second name", allowed=allowed, next_step=next_step)
             opened.pop_all()
@@ -115,6 +117,7 @@ def _descend(base: str, parts: tuple[str, ...]) -> int:
     """Return a descriptor of what lies below a folder, on a way without links."""
     if not _IN_FOLDER:
         return os.open(Path(base, *parts), os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    # Invariant: ``way`` is an open folder below the base. A part that has become a link since ``realpath`` is an error.
     way = os.open(base, os.O_RDONLY)
     for part in parts:
         try:

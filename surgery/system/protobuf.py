@@ -25,6 +25,8 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def _varint(value: int) -> bytes:
+    # Seven bits a byte, the lowest first; the top bit says that more follow. Example: 300 = 2 * 128 + 44 is AC
+    # 02, where AC is 44 + 128.
     found = bytearray()
     while value > 127:
         found.append(value & 127 | 128)
@@ -34,6 +36,7 @@ def _varint(value: int) -> bytes:
 
 def header(number: int, size: int) -> bytes:
     """Return what stands before a field of ``size`` bytes."""
+    # The low three bits of a tag are the form. Example: field 9 of 8 bytes begins with 4A 08, as 9 * 8 + 2 = 0x4A.
     return _varint(number << 3 | _BYTES) + _varint(size)
 
 
@@ -55,6 +58,8 @@ class Hollow:
     def _pieces(self, end: int, fields: Fields, depth: int) -> Iterator[bytes]:
         if depth > _DEEPEST:
             raise ValueError("too deep")
+        # Invariant: all bytes up to ``_at`` have been read, whether kept, taken or passed over. A field may end at
+        # ``end``, not beyond: an inner message never reads into what follows it.
         while self._at < end:
             tag = self._read_varint()
             number, form = tag >> 3, tag & 7

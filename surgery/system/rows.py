@@ -144,6 +144,7 @@ class Row:
         self._refuse(f"{self.where}.{key}", self.values.get(key), allowed)
 
     def _number(self, value: Any, where: str) -> float:
+        # ``not <=`` instead of ``>``, so that NaN is refused.
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
             self._refuse(where, value, f"a number of at most {LARGEST:g}")
         return float(value) if abs(value) * LARGEST > 1 else 0.0  # below 1 / LARGEST it counts as zero

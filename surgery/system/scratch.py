@@ -48,6 +48,8 @@ def open_draft(target: Path) -> tuple[Path, IO[bytes]]:
     while True:
         path = draft_name(target)
         file = open(path, "x+b")  # noqa: SIM115  # for the caller to close
+        # Until the file is locked, another process may take it for litter. Once it is, nobody removes it: a name that
+        # is still there with the lock held stays.
         if _lock(file.fileno()) is not False and path.exists():
             return path, file
         file.close()  # another process has swept it, before it was locked
@@ -79,11 +81,12 @@ def scratch_folder() -> Iterator[Path]:
         with put_off():
             folder, descriptor = _make_folder()
         yield folder
-    except OSError as error:
-        if folder is not None and error.errno not in _NO_ROOM:
+    except (OSError, FileError) as error:
+        cause = error.__cause__ if isinstance(error, FileError) and str(folder) in error.what else error
+        if not isinstance(cause, OSError) or (folder is not None and cause.errno not in _NO_ROOM):
             raise
         place = Path(tempfile.gettempdir() if folder is None else folder.parent)
-        what = f"temporary files cannot be written to {place}: {reason(error, place)}"
+        what = f"temporary files cannot be written to {place}: {reason(cause, place)}"
         raise FileError(what, next_step="set TMPDIR to a folder with room") from error
     finally:
         with put_off():
@@ -153,6 +156,8 @@ def _sweep_one(path: str, *, is_folder: bool) -> None:
     with contextlib.suppress(OSError):
         descriptor = os.open(path, access | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
         try:
+            # Its process lives. With the lock, the removal goes by name: a draft that has taken its target's name in
+            # the meantime is not here any more and is left alone.
             if not _lock(descriptor):
                 return
             if is_folder:

@@ -39,6 +39,7 @@ def layout(rows: Sequence[Sequence[str]], *, words: int = 1, columns: int | None
         room = columns - 2 * (len(cells) - 1)
         heads = [[re.split(r"(?<= )", column[0][0]), *column[1:]] for column in cells]
         pieces = [[head, *(_pieces(cell[0], i, words) for cell in body)] for i, (head, *body) in enumerate(heads)]
+        # Each step starts from the widths of the one before, and makes nothing narrower if the line fits already.
         for broken in (heads, [heads[0], *pieces[1:]], pieces):
             widths = _broken(broken, widths, room)
         widths = _cut([_widest(head) for head, *_ in pieces[:words]], widths, room)
@@ -68,6 +69,8 @@ def _broken(pieces: Sequence[Sequence[_Cell]], widths: Sequence[int], room: int)
             return found[i]
         return max(_widest(lines(cell, found[i] - 1)) for cell in pieces[i])
 
+    # Invariant: smaller[i] is the next width of column i at which its cells still break between pieces; so each round
+    # makes some column narrower, and the loop ends.
     smaller = [narrower(i) for i in range(len(found))]
     while sum(found) > room:
         able = [i for i, each in enumerate(found) if smaller[i] < each]

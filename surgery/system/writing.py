@@ -162,13 +162,13 @@ def check_folder(folder: _Path, inputs: Sequence[_Path] = (), *, force: bool) ->
     name = shown_path(folder)
     try:
         target = Path(os.path.realpath(folder))
-        if not os.path.lexists(target):
-            return _checked(folder, force=False)
-        filled = any(target.iterdir())
+        filled = os.path.lexists(target) and any(target.iterdir())
     except NotADirectoryError:
         raise FileError(f"{name}: is not a folder", allowed="the name of a folder, old or new") from None
     except (OSError, ValueError) as error:
         raise _cannot_be_written(folder, error) from error
+    if not os.path.lexists(target):
+        return _checked(folder, force=False)
     if filled and not force:
         raise FileError(f"{name}: exists already, and is not empty", next_step=_EXISTS)
     if not os.access(target, os.W_OK | os.X_OK):
@@ -234,6 +234,7 @@ class _Draft:
     def fill(self, write: Writer) -> None:
         """Write all of it to the disk."""
         write(self._file)
+        # On the disk before the rename: after a crash, the new name must not stand for bytes that never got there.
         self._file.flush()
         os.fsync(self._file.fileno())
         if os.name == "nt":
@@ -246,6 +247,7 @@ class _Draft:
             _move_to_new(self._path, self.target)
             return
         if self.target.exists():
+            # The permissions of the old file, but no setuid or setgid.
             self._path.chmod(self.target.stat().st_mode & 0o777)
             if keep:
                 self._old = draft_name(self.target)
@@ -287,6 +289,8 @@ def _second_name(path: Path, other: Path) -> None:
 
 
 def _publish(drafts: Sequence[_Draft], *, force: bool) -> None:
+    # Invariant: ``done`` are the drafts that stand in their targets' places. On an error these are taken back, the last
+    # first; all others have changed nothing.
     done: list[_Draft] = []
     try:
         for draft in drafts:

@@ -199,6 +199,8 @@ class ADMM:
         if self._every is None:
             self._update()
         if self._epochs is not None and not self._late and epoch + 1 >= _LATE * self._epochs:
+            # Example of 20 epochs: rho grows at the end of the 17th. U is the multiplier over rho,
+            # and the multiplier stays.
             self._late = True
             self.rho *= _GROWTH
             for constraint in self.constraints:

@@ -98,12 +98,15 @@ def product_gradients(factors: Sequence[Tensor], fill: Fill) -> list[Tensor]:
     gradients = [torch.empty_like(leaf) for leaf in leaves]
     places = [operator.kernel for operator in fill(gradients).operators]  # views of gradients, in the kernels' layout
     for place, kernel in zip(places, _kernel_gradients(kernels), strict=True):
+        # (g, out, taps, in) -> (g, out, in, taps), the layout of a kernel
         place.copy_(kernel.transpose(2, 3).reshape(place.shape))
     return gradients
 
 
 def _plain_kernels(chain: Chain) -> list[Tensor] | None:
     """Return the kernels as (groups, out, taps, in), or None where W must be formed."""
+    # ||W||^2 is a product of Gram matrices only if each tap of W is one product of taps. Two kernels of 3 taps along
+    # one axis make 5 taps, of which the middle one is a sum of three products.
     kernels = [step.kernel for step in chain.steps if isinstance(step, Operator)]
     whole = len(kernels) == len(chain.steps) and len({len(kernel) for kernel in kernels}) == 1
     if not whole or any(sum(n > 1 for n in axis) > 1 for axis in zip(*(k.shape[3:] for k in kernels), strict=True)):
@@ -141,6 +144,7 @@ def _energy(chain: Chain) -> Tensor:
 def _apply(factor: nn.Parameter, change: Tensor, group: dict[str, Any]) -> None:
     strength = float(group["weight_decay"])
     if group.get("decoupled_weight_decay"):
+        # (1 - s) (F - s / (1 - s) C) = F - s F - s (J^T W - F) = F - s J^T W.
         share = float(group["lr"]) * strength  # the step multiplies F by 1 - share, so C is divided by it beforehand
         factor.sub_(change, alpha=share / (1 - share))
     elif factor.grad is not None:

@@ -157,6 +157,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _without_state(optimizer: Optimizer, sizes: list[int]) -> dict[str, Any]:
     """Return a state dict with the optimizer's options for groups of these sizes, and without state."""
+    # Parameters are numbered through all groups. Example of groups of 2 and 3: 0, 1 and 2, 3, 4.
     groups, first = [], 0
     for group, size in zip(optimizer.state_dict()["param_groups"], sizes, strict=True):
         options = {key: value for key, value in group.items() if key != "param_names"}

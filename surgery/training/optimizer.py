@@ -86,6 +86,7 @@ class _Search:
 
     def find(self, value: Any, depth: int) -> str | None:
         """Return in words which of these a value holds, or None."""
+        # Some optimizers key their state by ``id(parameter)``: such a number would be stale after the exchange as well.
         if id(value) in self.parameters or (isinstance(value, int) and value in self.parameters):
             return "parameters"
         if isinstance(value, Optimizer) and value is not self.optimizer:
@@ -203,6 +204,8 @@ def _moved(states: Sequence[State], exchange: Exchange) -> list[State]:
     """Return the state of each new parameter."""
     if exchange.jacobian is None:
         return list(states)
+    # Into factors (one old parameter) by J^T, and back to the weight (several) by least squares; velocities the other
+    # way round. The mean is needed for all second moments, so that it is found first.
     jacobian, factoring = exchange.jacobian(), len(exchange.old) == 1
     moved: list[State] = [{} for _ in exchange.new]
     mean = _mean(jacobian, states, factoring=factoring)

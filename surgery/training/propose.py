@@ -121,6 +121,8 @@ def make_forecast(
     >>> round(forecast.factored_step, 6), round(forecast.break_even, 6), round(forecast.saved, 6)
     (0.4, 0.5, 27.0)
     """
+    # Example: passes of 0.8 s become 0.2 s in a step of 1 s, so that it takes 0.4 s; it cannot take less than 0.25 s,
+    # which matters where the passes were measured longer than the step itself.
     ratio = measured_factored / measured_dense
     factored = max(dense_step - (measured_dense - measured_factored), min(1.0, ratio) * dense_step)
     return Forecast(dense_step, factored, steps, epochs_left, cost)

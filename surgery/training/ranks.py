@@ -187,5 +187,6 @@ class TrainingRanks(SiteRule):
 
 
 def _total(rows: Sequence[tuple[int, Samples]]) -> Samples:
+    # Round i of every shape adds up to round i of the site, so that dense and chains stay paired round by round.
     rounds = min(samples.runs for _, samples in rows)
     return Samples(tuple(sum(count * samples.seconds[i] for count, samples in rows) for i in range(rounds)))

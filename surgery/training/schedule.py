@@ -63,6 +63,7 @@ class SpectrumLog:
         """The largest relative change of a site in an epoch, averaged over two epochs; None before there are two."""
         if len(self.rows) <= _SMOOTHED:
             return None
+        # Example: a stable rank that fell from 80 to 72 in two epochs has changed by 8 / (2 * 80) = 5 % an epoch.
         now, before = self.rows[-1], self.rows[-1 - _SMOOTHED]
         changes = [abs(now[s] - before[s]) / (_SMOOTHED * before[s]) for s in now if before.get(s, 0.0) > 0]
         return max(changes, default=0.0)

@@ -176,6 +176,7 @@ def balance(root: nn.Module, record: Sequence[TrainedSite]) -> None:
         if any(isinstance(step, Branches) for step in site.chain.steps):
             continue
         factors, _ = site.bind(root)
+        # Example: norms 8 and 2 are multiplied by 1/2 and 2, and are both 4.
         logs = torch.stack([torch.linalg.vector_norm(factor.detach().double()).log() for factor in factors])
         if not bool(logs.isfinite().all()):
             continue

@@ -63,6 +63,8 @@ def keeps_copy(value: Any, model: nn.Module) -> bool:
 
 def _missing(wanted: list[torch.Size], given: list[torch.Size]) -> list[torch.Size]:
     """Return the wanted shapes that are not given, counting repeats."""
+    # ``remove`` returns None: a shape that is given is taken out, and counts once. Example: of 3, 3, 5 wanted and 3, 5,
+    # 5 given, one 3 is missing.
     rest = list(given)
     return [shape for shape in wanted if shape not in rest or rest.remove(shape)]  # type: ignore[func-returns-value]
 

@@ -116,6 +116,7 @@ def broadcast(parameters: Iterable[nn.Parameter], optimizer: Optimizer, group: A
     for parameter in parameters:
         state = optimizer.state.get(parameter, {})
         for tensor in (parameter.data, *(value for value in state.values() if isinstance(value, Tensor))):
+            # Collectives take contiguous memory alone, and a channels_last weight is not contiguous.
             whole = tensor.contiguous()
             dist.broadcast(whole, src=source, group=group)
             tensor.copy_(whole)

@@ -61,6 +61,7 @@ def _time_block(run: Callable[[], object], seconds: float, waits: list[int]) -> 
         before = clock()
         run()
         spent = clock() - before
+        # The threads wait for each other at barriers: the run is late by the longest wait of one of them.
         pairs = zip(_read_waits(waits), waited, strict=False)  # none if a thread has ended meanwhile
         found.append((spent, min(spent, max((now - then for now, then in pairs), default=0) / 1e9)))
     return found

@@ -77,6 +77,7 @@ def _numbers(tensor: Tensor) -> np.ndarray:
     """Return float32 numbers; for the meta device random ones, scaled so that activations keep their size."""
     if not tensor.is_meta:
         return tensor.detach().to("cpu", torch.float32).numpy()
+    # A sum of n products of unit variance has variance n.
     scale = math.prod(tensor.shape[1:]) ** -0.5
     return np.random.default_rng(0).standard_normal(tuple(tensor.shape), dtype=np.float32) * np.float32(scale)
 
@@ -115,6 +116,7 @@ def _input_weight(loop: Loop, hidden: int) -> np.ndarray:
 def _emit_kernel(graph: _Graph, loop: Loop, operator: Linear, hidden: int) -> None:
     more = _ATTRIBUTES.get(loop.mode, {})
     order = _ORDER.get(loop.mode, [0])
+    # (G H, n) in torch's order of gates to (1, G H, n) in ONNX's. LSTM: torch has i f g o, and ONNX i o f g.
     ordered = [
         np.concatenate([np.split(array, loop.gates)[gate] for gate in order])[None]
         for array in (_input_weight(loop, hidden), _numbers(operator.weight))
@@ -144,6 +146,7 @@ def _emit_scan(graph: _Graph, loop: Loop, steps: Sequence[Step], state: Shape, e
 
 
 def _lstm(body: _Graph) -> tuple[str, str]:
+    # c' = f c + i g, h' = o tanh(c'), with the gates in torch's order i f g o.
     [both] = body.add("Add", "part", body.value)
     gates = body.add("Split", both, outputs=4, axis=-1, num_outputs=4)
     i, f, o = (body.add("Sigmoid", gates[at])[0] for at in (0, 1, 3))
@@ -153,6 +156,7 @@ def _lstm(body: _Graph) -> tuple[str, str]:
 
 
 def _gru(body: _Graph) -> tuple[str, str]:
+    # n = tanh(part_n + r other_n), h' = n + z (h - n), which is (1 - z) n + z h.
     parts, others = (body.add("Split", x, outputs=3, axis=-1, num_outputs=3) for x in ("part", body.value))
     r, z = (body.add("Sigmoid", *body.add("Add", parts[at], others[at]))[0] for at in (0, 1))
     [n] = body.add("Tanh", *body.add("Add", parts[2], *body.add("Mul", r, others[2])))

@@ -92,11 +92,15 @@ def time_generations(
     generator = np.random.default_rng(seed)
     begin = time.perf_counter()
     found: list[list[Blocks]] = []
+    # Each model gets two turns in each of four generations. Example of two models in 2 s: 2 /
+    # (2 * 2 * 4) = 0.125 s a turn.
     planned, opening = _MOST, 0.0
     block = min(_BLOCK, seconds / (len(jobs) * _ROUNDS * _LEAST))
     while len(found) < planned:
         left = max(0.0, seconds - (time.perf_counter() - begin))
         if len(found) == 1:  # the first has shown what a start takes
+            # Two thirds of the time may go to starts. Example of 5 s and starts of 0.5 s:
+            # int(5 * 2 / 3 / 0.5) = 6 generations.
             planned = min(_MOST, max(_LEAST, int(seconds * _STARTING / opening)))
             most = planned * patience
         with _started(jobs) as (children, opening):
@@ -130,6 +134,7 @@ def without_waits(generation: Sequence[_Turns], *, single: bool) -> list[Blocks]
     """
     if single:
         return [tuple(tuple(s - waited for s, waited in turn) for turn in turns) for turns in generation]
+    # By the share of a run, since a long run meets more waits than a short one.
     quiet = [[[s for s, waited in turn if waited <= _QUIET * s] for turn in turns] for turns in generation]
     enough = all(sum(map(len, turns)) >= _FEW for turns in quiet)
     kept = quiet if enough else [[[s for s, _ in turn] for turn in turns] for turns in generation]
@@ -153,6 +158,8 @@ def compare_generations(first: Sequence[Blocks], second: Sequence[Blocks], *, co
     count = len(first)
     if count != len(second) or count < 2:
         raise InputError(f"{count} and {len(second)} generations cannot be compared", allowed="equal numbers above 1")
+    # Ratios are averaged as logarithms, so that A over B is the inverse of B over A. Example of two generations, 2.0
+    # and 2.1: 2.05, with Student's 12.7 for one degree of freedom 1.50 to 2.79. Of four generations it is 3.2.
     logs = np.array([_log_speedup(*blocks) for blocks in zip(first, second, strict=True)])
     half = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * float(logs.std(ddof=1)) / math.sqrt(count)
     middle = float(logs.mean())

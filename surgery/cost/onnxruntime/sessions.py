@@ -44,6 +44,6 @@ def bind(session: ort.InferenceSession, feeds: Mapping[str, npt.NDArray[np.gener
         for output, value in zip(session.get_outputs(), binding.get_outputs(), strict=True):
             if value.is_tensor():
                 binding.bind_ortvalue_output(output.name, value)
-    except Exception as error:  # likewise
+    except Exception as error:  # onnxruntime raises errors of many types
         raise InputError(f"onnxruntime cannot run the model on these inputs: {first_line(error)}") from error
     return lambda: session.run_with_iobinding(binding)

@@ -116,11 +116,13 @@ def _check_layout(raw: bytes, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]
         raise UnsafeFileError(f"the archive has the entry {name[:80]!r} {copies} times", next_step=_AGAIN)
     # The end record is the last 22 bytes: a comment, or data after it, could hold a second directory, which another
     # reader would find. It counts the entries in 16 bits.
+    # Of the end record's last 12 bytes: the entries (2), the directory's size and place (8), the comment's length (2).
     counted, comment = struct.unpack("<H8xH", raw[-12:])
     if raw[-22:-18] != b"PK\5\6" or comment or counted != min(len(entries), 0xFFFF):
         raise FileError("the archive's directory is damaged, or data follow it", next_step=_AGAIN)
     if min(entry.header_offset for entry in entries):
         raise FileError("the archive has data in front of it", next_step=_AGAIN)
+    # Entries that share bytes make a small file large: each is stored, and all together are more than the file.
     if sum(entry.file_size for entry in entries) > len(raw):
         raise FileError("the archive's entries are larger than the file", next_step=_AGAIN)
     if len({name.split("/")[0] for name in names}) != 1 or "/" not in names[0]:
@@ -194,6 +196,7 @@ def _check_extent(name: str, meta: dict[str, Any], nbytes: int) -> None:
     (offset,) = _integers([meta["storage_offset"]])
     if len(sizes) != len(strides):
         raise FileError(f"the weight {name!r} has {len(sizes)} sizes and {len(strides)} strides")
+    # Example: sizes (2, 3) with strides (3, 1) end at 0 + 1 + 1 * 3 + 2 * 1 = 6.
     empty = math.prod(sizes) == 0
     last = offset + (0 if empty else 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)))
     if last * dtype.itemsize > nbytes or nbytes % dtype.itemsize:

@@ -164,6 +164,8 @@ def _check_form(tensor: onnx.TensorProto) -> None:
             raise FileError(what, next_step=_AGAIN)
         return
     count, field = math.prod(tensor.dims), _SPREAD.get(kind, "int32_data")
+    # A complex number is two entries. Numbers narrower than a byte are packed: three of int4 are two bytes, and may be
+    # as many entries, or three.
     wanted = {2 * count if "COMPLEX" in kind.name else count, size if kind.bitwidth < 8 and size else count}
     if filled not in ([], [field]):
         raise FileError(f"keeps the numbers of {name} as those of another type", next_step=_AGAIN)
@@ -187,6 +189,7 @@ def _check_place(tensor: onnx.TensorProto, held: Mapping[str, memoryview]) -> No
     said, size, name = _said(tensor), _size(tensor), shown_name(tensor.name)
     there = held[said.get("location", "")].nbytes
     texts = [said.get("offset", "0"), said.get("length", str(size))]
+    # Numbers of 18 digits are below 2^63, so that no sum of two wraps around wherever it is computed.
     if not all(re.fullmatch(r"\d{1,18}", text, re.ASCII) for text in texts):
         raise FileError(f"says no possible place for the numbers of {name}", next_step=_BOTH)
     offset, length = map(int, texts)

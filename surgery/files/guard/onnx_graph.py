@@ -86,6 +86,9 @@ def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
 
 def _check_calls(model: onnx.ModelProto, functions: Mapping[_Name, onnx.FunctionProto]) -> None:
     """Raise FileError if a function calls itself, or if calls of calls add up to too many nodes."""
+    # ``sizes`` has each function with all that it calls, counted once; ``open_`` are those that are being counted, so
+    # that meeting one of them again is a circle. Example: of 40 functions each calls the next twice, a small file with
+    # 2^40 nodes, which is found in 40 steps.
     sizes: dict[_Name, int] = {}
     open_: list[_Name] = []
 

@@ -240,6 +240,7 @@ def _main(parameters: Mapping[str, Tensor], value: Tensor) -> str | Refusal:
     """
     sizes = {name: tensor.numel() for name, tensor in parameters.items()}
     mains = [name for name, size in sizes.items() if size == value.numel()]
+    # those of the weight's own shape come first
     mains.sort(key=lambda name: parameters[name].shape != value.shape)
     if not mains:
         return Refusal("its weight is computed from parameters of other sizes, which could not be restored")

@@ -117,6 +117,8 @@ def joined(groups: Iterable[Iterable[int]]) -> tuple[frozenset[int], ...]:
     >>> joined([{1, 2}, {4}, {5, 3}, {2, 3}])
     (frozenset({1, 2, 3, 5}),)
     """
+    # Invariant: no two groups in ``found`` share a number. A new group takes in all those that it meets: {2,
+    # 3} joins {1, 2} and {5, 3}.
     found: list[set[int]] = []
     for group in map(set, groups):
         apart = [other for other in found if not other & group]
@@ -167,6 +169,8 @@ def borders(network: Network, stage_of: Sequence[int], idle: Iterable[int] = ())
     ``idle`` are inputs of the model that no operation reads; stage 0 takes them, so that none is lost.
     """
     count = max(stage_of) + 1
+    # A value goes from the stage that gives it to each stage that reads it, and does not pass through those in between.
+    # Example: of stages 0, 1, 2, a value of stage 0 that 2 reads is an output of 0 and an input of 2 alone.
     inputs: list[set[int]] = [set(idle), *(set() for _ in range(1, count))]
     outputs: list[set[int]] = [set() for _ in range(count)]
     at = {value: stage_of[number] for value, number in network.producer.items()}

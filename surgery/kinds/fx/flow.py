@@ -138,6 +138,7 @@ def _of_function(node: Node, shape: ShapeOf) -> int:
         place, channels = (source, weight[0]) if turned else (shape(node), weight[0])
         return math.prod(place) // channels * math.prod(weight)
     if name in _PRODUCTS:
+        # each number of the output (.., m, n) is a sum of k products, k the last size of the first factor
         return math.prod(shape(node)) * shape(args[_PRODUCTS[name]])[-1]
     if name in _RECURRENT:
         rows = node.args[2]
@@ -166,6 +167,7 @@ def _of_module(module: nn.Module, shapes: Sequence[Shape]) -> int:
     except Exception:  # a module may need other inputs than these; then its cost is not known
         return 0
     counts = counter.get_flop_counts().get("Global", {})
+    # torch counts a multiplication and an addition as two operations
     return sum(flops for op, flops in counts.items() if str(op).rpartition(".")[2] in _COUNTED) // 2
 
 

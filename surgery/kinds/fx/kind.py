@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from surgery.kinds.base import Access, Kind, Pieces
 from surgery.kinds.fx.graph_module import OpenGraphModule
 from surgery.kinds.fx.run import bind_graph
-from surgery.kinds.fx.stages import CutGraph, Origin, graph_result, origin_of, take_numbers
+from surgery.kinds.fx.stages import CutGraph, Origin, graph_result, origin_of, run_stage, take_numbers
 from surgery.kinds.inputs import Declared, Inputs, Signature, example_forms, forward_signature, input_like
 
 __all__ = [
@@ -147,8 +147,7 @@ class GraphModuleKind(Kind):
 
     def run_stage(self, model: GraphModule, values: Sequence[Any]) -> tuple[Any, ...]:
         """Run a stage on its inputs, in order."""
-        outputs: tuple[Any, ...] = model(*values)
-        return outputs
+        return run_stage(model, values)
 
     def result(self, pieces: Pieces, leaves: Sequence[Any]) -> Any:
         """Return what the whole returns, made of its outputs."""

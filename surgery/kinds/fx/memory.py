@@ -68,6 +68,8 @@ def kept_together(
             if key not in last:
                 continue
             read = [other for other in node.all_input_nodes if own(other) == key]
+            # In the example at the top a, b and c have the home of ``a``, whose last writer is ``relu_``. Its result c
+            # is final, so that ``e``, which reads of this memory c alone, is free.
             free = number > last[key] and bool(read) and final.issuperset(read)
             if not free:
                 groups.setdefault(key, set()).add(number)

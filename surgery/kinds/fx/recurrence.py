@@ -120,6 +120,8 @@ def _read_kernel(node: Node, providers: Mapping[Node, str], parameters: _Names) 
     states = tuple(states) if isinstance(states, list | tuple) else (states,)
     target: Any = node.target
     mode = _MODES[target]
+    # W is (G H, I) and R is (G H, H), or (G H, P) with a projection. Example of an LSTM from 3
+    # to 4: W (16, 3), R (16, 4).
     size, columns = parameters[names[0]].shape if names[0] else (0, 0)
     out = parameters[names[1]].shape[1] if names[1] else 0
     hidden = size // _GATES[mode]

@@ -154,6 +154,7 @@ def _places(moved: Callable[[Tensor], Tensor], count: Tensor) -> Tensor | None:
 
     The numbers are moved digit by digit in base 32, because half precision represents only small integers exactly.
     """
+    # Example: 100 is moved as its digits 100 % 32 = 4 and 100 // 32 = 3, and is 4 + 3 * 32 again where they arrive.
     place, power = torch.zeros_like(count, dtype=torch.float64), 1
     while power < count.numel():
         place += moved(count // power % _BASE).round() * power

@@ -27,7 +27,7 @@ from surgery.kinds.fx.read import Reader
 from surgery.kinds.layers.tensors import key_of
 from surgery.sites.network import Network
 
-__all__ = ["CutGraph", "Origin", "graph_result", "origin_of", "take_numbers"]
+__all__ = ["CutGraph", "Origin", "graph_result", "origin_of", "run_stage", "take_numbers"]
 
 _META = "surgery_whole"
 _NUMBER = 8  # bytes of a number
@@ -257,3 +257,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(each) for each in value]
     return tuple(map(_plain, value)) if type(value) is tuple else value
+
+
+def run_stage(stage: GraphModule, values: Sequence[Any]) -> tuple[Any, ...]:
+    """Run a stage on its inputs, in order, without GraphModule's own call, which prints a traceback beside an error."""
+    found: tuple[Any, ...] = nn.Module.__call__(stage, *values)
+    return found

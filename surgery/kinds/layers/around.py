@@ -42,6 +42,7 @@ def inner_shape(module: nn.Module, within: Within, shape: Shape) -> Shape:
     if isinstance(found, Refusal):
         raise InputError(f"a layer cannot be followed at the shape {shape}: {found.reason}")
     # a padding that is done by hand enlarges the last axes of the input
+    # Example: of an input (1, 3, 8, 8), a padding (1, 2) makes (1, 3, 10, 12).
     pads = _pads(found[0].parts) if within.pads else ()
     return tuple(
         size + (2 * pads[at - len(found[0].shape)] if len(found[0].shape) - at <= len(pads) else 0)
@@ -112,6 +113,7 @@ def run_within(layer: nn.Module, within: Within, source: Any, run: Callable[[Any
     if not ran and isinstance(source, Proxy):
         raise InputError("torch.fx cannot see a factored layer call its operator", next_step="use torch.export")
     for name, value in own.items():  # attributes that the forward has set belong to the layer
+        # ``own`` stands for what is not there: it is nobody's attribute
         if theirs.get(name, own) is not value and name not in ghosts:
             theirs[name] = value
     return result

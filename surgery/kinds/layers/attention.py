@@ -108,6 +108,7 @@ class UnpackedAttention(nn.MultiheadAttention):
 
     def _heads(self, x: Tensor, part: int) -> Tensor:
         """Add a projection's third of the bias and split into heads: (..., H, L, D)."""
+        # (N, L, E) -> (N, L, H, D) -> (N, H, L, D), and (L, N, E) -> (L, N, H, D) -> (N, H, L, D)
         if self.in_proj_bias is not None:
             x = x + self.in_proj_bias[part * self.embed_dim : (part + 1) * self.embed_dim]
         return x.unflatten(-1, (self.num_heads, self.head_dim)).movedim(self._length_axis, -2)
@@ -148,6 +149,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
     """Return attention's values (..., L, D) and weights (..., L, S)."""
+    # (..., H, L, D) @ (..., H, D, S) -> (..., H, L, S)
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     weights = (scores if mask is None else scores + mask).softmax(-1)
     weights = F.dropout(weights, dropout) if dropout else weights

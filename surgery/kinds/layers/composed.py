@@ -129,6 +129,7 @@ def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 def _writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     inplace = name.endswith("_") and not name.endswith("__")
+    # ``__iadd__`` and the like write; of the names that begin so, three do not
     augmented = name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
     given = args[:1] or tuple(kwargs.values())  # torch.nn.init passes all its arguments by name
     written = pytree.tree_leaves(given) if inplace or augmented or name in _WRITES else []

@@ -51,6 +51,7 @@ def splice_modules(root: nn.Module, site: Site, chain: Chain, shared: Shared) ->
         CheckError: there is no operator module at any name of the site.
     """
     made: Replaced = {}
+    # A fit to data may have moved the bias. Tied modules have a bias each, and all of them move by the same difference.
     before, after = site.operator.bias, chain.bias
     moved = None
     if before is not None and after is not None and not before.is_meta:  # a chain that is cut has no numbers yet

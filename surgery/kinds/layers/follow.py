@@ -250,6 +250,7 @@ class Tap(TorchFunctionMode):
     ) -> Any:
         """Call the function, with ``see`` and ``change`` if it is the call at the place."""
         parts = _read(func, args, kwargs or {})
+        # every call of an operator's function counts down, as ``Follow`` has counted up
         here = parts is not None and self._left == 0
         self._left -= parts is not None
         if parts is not None and here:

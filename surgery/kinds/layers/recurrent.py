@@ -69,6 +69,8 @@ class _Step(nn.Module):
             h = o.sigmoid() * c.tanh()
             return (h if self.hr is None else self.hr(h), c)
         if self.mode == "GRU":
+            # n = tanh(W x + b_W + r (R h + b_R)): r multiplies the recurrent bias too, which
+            # therefore is not part of W x
             recurrent = recurrent if bias is None else recurrent + bias
             size = h.shape[-1]
             r, z = (part[..., : 2 * size] + recurrent[..., : 2 * size]).sigmoid().chunk(2, -1)
@@ -153,6 +155,7 @@ class UnpackedRecurrent(nn.RNNBase):
     def _initial(self, hx: Any, x: Tensor, batch: int, *, single: bool = False, order: Tensor | None = None) -> State:
         """Return the states before the first step, each (layers * directions, N, width), with rows in sorted order."""
         count = self.num_layers * self._directions
+        # Of an LSTM with projections, h has P numbers and c has H.
         shapes = [(count, batch, width) for width in self._widths]
         if hx is None:
             return tuple(x.new_zeros(shape) for shape in shapes)
@@ -168,6 +171,7 @@ class UnpackedRecurrent(nn.RNNBase):
         for layer in range(self.num_layers):
             rows = []
             for suffix in self._suffixes(layer):
+                # states lie in the order l0, l0_reverse, l1, ..., which is that of the loops
                 state = tuple(part[len(ends)] for part in states)
                 out, end = self._run(suffix, x, state, sizes)
                 rows.append(out)
@@ -228,6 +232,7 @@ class UnpackedRecurrent(nn.RNNBase):
         parts = [last, self._part("hh", suffix), self._part("hr", suffix)]
         if not all(part is None or _is_plain(part) for part in parts) or last is None:
             return None
+        # torch's order is W, R, then both biases, then P
         weights = [part.weight for part in parts if part is not None]
         biases = self._biases(suffix)
         return first, [*weights[:2], *biases, *weights[2:]]
@@ -318,6 +323,7 @@ class UnpackedRecurrent(nn.RNNBase):
         for layer in range(self.num_layers):
             rows = []
             for suffix in self._suffixes(layer):
+                # (..., I) -> (..., 1) -> (..., H), and gates (..., G H) of which H numbers serve as the cell
                 before = x[..., :1].repeat_interleave(self._widths[0], -1)
                 gates = self.get_submodule(f"ih_{suffix}")(x) + self.get_submodule(f"hh_{suffix}")(before)
                 cell = torch.sigmoid(gates)[..., : self.hidden_size]

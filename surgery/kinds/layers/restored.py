@@ -89,6 +89,8 @@ def _rescale(layer: nn.Module, target: Tensor, place: nn.Module, name: str) -> f
     """
     made = computed(layer, {})
     if made is not None:
+        # W = V / sigma, and sigma = u^T V v grows with v. The nearest multiple c of W has c = <W, target> / <W, W>, so
+        # that v times 1 / c gives c W.
         estimate: Any = place._buffers[name]
         place._buffers[name] = estimate * ((made * made).sum() / (made * target).sum()).to(estimate.dtype)
         made = computed(layer, {})

@@ -128,6 +128,7 @@ def _lengths(layer: nn.Module, numbers: Mapping[str, Tensor], target: Tensor) ->
     made = computed(layer, numbers)
     if made is None or made.shape != target.shape:
         return None
+    # both have one direction, so that lengths may be compared along the target: 1 / r = <t, t> / <t, f>
     wanted, found = target.double().flatten(1), made.double().flatten(1)
     return (wanted * wanted).sum(1) / (wanted * found).sum(1)
 
@@ -139,6 +140,7 @@ def _inverses(layer: nn.Module, name: str, target: Tensor) -> Iterator[Numbers]:
     path = name.rpartition(".")[0]
     value: Any = target.detach().clone()
     with torch.no_grad():
+        # parametrizations run first to last, and are undone last to first
         for step in reversed(list(layer.get_submodule(path).children())):
             inverse: Any = getattr(step, "right_inverse", None)
             if inverse is not None:
@@ -149,6 +151,7 @@ def _inverses(layer: nn.Module, name: str, target: Tensor) -> Iterator[Numbers]:
 
 def _gains(gain: Tensor, made: Tensor, target: Tensor) -> Iterator[Tensor]:
     """Yield the best gains for a target, for each axis that they fit; ``made`` is computed with gains of one."""
+    # g f nearest to t has g = <t, f> / <f, f>. Example of a channel: f = (1, 2) and t = (3, 6) give 15 / 5 = 3.
     product, square = (made * target).double(), (made * made).double()
     # the gain's size tells its axis, unless two axes have this size: then both are tried
     axes = [a for a, size in enumerate(target.shape) if size == gain.numel()] if gain.numel() > 1 else [-1]

@@ -225,6 +225,7 @@ def _differ_in_padding(calls: list[OperatorCall]) -> bool:
     for seen in calls:
         names, *values = seen.parts.rest
         given = dict(zip(names[2:], values, strict=True))
+        # all but the padding has to be the same; a transposed convolution's padding cannot be done by hand
         if given.pop("padding", None) is None or "output_padding" in given:
             return False
         forms.add(tuple(given.items()))

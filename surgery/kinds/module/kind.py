@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from surgery.kinds.base import Access, Kind, Pieces
-from surgery.kinds.fx.stages import CutGraph, graph_result, origin_of, take_numbers
+from surgery.kinds.fx.stages import CutGraph, graph_result, origin_of, run_stage, take_numbers
 from surgery.kinds.inputs import Declared, Inputs, Signature, example_forms, forward_signature
 from surgery.kinds.layers.unpacking import refuse_inplace
 from surgery.kinds.module.cut import cut_module
@@ -61,8 +61,7 @@ class ModuleKind(Kind):
 
     def run_stage(self, model: GraphModule, values: Sequence[Any]) -> tuple[Any, ...]:
         """Run a stage on its inputs, in order."""
-        outputs: tuple[Any, ...] = model(*values)
-        return outputs
+        return run_stage(model, values)
 
     def result(self, pieces: Pieces, leaves: Sequence[Any]) -> Any:
         """Return what the whole returns, made of its outputs."""

@@ -134,6 +134,8 @@ class ChainWriter(NodeWriter):
         split = isinstance(step, Unflatten)
         wide, narrow = (step.out_shape(shape), shape) if split else (shape, step.out_shape(shape))
         at = len(shape) + (step.dim if isinstance(step, Unflatten) else step.start)
+        # In the first example at = 1, ones = [2] and after = 2. Without axes after it, the sizes
+        # say all, and one node does.
         ones = range(at + 1, at + 1 + len(wide) - len(narrow))
         after = len(wide) - ones.stop
         sizes = [*wide[at : ones.stop]] if split else [narrow[at], *([1] * len(ones) if after else [])]

@@ -168,6 +168,7 @@ class CuttableOnnx(Cuttable):
         holds = [{value.name for step in part for value in step.holds} for part in parts]
         used = set().union(*holds)
         graph = self._copy.graph
+        # What nothing reads goes to stage 0, so that ``join`` finds all of it again.
         holds[0] |= {name for name in graph.initializers if name not in used}
         holds[0] |= {value.name for value in self._constants if value.name not in used}
         inferred = infer(self._copy)

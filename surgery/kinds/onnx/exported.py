@@ -27,9 +27,9 @@ from surgery.kinds.onnx.marks import MARK, SHIFT, words_of
 from surgery.kinds.onnx.simplify import fold_all, simplify
 from surgery.kinds.onnx.tensors import to_ir, to_torch
 from surgery.kinds.onnx.weights import find_weight, is_plain
-from surgery.sites import Flow, FusableChain, Reshape, Tensors, site_name
-from surgery.sites.fusable import fusable
+from surgery.sites import Flow, Reshape, Tensors, site_name
 from surgery.sites.placement import Part
+from surgery.sites.segments import find_segments, sites_of
 
 __all__ = ["mark_steps", "simplify_export"]
 
@@ -188,14 +188,17 @@ def _turn(value: ir.Value, nodes: list[ir.Node]) -> None:
 
 def mark_steps(model: ir.Model, flow: Flow) -> None:
     """Let the nodes of an exported model say which steps of chains they are, as the program's flow knows."""
-    for chain in fusable(flow)[0]:
-        for row in chain.rows if isinstance(chain, FusableChain) else ():
-            first = next(at for at, part in enumerate(row) if part.calls)
-            names = flow.tensors.aliases(row[first].calls[0].weight)
-            held = [model.graph.initializers[name] for name in names if name in model.graph.initializers]
-            for node in (use.node for value in held for use in value.uses()):
-                _mark_back(node, row[:first])
-                _mark_on(node, row[first + 1 :])
+    for row in find_segments(flow):
+        # whether a row is one operator is for the reader to find: to compose all rows of a model would take long
+        factored = not flow.recorded or flow.recorded.intersection(sites_of(flow, row))
+        if not factored or not any(isinstance(part, Reshape) for part in row):
+            continue
+        first = next(at for at, part in enumerate(row) if part.calls)
+        names = flow.tensors.aliases(row[first].calls[0].weight)
+        held = [model.graph.initializers[name] for name in names if name in model.graph.initializers]
+        for node in (use.node for value in held for use in value.uses()):
+            _mark_back(node, row[:first])
+            _mark_on(node, row[first + 1 :])
 
 
 def _mark_back(node: ir.Node, parts: Sequence[Part]) -> None:

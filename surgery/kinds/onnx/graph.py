@@ -56,6 +56,11 @@ class EditedGraph:
         self.record = read_record(model)
         self._place: int | None = None  # among the graph's inputs: where new weights go, if they are inputs
         self.home = self.graph  # the graph that gets new weights: that of the weights in whose place they stand
+        graphs = (self.graph, *self.graph.subgraphs())
+        rows = ((value, at) for graph in graphs for at, value in enumerate(graph.initializers.values()))
+        self._order: dict[ir.Value, tuple[int, ...]] = {value: (at,) for value, at in rows}
+        self._last = (len(self._order),)  # the place of what stands in no initializer's place
+        self._beside: tuple[int, ...] = self._last  # the place of new weights among the initializers
         self.reader = Reader(self.model)
         self._readers = [self.reader]
         self.made: dict[int, tuple[Tensor, ir.Value]] = {}  # the tensors of factors, by identity, and their values
@@ -79,6 +84,7 @@ class EditedGraph:
 
     def value(self, number: int) -> ir.Value:
         """Return the value that has a number, or what stands in its place now."""
+        # Each reading begins behind the end of the one before: the last that does not begin behind the number has it.
         reader = next(each for each in reversed(self._readers) if each.start <= number)
         value = reader.values[number - reader.start]
         while value in self._now:
@@ -103,7 +109,7 @@ class EditedGraph:
         node = value.producer()
         home = value.graph if node is None else node.graph
         assert isinstance(home, ir.Graph)
-        self.home = home
+        self.home, self._beside = home, self._order.get(value, self._last)
         self._place = self.graph.inputs.index(value) if value in self.graph.inputs else None
 
     def add_parameter(self, name: str, tensor: Tensor, *, weight: bool = True) -> ir.Value:
@@ -115,6 +121,7 @@ class EditedGraph:
             name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(numbers.dtype), const_value=numbers
         )
         self.home.register_initializer(value)
+        self._order[value] = (*self._beside, len(self._order))
         self._names.add(name)
         if weight and self._place is not None:
             self.graph.inputs.insert(self._place, value)
@@ -122,6 +129,12 @@ class EditedGraph:
         elif self.model.ir_version < _ALL_INPUTS and self.home is self.graph:
             self.graph.inputs.append(value)
         return value
+
+    def sort_initializers(self) -> None:
+        """Let new weights be listed where those were in whose place they stand."""
+        for graph in (self.graph, *self.graph.subgraphs()):
+            known = graph.initializers
+            known.data = dict(sorted(known.items(), key=lambda pair: self._order.get(pair[1], self._last)))
 
     def drop_unused(self, value: ir.Value) -> None:
         """Drop a weight or a bias that nothing reads any more, and the nodes that passed it on."""

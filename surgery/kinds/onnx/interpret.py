@@ -226,6 +226,8 @@ class Interpreter:
         plan, states = self._plan(body, opsets), len(body.inputs) - 2
 
         def run(env: Env) -> Sequence[Any]:
+            # A body takes (turn, going, states ...) and gives (going, states ..., rows ...); the rows
+            # of all turns are stacked.
             limit, go, *carried = (None if value is None else env[value] for value in node.inputs)
             rows: list[list[Tensor]] = [[] for _ in body.outputs[1 + states :]]
             turn, going = 0, go is None or bool(go)
@@ -279,6 +281,7 @@ def _with_frees(
     for at, (node, _) in enumerate(made):
         reads = (value for value in (*node.inputs, *captured_by(node)) if value is not None)
         last.update(dict.fromkeys([*node.outputs, *reads], at))
+    # Values from outside of a body stay: its next turn reads them again.
     own = {*inputs, *(value for node, _ in made for value in node.outputs)} - set(outputs)
     frees: dict[int, list[ir.Value]] = defaultdict(list)
     for value, at in last.items():

@@ -124,6 +124,8 @@ def _read_frame(text: str) -> ir.Model:
 
 def _nodes(stages: Sequence[ir.Model], places: Sequence[Any]) -> list[ir.Node]:
     """Return the nodes of the whole in order; of the copies of a constant the first, once they are compared."""
+    # Invariant: ``heads`` has of each stage the first node that is not placed yet. A name takes it from each stage
+    # whose head gives that constant, a number from that stage. At the end, none is left.
     waiting: list[Iterator[ir.Node]] = [iter(list(stage.graph)) for stage in stages]
     heads: list[ir.Node | None] = [next(row, None) for row in waiting]
     found: list[ir.Node] = []

@@ -90,6 +90,7 @@ def lay_out(model: ir.Model, name: str, *, most: int = _MOST_BYTES) -> Layout:
     chosen = _outside(model, most)
     for number, (tensor, put) in enumerate(all_tensors(model)):
         if number in chosen:
+            # Example of place 100: 28 bytes, to 128.
             gap = -place % _ALIGNED
             beside += [bytes(gap), tensor]
             put(_reference(tensor, f"{name}{BESIDE}", place + gap))
@@ -140,6 +141,8 @@ def _own(model: ir.Model, most: int) -> list[Piece]:
         what = f"the weights take {inside / 2**30:.1f} GiB"
         raise InputError(what, allowed="ONNX models below 2 GiB", next_step="take the model from before its export")
     proto = write_proto(model)
+    # Fields may come in any order: the graph is the last field of the model, and the initializers the last of the
+    # graph. So their bytes can follow what protobuf writes, once the lengths in front of both count them.
     pieces: list[Piece] = []
     size = 0
     for tensor in proto.graph.initializer:

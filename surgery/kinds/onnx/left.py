@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ DENSE = {  # where the weight stands
     **dict.fromkeys(RECURRENT, 1),
 }
 _PLACES = {"Gather": (0,), **dict.fromkeys(RECURRENT, (1, 2)), "Einsum": tuple(range(9))}  # else the first two
+_SIZES = ("Shape", "Size")
 _MOST_READ = 10_000  # values from which a weight is computed
 
 
@@ -74,18 +76,30 @@ def _skips(reader: Reader, node: ir.Node) -> Iterator[Skip]:
         yield _skip(reader, node, node.inputs[1:2] if node in reader.gates else node.inputs, reason)
     if node in reader.gates:
         yield _skip(reader, node, node.inputs[2:3], _IN_LOOP)
-    own = [inner for inner in inside(node) if reader.around[inner] is node]  # others have numbers of their own
-    function = reader.functions.get(node.op_identifier())
-    rows = [(own, f"a body of {node.op_type}"), ([] if function is None else function.all_nodes(), "a function")]
-    for inner, where in [(inner, where) for row, where in rows for inner in row]:
+    for inner, where in _hidden(reader, node):
         if _reason(reader, inner) is not None:
             yield _skip(reader, inner, inner.inputs, f"it is inside of {where}")
+
+
+def _hidden(reader: Reader, node: ir.Node) -> Iterator[tuple[ir.Node, str]]:
+    """Yield the nodes in the bodies of a node and in all functions that it leads to, and where each is."""
+    own = [inner for inner in inside(node) if reader.around[inner] is node]  # others have numbers of their own
+    yield from ((inner, f"a body of {node.op_type}") for inner in own)
+    waiting, seen = [node, *own], set()
+    while waiting:
+        name = waiting.pop().op_identifier()
+        if name in reader.functions and name not in seen:
+            seen.add(name)
+            nodes = list(reader.functions[name].all_nodes())
+            yield from ((inner, "a function") for inner in nodes)
+            waiting += nodes
 
 
 def _skip(reader: Reader, node: ir.Node, values: Sequence[ir.Value | None], reason: str) -> Skip:
     weights = [found for value in values if (found := reader.weight(value)) is not None]
     large = [found for found in weights if len(found.shape) > 1]
-    name = site_name(large[0].name) if large else node.name or node.outputs[0].name or node.op_type
+    own = node.name or node.outputs[0].name or node.op_type
+    name = site_name(large[0].name) if large and reader.is_named(large[0]) else own
     known = [found for found in large if found.name in reader.parameters]
     return Skip(name, node.op_type, reason, sum(numbers_of(found.tensor) for found in known))
 
@@ -124,15 +138,22 @@ def _computed(reader: Reader, node: ir.Node) -> str | None:
             if len(weight.shape) > 1 and at in _PLACES.get(node.op_type, (0, 1)):
                 return _held(node, at, weight)
             continue
-        large = [] if producer is None or at not in _PLACES.get(node.op_type, (0, 1)) else _constants(reader, value)
-        if not large:
+        if producer is None or at not in _PLACES.get(node.op_type, (0, 1)):
             continue
-        assert producer is not None
-        if all(found.is_float for found in large):
+        constants = _constants(reader, value)
+        large = [found for found in constants if found is None or _is_large(found, table=node.op_type == "Gather")]
+        if narrow := next((found for found in large if found is not None and not found.is_float), None):
+            return f"its weight is {narrow.tensor.dtype.name}, read through {producer.op_type}; {EARLIER}"
+        if large:
             return f"its weight is computed by {producer.op_type}"
-        narrow = next((found.tensor.dtype.name for found in large if not found.is_float), "")
-        return f"its weight is {narrow}, read through {producer.op_type}; {EARLIER}"
     return None
+
+
+def _is_large(weight: Weight, *, table: bool) -> bool:
+    """Whether constants of a computed weight are numbers of it: not its sizes, axes, scale or the rows of a table."""
+    if weight.is_float:
+        return math.prod(weight.shape) > 1
+    return len(weight.shape) > 1 and (weight.is_quantized or not table)
 
 
 def _held(node: ir.Node, at: int, weight: Weight) -> str | None:
@@ -145,9 +166,12 @@ def _held(node: ir.Node, at: int, weight: Weight) -> str | None:
     return f"{node.op_type} reads it"
 
 
-def _constants(reader: Reader, value: ir.Value | None) -> list[Weight]:
-    """Return the constants with two axes from which a value is computed; none if anything else is read."""
-    waiting, large, seen = [value], [], set[ir.Value]()
+def _constants(reader: Reader, value: ir.Value | None) -> list[Weight | None]:
+    """Return the constants from which a value is computed; none if more than the sizes of anything else is read.
+
+    None stands for numbers that the graph makes itself: random ones, and those of a sparse Constant node.
+    """
+    waiting, found, seen = [value], list[Weight | None](), set[ir.Value]()
     while waiting:
         one = waiting.pop()
         if one is None or one in seen:
@@ -155,10 +179,16 @@ def _constants(reader: Reader, value: ir.Value | None) -> list[Weight]:
         seen.add(one)
         weight = reader.weight(one)
         if weight is not None:
-            large += [weight] * (len(weight.shape) > 1 and (weight.is_float or weight.is_quantized))
+            found.append(weight)
             continue
         node = one.producer()
         if node is None or len(seen) > _MOST_READ:
             return []
-        waiting += node.inputs
-    return large
+        if node.op_type in _SIZES and is_plain(node):
+            continue
+        ends = [branch.outputs[one.index() or 0] for branch in branches(node)]  # whatever the condition is
+        if not ends and any(True for _ in inside(node)):
+            return []  # a body may read anything
+        found += [] if node.inputs or ends else [None]
+        waiting += ends or node.inputs
+    return found

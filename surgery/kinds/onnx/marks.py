@@ -56,6 +56,7 @@ def link_of(node: ir.Node) -> tuple[Unflatten | Flatten | Transpose, tuple[ir.No
 
 def _transpose(node: ir.Node) -> Transpose | None:
     order = list(node.attributes["perm"].value) if "perm" in node.attributes else []
+    # Example of the order 0 2 1: places 1 and 2 have moved, and have changed places: the step is Transpose(-2, -1).
     moved = [at for at, axis in enumerate(order) if at != axis]
     if len(moved) != 2 or order[moved[0]] != moved[1]:
         return None

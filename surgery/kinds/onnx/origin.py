@@ -78,12 +78,19 @@ class Origin:
         node.metadata_props[_WAS] = base64.b64encode(self._graph.SerializeToString(deterministic=True)).decode()
 
     def restore_nodes(self, nodes: Sequence[ir.Node], taken: set[str | None]) -> None:
-        """Give new nodes and the values between them their names again, unless another value has the name."""
+        """Give new nodes and the values between them their names again, unless another value has the name.
+
+        An Add reads its bias first again, if it did.
+        """
         if [node.op_type for node in nodes] != [said.op_type for said in self._graph.node]:
             return
         for node, said in zip(nodes, self._graph.node, strict=True):
             node.name, node.doc_string = said.name, said.doc_string or None
             node.metadata_props.update({each.key: each.value for each in said.metadata_props})
+            if node.op_type == "Add" and [node.inputs[1].name] == said.input[:1]:  # type: ignore[union-attr]
+                product, bias = node.inputs
+                node.replace_input_with(0, bias)
+                node.replace_input_with(1, product)
             configure(node, said)
         for node, info in zip(nodes, self._graph.value_info, strict=False):
             value = node.outputs[0]

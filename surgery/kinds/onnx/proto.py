@@ -126,6 +126,7 @@ def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
     """Return a sparse initializer as a dense one of the same name."""
     name, dims = sparse.values.name, tuple(sparse.dims)
     what = f"has a sparse initializer, {name},"
+    # Before memory is taken: a few bytes may claim any size.
     numbers = 8 * math.prod(dims)
     if numbers > MOST_BYTES:
         raise FileError(f"{what} of {math.prod(dims)} numbers", allowed=f"{MOST_BYTES} bytes of numbers")

@@ -11,7 +11,7 @@ gives one more value, its gates: the product of its input and its input weight, 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -19,13 +19,14 @@ from typing import Any
 import onnx_ir as ir
 from torch import Tensor
 
-from surgery.algebra import Conv, Embedding, Geometry, Linear, Operator, Shift
+from surgery.algebra import Conv, Embedding, Linear, Operator, Shift
 from surgery.errors import Refusal
+from surgery.kinds.onnx.geometry import geometry_of
 from surgery.kinds.onnx.left import DENSE, EARLIER, RECURRENT, branches, inside, is_recurrent, left_of
 from surgery.kinds.onnx.marks import MARK, SHIFT, link_of
 from surgery.kinds.onnx.tensors import FLOATS
 from surgery.kinds.onnx.weights import Weight, find_weight, held, is_plain, is_view
-from surgery.sites import Activation, BatchNorm, Call, Element, Epilogue, Left, Other, Reshape, Sum
+from surgery.sites import Activation, BatchNorm, Call, Element, Epilogue, Left, Other, Reshape, Sum, site_name
 
 __all__ = ["Reader", "attributes_of"]
 
@@ -102,6 +103,18 @@ class Reader:
         if value not in self._weights:
             self._weights[value] = find_weight(value)
         return self._weights[value]
+
+    @cached_property
+    def _named(self) -> Mapping[str, ir.Value]:
+        """The first weight of each site name."""
+        held_by = {name: held(root) for name, root in reversed(self.roots.items())}
+        large = [name for name, tensor in held_by.items() if tensor is not None and len(tensor.shape) > 1]
+        return {site_name(name): self.roots[name] for name in large}
+
+    def is_named(self, weight: Weight) -> bool:
+        """Whether no other weight of the graph had its name, or that of its site, before."""
+        first = self._named.get(site_name(weight.name), weight.root)
+        return self.roots.get(weight.name, weight.root) is weight.root is first
 
     def _plain(self, value: ir.Value | None) -> Weight | None:
         """Return the bias that a value is; None if nodes compute it, if only from another shape or type."""
@@ -233,7 +246,7 @@ class Reader:
             return None  # a table of indices or sizes
         if self.around.get(node) is not node:
             return Refusal("it is inside of a body")
-        if self.roots.get(weight.name) is not weight.root:
+        if not self.is_named(weight):
             return Refusal("another weight of the model has its name")
         if not weight.is_float:
             return Refusal(f"its weight is {weight.tensor.dtype.name}; {EARLIER}")
@@ -263,7 +276,9 @@ class Reader:
         transposed, groups = node.op_type == "ConvTranspose", int(said.get("group", 1))
         if not 1 <= len(weight.shape) - 2 <= 3:
             return Refusal("it is a convolution over more than three axes")
-        geometry = _geometry(said, weight.shape[2:], node.inputs[0], transposed=transposed)
+        if tuple(said.get("kernel_shape", weight.shape[2:])) != weight.shape[2:]:
+            return Refusal("its weight has another shape than what its kernel_shape says")
+        geometry = geometry_of(said, weight.shape[2:], node.inputs[0], transposed=transposed)
         if isinstance(geometry, Refusal):
             return geometry
         out = weight.shape[1] * groups if transposed else weight.shape[0]
@@ -346,55 +361,3 @@ def _in_order(graph: ir.Graph) -> Iterator[ir.Node]:
 
 def _gates_of(node: ir.Node) -> ir.Value:
     return ir.Value(name=f"{node.name or node.op_type}.gates")
-
-
-def _geometry(
-    said: Mapping[str, Any], kernel: Sequence[int], source: ir.Value | None, *, transposed: bool
-) -> Geometry | Refusal:
-    dims = len(kernel)
-    stride = tuple(said.get("strides", (1,) * dims))
-    dilation = tuple(said.get("dilations", (1,) * dims))
-    extra = tuple(said.get("output_padding", (0,) * dims))
-    auto = said.get("auto_pad", "NOTSET")
-    if transposed and "output_shape" in said:
-        return Refusal("it is a ConvTranspose with output_shape")
-    pads = list(said.get("pads", (0,) * 2 * dims))
-    padding: tuple[tuple[int, int], ...] | Refusal = tuple(zip(pads[:dims], pads[dims:], strict=True))
-    if auto == "VALID":
-        padding = ((0, 0),) * dims
-    elif auto in ("SAME_UPPER", "SAME_LOWER"):
-        padding = _same(kernel, stride, dilation, source, transposed=transposed, lower=auto == "SAME_LOWER")
-    if isinstance(padding, Refusal):
-        return padding
-    if any(side < 0 for pair in padding for side in pair):
-        return Refusal("it has negative pads")
-    if transposed and any(before != after for before, after in padding):
-        return Refusal("it is a ConvTranspose with unequal pads")
-    return Geometry(stride, padding, dilation, extra, transposed=transposed)
-
-
-def _same(
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    source: ir.Value | None,
-    *,
-    transposed: bool,
-    lower: bool,
-) -> tuple[tuple[int, int], ...] | Refusal:
-    """Return the pads by which an output is as large as its input, divided by the stride and rounded up."""
-    if transposed:
-        return Refusal("it is a ConvTranspose with auto_pad")
-    sizes = [] if source is None or source.shape is None else list(source.shape)[2:]
-    padding = []
-    for at, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        span = d * (k - 1)
-        total = span
-        if s > 1:
-            size = sizes[at] if at < len(sizes) else None
-            if not isinstance(size, int):
-                return Refusal("its pads depend on the size of its input (auto_pad with a stride)")
-            total = max(0, (-(-size // s) - 1) * s + span + 1 - size)
-        small, large = total // 2, total - total // 2
-        padding.append((large, small) if lower else (small, large))
-    return tuple(padding)

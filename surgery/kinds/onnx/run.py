@@ -224,10 +224,8 @@ class Shapes:
         feeds = feeds_of(self._reader, self._inputs)
         for value, found in feeds.items():
             note(value, found)
-        constants = interpret(self._model, self._reader, feeds, observers)
-        for value in values.values():
-            if value in constants:
-                note(value, constants[value])
+        for value, found in interpret(self._model, self._reader, feeds, observers).items():
+            note(value, found)
         give_back()
         return {number: known[value] for number, value in values.items() if value in known}
 
@@ -264,6 +262,8 @@ class Shapes:
             return 0
         if node.op_type in ("LSTM", "GRU", "RNN"):
             return math.prod(reads[:2]) * sum(math.prod(weight.shape) for weight in weights)  # in each step
+        # Each place reads the whole weight once: places of the output in a Conv, of the input in a ConvTranspose.
+        # Example of a Conv (8, 3, 3, 3) that gives (1, 8, 10, 10): 800 / 8 * 216 = 21,600.
         size = math.prod(weights[0].shape)
         if node.op_type == "ConvTranspose":
             return math.prod(reads) // max(1, weights[0].shape[0]) * size

@@ -75,6 +75,7 @@ class View:
         """Return what the node would have to read to compute a tensor; rounded if the node casts."""
         if self.op_type == "Transpose":
             order = self.said or tuple(reversed(range(tensor.dim())))
+            # The inverse order: 2 0 1 is undone by 1 2 0.
             return tensor.permute(tuple(np.argsort(order)))
         if self.op_type == "Cast":
             return tensor.to(DTYPES[self.dtype])
@@ -180,6 +181,8 @@ def held(value: ir.Value | None) -> ir.TensorProtocol | None:
     if node is not None and node.op_type == "Constant" and is_plain(node) and "value" in node.attributes:
         found: ir.TensorProtocol = node.attributes["value"].value
         return found
+    if node is not None and node.op_type == "Constant" and is_plain(node) and "value_ints" in node.attributes:
+        return ir.tensor(list(node.attributes["value_ints"].value or ()), dtype=ir.DataType.INT64)  # sizes or axes
     return value.const_value if value.is_initializer() else None
 
 

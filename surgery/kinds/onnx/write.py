@@ -346,6 +346,7 @@ class OpenOnnx(EditedGraph, OpenModel):
 
     def finish(self) -> Any:
         """Return the changed model, with its record."""
+        self.sort_initializers()
         if self.record:
             self.model.metadata_props[RECORD] = json.dumps(self.record.to_json())
         else:

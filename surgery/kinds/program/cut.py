@@ -137,6 +137,8 @@ class CutProgram(Cuttable):
             if spec.kind is OutputKind.USER_OUTPUT:
                 continue
             changed = [n for n in (*self._inputs, *self._lifted) if self._is_changed(n, spec)]
+            # The write of an exported program is an output, after all reads. In stages a read in a later one would see
+            # the new numbers: so whoever reads the old ones stays with what computes the new ones.
             readers = {numbers[user] for n in changed for user in n.users if user in numbers}
             groups.append(readers | {numbers[n] for n in [self._named[spec.arg.name]] if n in numbers})
         return [*groups, *self._unbacked(numbers).values(), *checks(self._operations)]
@@ -157,6 +159,8 @@ class CutProgram(Cuttable):
         for node in self._operations:
             for other in (node, *node.all_input_nodes):
                 for symbol in symbols_in(other.meta.get("val")):
+                    # torch names sizes that follow from input shapes s0, s1, ... and those that only a run
+                    # tells, as of nonzero(), u0, ...
                     if symbol.startswith("u"):
                         groups.setdefault(symbol, set()).add(numbers[node])
         return groups
@@ -176,6 +180,7 @@ class CutProgram(Cuttable):
         plain = borders(network, stage_of, idle)
         stages = []
         for number, border in enumerate(plain):
+            # A stage that writes to an input takes it, whether one of its operations reads it or not.
             inputs = dict.fromkeys([*targets.get(number, []), *(nodes[v] for v in border.inputs)])
             operations = [n for n, at in zip(self._operations, stage_of, strict=True) if at == number]
             lifted = [n for n in self._lifted if self._is_in(n, number, stage_of, changes)]
@@ -218,6 +223,7 @@ class CutProgram(Cuttable):
         args, kwargs = self._program.example_inputs
         run = _Recorder(self._program.graph_module, wanted)
         values = bind_program(self._program, read_program(self._program), (tuple(args), dict(kwargs)))
+        # The run must not change the program: a buffer or an input that an operation writes to is given as a copy.
         own = [v if n in self._inputs and n not in self._changed_inputs else _copy(v) for n, v in values.items()]
         with torch.no_grad(), kept_random(self._program.graph_module):
             run.run(*own)
@@ -237,6 +243,7 @@ class CutProgram(Cuttable):
             program.graph_signature,
             program.module_call_graph,
             [(node.name, stage) for node, stage in zip(self._operations, stage_of, strict=True)],
+            # Where an attribute stood: before the operation with this number, the first after it in the graph.
             [(node.name, min(numbers[n] for n in _after(node) if n in numbers)) for node in rest],
             list(program.state_dict),
             list(program.constants),

@@ -82,6 +82,8 @@ class _Joining:
         whole = self._whole
         for spec in whole.signature.input_specs:
             self._copy(self._find(spec.arg.name, "placeholder"))
+        # Invariant: before operation n, all attributes that stood before it are there, and ``_of`` finds each value
+        # that it reads, or says that the order is wrong. So the graph is in an order in which it can run.
         rest = sorted(whole.attributes, key=lambda row: row[1])
         for number, (name, stage) in enumerate(whole.operations):
             while rest and rest[0][1] <= number:
@@ -153,6 +155,7 @@ class _Values:
         if not isinstance(size, SymInt) or env is None or size.node.shape_env is env:
             return size
         other = size.node.shape_env
+        # Symbols of two files are one if they have one name: all stages were cut from a program that had it once.
         for symbol in size.node.expr.free_symbols:
             if symbol in other.backed_var_to_val and symbol not in env.backed_var_to_val:
                 env.add_backed_var_to_val(symbol, int(other.backed_var_to_val[symbol]))

@@ -174,4 +174,5 @@ def _match(dim: Any, size: int, values: dict[Any, int]) -> bool:
     # a plain symbol takes the size of the first input that has it; an expression such as 2*s0 has to agree with it
     if expression.is_Symbol:
         return values.setdefault(expression, size) == size
+    # Example of 2*s0 with s0 = 4: size 8 fits, 6 does not. With s0 not yet known nothing can be said, and it passes.
     return not expression.subs(values).is_number or int(expression.subs(values)) == size

@@ -51,6 +51,9 @@ class Stage:
             return False
         if node in self._again:
             return True
+        # Example of a stage that gets x (s0, 8) and needs s0 * 8: s0 has the place (x, 0) and becomes
+        # sym_size(x, 0), and s0 * 8 has no place, but all that it reads is computed here, so that its node is
+        # copied. No place and no inputs: sent.
         place = next(_places(value, tensors), None)
         if place is None and not all(self._is_computed(other, tensors) for other in node.all_input_nodes):
             return False

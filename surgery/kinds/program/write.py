@@ -196,6 +196,7 @@ class OpenProgram(GraphEdits):
     def _stamp_body(self, scan: Node, body: Node) -> None:
         """Give the nodes of a loop's body the fake values that they have in this program."""
         given: Any = torch.fx.map_arg(scan.args, lambda n: n.meta["val"])
+        # scan(body, states, xs, additional inputs): the body gets one slice of each xs, without its first axis.
         _, states, parts, others = given
         module = self.root.get_submodule(str(body.target))
         assert isinstance(module, GraphModule)  # as torch exports it

@@ -16,6 +16,7 @@ _REDUCED = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
 
 def _gather(said: Said, x: Tensor, indices: Tensor) -> Tensor:
     axis = said.get("axis", 0) % x.dim()
+    # Example of x (5, 8) and indices (2, 3) along axis 0: (6, 8), then (2, 3, 8).
     found = x.index_select(axis, wrapped(indices, x.shape[axis]).flatten())
     return found.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
@@ -28,6 +29,8 @@ def _gather_elements(said: Said, x: Tensor, indices: Tensor) -> Tensor:
 def _gather_nd(said: Said, x: Tensor, indices: Tensor) -> Tensor:
     batch, depth = said.get("batch_dims", 0), indices.shape[-1]
     shape = (*indices.shape[:-1], *x.shape[batch + depth :])
+    # Example of x (2, 3, 4), one batch axis and indices (2, 5, 1): row r of five picks from x[r],
+    # and the result is (2, 5, 4).
     rows = math.prod(x.shape[:batch])
     x, indices = x.reshape(rows, *x.shape[batch:]), indices.reshape(rows, -1, depth)
     places = [wrapped(indices[..., at], x.shape[1 + at]) for at in range(depth)]
@@ -48,6 +51,7 @@ def _scatter_nd(said: Said, x: Tensor, indices: Tensor, updates: Tensor) -> Tens
     if reduction in ("none", "add"):
         return torch.index_put(x, tuple(places), updates, accumulate=reduction == "add")
     # the first axes as one, and the same index for all numbers of a row
+    # Example of x (2, 3, 4) and indices of two numbers: the strides are 3 and 1, and place (1, 2) is row 5.
     strides = [math.prod(x.shape[at + 1 : depth]) for at in range(depth)]
     rows = sum(place * stride for place, stride in zip(places, strides, strict=True))
     flat, more = x.reshape(math.prod(x.shape[:depth]), -1), updates.reshape(indices[..., 0].numel(), -1)
@@ -82,6 +86,7 @@ def _arg(said: Said, x: Tensor) -> Tensor:
     find = torch.argmax if said.op_type == "ArgMax" else torch.argmin
     if not said.get("select_last_index", 0):
         return find(x, axis, keep)
+    # The first from behind is the last: of four numbers, place 0 of the flipped ones is place 3.
     return x.shape[axis] - 1 - find(x.flip(axis), axis, keep)
 
 
@@ -89,6 +94,7 @@ def _cum_sum(said: Said, x: Tensor, axis: Tensor) -> Tensor:
     at, reverse = int(axis.item()), said.get("reverse", 0)
     turned = x.flip(at) if reverse else x
     found = torch.cumsum(turned, at, dtype=x.dtype)
+    # Without the number itself: 1 2 3 gives 0 1 3, and in reverse 5 3 0.
     if said.get("exclusive", 0):
         found = torch.cat([torch.zeros_like(found.narrow(at, 0, 1)), found.narrow(at, 0, x.shape[at] - 1)], at)
     return found.flip(at) if reverse else found

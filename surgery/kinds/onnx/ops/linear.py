@@ -30,6 +30,8 @@ def pads_around(
         return list(zip(pads[:dims], pads[dims:], strict=True))
     found = []
     for size, k, s, d in zip(sizes, kernel, stride, dilation, strict=True):
+        # ceil(size / s) windows of span d (k - 1) + 1 fit with ``total`` pads. Example of k = 3, s = 2: size 5 has 3
+        # windows and 2 pads, size 6 has 3 windows and 1, which SAME_UPPER puts behind.
         total = max(0, (-(-size // s) - 1) * s + d * (k - 1) + 1 - size)
         small, large = total // 2, total - total // 2
         found.append((large, small) if auto == "SAME_LOWER" else (small, large))
@@ -66,6 +68,7 @@ def _conv_transpose(said: Said, x: Tensor, weight: Tensor, bias: Tensor | None =
     if even and all(e < max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
         padding = tuple(before for before, _ in pads)
         return _TRANSPOSED[dims](x, weight, bias, stride, padding, extra, groups, dilation)
+    # All (n - 1) s + d (k - 1) + 1 numbers, then pads as crops. Example of pads (1, 0) and output_padding 1: -1 and +1.
     y = _TRANSPOSED[dims](x, weight, None, stride, 0, 0, groups, dilation)
     y = padded(y, [(-before, e - after) for (before, after), e in zip(pads, extra, strict=True)])
     return y if bias is None else y + bias.reshape(-1, *[1] * dims)
@@ -102,15 +105,19 @@ def _attention(said: Said, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None 
     flat = q.dim() == 3
     if flat:
         heads, shared = said.get("q_num_heads"), said.get("kv_num_heads")
+        # (N, L, heads D) -> (N, heads, L, D)
         q = q.unflatten(-1, (heads, -1)).transpose(1, 2)
         k, v = (each.unflatten(-1, (shared, -1)).transpose(1, 2) for each in (k, v))
     if mask is not None and mask.shape[-1] != k.shape[-2]:
         return None
     if k.shape[1] != q.shape[1]:
+        # Example of 8 heads of queries and 2 of keys: heads 0 to 3 read head 0, heads 4 to 7 head 1.
         k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], 1) for each in (k, v))
     scale = said.get("scale") or 1 / math.sqrt(q.shape[-1])
+    # (N, heads, L, D) @ (N, heads, D, S)
     scores = q @ k.mT * scale
     if said.get("is_causal", 0):
+        # Query l sees key s <= l.
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
         scores = scores.masked_fill(hidden, -math.inf)
     if mask is not None:

@@ -39,6 +39,7 @@ def _lstm(layer: _Layer, x: Tensor, state: _State) -> _State:
     assert c is not None  # an LSTM has a cell
     i, o, f, g = (x + _times(layer, h)).chunk(4, -1)
     if layer.peepholes is not None:
+        # i and f see the cell as it was, o as it is afterwards.
         to_i, to_o, to_f = layer.peepholes.chunk(3, -1)
         i, f = i + to_i * c, f + to_f * c
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
@@ -58,6 +59,7 @@ def _gru(layer: _Layer, x: Tensor, state: _State) -> _State:
         inner = inner if layer.bias is None else inner + layer.bias[2 * size :]
         n = torch.tanh(x[..., 2 * size :] + inner)
     else:
+        # r multiplies R h and its bias after the product, so that one product serves all three gates.
         all_gates = _times(layer, h)
         z, r = torch.sigmoid(x[..., : 2 * size] + all_gates[..., : 2 * size]).chunk(2, -1)
         n = torch.tanh(x[..., 2 * size :] + r * all_gates[..., 2 * size :])
@@ -134,6 +136,7 @@ def _any(parts: Sequence[Tensor | None]) -> bool:
 
 def _products(said: Said, x: Tensor, w: Tensor, b: Tensor | None) -> list[Tensor]:
     """Return X W^T plus the bias of the inputs, (steps, N, gates * H), for each direction."""
+    # (steps, N, I) @ (I, directions * gates * H)
     product = x @ w.flatten(0, 1).mT
     if said.get("layout", 0):
         product = product.transpose(0, 1)  # whoever sees it knows the input as (N, steps, features)

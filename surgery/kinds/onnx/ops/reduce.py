@@ -59,6 +59,7 @@ def _over_rest(function: Callable[..., Tensor]) -> Op:
             return function(x, dim=said.get("axis", -1))
         axis = said.get("axis", 1)
         axis = axis + x.dim() if axis < 0 else axis
+        # Example of (2, 3, 4) with axis 1: two rows of twelve numbers, each of which sums to 1.
         rows = math.prod(x.shape[:axis])
         return function(x.reshape(rows, -1), dim=-1).reshape(x.shape)
 

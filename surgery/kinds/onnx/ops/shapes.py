@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from surgery.errors import InputError
 from surgery.kinds.onnx.ops.said import Op, Said, axes_of, ints
 from surgery.kinds.onnx.tensors import to_torch, torch_dtype
+from surgery.system.memory import available_memory
 
 __all__ = ["SHAPES"]
+
+_LARGE = 2**30  # bytes
 
 
 def _shape(said: Said, x: Tensor) -> Tensor:
@@ -79,6 +83,7 @@ def _slice(
     by = [1] * len(first) if steps is None else ints(steps)
     index: list[Any] = [slice(None)] * x.dim()
     for axis, start, end, step in zip(along, first, last, by, strict=True):
+        # A range that is sliced has its ends clamped, as ONNX wants it: of 5 numbers, 3:100 are 3 and 4.
         chosen = range(x.shape[axis])[slice(start, end, step) if step > 0 else _backwards(start, end, step, x, axis)]
         if step > 0:
             index[axis] = slice(chosen.start, max(chosen.start, chosen.stop), step)
@@ -119,13 +124,20 @@ def _padding_indices(mode: str, before: int, size: int, after: int) -> Tensor:
         return places.clamp(0, size - 1)
     if mode == "wrap":
         return places % size
+    # A reflection repeats itself after going there and back. Example of four numbers with two before and after: places
+    # -2 .. 5 modulo 6 are 4 5 0 1 2 3 4 5, and those from 4 on go back: 2 1 0 1 2 3 2 1.
     period = max(1, 2 * (size - 1))
     places = places % period
     return torch.where(places < size, places, period - places)
 
 
 def _expand(said: Said, x: Tensor, shape: Tensor) -> Tensor:
-    return x.expand(torch.broadcast_shapes(x.shape, tuple(ints(shape))))
+    sizes = torch.broadcast_shapes(x.shape, tuple(ints(shape)))
+    needed = math.prod(sizes) * x.element_size()
+    # torch repeats numbers without memory, so that nothing would end what reads them
+    if needed > _LARGE and needed > (available_memory() or math.inf):
+        raise InputError(f"an Expand gives {needed} bytes", allowed="what fits into memory")
+    return x.expand(sizes)
 
 
 def _tile(said: Said, x: Tensor, repeats: Tensor, axis: Tensor | None = None) -> Tensor | None:
@@ -158,6 +170,7 @@ def _trilu(said: Said, x: Tensor, k: Tensor | None = None) -> Tensor:
 def _depth_to_space(said: Said, x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     b = said.get("blocksize")
+    # Channel (i b + j) c + k (DCR), or k b^2 + i b + j (CRD), goes to channel k, row h b + i, column w b + j.
     if said.get("mode", "DCR") == "DCR":
         x = x.reshape(n, b, b, c // (b * b), h, w).permute(0, 3, 4, 1, 5, 2)
     else:
@@ -168,6 +181,7 @@ def _depth_to_space(said: Said, x: Tensor) -> Tensor:
 def _space_to_depth(said: Said, x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     b = said.get("blocksize")
+    # Channel k at row h b + i, column w b + j goes to channel (i b + j) c + k: the inverse of DCR.
     x = x.reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4)
     return x.reshape(n, c * b * b, h // b, w // b)
 

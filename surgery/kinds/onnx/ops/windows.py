@@ -31,6 +31,8 @@ class _Windows:
         self.pads = []
         rows = zip(x.shape[2:], self.kernel, self.stride, self.dilation, self.inside, strict=True)
         for size, k, s, d, (before, after) in rows:
+            # Example of 5 numbers, k = 2, s = 2 with ceil_mode: ceil(3 / 2) + 1 = 3 windows need 6,
+            # so that 1 more is behind.
             span = d * (k - 1) + 1
             steps = (size + before + after - span) / s
             count = math.ceil(steps) + 1 if said.get("ceil_mode", 0) else math.floor(steps) + 1
@@ -59,6 +61,7 @@ def _average_pool(said: Said, x: Tensor) -> Tensor | None:
     if not any(side for pair in found.pads for side in pair):
         return mean
     # the share of each window that counts: the input, or all that ``pads`` says
+    # Example of a window of 2 with the number 3 and one pad: the mean 1.5 over the share 0.5 is 3.
     counts = x.new_ones((1, 1, *x.shape[2:]))
     if said.get("count_include_pad", 0):
         counts = padded(counts, found.inside, 1.0)
@@ -125,6 +128,8 @@ def _places(said: Said, old: int, new: int, scale: float) -> Tensor:
     default = "half_pixel" if said.opset >= 11 else "asymmetric"
     mode = said.get("coordinate_transformation_mode", default)
     at = torch.arange(new, dtype=torch.float32)
+    # Example of 2 numbers made 4, scale 2: asymmetric 0 0.5 1 1.5, half_pixel -0.25 0.25 0.75 1.25,
+    # align_corners 0 1/3 2/3 1.
     if mode == "asymmetric":
         return at / scale
     if mode == "align_corners":
@@ -145,6 +150,7 @@ def _nearest(said: Said, places: Tensor, scale: float) -> Tensor:
         return places.floor().long()
     if mode == "ceil":
         return places.ceil().long()
+    # 2.5 goes to 3 here, and to 2 in the last line; 2.4 and 2.6 go to 2 and 3 in both.
     if mode == "round_prefer_ceil":
         return (places + 0.5).floor().long()
     return (places - 0.5).ceil().long()
@@ -152,6 +158,8 @@ def _nearest(said: Said, places: Tensor, scale: float) -> Tensor:
 
 def _cubic(t: Tensor, a: float) -> list[Tensor]:
     """Return the shares of the four numbers around a place, of which ``t`` is the part behind the second."""
+    # Keys' kernel W at the distances 1 + t, t, 1 - t and 2 - t: (a + 2) d^3 - (a + 3) d^2 + 1 up to 1, and a d^3 - 5 a
+    # d^2 + 8 a d - 4 a up to 2. The four sum to 1: for t = 1/2 and a = -3/4, -3/32, 19/32, 19/32, -3/32.
     return [
         ((a * (t + 1) - 5 * a) * (t + 1) + 8 * a) * (t + 1) - 4 * a,
         ((a + 2) * t - (a + 3)) * t * t + 1,
