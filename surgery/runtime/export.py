@@ -95,6 +95,10 @@ def export_onnx(
     ``example_inputs`` are a tensor, a tuple or list, or a dict by name. A program brings its own inputs along, and its
     dynamic sizes stay dynamic. Weights of 2 GiB or more go to a second file, ``NAME.onnx.data``.
 
+    The file has the layers of the program under their names, and the record of those that are factored. ``decompose``
+    finds the same sites in it, but for two: attention's packed weight is one site there, and recurrent weights are
+    those of LSTM and GRU nodes.
+
     Raises:
         FileError: the file cannot be written, or exists and ``force`` is False.
         InputError: inputs are missing or do not fit, or onnxruntime cannot run their types.
