@@ -15,12 +15,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from surgery.errors import CaptureError, CheckError, InputError, only_own_errors
 from surgery.files.given import model_of
-from surgery.kinds.fx.graph import read_record
+from surgery.files.record import record_of
+from surgery.kinds.fx.graph import read_record, write_record
 from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs
-from surgery.kinds.onnx.exported import keep_weights, mark_steps
+from surgery.kinds.onnx.exported import mark_steps, simplify_export
 from surgery.kinds.onnx.graph import RECORD
 from surgery.kinds.onnx.session import TOLERANCES, feed, open_session
 from surgery.kinds.registry import Model, kind_of, open_model
@@ -93,6 +95,10 @@ def export_onnx(
     ``example_inputs`` are a tensor, a tuple or list, or a dict by name. A program brings its own inputs along, and its
     dynamic sizes stay dynamic. Weights of 2 GiB or more go to a second file, ``NAME.onnx.data``.
 
+    The file has the layers of the program under their names, and the record of those that are factored. ``decompose``
+    finds the same sites in it, but for two: attention's packed weight is one site there, and recurrent weights are
+    those of LSTM and GRU nodes.
+
     Raises:
         FileError: the file cannot be written, or exists and ``force`` is False.
         InputError: inputs are missing or do not fit, or onnxruntime cannot run their types.
@@ -105,7 +111,6 @@ def export_onnx(
         raise InputError("the model is an ONNX model already", next_step="use it as it is, or surgery.save it")
     program, inputs = capture(model, example_inputs, seed=seed)
     exported = to_onnx(program)
-    mark_steps(exported.model, open_model(program, copies=False).flow)
     _keep_record(program, exported.model)
     with scratch_folder() as folder:
         draft = folder / target.name
@@ -127,7 +132,7 @@ def export_onnx(
 
 
 def capture(model: Model, example_inputs: Any = None, *, seed: int = 0) -> tuple[ExportedProgram, Inputs]:
-    """Return the model as a program (a module's, in evaluation mode), and inputs that it runs on.
+    """Return the model as a program (a module's, in evaluation mode), with its record, and inputs that it runs on.
 
     Raises:
         InputError: no inputs are given, and the model does not know any.
@@ -143,7 +148,10 @@ def capture(model: Model, example_inputs: Any = None, *, seed: int = 0) -> tuple
     run_model(model, inputs)  # inputs that do not fit are an InputError, not a failure of the capture
     module = kind.runnable(model)
     with quiet(), evaluating(module):
-        return _capturing("captured", lambda: torch.export.export(module, args, kwargs)), inputs
+        program = _capturing("captured", lambda: torch.export.export(module, args, kwargs))
+    own = read_record(module) if isinstance(module, GraphModule) else Record()
+    write_record(program.graph_module, own or record_of(module))
+    return program, inputs
 
 
 def _capturing(done: str, run: Callable[[], _Result]) -> _Result:
@@ -158,39 +166,39 @@ def _capturing(done: str, run: Callable[[], _Result]) -> _Result:
 
 
 def to_onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
-    """Return a program as torch writes it in ONNX; weights keep their names and their ties.
+    """Return a program as torch writes it in ONNX; weights keep their names and their ties, chains say what they are.
 
     Raises:
         CaptureError: torch cannot write it.
     """
+    flow = open_model(program, copies=False).flow
 
     def run() -> torch.onnx.ONNXProgram:
         with torch.no_grad():  # torch differentiates loops while it looks at them, and stumbles over dynamic sizes
             exported = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False)
         if exported is None:
             raise InputError("torch.onnx.export returned nothing")
-        exported.model = keep_weights(exported.model, lambda: _optimized(exported))
+        simplify_export(exported.model, flow)
+        mark_steps(exported.model, flow)
         return exported
 
     with quiet():
         return _capturing("written as ONNX", run)
 
 
-def _optimized(exported: torch.onnx.ONNXProgram) -> ir.Model:
-    exported.optimize()
-    return exported.model
-
-
 def _keep_record(program: ExportedProgram, model: ir.Model) -> None:
-    """Give an exported model the record of factored sites, if it has their names; torch folds others into new weights.
+    """Give an exported model the record of the factored sites of which it has weights.
 
     How a weight is stored is another thing in ONNX, and is left out.
     """
     record = read_record(program.graph_module)
-    sites = {name: Entry(entry.origin, entry.weight) for name, entry in record.sites.items()}
     weights = [key for key in model.graph.initializers if key.endswith(".weight")]
-    known = [any(key.startswith(f"{name}.") for key in weights) for name in sites]
-    if sites and all(known):
+    sites = {
+        name: Entry(entry.origin, entry.weight)
+        for name, entry in record.sites.items()
+        if any(key.startswith(f"{name}.") for key in weights)
+    }
+    if sites:
         model.metadata_props[RECORD] = json.dumps(Record(sites).to_json())
 
 

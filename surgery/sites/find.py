@@ -47,7 +47,9 @@ def _placed_rows(flow: Flow, keys: tuple[Key, ...], rows: Sequence[list[Part]]) 
         chain = Chain(tuple(part.step for part in rows[0][:end]), origin)
         operators = [operator for row in rows if (operator := _operator(row[:end])) is not None]
         if len(operators) == len(rows) and agrees(chain, operators[0]):
-            shapes = tuple(flow.shapes[row[0].source] for row in rows)
+            shapes = tuple(flow.shapes[row[0].source] for row in rows if flow.running(calls_of(row)))
+            if not shapes:
+                return None
             loop = calls_of(rows[0])[0].loop
             epilogue = () if loop is None else (loop,)
             site = FactoredSite(sites[0], operators[0].to(device="meta"), shapes, sites[1:], epilogue, chain=chain)
@@ -180,15 +182,15 @@ def _left(flow: Flow) -> list[Skip]:
 def _placed(flow: Flow, key: Key, calls: tuple[Call, ...]) -> Placement | Skip:
     """Return the placement of calls that share a weight, or the skip that says why they are left alone."""
     first, names = calls[0], [site_name(name) for name in flow.tensors.names[key]]
-    shapes = tuple(flow.shapes[call.source] for call in calls)
+    running = flow.running(calls)
     refusal = _refuse(flow, key, calls) or _refuse_biases(flow, calls)
     words = first.operator.description
     if refusal is not None:
-        macs = sum(call.operator.macs(shape) for call, shape in zip(calls, shapes, strict=True))
+        macs = sum(call.operator.macs(flow.shapes[call.source]) for call in running)
         return Skip(site_name(first.weight), words, refusal.reason, first.operator.parameters, macs)
     try:
         # a layer that pads or reshapes its input calls its operator on another shape; following it there may fail
-        inner = tuple(flow.input_shapes[call.value] for call in calls)
+        inner = tuple(flow.input_shapes[call.value] for call in running or calls)
     except InputError as error:
         return Skip(names[0], words, error.what, first.operator.parameters + first.surplus)
     site = Site(names[0], first.operator, inner, tuple(names[1:]), surplus=first.surplus)

@@ -14,7 +14,7 @@ A parameter has names and one key. Two names have the same key if they stand for
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
@@ -246,7 +246,8 @@ class Flow:
     are the chains that stand as modules, and ``broken`` reports modules that are not chains any more because they were
     changed. ``origins`` has the factorization and the ranks of factored sites. ``recorded`` names all sites that are
     known to be factored, with or without an origin. ``proved`` is false if calls were only seen in a run, so that
-    nothing is known of the dataflow between them. ``any_padding`` says that a convolution of the graph may pad both
+    nothing is known of the dataflow between them. ``runs`` says of calls whether the example inputs reach them; a call
+    of which nothing is said always runs. ``any_padding`` says that a convolution of the graph may pad both
     sides of an axis unequally, which torch's arguments cannot say.
     """
 
@@ -264,6 +265,7 @@ class Flow:
     origins: Mapping[str, Origin] = field(default_factory=dict)
     recorded: frozenset[str] = frozenset()
     proved: bool = True
+    runs: Mapping[int, bool] = field(default_factory=dict)
     any_padding: bool = False
 
     @cached_property
@@ -275,6 +277,10 @@ class Flow:
     def calls(self) -> tuple[Call, ...]:
         """All calls of operators, in order."""
         return tuple(element for element in self.elements if isinstance(element, Call))
+
+    def running(self, calls: Iterable[Call]) -> tuple[Call, ...]:
+        """Return those of the calls that the example inputs reach; a branch that is not taken costs nothing."""
+        return tuple(call for call in calls if self.runs.get(call.value, True))
 
     def only_user(self, value: int) -> int | None:
         """Return the one value that is computed from a value; None unless there is exactly one."""

@@ -71,12 +71,19 @@ def _chains(flow: Flow, pieces: Sequence[_Piece]) -> tuple[list[Fusable], list[S
     for same in groups.values():
         rows = tuple(piece.parts for piece in same)
         sites = sites_of(flow, rows[0])
-        refusal = _refuse_rows(flow, rows)
+        refusal = _refuse_part(flow, sites, rows) or _refuse_rows(flow, rows)
         if refusal is not None:
             skips.append(Skip(sites[0], "chain", refusal.reason))
         else:
             chains.append(FusableChain(sites, rows, tuple(piece.operator for piece in same)))
     return chains, skips
+
+
+def _refuse_part(flow: Flow, sites: Sequence[str], rows: Sequence[Sequence[Part]]) -> Refusal | None:
+    """Refuse rows that have some of the factors of a recorded site, and not all: they are not its operator."""
+    used = {flow.tensors.keys[call.weight] for row in rows for call in calls_of(row)}
+    own = {flow.tensors.keys[call.weight] for call in flow.calls if owners(flow, call) & set(sites)}
+    return Refusal(_TORN) if own - used else None
 
 
 def _refuse_rows(flow: Flow, rows: Sequence[Sequence[Part]]) -> Refusal | None:

@@ -17,7 +17,7 @@ from surgery.errors import Refusal
 from surgery.sites.flow import Call, Flow, Reshape, Sum, site_name
 from surgery.sites.placement import BranchSum, Part, calls_of
 
-__all__ = ["common", "find_segments", "owners", "parents", "step_of", "sites_of"]
+__all__ = ["common", "find_segments", "is_factor_of", "owners", "parents", "step_of", "sites_of"]
 
 
 def sites_of(flow: Flow, parts: Sequence[Part]) -> tuple[str, ...]:
@@ -220,8 +220,13 @@ def step_of(flow: Flow, part: Part, above: tuple[str, ...]) -> int:
 def owners(flow: Flow, call: Call) -> frozenset[str]:
     """Return the recorded sites P that a call is a factor of: its name is P.<number>... (P.weight is dense again)."""
     names = flow.tensors.aliases(call.weight)
-    return frozenset(site for site in flow.recorded if any(_is_factor_of(site, name) for name in names))
+    return frozenset(site for site in flow.recorded if any(is_factor_of(site, name) for name in names))
 
 
-def _is_factor_of(site: str, name: str) -> bool:
+def is_factor_of(site: str, name: str) -> bool:
+    """Whether a parameter has the name of one that is in the chain of a site.
+
+    >>> is_factor_of("fc", "fc.0.weight"), is_factor_of("fc", "fc.weight")
+    (True, False)
+    """
     return name.startswith(f"{site}.") and name.removeprefix(f"{site}.").partition(".")[0].isdecimal()

@@ -46,7 +46,7 @@ def check(
         what = f"the model does not run on the calibration inputs: {first_line(error)}"
         raise InputError(what, next_step="check their number, shapes and dtypes") from error
     try:
-        interpreter = Interpreter(model, reader.gates)
+        interpreter = Interpreter(model, reader.gates, calls=reader.calling)
         found = _with_gradients(interpreter, feeds, calls)
         right = agree(found, expected)
         if not right and interpreter.is_random:
@@ -55,7 +55,8 @@ def check(
             return Checked(interpreter, not interpreter.blocked)
     except Exception:  # torch may raise anything; onnxruntime did run the model
         pass
-    return Checked(Interpreter(model, reader.gates, in_torch=False), differentiable=False)
+    plain = Interpreter(model, reader.gates, calls=reader.calling, in_torch=False)
+    return Checked(plain, differentiable=False)
 
 
 def _with_gradients(

@@ -1,52 +1,172 @@
 """Prepare what torch exports: weights keep their names and ties, and the steps of chains say what they are.
 
-torch writes a linear layer as MatMul(x, Transpose(W)). Its optimizer folds each Transpose into a new weight with a new
-name, and gives a weight that is used elsewhere as well a second copy.
+torch writes a linear layer as MatMul(x, Transpose(W)), gives a tied weight the last of its names, and computes some
+weights: that of weight norm from its parts, that of an LSTM from gates in another order. In the file, each weight of a
+layer is one initializer, in the layout in which nodes read it, under the name that the program's flow has for it:
+
+    Transpose(W)                                   -> W
+    Mul(original1, Div(original0, ...))            -> 0.weight
+    Unsqueeze(Concat(Slice(weight_ih_l0), ...))    -> ih_l0.weight
+
+While the model is simplified, weights and biases are inputs, so that no constant is folded into them, and none of them
+is merged with another that has the same numbers.
 
 A reshape of a chain becomes a Reshape to fixed sizes, and the addition of its bias an Add, as any others of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
 
 from surgery.algebra import Flatten, Shift, Transpose, Unflatten
+from surgery.kinds.onnx.left import DENSE, RECURRENT
 from surgery.kinds.onnx.marks import MARK, SHIFT, words_of
+from surgery.kinds.onnx.simplify import fold_all, simplify
 from surgery.kinds.onnx.tensors import to_ir, to_torch
-from surgery.kinds.onnx.weights import is_plain
-from surgery.sites import Flow, Reshape
+from surgery.kinds.onnx.weights import find_weight, is_plain
+from surgery.sites import Flow, Reshape, Tensors, site_name
 from surgery.sites.placement import Part
 from surgery.sites.segments import find_segments, sites_of
 
-__all__ = ["keep_weights", "mark_steps"]
+__all__ = ["mark_steps", "simplify_export"]
 
 
-def keep_weights(model: ir.Model, optimize: Callable[[], ir.Model]) -> ir.Model:
-    """Optimize an exported model by ``optimize``; weights keep their names and their ties."""
-    # The copy that the optimizer will make of a weight, by the name of the Transpose's value, and the weight itself.
-    tied: dict[str, str] = {}
-    for name, value in list(model.graph.initializers.items()):
+def simplify_export(model: ir.Model, flow: Flow) -> None:
+    """Simplify an exported model in its place; weights have the names that the program's flow has for them."""
+    factors = (name for chain in flow.chains for name in chain.weights)
+    called = {name for call in flow.calls for name in flow.tensors.aliases(call.weight)}.union(factors)
+
+    def fold_weights() -> None:
+        fold_all(model, {node for _, value in _weights(model.graph) for node in _computing(value)})
+        _drop_zeros(model.graph, held)
+
+    _tie(model.graph, flow.tensors)
+    _name_computed(model.graph, called)
+    _turn_weights(model.graph)
+    held = [value for value in _protected(model.graph, called) if value not in model.graph.inputs]
+    model.graph.inputs.extend(held)
+    simplify(model, fold_weights)
+    for value in held:
+        model.graph.inputs.remove(value)
+    for value in [value for value in held if not value.uses() and not value.is_graph_output()]:
+        del model.graph.initializers[value.name or ""]
+
+
+def _weights(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:
+    """Yield the nodes that multiply by weights or read rows of them, each with what it reads as its weight."""
+    for node in graph.all_nodes():
+        if node.op_type in DENSE and is_plain(node):
+            first = DENSE[node.op_type]
+            for value in node.inputs[first : first + 1 + (node.op_type in RECURRENT)]:
+                if value is not None:
+                    yield node, value
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from (*graph.inputs, *graph.initializers.values())
+    for node in graph.all_nodes():
+        yield from node.outputs
+
+
+def _tie(graph: ir.Graph, tensors: Tensors) -> None:
+    """Give each weight the first of its names; torch gives it the last."""
+    for first, *others in tensors.names.values():
+        for value in [graph.initializers[name] for name in others if name in graph.initializers]:
+            if first not in graph.initializers:
+                _rename(graph, value, first)
+                continue
+            ir.convenience.replace_all_uses_with(value, graph.initializers[first], replace_graph_outputs=True)
+            del graph.initializers[value.name or ""]
+
+
+def _name_computed(graph: ir.Graph, called: set[str]) -> None:
+    """Give each weight that nodes compute from parameters the name of the layer that has these."""
+    taken = {value.name for value in _values(graph)}
+    for value in dict.fromkeys(value for _, value in _weights(graph)):
+        for leaf in [] if find_weight(value) is not None else _leaves(value):
+            free = called - (taken - {leaf.name})
+            name = next((name for name in _layer_names(leaf.name or "") if name in free), None)
+            if name is not None:
+                if name == leaf.name:  # this parameter is folded into the weight, and gives it its name
+                    _rename(graph, leaf, f"{name}.folded")
+                value.name = name
+                taken.add(name)
+                break
+
+
+def _rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
+    del graph.initializers[value.name or ""]
+    value.name = name
+    if value.const_value is not None:
+        value.const_value.name = name
+    graph.initializers[name] = value
+
+
+def _size(value: ir.Value) -> int:
+    return 0 if value.const_value is None else value.const_value.size
+
+
+def _layer_names(parameter: str) -> tuple[str, str]:
+    """Return the names that the weight of a parameter's layer may have in a flow.
+
+    >>> _layer_names("0.parametrizations.weight.original1")[0], _layer_names("lstm.weight_ih_l0")[1]
+    ('0.weight', 'lstm.ih_l0.weight')
+    """
+    path, dot, name = parameter.rpartition(".")
+    return f"{site_name(parameter)}.weight", f"{path}{dot}{name.removeprefix('weight_')}.weight"
+
+
+def _computing(value: ir.Value) -> list[ir.Node]:
+    """Return the nodes that compute a weight from constants, and from sizes; none if one reads anything else."""
+    waiting, nodes = [value], dict[ir.Node, None]()
+    while waiting:
+        node = (one := waiting.pop()).producer()
+        if node is None and not one.is_initializer():
+            return []
+        if node is not None and node not in nodes:
+            nodes[node] = None
+            waiting += [read for read in node.inputs if read is not None and node.op_type != "Shape"]
+    return list(nodes)
+
+
+def _leaves(value: ir.Value) -> list[ir.Value]:
+    """Return the initializers from which nodes compute a weight, the largest first."""
+    reads = {read for node in _computing(value) for read in node.inputs if read is not None}
+    found = [read for read in value.graph.initializers.values() if read in reads] if value.graph is not None else []
+    return sorted(found, key=_size, reverse=True)
+
+
+def _protected(graph: ir.Graph, called: set[str]) -> list[ir.Value]:
+    """Return the weights and biases of layers; torch reads rows of other tables as well, which may be folded."""
+    found: dict[ir.Value, None] = {}
+    for node, value in _weights(graph):
+        weight = find_weight(value)
+        if weight is not None and (node.op_type != "Gather" or weight.name in called):
+            found[weight.root] = None
+        found |= dict.fromkeys(read for read in node.inputs[2:3] if read is not None and node.op_type not in RECURRENT)
+        for use in node.outputs[0].uses() if node.op_type == "MatMul" else ():
+            found |= dict.fromkeys(read for read in use.node.inputs if read is not None and use.node.op_type == "Add")
+    return [value for value in found if value.is_initializer()]
+
+
+def _drop_zeros(graph: ir.Graph, held: Sequence[ir.Value]) -> None:
+    """Drop biases of zeros that the model does not have; torch gives them to some convolutions."""
+    for node in graph.all_nodes():
+        bias = node.inputs[2] if node.op_type in ("Conv", "ConvTranspose") and len(node.inputs) > 2 else None
+        numbers = None if bias is None or bias in held else ir.convenience.get_const_tensor(bias)
+        if numbers is not None and not numbers.numpy().any():
+            node.resize_inputs(2)
+
+
+def _turn_weights(graph: ir.Graph) -> None:
+    """Hold the transpose of each weight that is read through nothing but transposes."""
+    for value in list(graph.initializers.values()):
         uses = [use.node for use in value.uses()]
-        turned = [node for node in uses if _turns(node, value)]
-        if turned and len(turned) == len(uses) and not value.is_graph_output():
-            _turn(value, turned)
-        else:
-            tied |= {node.outputs[0].name or "": name for node in turned}
-    model = optimize()
-    graph = model.graph
-    for copy, name in tied.items():
-        if copy not in graph.initializers or name not in graph.initializers:
-            continue
-        value, original = graph.initializers[copy], graph.initializers[name]
-        node = ir.Node("", "Transpose", [original], [ir.AttrInt64s("perm", (1, 0))])
-        graph.insert_before(graph[0], node)
-        ir.convenience.replace_all_uses_with(value, node.outputs[0], replace_graph_outputs=True)
-        del graph.initializers[copy]
-        value.name, node.outputs[0].name = None, copy
-    return model
+        if uses and not value.is_graph_output() and all(_turns(node, value) for node in uses):
+            _turn(value, uses)
 
 
 def _turns(node: ir.Node, value: ir.Value) -> bool:

@@ -17,7 +17,7 @@ from surgery.kinds.onnx.origin import describe
 from surgery.kinds.onnx.read import Reader
 from surgery.kinds.onnx.tensors import to_ir
 from surgery.kinds.onnx.weights import View, held, is_view
-from surgery.sites import Call, Record
+from surgery.sites import Call, Part, Record
 
 __all__ = ["RECORD", "EditedGraph", "producer_of", "read_metadata", "read_record", "set_numbers"]
 
@@ -191,9 +191,9 @@ class EditedGraph:
             return found
         return self.add_parameter(self.new_name(name), torch.tensor(list(numbers), dtype=torch.int64), weight=False)
 
-    def is_read_by_others(self, name: str, calls: Sequence[Call]) -> bool:
-        """Whether something besides these calls reads a parameter."""
-        own = {number for call in calls for number in (call.value, call.user)}
+    def is_read_by_others(self, name: str, parts: Sequence[Part]) -> bool:
+        """Whether something besides these calls, or parts of chains, reads a parameter."""
+        own = {number for part in parts for number in (*part.values, *(call.user for call in part.calls))}
         return bool(self.reader.uses.get(name, frozenset()) - own)
 
     def new_name(self, stem: str) -> str:

@@ -2,14 +2,15 @@
 
 Each node is a function of torch tensors from the table of operators. A node that has none there, or one that does not
 know its attributes, runs by onnxruntime; no gradient leads through it. Nodes that read constants alone run once, when
-the graph is read. The bodies of If, Loop and Scan, and functions of the model, are graphs of their own, which run in
-the same environment: values are objects, so that those of different graphs never meet.
+the graph is read, but for those of calls, which may be watched. The bodies of If, Loop and Scan, and functions of the
+model, are graphs of their own, which run in the same environment: values are objects, so that those of different graphs
+never meet.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,12 +67,20 @@ class Interpreter:
     """A graph that runs in torch; without ``in_torch``, onnxruntime runs every node that has no body.
 
     ``gates`` has the value that stands for the product of the input and the input weight of each recurrent node.
+    ``calls`` are the nodes that run each time, also if they read constants alone.
     ``constants`` are the values that do not depend on inputs. ``elsewhere`` are the nodes that onnxruntime has run, and
     ``blocked`` those of them where gradients ended; ``is_random`` says whether the graph draws random numbers.
     """
 
-    def __init__(self, model: ir.Model, gates: Mapping[ir.Node, ir.Value], *, in_torch: bool = True) -> None:
-        self._model, self._gates, self._in_torch = model, gates, in_torch
+    def __init__(
+        self,
+        model: ir.Model,
+        gates: Mapping[ir.Node, ir.Value],
+        *,
+        calls: Collection[ir.Node] = (),
+        in_torch: bool = True,
+    ) -> None:
+        self._model, self._gates, self._calls, self._in_torch = model, gates, calls, in_torch
         self._observers = Observers()
         self.constants: Env = {}
         self.elsewhere: set[ir.Node] = set()
@@ -118,7 +127,7 @@ class Interpreter:
             self.is_random = True
             return False
         reads = [value for value in node.inputs if value is not None]
-        if bodies_of(node) or any(value not in self.constants for value in reads):
+        if node in self._calls or bodies_of(node) or any(value not in self.constants for value in reads):
             return False
         try:
             found = run(self.constants)

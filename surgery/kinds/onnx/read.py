@@ -1,9 +1,9 @@
 """Read the flow of an ONNX graph: which nodes call operators, and on which weights.
 
-Values are numbered in graph order: the inputs, then the outputs of all nodes, then one value that stands for the
-outputs of the graph. Nodes in the branches of an If come before the If, whose value is computed from their ends. A
-MatMul by a weight and the Add of a bias after it are one call. A recurrent node gives one more value, its gates: the
-product of its input and its input weight, which is a call of its own.
+Values are numbered in graph order: the inputs, then constants that operators are called on, then the outputs of all
+nodes, then one value that stands for the outputs of the graph. Nodes in the branches of an If come before the If, whose
+value is computed from their ends. A MatMul by a weight and the Add of a bias after it are one call. A recurrent node
+gives one more value, its gates: the product of its input and its input weight, which is a call of its own.
 
     y = MatMul(x, W)    z = Add(y, b)    ->    Call(value of z, source x, Linear(W^T, b), inside=(value of y,))
 """
@@ -47,11 +47,12 @@ class Reader:
     def __init__(self, model: ir.Model, start: int = 0) -> None:
         graph = model.graph
         self.graph, self.functions, self.start = graph, model.functions, start
+        self._weights: dict[ir.Value, Weight | None] = {}
         self.nodes = list(_in_order(graph))
         self.inputs = [value for value in graph.inputs if not value.is_initializer()]
         self.gates = {node: _gates_of(node) for node in self.nodes if is_recurrent(node)}
         outputs = [value for node in self.nodes for value in (*self._own(node), *node.outputs)]
-        self.values = [*self.inputs, *outputs]
+        self.values = [*self.inputs, *self._called_on(), *outputs]
         self.numbers = {value: number for number, value in enumerate(self.values, start)}
         self.end = start + len(self.values)  # stands for the outputs of the graph
         # a node of a body that may run again and again counts as the node around it
@@ -62,13 +63,18 @@ class Reader:
         self.roots: dict[str, ir.Value] = {}  # what holds the numbers of weights; the first of each name
         for value in self._holders():
             self.roots.setdefault(value.name or "", value)
-        self._weights: dict[ir.Value, Weight | None] = {}
 
     def _holders(self) -> Iterator[ir.Value]:
         for graph in dict.fromkeys([self.graph, *(node.graph for node in self.nodes)]):
             if isinstance(graph, ir.Graph):
                 yield from graph.initializers.values()
         yield from (node.outputs[0] for node in self.nodes if held(node.outputs[0]) is not None)
+
+    def _called_on(self) -> list[ir.Value]:
+        """Return the initializers that stand where nodes with a weight read the value that they multiply."""
+        dense = (node for node in self.nodes if node.op_type in DENSE and is_plain(node) and len(node.inputs) > 1)
+        read = (n.inputs[1 - DENSE[n.op_type]] for n in dense if self.weight(n.inputs[DENSE[n.op_type]]) is not None)
+        return [value for value in dict.fromkeys(read) if value is not None and value.is_initializer()]
 
     def _own(self, node: ir.Node) -> list[ir.Value]:
         return [self.gates[node]] if node in self.gates else []
@@ -84,8 +90,7 @@ class Reader:
     def node(self, number: int) -> ir.Node:
         """Return the node that gives a value."""
         value = self.values[number - self.start]
-        found = value.producer() or next(node for node, gates in self.gates.items() if gates is value)
-        return found
+        return value.producer() or next(node for node, gates in self.gates.items() if gates is value)
 
     def number(self, node: ir.Node) -> int:
         """Return the number that stands for a node of this graph: that of its first output."""
@@ -334,6 +339,11 @@ class Reader:
             return Refusal(f"its weight has {len(weight.shape)} axes, not 3")
         call = self._make(node, Linear(weight.numbers.flatten(0, 1)), weight)
         return replace(call, value=self.numbers[self.gates[node]], reader=self.number(node))
+
+    @cached_property
+    def calling(self) -> frozenset[ir.Node]:
+        """The nodes of all calls."""
+        return frozenset(self.node(value) for each in self.elements if isinstance(each, Call) for value in each.values)
 
     @cached_property
     def left(self) -> tuple[Left, ...]:

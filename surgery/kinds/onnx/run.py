@@ -56,7 +56,7 @@ def interpret(
     """
     try:
         with torch.no_grad():
-            interpreter = Interpreter(model, reader.gates)
+            interpreter = Interpreter(model, reader.gates, calls=reader.calling)
             interpreter.run(feeds, observers)
     except InputError:
         raise
@@ -165,6 +165,8 @@ class ObservedOnnx(Observed):
 class Shapes:
     """The shapes of values, and the costs of products, from one run on the example inputs.
 
+    Of the branches of an If, only the one that this run takes costs anything.
+
     ``seen`` are the shapes by value, if there was such a run.
     """
 
@@ -185,6 +187,16 @@ class Shapes:
             self._seen = self._run()
         return self._seen.get(number, ())
 
+    def runs(self, call: Call) -> bool:
+        """Whether the example inputs reach a call.
+
+        Raises:
+            InputError: as for ``of``.
+        """
+        self.of(call.source)
+        assert self._seen is not None
+        return call.source in self._seen and bool({call.value, call.user} & self._seen.keys())
+
     def of_input(self, call: Call) -> Shape:
         """Return the shape of what a call reads.
 
@@ -192,9 +204,7 @@ class Shapes:
             InputError: it does not run on the example inputs; or as for ``of``.
         """
         found = self.of(call.source)
-        assert self._seen is not None
-        calls = (each for each in self._reader.elements if isinstance(each, Call) and each.weight == call.weight)
-        if call.source not in self._seen or not any({each.value, each.user} & self._seen.keys() for each in calls):
+        if not self.runs(call):
             raise InputError("it is in a branch that does not run on the example inputs")
         return found
 
@@ -234,7 +244,7 @@ class Shapes:
         return numbers
 
     def macs(self, number: int) -> int:
-        """Return the multiply-accumulates of the node that gives a value; 0 if they are not known."""
+        """Return the multiply-accumulates of the node that gives a value; 0 if it does not run or is not known."""
         if number == self._reader.end:
             return 0
         node = self._reader.values[number - self._reader.start].producer()
@@ -246,7 +256,10 @@ class Shapes:
         source = None if node.inputs[0] is None else self._reader.numbers.get(node.inputs[0])
         if not weights or source is None:
             return 0
-        reads, gives = self.of(source), self.of(self._reader.number(node))
+        number = self._reader.number(node)
+        reads, gives = self.of(source), self.of(number)
+        if self._seen is None or number not in self._seen:  # it stands in a branch that does not run
+            return 0
         if node.op_type in ("LSTM", "GRU", "RNN"):
             return math.prod(reads[:2]) * sum(math.prod(weight.shape) for weight in weights)  # in each step
         # Each place reads the whole weight once: places of the output in a Conv, of the input in a ConvTranspose.

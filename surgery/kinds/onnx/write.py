@@ -54,6 +54,7 @@ from surgery.sites import (
     Tensors,
     calls_of,
 )
+from surgery.sites.segments import is_factor_of
 from surgery.system.importing import Lazy
 
 __all__ = ["OpenOnnx"]
@@ -101,6 +102,7 @@ class OpenOnnx(EditedGraph, OpenModel):
             reader.left,
             origins=self.record.origins,
             recorded=frozenset(self.record.sites),
+            runs=Lazy(calls, lambda value: shapes.runs(calls[value])),
             any_padding=True,
         )
 
@@ -133,6 +135,10 @@ class OpenOnnx(EditedGraph, OpenModel):
         node = self.user(first)
         if self.loop(first) is not None and not all(isinstance(step, Linear) for step in chain.steps):
             self._refused[site.name] = f"only svd gives factors that {node.op_type} can read"
+            return
+        reshapes = any(isinstance(step, _RESHAPES) for step in chain.steps)
+        if reshapes and self.flow.running(calls) != calls:
+            self._refused[site.name] = "a call of it is in a branch that does not run, of unknown shape to reshape"
             return
         read = self.reader.weight(node.inputs[DENSE[node.op_type]])
         views = () if read is None else read.views
@@ -253,7 +259,7 @@ class OpenOnnx(EditedGraph, OpenModel):
         origins = []
         for row, operator in zip(chain.rows, chain.operators, strict=True):
             writer.named[id(operator.weight)] = (renamed, weight)
-            origins.append(self._fuse_row(row, operator, chain.sites[0], writer, done, calls))
+            origins.append(self._fuse_row(row, operator, chain.sites[0], writer, done, every))
         for parameter in parameters:
             self.drop_unused(parameter)
         if renamed != name:
@@ -276,7 +282,7 @@ class OpenOnnx(EditedGraph, OpenModel):
         site: str,
         writer: ChainWriter,
         done: dict[str, ir.Value],
-        calls: Sequence[Call],
+        every: Sequence[Part],
     ) -> Origin:
         """Put the operator in the place of a row, and return what the row keeps of the nodes that were there before."""
         own = calls_of(row)
@@ -291,7 +297,7 @@ class OpenOnnx(EditedGraph, OpenModel):
         computed = own[-1].computed_bias if row[-1].calls else None
         bias = None if computed is None else self.value(computed)
         if operator.bias is not None:
-            bias = self._fused_bias(row, operator.bias, site, done, calls)
+            bias = self._fused_bias(row, operator.bias, site, done, every)
         writer.start(self.value(row[0].source), producer_of(old))
         writer.operator(operator, gemm=gemm, bias=bias)
         origin = Origin.read(producer_of(old))
@@ -300,7 +306,7 @@ class OpenOnnx(EditedGraph, OpenModel):
         return origin
 
     def _fused_bias(
-        self, row: Sequence[Part], numbers: Tensor, site: str, done: dict[str, ir.Value], calls: Sequence[Call]
+        self, row: Sequence[Part], numbers: Tensor, site: str, done: dict[str, ir.Value], every: Sequence[Part]
     ) -> ir.Value:
         """Return the bias of a fused row: that of the chain, which keeps its name, or a new one with its numbers."""
         names = [name for part in row for name in _biases(part)]
@@ -310,12 +316,14 @@ class OpenOnnx(EditedGraph, OpenModel):
         if not names:
             done[name] = self.add_parameter(self.new_name(name), numbers)
             return done[name]
-        bias = self.parameter(name)
+        bias, own = self.parameter(name), not self.is_read_by_others(name, every)
         if len(names) > 1:
-            if self.is_read_by_others(name, calls):
-                bias = self.add_parameter(self.new_name(f"{site}.bias"), numbers)
-            else:
+            if own:
                 set_numbers(bias, numbers)
+            else:
+                bias = self.add_parameter(self.new_name(f"{site}.bias"), numbers)
+        if own and is_factor_of(site, name) and bias.is_initializer():  # a chain of modules has the bias in a module
+            self.rename(name, self.new_name(f"{site}.bias"))
         done[name] = bias
         return bias
 
