@@ -291,3 +291,24 @@ def test_stages_that_cannot_be_are_refused() -> None:
     for stages in ([0, 1], [1, 0, 1, 1, 1], [0, 0, 2, 2, 2]):
         with pytest.raises(InputError):
             cuttable.cut(stages)
+
+
+class _Counted(dict[str, Any]):
+    """JSON values that count how often their signature is looked up."""
+
+    looks = 0
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.looks += key == "signature"
+        return super().get(key, default)
+
+
+def test_what_is_said_of_the_whole_is_read_once_however_often_its_stages_run() -> None:
+    program = torch.export.export(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), (torch.ones(2, 4),))
+    kind = kind_of(program)
+    pieces = kind.cuttable(program, ((torch.ones(2, 4),), {})).cut([0, 1])
+    said = _Counted(pieces.whole)
+    pieces = Pieces(pieces.stages, pieces.inputs, pieces.outputs, said)
+    for _ in range(3):
+        run(kind, pieces, torch.ones(2, 4))
+    assert said.looks == 1

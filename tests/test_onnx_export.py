@@ -122,3 +122,12 @@ def test_a_factored_site_whose_chain_is_not_known_any_more_is_refused_with_its_r
     assert [fusion.site for fusion in back.changes] == ["2"]
     assert [skip.name for skip in back.skips] == ["0"]
     assert "not known as those of one chain" in back.skips[0].reason
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter to itself
+def test_rules_that_an_older_onnxscript_lacks_are_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from onnxscript.rewriter.rules import common
+
+    monkeypatch.delattr(common, "materialize_reshape_shape_rule")
+    model = nn.Sequential(nn.Linear(6, 4), nn.Unflatten(1, (2, 2))).eval()
+    assert surgery.export_onnx(model, tmp_path / "m.onnx", torch.ones(2, 6)).relative_error < 1e-5

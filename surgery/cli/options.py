@@ -299,7 +299,7 @@ def _fill(program: ExportedProgram, shapes: list[tuple[str | None, tuple[int, ..
     from surgery.kinds.program.read import input_arguments
 
     leaves, spec = pytree.tree_flatten(program_inputs(program, seed=seed))
-    names = [argument.name for argument in input_arguments(program)]
+    names = [argument.name for argument in input_arguments(program.graph_signature)]
     wanted = {name or names[i] if i < len(names) else name: shape for i, (name, shape) in enumerate(shapes)}
     if unknown := [name for name in wanted if name not in names]:
         raise InputError(f"the program has no input {unknown[0]}", allowed=", ".join(names))

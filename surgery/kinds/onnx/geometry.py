@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from surgery.algebra import Geometry
 from surgery.errors import Refusal
+from surgery.kinds.onnx.ops.linear import same_pads
 
 __all__ = ["geometry_of"]
 
@@ -56,14 +57,8 @@ def _same(
     sizes = [] if source is None or source.shape is None else list(source.shape)[2:]
     padding = []
     for at, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        span = d * (k - 1)
-        total = span
-        if s > 1:
-            size = sizes[at] if at < len(sizes) else None
-            if not isinstance(size, int):
-                return Refusal("its pads depend on the size of its input (auto_pad with a stride)")
-            # ceil(size / s) windows: of k = 3, s = 2 and size 6, (3 - 1) * 2 + 3 - 6 = 1.
-            total = max(0, (-(-size // s) - 1) * s + span + 1 - size)
-        small, large = total // 2, total - total // 2
-        padding.append((large, small) if lower else (small, large))
+        size = sizes[at] if at < len(sizes) else None
+        if s > 1 and not isinstance(size, int):
+            return Refusal("its pads depend on the size of its input (auto_pad with a stride)")
+        padding.append(same_pads(size if isinstance(size, int) else 0, k, s, d, lower=lower))
     return tuple(padding)

@@ -37,7 +37,7 @@ def program_inputs(program: ExportedProgram, *, seed: int = 0) -> Inputs:
         return tuple(args), dict(kwargs)
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     leaves: list[Any] = []
-    for index, argument in enumerate(input_arguments(program)):
+    for index, argument in enumerate(input_arguments(program.graph_signature)):
         value = values.get(argument.name)
         if isinstance(argument, ConstantArgument):
             leaves.append(argument.value)
@@ -53,7 +53,7 @@ def program_inputs(program: ExportedProgram, *, seed: int = 0) -> Inputs:
 def read_signature(program: ExportedProgram) -> Signature:
     """Return how a program is called."""
     args, kwargs = program_inputs(program)
-    names = [argument.name for argument in input_arguments(program)]
+    names = [argument.name for argument in input_arguments(program.graph_signature)]
     # inputs that are themselves tuples or dicts have several names each; then positions get names of their own
     flat = len(names) == len(args) + len(kwargs)
     first = names[: len(args)] if flat else [f"arg{i}" for i in range(len(args))]
@@ -62,7 +62,7 @@ def read_signature(program: ExportedProgram) -> Signature:
 
 
 def _nodes(program: ExportedProgram) -> list[Node]:
-    inputs = {argument.name for argument in input_arguments(program)}
+    inputs = {argument.name for argument in input_arguments(program.graph_signature)}
     return [node for node in program.graph.find_nodes(op="placeholder") if node.name in inputs]
 
 

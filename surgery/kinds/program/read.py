@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram, ModuleCallEntry
-from torch.export.graph_signature import ConstantArgument, InputKind
+from torch.export.graph_signature import ConstantArgument, ExportGraphSignature, InputKind
 from torch.fx import Graph, Node
 
 from surgery.algebra import Shape
@@ -102,9 +102,9 @@ def read_program(program: ExportedProgram, graph: Graph | None = None) -> Reader
     return Reader(graph, parameters, providers, frozenset(buffers))
 
 
-def input_arguments(program: ExportedProgram) -> list[Any]:
-    """Return what the signature says of each input, by name; ``user_inputs`` of torch does not name constants."""
-    return [spec.arg for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+def input_arguments(signature: ExportGraphSignature) -> list[Any]:
+    """Return what a signature says of each input, by name; ``user_inputs`` of torch does not name constants."""
+    return [spec.arg for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT]
 
 
 def program_shapes(
@@ -142,7 +142,7 @@ def program_sizes(
 
 def _solve_symbols(program: ExportedProgram, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[Any, int]:
     """Return the values of symbolic sizes that follow from the sizes of the inputs."""
-    names = [arg.name for arg in input_arguments(program)]
+    names = [arg.name for arg in input_arguments(program.graph_signature)]
     wanted = [node for node in program.graph.find_nodes(op="placeholder") if node.name in names]
     given = torch.utils._pytree.tree_leaves(inputs)
     if len(given) != len(wanted):  # what is None may be left out

@@ -17,11 +17,13 @@ from surgery.kinds.base import Pieces
 from surgery.kinds.fx.read import Reader
 from surgery.kinds.fx.run import leaves_of
 from surgery.kinds.inputs import Inputs
+from surgery.kinds.program.read import input_arguments
 from surgery.kinds.program.whole import Whole
 
 __all__ = ["bind_program", "buffer_of", "call_leaves", "join_outputs", "run_program"]
 
 _MODULES: WeakKeyDictionary[ExportedProgram, nn.Module] = WeakKeyDictionary()  # a module of each program that was run
+_WHOLES: WeakKeyDictionary[Pieces, Whole] = WeakKeyDictionary()  # what their JSON values say, once it was read
 
 
 def bind_program(program: ExportedProgram, reader: Reader, inputs: Inputs) -> dict[Node, Any]:
@@ -75,12 +77,12 @@ def call_leaves(pieces: Pieces, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def _check_constants(pieces: Pieces, given: Mapping[str, Any]) -> None:
     """Refuse other values than those that the export has worked into the graph."""
-    for spec in Whole.from_json(pieces.whole).signature.input_specs:
-        if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, ConstantArgument):
-            value = given.get(spec.arg.name)
-            if type(value) is not type(spec.arg.value) or value != spec.arg.value:
-                what = f"the input {spec.arg.name} is {value!r:.80}"
-                raise InputError(what, allowed=f"{spec.arg.value!r:.80}, as in the export")
+    for argument in input_arguments(_whole(pieces).signature):
+        if isinstance(argument, ConstantArgument):
+            value = given.get(argument.name)
+            if type(value) is not type(argument.value) or value != argument.value:
+                what = f"the input {argument.name} is {value!r:.80}"
+                raise InputError(what, allowed=f"{argument.value!r:.80}, as in the export")
 
 
 def join_outputs(pieces: Pieces, leaves: Sequence[Any]) -> Any:
@@ -89,7 +91,7 @@ def join_outputs(pieces: Pieces, leaves: Sequence[Any]) -> Any:
     Raises:
         InputError: they are not as many as the program returns.
     """
-    specs = [s for s in Whole.from_json(pieces.whole).signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
+    specs = [s for s in _whole(pieces).signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
     wanted, form = sum(not isinstance(spec.arg, ConstantArgument) for spec in specs), _signature(pieces).out_spec
     if wanted != len(leaves) or len(specs) != form.num_leaves:
         raise InputError(f"the stages give {len(leaves)} outputs", allowed=f"{form.num_leaves}, as the whole program")
@@ -98,5 +100,11 @@ def join_outputs(pieces: Pieces, leaves: Sequence[Any]) -> Any:
     return pytree.tree_unflatten(every, form)
 
 
+def _whole(pieces: Pieces) -> Whole:
+    if pieces not in _WHOLES:
+        _WHOLES[pieces] = Whole.from_json(pieces.whole)
+    return _WHOLES[pieces]
+
+
 def _signature(pieces: Pieces) -> Any:
-    return Whole.from_json(pieces.whole).calls[0].signature
+    return _whole(pieces).calls[0].signature

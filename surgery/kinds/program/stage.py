@@ -25,7 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from surgery.kinds.fx.cut import copy_node, is_operation
-from surgery.kinds.program.read import memory_key
+from surgery.kinds.program.read import input_arguments, memory_key
 
 __all__ = ["Stage", "argument_of", "symbols_in"]
 
@@ -137,7 +137,7 @@ class Stage:
         return made
 
     def _calls(self, signature: ExportGraphSignature) -> list[ModuleCallEntry]:
-        inputs = [spec.arg.name for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT]
+        inputs = [argument.name for argument in input_arguments(signature)]
         outputs = signature.user_outputs
         taken = pytree.tree_structure(((0,) * len(inputs), {}))
         own = ModuleCallSignature([], [], taken, pytree.tree_structure((0,) * len(outputs)), inputs)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from surgery.kinds.onnx.ops.said import Op, Said
 
-__all__ = ["LINEAR", "padded", "pads_around"]
+__all__ = ["LINEAR", "padded", "pads_around", "same_pads"]
 
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -28,14 +28,21 @@ def pads_around(
     if auto not in ("SAME_UPPER", "SAME_LOWER"):
         pads = said.get("pads", [0] * 2 * dims)
         return list(zip(pads[:dims], pads[dims:], strict=True))
-    found = []
-    for size, k, s, d in zip(sizes, kernel, stride, dilation, strict=True):
-        # ceil(size / s) windows of span d (k - 1) + 1 fit with ``total`` pads. Example of k = 3, s = 2: size 5 has 3
-        # windows and 2 pads, size 6 has 3 windows and 1, which SAME_UPPER puts behind.
-        total = max(0, (-(-size // s) - 1) * s + d * (k - 1) + 1 - size)
-        small, large = total // 2, total - total // 2
-        found.append((large, small) if auto == "SAME_LOWER" else (small, large))
-    return found
+    rows = zip(sizes, kernel, stride, dilation, strict=True)
+    return [same_pads(size, k, s, d, lower=auto == "SAME_LOWER") for size, k, s, d in rows]
+
+
+def same_pads(size: int, kernel: int, stride: int, dilation: int, *, lower: bool) -> tuple[int, int]:
+    """Return the pads of an axis by which the output has the input's size, divided by the stride and rounded up.
+
+    ceil(size / stride) windows of span d (k - 1) + 1 fit with them. With stride 1 they are the same for all sizes.
+
+    >>> same_pads(5, 3, 2, 1, lower=False), same_pads(6, 3, 2, 1, lower=False)
+    ((1, 1), (0, 1))
+    """
+    total = max(0, (-(-size // stride) - 1) * stride + dilation * (kernel - 1) + 1 - size)
+    small, large = total // 2, total - total // 2
+    return (large, small) if lower else (small, large)
 
 
 def padded(x: Tensor, pads: Sequence[tuple[int, int]], value: float = 0.0) -> Tensor:
