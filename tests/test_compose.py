@@ -340,3 +340,19 @@ def test_relative_error_of_zeros() -> None:
     assert relative_error(one, zero) == pytest.approx(3**0.5)
     assert relative_error(zero, one) == 1
     assert not relative_error(one * float("nan"), one) <= 1
+
+
+def test_a_large_product_is_that_of_its_blocks() -> None:
+    """Composition and errors go through large weights in blocks of outputs, which do not have to divide them evenly."""
+    generator = torch.Generator().manual_seed(0)
+    first = Linear(torch.randn(2, 2100, generator=generator))
+    second = Linear(torch.randn(2101, 2, generator=generator))
+    composed = Chain((first, second)).compose()
+    assert isinstance(composed, Linear)
+    whole = second.weight.double() @ first.weight.double()
+    assert torch.equal(composed.weight, whole.float())
+    pointwise = Conv(second.weight[..., None], Geometry.pointwise(1))
+    convolution = Chain((Conv(first.weight[..., None], Geometry.pointwise(1)), pointwise)).compose()
+    assert isinstance(convolution, Conv)
+    assert torch.equal(convolution.weight[..., 0], composed.weight)
+    assert relative_error(composed.weight.double() * 1.001, composed.weight) == pytest.approx(1e-3, rel=1e-9)

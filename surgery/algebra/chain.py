@@ -8,6 +8,7 @@ bias; each operator keeps its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,8 @@ from surgery.algebra.steps import Branches, Shift, Step
 from surgery.errors import Refusal
 
 __all__ = ["Chain", "own_parameters", "relative_error", "split", "stack", "stack_key", "without_numbers"]
+
+_BLOCK = 2**22  # numbers that are in float64 at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +103,15 @@ class Chain:
 
 def relative_error(approximation: Tensor, reference: Tensor) -> float:
     """Return ``||approximation - reference|| / ||reference||`` in float64; 0 for two zero tensors."""
-    reference = reference.detach().double()
-    difference = torch.linalg.vector_norm(approximation.detach().double() - reference)
-    scale = torch.linalg.vector_norm(reference)
-    return float(difference / scale) if scale > 0 else float(difference)
+    found, wanted = torch.atleast_1d(approximation.detach(), reference.detach())
+    rows = max(1, _BLOCK * len(wanted) // max(1, wanted.numel()))
+    differences, scales = [], []
+    for own, exact in zip(found.split(rows), wanted.split(rows), strict=True):  # large ones are never cast as a whole
+        exact = exact.double()
+        scales.append(float(torch.linalg.vector_norm(exact)))
+        differences.append(float(torch.linalg.vector_norm(own.double() - exact)))
+    difference, scale = math.hypot(*differences), math.hypot(*scales)
+    return difference / scale if scale > 0 else difference
 
 
 def without_numbers(operator: Operator, like: Tensor) -> Operator:

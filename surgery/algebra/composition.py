@@ -32,11 +32,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from surgery.algebra.features import compose_features
 from surgery.algebra.operators import Conv, Embedding, Geometry, Linear, Operator, PaddingMode
-from surgery.algebra.steps import Branches, Flatten, Link, Shift, Step, Transpose, Unflatten
+from surgery.algebra.steps import Branches, Flatten, Link, Step, Unflatten
 from surgery.errors import Refusal
 
 __all__ = ["add", "compose", "compose_convolutions", "compose_steps"]
+
+_BLOCK = 2**22  # numbers that are in float64 at once
 
 
 def compose_convolutions(first: Conv, second: Conv) -> Conv | Refusal:
@@ -56,12 +59,13 @@ def compose_convolutions(first: Conv, second: Conv) -> Conv | Refusal:
         return bias
     geometry, steps = merged
     groups = math.gcd(first.groups, second.groups)
-    kernel = _convolve_kernels(
-        _stuff(_regroup(first.kernel.double(), groups), [a for a, _ in steps]),
-        _stuff(_regroup(second.kernel.double(), groups), [b for _, b in steps]),
-    )
     dtype = first.weight.dtype
-    return Conv.from_kernel(kernel.to(dtype), geometry, None if bias is None else bias.to(dtype))
+    kernel = _contract(
+        _stuff(_regroup(first.kernel, groups), [a for a, _ in steps]),
+        _stuff(_regroup(second.kernel, groups), [b for _, b in steps]),
+        dtype,
+    )
+    return Conv.from_kernel(kernel, geometry, None if bias is None else bias.to(dtype))
 
 
 def _merge_bias(first: Conv, second: Conv) -> Tensor | Refusal | None:
@@ -200,6 +204,19 @@ def _stuff(kernel: Tensor, steps: Sequence[int]) -> Tensor:
     return kernel
 
 
+def _contract(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what ``_convolve_kernels`` computes in float64, in another dtype; of some outputs at a time."""
+    # A product may be far larger than the kernels, and in float64 it would be so twice.
+    groups, out, _, *size_b = second.shape
+    size = [a + b - 1 for a, b in zip(first.shape[3:], size_b, strict=True)]
+    whole = torch.empty(groups, out, first.shape[2], *size, dtype=dtype, device=first.device)
+    rows = max(1, _BLOCK * out // max(1, whole.numel()))
+    wide = first.double()
+    for part, place in zip(second.split(rows, 1), whole.split(rows, 1), strict=True):
+        place.copy_(_convolve_kernels(wide, part.double()))
+    return whole
+
+
 def _convolve_kernels(first: Tensor, second: Tensor) -> Tensor:
     """Return W[g,o,i,t] = sum over m, v of second[g,o,m,v] first[g,m,i,t-v]."""
     # Along a dimension where one kernel has a single tap, the sum over v is a plain product. Where that holds for all
@@ -244,7 +261,7 @@ def compose_steps(steps: Sequence[Step]) -> Operator | Refusal:
                 return summed
             parts[at] = summed
     if any(isinstance(part, Link) for part in parts):
-        return _compose_features(parts)
+        return compose_features(parts)
     operators = [part for part in parts if isinstance(part, Operator)]
     composed: Operator | Refusal = operators[0]
     for operator in operators[1:]:
@@ -310,64 +327,6 @@ def _fold_ring(split: Unflatten, conv: Conv, join: Flatten) -> Conv | None:
     return Conv.from_kernel(kernel.reshape(groups, rows, columns, *core.shape[3:]), geometry)
 
 
-def _compose_features(steps: Sequence[Step]) -> Linear | Refusal:
-    first = next((step for step in steps if isinstance(step, Operator)), None)
-    if not isinstance(first, Linear):
-        return Refusal("reshapes between its operators are more than a split of the last axis")
-    # Invariant: ``depth`` is how many axes the original last axis is split into. A step that reaches no axis beyond
-    # them cannot see the rows in front, so that the identity, given row by row, shows all that the steps do. Example:
-    # split 6 = 2 x 3 (depth 2), transpose the two, flatten (depth 1) is the 6 x 6 permutation that they make of I_6.
-    depth, width = 1, _in_features(steps)
-    for step in steps:
-        depth = _depth(step, depth)
-        if not depth:
-            return Refusal("a reshape between its operators reaches the axes in front")
-    if depth > 1 or width is None:
-        return Refusal("its operators act on a part of the last axis only")
-    size = width
-    wide = [step.to(dtype=torch.float64) for step in steps]
-    rows = torch.eye(size, dtype=torch.float64, device=first.weight.device)
-    offset = rows.new_zeros(1, size)
-    for step in wide:  # apart, since weights may be far smaller than biases
-        rows, offset = _without_bias(step)(rows), step(offset)
-    shifted = any(step.bias is not None for step in steps if isinstance(step, Operator | Shift))
-    # What the steps make of I is I W^T.
-    weight, dtype = rows.mT.contiguous(), first.weight.dtype
-    return Linear(weight.to(dtype), bias=offset[0].to(dtype) if shifted else None)
-
-
-def _without_bias(step: Step) -> Step:
-    if isinstance(step, Operator):
-        return step.with_bias(None)
-    return Shift(torch.zeros_like(step.bias)) if isinstance(step, Shift) else step
-
-
-def _in_features(steps: Sequence[Step]) -> int | None:
-    """Return the size of the last axis that the first steps need; None where they do not say."""
-    for step in steps:
-        if isinstance(step, Linear):
-            return step.in_channels
-        if isinstance(step, Unflatten):
-            return math.prod(step.sizes) if step.dim == -1 else None
-        if isinstance(step, Shift):
-            return step.bias.numel()
-    return None
-
-
-def _depth(step: Step, depth: int) -> int:
-    """Return how many axes the last one is split into after a step; 0 if the step reaches any other."""
-    if isinstance(step, Unflatten):
-        return depth + len(step.sizes) - 1 if -step.dim <= depth else 0
-    if isinstance(step, Flatten):
-        # Example: flattening the axes -2 and -1 makes depth 3 into 3 - 2 + 1 = 2.
-        return depth + step.start - step.end if -step.start <= depth else 0
-    if isinstance(step, Transpose):
-        return depth if -step.first <= depth else 0
-    if isinstance(step, Shift):
-        return depth if depth == 1 else 0
-    return depth if isinstance(step, Linear) else 0
-
-
 def compose(first: Operator, second: Operator) -> Operator | Refusal:
     """Return the one operator that applies ``first``, then ``second``, or the reason why they are not one.
 
@@ -384,13 +343,14 @@ def compose(first: Operator, second: Operator) -> Operator | Refusal:
 
 
 def _compose_linear(first: Linear, second: Linear) -> Linear:
-    weight = second.weight.double() @ first.weight.double()
-    bias = _carry_bias(first.bias, second.weight.double(), second.bias)
-    return Linear(weight.to(first.weight.dtype), bias=None if bias is None else bias.to(first.weight.dtype))
+    dtype = first.weight.dtype
+    weight = _contract(first.weight[None, ..., None], second.weight[None, ..., None], dtype)[0, ..., 0]
+    bias = _carry_bias(first.bias, second.weight, second.bias)
+    return Linear(weight, bias=None if bias is None else bias.to(dtype))
 
 
 def _carry_bias(bias: Tensor | None, matrix: Tensor, own: Tensor | None) -> Tensor | None:
     if bias is None:
         return own
-    carried = matrix @ bias.double()
+    carried = matrix.double() @ bias.double()
     return carried if own is None else carried + own.double()

@@ -208,8 +208,8 @@ def by_plan(job: Job, original: Original, plan: Plan, *, inplace: bool = False) 
     """
     work = [d.site for d in plan if not d.dense]
     evidence = _evidence_for(job, original, plan, work) if work else None
-    fitter = Fitter(original, evidence, job.fits, job.progress)
-    done = carry_out(plan, original, fitter, inplace=inplace)
+    done = carry_out(plan, original, Fitter(original, evidence, job.fits, job.progress), inplace=inplace)
+    give_back()  # the chains, which the model has in layouts of its own
     job.progress("factor", len(work), len(work))
     note_record(done.model)
     seen = None if evidence is None or not done.errors else evidence.see(done.model)

@@ -24,6 +24,7 @@ from surgery.kinds.registry import Model, is_model, kind_of
 from surgery.runtime.compare import shared_inputs
 from surgery.runtime.export import capture, export_onnx
 from surgery.system.machine import cpu_name, physical_cores
+from surgery.system.memory import give_back
 from surgery.system.scratch import scratch_folder
 from surgery.text import Verdict
 
@@ -183,6 +184,7 @@ def make_ready(
     for path, model in zip(names or map(name_of, models), opened, strict=True):
         try:
             ready.append(Ready(path, *_prepare(model, inputs, threads)))
+            give_back()  # the copies of weights that onnxruntime has brought into its own layouts
         except InputError as error:
             raise InputError(f"{path}: {error.what}", allowed=error.allowed, next_step=error.next_step) from error
     return ready

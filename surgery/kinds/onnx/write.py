@@ -347,6 +347,7 @@ class OpenOnnx(EditedGraph, OpenModel):
     def finish(self) -> Any:
         """Return the changed model, with its record."""
         self.sort_initializers()
+        self.made.clear()  # the factors as they were made: the model may have them in another layout
         if self.record:
             self.model.metadata_props[RECORD] = json.dumps(self.record.to_json())
         else:
