@@ -207,14 +207,12 @@ def _stuff(kernel: Tensor, steps: Sequence[int]) -> Tensor:
 def _contract(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
     """Return what ``_convolve_kernels`` computes in float64, in another dtype; of some outputs at a time."""
     # A product may be far larger than the kernels, and in float64 it would be so twice.
-    groups, out, _, *size_b = second.shape
+    groups, _, _, *size_b = second.shape
     size = [a + b - 1 for a, b in zip(first.shape[3:], size_b, strict=True)]
-    whole = torch.empty(groups, out, first.shape[2], *size, dtype=dtype, device=first.device)
-    rows = max(1, _BLOCK * out // max(1, whole.numel()))
+    rows = max(1, _BLOCK // max(1, groups * first.shape[2] * math.prod(size)))
     wide = first.double()
-    for part, place in zip(second.split(rows, 1), whole.split(rows, 1), strict=True):
-        place.copy_(_convolve_kernels(wide, part.double()))
-    return whole
+    parts = [_convolve_kernels(wide, part.double()).to(dtype) for part in second.split(rows, 1)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _convolve_kernels(first: Tensor, second: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def _is_onnx(raw: bytes) -> bool:
     # A tag is the field's number times 8 plus 2, for a field with a length: these are the fields 2 to 8.
     tags = (0x12, 0x1A, 0x22, 0x2A, 0x32, 0x3A, 0x42)
     safetensors = raw[3:9] == b"\0\0\0\0\0{"  # the length of its header may begin like this
-    return len(raw) > 4 and raw[0] == 0x08 and 0 < raw[1] < 0x40 and raw[2] in tags and not safetensors
+    return len(raw) > 4 and raw[0] == 0x08 and 0 < raw[1] < 0x80 and raw[2] in tags and not safetensors
 
 
 def _is_text(raw: bytes) -> bool:

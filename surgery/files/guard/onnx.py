@@ -104,6 +104,9 @@ def read_onnx(path: Path, file: BinaryIO) -> OnnxFile:
         raise FileError("is not an ONNX model, or is cut off", next_step="get it again") from error
     if not model.graph.node and not model.graph.output:
         raise FileError("is not an ONNX model: it has no graph", next_step="get it again")
+    if model.ir_version > onnx.IR_VERSION:
+        what = f"has version {model.ir_version} of the ONNX format, which is newer than this onnx knows"
+        raise FileError(what, allowed=f"up to {onnx.IR_VERSION}", next_step="install a newer onnx, or export it again")
     own = {f"{secret}{number}": array.data for number, array in enumerate(hollow.taken)}
     outside = [tensor for tensor in tensors if _is_external(tensor)]
     for tensor in tensors:

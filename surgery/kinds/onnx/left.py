@@ -30,10 +30,15 @@ _FUSED = (
 _IN_LOOP = "the recurrent weight is multiplied inside of the node's loop, where it stays whole"
 EARLIER = "decompose before you quantize"
 DENSE = {  # where the weight stands
-    **{"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0, "Einsum": 1, "DeformConv": 1},
+    **{"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0, "Einsum": 1, "DeformConv": 1, "GatherND": 0},
     **dict.fromkeys(RECURRENT, 1),
 }
-_PLACES = {"Gather": (0,), **dict.fromkeys(RECURRENT, (1, 2)), "Einsum": tuple(range(9))}  # else the first two
+_PLACES = {  # else the first two
+    **{"Gather": (0,), "GatherND": (0,), "Einsum": tuple(range(9))},
+    **dict.fromkeys(RECURRENT, (1, 2)),
+}
+_TABLES = ("Gather", "GatherND")
+_INSIDE = ("LinearRegressor", "LinearClassifier")  # of ai.onnx.ml
 _SIZES = ("Shape", "Size")
 _MOST_READ = 10_000  # values from which a weight is computed
 
@@ -122,6 +127,8 @@ def _reason(reader: Reader, node: ir.Node) -> str | None:
 
 def _foreign(reader: Reader, node: ir.Node) -> str | None:
     """Return why a node of another domain that reads a weight is left alone; None if it reads none."""
+    if node.domain == "ai.onnx.ml" and node.op_type in _INSIDE:
+        return f"its coefficients are an attribute of {node.op_type}, not a weight of the graph"
     found = [weight for value in node.inputs if (weight := reader.weight(value)) is not None]
     if not any(len(weight.shape) > 1 and weight.is_float for weight in found):
         return None
@@ -141,7 +148,7 @@ def _computed(reader: Reader, node: ir.Node) -> str | None:
         if producer is None or at not in _PLACES.get(node.op_type, (0, 1)):
             continue
         constants = _constants(reader, value)
-        large = [found for found in constants if found is None or _is_large(found, table=node.op_type == "Gather")]
+        large = [found for found in constants if found is None or _is_large(found, table=node.op_type in _TABLES)]
         if narrow := next((found for found in large if found is not None and not found.is_float), None):
             return f"its weight is {narrow.tensor.dtype.name}, read through {producer.op_type}; {EARLIER}"
         if large:
@@ -158,6 +165,8 @@ def _is_large(weight: Weight, *, table: bool) -> bool:
 
 def _held(node: ir.Node, at: int, weight: Weight) -> str | None:
     """Return why a node that reads a weight at a place is not its call; None for tables of other numbers."""
+    if node.op_type == "GatherND":
+        return "GatherND picks from it, not by rows" if weight.is_float else None
     if node.op_type == "Gather":
         axes = len(weight.shape)
         return f"it picks from a table of {axes} axes, or not by rows" if weight.is_float else None

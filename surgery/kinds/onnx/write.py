@@ -131,6 +131,9 @@ class OpenOnnx(EditedGraph, OpenModel):
             if isinstance(part, Operator):
                 writer.named[id(part.weight)] = (f"{site.name}.{place}.weight", part.weight)
         weight = self.parameter(first.weight)
+        if taken := next((name for name, _ in writer.named.values() if name in self._names), None):
+            self._refused[site.name] = f"the graph has a value named {taken} already, the name of its factor"
+            return
         self.move_to(weight)
         node = self.user(first)
         if self.loop(first) is not None and not all(isinstance(step, Linear) for step in chain.steps):

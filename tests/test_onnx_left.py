@@ -1,0 +1,65 @@
+"""What an ONNX file may have that nothing is done about: taken names, odd tables and newer versions are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import surgery
+from surgery.errors import FileError
+
+
+def _model(nodes: list[onnx.NodeProto], **weights: np.ndarray) -> onnx.ModelProto:
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy")
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8])
+    tensors = [numpy_helper.from_array(array, name.replace("__", ".")) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "g", [x], [y], tensors)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def _square(size: int = 8) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((size, size)).astype(np.float32)
+
+
+def test_a_taken_name_of_a_factor_leaves_that_site_alone() -> None:
+    """Another site is factored as usual."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "A.weight"], ["a"]),
+        helper.make_node("Add", ["a", "A.0.weight"], ["b"]),
+        helper.make_node("MatMul", ["b", "B.weight"], ["y"]),
+    ]
+    taken = np.ones((1, 8), np.float32)
+    model = _model(nodes, A__weight=_square(), B__weight=_square(), A__0__weight=taken)
+    result = surgery.decompose(model, ranks=2)
+    assert [change.site for change in result.changes] == ["B"]
+    (skip,) = [skip for skip in result.skips if skip.name == "A"]
+    assert "A.0.weight" in skip.reason
+    assert "A.weight" in {tensor.name for tensor in result.model.graph.initializer}
+
+
+def test_tables_of_points_and_coefficients_in_attributes_are_skips() -> None:
+    """Nothing that a model multiplies by or picks from is passed over in silence."""
+    nodes = [
+        helper.make_node("GatherND", ["table", "at"], ["t"]),
+        helper.make_node("Add", ["x", "t"], ["s"]),
+        helper.make_node("LinearRegressor", ["s"], ["y"], name="r", coefficients=[1.0] * 8, domain="ai.onnx.ml"),
+    ]
+    _, skips = surgery.find_sites(_model(nodes, table=_square(), at=np.zeros((1, 1), np.int64)))
+    reasons = {skip.name: skip.reason for skip in skips}
+    assert "GatherND" in reasons["table"]
+    assert "LinearRegressor" in reasons["r"]
+
+
+def test_a_newer_version_of_the_format_is_named(tmp_path: Path) -> None:
+    """The message says the version, and what is allowed."""
+    model = _model([helper.make_node("MatMul", ["x", "W"], ["y"])], W=_square())
+    model.ir_version = 99
+    (tmp_path / "new.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(FileError, match=r"version 99 .* newer") as caught:
+        surgery.load(tmp_path / "new.onnx")
+    assert str(onnx.IR_VERSION) in str(caught.value)
