@@ -234,7 +234,7 @@ class Loops(Interpreter):
         return [*state, torch.stack(rows)]
 
 
-@pytest.mark.law
+@pytest.mark.law(9)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter to itself
 @pytest.mark.parametrize("factorization", FACTORIZATIONS)
 @pytest.mark.parametrize("name", ["resnet-basic", "cnn-1d", "attention", "recurrent"])
