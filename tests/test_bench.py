@@ -27,6 +27,23 @@ def net(width: int = 4) -> nn.Module:
     return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3))
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The network as a program that takes batches of any size, and as an ONNX file made of it."""
+    program = torch.export.export(net(), (X,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    folder = tmp_path_factory.mktemp("files")
+    torch.export.save(program, folder / "net.pt2")
+    export_onnx(program, folder / "net.onnx")
+    return folder / "net.pt2", folder / "net.onnx"
+
+
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ONNX file that takes inputs of one shape."""
+    export_onnx(net(), path := tmp_path_factory.mktemp("fixed") / "net.onnx", X)
+    return path
+
+
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that each model takes from now on, in place of measured ones."""
@@ -41,18 +58,15 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seconds
 
 
-def test_models_of_all_kinds_are_timed_on_the_same_inputs(tmp_path: Path, scripted: list[float]) -> None:
+def test_models_of_all_kinds_are_timed_on_the_same_inputs(files: tuple[Path, Path], scripted: list[float]) -> None:
     program = torch.export.export(net(), (X,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, tmp_path / "net.pt2")
-    export_onnx(program, tmp_path / "net.onnx")
     scripted += [1.0, 0.5, 2.0, 1.005, 1.0]
     traced = torch.fx.symbolic_trace(net())  # fx names its class after the module
-    models: list[Any] = [program, tmp_path / "net.pt2", str(tmp_path / "net.onnx"), traced, net(8)]
+    models: list[Any] = [program, files[0], str(files[1]), traced, net(8)]
     timing = bench(models, threads=1)
     assert [m.path for m in timing.models] == [
         "ExportedProgram",
-        str(tmp_path / "net.pt2"),
-        str(tmp_path / "net.onnx"),
+        *map(str, files),
         "Sequential",
         "Sequential",
     ]
@@ -99,22 +113,20 @@ def test_waits_for_a_core_do_not_count() -> None:
     assert 0 <= waited() <= waited()
 
 
-def test_an_onnx_file_knows_its_shapes(tmp_path: Path, scripted: list[float]) -> None:
-    export_onnx(net(), tmp_path / "net.onnx", X)
+def test_an_onnx_file_knows_its_shapes(fixed: Path, scripted: list[float]) -> None:
     scripted += [1.0, 1.0]
-    assert len(bench([tmp_path / "net.onnx", net()]).models) == 2
+    assert len(bench([fixed, net()]).models) == 2
     scripted.pop()
-    assert bench([tmp_path / "net.onnx"], {"input": X}).models[0].runs == 20
+    assert bench([fixed], {"input": X}).models[0].runs == 20
 
 
-def test_models_with_other_inputs_are_refused(tmp_path: Path) -> None:
+def test_models_with_other_inputs_are_refused(fixed: Path) -> None:
     class Sum(nn.Module):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return x + y
 
-    export_onnx(net(), tmp_path / "net.onnx", X)
     with pytest.raises(InputError, match=r"net\.onnx: the inputs do not fit the model: given float32 5x6"):
-        bench([net(), tmp_path / "net.onnx"], torch.ones(5, 6))
+        bench([net(), fixed], torch.ones(5, 6))
     with pytest.raises(InputError, match="Sum: the model does not run on these inputs"):
         bench([net(), Sum()], X)
     with pytest.raises(InputError, match="no model knows the shape of its inputs"):
@@ -137,19 +149,17 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("apart", [(), ("--apart",)], ids=["together", "apart"])
-def test_bench_says_what_it_ran_on_and_takes_a_batch(apart: tuple[str, ...], tmp_path: Path) -> None:
-    program = torch.export.export(net(), (X,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, tmp_path / "net.pt2")
-    export_onnx(program, tmp_path / "net.onnx")
+def test_bench_says_what_it_ran_on_and_takes_a_batch(apart: tuple[str, ...], files: tuple[Path, Path]) -> None:
+    program, onnx = files
     quick = ("--seconds", 0.01, "--threads", 1, *apart)
-    said = run("bench", tmp_path / "net.pt2", tmp_path / "net.onnx", *quick).stdout
+    said = run("bench", program, onnx, *quick).stdout
     assert "inputs: input float32 2x6" in said
-    for file in ("net.pt2", "net.onnx"):
-        done = run("bench", tmp_path / file, "--batch", 5, "--json", *quick)
+    for file in files:
+        done = run("bench", file, "--batch", 5, "--json", *quick)
         assert json.loads(done.stdout)["inputs"] == ["input float32 5x6"]
-    done = run("bench", tmp_path / "net.onnx", "--input-shape", "input:3,6", "--json", *quick)
+    done = run("bench", onnx, "--input-shape", "input:3,6", "--json", *quick)
     assert json.loads(done.stdout)["inputs"] == ["input float32 3x6"]
-    done = run("bench", tmp_path / "net.onnx", "--input-shape", "other:3,6", *quick)
+    done = run("bench", onnx, "--input-shape", "other:3,6", *quick)
     assert done.status == 2
     assert "the model has no input other" in done.stderr
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from surgery.kinds.onnx.session import feed, open_session
 from surgery.runtime import export
 from surgery.runtime.compare import compare, compare_outputs, default_inputs, run_model
 from surgery.runtime.export import check_export, export_onnx
+from surgery.runtime.translations import kept_translations
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -72,6 +74,20 @@ def test_a_module_is_exported_quietly_and_as_it_was(
     assert all(module.training for module in model.modules())
     assert capfd.readouterr() == ("", "")
     assert [record for record in caplog.records if record.levelname != "DEBUG"] == []
+
+
+def test_translations_are_read_once_and_are_those_of_torch() -> None:
+    asked = importlib.import_module("torch.onnx._internal.exporter._registration").onnxscript_apis
+    plain = asked.get_torchlib_ops
+    found = []
+    for _ in range(2):
+        with kept_translations():
+            found.append(asked.get_torchlib_ops())
+    assert found[0] is found[1]
+    assert asked.get_torchlib_ops == plain
+    assert [(each.qualified_name, each.function) for each in found[0]] == [
+        (each.qualified_name, each.function) for each in plain()
+    ]
 
 
 def test_a_program_brings_its_inputs_and_stays_dynamic(tmp_path: Path) -> None:

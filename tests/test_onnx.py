@@ -879,7 +879,7 @@ def positional(model: Any, inputs: Any) -> tuple[Any, ...]:
     return tuple(inputs[key] for key in names) if isinstance(inputs, dict) else inputs
 
 
-@pytest.mark.law(6)
+@pytest.mark.law(12)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter to itself
 @pytest.mark.parametrize("name", ZOO)
 def test_a_file_is_factored_as_the_program_that_it_came_from(name: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import surgery
 from surgery.cli.group import cli
 from surgery.errors import FileError, InputError, SurgeryError
 from surgery.kinds.onnx.run import OnnxModule
+from tests.covering import in_turns
 from tests.test_onnx import DATA, mlp, numbers, outputs, parsed, saved, torch_mlp, weights
 
 
@@ -37,12 +39,13 @@ def files(tmp_path: Path) -> dict[str, Path]:
     return {"onnx": saved(mlp(), tmp_path / "m.onnx"), "program": tmp_path / "m.pt2"}
 
 
-KINDS = pytest.mark.parametrize(("kind", "made"), [("onnx", ir.Model), ("program", ExportedProgram)])
+MADE = [("onnx", ir.Model), ("program", ExportedProgram)]
+KINDS = pytest.mark.parametrize(("kind", "made"), MADE)
 
 
-@KINDS
-@pytest.mark.parametrize("as_text", [True, False])
-def test_a_path_is_the_model_in_its_file(kind: str, made: Any, as_text: bool, files: dict[str, Path]) -> None:
+@pytest.mark.parametrize(("of_kind", "as_text"), in_turns(MADE, [True, False]))
+def test_a_path_is_the_model_in_its_file(of_kind: tuple[str, Any], as_text: bool, files: dict[str, Path]) -> None:
+    kind, made = of_kind
     path: Any = str(files[kind]) if as_text else files[kind]
     names = [site.name for site in surgery.find_sites(path)[0]]
     assert len(names) == 3
@@ -215,16 +218,13 @@ def test_every_command_takes_either_kind_on_either_side(
     np.savez("input.npz", input=DATA.numpy())
     lines = ["import numpy", "def near(run):", "    return -float(run(numpy.ones((2, 16), 'f'))[0].square().sum())"]
     (tmp_path / "onnx_metric.py").write_text("\n".join(lines))
-    for a in files.values():
-        for b in files.values():
-            for more in ((), ("--input-shape", "3,16")):
-                shown = run("compare", a, b, "--json", *more)
-                assert shown.exception is None, shown.exception
-                assert json.loads(shown.output)["relative"] < 1e-5
-                timed = run(
-                    "bench", a, b, "--json", "--seconds", "0.01", *more, *(["--batch", "4"] if not more else [])
-                )
-                assert timed.exception is None, timed.exception
+    shape, batch = ("--input-shape", "3,16"), ("--batch", "4")
+    for (a, b), more in in_turns(list(product(files.values(), repeat=2)), [(), shape]):
+        shown = run("compare", a, b, "--json", *more)
+        assert shown.exception is None, shown.exception
+        assert json.loads(shown.output)["relative"] < 1e-5
+        timed = run("bench", a, b, "--json", "--seconds", "0.01", *(more or batch))
+        assert timed.exception is None, timed.exception
     for inputs, pair in (("x.npz", ("onnx", "onnx")), ("input.npz", ("onnx", "program"))):
         shown = run("compare", *(files[kind] for kind in pair), "--inputs", inputs, "--json")
         assert shown.exception is None, shown.exception

@@ -24,6 +24,7 @@ from surgery.passes.factoring import gather
 from surgery.passes.original import Original
 from surgery.passes.preview import find_sites
 from surgery.runtime.compare import run_model
+from tests.covering import in_turns
 from tests.test_calibration_models import KINDS, as_kind, images, net
 from tests.zoo import ZOO, graph
 
@@ -85,8 +86,7 @@ def test_few_samples_move_it_little() -> None:
     assert errors[0] < 1.1 * errors[1]
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 1e6])
-@pytest.mark.parametrize("kind", ["module", "program"])
+@pytest.mark.parametrize(("kind", "scale"), in_turns(["module", "program"], [0.0, 1.0, 1e6]))
 def test_samples_that_are_all_alike_are_no_trap(kind: str, scale: float) -> None:
     """Their covariance is what rounding leaves of it, of which some eigenvalues are negative."""
     for seed in range(2):

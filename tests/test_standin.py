@@ -15,21 +15,26 @@ import surgery
 from surgery.algebra import relative_error
 from surgery.cli.decompose import decompose as command
 from surgery.data.batch_norm import NormDistances
-from surgery.data.standin import StandIn, stand_in
+from surgery.data.standin import Effort, StandIn, stand_in
 from surgery.errors import Refusal
 from surgery.kinds.inputs import normalise_inputs
 from surgery.kinds.registry import observe, open_model
+from surgery.passes.clock import Instruments
+from surgery.passes.fitting import FitOptions
+from surgery.passes.job import Selection, read_job
+from surgery.passes.run import by_goal
+from surgery.plans.goal import Goal
 from surgery.runtime.compare import run_model
 from surgery.sites.find import find
 from tests.cases import decaying
 from tests.covering import in_turns
 from tests.test_calibration_models import KINDS, as_kind
-from tests.test_search import ByMacs
+from tests.test_search import ByMacs, Clock
 
 
-def made(model: Any, example: Any) -> StandIn | Refusal:
+def made(model: Any, example: Any, effort: Effort | None = None) -> StandIn | Refusal:
     inputs = normalise_inputs(example)
-    return stand_in(model, inputs, find(open_model(model, inputs, copies=False).flow))
+    return stand_in(model, inputs, find(open_model(model, inputs, copies=False).flow), effort=effort)
 
 
 class Tokens(nn.Module):
@@ -57,7 +62,7 @@ def normed() -> nn.Sequential:
 def test_noise_is_moved_to_what_batch_norms_expect(kind: str, make: Callable[..., Tensor]) -> None:
     example = make(2, 3, 10, 10)
     model = as_kind(normed(), kind, example)
-    found = made(model, example)
+    found = made(model, example, Effort(samples=(16, 16)))
     assert isinstance(found, StandIn)
     assert "batch norms" in found.what
     observed = observe(model, next(iter(found.samples)))
@@ -112,7 +117,9 @@ def network(decay: float) -> nn.Module:
 def test_auto_without_data_never_ruins_a_network(kind: str, decay: float, tmp_path: Path) -> None:
     example, fresh = torch.randn(2, 64), torch.randn(400, 64)
     model = as_kind(network(decay), kind, example)
-    result = surgery.decompose(model, example, ranks=surgery.Goal.error(backend=ByMacs(threads=1, path=tmp_path / "l")))
+    goal, backend = Goal.error(), ByMacs(threads=1, path=tmp_path / "l")
+    job = read_job(model, example, goal, Selection(), FitOptions())
+    result = by_goal(job, goal, Instruments(backend, Clock().apart))
     assert result.promise is not None
     assert result.promise.kept
     found, wanted = (run_model(m, normalise_inputs(fresh)) for m in (result.model, model))

@@ -34,7 +34,6 @@ import onnx_ir as ir
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.export.pt2_archive._package import load_pt2
 
 from surgery.errors import FileError, InputError, SurgeryError, UnsafeFileError, only_own_errors
 from surgery.files.guard.archive import check_archive, entry_names, rewrite
@@ -142,6 +141,8 @@ def _tie_again(program: ExportedProgram) -> None:
 
 
 def _load_program(source: _Source) -> ExportedProgram:
+    from torch.export.pt2_archive._package import load_pt2  # with the compiler: half a second
+
     archive = check_archive(source.raw, trust=source.trust)
     with contextlib.nullcontext() if source.trust else _only_weights():
         programs = load_pt2(archive.stream).exported_programs

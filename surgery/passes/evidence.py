@@ -24,7 +24,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -68,7 +68,7 @@ def beyond(differences: Tensor) -> float:
     variance, third = float(centred.square().sum()) / (count - 1), float(centred.pow(3).mean())
     if not variance > 0:
         return 0.0 if variance == 0 else math.nan
-    quantile = float(stats.t.ppf(1 - _RISK, count - 1))
+    quantile = float(stdtrit(count - 1, 1 - _RISK))
     # Johnson: the mean's limit moves by m3 / (6 s^2 n) + m3 (mean - mu)^2 / (3 s^4), and at the quantile t the square
     # is t^2 s^2 / n. Only a tail of large errors counts: one of small errors never lowers the limit.
     skewed = max(0.0, third) / (6 * variance * count) * (1 + 2 * quantile**2)

@@ -35,6 +35,7 @@ from surgery.runtime.compare import (
     run_model,
 )
 from surgery.runtime.rounding import float64_outputs, shaken_outputs
+from surgery.runtime.translations import kept_translations
 from surgery.sites import Entry, Record
 from surgery.system.quiet import quiet
 from surgery.system.scratch import scratch_folder
@@ -174,7 +175,8 @@ def to_onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
     flow = open_model(program, copies=False).flow
 
     def run() -> torch.onnx.ONNXProgram:
-        with torch.no_grad():  # torch differentiates loops while it looks at them, and stumbles over dynamic sizes
+        # torch differentiates loops while it looks at them, and stumbles over dynamic sizes
+        with torch.no_grad(), kept_translations():
             exported = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False)
         if exported is None:
             raise InputError("torch.onnx.export returned nothing")

@@ -138,6 +138,7 @@ def serve() -> None:
 def _import_all() -> None:
     import onnxscript  # noqa: F401
     import safetensors.torch  # noqa: F401
+    import torch.export.pt2_archive  # noqa: F401
 
     import surgery.cli.show
     import surgery.data.samples

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from surgery.cost.timing import Speedup
 from surgery.errors import InputError
@@ -161,7 +161,7 @@ def compare_generations(first: Sequence[Blocks], second: Sequence[Blocks], *, co
     # Ratios are averaged as logarithms, so that A over B is the inverse of B over A. Example of two generations, 2.0
     # and 2.1: 2.05, with Student's 12.7 for one degree of freedom 1.50 to 2.79. Of four generations it is 3.2.
     logs = np.array([_log_speedup(*blocks) for blocks in zip(first, second, strict=True)])
-    half = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * float(logs.std(ddof=1)) / math.sqrt(count)
+    half = float(stdtrit(count - 1, (1 + confidence) / 2)) * float(logs.std(ddof=1)) / math.sqrt(count)
     middle = float(logs.mean())
     return Speedup(math.exp(middle), math.exp(middle - half), math.exp(middle + half))
 

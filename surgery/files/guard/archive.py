@@ -38,7 +38,6 @@ from typing import Any
 
 import torch
 from torch._export.serde import schema
-from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
 
 from surgery.errors import FileError, SurgeryError, UnsafeFileError
 from surgery.files.guard.program import check_key, check_program, check_schema
@@ -189,6 +188,8 @@ def _integers(values: list[dict[str, Any]]) -> list[int]:
 
 def _check_extent(name: str, meta: dict[str, Any], nbytes: int) -> None:
     """Check that a view ends inside its payload: (offset + sum((size - 1) * stride) + 1) * itemsize <= nbytes."""
+    from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE  # with the compiler: half a second
+
     dtype = _SERIALIZE_TO_TORCH_DTYPE.get(meta["dtype"])
     if dtype is None or meta["layout"] != schema.Layout.Strided:
         raise FileError(f"the weight {name!r} has dtype {meta['dtype']}, layout {meta['layout']}", allowed="strided")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch._export.serde import schema, serialize
+from torch._export.serde import schema
 from torch.export import ModuleCallEntry
 from torch.export.graph_signature import ExportGraphSignature
 
@@ -49,6 +49,8 @@ class Whole:
             InputError: torch cannot write down what the program takes or returns, such as an object of a class that
                 has no name for files.
         """
+        from torch._export.serde import serialize  # with the compiler: half a second
+
         serializer = serialize.GraphModuleSerializer(self.signature, self.calls)
         try:
             signature = _plain(serializer.serialize_signature(self.signature))
@@ -72,6 +74,8 @@ class Whole:
         Raises:
             InputError: they have another form, or could run code.
         """
+        from torch._export.serde import serialize  # see above
+
         try:
             check_schema(schema.GraphSignature, said.get("signature"))
             check_schema(list[schema.ModuleCallEntry], said.get("calls"))
@@ -94,6 +98,8 @@ class Whole:
 
 def _plain(value: Any) -> Any:
     """Return the JSON values of a schema object; torch gives keys of a class of its own."""
+    from torch._export.serde import serialize  # see above
+
     return json.loads(json.dumps(serialize._dataclass_to_dict(value)))
 
 
