@@ -25,7 +25,7 @@ from surgery.report import render_split
 from surgery.runtime.compare import run_model
 from surgery.sites.network import Network, Operation, Value
 from surgery.stages.named import stages_at
-from surgery.stages.strip import strip_of
+from surgery.stages.tally import strip_of
 from tests.command_line import run
 from tests.tolerances import tolerance
 from tests.zoo import KINDS_OF, ZOO, Inputs, graph

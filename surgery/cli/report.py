@@ -55,7 +55,7 @@ def _read_report(model: Path) -> dict[str, Any]:
     """Return the report in MODEL, with the name and the size that its file has now."""
 
     from surgery.files.load import load
-    from surgery.files.size import model_size
+    from surgery.files.save import model_size
     from surgery.report import read
 
     found = read(load(model))

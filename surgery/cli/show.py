@@ -23,7 +23,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from surgery.files.size import model_size
+from surgery.files.save import model_size
 from surgery.sites import Skip, left_alone
 from surgery.system.tables import layout
 from surgery.text import change, count, rank_text, seconds, shown, wrap

@@ -25,8 +25,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy.typing as npt
 
 from surgery.algebra import Chain, Operator, Shape
-from surgery.cost.cache import Cache, cache_path, described
-from surgery.cost.structure import described_file
+from surgery.cost.cache import Cache, cache_path, described, described_file
 from surgery.cost.timing import Samples, Speedup
 from surgery.errors import InputError
 from surgery.text import Verdict

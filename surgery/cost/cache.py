@@ -5,10 +5,12 @@ The file is ``latencies.sqlite3`` in ``~/.cache/surgery`` (``$XDG_CACHE_HOME/sur
 read or written, a log line says so, and measuring goes on without it.
 
 What a latency depends on in operators and chains: kinds, shapes and geometries, as JSON values, and no numbers.
+The same of a whole .onnx file, but for the values of its weights.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -21,12 +23,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy.typing as npt
+import onnx
+
 from surgery.algebra import Branches, Chain, Operator, Shape, Shift, Step
 from surgery.errors import FileError
 from surgery.system.opening import check_regular, shown_path
 from surgery.text import VERDICTS, first_line
 
-__all__ = ["Cache", "Store", "cache_path", "described"]
+__all__ = ["Cache", "Store", "cache_path", "described", "described_file"]
 
 
 def described(shape: Shape, *operators: Operator | Chain) -> dict[str, Any]:
@@ -174,3 +179,26 @@ def cache_path() -> Path | None:
         _warn(f"there is no home folder for the latency cache, {shown_path(folder)} (SURGERY_CACHE names another)")
         return None
     return (folder if chosen else folder / "surgery") / "latencies.sqlite3"
+
+
+_LARGE = 1024  # bytes of a tensor whose values say nothing of the graph, as those of a shape do
+_DATA = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "external_data")
+
+
+def described_file(path: Path, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
+    """Return a digest of the graph of an .onnx file, without the numbers of large weights, and of its inputs' shapes.
+
+    Names count, because what is measured of nodes is told by names.
+    """
+    proto = onnx.load(path, load_external_data=False)
+    for node in proto.graph.node:
+        node.ClearField("doc_string")
+        node.ClearField("metadata_props")
+    for tensor in proto.graph.initializer:
+        if tensor.ByteSize() > _LARGE or tensor.data_location == onnx.TensorProto.EXTERNAL:
+            for name in _DATA:
+                tensor.ClearField(name)
+    shapes = [(name, list(array.shape), str(array.dtype)) for name, array in feeds.items()]
+    found = hashlib.sha256(proto.SerializeToString(deterministic=True))
+    found.update(json.dumps(shapes).encode())
+    return {"file": found.hexdigest()}

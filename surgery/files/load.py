@@ -1,7 +1,8 @@
 """Load a model from a file without running code of the file. The content decides the kind of file, not the suffix.
 
 A file that would run code is refused, unless the caller trusts it. The bytes that are checked are the bytes that are
-loaded: the file is read once, and torch reads from memory. Every failure is one SurgeryError that names the file, the
+loaded: the file is read once, and torch reads from memory. Every public function that reads a model takes the path of
+one as well, by ``model_of``. Every failure is one SurgeryError that names the file, the
 fault and the next step.
 
 ====================================  =================================================================================
@@ -28,12 +29,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from typing_extensions import TypeVar
 
 from surgery.errors import FileError, InputError, SurgeryError, UnsafeFileError, only_own_errors
 from surgery.files.guard.archive import check_archive, entry_names, rewrite
@@ -42,12 +44,12 @@ from surgery.files.memory import check_room, file_need, program_need
 from surgery.files.onnx_model import read_model
 from surgery.files.save import RECORD_KEY
 from surgery.files.weights import FACTORY, cause, with_weights
-from surgery.kinds.registry import is_model
+from surgery.kinds.registry import Model, is_model, kind_of
 from surgery.sites import Record
 from surgery.system.opening import check_path, check_regular, open_regular, read_regular, shown_path
 from surgery.system.quiet import quiet
 
-__all__ = ["load"]
+__all__ = ["GivenModel", "load", "model_of"]
 
 _TRUST = "if you trust its author, pass --trust (in Python trust=True)"
 _EXPORT = "export it again with torch.export.export(model, inputs) and torch.export.save"
@@ -303,3 +305,19 @@ def load(
         raise type(error)(what, allowed=error.allowed, next_step=next_step) from error.__cause__
     except (Exception, SystemExit) as error:
         raise FileError(f"{os.fspath(path)}: cannot be loaded: {cause(error)}", next_step=_EXPORT) from error
+
+
+GivenModel = TypeVar("GivenModel", bound=Model, default=Any)  # Any is what a path gives: its file says which kind
+
+
+def model_of(model: GivenModel | str | os.PathLike[str]) -> GivenModel:
+    """Return a model as it is, or the one in the file at a path, as ``load`` opens it without trust.
+
+    Raises:
+        InputError: it is neither a model nor a path.
+        FileError: as ``load``.
+    """
+    if isinstance(model, str | os.PathLike):
+        return cast(GivenModel, load(model))
+    kind_of(model)
+    return model

@@ -71,7 +71,7 @@ def note_record(model: Any) -> None:
     kind = getattr(module, "PreTrainedModel", None) if module is not None else None
     if kind is None or not isinstance(model, kind):
         return
-    from surgery.files.record import record_of
+    from surgery.files.structure import record_of
 
     record = record_of(model)
     own = getattr(getattr(model.config, "quantization_config", None), "quant_method", None) == METHOD

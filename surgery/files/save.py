@@ -1,4 +1,7 @@
-"""Save a model with its record: a program as a .pt2 archive, a module as safetensors, an ONNX model as ONNX."""
+"""Save a model with its record: a program as a .pt2 archive, a module as safetensors, an ONNX model as ONNX.
+
+``model_size`` says how large the files of a model are.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ from torch.nn.parameter import is_lazy
 
 from surgery.errors import FileError, InputError, only_own_errors
 from surgery.files.guard.archive import RECORD
-from surgery.files.record import record_of
+from surgery.files.structure import record_of
 from surgery.kinds.onnx.layout import BESIDE, SOURCES, lay_out
 from surgery.kinds.registry import is_model, kind_of
 from surgery.system.opening import check_path, shown_path
 from surgery.system.writing import Writer, write_together
 from surgery.text import first_line
 
-__all__ = ["RECORD_KEY", "check_ending", "model_files", "save", "state_dict_writer"]
+__all__ = ["RECORD_KEY", "check_ending", "model_files", "model_size", "save", "state_dict_writer"]
 
 RECORD_KEY = "surgery"  # in the metadata of a safetensors file
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
@@ -188,3 +191,10 @@ def state_dict_writer(state: Mapping[str, torch.Tensor], *, metadata: dict[str, 
         file.write(safetensors.torch.save(own, metadata))
 
     return write
+
+
+def model_size(path: Path) -> int:
+    """Return how many bytes the files of a saved model take: of an ONNX model also those beside its own."""
+    from surgery.files.guard.onnx import onnx_size
+
+    return onnx_size(path) if path.suffix == ".onnx" else path.stat().st_size

@@ -1,5 +1,7 @@
 """Give a dense module the structure of a factored one, from a plan or a record; the factors are zeros.
 
+The record of a module says enough of its factored layers to give a fresh module the same structure.
+
 A site's name is the path of its layer, so no graph is captured and nothing is run. This works on the meta device too.
 Afterwards, ``load_state_dict`` takes the weights of the factored model.
 """
@@ -7,8 +9,10 @@ Afterwards, ``load_state_dict`` takes the weights of the factored model.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -19,11 +23,12 @@ from surgery.kinds.layers.carried import refuse_carrying
 from surgery.kinds.layers.edit import Shared, splice_modules, swap_references
 from surgery.kinds.layers.factored import Factored
 from surgery.kinds.layers.modules import is_operator_module, read_module, weight_of
+from surgery.kinds.layers.tensors import key_of
 from surgery.kinds.layers.unpacking import pack_all, unpack_all
 from surgery.kinds.registry import is_model, kind_of
-from surgery.sites import Origin, Site
+from surgery.sites import Entry, Origin, Record, Site
 
-__all__ = ["give_structure", "tie"]
+__all__ = ["give_structure", "record_of", "tie"]
 
 _MOST, _LEAST = 64, 2**20  # a layer may get 64 times its own numbers in factors, and 2^20 more
 
@@ -155,3 +160,16 @@ def tie(model: nn.Module, ties: Iterable[Sequence[str]]) -> None:
                 and bool((own == first).all())
             ):
                 module._parameters[leaf] = first
+
+
+def record_of(model: nn.Module) -> Record:
+    """Return the record of a module: its factored layers by name, and the groups of parameters that are tied."""
+    sites = {
+        name: Entry(module.surgery_origin)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Factored) and module.surgery_origin is not None
+    }
+    groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups[key_of(parameter)].append(name)
+    return Record(sites, tuple(tuple(names) for names in groups.values() if len(names) > 1))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import InputError, only_own_errors
-from surgery.files.given import model_of
+from surgery.files.load import model_of
 from surgery.kinds.layers.unpacking import packed_parameter
 from surgery.kinds.registry import kind_of, open_model
 from surgery.passes.metrics import metric_of

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from surgery.errors import only_own_errors
-from surgery.files.given import GivenModel, model_of
+from surgery.files.load import GivenModel, model_of
 from surgery.kinds.registry import check_inplace
 from surgery.passes.clock import instruments_of
 from surgery.passes.fitting import FitOptions

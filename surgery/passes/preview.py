@@ -14,7 +14,7 @@ from torch import nn
 
 from surgery.errors import InputError, only_own_errors
 from surgery.factorizations import named
-from surgery.files.given import GivenModel, model_of
+from surgery.files.load import GivenModel, model_of
 from surgery.files.pretrained import note_record
 from surgery.files.structure import give_structure
 from surgery.kinds.inputs import normalise_inputs

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from surgery.errors import only_own_errors
-from surgery.files.given import GivenModel, model_of
+from surgery.files.load import GivenModel, model_of
 from surgery.files.pretrained import note_record
 from surgery.kinds.inputs import normalise_inputs
 from surgery.kinds.registry import check_inplace, open_model

@@ -6,7 +6,6 @@ collect(result) -> dict of JSON values -> attach to the model -> save, load -> r
 from __future__ import annotations
 
 from surgery.report.collect import attach, collect, read
-from surgery.report.page import render, write
-from surgery.report.split_page import render_split
+from surgery.report.page import render, render_split, write
 
 __all__ = ["attach", "collect", "read", "render", "render_split", "write"]

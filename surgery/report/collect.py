@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import InputError
-from surgery.files.size import model_size
+from surgery.files.save import model_size
 from surgery.kinds.registry import Model, kind_of
 from surgery.passes.results import DecomposeResult, Search
 from surgery.report.content import VERSION

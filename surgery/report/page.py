@@ -11,6 +11,7 @@ from typing import Any
 from surgery.report.charts import places, possible
 from surgery.report.content import Content, LeftRow, ReplacedRow, read_content
 from surgery.report.markup import Markup, dotted, join, note, page, section, table, tag
+from surgery.report.strip import strip
 from surgery.report.words import (
     GLOSSARY,
     bytes_text,
@@ -21,10 +22,11 @@ from surgery.report.words import (
     summary,
     title,
 )
+from surgery.stages.report import SplitReport
 from surgery.system.writing import text_writer, write_atomically
-from surgery.text import change, count
+from surgery.text import change, count, size
 
-__all__ = ["render", "write"]
+__all__ = ["render", "render_split", "write"]
 
 _NAMES = 6
 
@@ -163,3 +165,40 @@ def _environment(content: Content) -> Markup:
 
 def _glossary() -> Markup:
     return section("What the words mean", tag("dl", *(join(tag("dt", w), tag("dd", m)) for w, m in GLOSSARY)))
+
+
+def render_split(report: SplitReport, *, name: str = "the model") -> str:
+    """Return the HTML page of a split; ``name`` is what its title calls the model."""
+    head = tag("p", f"{report.verdict[0].upper()}{report.verdict[1:]}.", class_="lead")
+    stages = len(report.stages)
+    title = f"{name} in {stages} {'stage' if stages == 1 else 'stages'}"
+    return page(title, head, _strip(report), _stages(report), _crossings(report), _notes(report))
+
+
+def _strip(report: SplitReport) -> Markup:
+    drawn = strip(report)
+    told = (
+        "Each layer is as wide as it takes time. Below it are the bytes that would have to be sent if the network were "
+        "cut there; red lines are the cuts."
+    )
+    return section("The network as a strip", drawn, note(told)) if drawn else Markup()
+
+
+def _stages(report: SplitReport) -> Markup:
+    head, *rows = report.rows()
+    told = f"Times are without transfers, which take their bytes over {size(report.link)}/s."
+    return section("Stages", table(head, rows, words=3), note(told))
+
+
+def _crossings(report: SplitReport) -> Markup:
+    if not report.crossings:
+        return Markup()
+    rows = [
+        (each.value, f"stage {each.source}", " and ".join(map(str, each.targets)), size(each.bytes))
+        for each in report.crossings
+    ]
+    return section("What crosses", table(("value", "given in", "goes to", "size"), rows, words=3))
+
+
+def _notes(report: SplitReport) -> Markup:
+    return section("Notes", join(*map(note, report.notes))) if report.notes else Markup()

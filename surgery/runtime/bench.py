@@ -16,7 +16,7 @@ import torch
 from surgery.cost.onnxruntime.sessions import bind
 from surgery.cost.timing import Budget, Samples, compare_samples, interleave, waited
 from surgery.errors import InputError, only_own_errors
-from surgery.files.given import model_of
+from surgery.files.load import model_of
 from surgery.kinds.inputs import Inputs
 from surgery.kinds.onnx.session import check_threads, feed, open_session
 from surgery.kinds.onnx.session import open_model as session_of

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.algebra import relative_error
 from surgery.errors import InputError, only_own_errors
-from surgery.files.given import model_of
+from surgery.files.load import model_of
 from surgery.kinds.inputs import Inputs, normalise_inputs
 from surgery.kinds.registry import Model, kind_of
 from surgery.text import first_line

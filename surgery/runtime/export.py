@@ -18,8 +18,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from surgery.errors import CaptureError, CheckError, InputError, only_own_errors
-from surgery.files.given import model_of
-from surgery.files.record import record_of
+from surgery.files.load import model_of
+from surgery.files.structure import record_of
 from surgery.kinds.fx.graph import read_record, write_record
 from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs
 from surgery.kinds.onnx.exported import mark_steps, simplify_export

@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 from surgery.cost.base import Backend, make_backend
 from surgery.cost.timing import Speedup
 from surgery.errors import InputError, only_own_errors
-from surgery.files.given import model_of
+from surgery.files.load import model_of
 from surgery.kinds.onnx.session import check_threads
 from surgery.kinds.registry import Model
 from surgery.runtime.bench import (

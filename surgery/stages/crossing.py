@@ -1,8 +1,9 @@
-"""Bounds by what has to cross around each block: minimum cuts, which know the link, where simple bounds do not.
+"""Bounds: the largest load below which no cut into stages can come.
 
-A stage S takes t(S) seconds for its operations and c(S) for what crosses its border. Around a block v, the least of
-c(S) + p t(S) over all sets S with v in them is a minimum cut, m(v, p), for any price p of a second. It bounds in two
-ways, whatever the cut into stages is; let B be its largest load, and k the number of stages:
+Minimum cuts bound by what has to cross around each block: they know the link. A stage S takes t(S) seconds for its
+operations and c(S) for what crosses its border. Around a block v, the least of c(S) + p t(S) over all sets S with v in
+them is a minimum cut, m(v, p), for any price p of a second. It bounds in two ways, whatever the cut into stages is; let
+B be its largest load, and k the number of stages:
 
     p = 1    the stage with v in it takes m(v, 1), so B is at least that
     p < 1    t(S) <= B - c(S), so the stage with v has c(S) >= c(v) = (m(v, p) - p B) / (1 - p). What is left of B is
@@ -11,11 +12,15 @@ ways, whatever the cut into stages is; let B be its largest load, and k the numb
 For example ten operations of 1 s in a row, each with 1 s of bytes to the next, in two stages: the set of all costs
 10 p, one with two borders 2 + p, so that for p = 0.2 the operations in the middle have m = 2, and for B = 6 s
 c = (2 - 1.2) / 0.8 = 1. The true optimum is 6 s, and equal parts alone bound it by 5.
+
+Simple bounds hold for every cut as well: some stage has at least an equal part of the whole, and some stage has the
+largest block. An integer program can prove more. Where the graph has few down-sets, ``downsets`` finds the optimum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +28,10 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 
 from surgery.stages.blocks import Blocks
+from surgery.stages.milp import program
 from surgery.stages.problem import Problem
 
-__all__ = ["crossing_bound"]
+__all__ = ["SLACK", "Certificate", "crossing_bound", "prove", "simple_bound"]
 
 _UNITS = 1e8  # of a flow, in the largest load of one block; SciPy's flows are 32-bit integers
 _MOST = 100  # blocks that minimum cuts are sought around, the longest ones
@@ -104,3 +110,35 @@ class _Around:
         sources, targets, limits = np.concatenate([self._edges, ends.astype(np.int32)]).T
         graph = csr_array((limits, (sources, targets)), shape=(self._last + 1, self._last + 1))
         return [int(maximum_flow(graph, block, self._last).flow_value) * self._unit for block in blocks]
+
+
+SLACK = 1e-6  # the solver keeps its conditions to about this share; a bound is lowered by it
+_MOST_VARIABLES = 20_000
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The bound, in seconds or bytes, and a cut that was found on the way to it."""
+
+    bound: float
+    stage_of: tuple[int, ...] | None = None
+
+
+def prove(problem: Problem, blocks: Blocks, *, seconds: float) -> Certificate:
+    """Return the bound that an integer program reaches in so many seconds; none for a graph that is too large."""
+    if len(blocks) * problem.stages > _MOST_VARIABLES:
+        return Certificate(0.0)
+    bound, stage_of = program(problem, blocks, seconds=seconds)
+    return Certificate(bound * (1 - SLACK), stage_of)
+
+
+def simple_bound(problem: Problem, blocks: Blocks) -> float:
+    """Return the larger of an equal part of all that is in the stages, and of the largest block."""
+    if problem.balance == "time":
+        parts = list(blocks.seconds)
+        return max(sum(parts) / problem.stages, *parts)
+    largest = [0] * len(blocks)
+    for tensor in blocks.tensors:
+        for block in tensor.blocks:
+            largest[block] += tensor.bytes
+    return max(sum(tensor.bytes for tensor in blocks.tensors) / problem.stages, *largest)

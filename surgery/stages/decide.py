@@ -8,13 +8,12 @@ from typing import get_args
 
 from surgery.errors import InputError
 from surgery.sites.network import Network
-from surgery.stages.measure import Times
+from surgery.stages.costs import Times
 from surgery.stages.named import stages_at
 from surgery.stages.problem import Balance, Problem, Ties
 from surgery.stages.report import BALANCES, SplitReport
 from surgery.stages.solve import assess, solve
-from surgery.stages.strip import strip_of
-from surgery.stages.tally import crossings_of, stages_of, tied_notes
+from surgery.stages.tally import crossings_of, stages_of, strip_of, tied_notes
 from surgery.system.progress import Progress
 from surgery.system.units import read_bytes, read_rate
 

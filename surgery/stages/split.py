@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from surgery.errors import InputError, SurgeryError, only_own_errors
-from surgery.files.given import GivenModel, model_of
+from surgery.files.load import GivenModel, model_of
 from surgery.kinds.base import Kind, Piece, Pieces
 from surgery.kinds.inputs import Inputs, normalise_inputs
 from surgery.kinds.registry import KINDS, kind_of
 from surgery.stages.bench import PipelineTiming, bench_pipeline
+from surgery.stages.costs import operation_times, stage_times
 from surgery.stages.decide import Asked, decide
 from surgery.stages.folder import FolderContent, read_folder, write_stages
 from surgery.stages.manifest import SUFFIXES
-from surgery.stages.measure import operation_times, stage_times
 from surgery.stages.problem import Balance, Ties
 from surgery.stages.programs import program_pieces
 from surgery.stages.report import SplitReport
