@@ -22,6 +22,7 @@ from surgery.files.given import model_of
 from surgery.files.record import record_of
 from surgery.kinds.fx.graph import read_record, write_record
 from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs
+from surgery.kinds.layers.unpacking import part_weights
 from surgery.kinds.onnx.exported import mark_steps, simplify_export
 from surgery.kinds.onnx.graph import RECORD
 from surgery.kinds.onnx.session import TOLERANCES, feed, open_session
@@ -35,7 +36,7 @@ from surgery.runtime.compare import (
     run_model,
 )
 from surgery.runtime.rounding import float64_outputs, shaken_outputs
-from surgery.sites import Entry, Record
+from surgery.sites import Entry, Record, site_name
 from surgery.system.quiet import quiet
 from surgery.system.scratch import scratch_folder
 from surgery.system.writing import Writer, check_outputs, write_together
@@ -198,8 +199,11 @@ def _keep_record(program: ExportedProgram, model: ir.Model) -> None:
         for name, entry in record.sites.items()
         if any(key.startswith(f"{name}.") for key in weights)
     }
+    packed = {
+        name: parts for name, parts in record.packed.items() if sites.keys() & set(map(site_name, part_weights(name)))
+    }
     if sites:
-        model.metadata_props[RECORD] = json.dumps(Record(sites).to_json())
+        model.metadata_props[RECORD] = json.dumps(Record(sites, packed=packed).to_json())
 
 
 def write_draft(exported: torch.onnx.ONNXProgram, draft: Path) -> None:
