@@ -869,7 +869,6 @@ def test_a_file_has_the_sites_of_the_module_that_it_came_from(tmp_path: Path) ->
 
 # networks with layers that are other sites in ONNX than in torch, and how the names of these sites begin
 OTHER_SITES: dict[str, tuple[str, ...]] = {
-    "attention": ("attention.in_proj_",),  # one product, whose weight has the rows of queries, keys and values
     "recurrent": ("lstm.hh_", "gru."),  # recurrent weights belong to nodes, whose weights have both directions
 }
 

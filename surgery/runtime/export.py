@@ -22,6 +22,7 @@ from surgery.files.load import model_of
 from surgery.files.structure import record_of
 from surgery.kinds.fx.graph import read_record, write_record
 from surgery.kinds.inputs import Inputs, flatten_inputs, normalise_inputs
+from surgery.kinds.layers.unpacking import part_weights
 from surgery.kinds.onnx.exported import mark_steps, simplify_export
 from surgery.kinds.onnx.graph import RECORD
 from surgery.kinds.onnx.session import TOLERANCES, feed, open_session
@@ -36,7 +37,7 @@ from surgery.runtime.compare import (
 )
 from surgery.runtime.rounding import float64_outputs, shaken_outputs
 from surgery.runtime.translations import kept_translations
-from surgery.sites import Entry, Record
+from surgery.sites import Entry, Record, site_name
 from surgery.system.quiet import quiet
 from surgery.system.scratch import scratch_folder
 from surgery.system.writing import Writer, check_outputs, write_together
@@ -97,8 +98,8 @@ def export_onnx(
     dynamic sizes stay dynamic. Weights of 2 GiB or more go to a second file, ``NAME.onnx.data``.
 
     The file has the layers of the program under their names, and the record of those that are factored. ``decompose``
-    finds the same sites in it, but for two: attention's packed weight is one site there, and recurrent weights are
-    those of LSTM and GRU nodes.
+    finds the same sites in it, but for recurrent weights: these are those of LSTM and GRU nodes, and both directions of
+    a node are one site.
 
     Raises:
         FileError: the file cannot be written, or exists and ``force`` is False.
@@ -200,8 +201,11 @@ def _keep_record(program: ExportedProgram, model: ir.Model) -> None:
         for name, entry in record.sites.items()
         if any(key.startswith(f"{name}.") for key in weights)
     }
+    packed = {
+        name: parts for name, parts in record.packed.items() if sites.keys() & set(map(site_name, part_weights(name)))
+    }
     if sites:
-        model.metadata_props[RECORD] = json.dumps(Record(sites).to_json())
+        model.metadata_props[RECORD] = json.dumps(Record(sites, packed=packed).to_json())
 
 
 def write_draft(exported: torch.onnx.ONNXProgram, draft: Path) -> None:

@@ -18,13 +18,13 @@ from surgery.algebra import Linear
 from surgery.kinds.fx.functional import is_aten
 from surgery.kinds.fx.read import Reader
 from surgery.kinds.fx.write import FunctionEdits
+from surgery.kinds.layers.attention import PROJECTIONS
 from surgery.kinds.layers.tensors import key_of
+from surgery.kinds.layers.unpacking import part_weights
 from surgery.sites import Call
 
 __all__ = ["pack", "unpack"]
 
-_PACKED = "in_proj_weight"
-_PARTS = ("in_proj_q", "in_proj_k", "in_proj_v")
 _CATS = (torch.cat, torch.ops.aten.cat.default)
 _SUMS = (torch.add, torch.ops.aten.add.Tensor)
 
@@ -52,11 +52,9 @@ def _is_alone(kind: FunctionEdits, call: Call) -> bool:
 def _unpack_call(kind: FunctionEdits, call: Call) -> None:
     tensor, source = kind.reader.parameters[call.weight], kind.node(call.source)
     old = kind.node(call.value)
-    prefix = call.weight.removesuffix(_PACKED)
     rows = []
     # rows [0, E) are q, [E, 2E) are k and [2E, 3E) are v; they are copied, so they can be factored one by one
-    for part, weight in zip(_PARTS, tensor.detach().chunk(3), strict=True):
-        name = f"{prefix}{part}.weight"
+    for name, weight in zip(part_weights(call.weight), tensor.detach().chunk(3), strict=True):
         kind.add_parameter([name], nn.Parameter(weight.clone(), requires_grad=tensor.requires_grad))
         rows.append(kind.insert(Linear(weight), source, (name, None), like=old, stored="out_in"))
     with kind.graph.inserting_before(old):
@@ -68,7 +66,7 @@ def _unpack_call(kind: FunctionEdits, call: Call) -> None:
     kind.drop_parameter(call.weight)
     kind.replace(old, node)
     kind.sweep()
-    kind.record = kind.record.with_packed(call.weight, _PARTS)
+    kind.record = kind.record.with_packed(call.weight, PROJECTIONS)
 
 
 def pack(kind: FunctionEdits) -> None:
@@ -79,22 +77,22 @@ def pack(kind: FunctionEdits) -> None:
     calls = {reader.node(value): call for value, call in reader.calls.items()}
     for node in [node for node in kind.graph.nodes if node.target in _CATS]:
         rows = node.args[0]
-        if isinstance(rows, list | tuple) and len(rows) == len(_PARTS) and all(row in calls for row in rows):
+        if isinstance(rows, list | tuple) and len(rows) == len(PROJECTIONS) and all(row in calls for row in rows):
             _pack_rows(kind, reader, node, [calls[row] for row in rows])
 
 
 def _pack_rows(kind: FunctionEdits, reader: Reader, node: Node, calls: Sequence[Call]) -> None:
     nodes = [reader.node(call.value) for call in calls]
-    prefix = calls[0].weight.removesuffix(f"{_PARTS[0]}.weight")
-    packed, names = f"{prefix}{_PACKED}", [f"{prefix}{part}.weight" for part in _PARTS]
+    names = [call.weight for call in calls]
+    packed = next((name for name in kind.record.packed if part_weights(name) == names), None)
     # three dense layers without biases that only this concatenation reads, under the names that unpack gave them
     plain = all(call.bias is None for call in calls) and all(len(row.users) == 1 for row in nodes)
-    if packed not in kind.record.packed or [call.weight for call in calls] != names or not plain:
+    if packed is None or not plain:
         return
     weights = [reader.parameters[name] for name in names]
     rows, source = torch.cat(weights).detach(), reader.node(calls[0].source)
     kind.add_parameter([packed], nn.Parameter(rows, requires_grad=weights[0].requires_grad))
-    last, bias = _with_bias(reader, node, f"{prefix}in_proj_bias")
+    last, bias = _with_bias(reader, node, f"{packed.removesuffix('weight')}bias")
     new = kind.insert(Linear(rows), source, (packed, bias), like=last, stored="out_in", style=nodes[0])
     kind.replace(last, new)
     for old in (*([node] if last is not node else []), *reversed(nodes)):

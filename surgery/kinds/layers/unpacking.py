@@ -14,7 +14,16 @@ from surgery.kinds.layers.attention import UnpackedAttention
 from surgery.kinds.layers.modules import replace_module
 from surgery.kinds.layers.recurrent import UnpackedRecurrent
 
-__all__ = ["PackedLayers", "has_packed", "is_packed", "pack_all", "packed_parameter", "refuse_inplace", "unpack_all"]
+__all__ = [
+    "PackedLayers",
+    "has_packed",
+    "is_packed",
+    "pack_all",
+    "packed_parameter",
+    "part_weights",
+    "refuse_inplace",
+    "unpack_all",
+]
 
 _Packed = nn.MultiheadAttention | nn.RNNBase
 _Unpacked = UnpackedAttention | UnpackedRecurrent
@@ -40,6 +49,16 @@ def is_packed(name: str) -> bool:
     (True, False)
     """
     return name.rpartition(".")[2] == "in_proj_weight"
+
+
+def part_weights(packed: str) -> list[str]:
+    """Return the names of the weights that a packed projection comes apart into.
+
+    >>> part_weights("attention.in_proj_weight")[0]
+    'attention.in_proj_q.weight'
+    """
+    prefix, dot, _ = packed.rpartition(".")
+    return [f"{prefix}{dot}{part}.weight" for part in attention.PROJECTIONS]
 
 
 def packed_parameter(site: str) -> tuple[str, int, int] | None:

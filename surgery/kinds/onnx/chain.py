@@ -46,11 +46,6 @@ class ChainWriter(NodeWriter):
         self._marks: dict[int, str] = {}  # what a reshape does, for the reader
         self._before: ir.Node | None = None
 
-    @property
-    def _opset(self) -> int:
-        imports = self._graph.model.opset_imports
-        return imports.get("", imports.get("ai.onnx", 1))
-
     def start(self, source: ir.Value, before: ir.Node) -> None:
         """Begin with a value of the graph; all nodes will stand in front of the node ``before``."""
         self.nodes, self.constants, self._known, self._marks, self._before = [], [], {}, {}, before
@@ -93,7 +88,7 @@ class ChainWriter(NodeWriter):
         """Append an operator; its bias is a value of the graph."""
         plain = operator.with_bias(None)
         if isinstance(plain, Linear):
-            gemm = gemm and (bias is not None or self._opset >= _GEMM_WITHOUT_BIAS)
+            gemm = gemm and (bias is not None or self._graph.opset >= _GEMM_WITHOUT_BIAS)
             write_linear(self, plain, gemm=gemm, turned=self.turned)
             if bias is not None and not gemm:
                 self.read("Add", bias)
@@ -149,7 +144,7 @@ class ChainWriter(NodeWriter):
         self._mark(words_of(step, two=after > 0))
 
     def _ones(self, op_type: str, axes: Sequence[int]) -> None:
-        write_ones(self, op_type, axes, self._opset)
+        write_ones(self, op_type, axes, self._graph.opset)
 
     def _mark(self, words: str) -> None:
         self._marks[len(self.nodes) - 1] = words

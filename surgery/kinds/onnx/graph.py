@@ -65,7 +65,13 @@ class EditedGraph:
         self._readers = [self.reader]
         self.made: dict[int, tuple[Tensor, ir.Value]] = {}  # the tensors of factors, by identity, and their values
         self._now: dict[ir.Value, ir.Value] = {}  # what stands in the place of a value
-        self._names = {value.name for value in _all_values(self.graph)} | set(self.graph.initializers)
+        self.names = {value.name for value in _all_values(self.graph)} | set(self.graph.initializers)
+
+    @property
+    def opset(self) -> int:
+        """The version of ONNX's own operators."""
+        imports = self.model.opset_imports
+        return imports.get("", imports.get("ai.onnx", 1))
 
     def tie(self, name: str, other: str) -> None:
         """Record that a factor would have another name as well, since it is that of several sites."""
@@ -114,7 +120,7 @@ class EditedGraph:
 
     def add_parameter(self, name: str, tensor: Tensor, *, weight: bool = True) -> ir.Value:
         """Add an initializer, a ``weight`` or other numbers."""
-        if name in self._names:
+        if name in self.names:
             raise CheckError(f"the graph has a value named {name} already", next_step="rename that value")
         numbers = to_ir(tensor, name)
         value = ir.Value(
@@ -122,13 +128,20 @@ class EditedGraph:
         )
         self.home.register_initializer(value)
         self._order[value] = (*self._beside, len(self._order))
-        self._names.add(name)
+        self.names.add(name)
         if weight and self._place is not None:
             self.graph.inputs.insert(self._place, value)
             self._place += 1
         elif self.model.ir_version < _ALL_INPUTS and self.home is self.graph:
             self.graph.inputs.append(value)
         return value
+
+    def put_back(self, value: ir.Value, *, beside: ir.Value) -> None:
+        """Let an initializer that was dropped hold its numbers again, in front of another."""
+        self.home.register_initializer(value)
+        self.names.add(value.name)
+        if beside in self.graph.inputs:
+            self.graph.inputs.insert(self.graph.inputs.index(beside), value)
 
     def sort_initializers(self) -> None:
         """Let new weights be listed where those were in whose place they stand."""
@@ -144,7 +157,7 @@ class EditedGraph:
         if list(value.uses()) or value.is_graph_output():
             return
         name = value.name or ""
-        self._names.discard(name)
+        self.names.discard(name)
         if value.is_initializer():
             if value in self.graph.inputs:
                 self.graph.inputs.remove(value)
@@ -161,7 +174,7 @@ class EditedGraph:
         if list(passed.uses()) or passed.is_graph_output():
             return
         said = [value for value in node.inputs[1:] if value is not None]
-        self._names.discard(passed.name or "")
+        self.names.discard(passed.name or "")
         node.graph.remove(node, safe=True)  # type: ignore[union-attr]
         for value in said:
             self.drop_unused(value)
@@ -177,7 +190,7 @@ class EditedGraph:
                 inputs.append(self._sizes(view.as_input, view.said))
             attributes = [] if view.attribute is None else [view.attribute]
             node = ir.Node("", view.op_type, inputs, attributes, num_outputs=1, name=view.name)
-            name = view.output if view.output and view.output not in self._names else self.new_name(f"{root.name}.view")
+            name = view.output if view.output and view.output not in self.names else self.new_name(f"{root.name}.view")
             node.outputs[0].name = self.note_name(name)
             self.home.insert_before(before, node)
             value = node.outputs[0]
@@ -199,13 +212,13 @@ class EditedGraph:
     def new_name(self, stem: str) -> str:
         """Return a name that no value has."""
         name, number = stem, 1
-        while name in self._names:
+        while name in self.names:
             name, number = f"{stem}_{number}", number + 1
         return name
 
     def note_name(self, name: str) -> str:
         """Return a name; no other value gets it from now on."""
-        self._names.add(name)
+        self.names.add(name)
         return name
 
     def rename(self, before: str, after: str) -> None:
@@ -216,8 +229,8 @@ class EditedGraph:
         if value.const_value is not None:
             value.const_value.name = after
         self.home.initializers[after] = value
-        self._names.discard(before)
-        self._names.add(after)
+        self.names.discard(before)
+        self.names.add(after)
 
     def stand_in(self, old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node]) -> None:
         """Let one value stand in the place of another, under its name, and remove the nodes that computed that."""
@@ -225,6 +238,7 @@ class EditedGraph:
         describe(new, old)
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         self._now[old] = new
+        self._now.pop(new, None)  # it may be what stood there before
         nodes[0].graph.remove(nodes, safe=True)  # type: ignore[union-attr]
         old.name, new.name = None, name
 

@@ -305,7 +305,7 @@ class Reader:
         if len(weight.shape) != 2:
             return Refusal("its weight is a batch of matrices")
         plain = self._make(node, Linear(weight.numbers.mT), weight, stored="in_out")
-        added = self._added(node, weight.shape[1])
+        added = self.added(node, weight.shape[1])
         if added is None:
             return plain
         value, bias = added
@@ -315,7 +315,7 @@ class Reader:
             plain, value=self.numbers[value], operator=operator, bias=bias.name, inside=(number,), reader=number
         )
 
-    def _added(self, node: ir.Node, out: int) -> tuple[ir.Value, Weight] | None:
+    def added(self, node: ir.Node, out: int) -> tuple[ir.Value, Weight] | None:
         """Return the value and the bias of the one Add that reads a product, if it adds a bias."""
         product = node.outputs[0]
         uses = list(product.uses())

@@ -37,6 +37,7 @@ from surgery.kinds.onnx.left import DENSE
 from surgery.kinds.onnx.marks import SIZED
 from surgery.kinds.onnx.norms import NormNode, set_in_model
 from surgery.kinds.onnx.origin import Origin
+from surgery.kinds.onnx.packed import pack, unpack
 from surgery.kinds.onnx.run import ObservedOnnx, Shapes
 from surgery.kinds.onnx.tensors import numbers_of
 from surgery.kinds.onnx.weights import views_from_json, views_to_json
@@ -69,6 +70,9 @@ class OpenOnnx(EditedGraph, OpenModel):
         super().__init__(model.clone())
         note_layout(self.model)
         self.inputs, self._original = inputs, model
+        self._unpacked = unpack(self)
+        if self._unpacked:
+            self.reread()
         self._refused: dict[str, str] = {}
 
     def verify(self) -> dict[str, str]:
@@ -254,9 +258,9 @@ class OpenOnnx(EditedGraph, OpenModel):
         self.move_to(parameters[0])
         weight = chain.operators[0].weight
         own = entry.weight or f"{chain.sites[0]}.weight"
-        name = own if own not in self._names or own in used else self.new_name(own)
+        name = own if own not in self.names or own in used else self.new_name(own)
         # a factor may have the very name that the weight gets; it goes first
-        renamed = name if name not in self._names else self.new_name(f"{name}.fused")
+        renamed = name if name not in self.names else self.new_name(f"{name}.fused")
         writer.views[renamed] = views_from_json(entry.computed, self._stored_shape(calls[-1], weight, writer))
         done: dict[str, ir.Value] = {}
         origins = []
@@ -305,7 +309,7 @@ class OpenOnnx(EditedGraph, OpenModel):
         writer.operator(operator, gemm=gemm, bias=bias)
         origin = Origin.read(producer_of(old))
         self._put(writer, row, old)
-        origin.restore_nodes(writer.inserted, self._names)
+        origin.restore_nodes(writer.inserted, self.names)
         return origin
 
     def _fused_bias(
@@ -349,6 +353,7 @@ class OpenOnnx(EditedGraph, OpenModel):
 
     def finish(self) -> Any:
         """Return the changed model, with its record."""
+        pack(self, self._unpacked)
         self.sort_initializers()
         self.made.clear()  # the factors as they were made: the model may have them in another layout
         if self.record:
