@@ -135,7 +135,7 @@ class OpenOnnx(EditedGraph, OpenModel):
             if isinstance(part, Operator):
                 writer.named[id(part.weight)] = (f"{site.name}.{place}.weight", part.weight)
         weight = self.parameter(first.weight)
-        if taken := next((name for name, _ in writer.named.values() if name in self._names), None):
+        if taken := next((name for name, _ in writer.named.values() if name in self.names), None):
             self._refused[site.name] = f"the graph has a value named {taken} already, the name of its factor"
             return
         self.move_to(weight)
