@@ -365,10 +365,12 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads(output.splitlines()[-1]) for output, _ in said]
 
 
+@pytest.mark.xdist_group("two processes")
 def test_stages_in_two_processes_give_the_bits_of_the_whole(together: list[dict[str, Any]]) -> None:
     assert [found["inference"] for found in together] == [None, True]
 
 
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
 def test_training_through_stages_is_training_the_whole(together: list[dict[str, Any]], schedule: str) -> None:
     rows = [found[schedule] for found in together]
