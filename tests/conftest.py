@@ -28,11 +28,11 @@ settings.register_profile("hunt", deadline=None, max_examples=2000, suppress_hea
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "laws"))
 
 
-gc.disable()  # the collection of tests makes a million objects and no garbage; see below
+gc.disable()  # the collection of tests makes many objects and no garbage; see below
 
 
 def pytest_collection_finish() -> None:
-    """Leave what stays for good, modules and tests, out of every search for garbage: it took a tenth of the time."""
+    """Leave what stays for good, modules and tests, out of every search for garbage."""
     gc.freeze()
     gc.enable()
 

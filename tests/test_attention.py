@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+import surgery
 from surgery.errors import InputError, Refusal
 from surgery.kinds.layers.attention import UnpackedAttention, repack, unpack
 from surgery.kinds.layers.unpacking import pack_all, unpack_all
@@ -583,3 +584,26 @@ def test_attention_with_a_tied_packed_weight_is_left_alone() -> None:
     pack_all(pair, originals)
     assert {type(module) for module in pair} == {nn.MultiheadAttention}
     assert pair[1].in_proj_weight is pair[0].in_proj_weight
+
+
+class Projected(nn.Module):
+    """Only the projections of attention, as a call of its packed weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.attention.in_proj_weight)
+
+
+def test_projections_that_read_other_values_stay_apart() -> None:
+    """A graph may be edited between decompose and recompose: then no one product gives them all."""
+    x = torch.randn(2, 5, WIDTH)
+    made = surgery.decompose(torch.fx.symbolic_trace(Projected().eval()), x, ranks={"attention.in_proj_q": 2}).model
+    assert "attention.in_proj_weight" in dict(surgery.recompose(made, x).model.named_parameters())
+    keys = next(node for node in made.graph.nodes if "in_proj_k" in str(node.args))
+    with made.graph.inserting_before(keys):
+        keys.replace_input_with(keys.args[0], made.graph.call_function(torch.neg, (keys.args[0],)))
+    made.recompile()
+    torch.testing.assert_close(surgery.recompose(made, x).model(x), made(x))

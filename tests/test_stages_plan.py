@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from surgery.errors import InputError
 from surgery.sites.network import Network, Operation, Value
 from surgery.stages.blocks import Blocks, blocks_of
-from surgery.stages.crossing import crossing_bound, simple_bound
+from surgery.stages.bounds import crossing_bound, simple_bound
 from surgery.stages.downsets import down_sets, optimum
 from surgery.stages.dynamic import best_cut
 from surgery.stages.loads import Loads

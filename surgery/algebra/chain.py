@@ -16,14 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.algebra.composition import compose_steps
+from surgery.algebra.composition import BLOCK, compose_steps
 from surgery.algebra.operators import Operator, Shape
 from surgery.algebra.steps import Branches, Shift, Step
 from surgery.errors import Refusal
 
 __all__ = ["Chain", "own_parameters", "relative_error", "split", "stack", "stack_key", "without_numbers"]
-
-_BLOCK = 2**22  # numbers that are in float64 at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +102,7 @@ class Chain:
 def relative_error(approximation: Tensor, reference: Tensor) -> float:
     """Return ``||approximation - reference|| / ||reference||`` in float64; 0 for two zero tensors."""
     found, wanted = torch.atleast_1d(approximation.detach(), reference.detach())
-    rows = max(1, _BLOCK * len(wanted) // max(1, wanted.numel()))
+    rows = max(1, BLOCK * len(wanted) // max(1, wanted.numel()))
     differences, scales = [], []
     for own, exact in zip(found.split(rows), wanted.split(rows), strict=True):  # large ones are never cast as a whole
         exact = exact.double()

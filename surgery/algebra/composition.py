@@ -37,9 +37,9 @@ from surgery.algebra.operators import Conv, Embedding, Geometry, Linear, Operato
 from surgery.algebra.steps import Branches, Flatten, Link, Step, Unflatten
 from surgery.errors import Refusal
 
-__all__ = ["add", "compose", "compose_convolutions", "compose_steps"]
+__all__ = ["BLOCK", "add", "compose", "compose_convolutions", "compose_steps"]
 
-_BLOCK = 2**22  # numbers that are in float64 at once
+BLOCK = 2**22  # numbers that are in float64 at once
 
 
 def compose_convolutions(first: Conv, second: Conv) -> Conv | Refusal:
@@ -209,7 +209,7 @@ def _contract(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
     # A product may be far larger than the kernels, and in float64 it would be so twice.
     groups, _, _, *size_b = second.shape
     size = [a + b - 1 for a, b in zip(first.shape[3:], size_b, strict=True)]
-    rows = max(1, _BLOCK // max(1, groups * first.shape[2] * math.prod(size)))
+    rows = max(1, BLOCK // max(1, groups * first.shape[2] * math.prod(size)))
     wide = first.double()
     parts = [_convolve_kernels(wide, part.double()).to(dtype) for part in second.split(rows, 1)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -1,9 +1,8 @@
 """Load a model from a file without running code of the file. The content decides the kind of file, not the suffix.
 
 A file that would run code is refused, unless the caller trusts it. The bytes that are checked are the bytes that are
-loaded: the file is read once, and torch reads from memory. Every public function that reads a model takes the path of
-one as well, by ``model_of``. Every failure is one SurgeryError that names the file, the
-fault and the next step.
+loaded: the file is read once, and torch reads from memory. Every failure is one SurgeryError that names the file, the
+fault and the next step. Every public function that reads a model takes the path of one as well, by ``model_of``.
 
 ====================================  =================================================================================
 content                               what comes back
@@ -51,6 +50,7 @@ from surgery.system.quiet import quiet
 
 __all__ = ["GivenModel", "load", "model_of"]
 
+GivenModel = TypeVar("GivenModel", bound=Model, default=Any)  # Any is what a path gives: its file says which kind
 _TRUST = "if you trust its author, pass --trust (in Python trust=True)"
 _EXPORT = "export it again with torch.export.export(model, inputs) and torch.export.save"
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before torch 1.6
@@ -305,9 +305,6 @@ def load(
         raise type(error)(what, allowed=error.allowed, next_step=next_step) from error.__cause__
     except (Exception, SystemExit) as error:
         raise FileError(f"{os.fspath(path)}: cannot be loaded: {cause(error)}", next_step=_EXPORT) from error
-
-
-GivenModel = TypeVar("GivenModel", bound=Model, default=Any)  # Any is what a path gives: its file says which kind
 
 
 def model_of(model: GivenModel | str | os.PathLike[str]) -> GivenModel:

@@ -1,9 +1,8 @@
 """Give a dense module the structure of a factored one, from a plan or a record; the factors are zeros.
 
-The record of a module says enough of its factored layers to give a fresh module the same structure.
-
 A site's name is the path of its layer, so no graph is captured and nothing is run. This works on the meta device too.
-Afterwards, ``load_state_dict`` takes the weights of the factored model.
+Afterwards, ``load_state_dict`` takes the weights of the factored model. ``record_of`` is the record that a factored
+module gives for this.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def kept_translations() -> Iterator[None]:
         asked: Any = importlib.import_module("torch.onnx._internal.exporter._registration").onnxscript_apis
         find = asked.get_torchlib_ops
         key = sum(len(entry.overloads) + len(entry.complex) for _, entry in registry.items())
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, TypeError, ValueError):
         yield
         return
 

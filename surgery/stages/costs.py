@@ -40,6 +40,7 @@ __all__ = [
 
 FLOPS = 50e9  # of one core, a second; a multiply-accumulate is two
 BANDWIDTH = 20e9  # bytes a second
+_SECONDS = 2.0  # of measuring operations, and as many for stages
 _LEAST = 1e-12  # seconds: no operation is free, so that each order has one best cut
 # Kinds of operations that move no memory, and those that read only the rows that they give.
 _VIEWS = ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "detach", "alias")
@@ -171,9 +172,6 @@ def _groups(network: Network, timed: Mapping[int, float]) -> Iterator[tuple[list
         yield group, timed[number]
 
 
-_SECONDS = 2.0  # of measuring operations, and as many for stages
-
-
 @dataclass(frozen=True)
 class Times:
     """The seconds of each operation, and what to say of them."""
@@ -192,14 +190,8 @@ def operation_times(
     if inputs is None:
         return Times(roofline(network), ("times are estimates: there are no inputs to measure on",))
     try:
-        costs = measure_operations(
-            cuttable,
-            kind,
-            inputs,
-            make_backend(),
-            seconds=_SECONDS,
-            progress=lambda share: progress("operations", round(100 * share), 100),
-        )
+        told = _in_hundredths(progress, "operations")
+        costs = measure_operations(cuttable, kind, inputs, make_backend(), seconds=_SECONDS, progress=told)
     except SurgeryError as error:
         return Times(roofline(network), (f"times are estimates: {error.what}",))
     return Times(costs.seconds)
@@ -208,14 +200,12 @@ def operation_times(
 def stage_times(kind: Kind, pieces: Pieces, inputs: Inputs, progress: Progress) -> tuple[float, ...] | None:
     """Return the median seconds of a run of each stage by itself; None where a stage cannot be exported."""
     try:
-        samples = measure_stages(
-            pieces,
-            kind,
-            inputs,
-            make_backend(),
-            seconds=_SECONDS,
-            progress=lambda share: progress("stages", round(100 * share), 100),
-        )
+        told = _in_hundredths(progress, "stages")
+        samples = measure_stages(pieces, kind, inputs, make_backend(), seconds=_SECONDS, progress=told)
     except SurgeryError:
         return None
     return tuple(each.median for each in samples)
+
+
+def _in_hundredths(progress: Progress, work: str) -> Callable[[float], None]:
+    return lambda share: progress(work, round(100 * share), 100)

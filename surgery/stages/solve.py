@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from surgery.errors import InputError
 from surgery.stages.blocks import Blocks, blocks_of
-from surgery.stages.crossing import SLACK, crossing_bound, prove, simple_bound
+from surgery.stages.bounds import SLACK, crossing_bound, prove, simple_bound
 from surgery.stages.downsets import down_sets, optimum
 from surgery.stages.dynamic import best_cut
 from surgery.stages.loads import Loads

@@ -85,9 +85,10 @@ def _pack_rows(kind: FunctionEdits, reader: Reader, node: Node, calls: Sequence[
     nodes = [reader.node(call.value) for call in calls]
     names = [call.weight for call in calls]
     packed = next((name for name in kind.record.packed if part_weights(name) == names), None)
-    # three dense layers without biases that only this concatenation reads, under the names that unpack gave them
+    # three dense layers of one value, without biases, that only this concatenation reads, under the names that unpack
+    # gave them
     plain = all(call.bias is None for call in calls) and all(len(row.users) == 1 for row in nodes)
-    if packed is None or not plain:
+    if packed is None or not plain or len({call.source for call in calls}) > 1:
         return
     weights = [reader.parameters[name] for name in names]
     rows, source = torch.cat(weights).detach(), reader.node(calls[0].source)

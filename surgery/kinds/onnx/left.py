@@ -27,7 +27,9 @@ _FUSED = (
     *("FusedConv", "FusedMatMul", "FusedGemm", "FusedMatMulActivation", "BiasGelu", "Attention", "NhwcFusedConv"),
     *("MultiHeadAttention", "EmbedLayerNormalization", "SkipLayerNormalization"),
 )
-_IN_LOOP = "the recurrent weight is multiplied inside of the node's loop, where it stays whole"
+_IN_LOOP = (
+    "the recurrent weight is multiplied inside of the node's loop; the module can be decomposed before it is exported"
+)
 EARLIER = "decompose before you quantize"
 DENSE = {  # where the weight stands
     **{"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0, "Einsum": 1, "DeformConv": 1, "GatherND": 0},

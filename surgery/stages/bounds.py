@@ -33,6 +33,8 @@ from surgery.stages.problem import Problem
 
 __all__ = ["SLACK", "Certificate", "crossing_bound", "prove", "simple_bound"]
 
+SLACK = 1e-6  # the solver keeps its conditions to about this share; a bound is lowered by it
+_MOST_VARIABLES = 20_000  # of an integer program
 _UNITS = 1e8  # of a flow, in the largest load of one block; SciPy's flows are 32-bit integers
 _MOST = 100  # blocks that minimum cuts are sought around, the longest ones
 _PRICES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times that at which all blocks together cost what crosses around one
@@ -110,10 +112,6 @@ class _Around:
         sources, targets, limits = np.concatenate([self._edges, ends.astype(np.int32)]).T
         graph = csr_array((limits, (sources, targets)), shape=(self._last + 1, self._last + 1))
         return [int(maximum_flow(graph, block, self._last).flow_value) * self._unit for block in blocks]
-
-
-SLACK = 1e-6  # the solver keeps its conditions to about this share; a bound is lowered by it
-_MOST_VARIABLES = 20_000
 
 
 @dataclass(frozen=True)
