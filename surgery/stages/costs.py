@@ -190,8 +190,14 @@ def operation_times(
     if inputs is None:
         return Times(roofline(network), ("times are estimates: there are no inputs to measure on",))
     try:
-        told = _in_hundredths(progress, "operations")
-        costs = measure_operations(cuttable, kind, inputs, make_backend(), seconds=_SECONDS, progress=told)
+        costs = measure_operations(
+            cuttable,
+            kind,
+            inputs,
+            make_backend(),
+            seconds=_SECONDS,
+            progress=lambda share: progress("operations", round(100 * share), 100),
+        )
     except SurgeryError as error:
         return Times(roofline(network), (f"times are estimates: {error.what}",))
     return Times(costs.seconds)
@@ -200,12 +206,14 @@ def operation_times(
 def stage_times(kind: Kind, pieces: Pieces, inputs: Inputs, progress: Progress) -> tuple[float, ...] | None:
     """Return the median seconds of a run of each stage by itself; None where a stage cannot be exported."""
     try:
-        told = _in_hundredths(progress, "stages")
-        samples = measure_stages(pieces, kind, inputs, make_backend(), seconds=_SECONDS, progress=told)
+        samples = measure_stages(
+            pieces,
+            kind,
+            inputs,
+            make_backend(),
+            seconds=_SECONDS,
+            progress=lambda share: progress("stages", round(100 * share), 100),
+        )
     except SurgeryError:
         return None
     return tuple(each.median for each in samples)
-
-
-def _in_hundredths(progress: Progress, work: str) -> Callable[[float], None]:
-    return lambda share: progress(work, round(100 * share), 100)
