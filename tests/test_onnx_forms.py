@@ -95,6 +95,16 @@ def test_a_type_without_a_kernel_is_one_line() -> None:
         surgery.compare(parsed(text), parsed(text))
 
 
+def test_an_operator_of_another_library_is_one_line() -> None:
+    text = "g (float[n, 8] x) => (float[n, 8] z) { y = MatMul(x, W)  z = acme.Magic(y) }"
+    model = parsed(text, W=numbers(8, 8))
+    model.opset_imports["acme"] = 1
+    with pytest.raises(
+        InputError, match=r"acme:Magic.* is not a registered .*; no library of operators is loaded: give"
+    ):
+        surgery.find_sites(model, X)
+
+
 @pytest.mark.parametrize("kind", ["uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "bool"])
 def test_inputs_of_any_type_of_numbers_are_made_up(kind: str) -> None:
     text = f"g ({kind}[n, 8] k) => (float[n, 6] z) {{ x = Cast<to = 1>(k)  z = MatMul(x, W) }}"

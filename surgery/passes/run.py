@@ -111,12 +111,9 @@ def carry_out(plan: Plan, original: Original, fitter: Fitter, *, inplace: bool =
 
 def as_it_went(plan: Plan, made: Mapping[str, Made], refused: Mapping[str, str]) -> Plan:
     """Return the plan with what took the place of its chains: other methods, or the operator as it was."""
-    for name, one in made.items():
-        plan = plan.replaced(one.carried(plan[name]))
-    for name, reason in refused.items():
-        if name not in made and not plan[name].dense:
-            plan = plan.replaced(plan[name].left_dense(reason))
-    return plan
+    carried = [one.carried(plan[name]) for name, one in made.items()]
+    left = [plan[name].left_dense(why) for name, why in refused.items() if name not in made and not plan[name].dense]
+    return plan.replaced(*carried, *left)
 
 
 def plan_for(
@@ -166,6 +163,7 @@ def _measure(plan: Plan, sites: Sequence[Site], backend: Backend, progress: Prog
     What joint sites share runs once: its time is that of the first of them.
     """
     todo = {d.site for d in plan if not d.dense and d.latency is None}
+    measured: list[Decision] = []
     units = [unit for unit in join(sites, joint_groups(plan)) if unit.name in todo]
     for done, unit in enumerate(units):
         progress("measure", done, len(units))
@@ -177,8 +175,8 @@ def _measure(plan: Plan, sites: Sequence[Site], backend: Backend, progress: Prog
                 last = max(i for i, step in enumerate(chain.steps) if isinstance(step, Operator))
                 shared, own = (replace(chain, steps=part) for part in (chain.steps[:last], chain.steps[last:]))
                 after = sum(backend.measure(site.placed(own), shared.out_shape(shape)) for shape in site.input_shapes)
-            plan = plan.replaced(replace(plan[site.name], dense_latency=dense, latency=after))
-    return plan
+            measured.append(replace(plan[site.name], dense_latency=dense, latency=after))
+    return plan.replaced(*measured)
 
 
 def _skeletons(unit: Site, decision: Decision) -> tuple[Chain, ...]:

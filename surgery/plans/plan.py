@@ -16,8 +16,9 @@ from __future__ import annotations
 import json
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,13 @@ class Plan:
         Raises:
             InputError: the plan has no such site.
         """
-        for decision in self.decisions:
-            if decision.site == site:
-                return decision
-        raise InputError(f"the plan has no site {site!r}", allowed=", ".join(d.site for d in self.decisions))
+        if site not in self._by_site:
+            raise InputError(f"the plan has no site {site!r}", allowed=", ".join(self._by_site))
+        return self._by_site[site]
+
+    @cached_property
+    def _by_site(self) -> Mapping[str, Decision]:
+        return {decision.site: decision for decision in self.decisions}
 
     def edit(
         self, site: str, *, factorization: str | None = None, rank: Ranks | int | None = None, reason: str = "by hand"
@@ -123,9 +127,10 @@ class Plan:
             new = Decision(site, factorization=named(name).name, rank=tuple(ranks))
         return self.replaced(new)
 
-    def replaced(self, decision: Decision) -> Plan:
-        """Return the plan with another decision for one of its sites."""
-        return replace(self, decisions=tuple(decision if d.site == decision.site else d for d in self.decisions))
+    def replaced(self, *decisions: Decision) -> Plan:
+        """Return the plan with other decisions for some of its sites."""
+        others = {decision.site: decision for decision in decisions}
+        return replace(self, decisions=tuple(others.get(d.site, d) for d in self.decisions))
 
     def diff(self, other: Plan) -> list[str]:
         """Return one line for each site on which the two plans differ, as ``site: tucker 8,8 -> dense (reason)``."""

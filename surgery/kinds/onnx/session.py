@@ -132,10 +132,20 @@ def open_session(
         session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no other base
         name = "the model" if isinstance(model, bytes) else str(model)
-        lacking = "convert it to float32" if "NOT_IMPLEMENTED" in str(error) else None  # no kernel for a type
-        raise InputError(f"onnxruntime cannot load {name}: {first_line(error)}", next_step=lacking) from error
+        raise InputError(
+            f"onnxruntime cannot load {name}: {first_line(error)}", next_step=_remedy(str(error))
+        ) from error
     session.surgery_weights = arrays  # their memory has to live as long as it
     return session
+
+
+def _remedy(said: str) -> str | None:
+    """Return what to do about an error of onnxruntime as it loads a model."""
+    if "NOT_IMPLEMENTED" in said:  # it has no kernel for a type
+        return "convert it to float32"
+    if "is not a registered function/op" in said:
+        return "no library of operators is loaded: give a file of the part without them (onnx.utils.extract_model)"
+    return None
 
 
 def feed(
