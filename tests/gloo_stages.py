@@ -1,18 +1,12 @@
-"""The program of one of two processes that run stages together; it prints what they computed as JSON.
-
-Its arguments are its rank and the path of a file by which the two find each other.
-"""
+"""What each of two processes does that run stages together; it writes what they computed as JSON."""
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import sys
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.nn.functional import cross_entropy
@@ -23,7 +17,6 @@ from surgery.kinds.inputs import Inputs
 from surgery.kinds.registry import kind_of
 from surgery.stages.distributed import pipeline_stages
 
-WAIT = 60  # seconds for the other process
 BATCHES = 4
 
 
@@ -141,13 +134,8 @@ def refused() -> list[str]:
     return said
 
 
-def main() -> None:
-    """Join the other process, and do all checks."""
-    rank, store = int(sys.argv[1]), sys.argv[2]
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    wait = datetime.timedelta(seconds=WAIT)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=wait)
+def work(rank: int, folder: Path) -> None:
+    """Do all checks, with the other process."""
     found = {
         "inference": infer(2, rank, 2),
         "gpipe": train(ScheduleGPipe, 2, rank, 2),
@@ -155,9 +143,4 @@ def main() -> None:
         "refused": refused(),
         "interleaved": train(ScheduleInterleaved1F1B, 4, rank, 2),
     }
-    dist.destroy_process_group()
-    sys.stdout.write(json.dumps(found) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    (folder / f"{rank}.json").write_text(json.dumps(found))

@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 
@@ -24,6 +22,7 @@ from surgery.errors import InputError
 from surgery.training.admm import ADMM
 from tests.tolerances import assert_close, tolerance
 from tests.training_cases import OPTIMIZERS, Net, batch, loss_of
+from tests.two_processes import WORLD, together, two_processes
 
 RANKS = {"tucker": {"second": (4, 3)}, "svd": {"hidden": 3}, "tt": {"second": (3, 4, 3)}, "tr": {"second": 2}}
 
@@ -206,30 +205,24 @@ def test_a_gradient_scaler_does_not_scale_the_penalty() -> None:
         assert_close(ours, theirs, tolerance(torch.float64, length=1000, steps=10))
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int, folder: Path) -> None:
     """One process, on its own half of each batch."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        torch.manual_seed(rank)
-        model = DistributedDataParallel(Net(drop=0.0))
-        run = ADMM(
-            model, OPTIMIZERS["adamw"](model.parameters()), "keep_params=0.6", example_inputs=batch()[0], rho=0.1
-        )
-        for epoch in range(2):
-            for step in range(2):
-                run.optimizer.zero_grad()
-                loss_of(run.model, batch(seed=100 * rank + 10 * epoch + step)).backward()
-                run.optimizer.step()
-            run.end_epoch(epoch)
-        torch.save({**run.state_dict(), "small": run.finish().model.state_dict()}, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    torch.manual_seed(rank)
+    model = DistributedDataParallel(Net(drop=0.0))
+    run = ADMM(model, OPTIMIZERS["adamw"](model.parameters()), "keep_params=0.6", example_inputs=batch()[0], rho=0.1)
+    for epoch in range(2):
+        for step in range(2):
+            run.optimizer.zero_grad()
+            loss_of(run.model, batch(seed=100 * rank + 10 * epoch + step)).backward()
+            run.optimizer.step()
+        run.end_epoch(epoch)
+    torch.save({**run.state_dict(), "small": run.finish().model.state_dict()}, folder / f"{rank}.pt")
 
 
+@two_processes
 def test_distributed_processes_stay_alike(tmp_path: Path) -> None:
-    spawn(work, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    together(work, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD))
     assert first["plan"] == second["plan"]
     for key in ("model", "targets", "duals", "small"):
         alike = {name: torch.equal(value, second[key][name]) for name, value in first[key].items()}

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -39,8 +36,9 @@ from surgery.stages.exported import measure_stages
 from surgery.stages.pipeline import Pipeline
 from surgery.stages.split import load_split, split
 from surgery.system.machine import usable_cores
-from tests.gloo_stages import Net
+from tests.gloo_stages import Net, work
 from tests.test_backends import ByParameters
+from tests.two_processes import WORLD, together, two_processes
 
 
 class Small(nn.Module):
@@ -345,35 +343,22 @@ def test_each_step_has_a_core_of_its_own() -> None:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def found_together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found that ran stages together over gloo."""
-    store = tmp_path_factory.mktemp("store") / "store"  # they find each other by a file, and take no port by number
-    command = [sys.executable, "-m", "tests.gloo_stages"]
-    root = Path(__file__).parent.parent
-    started: list[subprocess.Popen[str]] = []
-    try:
-        for rank in range(2):
-            row = [*command, str(rank), str(store)]
-            started.append(subprocess.Popen(row, cwd=root, stdout=PIPE, stderr=PIPE, text=True))
-        said = [process.communicate(timeout=100) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    for process, (_, errors) in zip(started, said, strict=True):
-        assert process.returncode == 0, errors
-    return [json.loads(output.splitlines()[-1]) for output, _ in said]
+    folder = tmp_path_factory.mktemp("together")
+    together(work, folder)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 
-@pytest.mark.xdist_group("two processes")
-def test_stages_in_two_processes_give_the_bits_of_the_whole(together: list[dict[str, Any]]) -> None:
-    assert [found["inference"] for found in together] == [None, True]
+@two_processes
+def test_stages_in_two_processes_give_the_bits_of_the_whole(found_together: list[dict[str, Any]]) -> None:
+    assert [found["inference"] for found in found_together] == [None, True]
 
 
-@pytest.mark.xdist_group("two processes")
+@two_processes
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
-def test_training_through_stages_is_training_the_whole(together: list[dict[str, Any]], schedule: str) -> None:
-    rows = [found[schedule] for found in together]
+def test_training_through_stages_is_training_the_whole(found_together: list[dict[str, Any]], schedule: str) -> None:
+    rows = [found[schedule] for found in found_together]
     assert [row["equal"] for row in rows] == [None, True]
     gradients = {name: gap for row in rows for name, gap in row["gradients"].items()}
     assert gradients.keys() == dict(Net().named_parameters()).keys()
@@ -383,8 +368,9 @@ def test_training_through_stages_is_training_the_whole(together: list[dict[str, 
     assert max(buffers.values()) < 1e-6
 
 
-def test_stages_and_microbatches_that_processes_cannot_share_are_refused(together: list[dict[str, Any]]) -> None:
-    first, last = (found["refused"] for found in together)
+@two_processes
+def test_stages_and_microbatches_that_processes_cannot_share_are_refused(found_together: list[dict[str, Any]]) -> None:
+    first, last = (found["refused"] for found in found_together)
     assert first[0] == last[0]
     assert first[0].startswith("3 stages for 2 processes")
     assert "of shape (1, 3, 6, 6), in stages made for (2, 3, 6, 6)" in first[1]

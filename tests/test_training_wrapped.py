@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import gc
-import warnings
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from surgery.algebra import relative_error
@@ -19,8 +16,7 @@ from surgery.training import LowRankTraining
 from surgery.training.wrappers import unwrap
 from tests.tolerances import tolerance
 from tests.training_cases import OPTIMIZERS, RANKS, Net, batch, loss_of, train
-
-WORLD = 2
+from tests.two_processes import WORLD, together, two_processes
 
 
 def compiled_run() -> LowRankTraining:
@@ -60,21 +56,15 @@ def test_wrappers_are_seen_through() -> None:
     assert unwrap(torch.compile(model, backend="eager")) is model  # type: ignore[arg-type]
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int, folder: Path) -> None:
     """One process, which leaves nothing that its process group's threads could still drop as it exits."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
-    try:
-        train_together(rank, folder)
-        gc.collect()
-        assert not any(type(thing) is DistributedDataParallel for thing in gc.get_objects())
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    train_together(rank, folder)
+    gc.collect()
+    assert not any(type(thing) is DistributedDataParallel for thing in gc.get_objects())
+    dist.barrier()
 
 
-def train_together(rank: int, folder: str) -> None:
+def train_together(rank: int, folder: Path) -> None:
     """Train on this process's half of each batch, from weights that differ until the wrapper makes them alike."""
     torch.manual_seed(rank)
     model = DistributedDataParallel(Net(drop=0.0).double(), bucket_cap_mb=1)
@@ -95,15 +85,15 @@ def train_together(rank: int, folder: str) -> None:
         run.end_epoch(epoch)
         phases.append(run.phase)
         state = {"model": unwrap(run.model).state_dict(), "optimizer": run.optimizer.state_dict()["state"]}
-        torch.save(state, f"{folder}/{epoch}-{rank}.pt")
+        torch.save(state, folder / f"{epoch}-{rank}.pt")
     assert isinstance(run.model, DistributedDataParallel)
     assert phases == ["factored", "factored", "recomposed", "recomposed"]
     assert model is not run.model
 
 
-@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo")
+@two_processes
 def test_all_processes_switch_to_the_same_weights_and_stay_together(tmp_path: Path) -> None:
-    start_processes(work, args=(str(tmp_path),), nprocs=WORLD, start_method="spawn")
+    together(work, tmp_path)
     for epoch in range(4):
         first, second = (torch.load(tmp_path / f"{epoch}-{rank}.pt", weights_only=True) for rank in range(WORLD))
         trained = {
