@@ -223,9 +223,11 @@ def paths(full: Ranks) -> Iterator[list[Ranks]]:
         yield [(*half[:i], r, *half[i + 1 :]) for r in spread(full[i])]
 
 
-def spread(limit: int, most: int = 12 if ALL else 6) -> list[int]:
-    """All whole numbers from 1 to a limit or, of many, an even choice with both ends."""
-    return sorted({1 + round(i * (limit - 1) / (most - 1)) for i in range(most)})
+def spread(limit: int) -> list[int]:
+    """The ends, the middle and one more, of which most are solved for other laws; or all up to twelve, evenly chosen."""
+    if ALL:
+        return sorted({1 + round(i * (limit - 1) / 11) for i in range(12)})
+    return sorted({1, (limit + 1) // 2, (3 * limit + 3) // 4, limit})
 
 
 @law("float64")
