@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST ?= # more options for pytest
+export PYTHONDONTWRITEBYTECODE := # tests start many processes, which load compiled sources faster
 SMOKE := tests/test_house.py tests/test_algebra.py tests/test_graphs.py -k "house or conv2d-3x3 or (laws and (resnet-basic or mlp))"
 
 .PHONY: demo smoke test laws check
