@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from surgery.algebra import Layout
 from surgery.errors import FileError
@@ -23,6 +23,7 @@ from surgery.sites.flow import Origin
 __all__ = ["Entry", "Record"]
 
 _VERSION = 1
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,17 @@ class Record:
         """Return the record with the description of a recurrent layer."""
         return replace(self, layers={**self.layers, name: description})
 
-    def without(self, name: str) -> Record:
-        """Return the record without its entries for a name."""
-        sites, packed, layers = dict(self.sites), dict(self.packed), dict(self.layers)
-        for rows in (sites, packed, layers):
-            rows.pop(name, None)
-        return replace(self, sites=sites, packed=packed, layers=layers)
+    def without_site(self, name: str) -> Record:
+        """Return the record without the entry of a site."""
+        return replace(self, sites=_except(self.sites, name))
+
+    def without_packed(self, name: str) -> Record:
+        """Return the record without the parts of a packed weight."""
+        return replace(self, packed=_except(self.packed, name))
+
+    def without_layer(self, name: str) -> Record:
+        """Return the record without the description of a recurrent layer."""
+        return replace(self, layers=_except(self.layers, name))
 
     def check(self) -> Record:
         """Return the record itself.
@@ -166,6 +172,10 @@ class Record:
                     damaged[name] = row
         named = {name: tuple(map(str, row)) for name, row in packed.items()}
         return cls(sites, tuple(map(tuple, ties)), named, layers, damaged)
+
+
+def _except(table: Mapping[str, _T], name: str) -> dict[str, _T]:
+    return {key: value for key, value in table.items() if key != name}
 
 
 def _are_ties(value: Any) -> bool:

@@ -19,7 +19,15 @@ from surgery.kinds.onnx.tensors import to_ir
 from surgery.kinds.onnx.weights import View, held, is_view
 from surgery.sites import Call, Part, Record
 
-__all__ = ["RECORD", "EditedGraph", "producer_of", "read_metadata", "read_record", "set_numbers"]
+__all__ = [
+    "RECORD",
+    "EditedGraph",
+    "parameter_of",
+    "producer_of",
+    "read_metadata",
+    "read_record",
+    "set_numbers",
+]
 
 RECORD = "surgery"  # in metadata_props
 _ALL_INPUTS = 4  # before this version of the format, every initializer is an input too
@@ -122,19 +130,33 @@ class EditedGraph:
         """Add an initializer, a ``weight`` or other numbers."""
         if name in self.names:
             raise CheckError(f"the graph has a value named {name} already", next_step="rename that value")
-        numbers = to_ir(tensor, name)
-        value = ir.Value(
-            name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(numbers.dtype), const_value=numbers
-        )
-        self.home.register_initializer(value)
+        value = parameter_of(name, tensor)
         self._order[value] = (*self._beside, len(self._order))
         self.names.add(name)
+        self._list(value, weight=weight)
+        return value
+
+    def _list(self, value: ir.Value, *, weight: bool = True) -> None:
+        """List an initializer, and among the inputs if those in whose place it stands are."""
+        self.home.register_initializer(value)
         if weight and self._place is not None:
             self.graph.inputs.insert(self._place, value)
             self._place += 1
         elif self.model.ir_version < _ALL_INPUTS and self.home is self.graph:
             self.graph.inputs.append(value)
-        return value
+
+    def exchange(self, olds: Sequence[ir.Value], news: Sequence[ir.Value]) -> None:
+        """Let new weights stand where others stood; of these, those go that nothing reads any more.
+
+        A new one whose name is taken gets another.
+        """
+        self.move_to(olds[0])
+        for old in olds:
+            self.drop_unused(old)
+        for new in news:
+            new.name = self.note_name(self.new_name(new.name or ""))
+            self._order.setdefault(new, (*self._beside, len(self._order)))
+            self._list(new)
 
     def put_back(self, value: ir.Value, *, beside: ir.Value) -> None:
         """Let an initializer that was dropped hold its numbers again, in front of another."""
@@ -239,8 +261,15 @@ class EditedGraph:
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         self._now[old] = new
         self._now.pop(new, None)  # it may be what stood there before
-        nodes[0].graph.remove(nodes, safe=True)  # type: ignore[union-attr]
+        if nodes:
+            nodes[0].graph.remove(nodes, safe=True)  # type: ignore[union-attr]
         old.name, new.name = None, name
+
+
+def parameter_of(name: str, tensor: Tensor) -> ir.Value:
+    """Return a value with numbers, which no graph lists yet."""
+    numbers = to_ir(tensor, name)
+    return ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(numbers.dtype), const_value=numbers)
 
 
 def set_numbers(value: ir.Value, tensor: Tensor) -> None:
