@@ -15,17 +15,17 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from surgery.kinds.onnx.graph import EditedGraph, parameter_of
+from surgery.kinds.onnx.graph import EditedGraph
 from surgery.kinds.onnx.kept_node import described, first_output, made_again
 from surgery.kinds.onnx.left import is_recurrent
 from surgery.kinds.onnx.one_node import is_used
-from surgery.kinds.onnx.origin import describe
+from surgery.kinds.onnx.parts import Wholes, closed, like
 from surgery.kinds.onnx.tensors import FLOATS, to_torch
 from surgery.kinds.onnx.weights import is_plain
 from surgery.sites import site_name
 from surgery.sites.segments import is_factor_of
 
-__all__ = ["Halves", "alone", "join_directions", "split_directions"]
+__all__ = ["Halves", "join_directions", "split_directions"]
 
 _WEIGHTS = (1, 2, 3, 7)  # the inputs W, R, B and P, whose first axis has the directions
 _STATES = (5, 6)
@@ -38,29 +38,10 @@ Pair = tuple[ir.Value, ir.Value]
 
 @dataclass(frozen=True, eq=False)
 class Halves:
-    """The nodes that were split, by the name of their first output; and the whole of each pair of weights.
-
-    A whole counts as long as its halves hold the numbers that they held at first.
-    """
+    """The nodes that were split, by the name of their first output, and the wholes of their weights."""
 
     nodes: dict[str, ir.Node] = field(default_factory=dict)
-    wholes: dict[Pair, ir.Value] = field(default_factory=dict)
-    numbers: dict[ir.Value, Any] = field(default_factory=dict)
-
-    def whole(self, pair: Pair) -> ir.Value:
-        """Return the weight of which a pair of weights are the halves."""
-        known = self.wholes.get(pair)
-        if known is not None and all(self.numbers[value] is value.const_value for value in pair):
-            return known
-        numbers = torch.cat([to_torch(value.const_value) for value in pair])  # type: ignore[arg-type]
-        return _like(pair[0].name or "", numbers, pair[0])
-
-
-def _like(name: str, numbers: torch.Tensor, old: ir.Value) -> ir.Value:
-    new = parameter_of(name, numbers)
-    describe(new, old)
-    describe(new.const_value, old.const_value)  # type: ignore[arg-type]  # they are weights
-    return new
+    wholes: Wholes = field(default_factory=Wholes)
 
 
 # -- split ------------------------------------------------------------------------------------------------------------
@@ -68,15 +49,13 @@ def _like(name: str, numbers: torch.Tensor, old: ir.Value) -> ir.Value:
 
 def split_directions(graph: EditedGraph) -> Halves:
     """Split each node of both directions whose weights only such nodes read."""
-    nodes = alone(graph, [node for node in graph.reader.nodes if _is_splittable(graph, node)], _WEIGHTS)
-    halves = Halves()
+    found = [node for node in graph.reader.nodes if _is_splittable(graph, node)]
+    nodes = closed({node: [(value, node) for value in _weights(node)] for node in found})
+    halves, pairs = Halves(), dict[ir.Value, Pair]()
     for value in dict.fromkeys(value for node in nodes for value in _weights(node)):
         numbers = to_torch(value.const_value)  # type: ignore[arg-type]  # it is an initializer
-        names = (value.name or "", _reversed(value.name or ""))
-        pair = (_like(names[0], numbers[:1], value), _like(names[1], numbers[1:], value))
-        halves.wholes[pair] = value
-        halves.numbers.update({half: half.const_value for half in pair})
-    pairs = {whole: pair for pair, whole in halves.wholes.items()}
+        pairs[value] = (like(numbers[:1], value), like(numbers[1:], value, _reversed(value.name or "")))
+        halves.wholes.note(pairs[value], value)
     for node in nodes:
         graph.record = graph.record.with_layer(first_output(node), described(node))
         halves.nodes[first_output(node)] = node
@@ -84,22 +63,6 @@ def split_directions(graph: EditedGraph) -> Halves:
     for whole, pair in pairs.items():
         graph.exchange([whole], pair)
     return halves
-
-
-def alone(graph: EditedGraph, nodes: Sequence[ir.Node], places: Iterable[int]) -> list[ir.Node]:
-    """Return the nodes whose weights at these places nothing reads but other such nodes, at the same place."""
-    chosen, before = list(nodes), -1
-    while len(chosen) != before:
-        before, kept = len(chosen), set(chosen)
-        reads = [(node, at) for node in chosen for at in places if at < len(node.inputs)]
-        shared = {
-            node
-            for node, at in reads
-            if (value := node.inputs[at]) is not None
-            and any(use.node not in kept or use.idx != at for use in value.uses())
-        }
-        chosen = [node for node in chosen if node not in shared]
-    return chosen
 
 
 def _is_splittable(graph: EditedGraph, node: ir.Node) -> bool:
@@ -204,12 +167,10 @@ def join_directions(graph: EditedGraph, halves: Halves) -> None:
     graph.reread()
     given = {value.name: value for node in graph.reader.nodes for value in node.outputs if value.name}
     found = [join for key in graph.record.layers if (join := _find(graph, halves, given.get(key), key)) is not None]
-    kept = set(alone(graph, [half for join in found for half in join.halves], _WEIGHTS))
     wholes: dict[Pair, ir.Value] = {}
-    for join in found:
-        if kept.issuperset(join.halves):
-            _join(graph, halves, join, wholes)
-            graph.record = graph.record.without_layer(join.key)
+    for join in closed({join: [(value, half) for half in join.halves for value in _weights(half)] for join in found}):
+        _join(graph, halves, join, wholes)
+        graph.record = graph.record.without_layer(join.key)
     for pair, whole in wholes.items():
         graph.exchange(pair, [whole])
 
@@ -286,7 +247,7 @@ def _join(graph: EditedGraph, halves: Halves, join: _Join, wholes: dict[Pair, ir
     for at, (one, other) in enumerate(zip(first.inputs, second.inputs, strict=False)):
         if one is not None and other is not None and at in _WEIGHTS:
             if (one, other) not in wholes:
-                wholes[one, other] = halves.whole((one, other))
+                wholes[one, other] = halves.wholes.of((one, other)) or _whole(one, other)
             node.replace_input_with(at, wholes[one, other])
         elif one is not None and at in _STATES:
             split = one.producer()
@@ -304,3 +265,7 @@ def _join(graph: EditedGraph, halves: Halves, join: _Join, wholes: dict[Pair, ir
     for split in splits:
         if not any(output.uses() for output in split.outputs) and split.graph is home:
             home.remove(split, safe=True)
+
+
+def _whole(one: ir.Value, other: ir.Value) -> ir.Value:
+    return like(torch.cat([to_torch(value.const_value) for value in (one, other)]), one)  # type: ignore[arg-type]

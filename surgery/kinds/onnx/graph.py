@@ -63,6 +63,7 @@ class EditedGraph:
         self.model, self.graph = model, model.graph
         self.record = read_record(model)
         self._place: int | None = None  # among the graph's inputs: where new weights go, if they are inputs
+        self.fused: set[ir.Node] = set()  # the nodes that edits have put in the places of chains
         self.home = self.graph  # the graph that gets new weights: that of the weights in whose place they stand
         graphs = (self.graph, *self.graph.subgraphs())
         rows = ((value, at) for graph in graphs for at, value in enumerate(graph.initializers.values()))
@@ -209,7 +210,7 @@ class EditedGraph:
         for view in views:
             inputs = [value]
             if view.as_input is not None:
-                inputs.append(self._sizes(view.as_input, view.said))
+                inputs.append(self.sizes(view.as_input, view.said))
             attributes = [] if view.attribute is None else [view.attribute]
             node = ir.Node("", view.op_type, inputs, attributes, num_outputs=1, name=view.name)
             name = view.output if view.output and view.output not in self.names else self.new_name(f"{root.name}.view")
@@ -218,7 +219,7 @@ class EditedGraph:
             value = node.outputs[0]
         return value
 
-    def _sizes(self, name: str, numbers: Sequence[int]) -> ir.Value:
+    def sizes(self, name: str, numbers: Sequence[int]) -> ir.Value:
         """Return an initializer with whole numbers, under this name if it is free."""
         found = self.home.initializers.get(name)
         known = None if found is None or found.const_value is None else found.const_value
