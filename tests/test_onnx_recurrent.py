@@ -12,6 +12,8 @@ import torch
 
 import surgery
 from surgery.algebra import relative_error
+from surgery.data.collect import collect
+from surgery.data.samples import read_calibration
 from surgery.passes.preview import find_sites
 from tests.test_onnx import assert_valid, numbers, outputs, parsed, weights
 
@@ -19,14 +21,14 @@ GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 T, N, WIDE, H = 4, 2, 8, 5
 
 
-def layer(op: str, said: str = "", *, both: bool = True, inputs: str = "", tail: str = "", **arrays: Any) -> ir.Model:
-    """A recurrent node with a name and biases; ``inputs`` follow B, and ``tail`` makes z of y and h."""
-    way, rows, d = "bidirectional" if both else "forward", GATES[op] * H, 1 + both
-    node = f'{op} <direction = "{way}", hidden_size = {H}{said}> (x, W, R, B{inputs})'
+def layer(op: str, said: str = "", *, opset: int = 17, inputs: str = "", **arrays: Any) -> ir.Model:
+    """A recurrent node of both directions with a name and biases; ``inputs`` follow B."""
+    rows = GATES[op] * H
+    node = f'{op} <direction = "bidirectional", hidden_size = {H}{said}> (x, W, R, B{inputs})'
     head, outs = f"g (float[t, n, {WIDE}] x) => (float[t, d, n, {H}] z, float[d, n, {H}] h)", "y, h"
     model = parsed(
-        f"{head} {{ {outs}{', c' if op == 'LSTM' else ''} = {node}  {tail or 'z = Relu(y)'} }}",
-        W=numbers(d, rows, WIDE), R=numbers(d, rows, H, seed=1), B=numbers(d, 2 * rows, seed=2), **arrays,
+        f"{head} {{ {outs}{', c' if op == 'LSTM' else ''} = {node}  z = Relu(y) }}", opset=opset,
+        W=numbers(2, rows, WIDE), R=numbers(2, rows, H, seed=1), B=numbers(2, 2 * rows, seed=2), **arrays,
     )  # fmt: skip
     proto = ir.to_proto(model)
     proto.graph.node[0].name, proto.graph.node[0].doc_string = "rnn", "a layer"
@@ -51,9 +53,9 @@ FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def form(name: str) -> ir.Model:
+def form(name: str, opset: int = 17) -> ir.Model:
     said, inputs, arrays = FORMS[name]
-    return layer(name.partition(" ")[0], said, inputs=inputs, **arrays)
+    return layer(name.partition(" ")[0], said, opset=opset, inputs=inputs, **arrays)
 
 
 def described(model: ir.Model) -> Any:
@@ -93,6 +95,136 @@ def test_each_direction_is_a_site_and_comes_back(name: str) -> None:
         assert again[0] == described(model)[0]
         assert again[2] == described(model)[2]
         assert [tensor for tensor in again[1] if tensor.name != "W"] == described(model)[1][1:]
+
+
+OPENED = [name for name in FORMS if name in ("LSTM", "LSTM states", "GRU reset after", "GRU states", "RNN", "RNN relu")]
+
+
+def hidden_sites(model: ir.Model, x: Any) -> list[str]:
+    return [site.name for site in find_sites(model, x)[0] if site.name.startswith("R")]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_recurrent_weights_are_sites_where_a_loop_computes_the_same(name: str) -> None:
+    model, x = form(name), torch.randn(T, N, WIDE)
+    both = ["R", "R_reverse"]
+    # of the node with other activations in one direction, the other direction is torch's layer
+    wanted = both if name in OPENED else both[:1] if name == "LSTM activations" else []
+    assert hidden_sites(model, x) == wanted
+    assert [skip.name for skip in find_sites(model, x)[1]] == [weight for weight in both if weight not in wanted]
+
+
+@pytest.mark.parametrize("opset", [9, 12, 17, 21])
+@pytest.mark.parametrize("name", OPENED)
+def test_recurrent_weights_come_back(name: str, opset: int) -> None:
+    model, x = form(name, opset), torch.randn(T, N, WIDE)
+    before = outputs(model, x)
+    for sites in (["R"], ["R_reverse"], ["R", "R_reverse"], ["W", "R"], ["W", "W_reverse", "R", "R_reverse"]):
+        widest = {"W": min(WIDE, GATES[name.partition(" ")[0]] * H), "R": H}
+        full = surgery.decompose(model, x, ranks={site: widest[site[0]] for site in sites}).model
+        for found, wanted in zip(outputs(full, x), before, strict=True):
+            assert relative_error(found, wanted) <= 1e-5
+        made = surgery.decompose(model, x, ranks=dict.fromkeys(sites, 2))
+        assert_valid(made.model)
+        assert [change.site for change in made.changes] == sorted(sites, key=["W", "R", "W_reverse", "R_reverse"].index)
+        assert sum(weight.size for weight in stored(made.model).values()) == made.after.parameters
+        back = surgery.recompose(made.model, x)
+        assert_valid(back.model)
+        for found, wanted in zip(outputs(back.model, x), outputs(made.model, x), strict=True):
+            assert relative_error(found, wanted) <= 1e-5
+        again = described(back.model)
+        assert again[0] == described(model)[0]
+        assert again[2] == described(model)[2]
+        kept = [tensor for tensor in described(model)[1] if not {tensor.name, f"{tensor.name}_reverse"} & set(sites)]
+        assert [tensor for tensor in again[1] if tensor.name in {each.name for each in kept}] == kept
+        assert [tensor.name for tensor in again[1]] == [tensor.name for tensor in described(model)[1]]
+
+
+def stored(model: ir.Model) -> dict[str, Any]:
+    held = {name: value.const_value for name, value in model.graph.initializers.items()}
+    arrays = {name: tensor.numpy() for name, tensor in held.items() if tensor is not None}
+    return {name: array for name, array in arrays.items() if array.dtype.kind == "f"}
+
+
+def test_what_another_session_changes_leaves_a_loop_as_it_is() -> None:
+    model, x = form("LSTM"), torch.randn(T, N, WIDE)
+    made = surgery.decompose(model, x, ranks={"R": 2}).model
+    again = surgery.decompose(made, x, ranks={"W": 2, "R_reverse": 3})
+    assert [change.site for change in again.changes] == ["W", "R_reverse"]
+    for found, wanted in zip(outputs(again.model, x), outputs(made, x), strict=True):
+        assert found.shape == wanted.shape
+    assert [node.SerializeToString() for node in map(ir.to_proto, made.graph)] == [
+        node.SerializeToString() for node in map(ir.to_proto, surgery.decompose(made, x, ranks={}).model.graph)
+    ]
+    back = surgery.recompose(again.model, x)
+    assert [change.site for change in back.changes] == ["W", "R", "R_reverse"]
+    assert described(back.model)[0] == described(model)[0]
+    assert weights(back.model) == weights(model)
+
+
+def test_calibration_sees_every_step() -> None:
+    model = form("LSTM")
+    torch.manual_seed(0)
+    data = [torch.randn(T, 1, WIDE) for _ in range(16)]
+    made = surgery.decompose(model, ranks="2", calibration=data)
+    assert [change.site for change in made.changes] == ["W", "R", "W_reverse", "R_reverse"]
+    collected = collect(model, read_calibration(data, model))
+    assert {name: moments.count for name, moments in collected.items()} == dict.fromkeys(collected, 16 * T)
+    assert described(surgery.recompose(made.model, data[0]).model)[0] == described(model)[0]
+
+
+@pytest.mark.parametrize("method", ["tt", "tr"])
+def test_other_factorizations_of_both_weights(method: str) -> None:
+    model, x = form("GRU reset after"), torch.randn(T, N, WIDE)
+    full = surgery.decompose(model, x, ranks="full", factorization=method)
+    for found, wanted in zip(outputs(full.model, x), outputs(model, x), strict=True):
+        assert relative_error(found, wanted) <= 1e-5
+    made = surgery.decompose(model, x, ranks="2", factorization=method)
+    assert made.changes
+    back = surgery.recompose(made.model, x)
+    assert {change.site for change in back.changes} == {change.site for change in made.changes}
+    assert described(back.model)[0] == described(model)[0]
+
+
+def test_what_else_a_loop_must_keep() -> None:
+    """Outputs that nothing reads, a weight that something else reads, and one layer behind another."""
+    text = f"""g (float[t, n, {WIDE}] x) => (float[d, n, {H}] z, float[a, b, c] w) {{
+        a, b = RNN<hidden_size = {H}>(x, W, R)  s = Squeeze(a, axis)
+        c, z = RNN<hidden_size = {H}, direction = "reverse">(s, V, Q)  p, q = RNN<hidden_size = {H}>(s, V, U)
+        w = Mul(U, q) }}"""
+    weight = {name: numbers(1, H, H, seed=at) for at, name in enumerate("RVQU")}
+    model = parsed(text, W=numbers(1, H, WIDE), axis=np.array([1]), **weight)
+    x = torch.randn(T, 1, WIDE)
+    assert [site.name for site in find_sites(model, x)[0]] == ["W", "R", "V"]
+    assert described(surgery.decompose(model, x, ranks={}).model) == described(model)
+    made = surgery.decompose(model, x, ranks="2")
+    assert_valid(made.model)
+    back = surgery.recompose(made.model, x).model
+    assert described(back)[0] == described(model)[0]
+    assert weights(back) == weights(model)
+
+
+def test_weights_that_are_inputs_stay_inputs() -> None:
+    text = f"""g (float[t, n, {WIDE}] x, float[1, {H}, {WIDE}] W, float[1, {H}, {H}] R) => (float[t, d, n, {H}] z) {{
+        z = RNN<hidden_size = {H}>(x, W, R) }}"""
+    model, x = parsed(text, W=numbers(1, H, WIDE), R=numbers(1, H, H)), torch.randn(T, N, WIDE)
+    made = surgery.decompose(model, x, ranks={"R": 2}).model
+    assert [value.name for value in made.graph.inputs] == ["x", "W", "R.0.weight", "R.1.weight"]
+    assert_valid(made)
+    back = surgery.recompose(made, x).model
+    assert [value.name for value in back.graph.inputs] == ["x", "W", "R"]
+    assert described(back)[0] == described(model)[0]
+
+
+def test_numbers_of_another_type_keep_it() -> None:
+    text = f"g (double[t, n, {WIDE}] x) => (double[t, d, n, {H}] z) {{ z = RNN<hidden_size = {H}>(x, W, R) }}"
+    model = parsed(text, W=numbers(1, H, WIDE, dtype=np.float64), R=numbers(1, H, H, dtype=np.float64))
+    made = surgery.decompose(model, ranks={"R": 2, "W": 2}).model  # without inputs: onnxruntime has no such RNN
+    assert {array.dtype.name for array in stored(made).values()} == {"float64"}
+    assert_valid(made)
+    back = surgery.recompose(made).model
+    assert described(back)[0] == described(model)[0]
+    assert weights(back) == weights(model)
 
 
 def test_a_layer_in_a_branch_is_split_there() -> None:
