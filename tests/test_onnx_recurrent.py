@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from torch import Tensor, nn
 
 import surgery
 from surgery.algebra import relative_error
@@ -274,3 +276,85 @@ def test_a_record_of_a_node_that_cannot_be_leaves_its_halves(name: str) -> None:
     assert [change.site for change in back.changes] == ["W"]
     assert relative_error(outputs(back.model, x)[0], outputs(made, x)[0]) <= 1e-5
     assert sum(node.op_type == "GRU" for node in back.model.graph) == 2
+
+
+class Layers(nn.Module):
+    """All kinds of recurrent layers in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.gru = nn.LSTM(WIDE, H, bidirectional=True), nn.GRU(2 * H, H, num_layers=2, batch_first=True)
+        self.plain = nn.GRU(H, H, bias=False, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.lstm(x)
+        z, last = self.gru(y.transpose(0, 1))
+        out: Tensor = self.plain(z.transpose(0, 1), last)[0]
+        return out
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter to itself
+def test_loops_of_an_export_become_nodes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, x = Layers().eval(), torch.randn(T, N, WIDE)
+    made = surgery.decompose(module, x, ranks="2")
+    surgery.export_onnx(made.model, tmp_path / "m.onnx", x)
+    model: Any = surgery.load(tmp_path / "m.onnx")
+    assert [node.op_type for node in model.graph].count("Scan") == 6
+    assert described(surgery.decompose(model, x, ranks={}).model) == described(model)
+    back = surgery.recompose(model, x)
+    assert {change.site for change in back.changes} == {change.site for change in made.changes}
+    assert_valid(back.model)
+    assert relative_error(outputs(back.model, x)[0], outputs(model, x)[0]) <= 1e-5
+    assert [node.op_type for node in back.model.graph if node.op_type in (*GATES, "Scan")] == ["LSTM"] * 2 + ["GRU"] * 4
+    assert sum(array.size for array in stored(back.model).values()) == sum(p.numel() for p in module.parameters())
+    one = {change.site: 2 for change in made.changes if change.site != "lstm.hh_l0"}
+    again = surgery.decompose(back.model, x, ranks=one)
+    assert {change.site for change in again.changes} == set(one)
+    assert [node.op_type for node in again.model.graph].count("Scan") == 5
+
+
+STEP = "c = MatMul(a, R)  d = Add(b, c)  e = Tanh(d)  o = Identity(e)"
+BODIES: dict[str, tuple[str, bool]] = {  # the nodes of a body that gives e and o, and whether it is a layer's step
+    "a layer": (STEP, True),
+    "terms turned": ("c = MatMul(a, R)  d = Add(c, b)  e = Tanh(d)  o = Identity(e)", True),
+    "a factored one": ("u = MatMul(a, R)  c = MatMul(u, R)  d = Add(b, c)  e = Tanh(d)  o = Identity(e)", True),
+    "other rows": ("c = MatMul(a, R)  d = Add(b, c)  e = Tanh(d)  o = Tanh(e)", False),
+    "another function": ("c = MatMul(a, R)  d = Add(b, c)  e = Erf(d)  o = Identity(e)", False),
+    "a difference": ("c = MatMul(a, R)  d = Sub(b, c)  e = Tanh(d)  o = Identity(e)", False),
+    "no part": ("c = MatMul(a, R)  d = Add(a, c)  e = Tanh(d)  o = Identity(e)", False),
+    "doubled": (
+        "c = MatMul(a, R)  d0 = Add(c, b)  " + "  ".join(f"d{at + 1} = Add(d{at}, d{at})" for at in range(50))
+        + "  e = Tanh(d50)  o = Identity(e)",
+        False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_scan_is_a_layer_if_it_computes_one(name: str) -> None:
+    body, is_layer = BODIES[name]
+    text = f"""g (float[t, n, {H}] x, float[n, {H}] s) => (float[t, n, {H}] z) {{
+        h, z = Scan<num_scan_inputs = 1, body = step (float[n, {H}] a, float[n, {H}] b) =>
+            (float[n, {H}] e, float[n, {H}] o) {{ {body} }}>(s, x) }}"""
+    model = parsed(text, R=numbers(H, H))
+    x = (torch.randn(T, N, H), torch.randn(N, H))
+    sites, skips = find_sites(model, x)
+    assert [site.name for site in sites] + [skip.name for skip in skips] == ["R"]
+    wanted = [T * N * H * H * body.count("MatMul")] if is_layer else []
+    assert [site.macs for site in sites] == wanted
+    if wanted:
+        made = surgery.decompose(model, x, ranks={"R": 2}).model
+        assert_valid(made)
+        back = surgery.recompose(made, x).model
+        assert relative_error(outputs(back, *x)[0], outputs(made, *x)[0]) <= 1e-5
+        assert weights(back) == weights(model)
+
+
+def test_a_layer_says_why_its_recurrent_weight_is_no_site() -> None:
+    reasons = {
+        name: find_sites(form(name), torch.randn(T, N, WIDE))[1][0].reason for name in FORMS if name not in OPENED
+    }
+    assert "reset gate" in reasons["GRU"]
+    assert "length" in reasons["LSTM lengths"]
+    assert "clips" in reasons["LSTM clip"]

@@ -17,10 +17,10 @@ from surgery.kinds.onnx.graph import EditedGraph, producer_of
 from surgery.kinds.onnx.kept_node import made_again
 from surgery.kinds.onnx.loops import AXES, Loops, Parts, one_axis, writer
 from surgery.kinds.onnx.modes import GATES, OP_TYPES, attributes_of_mode, is_backwards, mode_of, to_onnx
-from surgery.kinds.onnx.one_node import is_used
+from surgery.kinds.onnx.one_node import captured_by, is_used
 from surgery.kinds.onnx.parts import closed, like
-from surgery.kinds.onnx.steps import Layer, biases_before
-from surgery.kinds.onnx.tensors import to_torch
+from surgery.kinds.onnx.steps import Layer, Write, biases_before
+from surgery.kinds.onnx.tensors import shape_of, to_torch
 from surgery.kinds.onnx.weights import held, is_plain
 from surgery.sites import Call
 
@@ -33,7 +33,8 @@ _STARTS = ("Squeeze", "ConstantOfShape", "Concat", "Gather", "Shape")  # what ma
 class _Loop:
     """A loop with whole weights: the products by them, the biases, the additions of these, and its ends.
 
-    ``ends`` are the nodes that give an output the axis of the directions, by the place of the output.
+    ``flip`` is the node that puts the steps in another order before the loop, if any. ``ends`` are the nodes that give
+    an output the axis of the directions, by the place of the output.
     """
 
     layer: Layer
@@ -41,6 +42,7 @@ class _Loop:
     step: Call
     biases: Parts
     additions: tuple[ir.Node, ...]
+    flip: ir.Node | None
     ends: Mapping[int, ir.Node]
 
     def reads(self, graph: EditedGraph) -> list[tuple[ir.Value, ir.Node]]:
@@ -79,27 +81,48 @@ def _whole(graph: EditedGraph, layer: Layer) -> _Loop | None:
     reader = graph.reader
     calls = {each.value: each for each in reader.elements if isinstance(each, Call)}
     additions = tuple(biases_before(layer.part))
-    value = _summed(additions[0]) if additions else layer.part
+    flip = _flip(layer.part)
+    value = _summed(additions[0]) if additions else layer.part if flip is None else flip.inputs[0]
+    if value is None:
+        return None
     first, step = calls.get(reader.numbers.get(value, -1)), calls.get(reader.numbers[layer.product])
     if first is None or step is None or step.source != reader.numbers[layer.hidden]:
         return None
-    between = [value, *(node.outputs[0] for node in additions)]
-    if between[-1] is not layer.part or any(each.is_graph_output() for each in between):
-        return None
-    own = {layer.scan, *additions, *_starts(layer)}
-    if any(use.node not in own for each in between for use in each.uses()):
-        return None
-    if any(node.graph is not layer.scan.graph for node in (*additions, producer_of(value))):
-        return None
-    biases = tuple(_shift(node) for node in additions) + (() if layer.bias is None else (layer.bias,))
-    both = [first.operator.bias, step.operator.bias, first.computed_bias, step.computed_bias]
-    plain = not first.view and not step.view and both == [None] * 4
-    weights = [*biases, *(graph.parameter(call.weight) for call in (first, step))]
-    known = all(each.is_initializer() and not each.is_graph_output() for each in weights)
+    biases = (*map(_shift, additions), *(() if layer.bias is None else (layer.bias,)))
+    loop = _Loop(layer, first, step, biases, additions, flip, _ends(layer))
+    return loop if _is_plain(graph, loop) and _is_apart(graph, loop, value) else None
+
+
+def _is_plain(graph: EditedGraph, loop: _Loop) -> bool:
+    """Whether the weights and the biases of a loop have the form of those of a node."""
+    first, step, mode = loop.first, loop.step, loop.layer.mode
+    rows = GATES[mode] * step.operator.weight.shape[1]
+    parameters = [*loop.biases, *(graph.parameter(call.weight) for call in (first, step))]
     # a GRU adds one bias outside of its loop and one inside
-    counts = (len(additions), len(biases)) in ((0, 0), (1 if layer.mode == "GRU" else 2, 2))
-    size = len(step.operator.weight) == len(first.operator.weight) == GATES[layer.mode] * step.operator.weight.shape[1]
-    return _Loop(layer, first, step, biases, additions, _ends(layer)) if plain and known and counts and size else None
+    counts = (len(loop.additions), len(loop.biases)) in ((0, 0), (1 if mode == "GRU" else 2, 2))
+    return (
+        counts
+        and not first.view
+        and not step.view
+        and [first.operator.bias, step.operator.bias, first.computed_bias, step.computed_bias] == [None] * 4
+        and len(step.operator.weight) == len(first.operator.weight) == rows
+        and all(shape_of(value.const_value) == (rows,) for value in loop.biases if value.const_value is not None)
+        and all(value.is_initializer() and not value.is_graph_output() for value in parameters)
+    )
+
+
+def _is_apart(graph: EditedGraph, loop: _Loop, product: ir.Value) -> bool:
+    """Whether nothing else reads what stands between the product by the input weight and the loop."""
+    layer, passing = loop.layer, (*loop.additions, *([] if loop.flip is None else [loop.flip]))
+    between = [product, *(node.outputs[0] for node in passing)]
+    own = {layer.scan, *passing, *_starts(layer)}
+    nodes = (*passing, producer_of(product))
+    return (
+        between[-1] is layer.part
+        and all(node.graph is layer.scan.graph for node in nodes)
+        and not any(value.is_graph_output() for value in between)
+        and all(use.node in own for value in between for use in value.uses())
+    )
 
 
 def _starts(layer: Layer) -> set[ir.Node]:
@@ -114,6 +137,15 @@ def _starts(layer: Layer) -> set[ir.Node]:
             found.add(node)
             waiting += [value for value in node.inputs if value is not None]
     return found
+
+
+def _flip(part: ir.Value) -> ir.Node | None:
+    """Return the Slice of steps that gives a value; None if no such node does."""
+    node = part.producer()
+    if node is None or node.op_type != "Slice" or not is_plain(node) or len(node.inputs) < 4:
+        return None
+    axes = held(node.inputs[3])
+    return node if axes is not None and axes.numpy().tolist() == [0] else None
 
 
 def _shift(addition: ir.Node) -> ir.Value:
@@ -167,14 +199,18 @@ def _close(graph: EditedGraph, loops: Loops, loop: _Loop, key: str | None, whole
             wholes[parts] = loops.wholes.of(parts) or _joined(layer.mode, loop, parts)
     write = writer(graph, node.name or "state", lambda made: home.insert_before(node, made))
     states = [_start(graph, write, value) for value in layer.states]
-    given = [graph.value(loop.first.source), *(wholes.get(parts) for parts in groups), None, *states]
+    source = graph.value(loop.first.source)
+    if loop.flip is not None:  # it may as well stand before the product
+        [source] = write("Slice", source, *[value for value in loop.flip.inputs[1:] if value is not None])
+    given = [source, *(wholes.get(parts) for parts in groups), None, *states]
     while given[-1] is None:
         given.pop()
     if len(given) > len(node.inputs):
         node.resize_inputs(len(given))
     for at in range(len(node.inputs)):
         node.replace_input_with(at, given[at] if at < len(given) else None)
-    axes = [value for end in loop.ends.values() for value in end.inputs[1:]]
+    others = {value for end in loop.ends.values() for value in end.inputs[1:]}.union(captured_by(layer.scan))
+    others -= {value for value, _ in reads}
     write = writer(graph, node.name or "loop", lambda made: home.insert_before(layer.scan, made))
     for at, value in enumerate(_outputs(layer)):
         if at in loop.ends:
@@ -182,7 +218,7 @@ def _close(graph: EditedGraph, loops: Loops, loop: _Loop, key: str | None, whole
         elif is_used(value):
             node.outputs[at].name = graph.note_name(graph.new_name(f"{value.name}.node"))
             graph.stand_in(value, one_axis(graph, write, "Squeeze", node.outputs[at], AXES[at]), [])
-    _remove(graph, loop, [*layer.states, *axes])
+    _remove(graph, loop, [*layer.states, *sorted(filter(None, others), key=lambda value: value.name or "")])
 
 
 def _node(graph: EditedGraph, loops: Loops, loop: _Loop, key: str | None) -> ir.Node:
@@ -217,7 +253,7 @@ def _joined(mode: str, loop: _Loop, parts: Parts) -> ir.Value:
     return like(to_onnx(mode, weight)[None], parts[0])
 
 
-def _start(graph: EditedGraph, write: object, state: ir.Value) -> ir.Value | None:
+def _start(graph: EditedGraph, write: Write, state: ir.Value) -> ir.Value | None:
     """Return the states (1, N, H) that a loop starts from; None for zeros, which need not be given."""
     node = state.producer()
     if node is not None and _axes(node, "Squeeze") == [0]:
@@ -226,7 +262,10 @@ def _start(graph: EditedGraph, write: object, state: ir.Value) -> ir.Value | Non
         value = node.attributes.get("value")
         if value is None or not value.value.numpy().any():
             return None
-    return one_axis(graph, write, "Unsqueeze", state, 0)  # type: ignore[arg-type]
+    numbers = held(state)
+    if numbers is not None and not numbers.numpy().any():
+        return None
+    return one_axis(graph, write, "Unsqueeze", state, 0)
 
 
 def _remove(graph: EditedGraph, loop: _Loop, reads: Sequence[ir.Value | None]) -> None:
@@ -235,7 +274,7 @@ def _remove(graph: EditedGraph, loop: _Loop, reads: Sequence[ir.Value | None]) -
     for node in loop.layer.body:
         for at in range(len(node.inputs)):
             node.replace_input_with(at, None)
-    rest = [*loop.additions, graph.user(loop.first)]
+    rest = [*([] if loop.flip is None else [loop.flip]), *loop.additions, graph.user(loop.first)]
     scan.graph.remove(scan, safe=True)  # type: ignore[union-attr]
     for value in dict.fromkeys(reads):
         if value is not None:

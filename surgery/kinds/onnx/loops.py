@@ -159,14 +159,14 @@ def one_axis(graph: EditedGraph, write: Write, op_type: str, value: ir.Value, ax
     """Return a value with one more axis of size 1 (Unsqueeze), or without one (Squeeze)."""
     if graph.opset < _AXES_AS_INPUT:
         return write(op_type, value, axes=[axis])[0]
-    return write(op_type, value, graph.sizes("surgery.axis", [axis]))[0]
+    return write(op_type, value, graph.sizes(f"surgery.axis_{axis}", [axis]))[0]
 
 
 def _zeros(graph: EditedGraph, write: Write, part: ir.Value, row: torch.Tensor) -> ir.Value:
     """Return states of zeros (N, H) for a part (T, N, G H), of the type of a row (1, H)."""
     [shape] = write("Shape", part)
-    [batch] = write("Gather", shape, graph.sizes("surgery.axis", [1]), axis=0)
-    [sizes] = write("Concat", batch, graph.sizes("surgery.hidden", [row.shape[1]]), axis=0)
+    [batch] = write("Gather", shape, graph.sizes("surgery.axis_1", [1]), axis=0)
+    [sizes] = write("Concat", batch, graph.sizes(f"surgery.size_{row.shape[1]}", [row.shape[1]]), axis=0)
     return write("ConstantOfShape", sizes, value=to_ir(row.new_zeros(1), ""))[0]
 
 

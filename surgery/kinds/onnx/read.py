@@ -230,7 +230,7 @@ class Reader:
             return Sum(number, (self.numbers[first], self.numbers[second]))
         bias = self._plain(second)
         # an addition that the file had before stays a node of its own
-        own = node.metadata_props.get(MARK) == SHIFT
+        own = node.metadata_props.get(MARK) == SHIFT and node not in self._shifts
         if own and bias is not None and len(bias.shape) == 1 and bias.name in self.parameters and first in self.numbers:
             return Reshape(number, self.numbers[first], Shift(bias.numbers), bias=bias.name)
         return Other(number)

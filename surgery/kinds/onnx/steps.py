@@ -22,8 +22,13 @@ from surgery.sites import Loop
 
 __all__ = ["Layer", "Write", "biases_before", "layer_of", "write_step"]
 
-_FUNCTIONS = ("Sigmoid", "Tanh", "Relu")
+_FUNCTIONS, _ARITHMETIC = ("Sigmoid", "Tanh", "Relu"), ("Add", "Mul", "Sub")
+_NAMES = {
+    *("body", "num_scan_inputs", "scan_input_axes", "scan_input_directions"),
+    *("scan_output_axes", "scan_output_directions"),
+}
 _MOST_NODES = 64  # of a body that may be a step
+_MOST_TERMS = 256  # of a step; that of an LSTM has 40, and a body that adds a value to itself 60 times has 2 ** 60
 _COUNTED_SPLIT = 18  # the first opset in which Split has to be told the number of parts
 
 Write = Callable[..., list[ir.Value]]  # it gets an operator, the values to read, and the number of outputs
@@ -99,23 +104,30 @@ def _split(count: int, opset: int) -> dict[str, int]:
 
 def layer_of(scan: ir.Node) -> Layer | None:
     """Return the recurrent layer that a node is; None for any other node."""
-    if scan.op_type != "Scan" or not is_plain(scan) or "body" not in scan.attributes:
+    known = scan.op_type == "Scan" and is_plain(scan) and _NAMES.issuperset(scan.attributes)
+    body = scan.attributes.get("body") if known else None
+    if body is None or body.type != ir.AttributeType.GRAPH or body.is_ref() or len(body.value) > _MOST_NODES:
         return None
-    said = {name: attribute.value for name, attribute in scan.attributes.items()}
-    body: ir.Graph = said.pop("body")
-    ways = tuple(tuple(said.pop(f"scan_{end}_directions", (0,))) for end in ("input", "output"))
-    plain = said.pop("num_scan_inputs", 0) == 1 and all(not any(axes) for axes in said.values())
+    said = {name: attribute.value for name, attribute in scan.attributes.items() if name != "body"}
+    ways = [tuple(said.get(f"scan_{end}_directions", (0,))) for end in ("input", "output")]
+    axes = [axis for end in ("input", "output") for axis in said.get(f"scan_{end}_axes", ())]
     states = len(scan.inputs) - 1
-    if not plain or ways not in (((0,), (0,)), ((1,), (1,))) or states not in (1, 2) or len(body) > _MOST_NODES:
+    if said.get("num_scan_inputs") != 1 or any(axes) or states not in (1, 2) or ways[0] != ways[1]:
         return None
-    if None in scan.inputs or len(body.inputs) != states + 1 or len(body.outputs) != states + 1:
+    if ways[0] not in ((0,), (1,)) or None in scan.inputs:
+        return None
+    return _step_in(scan, body.as_graph(), states, backwards=ways[0] == (1,))
+
+
+def _step_in(scan: ir.Node, body: ir.Graph, states: int, *, backwards: bool) -> Layer | None:
+    if len(body.inputs) != states + 1 or len(body.outputs) != states + 1 or len(scan.outputs) != states + 1:
         return None
     for node in body:
         for product in node.outputs:
             for mode in ("LSTM",) if states == 2 else ("GRU", "RNN_TANH", "RNN_RELU"):
                 found = _matched(body, mode, product)
                 if found is not None:
-                    return Layer(scan, mode, body.inputs[0], product, *found, backwards=ways[0] == (1,))
+                    return Layer(scan, mode, body.inputs[0], product, *found, backwards)
     return None
 
 
@@ -139,7 +151,7 @@ def biases_before(part: ir.Value) -> list[ir.Node]:
 
 def _matched(body: ir.Graph, mode: str, product: ir.Value) -> tuple[ir.Value | None] | None:
     """Return the bias if a body is a step of this mode with this recurrent product, as a row of one; else None."""
-    reading = _Reading(body, product, GATES[mode])
+    reading = _Reading(body, product)
     try:
         found = [reading.term(value) for value in body.outputs]
     except _Unread:
@@ -155,10 +167,10 @@ class _Unread(Exception):
 class _Reading:
     """Reads values of a body as expressions; ``bias`` is the one vector from outside that they read, if any."""
 
-    def __init__(self, body: ir.Graph, product: ir.Value, gates: int) -> None:
+    def __init__(self, body: ir.Graph, product: ir.Value) -> None:
         *states, part = body.inputs
         self._leaves = dict(zip((*states, part, product), (*("h", "c")[: len(states)], "part", "product"), strict=True))
-        self._body, self._gates = body, gates
+        self._body, self._terms = body, 0
         self.bias: ir.Value | None = None
 
     def term(self, value: ir.Value | None, start: Fraction = Fraction(0), end: Fraction = Fraction(1)) -> _Term:
@@ -166,6 +178,9 @@ class _Reading:
 
         Example: the second of two halves of tanh(x) is ("Tanh", ("x", 1/2, 1)).
         """
+        self._terms += 1
+        if self._terms > _MOST_TERMS:
+            raise _Unread
         if value in self._leaves:
             return (self._leaves[value], start, end)
         node = None if value is None else value.producer()
@@ -177,7 +192,7 @@ class _Reading:
             return self.term(node.inputs[0], start, end)
         if node.op_type in _FUNCTIONS:
             return (node.op_type, self.term(node.inputs[0], start, end))
-        if node.op_type in ("Add", "Mul", "Sub"):
+        if node.op_type in _ARITHMETIC:
             terms = [self.term(each, start, end) for each in node.inputs]
             return (node.op_type, *(terms if node.op_type == "Sub" else sorted(terms, key=repr)))
         first, last = self._share(node, value)
@@ -211,14 +226,16 @@ class _Reading:
         return Fraction(start, width), Fraction(min(end, width), width)
 
     def _width(self, value: ir.Value | None) -> int | None:
-        """Return the size of a value's last axis, as the graph or the node before it says."""
-        if value is None:
-            return None
-        size = value.shape[-1] if value.shape is not None and len(value.shape) else None
-        node = value.producer()
-        if isinstance(size, int) or node is None or node.graph is not self._body:
-            return size if isinstance(size, int) else None
-        return next((width for each in node.inputs if (width := self._width(each)) is not None), None)
+        """Return the size of a value's last axis, as the graph or the nodes before it say."""
+        while value is not None:
+            if self._leaves.get(value) == "product":
+                value = self._body.inputs[-1]  # as wide as the part, with which it is added up
+            size = value.shape[-1] if value.shape is not None and len(value.shape) else None
+            node = value.producer()
+            if isinstance(size, int) or node is None or node.op_type not in (*_FUNCTIONS, *_ARITHMETIC, "Identity"):
+                return size if isinstance(size, int) else None
+            value = node.inputs[0]
+        return None
 
 
 def _numbers(value: ir.Value | None) -> list[int] | None:
