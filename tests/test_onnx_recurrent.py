@@ -246,19 +246,22 @@ def test_a_layer_in_a_branch_is_split_there() -> None:
     assert weights(back.model) == weights(model)
 
 
-def test_a_file_of_an_earlier_version_comes_back() -> None:
-    """Both directions had one site then: W of 8 columns became a product with 2 columns and the weight of those."""
-    text = f"g (float[t, n, {WIDE}] x) => (float[t, d, n, {H}] z) {{ z = LSTM"
-    text += f'<direction = "bidirectional", hidden_size = {H}>(p, "W.1.weight", R) }}'
-    text = text.replace("{ ", '{ p = MatMul(x, "W.0.weight")  ', 1)
-    factors: dict[str, Any] = {"W.0.weight": numbers(WIDE, 2), "W.1.weight": numbers(2, 4 * H, 2, seed=3)}
-    made = parsed(text, R=numbers(2, 4 * H, H, seed=1), **factors)
+@pytest.mark.parametrize("d", [1, 2])
+def test_a_file_of_an_earlier_version_comes_back(d: int) -> None:
+    """Both directions had one site then, and the record said that nodes store their weights as (out, in)."""
+    way = ', direction = "bidirectional"' if d == 2 else ""
+    text = f"""g (float[t, n, {WIDE}] x) => (float[t, d, n, {H}] z) {{
+        p = MatMul(x, "W.0.weight")  z = LSTM<hidden_size = {H}{way}>(p, "W.1.weight", R) }}"""
+    factors: dict[str, Any] = {"W.0.weight": numbers(WIDE, 2), "W.1.weight": numbers(d, 4 * H, 2, seed=3)}
+    made = parsed(text, R=numbers(d, 4 * H, H, seed=1), **factors)
     entry = {"factorization": "svd", "rank": [2], "weight": "W", "stored": "out_in"}
     made.metadata_props["surgery"] = json.dumps({"version": 1, "sites": {"W": entry}, "ties": []})
     x = torch.randn(T, N, WIDE)
     back = surgery.recompose(made, x)
     assert [change.site for change in back.changes] == ["W"]
-    assert weights(back.model) == {"W": (2, 4 * H, WIDE), "R": (2, 4 * H, H)}
+    assert_valid(back.model)
+    assert [node.op_type for node in back.model.graph] == ["LSTM"]
+    assert weights(back.model) == {"W": (d, 4 * H, WIDE), "R": (d, 4 * H, H)}
     assert relative_error(outputs(back.model, x)[0], outputs(made, x)[0]) <= 1e-5
 
 
