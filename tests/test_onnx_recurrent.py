@@ -317,6 +317,52 @@ def test_loops_of_an_export_become_nodes(tmp_path: Path) -> None:
     assert [node.op_type for node in again.model.graph].count("Scan") == 5
 
 
+PLAIN: dict[str, dict[str, Any]] = {
+    "tanh": {},
+    "relu": {"nonlinearity": "relu", "bias": False, "num_layers": 2},
+    "both": {"bidirectional": True, "batch_first": True},
+    "deep": {"bidirectional": True, "num_layers": 2, "nonlinearity": "relu"},
+}
+
+
+class Plain(nn.Module):
+    """A plain layer with a name, and both of its outputs."""
+
+    def __init__(self, **said: Any) -> None:
+        super().__init__()
+        self.rnn = nn.RNN(WIDE, H, **said)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, last = self.rnn(x)
+        return y, last
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter to itself
+@pytest.mark.filterwarnings("ignore:The tensor attributes .*_flat_weights:UserWarning")  # a cache of torch's layers
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_plain_layer_is_a_node_with_the_sites_of_its_module(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, x = Plain(**PLAIN[name]).eval(), torch.randn(N, T, WIDE)
+    program = torch.export.export(module, (x,))
+    surgery.export_onnx(program, tmp_path / "m.onnx", x)
+    model: Any = surgery.load(tmp_path / "m.onnx")
+    assert [node.op_type for node in model.graph].count("RNN") == PLAIN[name].get("num_layers", 1)
+    sites = [{site.name: site.macs for site in find_sites(each, x)[0]} for each in (program, model)]
+    assert sites[0] == sites[1]
+    assert sites[0]
+    for found, wanted in zip(outputs(model, x), module(x), strict=True):
+        assert relative_error(found, wanted.detach()) <= 1e-5
+    ranks: Any = dict.fromkeys(sites[0], 2)
+    made = surgery.decompose(program, x, ranks=ranks)
+    surgery.export_onnx(made.model, tmp_path / "made.onnx", x)
+    exported: Any = surgery.load(tmp_path / "made.onnx")
+    factored = surgery.decompose(model, x, ranks=ranks)
+    assert [(c.site, c.rank, c.macs) for c in factored.changes] == [(c.site, c.rank, c.macs) for c in made.changes]
+    for found, wanted in zip(outputs(factored.model, x), outputs(exported, x), strict=True):
+        assert relative_error(found, wanted) <= 1e-5
+    assert described(surgery.recompose(factored.model, x).model)[0] == described(model)[0]
+
+
 STEP = "c = MatMul(a, R)  d = Add(b, c)  e = Tanh(d)  o = Identity(e)"
 BODIES: dict[str, tuple[str, bool]] = {  # the nodes of a body that gives e and o, and whether it is a layer's step
     "a layer": (STEP, True),
