@@ -99,8 +99,7 @@ def export_onnx(
     dynamic sizes stay dynamic. Weights of 2 GiB or more go to a second file, ``NAME.onnx.data``.
 
     The file has the layers of the program under their names, and the record of those that are factored. ``decompose``
-    finds the same sites in it, but for recurrent weights: these are those of LSTM and GRU nodes, and both directions of
-    a node are one site.
+    finds the same sites in it.
 
     Raises:
         FileError: the file cannot be written, or exists and ``force`` is False.
