@@ -175,6 +175,30 @@ def test_calibration_sees_every_step() -> None:
     assert described(surgery.recompose(made.model, data[0]).model)[0] == described(model)[0]
 
 
+def test_factors_are_cut_to_lower_ranks() -> None:
+    model, x = form("GRU states"), torch.randn(T, N, WIDE)
+    made = surgery.decompose(model, x, ranks={"R": 4, "W": 4}).model
+    cut = surgery.decompose(made, x, ranks={"R": 2, "W": 3})
+    assert {change.site: change.rank for change in cut.changes} == {"R": (2,), "W": (3,)}
+    plain = surgery.decompose(model, x, ranks={"R": 2, "W": 3})
+    assert {change.site: change.macs for change in cut.changes} == {c.site: c.macs for c in plain.changes}
+    for found, wanted in zip(outputs(cut.model, x), outputs(plain.model, x), strict=True):
+        assert relative_error(found, wanted) <= 1e-4
+    assert described(surgery.recompose(cut.model, x).model)[0] == described(model)[0]
+
+
+def test_both_directions_may_share_a_factor() -> None:
+    model, x = form("LSTM"), torch.randn(T, N, WIDE)
+    made = surgery.decompose(model, x, ranks={"W": 3, "W_reverse": 3, "R": 2}, joint="inputs")
+    assert_valid(made.model)
+    assert "W_reverse.0.weight" not in made.model.graph.initializers
+    back = surgery.recompose(made.model, x)
+    assert {change.site for change in back.changes} == {"W", "W_reverse", "R"}
+    assert described(back.model)[0] == described(model)[0]
+    for found, wanted in zip(outputs(back.model, x), outputs(made.model, x), strict=True):
+        assert relative_error(found, wanted) <= 1e-5
+
+
 @pytest.mark.parametrize("method", ["tt", "tr"])
 def test_other_factorizations_of_both_weights(method: str) -> None:
     model, x = form("GRU reset after"), torch.randn(T, N, WIDE)
@@ -239,8 +263,9 @@ def test_a_layer_in_a_branch_is_split_there() -> None:
     }}"""
     arrays = {"W": numbers(2, 4 * H, WIDE), "V": numbers(2, 4 * H, WIDE, seed=2), "R": numbers(2, 4 * H, H, seed=1)}
     model, x = parsed(text, **arrays), (torch.randn(T, N, WIDE), torch.tensor(True))
-    made = surgery.decompose(model, x, ranks={"W_reverse": 2})
-    assert [change.site for change in made.changes] == ["W_reverse"]
+    made = surgery.decompose(model, x, ranks={"W_reverse": 2, "R": 2})
+    assert {change.site for change in made.changes} == {"W_reverse", "R"}
+    assert_valid(made.model)
     back = surgery.recompose(made.model, x)
     assert described(back.model)[0] == described(model)[0]
     assert weights(back.model) == weights(model)

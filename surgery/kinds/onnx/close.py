@@ -61,6 +61,7 @@ def close_loops(graph: EditedGraph, loops: Loops) -> None:
     if not graph.record.layers and not graph.fused:
         return
     graph.reread()
+    graph.move_to_top()
     found = [loop for layer in graph.reader.layers.values() if (loop := _whole(graph, layer)) is not None]
     wholes: dict[Parts, ir.Value] = {}
     for loop in closed({loop: loop.reads(graph) for loop in found}):

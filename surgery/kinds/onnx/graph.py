@@ -127,6 +127,10 @@ class EditedGraph:
         self.home, self._beside = home, self._order.get(value, self._last)
         self._place = self.graph.inputs.index(value) if value in self.graph.inputs else None
 
+    def move_to_top(self) -> None:
+        """Add new numbers to the outermost graph, behind all others; every node can read them there."""
+        self.home, self._beside, self._place = self.graph, self._last, None
+
     def add_parameter(self, name: str, tensor: Tensor, *, weight: bool = True) -> ir.Value:
         """Add an initializer, a ``weight`` or other numbers."""
         if name in self.names:

@@ -60,6 +60,7 @@ def open_loops(graph: EditedGraph) -> Loops:
         if all(len(places[value]) == 1 for _, value in _weights(node))
     }
     loops, parts = Loops(), dict[ir.Value, Parts]()
+    graph.move_to_top()
     for node in closed(reads):
         for at, value in _weights(node):
             if value not in parts:
