@@ -15,10 +15,10 @@ from torch import Tensor
 
 from surgery.kinds.onnx.graph import EditedGraph, producer_of
 from surgery.kinds.onnx.kept_node import made_again
-from surgery.kinds.onnx.loops import AXES, Loops, Parts, one_axis, writer
+from surgery.kinds.onnx.loops import AXES, one_axis, writer
 from surgery.kinds.onnx.modes import GATES, OP_TYPES, attributes_of_mode, is_backwards, mode_of, to_onnx
 from surgery.kinds.onnx.one_node import captured_by, is_used
-from surgery.kinds.onnx.parts import closed, like
+from surgery.kinds.onnx.parts import Apart, Parts, closed, like
 from surgery.kinds.onnx.steps import Layer, Write, biases_before
 from surgery.kinds.onnx.tensors import shape_of, to_torch
 from surgery.kinds.onnx.weights import held, is_plain
@@ -46,17 +46,15 @@ class _Loop:
     ends: Mapping[int, ir.Node]
 
     def reads(self, graph: EditedGraph) -> list[tuple[ir.Value, ir.Node]]:
-        """Return the weights, each with the node that reads it."""
-        shifts = [use.node for value in self.biases for use in value.uses() if self._has(use.node)]
-        nodes = [graph.user(self.first), graph.user(self.step), *shifts]
-        values = [graph.parameter(call.weight) for call in (self.first, self.step)]
-        return list(zip([*values, *self.biases], nodes, strict=True))
+        """Return the weights, each with a node that reads it; those of both products first."""
+        products = [(graph.parameter(call.weight), graph.user(call)) for call in (self.first, self.step)]
+        return [*products, *((v, use.node) for v in self.biases for use in v.uses() if self._has(use.node))]
 
     def _has(self, node: ir.Node) -> bool:
         return node in self.additions or node.graph is self.layer.body
 
 
-def close_loops(graph: EditedGraph, loops: Loops) -> None:
+def close_loops(graph: EditedGraph, loops: Apart) -> None:
     """Write nodes in the places of all loops that can be closed."""
     if not graph.record.layers and not graph.fused:
         return
@@ -188,7 +186,7 @@ def _axes(node: ir.Node | None, op_type: str) -> list[int] | None:
 # -- close ------------------------------------------------------------------------------------------------------------
 
 
-def _close(graph: EditedGraph, loops: Loops, loop: _Loop, key: str | None, wholes: dict[Parts, ir.Value]) -> None:
+def _close(graph: EditedGraph, loops: Apart, loop: _Loop, key: str | None, wholes: dict[Parts, ir.Value]) -> None:
     layer, home = loop.layer, loop.layer.scan.graph
     assert home is not None  # it is a node of the graph
     node = _node(graph, loops, loop, key)
@@ -222,7 +220,7 @@ def _close(graph: EditedGraph, loops: Loops, loop: _Loop, key: str | None, whole
     _remove(graph, loop, [*layer.states, *sorted(filter(None, others), key=lambda value: value.name or "")])
 
 
-def _node(graph: EditedGraph, loops: Loops, loop: _Loop, key: str | None) -> ir.Node:
+def _node(graph: EditedGraph, loops: Apart, loop: _Loop, key: str | None) -> ir.Node:
     """Return the node that a loop was, if that still computes the same, or else a new one."""
     layer, hidden = loop.layer, loop.step.operator.weight.shape[1]
     if key is not None and (own := loops.nodes.get(key)) is not None:

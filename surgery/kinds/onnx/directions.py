@@ -9,23 +9,23 @@ edit has changed them, or where both are whole again. What was never changed get
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
 from surgery.kinds.onnx.graph import EditedGraph
-from surgery.kinds.onnx.kept_node import described, first_output, made_again
+from surgery.kinds.onnx.kept_node import first_output, made_again
 from surgery.kinds.onnx.left import is_recurrent
 from surgery.kinds.onnx.one_node import is_used
-from surgery.kinds.onnx.parts import Wholes, closed, like
+from surgery.kinds.onnx.parts import Apart, closed, like
 from surgery.kinds.onnx.tensors import FLOATS, to_torch
 from surgery.kinds.onnx.weights import is_plain
 from surgery.sites import site_name
 from surgery.sites.segments import is_factor_of
 
-__all__ = ["Halves", "join_directions", "split_directions"]
+__all__ = ["join_directions", "split_directions"]
 
 _WEIGHTS = (1, 2, 3, 7)  # the inputs W, R, B and P, whose first axis has the directions
 _STATES = (5, 6)
@@ -36,29 +36,20 @@ _AXIS = (1, 0, 0)  # of the directions, in each output
 Pair = tuple[ir.Value, ir.Value]
 
 
-@dataclass(frozen=True, eq=False)
-class Halves:
-    """The nodes that were split, by the name of their first output, and the wholes of their weights."""
-
-    nodes: dict[str, ir.Node] = field(default_factory=dict)
-    wholes: Wholes = field(default_factory=Wholes)
-
-
 # -- split ------------------------------------------------------------------------------------------------------------
 
 
-def split_directions(graph: EditedGraph) -> Halves:
+def split_directions(graph: EditedGraph) -> Apart:
     """Split each node of both directions whose weights only such nodes read."""
     found = [node for node in graph.reader.nodes if _is_splittable(graph, node)]
     nodes = closed({node: [(value, node) for value in _weights(node)] for node in found})
-    halves, pairs = Halves(), dict[ir.Value, Pair]()
+    halves, pairs = Apart(), dict[ir.Value, Pair]()
     for value in dict.fromkeys(value for node in nodes for value in _weights(node)):
         numbers = to_torch(value.const_value)  # type: ignore[arg-type]  # it is an initializer
         pairs[value] = (like(numbers[:1], value), like(numbers[1:], value, _reversed(value.name or "")))
         halves.wholes.note(pairs[value], value)
     for node in nodes:
-        graph.record = graph.record.with_layer(first_output(node), described(node))
-        halves.nodes[first_output(node)] = node
+        halves.keep(graph, node)
         _split(graph, node, pairs)
     for whole, pair in pairs.items():
         graph.exchange([whole], pair)
@@ -160,7 +151,7 @@ class _Join:
     ends: Mapping[int, ir.Node]
 
 
-def join_directions(graph: EditedGraph, halves: Halves) -> None:
+def join_directions(graph: EditedGraph, halves: Apart) -> None:
     """Join the halves of each node of the record wherever both are whole."""
     if not graph.record.layers:
         return
@@ -175,7 +166,7 @@ def join_directions(graph: EditedGraph, halves: Halves) -> None:
         graph.exchange(pair, [whole])
 
 
-def _find(graph: EditedGraph, halves: Halves, value: ir.Value | None, key: str) -> _Join | None:
+def _find(graph: EditedGraph, halves: Apart, value: ir.Value | None, key: str) -> _Join | None:
     last = None if value is None else value.producer()
     before = () if last is None else tuple(read.producer() for read in last.inputs if read is not None)
     found = [half for half in before if half is not None and is_recurrent(half)]
@@ -238,7 +229,7 @@ def _ends(first: ir.Node, second: ir.Node) -> dict[int, ir.Node] | None:
     return ends or None
 
 
-def _join(graph: EditedGraph, halves: Halves, join: _Join, wholes: dict[Pair, ir.Value]) -> None:
+def _join(graph: EditedGraph, halves: Apart, join: _Join, wholes: dict[Pair, ir.Value]) -> None:
     node, (first, second) = join.node, join.halves
     home, splits = second.graph, []
     assert home is not None  # they are nodes of the graph

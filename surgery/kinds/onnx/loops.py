@@ -10,7 +10,6 @@ and weights back.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
@@ -18,16 +17,16 @@ import torch
 
 from surgery.errors import Refusal
 from surgery.kinds.onnx.graph import EditedGraph
-from surgery.kinds.onnx.kept_node import described, first_output
+from surgery.kinds.onnx.kept_node import first_output
 from surgery.kinds.onnx.left import is_recurrent
 from surgery.kinds.onnx.modes import GATES, is_backwards, mode_of, to_torch_order
 from surgery.kinds.onnx.one_node import is_used
-from surgery.kinds.onnx.parts import Wholes, closed, like
+from surgery.kinds.onnx.parts import Apart, Parts, closed, like
 from surgery.kinds.onnx.steps import Write, write_step
 from surgery.kinds.onnx.tensors import FLOATS, shape_of, to_ir, to_torch
 from surgery.sites.segments import is_factor_of
 
-__all__ = ["AXES", "Loops", "Parts", "one_axis", "open_loops", "writer"]
+__all__ = ["AXES", "one_axis", "open_loops", "writer"]
 
 _LEAST_OPSET = 9  # the first in which Scan has this form
 _AXES_AS_INPUT = 13  # the first opset in which Unsqueeze and Squeeze read their axes
@@ -35,18 +34,8 @@ _WEIGHTS = (1, 2, 3)  # the inputs W, R and B
 _STATES = (5, 6)
 AXES = (1, 0, 0)  # of the one direction in each output
 
-Parts = tuple[ir.Value, ...]
 
-
-@dataclass(frozen=True, eq=False)
-class Loops:
-    """The nodes that were opened, by the name of their first output, and the wholes of their weights."""
-
-    nodes: dict[str, ir.Node] = field(default_factory=dict)
-    wholes: Wholes = field(default_factory=Wholes)
-
-
-def open_loops(graph: EditedGraph) -> Loops:
+def open_loops(graph: EditedGraph) -> Apart:
     """Open each recurrent node of one direction that torch's layer computes, if only such nodes read its weights."""
     found = {node: mode for node in graph.reader.nodes if (mode := _mode(graph, node)) is not None}
     places: dict[ir.Value, set[tuple[int, str]]] = {}
@@ -59,15 +48,14 @@ def open_loops(graph: EditedGraph) -> Loops:
         for node in found
         if all(len(places[value]) == 1 for _, value in _weights(node))
     }
-    loops, parts = Loops(), dict[ir.Value, Parts]()
+    loops, parts = Apart(), dict[ir.Value, Parts]()
     graph.move_to_top()
     for node in closed(reads):
         for at, value in _weights(node):
             if value not in parts:
                 parts[value] = _apart(found[node], at, value)
                 loops.wholes.note(parts[value], value)
-        graph.record = graph.record.with_layer(first_output(node), described(node))
-        loops.nodes[first_output(node)] = node
+        loops.keep(graph, node)
         _open(graph, node, found[node], parts)
     for whole, made in parts.items():
         graph.exchange([whole], made)
@@ -120,10 +108,10 @@ def _open(graph: EditedGraph, node: ir.Node, mode: str, parts: Mapping[ir.Value,
     assert home is not None  # it is a node of the graph
     stem = node.name or first_output(node)
     write = writer(graph, stem, lambda made: home.insert_before(node, made))
-    x, weight, recurrent, bias = (*node.inputs[:3], node.inputs[3] if len(node.inputs) > 3 else None)
-    assert x is not None and weight is not None and recurrent is not None  # noqa: PT018  # as ``_mode`` has seen
-    biases = () if bias is None else parts[bias]
-    [value] = write("MatMul", x, *parts[weight])
+    x, weights = node.inputs[0], dict(_weights(node))
+    assert x is not None  # the graph has a number for it
+    recurrent, biases = weights[2], parts[weights[3]] if 3 in weights else ()
+    [value] = write("MatMul", x, *parts[weights[1]])
     # a GRU multiplies the second bias by its reset gate
     outside, inside = (biases[:1], biases[1:]) if mode == "GRU" else (biases, ())
     for each in outside:
