@@ -425,10 +425,20 @@ BAD_ROWS: list[Any] = [
 )
 def test_records_may_say_anything(change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = factored_gru()
-    sites = model.graph_module.meta["surgery"]["sites"]
-    monkeypatch.setitem(sites, "rnn", change(copy.deepcopy(sites["rnn"])))
+    layers = model.graph_module.meta["surgery"]["layers"]
+    monkeypatch.setitem(layers, "rnn", change(copy.deepcopy(layers["rnn"])))
     back = surgery.recompose(model)
     assert relative_error(run(back.model, x), run(model, x)) <= tolerance(torch.float32, length=H, steps=4 * T)
+
+
+def test_a_record_of_an_earlier_version_is_read() -> None:
+    model, x = factored_gru()
+    wanted = surgery.recompose(model)
+    meta = model.graph_module.meta["surgery"]
+    meta["sites"] |= meta.pop("layers")
+    back = surgery.recompose(model)
+    assert [change.site for change in back.changes] == [change.site for change in wanted.changes]
+    assert relative_error(run(back.model, x), run(wanted.model, x)) == 0
 
 
 @pytest.mark.parametrize("key", ["factorization", "rank"])

@@ -35,6 +35,7 @@ from surgery.runtime.compare import (
     flatten_outputs,
     run_model,
 )
+from surgery.runtime.rnn import rnn_translations
 from surgery.runtime.rounding import float64_outputs, shaken_outputs
 from surgery.runtime.translations import kept_translations
 from surgery.sites import Entry, Record, site_name
@@ -98,8 +99,7 @@ def export_onnx(
     dynamic sizes stay dynamic. Weights of 2 GiB or more go to a second file, ``NAME.onnx.data``.
 
     The file has the layers of the program under their names, and the record of those that are factored. ``decompose``
-    finds the same sites in it, but for recurrent weights: these are those of LSTM and GRU nodes, and both directions of
-    a node are one site.
+    finds the same sites in it.
 
     Raises:
         FileError: the file cannot be written, or exists and ``force`` is False.
@@ -178,7 +178,9 @@ def to_onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
     def run() -> torch.onnx.ONNXProgram:
         # torch differentiates loops while it looks at them, and stumbles over dynamic sizes
         with torch.no_grad(), kept_translations():
-            exported = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False)
+            exported = torch.onnx.export(
+                program, dynamo=True, verbose=False, optimize=False, custom_translation_table=rnn_translations()
+            )
         if exported is None:
             raise InputError("torch.onnx.export returned nothing")
         simplify_export(exported.model, flow)

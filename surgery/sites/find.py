@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from surgery.algebra import Chain, Operator, Shift, Step, compose_steps, without_numbers
+from surgery.algebra import Chain, Operator, Shape, Shift, Step, compose_steps, without_numbers
 from surgery.errors import InputError, Refusal
 from surgery.factorizations import FACTORIZATIONS, named
 from surgery.sites.flow import Call, Flow, Key, ModuleChain, Origin, Other, site_name
@@ -47,7 +47,7 @@ def _placed_rows(flow: Flow, keys: tuple[Key, ...], rows: Sequence[list[Part]]) 
         chain = Chain(tuple(part.step for part in rows[0][:end]), origin)
         operators = [operator for row in rows if (operator := _operator(row[:end])) is not None]
         if len(operators) == len(rows) and agrees(chain, operators[0]):
-            shapes = tuple(flow.shapes[row[0].source] for row in rows if flow.running(calls_of(row)))
+            shapes = tuple(_input_shape(flow, row) for row in rows if flow.running(calls_of(row)))
             if not shapes:
                 return None
             loop = calls_of(rows[0])[0].loop
@@ -56,6 +56,16 @@ def _placed_rows(flow: Flow, keys: tuple[Key, ...], rows: Sequence[list[Part]]) 
             cut = tuple(tuple(row[:end]) for row in rows)
             return Placement(site, (), FusableChain(sites, cut, tuple(operators)))
     return None
+
+
+def _input_shape(flow: Flow, row: Sequence[Part]) -> Shape:
+    """Return the shape of what a row reads; in a loop, that of all steps."""
+    shape, first = flow.shapes[row[0].source], calls_of(row)[0]
+    if first.loop is None:
+        return shape
+    # Example of 6 steps of (2, 16): the call reads (6, 2, 16), and the axes before those of one step come first.
+    whole, step = flow.input_shapes[first.value], flow.shapes[first.source]
+    return (*whole[: len(whole) - len(step)], *shape)
 
 
 def refuse_factor(flow: Flow, calls: Sequence[Call]) -> str | None:

@@ -1,19 +1,19 @@
 """The record of what was factored in a model: one value for modules, graphs and files.
 
-    {"version": 1, "ties": [["head.weight", "embed.weight"]], "sites": {
-        "fc":                  {"factorization": "svd", "rank": [8], "weight": "fc.weight", "stored": "out_in"},
-        "attn.in_proj_weight": {"parts": ["in_proj_q", "in_proj_k", "in_proj_v"]},
-        "lstm":                {"recurrent": {...}, "parts": {...}}}}
+    {"version": 1, "ties": [["head.weight", "embed.weight"]],
+     "sites":  {"fc": {"factorization": "svd", "rank": [8], "weight": "fc.weight", "stored": "out_in"}},
+     "packed": {"attn.in_proj_weight": ["in_proj_q", "in_proj_k", "in_proj_v"]},
+     "layers": {"lstm": {"recurrent": {...}, "parts": {...}}}}
 
 A file may contain anything. Only this module reads a record from it. An entry that does not have this form is left out,
-and ``check`` refuses a record that has one.
+and ``check`` refuses a record that has one. Files of earlier versions have packed weights and layers among the sites.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from surgery.algebra import Layout
 from surgery.errors import FileError
@@ -23,6 +23,7 @@ from surgery.sites.flow import Origin
 __all__ = ["Entry", "Record"]
 
 _VERSION = 1
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,17 @@ class Record:
         """Return the record with the description of a recurrent layer."""
         return replace(self, layers={**self.layers, name: description})
 
-    def without(self, name: str) -> Record:
-        """Return the record without its entries for a name."""
-        sites, packed, layers = dict(self.sites), dict(self.packed), dict(self.layers)
-        for rows in (sites, packed, layers):
-            rows.pop(name, None)
-        return replace(self, sites=sites, packed=packed, layers=layers)
+    def without_site(self, name: str) -> Record:
+        """Return the record without the entry of a site."""
+        return replace(self, sites=_except(self.sites, name))
+
+    def without_packed(self, name: str) -> Record:
+        """Return the record without the parts of a packed weight."""
+        return replace(self, packed=_except(self.packed, name))
+
+    def without_layer(self, name: str) -> Record:
+        """Return the record without the description of a recurrent layer."""
+        return replace(self, layers=_except(self.layers, name))
 
     def check(self) -> Record:
         """Return the record itself.
@@ -133,8 +139,9 @@ class Record:
         {'version': 1, 'sites': {'fc': {'factorization': 'svd', 'rank': [8]}}, 'ties': []}
         """
         sites = {name: entry.to_json() for name, entry in self.sites.items()}
-        packed = {name: {"parts": list(parts)} for name, parts in self.packed.items()}
-        return {"version": _VERSION, "sites": sites | packed | dict(self.layers), "ties": [list(t) for t in self.ties]}
+        packed = {name: list(parts) for name, parts in self.packed.items()}
+        others = {key: rows for key, rows in (("packed", packed), ("layers", dict(self.layers))) if rows}
+        return {"version": _VERSION, "sites": sites, "ties": [list(tie) for tie in self.ties], **others}
 
     @classmethod
     def from_json(cls, value: Any) -> Record:
@@ -146,25 +153,31 @@ class Record:
         if not isinstance(value, dict) or value.get("version") != _VERSION:
             raise FileError("has a record of factored layers that cannot be read", allowed=f"version {_VERSION}")
         rows, ties = value.get("sites"), value.get("ties", [])
-        if not isinstance(rows, dict) or not isinstance(ties, list) or not all(map(_is_tie, ties)):
+        parts, layers = value.get("packed", {}), value.get("layers", {})
+        if not (isinstance(rows, dict) and isinstance(parts, dict) and isinstance(layers, dict) and _are_ties(ties)):
             raise FileError("has a damaged record of factored layers", next_step="get the file again from its source")
+        packed = {name: row for name, row in parts.items() if isinstance(row, list)}
         sites: dict[str, Entry] = {}
-        packed: dict[str, tuple[str, ...]] = {}
-        layers, damaged = {}, {}
+        layers, damaged = dict(layers), {}
         for name, row in rows.items():
             said = row if isinstance(row, dict) else {}
-            # the three forms of a row are told apart by their fields: a recurrent layer, a packed weight, or a factored
-            # site
+            # an earlier version had three forms of rows, told apart by their fields
             if "recurrent" in said:
-                layers[name] = row
+                layers.setdefault(name, row)
             elif isinstance(said.get("parts"), list):
-                packed[name] = tuple(map(str, said["parts"]))
+                packed.setdefault(name, said["parts"])
             else:
                 sites[name] = Entry.from_json(row)
                 if sites[name].origin is None:
                     damaged[name] = row
-        return cls(sites, tuple(map(tuple, ties)), packed, layers, damaged)
+        named = {name: tuple(map(str, row)) for name, row in packed.items()}
+        return cls(sites, tuple(map(tuple, ties)), named, layers, damaged)
 
 
-def _is_tie(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+def _except(table: Mapping[str, _T], name: str) -> dict[str, _T]:
+    return {key: value for key, value in table.items() if key != name}
+
+
+def _are_ties(value: Any) -> bool:
+    rows = value if isinstance(value, list) else [None]
+    return all(isinstance(row, list) and all(isinstance(name, str) for name in row) for row in rows)

@@ -81,7 +81,7 @@ class GraphEdits(FunctionEdits):
         # a chain is of modules or of function calls, never of both
         functions = isinstance(edit.chain, FusableChain) and edit.chain.calls[0][0].path is None
         for site in () if functions else edit.chain.sites:
-            self.record = self.record.without(site)
+            self.record = self.record.without_site(site)
         if isinstance(edit.chain, FusableModule):
             restore_known(self.root, self._known_as(edit.chain.sites), edit.chain.operators, self.notes)
         elif functions:

@@ -101,7 +101,7 @@ def _pack_rows(kind: FunctionEdits, reader: Reader, node: Node, calls: Sequence[
     for name in names:
         kind.drop_parameter(name)
     kind.sweep()
-    kind.record = kind.record.without(packed)
+    kind.record = kind.record.without_packed(packed)
 
 
 def _with_bias(reader: Reader, node: Node, name: str) -> tuple[Node, str | None]:

@@ -160,7 +160,7 @@ class FunctionEdits(OpenGraph):
         """Replace each row of a chain by one call."""
         entries = [self.record.sites.get(site, Entry()) for site in chain.sites]
         for site in chain.sites:
-            self.record = self.record.without(site)
+            self.record = self.record.without_site(site)
         every = [part for row in chain.rows for part in row]
         # The rows share one weight, so it is made once. Each row keeps its bias or gets the composed bias, and its
         # nodes are replaced by one call; a computed bias that was added after the chain goes into that call again.

@@ -26,7 +26,7 @@ from surgery.kinds.onnx.left import DENSE, RECURRENT
 from surgery.kinds.onnx.marks import MARK, SHIFT, words_of
 from surgery.kinds.onnx.simplify import fold_all, simplify
 from surgery.kinds.onnx.tensors import to_ir, to_torch
-from surgery.kinds.onnx.weights import find_weight, is_plain
+from surgery.kinds.onnx.weights import Weight, find_weight, is_plain
 from surgery.sites import Flow, Reshape, Tensors, site_name
 from surgery.sites.placement import Part
 from surgery.sites.segments import find_segments, sites_of
@@ -86,7 +86,7 @@ def _name_computed(graph: ir.Graph, called: set[str]) -> None:
     """Give each weight that nodes compute from parameters the name of the layer that has these."""
     taken = {value.name for value in _values(graph)}
     for value in dict.fromkeys(value for _, value in _weights(graph)):
-        for leaf in [] if find_weight(value) is not None else _leaves(value):
+        for leaf in [] if _held(value, called) is not None else _leaves(value):
             free = called - (taken - {leaf.name})
             name = next((name for name in _layer_names(leaf.name or "") if name in free), None)
             if name is not None:
@@ -95,6 +95,16 @@ def _name_computed(graph: ir.Graph, called: set[str]) -> None:
                 value.name = name
                 taken.add(name)
                 break
+
+
+def _held(value: ir.Value, called: set[str]) -> Weight | None:
+    """Return the weight that a value is; None if it is computed, also if only from a parameter of another name.
+
+    Example: the weight of a layer of one direction is Unsqueeze(weight_ih_l0), which the program's flow calls ih_l0.
+    """
+    weight = find_weight(value)
+    own = weight is None or weight.name in called
+    return weight if own or weight is None or not called.intersection(_layer_names(weight.name)) else None
 
 
 def _rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
@@ -143,7 +153,7 @@ def _protected(graph: ir.Graph, called: set[str]) -> list[ir.Value]:
     """Return the weights and biases of layers; torch reads rows of other tables as well, which may be folded."""
     found: dict[ir.Value, None] = {}
     for node, value in _weights(graph):
-        weight = find_weight(value)
+        weight = _held(value, called)
         if weight is not None and (node.op_type != "Gather" or weight.name in called):
             found[weight.root] = None
         found |= dict.fromkeys(read for read in node.inputs[2:3] if read is not None and node.op_type not in RECURRENT)

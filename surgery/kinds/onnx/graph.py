@@ -19,7 +19,15 @@ from surgery.kinds.onnx.tensors import to_ir
 from surgery.kinds.onnx.weights import View, held, is_view
 from surgery.sites import Call, Part, Record
 
-__all__ = ["RECORD", "EditedGraph", "producer_of", "read_metadata", "read_record", "set_numbers"]
+__all__ = [
+    "RECORD",
+    "EditedGraph",
+    "parameter_of",
+    "producer_of",
+    "read_metadata",
+    "read_record",
+    "set_numbers",
+]
 
 RECORD = "surgery"  # in metadata_props
 _ALL_INPUTS = 4  # before this version of the format, every initializer is an input too
@@ -55,6 +63,7 @@ class EditedGraph:
         self.model, self.graph = model, model.graph
         self.record = read_record(model)
         self._place: int | None = None  # among the graph's inputs: where new weights go, if they are inputs
+        self.fused: set[ir.Node] = set()  # the nodes that edits have put in the places of chains
         self.home = self.graph  # the graph that gets new weights: that of the weights in whose place they stand
         graphs = (self.graph, *self.graph.subgraphs())
         rows = ((value, at) for graph in graphs for at, value in enumerate(graph.initializers.values()))
@@ -118,23 +127,41 @@ class EditedGraph:
         self.home, self._beside = home, self._order.get(value, self._last)
         self._place = self.graph.inputs.index(value) if value in self.graph.inputs else None
 
+    def move_to_top(self) -> None:
+        """Add new numbers to the outermost graph, behind all others; every node can read them there."""
+        self.home, self._beside, self._place = self.graph, self._last, None
+
     def add_parameter(self, name: str, tensor: Tensor, *, weight: bool = True) -> ir.Value:
         """Add an initializer, a ``weight`` or other numbers."""
         if name in self.names:
             raise CheckError(f"the graph has a value named {name} already", next_step="rename that value")
-        numbers = to_ir(tensor, name)
-        value = ir.Value(
-            name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(numbers.dtype), const_value=numbers
-        )
-        self.home.register_initializer(value)
+        value = parameter_of(name, tensor)
         self._order[value] = (*self._beside, len(self._order))
         self.names.add(name)
+        self._list(value, weight=weight)
+        return value
+
+    def _list(self, value: ir.Value, *, weight: bool = True) -> None:
+        """List an initializer, and among the inputs if those in whose place it stands are."""
+        self.home.register_initializer(value)
         if weight and self._place is not None:
             self.graph.inputs.insert(self._place, value)
             self._place += 1
         elif self.model.ir_version < _ALL_INPUTS and self.home is self.graph:
             self.graph.inputs.append(value)
-        return value
+
+    def exchange(self, olds: Sequence[ir.Value], news: Sequence[ir.Value]) -> None:
+        """Let new weights stand where others stood; of these, those go that nothing reads any more.
+
+        A new one whose name is taken gets another.
+        """
+        self.move_to(olds[0])
+        for old in olds:
+            self.drop_unused(old)
+        for new in news:
+            new.name = self.note_name(self.new_name(new.name or ""))
+            self._order.setdefault(new, (*self._beside, len(self._order)))
+            self._list(new)
 
     def put_back(self, value: ir.Value, *, beside: ir.Value) -> None:
         """Let an initializer that was dropped hold its numbers again, in front of another."""
@@ -187,7 +214,7 @@ class EditedGraph:
         for view in views:
             inputs = [value]
             if view.as_input is not None:
-                inputs.append(self._sizes(view.as_input, view.said))
+                inputs.append(self.sizes(view.as_input, view.said))
             attributes = [] if view.attribute is None else [view.attribute]
             node = ir.Node("", view.op_type, inputs, attributes, num_outputs=1, name=view.name)
             name = view.output if view.output and view.output not in self.names else self.new_name(f"{root.name}.view")
@@ -196,7 +223,7 @@ class EditedGraph:
             value = node.outputs[0]
         return value
 
-    def _sizes(self, name: str, numbers: Sequence[int]) -> ir.Value:
+    def sizes(self, name: str, numbers: Sequence[int]) -> ir.Value:
         """Return an initializer with whole numbers, under this name if it is free."""
         found = self.home.initializers.get(name)
         known = None if found is None or found.const_value is None else found.const_value
@@ -239,8 +266,15 @@ class EditedGraph:
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         self._now[old] = new
         self._now.pop(new, None)  # it may be what stood there before
-        nodes[0].graph.remove(nodes, safe=True)  # type: ignore[union-attr]
+        if nodes:
+            nodes[0].graph.remove(nodes, safe=True)  # type: ignore[union-attr]
         old.name, new.name = None, name
+
+
+def parameter_of(name: str, tensor: Tensor) -> ir.Value:
+    """Return a value with numbers, which no graph lists yet."""
+    numbers = to_ir(tensor, name)
+    return ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(numbers.dtype), const_value=numbers)
 
 
 def set_numbers(value: ir.Value, tensor: Tensor) -> None:

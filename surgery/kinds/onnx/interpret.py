@@ -251,6 +251,7 @@ class Interpreter:
         out_axes, out_ways = (said.get(f"scan_output_{name}", (0,) * made) for name in ("axes", "directions"))
 
         def run(env: Env) -> Sequence[Any]:
+            after = self._observers.after
             given: list[Any] = [None if value is None else env[value] for value in node.inputs]
             carried = given[:states]
             taken = [
@@ -258,7 +259,8 @@ class Interpreter:
             ]
             rows: list[list[Tensor]] = [[] for _ in range(made)]
             for each in zip(*taken, strict=True):
-                env.update(zip(body.inputs, (*carried, *each), strict=True))
+                for value, row in zip(body.inputs, (*carried, *each), strict=True):
+                    env[value] = after[value](row) if value in after else row
                 found = self._run(plan, env)
                 carried = found[:states]
                 for row, value in zip(rows, found[states:], strict=True):

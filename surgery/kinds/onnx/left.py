@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from surgery.errors import Refusal
+from surgery.kinds.onnx.modes import mode_of
 from surgery.kinds.onnx.tensors import numbers_of
 from surgery.kinds.onnx.weights import Weight, is_plain
 from surgery.sites import Left, Skip, site_name
@@ -27,9 +28,7 @@ _FUSED = (
     *("FusedConv", "FusedMatMul", "FusedGemm", "FusedMatMulActivation", "BiasGelu", "Attention", "NhwcFusedConv"),
     *("MultiHeadAttention", "EmbedLayerNormalization", "SkipLayerNormalization"),
 )
-_IN_LOOP = (
-    "the recurrent weight is multiplied inside of the node's loop; the module can be decomposed before it is exported"
-)
+_IN_LOOP = "the recurrent weight is multiplied inside of the node's loop"
 EARLIER = "decompose before you quantize"
 DENSE = {  # where the weight stands
     **{"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0, "Einsum": 1, "DeformConv": 1, "GatherND": 0},
@@ -82,7 +81,9 @@ def _skips(reader: Reader, node: ir.Node) -> Iterator[Skip]:
     if reason is not None:
         yield _skip(reader, node, node.inputs[1:2] if node in reader.gates else node.inputs, reason)
     if node in reader.gates:
-        yield _skip(reader, node, node.inputs[2:3], _IN_LOOP)
+        mode = mode_of(node)
+        why = f", which {mode.reason}" if isinstance(mode, Refusal) else "; decompose the model before its export"
+        yield _skip(reader, node, node.inputs[2:3], _IN_LOOP + why)
     for inner, where in _hidden(reader, node):
         if _reason(reader, inner) is not None:
             yield _skip(reader, inner, inner.inputs, f"it is inside of {where}")

@@ -139,7 +139,7 @@ def pack(graph: EditedGraph, unpacked: Mapping[str, Unpacked]) -> None:
             _write(graph, packed, found, last, bias, old)
         for call in found:
             graph.drop_unused(graph.parameter(call.weight))
-        graph.record = graph.record.without(packed)
+        graph.record = graph.record.without_packed(packed)
 
 
 def _packed(graph: EditedGraph, node: ir.Node, calls: Sequence[Call]) -> str | None:

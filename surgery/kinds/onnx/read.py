@@ -2,8 +2,10 @@
 
 Values are numbered in graph order: the inputs, then constants that operators are called on, then the outputs of all
 nodes, then one value that stands for the outputs of the graph. Nodes in the branches of an If come before the If, whose
-value is computed from their ends. A MatMul by a weight and the Add of a bias after it are one call. A recurrent node
-gives one more value, its gates: the product of its input and its input weight, which is a call of its own.
+value is computed from their ends; so do the nodes of one step of a recurrent layer before its Scan. A MatMul by a
+weight and the Add of a bias after it are one call, but for the biases of recurrent layers, which are added to two
+products. A recurrent node gives one more value, its gates: the product of its input and its input weight, a call of its
+own.
 
     y = MatMul(x, W)    z = Add(y, b)    ->    Call(value of z, source x, Linear(W^T, b), inside=(value of y,))
 """
@@ -24,6 +26,7 @@ from surgery.errors import Refusal
 from surgery.kinds.onnx.geometry import geometry_of
 from surgery.kinds.onnx.left import DENSE, EARLIER, RECURRENT, branches, inside, is_recurrent, left_of
 from surgery.kinds.onnx.marks import MARK, SHIFT, link_of
+from surgery.kinds.onnx.steps import Layer, biases_before, layer_of
 from surgery.kinds.onnx.tensors import FLOATS
 from surgery.kinds.onnx.weights import Weight, find_weight, held, is_plain, is_view
 from surgery.sites import Activation, BatchNorm, Call, Element, Epilogue, Left, Other, Reshape, Sum, site_name
@@ -48,11 +51,14 @@ class Reader:
         graph = model.graph
         self.graph, self.functions, self.start = graph, model.functions, start
         self._weights: dict[ir.Value, Weight | None] = {}
-        self.nodes = list(_in_order(graph))
+        self.layers: dict[ir.Node, Layer] = {}  # the recurrent layers, by their Scan
+        self.nodes = list(self._in_order(graph))
+        self.steps = {layer.body: layer for layer in self.layers.values()}
         self.inputs = [value for value in graph.inputs if not value.is_initializer()]
         self.gates = {node: _gates_of(node) for node in self.nodes if is_recurrent(node)}
         outputs = [value for node in self.nodes for value in (*self._own(node), *node.outputs)]
-        self.values = [*self.inputs, *self._called_on(), *outputs]
+        carried = [value for body in self.steps for value in body.inputs]
+        self.values = [*self.inputs, *self._called_on(), *carried, *outputs]
         self.numbers = {value: number for number, value in enumerate(self.values, start)}
         self.end = start + len(self.values)  # stands for the outputs of the graph
         # a node of a body that may run again and again counts as the node around it
@@ -63,6 +69,20 @@ class Reader:
         self.roots: dict[str, ir.Value] = {}  # what holds the numbers of weights; the first of each name
         for value in self._holders():
             self.roots.setdefault(value.name or "", value)
+
+    def _in_order(self, graph: ir.Graph) -> Iterator[ir.Node]:
+        """Yield the nodes of a graph and of what runs in it, the inner ones before the node that has them."""
+        for node in graph:
+            layer = layer_of(node)
+            if layer is not None:
+                self.layers[node] = layer
+            for inner in self._runs(node):
+                yield from self._in_order(inner)
+            yield node
+
+    def _runs(self, node: ir.Node) -> list[ir.Graph]:
+        """Return the branches of an If, and the one step of a recurrent layer."""
+        return [self.layers[node].body] if node in self.layers else branches(node)
 
     def _holders(self) -> Iterator[ir.Value]:
         for graph in dict.fromkeys([self.graph, *(node.graph for node in self.nodes)]):
@@ -140,13 +160,13 @@ class Reader:
 
     @cached_property
     def ends(self) -> Mapping[ir.Value, set[int]]:
-        """The outputs of the graph and of branches, and the numbers of what they are the ends of."""
+        """The outputs of the graph, of branches and of steps, and the numbers of what they are the ends of."""
         found: dict[ir.Value, set[int]] = defaultdict(set)
         for value in self.graph.outputs:
             found[value].add(self.end)
         for node in self.nodes:
-            for branch in branches(node):
-                for value in branch.outputs:
+            for inner in self._runs(node):
+                for value in inner.outputs:
                     found[value].add(self.number(node))
         return found
 
@@ -210,7 +230,7 @@ class Reader:
             return Sum(number, (self.numbers[first], self.numbers[second]))
         bias = self._plain(second)
         # an addition that the file had before stays a node of its own
-        own = node.metadata_props.get(MARK) == SHIFT
+        own = node.metadata_props.get(MARK) == SHIFT and node not in self._shifts
         if own and bias is not None and len(bias.shape) == 1 and bias.name in self.parameters and first in self.numbers:
             return Reshape(number, self.numbers[first], Shift(bias.numbers), bias=bias.name)
         return Other(number)
@@ -257,6 +277,7 @@ class Reader:
     def _make(self, node: ir.Node, operator: Operator, weight: Weight, bias: str | None = None, **more: Any) -> Call:
         source = node.inputs[1 - DENSE[node.op_type]]
         assert source is not None
+        more["loop"] = self.steps[node.graph].loop if node.graph in self.steps else None
         return Call(self.number(node), self.numbers[source], operator, weight.name, bias, view=weight.form, **more)
 
     def _bias(self, node: ir.Node, out: int) -> tuple[str | None, Tensor | None, int | None] | Refusal:
@@ -322,11 +343,17 @@ class Reader:
         if len(uses) != 1 or product.is_graph_output() or uses[0].node.op_type != "Add":
             return None
         addition = uses[0].node
-        if self.around.get(addition) is not addition or not is_plain(addition):
+        if self.around.get(addition) is not addition or not is_plain(addition) or addition in self._shifts:
             return None
         bias = self._plain(addition.inputs[1 - uses[0].idx])
         known = bias is not None and bias.shape == (out,) and bias.name in self.parameters
         return (addition.outputs[0], bias) if known and bias is not None else None
+
+    @cached_property
+    def _shifts(self) -> frozenset[ir.Node]:
+        """The additions of the biases of recurrent layers."""
+        within = {use.node for layer in self.layers.values() if layer.bias is not None for use in layer.bias.uses()}
+        return frozenset(within.union(*(biases_before(layer.part) for layer in self.layers.values())))
 
     def _gather(self, node: ir.Node, weight: Weight) -> Call | Refusal | None:
         if attributes_of(node).get("axis", 0) not in (0, -2) or len(weight.shape) != 2:
@@ -349,14 +376,6 @@ class Reader:
     def left(self) -> tuple[Left, ...]:
         """What reads weights, but is not the call of an operator, with reasons."""
         return left_of(self)
-
-
-def _in_order(graph: ir.Graph) -> Iterator[ir.Node]:
-    """Yield the nodes of a graph and of the branches in it, those of branches before the node that has the branches."""
-    for node in graph:
-        for branch in branches(node):
-            yield from _in_order(branch)
-        yield node
 
 
 def _gates_of(node: ir.Node) -> ir.Value:

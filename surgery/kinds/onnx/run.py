@@ -206,7 +206,13 @@ class Shapes:
         found = self.of(call.source)
         if not self.runs(call):
             raise InputError("it is in a branch that does not run on the example inputs")
-        return found
+        return (*self._steps(self._reader.node(call.value)), *found)
+
+    def _steps(self, node: ir.Node) -> Shape:
+        """Return the number of steps of the recurrent layer in whose body a node is, as a shape of one axis."""
+        layer = None if node.graph is None else self._reader.steps.get(node.graph)
+        number = None if layer is None else self._reader.numbers.get(layer.part)
+        return () if number is None else self.of(number)[:1]
 
     def _run(self) -> dict[int, Shape]:
         if self._reader.inputs and not any(self._inputs):
@@ -241,7 +247,9 @@ class Shapes:
             if node.op_type in _PRODUCTS:
                 ends = (*node.inputs[:1], *node.outputs[:1])
                 numbers |= {reader.numbers[value] for value in ends if value in reader.numbers}
-        return numbers
+        return numbers | {
+            reader.numbers[layer.part] for layer in reader.layers.values() if layer.part in reader.numbers
+        }
 
     def macs(self, number: int) -> int:
         """Return the multiply-accumulates of the node that gives a value; 0 if it does not run or is not known."""
@@ -269,4 +277,4 @@ class Shapes:
             return math.prod(reads) // max(1, weights[0].shape[0]) * size
         if node.op_type in ("Conv", "ConvInteger"):
             return math.prod(gives) // max(1, weights[0].shape[0]) * size
-        return math.prod(gives) * (reads[-1] if reads else 0)
+        return math.prod((*self._steps(node), *gives)) * (reads[-1] if reads else 0)

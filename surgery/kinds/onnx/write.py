@@ -31,9 +31,12 @@ from surgery.kinds.base import OpenModel
 from surgery.kinds.inputs import Inputs
 from surgery.kinds.observed import Observed
 from surgery.kinds.onnx.chain import ChainWriter
+from surgery.kinds.onnx.close import close_loops
+from surgery.kinds.onnx.directions import join_directions, split_directions
 from surgery.kinds.onnx.graph import RECORD, EditedGraph, producer_of, set_numbers
 from surgery.kinds.onnx.layout import note_layout
 from surgery.kinds.onnx.left import DENSE
+from surgery.kinds.onnx.loops import open_loops
 from surgery.kinds.onnx.marks import SIZED
 from surgery.kinds.onnx.norms import NormNode, set_in_model
 from surgery.kinds.onnx.origin import Origin
@@ -71,7 +74,11 @@ class OpenOnnx(EditedGraph, OpenModel):
         note_layout(self.model)
         self.inputs, self._original = inputs, model
         self._unpacked = unpack(self)
-        if self._unpacked:
+        self._halves = split_directions(self)
+        if self._unpacked or self._halves.nodes:
+            self.reread()
+        self._loops = open_loops(self)
+        if self._loops.nodes:
             self.reread()
         self._refused: dict[str, str] = {}
 
@@ -247,7 +254,7 @@ class OpenOnnx(EditedGraph, OpenModel):
     def _fuse(self, chain: FusableChain) -> None:
         entry = self.record.sites.get(chain.sites[0], Entry())
         for site in chain.sites:
-            self.record = self.record.without(site)
+            self.record = self.record.without_site(site)
             self.forget_ties(site)
         every = [part for row in chain.rows for part in row]
         calls = calls_of(every)
@@ -309,6 +316,7 @@ class OpenOnnx(EditedGraph, OpenModel):
         writer.operator(operator, gemm=gemm, bias=bias)
         origin = Origin.read(producer_of(old))
         self._put(writer, row, old)
+        self.fused.update(writer.inserted)
         origin.restore_nodes(writer.inserted, self.names)
         return origin
 
@@ -354,6 +362,8 @@ class OpenOnnx(EditedGraph, OpenModel):
     def finish(self) -> Any:
         """Return the changed model, with its record."""
         pack(self, self._unpacked)
+        close_loops(self, self._loops)
+        join_directions(self, self._halves)
         self.sort_initializers()
         self.made.clear()  # the factors as they were made: the model may have them in another layout
         if self.record:

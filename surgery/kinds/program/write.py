@@ -125,7 +125,7 @@ class OpenProgram(GraphEdits):
         """Write a recurrent layer that has changed: as the call of a kernel, or as torch exports its module."""
         like = next(node for node in layer.inside if node in layer.outputs)
         # a layer that is whole again needs no record
-        self.record = self.record.without(layer.path)
+        self.record = self.record.without_layer(layer.path)
         made: Sequence[Node | None]
         used: set[str] = set()
         parameter = self._layer_parameter(layer, used)
