@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -32,7 +32,7 @@ EXACT = 1e-10
 FLOAT32 = 1e-5
 
 
-def targets(model: nn.Module, changed: nn.Module, x: Tensor, *sites: str, centred: bool = True) -> dict[str, Target]:
+def targets(model: nn.Module, changed: nn.Module, x: Tensor, *sites: str, centred: bool = True) -> Mapping[str, Target]:
     batches, norms = read_calibration(x, model, x[:16], batch_size=16), NormWatch()
     moments = collect(model, batches, also_watch=norms)
     found = Originals(model, batches, moments)

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from surgery.solvers.gram import low_rank as plain_low_rank
-from surgery.solvers.weighted import SecondMoment, equal_norms, low_rank, refine, roots, times_channels
+from surgery.solvers.weighted import (
+    SecondMoment,
+    equal_norms,
+    low_rank,
+    refine,
+    root_of,
+    symmetric_root,
+    times_channels,
+    times_rows,
+)
 
 EXACT = 1e-10  # float64, with condition numbers up to about 1e3
 
@@ -44,7 +53,7 @@ def test_the_closed_form_is_the_best_of_its_rank(
 ) -> None:
     rank = data.draw(st.integers(1, min(rows, columns)))
     weight = matrix(groups, rows, columns, seed)
-    metric = as_metric(moment(groups, columns, columns, seed + 1)).regularised(1e-3)
+    metric = as_metric(moment(groups, columns, columns, seed + 1)).regularise(1e-3)
     left, right = low_rank(weight, rank, metric)
     error, scale = float(metric.energy(weight - left @ right)), float(metric.energy(weight))
     assert error == pytest.approx(brute_force(weight, metric.factors[0], rank), rel=1e-6, abs=EXACT * scale)
@@ -58,7 +67,7 @@ def test_what_the_inputs_never_show_costs_nothing(rows: int, columns: int, rank:
     rank = min(rank, rows, columns)
     second = moment(1, columns, rank, seed)
     weight = matrix(1, rows, columns, seed + 1)
-    left, right = low_rank(weight, rank, as_metric(second).regularised(1e-9))
+    left, right = low_rank(weight, rank, as_metric(second).regularise(1e-9))
     error = as_metric(second).energy(weight - left @ right)
     assert float(error) <= 1e-6 * float(as_metric(second).energy(weight))
 
@@ -83,7 +92,7 @@ def test_a_product_is_its_kronecker_matrix(groups: int, channels: int, taps: int
     assert torch.allclose(product.energy(weight), dense.energy(weight))
     mean = parts[1].diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     assert torch.allclose(dense.channels, parts[0] * mean)
-    inverse = roots(product.channels, 0.1)[1]
+    inverse = symmetric_root(product.channels, 0.1).inverse
     assert torch.allclose(
         product.whitened(inverse).times(weight), dense.whitened(inverse).times(weight), atol=1e-8, rtol=1e-6
     )
@@ -93,15 +102,36 @@ def test_a_product_is_its_kronecker_matrix(groups: int, channels: int, taps: int
 def test_roots_are_roots_of_what_is_made_positive(size: int, rank: int, seed: int) -> None:
     second = moment(2, size, rank, seed)
     second[0] -= 1e-9 * torch.eye(size, dtype=second.dtype)  # as rounding may leave it
-    root, inverse = roots(second, 1e-3)
+    found = symmetric_root(second, 1e-3)
     mean = second.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     ridged = second + 1e-3 * mean * torch.eye(size, dtype=second.dtype)
-    assert torch.allclose(root @ root, ridged, atol=1e-7 * float(mean.max()))
-    assert torch.allclose(root @ inverse, torch.eye(size, dtype=second.dtype).expand(2, size, size), atol=1e-7)
+    assert torch.allclose(found.matrix @ found.matrix, ridged, atol=1e-7 * float(mean.max()))
+    one = torch.eye(size, dtype=second.dtype).expand(2, size, size)
+    assert torch.allclose(found.matrix @ found.inverse, one, atol=1e-7)
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 10_000))
+def test_every_root_gives_its_moment_and_is_solved_from_both_sides(size: int, rank: int, seed: int) -> None:
+    """A triangle where the moment is definite, a symmetric root where it is not, and the diagonal of a diagonal."""
+    second = moment(2, size, rank, seed)
+    shifted = second - 2e-3 * second.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(size)
+    x = matrix(2, size, 3, seed + 1)
+    for given_, ridge in ((second, 1e-3), (shifted, 0.01), (second.diagonal(dim1=1, dim2=2).clone(), 1e-3)):
+        before = given_.clone()
+        found = root_of(given_.clone, ridge)
+        assert torch.equal(given_, before)
+        dense = found.matrix if found.matrix.dim() == 3 else torch.diag_embed(found.matrix)
+        assert torch.allclose(dense @ found.solve(x), x, atol=1e-7)
+        assert torch.allclose(dense.mT @ found.solve_turned(x), x, atol=1e-7)
+        assert torch.allclose(times_rows(found.turned, x), dense.mT @ x)
+    assert root_of(second.clone, 1e-3).triangular
+    whole = root_of(second.clone, 1e-3).matrix
+    mean = second.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    assert torch.allclose(whole @ whole.mT, second + 1e-3 * mean * torch.eye(size), atol=1e-9 * float(mean.max()))
 
 
 def test_a_zero_moment_gets_the_identity() -> None:
-    metric = as_metric(torch.zeros(1, 3, 3, dtype=torch.float64)).regularised(1e-3)
+    metric = as_metric(torch.zeros(1, 3, 3, dtype=torch.float64)).regularise(1e-3)
     assert torch.equal(metric.factors[0], torch.eye(3, dtype=torch.float64).unsqueeze(0))
 
 
@@ -112,7 +142,7 @@ def product(factors: Sequence[Tensor]) -> Tensor:
 
 @given(st.integers(1, 3), st.integers(0, 10_000))
 def test_refinement_never_goes_back_and_finds_the_best_nearby(rank: int, seed: int) -> None:
-    weight, metric = matrix(1, 6, 5, seed), as_metric(moment(1, 5, 5, seed + 1)).regularised(1e-2)
+    weight, metric = matrix(1, 6, 5, seed), as_metric(moment(1, 5, 5, seed + 1)).regularise(1e-2)
     left, right = low_rank(weight, rank, metric)
     middle = torch.eye(rank, dtype=torch.float64).unsqueeze(0)
     start = [part + 0.02 * matrix(1, part.shape[1], part.shape[2], seed + 2) for part in (left, middle, right)]

@@ -32,6 +32,7 @@ from surgery.algebra import Operator, relative_error
 from surgery.data.masks import visible_rows
 from surgery.data.moments import Accumulator, Moments, layout_bytes
 from surgery.data.samples import Calibration
+from surgery.data.sums import Computed, SquareSum
 from surgery.data.visible import Masks, VisibleOutputs, VisibleRows
 from surgery.errors import InputError
 from surgery.kinds.inputs import Inputs
@@ -39,6 +40,7 @@ from surgery.kinds.observed import Observed
 from surgery.kinds.registry import Model, observe
 from surgery.sites import Placement
 from surgery.system.progress import Progress
+from surgery.system.spill import Spill
 from surgery.text import first_line
 
 __all__ = ["collect", "rows_of", "with_sensitivity"]
@@ -71,7 +73,8 @@ def with_sensitivity(
     outputs = VisibleOutputs(lambda batch: _leaves(observed.run(batch)), few)
     if not observed.differentiable:
         return _by_noise(observed, placements, few, outputs, moments, seed=seed, progress=progress)
-    found = {placement.site.name: _tapped(observed, placement, visible) for placement in placements}
+    spill = Spill()
+    found = {placement.site.name: _tapped(observed, placement, visible, spill) for placement in placements}
     generator = torch.Generator().manual_seed(seed)
     for done, batch in enumerate(few):
         if progress is not None:
@@ -81,10 +84,24 @@ def with_sensitivity(
             observed.forget()
             return _by_noise(observed, placements, few, outputs, moments, seed=seed, progress=progress)
         _backward(leaves, list(outputs.of(batch, leaves)), generator)
-    return {
-        name: replace(m, sensitivity=found[name].mean(len(few)) if name in found and found[name].count else None)
-        for name, m in moments.items()
-    }
+    seen = {name: partial(gram.mean, len(few)) for name, gram in found.items() if gram.count}
+    return _weighed(moments, {name: seen.get(name, _none) for name in moments})
+
+
+def _weighed(
+    moments: Mapping[str, Moments], sensitivities: Mapping[str, Callable[[], Tensor | None]]
+) -> Computed[Moments]:
+    """Return the moments with these sensitivities; those of other sites are as they were."""
+
+    def make(name: str) -> Moments:
+        found = moments[name]
+        return replace(found, sensitivity=sensitivities[name]()) if name in sensitivities else found
+
+    return Computed({name: partial(make, name) for name in moments})
+
+
+def _none() -> None:
+    return None
 
 
 _NOISE = 0.01  # of an output's root mean square, which moves the model's outputs in proportion
@@ -103,7 +120,7 @@ def _by_noise(
     """Return the moments with sensitivities that are the same for all outputs of a site, without gradients.
 
     Noise of the variance s^2 is added to all outputs of one site at a time. Then |df|^2 = s^2 tr(G), to first order,
-    and G is taken to be a multiple of the identity.
+    and G is taken to be a multiple of the identity, of which the diagonal says all.
     """
     batches = batches.take(slice(min(_NOISY, batches.count)))
     noisy: str | None = None
@@ -121,7 +138,7 @@ def _by_noise(
         for call in placement.calls:
             observed.tap(call, partial(tap, placement.site.name))
     clean = [_visible_leaves(observed, outputs, batch) for batch in batches]
-    found = dict(moments)
+    found: dict[str, Callable[[], Tensor]] = {}
     for done, placement in enumerate(placements):
         name, operator = placement.site.name, placement.site.operator
         if progress is not None:
@@ -134,9 +151,8 @@ def _by_noise(
             groups, out = operator.kernel.shape[:2]
             # tr(G) = |df|^2 / s^2, spread evenly over all outputs.
             level = sum(moved) / len(moved) / variance / (groups * out)
-            identity = torch.eye(out, dtype=torch.float64).expand(groups, out, out)
-            found[name] = replace(moments[name], sensitivity=level * identity)
-    return found
+            found[name] = partial(torch.full, (groups, out), level, dtype=torch.float64)
+    return _weighed(moments, found)
 
 
 def _visible_leaves(observed: Observed, outputs: VisibleOutputs, batch: Inputs) -> list[Tensor]:
@@ -185,9 +201,9 @@ def _backward(leaves: Sequence[Tensor], visible: Sequence[Tensor | None], genera
         raise InputError(f"the model cannot be differentiated: {first_line(error)}") from error
 
 
-def _tapped(observed: Observed, placement: Placement, visible: VisibleRows) -> _Gram:
+def _tapped(observed: Observed, placement: Placement, visible: VisibleRows, spill: Spill) -> _Gram:
     """Return the sums over gradients at a site's calls in later runs."""
-    gram = _Gram(placement.site.operator)
+    gram = _Gram(placement.site.operator, spill)
     for call in placement.calls:
         observed.tap(call, lambda y: gram.tap(y, visible.now(observed, placement)))
     return gram
@@ -196,19 +212,23 @@ def _tapped(observed: Observed, placement: Placement, visible: VisibleRows) -> _
 class _Gram:
     """The sum of g g^T over the visible positions of a site's outputs."""
 
-    def __init__(self, operator: Operator) -> None:
+    def __init__(self, operator: Operator, spill: Spill) -> None:
         self.count = 0
         self._groups, self._out = operator.kernel.shape[:2]
         self._axis = -1 - operator.spatial_dims
-        self._sum = operator.weight.new_zeros(self._groups, self._out, self._out, dtype=torch.float64)
+        self._sum = SquareSum(self._groups, self._out, spill, operator.weight.device)
 
     def mean(self, runs: int) -> Tensor:
         """Return G, mixed with the identity."""
         # The mean of the diagonal is the level at which the identity has the same trace.
         # Example: 256 gradients of 256 channels count for one half, and the identity for the other.
-        mean, share = self._sum / runs, self._out / (self._out + self.count)
-        level = mean.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        return (1 - share) * mean + share * level * torch.eye(self._out, dtype=mean.dtype, device=mean.device)
+        share = self._out / (self._out + self.count)
+        mean = self._sum.total() / runs
+        diagonal = mean.diagonal(dim1=-2, dim2=-1)
+        level = diagonal.mean(-1, keepdim=True)
+        mean *= 1 - share
+        diagonal += share * level
+        return mean
 
     def tap(self, y: Tensor, masks: Masks) -> Tensor:
         """Return a copy of the output whose gradient is added to the sum in the backward pass."""
@@ -224,7 +244,7 @@ class _Gram:
         rows = rows.reshape(-1, self._groups, self._out)
         rows = (rows if visible is None else rows[visible]).transpose(0, 1)
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        self._sum += rows.mT @ rows
+        self._sum.add(rows)
         self.count += rows.shape[1]
 
 
@@ -244,10 +264,11 @@ def collect(
 ) -> Mapping[str, Moments]:
     """Return the moments of each site's inputs by site name, from one run over all batches in evaluation mode.
 
-    ``sites`` names the sites to collect; by default all of them. Sites that read the same value share their moments.
-    Positions that a mask hides do not count. All moments together take at most ``budget_bytes`` where possible: the
-    largest are approximated, as the module ``moments`` says, until they fit. A column of n values gets about 2 n rows,
-    and at least 4096 if there are so many, at random positions that ``seed`` decides. ``also_watch`` may watch more of
+    ``sites`` names the sites to collect; by default all of them. Sites that read the same value share their sums.
+    Positions that a mask hides do not count. All sums together take at most ``budget_bytes`` where possible: the
+    largest are approximated, as the module ``moments`` says, until they fit. Large sums stand in a file, and a site's
+    moments are made of them each time that they are asked for. A column of n values gets about 2 n rows, and at least
+    4096 if there are so many, at random positions that ``seed`` decides. ``also_watch`` may watch more of
     the model in the same run. ``progress`` is called with ("calibrate", batches done, all batches).
 
     Raises:
@@ -265,13 +286,16 @@ def collect(
     if also_watch is not None:
         also_watch(observed)
     _run(observed, batches, progress)
-    return {
-        placement.site.name: moments
-        for group, accumulator in zip(shared, accumulators, strict=True)
-        for moments in [_finish(accumulator, group[0])]
-        for placement in group
-        if sites is None or placement.site.name in sites
-    }
+    for group, accumulator in zip(shared, accumulators, strict=True):
+        _finish(accumulator, group[0])
+    return Computed(
+        {
+            placement.site.name: accumulator.moments
+            for group, accumulator in zip(shared, accumulators, strict=True)
+            for placement in group
+            if sites is None or placement.site.name in sites
+        }
+    )
 
 
 def _run(observed: Observed, batches: Calibration, progress: Progress | None) -> None:
@@ -283,9 +307,10 @@ def _run(observed: Observed, batches: Calibration, progress: Progress | None) ->
         progress("calibrate", len(batches), len(batches))
 
 
-def _finish(accumulator: Accumulator, placement: Placement) -> Moments:
+def _finish(accumulator: Accumulator, placement: Placement) -> None:
+    """Raise InputError if there are no moments of what was added."""
     try:
-        return accumulator.moments()
+        accumulator.check()
     except InputError as error:
         raise InputError(f"site {placement.site.name!r}: {error.what}", next_step=error.next_step) from None
 
@@ -302,11 +327,12 @@ def _shared(placements: Sequence[Placement]) -> list[list[Placement]]:
 def _accumulators(placements: Sequence[Placement], batches: int, budget_bytes: int, seed: int) -> list[Accumulator]:
     # One limit serves all sites, so that the largest moments are approximated first.
     limit = next((n for n in _LIMITS if _total(placements, n) <= budget_bytes), _LIMITS[-1])
-    made = []
+    made, spill = [], Spill()
     for placement in placements:
         # By the site's name, so that the positions that are read of a site do not depend on which others are collected.
         own = seed + zlib.crc32(placement.site.name.encode())
-        made.append(Accumulator(placement.site.operator, limit=limit, rows=rows_of(placement, batches), seed=own))
+        rows = rows_of(placement, batches)
+        made.append(Accumulator(placement.site.operator, limit=limit, rows=rows, seed=own, spill=spill))
     return made
 
 

@@ -30,7 +30,16 @@ from surgery.algebra import Branches, Chain, Operator
 from surgery.data.moments import Moments
 from surgery.errors import CheckError, Refusal
 from surgery.factorizations import Factorization, Ranks
-from surgery.solvers.weighted import SecondMoment, equal_norms, low_rank, refine, times_channels, triangles
+from surgery.solvers.weighted import (
+    Root,
+    SecondMoment,
+    equal_norms,
+    low_rank,
+    refine,
+    root_of,
+    times_channels,
+    times_rows,
+)
 
 __all__ = ["Problem", "RIDGE", "composed", "correct_bias", "fit", "output_error", "search", "squared_error"]
 
@@ -50,10 +59,10 @@ def composed(chain: Chain, dtype: torch.dtype = torch.float64) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """An operator to factor at given ranks, under a metric of inputs and a sensitivity of outputs (groups, O, O).
+    """An operator to factor at given ranks, under a metric of inputs and a sensitivity of outputs, if there is one.
 
-    ``solver`` solves for the starts. ``ridge`` is added to the diagonals of metric and sensitivity, relative to their
-    means. Coordinates are computed in float64, and factors are searched in ``dtype``.
+    ``solver`` solves for the starts. The metric has its ridge; ``ridge`` is added to the diagonal of the sensitivity,
+    relative to its mean. Coordinates are computed in float64, and factors are searched in ``dtype``.
     """
 
     method: Factorization
@@ -117,44 +126,52 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class _Coordinates:
-    """Multipliers (matrix, inverse) of the output channels and of the input channels, each dense or diagonal."""
+    """The root S of the sensitivity, and multipliers R and R^-1 of the input channels; None where nothing takes it."""
 
-    out: tuple[Tensor, Tensor]
-    channels: tuple[Tensor, Tensor]
+    out: Root | None
+    channels: tuple[Tensor, Tensor] | None
 
     def enter(self, kernel: Tensor) -> Tensor:
         """Return ``S^T W R``."""
-        return _on_out(_on_channels(kernel, self.channels[0]), self.out[0])
+        return self._on_out(kernel if self.channels is None else _on_channels(kernel, self.channels[0]), 0)
 
     def move(self, problem: Problem, factors: Sequence[Tensor], way: int) -> list[Tensor]:
         """Return the factors with their channels multiplied: into these coordinates (``way`` 0) or back out (1)."""
-        moved = [_on_channels(f, self.channels[way]) if i in problem.readers else f for i, f in enumerate(factors)]
+        moved = list(factors)
+        if self.channels is not None:
+            for index in problem.readers:
+                moved[index] = _on_channels(moved[index], self.channels[way])
         if problem.writes:
-            moved[-1] = _on_out(moved[-1], self.out[way])
+            moved[-1] = self._on_out(moved[-1], way)
         return moved
 
+    def _on_out(self, kernel: Tensor, way: int) -> Tensor:
+        """Return a kernel (groups, O, I, *size) with its output channels multiplied by S^T or, back, by S^-T."""
+        if self.out is None:
+            return kernel
+        flat = kernel.flatten(2)
+        return (self.out.solve_turned(flat) if way else times_rows(self.out.turned, flat)).reshape(kernel.shape)
 
-def _coordinates(problem: Problem, metric: SecondMoment) -> _Coordinates:
+
+def _coordinates(problem: Problem) -> _Coordinates:
     """Return coordinates in which channels are uncorrelated, as far as the method's factors can absorb them."""
-    groups, out, channels = problem.kernel.shape[:3]
-    ones = [problem.kernel.new_ones(groups, size, dtype=torch.float64) for size in (out, channels)]
-    left, right = (ones[0], ones[0]), (ones[1], ones[1])
     # Only a factor that reads or writes the channels directly can take a multiplier, and give it back afterwards.
+    # G = S S^T: the coordinates have S^T W, and S^-T brings back what was found in them.
+    left = None
     if problem.writes and problem.sensitivity is not None:
-        lower, inverse = triangles(problem.sensitivity, problem.ridge)
-        # G = S S^T: the coordinates have S^T W, and S^-T brings back what was found in them.
-        left = (lower, inverse) if lower.dim() == 2 else (lower.mT, inverse.mT)
-    if problem.readers and problem.method.name != "svd":  # the closed form of svd whitens by itself
-        right = triangles(metric.channels, problem.ridge)
-    return _Coordinates(left, right)
+        left = root_of(problem.sensitivity.clone, problem.ridge)
+    if not problem.readers or problem.method.name == "svd":  # the closed form of svd whitens by itself
+        return _Coordinates(left, None)
+    right = root_of(problem.metric.channels.clone, problem.ridge)
+    return _Coordinates(left, (right.matrix, right.inverse))
 
 
 def search(problem: Problem, plain: Chain | Refusal) -> Chain | None:
     """Return the chain of the closed form, or refined from the better start; None if there is no start."""
-    metric = problem.metric.regularised(problem.ridge)
-    coordinates = _coordinates(problem, metric)
+    coordinates, metric = _coordinates(problem), problem.metric
     target = coordinates.enter(problem.kernel)
-    metric = metric.whitened(coordinates.channels[1])
+    if coordinates.channels is not None:
+        metric = metric.whitened(coordinates.channels[1])
     if problem.method.name == "svd":
         return problem.chain(coordinates.move(problem, _svd(problem, target, metric), 1))
     target = target.to(problem.dtype)
@@ -192,12 +209,6 @@ def _on_channels(kernel: Tensor, factor: Tensor) -> Tensor:
     return times_channels(kernel.flatten(2), factor, kernel[0, 0, 0].numel()).reshape(kernel.shape)
 
 
-def _on_out(kernel: Tensor, factor: Tensor) -> Tensor:
-    """Return a kernel (groups, O, I, *size) with its output channels multiplied."""
-    flat = kernel.flatten(2)
-    return (flat * factor.unsqueeze(-1) if factor.dim() == 2 else factor @ flat).reshape(kernel.shape)
-
-
 RIDGE = 1e-3
 
 
@@ -224,8 +235,9 @@ def fit(
     if ranks == method.max_ranks(operator):  # exact already: no data can improve it
         return plain
     centred = operator.bias is not None if centred is None else centred
-    metric = moments.centred if centred else moments.metric
+    metric = moments.new_metric(centred=centred).regularise(ridge)
     fitted = search(Problem(method, operator, ranks, metric, moments.sensitivity, solver, ridge), plain)
+    del metric  # it may be several times the operator
     chains = [chain for chain in (plain, fitted) if isinstance(chain, Chain)]
     if operator.bias is not None:
         chains = [correct_bias(chain, operator, moments) for chain in chains]
@@ -245,7 +257,7 @@ def squared_error(chain: Chain, operator: Operator, moments: Moments, *, centred
     if centred:
         return energy
     shift = _mean_error(difference, chain, operator, moments)
-    other = shift if moments.sensitivity is None else moments.sensitivity @ shift
+    other = shift if moments.sensitivity is None else times_rows(moments.sensitivity, shift)
     return energy + float((shift * other).sum())
 
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,10 @@ from torch import Tensor
 
 from surgery.algebra import Conv, Linear, Operator
 from surgery.data.masks import visible_rows
+from surgery.data.sums import DiagonalSum, SquareSum
 from surgery.errors import InputError
-from surgery.solvers.weighted import SecondMoment
+from surgery.solvers.weighted import SecondMoment, times_rows
+from surgery.system.spill import Spill
 
 __all__ = ["Accumulator", "Columns", "Moments", "layout_bytes", "output_reader", "read_columns"]
 
@@ -49,8 +51,8 @@ _PATCHES = 2304  # the largest n of patches with one matrix: a 3x3 convolution o
 class Moments:
     """Moments of ``count`` columns that an operator reads: mean (groups, n), and C as a metric, both in float64.
 
-    ``sensitivity`` G (groups, O, O), where it was collected, says how much an error of the operator's output changes
-    the model's output: by about tr(G E) for an error with second moment E.
+    ``sensitivity`` G (groups, O, O) or, diagonal, (groups, O), where it was collected, says how much an error of the
+    operator's output changes the model's output: by about tr(G E) for an error with second moment E.
     """
 
     count: int
@@ -74,9 +76,13 @@ class Moments:
         groups, n = self.mean.shape
         return self.metric.times(torch.eye(n, dtype=self.mean.dtype, device=self.mean.device).expand(groups, n, n))
 
+    def new_metric(self, *, centred: bool) -> SecondMoment:
+        """Return the metric by which errors count, C or the covariance, in new tensors that may be changed."""
+        return self.centred if centred else replace(self.metric, factors=tuple(f.clone() for f in self.metric.factors))
+
     @property
     def centred(self) -> SecondMoment:
-        """The covariance ``C - m m^T``, by which errors count if a bias absorbs their mean."""
+        """The covariance ``C - m m^T``, by which errors count if a bias absorbs their mean; a new tensor each time."""
         # C = A (x) B with channels A and taps B: the mean, as a matrix M (channels, taps), is taken out of each factor:
         # A - M M^T / taps, and B tr(A) - M^T M, whose trace is then scaled to the number of taps again.
         taps = self.metric.taps
@@ -97,7 +103,7 @@ class Moments:
             return self.centred.energy(difference, sensitivity)
         # Where C is one matrix, D C D^T - (D m)(D m)^T saves a covariance as large as C.
         shift = difference @ self.mean.unsqueeze(-1)
-        other = shift if sensitivity is None else sensitivity @ shift
+        other = shift if sensitivity is None else times_rows(sensitivity, shift)
         return (self.metric.energy(difference, sensitivity) - (shift * other).sum()).clamp(min=0)
 
     def output_error(self, difference: Tensor, kernel: Tensor, *, centred: bool = False) -> float:
@@ -115,11 +121,17 @@ class Moments:
 
 def _centre(factor: Tensor, rows: Tensor) -> Tensor:
     """Return the factor, dense or diagonal, minus ``rows^T rows`` for rows (groups, r, m)."""
-    return factor - rows.square().sum(1) if factor.dim() == 2 else factor - rows.mT @ rows
+    if factor.dim() == 2:
+        return factor - rows.square().sum(1)
+    return torch.baddbmm(factor, rows.mT, rows, alpha=-1)  # whose only memory is that of the result
 
 
 def _trace(factor: Tensor) -> Tensor:
-    return factor.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    return _diagonal(factor).sum(-1)[:, None, None]
+
+
+def _diagonal(factor: Tensor) -> Tensor:
+    return factor.diagonal(dim1=-2, dim2=-1)
 
 
 def _whole(columns: int, taps: int, limit: int) -> bool:
@@ -143,10 +155,10 @@ class Accumulator:
     """Sums the moments of one operator's columns over all its calls.
 
     ``limit`` is the largest n, or number of channels, for which a matrix is stored. At most ``rows`` columns of each
-    input are used, at random positions that ``seed`` decides.
+    input are used, at random positions that ``seed`` decides. Large sums stand in the file of ``spill``.
     """
 
-    def __init__(self, operator: Operator, *, limit: int, rows: int, seed: int = 0) -> None:
+    def __init__(self, operator: Operator, *, limit: int, rows: int, seed: int = 0, spill: Spill | None = None) -> None:
         groups, _, channels, *size = operator.kernel.shape
         self._operator, self._rows = operator.to(device="meta"), rows
         self._taps, self.count = math.prod(size), 0
@@ -158,17 +170,18 @@ class Accumulator:
         # the same for taps.
         wide = channels if operator.reads_indices or channels > limit else 0
         side = n if self._whole else channels
-        self._first = self._mean.new_zeros((groups, side) if wide else (groups, side, side))
+        spill, device = spill or Spill(), self._mean.device
+        self._first = DiagonalSum(groups, side, device) if wide else SquareSum(groups, side, spill, device)
         split = not self._whole and self._taps > 1
-        self._second = self._mean.new_zeros(groups, self._taps, self._taps) if split else None
+        self._second = SquareSum(groups, self._taps, spill, device) if split else None
 
     def add(self, x: Tensor, masks: Sequence[Tensor] = ()) -> None:
         """Add the columns of one input of the operator at the positions that the masks (N, T) show."""
         if self._operator.reads_indices:
             visible = visible_rows(masks, x.shape)
             x = x.flatten() if visible is None else x.flatten()[visible]
-            shares = torch.bincount(x, minlength=self._first.shape[1]).to(torch.float64)
-            self._first += shares
+            shares = torch.bincount(x, minlength=self._mean.shape[1]).to(torch.float64)
+            self._first.total().add_(shares)
             self._mean += shares
             self.count += x.numel()
             return
@@ -180,35 +193,40 @@ class Accumulator:
         self.count += block.shape[1]
         self._mean += block.sum(1, dtype=torch.float64)
         if self._whole:
-            self._first += block.mT @ block
+            self._first.add(block)
             return
         # C is the Kronecker product of two factors: x as X (channels, taps) adds X X^T to one and X^T X to the other.
         # (g, rows, I, K); the channels see rows of I, one for each tap, and the taps rows of K, one for each channel.
         split = block.unflatten(2, (-1, self._taps))
-        rows = split.mT.flatten(1, 2)
-        self._first += rows.square().sum(1, dtype=torch.float64) if self._first.dim() == 2 else rows.mT @ rows
+        self._first.add(split.mT.flatten(1, 2))
         if self._second is not None:
-            taps = split.flatten(1, 2)
-            self._second += taps.mT @ taps
+            self._second.add(split.flatten(1, 2))
 
-    def moments(self) -> Moments:
-        """Return the moments of all that was added.
+    def check(self) -> None:
+        """Check that there are moments of what was added.
 
         Raises:
             InputError: nothing was added, or values are not finite.
         """
         if not self.count:
             raise InputError("no calibration input reached the operator")
-        if not bool(torch.isfinite(self._mean).all()) or not bool(torch.isfinite(self._first).all()):
+        # A square is not finite wherever a value is not, or its square is not.
+        diagonal = self._first.total() if isinstance(self._first, DiagonalSum) else _diagonal(self._first.total())
+        if not bool(torch.isfinite(self._mean).all()) or not bool(torch.isfinite(diagonal).all()):
             raise InputError("its inputs have values that are not finite", next_step="check the data")
+
+    def moments(self) -> Moments:
+        """Return the moments of all that was added; raises as ``check`` does."""
+        self.check()
+        first = self._first.total()
         if self._second is None:
-            factors: tuple[Tensor, ...] = (self._first / self.count,)
+            factors: tuple[Tensor, ...] = (first / self.count,)
         else:
             tiny = torch.finfo(torch.float64).tiny
             # tr(A (x) B) = tr(A) tr(B). A is averaged over the taps and tr(B) is K, so that the product has the mean
             # square of a column. Example: columns of mean square 18 at 9 taps have tr(A) = 2 and tr(B) = 9.
-            channels = self._first / (self.count * self._taps)
-            factors = channels, self._second * (self._taps / _trace(self._second).clamp(min=tiny))
+            channels, taps = first / (self.count * self._taps), self._second.total()
+            factors = channels, taps * (self._taps / _trace(taps).clamp(min=tiny))
         return Moments(self.count, self._mean / self.count, SecondMoment(factors, self._taps))
 
 

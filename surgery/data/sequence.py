@@ -23,8 +23,9 @@ same positions. A site that is called on another number of rows in the changed n
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,11 +36,13 @@ from surgery.data.collect import rows_of
 from surgery.data.factor import RIDGE
 from surgery.data.moments import Moments, output_reader, read_columns
 from surgery.data.samples import Calibration
+from surgery.data.sums import Computed, SquareSum
 from surgery.data.visible import Masks, VisibleRows
 from surgery.kinds.observed import Added, Observed
 from surgery.kinds.registry import Model, observe
 from surgery.sites import Placement
-from surgery.solvers.weighted import SecondMoment, triangles
+from surgery.solvers.weighted import SecondMoment, root_of
+from surgery.system.spill import Spill
 
 __all__ = ["Originals", "Target"]
 
@@ -53,12 +56,15 @@ class Target:
 
 
 class Originals:
-    """The outputs of some sites of the original over all samples, kept in memory at the positions that moments use."""
+    """The outputs of the original's dense sites over all samples, kept in memory at the positions that moments use.
 
-    def __init__(self, model: Model, samples: Calibration, sites: Mapping[str, Moments]) -> None:
-        self._samples, self._moments = samples, sites
+    A site is dense here if its second moment is one matrix.
+    """
+
+    def __init__(self, model: Model, samples: Calibration, moments: Mapping[str, Moments]) -> None:
+        self._samples, self._moments = samples, moments
         observed = observe(model, next(iter(samples)))
-        placements = _placements(observed, sites)
+        placements = _placements(observed, {name for name, found in moments.items() if found.dense})
         self._visible = VisibleRows(observed, samples, placements)
         self._records = {placement.site.name: _SeenSite(placement, len(samples)) for placement in placements}
         for placement in placements:
@@ -68,8 +74,8 @@ class Originals:
 
     def targets(
         self, changed: Model, sites: Collection[str], norms: Reference, centred: Collection[str]
-    ) -> dict[str, Target]:
-        """Return the targets of some sites in a changed model, by site name.
+    ) -> Mapping[str, Target]:
+        """Return the targets of some sites in a changed model, by site name; each is made when it is asked for.
 
         The batch norms of the changed model are corrected in place, in the same run; ``norms`` is their reference, from
         the original. ``centred`` names the sites whose mean a bias or a normalisation absorbs.
@@ -88,11 +94,12 @@ class Originals:
         alike = {name: record for name, record in records.items() if record.is_like(self._records[name])}
         summed = (name for name, r in alike.items() if r.summed and self._records[name].summed and not r.adds_site)
         first = next(summed, None)
-        found: dict[str, Target] = {}
-        for name, record in alike.items():
-            pairs = _Pairs(self._records[name], record, summed=name == first)
-            found[name] = pairs.target(self._moments[name].sensitivity, centred=name in centred)
-        return found
+
+        def make(name: str) -> Target:
+            pairs = _Pairs(self._records[name], alike[name], summed=name == first)
+            return pairs.target(self._moments[name].sensitivity, centred=name in centred)
+
+        return Computed({name: partial(make, name) for name in alike})
 
 
 def _placements(observed: Observed, sites: Collection[str]) -> list[Placement]:
@@ -164,7 +171,8 @@ class _Pairs:
         new = operator.weight.new_zeros
         # Sums over the columns of each half: of l, x', l x'^T and x' x'^T.
         self._lag, self._mean = (new(2, groups, size, dtype=torch.float64) for size in (out, n))
-        self._crossed, self._second = (new(2, groups, size, n, dtype=torch.float64) for size in (out, n))
+        self._crossed, spill = new(2, groups, out, n, dtype=torch.float64), Spill()
+        self._second = [SquareSum(groups, n, spill, self._mean.device) for _ in range(2)]
         calls = zip(changed.columns, original.outputs(summed=summed), changed.outputs(summed=summed), strict=True)
         for number, (x, before, after) in enumerate(calls):
             # Calls of one batch stay together, since their errors go together. Example of 2 calls: 0 and 1 are in half
@@ -175,17 +183,16 @@ class _Pairs:
             self._lag[half] += lag.sum(1)
             self._mean[half] += now.sum(1)
             self._crossed[half] += lag.mT @ now
-            self._second[half] += now.mT @ now
+            self._second[half].add(now)
 
     def target(self, sensitivity: Tensor | None, *, centred: bool) -> Target:
         """Return W* and b*, with the moments of x'."""
         operator, count = self._operator, sum(self._counts)
         lag, mean = (sums.sum(0).unsqueeze(-1) / count for sums in (self._lag, self._mean))
-        moments = Moments(
-            count, mean.squeeze(-1), SecondMoment((self._second.sum(0) / count,), self._taps), sensitivity
-        )
-        halves = [self._sums(half, lag, mean, centred=centred) for half in (0, 1) if self._counts[half]]
-        moved = _regression(halves)
+        moved = self._regression(lag, mean, centred=centred)
+        second = self._second[0].total() + self._second[1].total()
+        second /= count
+        moments = Moments(count, mean.squeeze(-1), SecondMoment((second,), self._taps), sensitivity)
         kernel = operator.kernel.detach().double().flatten(2) + moved
         target = operator.with_kernel(kernel.view_as(operator.kernel).to(operator.weight.dtype))
         if operator.bias is not None:
@@ -193,41 +200,49 @@ class _Pairs:
             target = target.with_bias((operator.bias.detach().double() + shift).to(operator.weight.dtype))
         return Target(target, moments)
 
-    def _sums(self, half: int, lag: Tensor, mean: Tensor, *, centred: bool) -> tuple[Tensor, Tensor, int]:
-        """Return the sums of l x'^T and of x' x'^T over one half, and the number of its columns."""
-        crossed, second, count = self._crossed[half], self._second[half], self._counts[half]
+    def _sums(self, halves: Sequence[int], lag: Tensor, mean: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
+        """Return the sums of l x'^T and of x' x'^T over some halves; new ones, as large as these."""
+        first, *others = halves
+        crossed, second = self._crossed[first].clone(), self._second[first].total().clone()
+        for half in others:
+            crossed += self._crossed[half]
+            second += self._second[half].total()
         if centred:
-            # The sum of (l - E l)(x' - m')^T, expanded, with the means E l and m' of both halves together;
-            # and likewise that of (x' - m')(x' - m')^T.
-            then, here = self._lag[half].unsqueeze(-1), self._mean[half].unsqueeze(-1)
-            crossed = crossed - then @ mean.mT - lag @ here.mT + count * lag @ mean.mT
-            second = second - here @ mean.mT - mean @ here.mT + count * mean @ mean.mT
-        return crossed, second, count
+            # The sum of (l - E l)(x' - m')^T, expanded, with the means E l and m' of both halves together; and likewise
+            # that of (x' - m')(x' - m')^T, as C - h m'^T - m' (h - N m')^T for the sum h of N columns.
+            count = sum(self._counts[half] for half in halves)
+            then, here = (sums[list(halves)].sum(0).unsqueeze(-1) for sums in (self._lag, self._mean))
+            crossed += count * lag @ mean.mT - then @ mean.mT - lag @ here.mT
+            rows = torch.cat([mean, here - count * mean], -1).mT
+            second.baddbmm_(torch.cat([here, mean], -1), rows, alpha=-1)
+        return crossed, second
+
+    def _regression(self, lag: Tensor, mean: Tensor, *, centred: bool) -> Tensor:
+        """Return W* - W: the regression of l on x', times the factor that holds on the other half.
+
+        For V from one half and the sums of the other, ``s = <l x'^T, V> / <V C, V>`` is the factor that minimises
+        E |l - s V x'|^2. With one half alone, the factor is N / (n + N) for N columns of n values.
+        """
+        halves, total, columns = [half for half in (0, 1) if self._counts[half]], sum(self._counts), mean.shape[-2]
+        # Sums are made where they are needed, since those of a half are large.
+        sums = partial(self._sums, lag=lag, mean=mean, centred=centred)
+        whole = _solve(partial(sums, halves))
+        if len(halves) < 2:
+            return whole * total / (total + columns)
+        # Each half predicts the other, and the two are pooled into one factor, cut to between 0 and 1.
+        explained = energy = whole.new_zeros(())
+        for one, other in ((0, 1), (1, 0)):
+            moved = _solve(partial(sums, [one]))
+            crossed, second = sums([other])
+            explained = explained + (crossed * moved).sum()
+            energy = energy + (moved @ second * moved).sum()
+            del second
+        share = (explained / energy.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, 1)
+        return whole * share
 
 
-def _regression(halves: Sequence[tuple[Tensor, Tensor, int]]) -> Tensor:
-    """Return W* - W: the regression of l on x', times the factor that holds on the other half.
-
-    For V from one half and the sums of the other, ``s = <l x'^T, V> / <V C, V>`` is the factor that minimises
-    E |l - s V x'|^2. With one half alone, the factor is N / (n + N) for N columns of n values.
-    """
-    lags, seconds, counts = zip(*halves, strict=True)
-    total, columns = sum(counts), seconds[0].shape[-1]
-    whole = _solve(sum(lags), sum(seconds))
-    if len(halves) < 2:
-        return whole * total / (total + columns)
-    # Each half predicts the other, and the two are pooled into one factor, cut to between 0 and 1.
-    explained = energy = whole.new_zeros(())
-    for one, other in ((0, 1), (1, 0)):
-        moved = _solve(lags[one], seconds[one])
-        explained = explained + (lags[other] * moved).sum()
-        energy = energy + (moved @ seconds[other] * moved).sum()
-    share = (explained / energy.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, 1)
-    return whole * share
-
-
-def _solve(lag: Tensor, second: Tensor) -> Tensor:
+def _solve(sums: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
     """Return ``E[l x'^T] (C + ridge)^-1``; C may be a covariance of which only rounding errors are left."""
-    _, inverse = triangles(second, RIDGE)
-    # C + ridge = L L^T, whose inverse is L^-T L^-1.
-    return lag @ inverse.mT @ inverse
+    # C + ridge = R R^T, whose inverse is R^-T R^-1.
+    found = root_of(lambda: sums()[1], RIDGE)
+    return found.solve_turned(found.solve(sums()[0].mT)).mT

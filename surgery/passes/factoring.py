@@ -160,8 +160,9 @@ class SiteData:
 
     def fit(self, site: Site, name: str, ranks: Ranks, solver: str = "auto") -> Chain | Refusal:
         """Return the chain of a site by the factorization of this name, fitted to the data."""
-        method, own = named(name), Target(site.operator, self.moments[site.name])
-        target, centred = self.targets.get(site.name, own), site.name in self.centred
+        method, centred = named(name), site.name in self.centred
+        # One of both is made, since each is as large as the moments.
+        target = self.targets.get(site.name) or Target(site.operator, self.moments[site.name])
         bias = site.operator.bias if site.name in self.tied else None
         operator = target.operator if bias is None else target.operator.with_bias(None)
         chain = fit(method, operator, ranks, target.moments, solver=known_solver(solver, method), centred=centred)
@@ -183,7 +184,7 @@ class SiteData:
 
     @cached_property
     def _originals(self) -> Originals:
-        return Originals(self.model, self.samples, {name: m for name, m in self.moments.items() if m.dense})
+        return Originals(self.model, self.samples, self.moments)
 
     def correct(self, changed: Model, progress: Progress) -> None:
         """Re-estimate the batch norms of a changed model, in place."""

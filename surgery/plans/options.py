@@ -18,10 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from surgery.data.factor import RIDGE
 from surgery.data.moments import Moments
@@ -31,7 +33,7 @@ from surgery.plans.candidates import Candidate, candidates_of
 from surgery.plans.faster import FACTORED_ALREADY, Latencies, snap
 from surgery.plans.plan import Plan
 from surgery.sites import FactoredSite, JointSite, Site
-from surgery.solvers.weighted import roots, times_channels, triangle
+from surgery.solvers.weighted import root_of, symmetric_root, times_channels, times_rows
 
 __all__ = ["COSTS", "CostKind", "Counted", "Measured", "Option", "Options", "Prices", "Ruled", "options_of"]
 
@@ -234,21 +236,27 @@ def _whitened(site: Site, moments: Moments, *, centred: bool) -> tuple[Site, flo
     """Return the site with ``G^(1/2) W C^(1/2)`` as its kernel, and the damage of losing all of it."""
     operator = site.operator
     kernel = operator.kernel.detach().double()
-    metric = moments.centred if centred else moments.metric
-    if metric.factors[0].shape[-1] > _JOINT and metric.factors[0].dim() == 3:
-        metric = metric.separated()
-    mixed = metric.taps > 1 and len(metric.factors) == 1  # a root over channels and taps at once must be symmetric
+    taps, columns = moments.metric.taps, kernel[0, 0].numel()
+    joint = taps == 1 or (moments.dense and columns <= _JOINT)
+
+    def factor(number: int) -> Tensor:
+        metric = moments.new_metric(centred=centred)
+        return (metric if joint else metric.separated()).factors[number]
+
     # Invariant: with C = L L^T and G = S S^T, |S^T W L|^2 = tr(G W C W^T), so that the singular values that are cut off
-    # are the damage. W is (g, O, I K); where C = A (x) B, the root of A multiplies the channels, that of B the taps.
-    first, *rest = (roots(f, RIDGE)[0] if mixed else triangle(f, RIDGE) for f in metric.factors)
-    rows = times_channels(kernel.flatten(2), first, metric.taps if rest else 1)
-    if rest:
-        split = rows.unflatten(-1, (-1, metric.taps))
-        rows = torch.einsum("grik,gkl->gril", split, rest[0]).flatten(2)
-    total = float(moments.metric.energy(kernel.flatten(2)))
+    # are the damage. W is (g, O, I K); where C = A (x) B, the root of A multiplies the channels, that of B the taps. A
+    # root over channels and taps at once must be symmetric.
+    if joint and taps > 1:
+        rows = times_channels(kernel.flatten(2), symmetric_root(factor(0), RIDGE).matrix, 1)
+    else:
+        rows = times_channels(kernel.flatten(2), root_of(partial(factor, 0), RIDGE).matrix, taps)
+    if not joint:
+        second = root_of(partial(factor, 1), RIDGE).matrix
+        rows = torch.einsum("grik,gkl->gril", rows.unflatten(-1, (-1, taps)), second).flatten(2)
     if moments.sensitivity is None:
+        total = float(moments.metric.energy(kernel.flatten(2)))
         scale = float(rows.square().sum()) / total if total > 0 else 0.0
     else:
-        rows = triangle(moments.sensitivity, RIDGE).mT @ rows
+        rows = times_rows(root_of(moments.sensitivity.clone, RIDGE).turned, rows)
         scale = float(rows.square().sum())
     return replace(site, operator=operator.with_bias(None).with_kernel(rows.view_as(kernel))), scale

@@ -24,7 +24,18 @@ from torch import Tensor
 
 from surgery.solvers.gram import leading_subspace
 
-__all__ = ["SecondMoment", "equal_norms", "low_rank", "refine", "roots", "times_channels", "triangle", "triangles"]
+__all__ = [
+    "Root",
+    "SecondMoment",
+    "add_ridge",
+    "equal_norms",
+    "low_rank",
+    "refine",
+    "root_of",
+    "symmetric_root",
+    "times_channels",
+    "times_rows",
+]
 
 _NEXT_TO_NOTHING = 1e-12  # a ridge, relative to the mean of the diagonal
 _HALVINGS = 6
@@ -62,13 +73,15 @@ class SecondMoment:
         return _times(inner.mT.flatten(1, 2), channels).unflatten(1, (-1, self.taps)).mT.flatten(2)
 
     def energy(self, matrix: Tensor, sensitivity: Tensor | None = None) -> Tensor:
-        """Return ``tr(M C M^T)``, or ``tr(G M C M^T)`` for G (groups, rows, rows), of M (groups, rows, n)."""
-        other = matrix if sensitivity is None else sensitivity @ matrix
+        """Return ``tr(M C M^T)``, or ``tr(G M C M^T)`` for G, dense or diagonal, of M (groups, rows, n)."""
+        other = matrix if sensitivity is None else times_rows(sensitivity, matrix)
         return (self.times(matrix) * other).sum().clamp(min=0)
 
-    def regularised(self, ridge: float) -> SecondMoment:
-        """Return ``C + ridge * mean(diagonal) * identity``, factor by factor; zero becomes the identity."""
-        return replace(self, factors=tuple(_add_ridge(factor, ridge) for factor in self.factors))
+    def regularise(self, ridge: float) -> SecondMoment:
+        """Add ``ridge * mean(diagonal) * identity`` in place, factor by factor; zero becomes the identity."""
+        for factor in self.factors:
+            add_ridge(factor, ridge)
+        return self
 
     @property
     def channels(self) -> Tensor:
@@ -119,47 +132,83 @@ def _times(matrix: Tensor, factor: Tensor) -> Tensor:
     return (same * factor.unsqueeze(1) if factor.dim() == 2 else same @ factor).to(matrix.dtype)
 
 
-def _add_ridge(factor: Tensor, ridge: float) -> Tensor:
+def times_rows(factor: Tensor, matrix: Tensor) -> Tensor:
+    """Return ``F M`` for (groups, rows, n), F dense or diagonal in each group."""
+    return matrix * factor.unsqueeze(-1) if factor.dim() == 2 else factor @ matrix
+
+
+def add_ridge(factor: Tensor, ridge: float) -> Tensor:
+    """Add ``ridge * mean(diagonal) * identity`` in place, and return the factor; zero becomes the identity."""
     diagonal = factor if factor.dim() == 2 else factor.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
-    added = torch.where(mean > 0, ridge * mean, 1).expand_as(diagonal)
-    return factor + (added if factor.dim() == 2 else torch.diag_embed(added))
+    diagonal += torch.where(mean > 0, ridge * mean, 1)
+    return factor
 
 
-def roots(moment: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return the symmetric root of ``moment + ridge * mean(diagonal)`` and its inverse, (g, m, m) or, diagonal, (g, m).
+@dataclass(frozen=True, eq=False)
+class Root:
+    """R with ``R R^T = M`` for a moment M: a lower triangle, a symmetric root, or the diagonal (groups, m) of one.
+
+    They differ by an orthogonal matrix, so that the singular values of anything multiplied by them are the same.
+    """
+
+    matrix: Tensor
+    triangular: bool = False
+
+    @property
+    def turned(self) -> Tensor:
+        """R^T."""
+        return self.matrix.mT if self.matrix.dim() == 3 else self.matrix
+
+    def solve(self, matrix: Tensor) -> Tensor:
+        """Return ``R^-1 X`` for X (groups, m, n)."""
+        if self.matrix.dim() == 2:
+            return matrix / self.matrix.unsqueeze(-1)
+        if self.triangular:
+            return torch.linalg.solve_triangular(self.matrix, matrix, upper=False)
+        solved: Tensor = torch.linalg.solve(self.matrix, matrix)
+        return solved
+
+    def solve_turned(self, matrix: Tensor) -> Tensor:
+        """Return ``R^-T X`` for X (groups, m, n)."""
+        if not self.triangular:
+            return self.solve(matrix)  # R is symmetric
+        return torch.linalg.solve_triangular(self.matrix.mT, matrix, upper=True)
+
+    @property
+    def inverse(self) -> Tensor:
+        """R^-1."""
+        if self.matrix.dim() == 2:
+            return 1 / self.matrix
+        one = torch.eye(self.matrix.shape[-1], dtype=self.matrix.dtype, device=self.matrix.device)
+        return self.solve(one.expand_as(self.matrix))
+
+
+def symmetric_root(moment: Tensor, ridge: float) -> Root:
+    """Return the symmetric root of ``moment + ridge * mean(diagonal)``.
 
     Eigenvalues that rounding made negative are raised to the ridge.
     """
     if moment.dim() == 2:
-        root = _add_ridge(moment.clamp(min=0), ridge).sqrt()
-        return root, 1 / root
+        return Root(add_ridge(moment.clamp(min=0), ridge).sqrt())
     values, vectors = torch.linalg.eigh(moment)
-    values = _add_ridge(values.clamp(min=0), ridge).sqrt().unsqueeze(-2)
-    return (vectors * values) @ vectors.mT, (vectors / values) @ vectors.mT
+    values = add_ridge(values.clamp(min=0), ridge).sqrt().unsqueeze(-2)
+    return Root((vectors * values) @ vectors.mT)
 
 
-def triangle(moment: Tensor, ridge: float) -> Tensor:
-    """Return L with ``L L^T = moment + ridge * mean(diagonal)``; the symmetric root if that is not definite.
+def root_of(make: Callable[[], Tensor], ridge: float) -> Root:
+    """Return the triangle of ``moment + ridge * mean(diagonal)``; the symmetric root if that is not definite.
 
-    Cholesky gives L without eigenvalues. L and the root differ by an orthogonal matrix, so that the singular values of
-    anything multiplied by them are the same.
+    Cholesky gives it without eigenvalues, in the memory of the moment: ``make`` makes a new one, or a copy.
     """
+    moment = make()
     if moment.dim() == 2:
-        return roots(moment, ridge)[0]
-    lower, info = torch.linalg.cholesky_ex(_add_ridge(moment, ridge))
-    return roots(moment, ridge)[0] if bool(info.any()) else lower
-
-
-def triangles(moment: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return ``triangle`` of a moment and its inverse."""
-    if moment.dim() == 2:
-        return roots(moment, ridge)
-    lower, info = torch.linalg.cholesky_ex(_add_ridge(moment, ridge))
-    if bool(info.any()):
-        return roots(moment, ridge)
-    one = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-    return lower, torch.linalg.solve_triangular(lower, one.expand_as(lower), upper=False)
+        return symmetric_root(moment, ridge)
+    # The transpose is the same matrix, in the order of LAPACK, which then needs no copy of its own.
+    lower = add_ridge(moment, ridge).mT
+    info = torch.empty(lower.shape[:-2], dtype=torch.int32, device=lower.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
+    return symmetric_root(make(), ridge) if bool(info.any()) else Root(lower, triangular=True)
 
 
 def low_rank(matrix: Tensor, rank: int, metric: SecondMoment) -> tuple[Tensor, Tensor]:
@@ -177,11 +226,11 @@ def low_rank(matrix: Tensor, rank: int, metric: SecondMoment) -> tuple[Tensor, T
         root = moment.sqrt().unsqueeze(1)
         basis = leading_subspace((matrix * root).mT @ (matrix * root), rank)
         return _balanced((matrix * root) @ basis, basis.mT / root)
-    lower, inverse = triangles(moment, _NEXT_TO_NOTHING)
+    lower = root_of(moment.clone, _NEXT_TO_NOTHING)
     # V of L^T W^T W L, (n, n). What V selects of W L goes back through L^-1: (m, r) (r, n).
-    seen = matrix @ lower
+    seen = matrix @ lower.matrix
     basis = leading_subspace(seen.mT @ seen, rank)
-    return _balanced(seen @ basis, basis.mT @ inverse)
+    return _balanced(seen @ basis, lower.solve_turned(basis).mT)
 
 
 def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

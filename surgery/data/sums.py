@@ -1,0 +1,92 @@
+"""Sums of x x^T over many rows, and values that are made of such sums each time one is asked for.
+
+The second moments of all sites of a model may take several times the memory of its weights: of a linear layer from 4096
+to 1024 values the moment has four times as many numbers, of twice the width. So each stands in a file where it is
+large, and what is made of it lives as long as somebody works with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from surgery.system.spill import Spill
+
+__all__ = ["Computed", "DiagonalSum", "SquareSum"]
+
+_Value = TypeVar("_Value", covariant=True)
+
+_SHARE = 16  # of its size: how many rows wait to be added to a sum in a file
+_ROWS = 1024  # of a large sum that are added at once
+
+
+class Computed(Mapping[str, _Value]):
+    """Values by name, which are made each time that one is asked for."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], _Value]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> _Value:
+        """Return a new value of this name."""
+        return self._makers[name]()
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is one of this name; none is made."""
+        return name in self._makers
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        """Return the number of names."""
+        return len(self._makers)
+
+
+class SquareSum:
+    """The sum of x x^T (groups, n, n) over rows x, in float64."""
+
+    def __init__(self, groups: int, size: int, spill: Spill, device: torch.device | str = "cpu") -> None:
+        self._sum = spill.zeros((groups, size, size), device)
+        self._size, self._waiting = size, list[Tensor]()
+
+    def add(self, rows: Tensor) -> None:
+        """Add (groups, rows, n); products are in its dtype."""
+        self._waiting.append(rows)
+        # To open a sum in a file costs as much as to add many rows, so that a few wait for others.
+        if not self._sum.in_file or sum(x.shape[1] for x in self._waiting) >= self._size // _SHARE:
+            self._flush()
+
+    def total(self) -> Tensor:
+        """Return the sum; it is the sum itself, not a copy."""
+        self._flush()
+        return self._sum.opened()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        rows = torch.cat(self._waiting, 1)
+        self._waiting.clear()
+        total = self._sum.opened()
+        for start in range(0, self._size, _ROWS):
+            # Rows start to start + 1024 of the sum, so that no product is as large as it.
+            part = slice(start, start + _ROWS)
+            total[:, part] += rows[..., part].mT @ rows
+
+
+class DiagonalSum:
+    """The diagonal (groups, n) of that sum, alone."""
+
+    def __init__(self, groups: int, size: int, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros(groups, size, dtype=torch.float64, device=device)
+
+    def add(self, rows: Tensor) -> None:
+        """Add (groups, rows, n)."""
+        self._sum += rows.square().sum(1, dtype=torch.float64)
+
+    def total(self) -> Tensor:
+        """Return the sum; it is the sum itself, not a copy."""
+        return self._sum

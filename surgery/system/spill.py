@@ -1,0 +1,84 @@
+"""Sums that are too large to hold all at once: each takes memory only while it is looked at, and else stands in a file.
+
+The file has no name, so that nothing is left of it when the process ends, however it ends. Its room is reserved first:
+where a disk is full, the sum stays in memory. A tensor that is opened maps its part of the file; the system takes the
+pages back as soon as nobody holds the tensor.
+
+    spill = Spill()
+    total = spill.zeros((1, 4096, 4096))     128 MiB of the file, none in memory
+    total.opened()[0] += x.mT @ x            in memory for as long as this line runs
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import IO
+
+import torch
+from torch import Tensor
+
+__all__ = ["LARGE", "Spill", "Spilled"]
+
+LARGE = 2**22  # bytes from which a sum is worth its place in a file: float64 of 724 x 724
+
+
+class Spilled:
+    """A tensor of float64 that starts as zeros, in memory or in a part of a file."""
+
+    def __init__(self, shape: Sequence[int], device: torch.device, spill: Spill | None, offset: int) -> None:
+        self._shape, self._spill, self._offset = tuple(shape), spill, offset
+        self._held = torch.zeros(self._shape, dtype=torch.float64, device=device) if spill is None else None
+
+    @property
+    def in_file(self) -> bool:
+        """Whether it takes no memory while nobody looks at it."""
+        return self._held is None
+
+    def opened(self) -> Tensor:
+        """Return the tensor; what is written into it stays."""
+        if self._held is not None:
+            return self._held
+        assert self._spill is not None
+        mapped = self._spill.mapped(self._offset, 8 * math.prod(self._shape))
+        return torch.frombuffer(mapped, dtype=torch.float64).view(self._shape)  # which keeps what is mapped
+
+
+class Spill:
+    """A file for large sums, made when the first of them needs it, and gone with the last."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._end = 0
+
+    def zeros(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Spilled:
+        """Return zeros of a shape; in memory where they are small, on another device, or find no room in a file."""
+        where, size = torch.device(device), 8 * math.prod(shape)
+        # Parts start where a mapping may. Example of pages of 4096 bytes: after 5000 bytes the next one is at 8192.
+        offset = -(-self._end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        in_file = where.type == "cpu" and size >= LARGE and self._reserve(offset, size)
+        if in_file:
+            self._end = offset + size
+        return Spilled(shape, where, self if in_file else None, offset)
+
+    def mapped(self, offset: int, size: int) -> mmap.mmap:
+        """Return a part of the file, mapped; it stays as long as it is held."""
+        assert self._file is not None
+        return mmap.mmap(self._file.fileno(), size, offset=offset)
+
+    def _reserve(self, offset: int, size: int) -> bool:
+        """Reserve room for a part; False where there is none, or the system cannot reserve it."""
+        if not hasattr(os, "posix_fallocate"):  # without it, a full disk would show when the part is written
+            return False
+        with suppress(OSError):
+            if self._file is None:
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115  # for as long as any part of it is needed
+                weakref.finalize(self, self._file.close)
+            os.posix_fallocate(self._file.fileno(), offset, size)
+            return True
+        return False
