@@ -224,7 +224,7 @@ def paths(full: Ranks) -> Iterator[list[Ranks]]:
 
 
 def spread(limit: int) -> list[int]:
-    """The ends, the middle and one more, of which most are solved for other laws; or all up to twelve, evenly chosen."""
+    """The ends, the middle and one more, most of them solved for other laws too; or up to twelve, evenly chosen."""
     if ALL:
         return sorted({1 + round(i * (limit - 1) / 11) for i in range(12)})
     return sorted({1, (limit + 1) // 2, (3 * limit + 3) // 4, limit})
