@@ -20,6 +20,7 @@ import surgery
 from surgery.algebra import relative_error
 from surgery.errors import InputError
 from surgery.training.admm import ADMM
+from tests.covering import in_turns
 from tests.tolerances import assert_close, tolerance
 from tests.training_cases import OPTIMIZERS, Net, batch, loss_of
 from tests.two_processes import WORLD, together, two_processes
@@ -102,8 +103,7 @@ def test_a_closure_gets_the_penalty_after_its_gradients() -> None:
     assert all(map(torch.equal, plain.model.parameters(), closed.model.parameters()))
 
 
-@pytest.mark.parametrize("factorization", sorted(RANKS))
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("factorization", "optimizer"), in_turns(sorted(RANKS), ["sgd", "adamw"]))
 def test_weights_come_near_their_rank(factorization: str, optimizer: str) -> None:
     """The residual falls, and what finish() makes is nearer to the weights than without ADMM."""
     run, plain = (make(factorization, optimizer=optimizer, rho=rho, epochs=25) for rho in (0.05, 1e-12))
@@ -161,6 +161,7 @@ def test_rho_grows_late_and_keeps_the_multiplier() -> None:
     assert relative_error(late.rho * late.constraints[0].dual, multiplier) <= tolerance(torch.float32, steps=4)
 
 
+@pytest.mark.law(3)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("every", [None, 3])
 @pytest.mark.parametrize("stop", [1, 4])

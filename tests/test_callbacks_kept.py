@@ -130,6 +130,7 @@ def scores(trainer: Any) -> dict[str, float]:
     return {path: float(score) for path, score in trainer.checkpoint_callback.best_k_models.items()}
 
 
+@pytest.mark.law(3)
 @pytest.mark.parametrize("options", [{}, {"save_on_train_epoch_end": False}], ids=["at-the-end", "after-validation"])
 @pytest.mark.parametrize(
     ("kind", "first"), [("none", True), ("ema", True), ("ema", False), ("mean", True), ("mean", False)]

@@ -17,6 +17,7 @@ from surgery.algebra import relative_error
 from surgery.data.collect import collect
 from surgery.data.samples import read_calibration
 from surgery.passes.preview import find_sites
+from tests.covering import in_turns
 from tests.test_onnx import assert_valid, numbers, outputs, parsed, weights
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
@@ -116,8 +117,7 @@ def test_recurrent_weights_are_sites_where_a_loop_computes_the_same(name: str) -
     assert [skip.name for skip in find_sites(model, x)[1]] == [weight for weight in both if weight not in wanted]
 
 
-@pytest.mark.parametrize("opset", [9, 12, 17, 21])
-@pytest.mark.parametrize("name", OPENED)
+@pytest.mark.parametrize(("name", "opset"), in_turns(OPENED, [9, 12, 17, 21]))
 def test_recurrent_weights_come_back(name: str, opset: int) -> None:
     model, x = form(name, opset), torch.randn(T, N, WIDE)
     before = outputs(model, x)

@@ -366,6 +366,7 @@ def test_what_is_not_factored_keeps_the_kernel() -> None:
     assert type(same.rnn) is nn.LSTM
 
 
+@pytest.mark.law(3)
 @pytest.mark.parametrize("mode", MODES)
 def test_onnx_has_one_scan_for_each_loop(mode: str, tmp_path: Path) -> None:
     model, x = net(mode, bidirectional=True)
@@ -506,6 +507,7 @@ def test_a_model_that_is_nothing_but_the_layer(make: Callable[[], Any]) -> None:
         surgery.decompose(model, x, ranks=2, factorization="svd", inplace=True)
 
 
+@pytest.mark.law(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_cut_again_after_it_was_saved(kind: str, tmp_path: Path) -> None:
     plain, x = net("gru", bidirectional=True)
@@ -527,6 +529,7 @@ def test_it_is_cut_again_after_it_was_saved(kind: str, tmp_path: Path) -> None:
     assert relative_error(run(again.model, x), run(plain, x)) <= allowed
 
 
+@pytest.mark.law(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_directions_share_a_factor(kind: str) -> None:
     plain, x = net("lstm", bidirectional=True)

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 import surgery
 from surgery.kinds.registry import open_model
 from surgery.sites.find import find
+from tests.covering import in_turns
 from tests.zoo import export
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # of scan
@@ -82,8 +83,7 @@ def names(found: Iterable[Any]) -> list[str]:
     return sorted(each.name for each in found)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", REGIONS)
+@pytest.mark.parametrize(("way", "kind"), in_turns(sorted(REGIONS), KINDS))
 def test_each_weight_in_a_region_is_listed(way: str, kind: str) -> None:
     sites, skips = surgery.find_sites(as_kind(export(Block(way), (X,)), kind), X)
     assert (names(sites), names(skips)) == (["head"], ["a", "b"])

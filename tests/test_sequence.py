@@ -128,6 +128,7 @@ def tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
+@pytest.mark.law(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_groups_pay_on_a_deep_network(kind: str) -> None:
     torch.manual_seed(1)
@@ -173,6 +174,7 @@ class Residual(nn.Module):
         return y.relu() + x
 
 
+@pytest.mark.law(5)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "how", ["added", "in place", "into the branch", "in another shape", "twice", "returned", "not itself"]

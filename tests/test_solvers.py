@@ -16,6 +16,7 @@ from surgery.algebra import relative_error
 from surgery.errors import InputError
 from surgery.solvers import gram, hooi, reference
 from tests.cases import decaying
+from tests.covering import in_turns
 
 EXACT = 1e-12
 NOISE = 1e-7  # of the largest singular value: what a float64 Gram matrix cannot see (the root of eps, with a margin)
@@ -149,8 +150,7 @@ def with_spectrum(shape: tuple[int, ...], values: Callable[[Tensor], Tensor] | N
     return (left * values(torch.arange(1.0, min(shape[-2:]) + 1, dtype=torch.float64))) @ right
 
 
-@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
-@pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
+@pytest.mark.parametrize(("spectrum", "shape"), in_turns(list(SPECTRA.values()), list(LARGE.values())))
 def test_low_rank_of_a_large_float32_matrix_is_nearly_lapacks(
     shape: tuple[int, ...], spectrum: Callable[[Tensor], Tensor] | None
 ) -> None:

@@ -62,6 +62,7 @@ def test_a_plan_gives_a_fresh_model_the_structure(result: Any) -> None:
     assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in fresh.state_dict().items()}
 
 
+@pytest.mark.law(4)
 @pytest.mark.parametrize("given", ["factory", "module", "name"])
 def test_a_saved_module_is_the_same_in_a_fresh_one(result: Any, given: str, tmp_path: Path) -> None:
     surgery.save(result.model, tmp_path / "net.safetensors")

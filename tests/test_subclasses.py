@@ -19,6 +19,7 @@ import surgery
 from surgery.algebra import relative_error
 from surgery.kinds.layers.factored import Factored
 from surgery.passes.results import DecomposeResult
+from tests.covering import in_turns
 
 ROUNDING = 64 * torch.finfo(torch.float32).eps
 
@@ -269,8 +270,7 @@ def test_the_layer_comes_back_as_itself(name: str) -> None:
     }
 
 
-@pytest.mark.parametrize("kind", [Net, Branching, Watched])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "kind"), in_turns(list(CASES), [Net, Branching, Watched]))
 def test_sites_and_totals_are_right_however_the_model_is_captured(name: str, kind: type[Net]) -> None:
     model, x = make(name, kind)
     found = surgery.find_sites(model, x)[0]

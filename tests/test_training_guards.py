@@ -15,6 +15,7 @@ from torch.optim import SGD, Optimizer
 from surgery.errors import InputError
 from surgery.training import ADMM, LowRankTraining
 from surgery.training.optimizer import check_lists
+from tests.covering import in_turns
 from tests.training_cases import RANKS, Net, batch, make_run, train
 
 # --- weights that do not train
@@ -32,8 +33,7 @@ def by_absence(model: Net) -> list[nn.Parameter]:
 SPECS: list[Any] = [RANKS, "keep_params=0.6", "energy=0.8", 3]
 
 
-@pytest.mark.parametrize("ranks", SPECS, ids=str)
-@pytest.mark.parametrize("frozen", [by_flag, by_absence])
+@pytest.mark.parametrize(("ranks", "frozen"), in_turns(SPECS, [by_flag, by_absence]))
 def test_a_weight_that_does_not_train_stays_as_it_is(frozen: Any, ranks: Any) -> None:
     torch.manual_seed(0)
     model = Net()

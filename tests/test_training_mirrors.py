@@ -89,7 +89,7 @@ def test_an_average_is_averaged_on_across_all_switches(kind: str) -> None:
         assert float(loss_of(outer.train(), batch(seed=3)).detach()) < 1.5
         assert max(float(p.detach().abs().max()) for p in inner.parameters()) < 10
     if "swa" not in kind:
-        for _ in range(2000):
+        for _ in range(1000):
             update(run.model)
         models = dict(model.named_parameters())
         assert all(relative_error(mine, models[name]) <= 1e-3 for name, mine in inner.named_parameters())

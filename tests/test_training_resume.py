@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from surgery.errors import InputError
 from surgery.training import LowRankTraining
+from tests.covering import in_turns
 from tests.training_cases import OPTIMIZERS, RANKS, Net, batch, make_run, train
 
 EPOCHS = 4
@@ -54,12 +55,15 @@ def same(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-@pytest.mark.parametrize("stop", range(EPOCHS))
 @pytest.mark.parametrize(
-    ("optimizer", "channels_last", "options"),
-    [("sgd", False, {}), ("amsgrad", True, {}), ("adamw", False, {"frobenius_decay": True})],
+    ("how", "stop"),
+    in_turns(
+        [("sgd", False, {}), ("amsgrad", True, {}), ("adamw", False, {"frobenius_decay": True})],
+        range(EPOCHS),
+    ),
 )
-def test_a_resumed_run_is_the_same_run(optimizer: str, channels_last: bool, options: dict[str, Any], stop: int) -> None:
+def test_a_resumed_run_is_the_same_run(how: tuple[str, bool, dict[str, Any]], stop: int) -> None:
+    optimizer, channels_last, options = how
     whole, schedule = fresh(optimizer, 0, channels_last=channels_last, **options)
     advance(whole, schedule, 0, EPOCHS)
 
