@@ -241,3 +241,12 @@ def test_texts_are_read_run_and_kept(tmp_path: Path) -> None:
     assert set(found[0][0]) <= set(names)
     assert list(found[0][1]) == ["m"]
     assert len(surgery.split(read, x, stages=2, measure=False).stages) == 2
+
+
+def test_nodes_whose_outputs_nothing_reads() -> None:
+    """Those that torch has no function for, which onnxruntime removes."""
+    text = "g (float[n, 8] x) => (float[n, 6] z) { r = RandomNormal <shape = [2]> ()  u = Exp(r)  z = MatMul(x, A) }"
+    made = assert_comes_back(parsed(text, A=numbers(8, 6)), X, ["A"])
+    assert [node.op_type for node in made.graph][:2] == ["RandomNormal", "Exp"]
+    text = "g (float[n, 8] x) => (float[n, 6] z) { r = RandomNormal <shape = [2]> ()  z = MatMul(x, A) }"
+    assert_comes_back(parsed(text, A=numbers(8, 6)), X, ["A"])
