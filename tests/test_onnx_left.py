@@ -55,6 +55,13 @@ def test_tables_of_points_and_coefficients_in_attributes_are_skips() -> None:
     assert "LinearRegressor" in reasons["r"]
 
 
+def test_a_weight_that_gets_the_type_of_an_input_is_a_skip() -> None:
+    """Exporters write CastLike for a Cast to the type of another value, whose numbers do not count."""
+    nodes = [helper.make_node("CastLike", ["W", "x"], ["w"]), helper.make_node("MatMul", ["x", "w"], ["y"], name="m")]
+    _, [skip] = surgery.find_sites(_model(nodes, W=_square().astype(np.float16)))
+    assert (skip.name, skip.reason) == ("m", "its weight is computed by CastLike")
+
+
 def test_a_newer_version_of_the_format_is_named(tmp_path: Path) -> None:
     """The message says the version, and what is allowed."""
     model = _model([helper.make_node("MatMul", ["x", "W"], ["y"])], W=_square())
