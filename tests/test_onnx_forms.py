@@ -17,6 +17,7 @@ from surgery.algebra import relative_error
 from surgery.errors import InputError
 from surgery.kinds.onnx.proto import write_proto
 from surgery.kinds.onnx.read import Reader
+from surgery.kinds.onnx.run import OnnxModule
 from tests.test_onnx import CONV, X, assert_comes_back, numbers, outputs, parsed, weights
 from tests.test_onnx_api import without_shape
 
@@ -218,3 +219,34 @@ def test_weights_whose_sites_would_share_a_name() -> None:
     assert [(skip.name, skip.reason) for skip in skips] == [("z", "another weight of the model has its name")]
     made = surgery.decompose(model, X, ranks="2").model
     assert weights(surgery.recompose(made, X).model) == weights(model)
+
+
+def test_texts_are_read_run_and_kept(tmp_path: Path) -> None:
+    """Classifiers name their classes: texts in an initializer, in a node and in outputs."""
+    text = """g (float[n, 8] x) => (float[n, 6] z, string[n] label, string[1] unit) {
+        z = MatMul(x, A)  i = ArgMax <axis = 1, keepdims = 0> (z)  label = Gather(names, i)
+        u = Constant <value = string[1] u {"m"}> ()  unit = Identity(u) }"""
+    names = np.array(list("äbcdef"), dtype=object)
+    made = parsed(text, A=numbers(8, 6), names=names)
+    (tmp_path / "m.onnx").write_bytes(write_proto(made).SerializeToString())
+    x = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
+    read: Any = surgery.load(tmp_path / "m.onnx")
+    assert [site.name for site in surgery.find_sites(read)[0]] == ["A"]
+    full: Any = surgery.decompose(read, x, ranks="full", calibration=x)
+    surgery.save(full.model, tmp_path / "full.onnx")
+    assert surgery.compare(tmp_path / "m.onnx", tmp_path / "full.onnx", x).relative <= 1e-5
+    back: Any = surgery.recompose(tmp_path / "full.onnx")
+    found = [OnnxModule(model)(x)[1:] for model in (read, back.model)]
+    assert [list(each) for each in found[0]] == [list(each) for each in found[1]]
+    assert set(found[0][0]) <= set(names)
+    assert list(found[0][1]) == ["m"]
+    assert len(surgery.split(read, x, stages=2, measure=False).stages) == 2
+
+
+def test_nodes_whose_outputs_nothing_reads() -> None:
+    """Those that torch has no function for, which onnxruntime removes."""
+    text = "g (float[n, 8] x) => (float[n, 6] z) { r = RandomNormal <shape = [2]> ()  u = Exp(r)  z = MatMul(x, A) }"
+    made = assert_comes_back(parsed(text, A=numbers(8, 6)), X, ["A"])
+    assert [node.op_type for node in made.graph][:2] == ["RandomNormal", "Exp"]
+    text = "g (float[n, 8] x) => (float[n, 6] z) { r = RandomNormal <shape = [2]> ()  z = MatMul(x, A) }"
+    assert_comes_back(parsed(text, A=numbers(8, 6)), X, ["A"])

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import surgery
-from surgery.errors import FileError
+from surgery.errors import FileError, InputError
 from surgery.kinds.onnx.proto import write_proto
 from tests.test_onnx import X, assert_comes_back, numbers, parsed
 
@@ -218,6 +218,21 @@ def test_sparse_initializers_that_cannot_be_right_are_told(tmp_path: Path) -> No
         (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
         with pytest.raises(FileError, match=said):
             surgery.load(tmp_path / "m.onnx")
+
+
+def test_messages_that_cannot_be_read_are_told() -> None:
+    text = "g (float[n, 8] x) => (float[n, 6] z) { z = MatMul(x, W) }"
+    twice = write_proto(parsed(text, W=numbers(8, 6)))
+    twice.graph.initializer.append(numpy_helper.from_array(numbers(8, 6, seed=1), "W"))
+    with pytest.raises(InputError, match=r"the onnx\.ModelProto has two weights named W; export the model again"):
+        surgery.find_sites(twice, X)
+    in_node = write_proto(parsed(text, W=numbers(8, 6)))
+    sparse = helper.make_sparse_tensor(
+        numpy_helper.from_array(np.ones(1, np.float32), "W"), helper.make_tensor("i", 7, [1], [3]), [8, 6]
+    )
+    in_node.graph.node.insert(0, helper.make_node("Constant", [], ["V"], sparse_value=sparse))
+    with pytest.raises(InputError, match=r"the onnx\.ModelProto has parts that onnx_ir cannot read"):
+        surgery.find_sites(in_node, X)
 
 
 def test_an_addition_after_a_gemm_stays_an_addition() -> None:

@@ -55,6 +55,30 @@ def test_tables_of_points_and_coefficients_in_attributes_are_skips() -> None:
     assert "LinearRegressor" in reasons["r"]
 
 
+def test_a_weight_that_gets_the_type_of_an_input_is_a_skip() -> None:
+    """Exporters write CastLike for a Cast to the type of another value, whose numbers do not count."""
+    nodes = [helper.make_node("CastLike", ["W", "x"], ["w"]), helper.make_node("MatMul", ["x", "w"], ["y"], name="m")]
+    _, [skip] = surgery.find_sites(_model(nodes, W=_square().astype(np.float16)))
+    assert (skip.name, skip.reason) == ("m", "its weight is computed by CastLike")
+
+
+@pytest.mark.parametrize("ways", ["forward", "bidirectional"])
+def test_a_weight_that_a_node_reads_twice_stays_one_weight(ways: str) -> None:
+    """An input weight that is the recurrent weight as well; its factors could not be both."""
+    square = np.stack([_square()] * (1 + (ways == "bidirectional")))
+    nodes = [
+        helper.make_node("Unsqueeze", ["x", "axis"], ["steps"]),
+        helper.make_node("RNN", ["steps", "W", "W"], ["y"], hidden_size=8, direction=ways),
+    ]
+    model = _model(nodes, W=square, axis=np.array([0]))
+    sites, skips = surgery.find_sites(model)
+    assert not sites
+    assert "its node reads the weight in two places" in {skip.reason for skip in skips}
+    made = surgery.recompose(surgery.decompose(model, ranks=2).model).model
+    assert [list(node.input) for node in made.graph.node] == [list(node.input) for node in model.graph.node]
+    assert [tensor.name for tensor in made.graph.initializer] == ["W", "axis"]
+
+
 def test_a_newer_version_of_the_format_is_named(tmp_path: Path) -> None:
     """The message says the version, and what is allowed."""
     model = _model([helper.make_node("MatMul", ["x", "W"], ["y"])], W=_square())

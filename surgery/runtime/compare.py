@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -211,10 +212,12 @@ def _real(tensor: Tensor) -> Tensor:
 def flatten_outputs(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield all tensors of a nest, each with its place: ``[0]``, ``.logits``; a number counts as a tensor.
 
+    Texts of an ONNX model are passed over: they have no distance.
+
     Raises:
-        InputError: the nest contains something other than tensors and numbers.
+        InputError: the nest contains something other than tensors, numbers and arrays of texts.
     """
-    if value is None:
+    if value is None or (isinstance(value, np.ndarray) and value.dtype == object):
         return
     if isinstance(value, Tensor):
         yield name, value

@@ -150,14 +150,15 @@ def _check_form(tensor: onnx.TensorProto) -> None:
         raise FileError(f"has the weight {name} of an impossible shape", next_step=_AGAIN)
     try:
         kind = ir.DataType(tensor.data_type)
-        size = 0 if kind == ir.DataType.STRING else _size(tensor)
+        is_text = kind == ir.DataType.STRING  # of no size
+        size = 0 if is_text else _size(tensor)
     except (TypeError, ValueError) as error:
         raise FileError(f"has the weight {name} of an unknown type", next_step=_AGAIN) from error
     keys = [entry.key for entry in tensor.external_data]
     external = tensor.data_location == onnx.TensorProto.EXTERNAL
     if len(filled) + tensor.HasField("raw_data") + _is_external(tensor) > 1 or len(set(keys)) < len(keys):
         raise FileError(f"says in two ways where the numbers of {name} are", next_step=_AGAIN)
-    if (keys and not external) or tensor.HasField("segment") or (external and kind == ir.DataType.STRING):
+    if (keys and not external) or tensor.HasField("segment") or (external and is_text):
         raise FileError(f"keeps {name} where it cannot be", next_step=_AGAIN)
     if external:
         return
@@ -169,7 +170,7 @@ def _check_form(tensor: onnx.TensorProto) -> None:
     count, field = math.prod(tensor.dims), _SPREAD.get(kind, "int32_data")
     # A complex number is two entries. Numbers narrower than a byte are packed: three of int4 are two bytes, and may be
     # as many entries, or three.
-    wanted = {2 * count if "COMPLEX" in kind.name else count, size if kind.bitwidth < 8 and size else count}
+    wanted = {2 * count if "COMPLEX" in kind.name else count, size if size and kind.bitwidth < 8 else count}
     if filled not in ([], [field]):
         raise FileError(f"keeps the numbers of {name} as those of another type", next_step=_AGAIN)
     if len(getattr(tensor, field)) not in wanted:

@@ -310,11 +310,12 @@ def _called(function: ir.Function, node: ir.Node) -> ir.Function:
 
 def _constant(tensor: ir.TensorProtocol) -> Any:
     """Return the numbers of a tensor; texts as an array, and of a type that torch does not have, the tensor itself."""
-    if tensor.dtype is ir.DataType.STRING:
-        return np.asarray(tensor.numpy())
     try:
+        if tensor.dtype is ir.DataType.STRING:  # as onnxruntime gives and takes texts
+            texts = [text.decode() for text in tensor.numpy().reshape(-1).tolist()]
+            return np.array(texts, dtype=object).reshape(tensor.shape.numpy())
         return to_torch(tensor)
-    except TypeError:
+    except (TypeError, UnicodeDecodeError):
         return tensor
 
 

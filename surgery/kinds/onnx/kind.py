@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from surgery.errors import InputError
+from surgery.errors import FileError, InputError
 from surgery.kinds.base import Access, Kind, Piece, Pieces
 from surgery.kinds.inputs import Declared, Inputs, Signature, given_inputs, random_tensor
 from surgery.kinds.onnx.cut import CuttableOnnx
@@ -209,9 +209,16 @@ class OnnxProtoKind(OnnxKind):
         """Return a message as ``onnx_ir`` holds it.
 
         Raises:
-            InputError: it says that weights are in files, and not in which folder.
+            InputError: it cannot be right, or says that weights are in files, and not in which folder.
         """
-        found = read_proto(model)
+        try:
+            found = read_proto(model)
+        except FileError as error:
+            what = f"the onnx.ModelProto {error.what}"
+            raise InputError(what, allowed=error.allowed, next_step=error.next_step) from error
+        except Exception as error:  # of onnx_ir, which knows no sparse tensors in nodes, say
+            what = "the onnx.ModelProto has parts that onnx_ir cannot read"
+            raise InputError(what, next_step="export the model again") from error
         if any(isinstance(tensor, ir.ExternalTensor) for tensor, _ in all_tensors(found)):
             what = "the onnx.ModelProto has weights in other files, and does not know their folder"
             raise InputError(what, next_step="load it with surgery.load(path), or with onnx.load(path)")

@@ -41,6 +41,7 @@ _PLACES = {  # else the first two
 _TABLES = ("Gather", "GatherND")
 _INSIDE = ("LinearRegressor", "LinearClassifier")  # of ai.onnx.ml
 _SIZES = ("Shape", "Size")
+_NUMBERS = {"CastLike": 1}  # how many inputs of an operator are read for their numbers, if not all
 _MOST_READ = 10_000  # values from which a weight is computed
 
 
@@ -202,5 +203,5 @@ def _constants(reader: Reader, value: ir.Value | None) -> list[Weight | None]:
         if not ends and any(True for _ in inside(node)):
             return []  # a body may read anything
         found += [] if node.inputs or ends else [None]
-        waiting += ends or node.inputs
+        waiting += ends or node.inputs[: _NUMBERS.get(node.op_type)]
     return found

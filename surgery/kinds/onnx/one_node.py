@@ -56,12 +56,14 @@ class OneNode:
 
     def run(self, known: Mapping[ir.Value, Any]) -> tuple[Any, ...]:
         """Return the outputs, without gradients; None in the place of an output that nothing reads."""
+        wanted = [value.name for value in self._node.outputs if is_used(value)]
+        if not wanted:
+            return (None,) * len(self._node.outputs)
         free = [value for value in self._reads if value not in self._fixed]
         feeds = {value.name or "": _as_array(known[value]) for value in free if known[value] is not None}
         kinds = tuple(_kind(array) for array in feeds.values())
         if kinds not in self._sessions:
             self._sessions[kinds] = open_session(self._model(feeds), threads=1)
-        wanted = [value.name for value in self._node.outputs if is_used(value)]
         found = dict(zip(wanted, self._sessions[kinds].run(wanted, feeds), strict=True))
         return tuple(arrays_back(found.get(value.name)) for value in self._node.outputs)
 

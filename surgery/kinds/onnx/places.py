@@ -61,7 +61,7 @@ def place_of(tensor: ir.TensorProtocol) -> str | None:
 
 def is_whole(kind: int) -> bool:
     """Whether each number of a type has bytes of its own."""
-    return ir.DataType(kind).bitwidth >= _BYTE and kind != ir.DataType.STRING
+    return kind != ir.DataType.STRING and ir.DataType(kind).bitwidth >= _BYTE
 
 
 def tensor_of(like: ir.TensorProtocol, raw: memoryview) -> ir.TensorProtocol:

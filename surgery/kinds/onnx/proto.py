@@ -7,6 +7,7 @@ that is written, unless its numbers have changed.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from onnx import numpy_helper
 
 from surgery.errors import FileError
 from surgery.system.arrays import MOST_BYTES
+from surgery.system.opening import shown_name
 
 __all__ = ["keep_part", "keep_sparse", "read_proto", "sparse_tensors", "write_proto"]
 
@@ -40,9 +42,18 @@ def read_proto(proto: onnx.ModelProto) -> ir.Model:
     """Return a message as onnx_ir holds it; the message stays as it is.
 
     Raises:
-        FileError: a sparse initializer is not right, too large, or in a body.
+        FileError: two weights of a graph have one name, or a sparse one is not right, too large, or in a body.
     """
     sparse = list(proto.graph.sparse_initializer)
+    for graph in (proto.graph, *_bodies(proto)):
+        # onnx_ir would keep the last of them, onnxruntime the first
+        names = [
+            *(tensor.name for tensor in graph.initializer),
+            *(each.values.name for each in graph.sparse_initializer),
+        ]
+        if len(set(names)) < len(names):
+            (twice, _), *_ = Counter(names).most_common(1)
+            raise FileError(f"has two weights named {shown_name(twice)}", next_step="export the model again")
     if any(graph.sparse_initializer for graph in _bodies(proto)):
         raise FileError("has a sparse initializer in a body", allowed="sparse initializers in the graph itself")
     whole = proto

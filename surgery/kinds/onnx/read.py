@@ -272,6 +272,9 @@ class Reader:
             return Refusal(f"its weight is {weight.tensor.dtype.name}; {EARLIER}")
         if node.inputs[1 - at] not in self.numbers:
             return Refusal("it is computed from constants alone")
+        roots = [found.root for value in node.inputs if (found := self.weight(value)) is not None]
+        if roots.count(weight.root) > 1:
+            return Refusal("its node reads the weight in two places")
         return read(node, weight)
 
     def _make(self, node: ir.Node, operator: Operator, weight: Weight, bias: str | None = None, **more: Any) -> Call:
