@@ -236,7 +236,7 @@ def _whitened(site: Site, moments: Moments, *, centred: bool) -> tuple[Site, flo
     """Return the site with ``G^(1/2) W C^(1/2)`` as its kernel, and the damage of losing all of it."""
     operator = site.operator
     kernel = operator.kernel.detach().double()
-    taps, columns = moments.metric.taps, kernel[0, 0].numel()
+    shape, taps, columns = kernel.shape, moments.metric.taps, kernel[0, 0].numel()
     joint = taps == 1 or (moments.dense and columns <= _JOINT)
 
     def factor(number: int) -> Tensor:
@@ -255,8 +255,18 @@ def _whitened(site: Site, moments: Moments, *, centred: bool) -> tuple[Site, flo
         rows = torch.einsum("grik,gkl->gril", rows.unflatten(-1, (-1, taps)), second).flatten(2)
     if moments.sensitivity is None:
         total = float(moments.metric.energy(kernel.flatten(2)))
-        scale = float(rows.square().sum()) / total if total > 0 else 0.0
+        scale = _energy(rows) / total if total > 0 else 0.0
     else:
-        rows = times_rows(root_of(moments.sensitivity.clone, RIDGE).turned, rows)
-        scale = float(rows.square().sum())
-    return replace(site, operator=operator.with_bias(None).with_kernel(rows.view_as(kernel))), scale
+        del kernel  # in float64, each of these is twice as large as the weight
+        rows = _turned(root_of(moments.sensitivity.clone, RIDGE).turned, rows)
+        scale = _energy(rows)
+    return replace(site, operator=operator.with_bias(None).with_kernel(rows.view(shape))), scale
+
+
+def _energy(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix)) ** 2
+
+
+def _turned(factor: Tensor, rows: Tensor) -> Tensor:
+    """Return ``F M`` for a factor of rows that nobody else has, in their memory where the factor is diagonal."""
+    return rows.mul_(factor.unsqueeze(-1)) if factor.dim() == 2 else times_rows(factor, rows)
