@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -190,6 +191,7 @@ def make_ready(
                 path = folder / f"{len(written)}.onnx"
                 written.append(write_mapped(model, inputs, path, name, move=move))
         del opened, model  # their weights are in the files
+        gc.collect()  # a graph and its nodes hold each other, and the weights, also of copies that nobody needs
         return [_opened(each, threads) for each in written]
 
 
