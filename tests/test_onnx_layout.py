@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from surgery.cli import cli
 from surgery.errors import FileError, InputError
 from surgery.kinds.onnx.kind import OnnxKind
 from surgery.kinds.onnx.layout import BESIDE, lay_out
-from surgery.kinds.onnx.places import all_tensors, memory_of
+from surgery.kinds.onnx.places import all_tensors, memory_of, place_of
 from surgery.kinds.onnx.session import open_model
+from surgery.runtime.bench import make_ready
 
 X = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
 WHOLE = [kind for kind in ir.DataType if kind.name not in ("UNDEFINED", "STRING")]
@@ -211,3 +213,18 @@ def test_a_message_that_leaves_its_weights_somewhere_is_refused(tmp_path: Path) 
     message = onnx.load(write(tmp_path / "m.onnx"), load_external_data=False)
     with pytest.raises(InputError, match="does not know their folder"):
         surgery.find_sites(message, X)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_no_weight_is_in_memory_while_models_are_timed(tmp_path: Path, beside: bool) -> None:
+    model: Any = surgery.load(write(tmp_path / "m.onnx", beside=beside))
+    weights = model.graph.initializers
+    numbers = {name: value.const_value.numpy().copy() for name, value in weights.items()}
+    places = {name: place_of(value.const_value) for name, value in weights.items()}
+    held = weakref.ref(weights["a"].const_value)
+    ready = make_ready([model], X, threads=1, move=True)
+    gc.collect()
+    assert held() is None
+    ready[0].run()
+    assert {name: place_of(value.const_value) for name, value in weights.items()} == places
+    assert all((value.const_value.numpy() == numbers[name]).all() for name, value in weights.items())

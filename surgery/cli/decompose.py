@@ -297,9 +297,12 @@ def _write(
 
 def _time(models: list[ExportedProgram], inputs: Any, progress: Progress) -> Timing | str:
     """Return the timing of the models, or why it cannot be had: a model that ONNX cannot express is no failure here."""
-    from surgery.runtime.bench import bench
+    from surgery.runtime.bench import make_ready, time_ready
+
+    def show(share: float) -> None:
+        progress("time", round(100 * share), 100)
 
     try:
-        return bench(models, inputs, seconds=4.0, progress=lambda share: progress("time", round(100 * share), 100))
+        return time_ready(make_ready(models, inputs, move=True), seconds=4.0, progress=show)
     except SurgeryError as error:
         return str(error)

@@ -122,6 +122,7 @@ class Counted:
 
 
 _JOINT = 576  # columns; above, the root over channels and taps at once costs more than it tells
+_ROWS = 256  # rows or columns of a weight that are multiplied at once
 _SURE = 0.03  # of measured costs
 _LEVELS = 40  # thresholds on singular values, from the largest to a thousandth of it
 
@@ -235,8 +236,11 @@ def _rank_grid(candidate: Candidate, multiple: int | None) -> list[Ranks]:
 def _whitened(site: Site, moments: Moments, *, centred: bool) -> tuple[Site, float]:
     """Return the site with ``G^(1/2) W C^(1/2)`` as its kernel, and the damage of losing all of it."""
     operator = site.operator
-    kernel = operator.kernel.detach().double()
-    taps, columns = moments.metric.taps, kernel[0, 0].numel()
+    kernel = operator.kernel.detach().to(torch.float64, copy=True)  # twice as large as the weight, and changed below
+    shape, taps, columns = kernel.shape, moments.metric.taps, kernel[0, 0].numel()
+    rows = kernel.flatten(2)
+    del kernel
+    total = float(moments.metric.energy(rows)) if moments.sensitivity is None else 0.0
     joint = taps == 1 or (moments.dense and columns <= _JOINT)
 
     def factor(number: int) -> Tensor:
@@ -247,16 +251,24 @@ def _whitened(site: Site, moments: Moments, *, centred: bool) -> tuple[Site, flo
     # are the damage. W is (g, O, I K); where C = A (x) B, the root of A multiplies the channels, that of B the taps. A
     # root over channels and taps at once must be symmetric.
     if joint and taps > 1:
-        rows = times_channels(kernel.flatten(2), symmetric_root(factor(0), RIDGE).matrix, 1)
+        root, extent = symmetric_root(factor(0), RIDGE), 1
     else:
-        rows = times_channels(kernel.flatten(2), root_of(partial(factor, 0), RIDGE).matrix, taps)
+        root, extent = root_of(partial(factor, 0), RIDGE), taps
+    for block in rows.split(_ROWS, dim=1):
+        block.copy_(times_channels(block, root.matrix, extent))
+    del root
     if not joint:
         second = root_of(partial(factor, 1), RIDGE).matrix
         rows = torch.einsum("grik,gkl->gril", rows.unflatten(-1, (-1, taps)), second).flatten(2)
     if moments.sensitivity is None:
-        total = float(moments.metric.energy(kernel.flatten(2)))
-        scale = float(rows.square().sum()) / total if total > 0 else 0.0
+        scale = _energy(rows) / total if total > 0 else 0.0
     else:
-        rows = times_rows(root_of(moments.sensitivity.clone, RIDGE).turned, rows)
-        scale = float(rows.square().sum())
-    return replace(site, operator=operator.with_bias(None).with_kernel(rows.view_as(kernel))), scale
+        turned = root_of(moments.sensitivity.clone, RIDGE).turned
+        for block in rows.split(_ROWS, dim=-1):
+            block.copy_(times_rows(turned, block))
+        scale = _energy(rows)
+    return replace(site, operator=operator.with_bias(None).with_kernel(rows.view(shape))), scale
+
+
+def _energy(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix)) ** 2

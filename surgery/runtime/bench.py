@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -17,12 +19,10 @@ from surgery.cost.onnxruntime.sessions import bind
 from surgery.cost.timing import Budget, Samples, compare_samples, interleave, waited
 from surgery.errors import InputError, only_own_errors
 from surgery.files.load import model_of
-from surgery.kinds.inputs import Inputs
-from surgery.kinds.onnx.session import check_threads, feed, open_session
-from surgery.kinds.onnx.session import open_model as session_of
-from surgery.kinds.registry import Model, is_model, kind_of
+from surgery.kinds.onnx.session import check_threads, open_session
+from surgery.kinds.registry import Model, is_model
 from surgery.runtime.compare import shared_inputs
-from surgery.runtime.export import capture, export_onnx
+from surgery.runtime.written import Written, write_mapped
 from surgery.system.machine import cpu_name, physical_cores
 from surgery.system.memory import give_back
 from surgery.system.scratch import scratch_folder
@@ -174,20 +174,25 @@ def make_ready(
     names: Sequence[str] | None = None,
     threads: int | None = None,
     seed: int = 0,
+    move: bool = False,
 ) -> list[Ready]:
-    """Return models to be timed, perhaps more than once; arguments and exceptions are those of ``bench``."""
+    """Return models to be timed, perhaps more than once; arguments and exceptions are those of ``bench``.
+
+    With ``move`` the weights of ONNX models then stand in temporary files, and no longer in memory.
+    """
     check_threads(threads)
     threads = threads or physical_cores()
     opened = [model_of(model) for model in models]
     inputs = shared_inputs(opened, example_inputs, seed=seed)
-    ready = []
-    for path, model in zip(names or map(name_of, models), opened, strict=True):
-        try:
-            ready.append(Ready(path, *_prepare(model, inputs, threads)))
-            give_back()  # the copies of weights that onnxruntime has brought into its own layouts
-        except InputError as error:
-            raise InputError(f"{path}: {error.what}", allowed=error.allowed, next_step=error.next_step) from error
-    return ready
+    with scratch_folder() as folder:
+        written: list[Written] = []
+        for name, model in zip(names or map(name_of, models), opened, strict=True):
+            with _naming(name):
+                path = folder / f"{len(written)}.onnx"
+                written.append(write_mapped(model, inputs, path, name, move=move))
+        del opened, model  # their weights are in the files
+        gc.collect()  # a graph and its nodes hold each other, and the weights, also of copies that nobody needs
+        return [_opened(each, threads) for each in written]
 
 
 def time_ready(
@@ -234,19 +239,23 @@ def describe_feeds(feeds: Mapping[str, npt.NDArray[Any]]) -> tuple[str, ...]:
     return tuple(f"{name} {a.dtype} {'x'.join(map(str, a.shape)) or 'scalar'}" for name, a in feeds.items())
 
 
-def _prepare(model: Model, inputs: Inputs, threads: int) -> tuple[Callable[[], None], tuple[str, ...]]:
-    """Return a callable that runs a model once on its inputs, and the inputs in words."""
-    if (onnx := kind_of(model).as_onnx(model)) is not None:
-        session = session_of(onnx, threads=threads)
-        feeds = feed(session, inputs)
-        return bind(session, feeds), describe_feeds(feeds)
-    program, _ = capture(model, inputs)
-    with scratch_folder() as folder:
-        file = folder / "model.onnx"
-        export_onnx(program, file, inputs)
-        session = open_session(file, threads=threads)
-        feeds = feed(session, inputs, program)
-        return bind(session, feeds), describe_feeds(feeds)
+def _opened(model: Written, threads: int) -> Ready:
+    """Return a model that was written, loaded in onnxruntime."""
+    file = model.file
+    with _naming(file.name):
+        session = open_session(file.path, threads=threads)
+        run = bind(session, file.feeds)
+    give_back()  # the copies of weights that onnxruntime has brought into its own layouts
+    return Ready(file.name, run, describe_feeds(file.feeds))
+
+
+@contextmanager
+def _naming(model: str) -> Iterator[None]:
+    """Let errors name the model."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{model}: {error.what}", allowed=error.allowed, next_step=error.next_step) from error
 
 
 def _compare(path: str, first: Samples, later: Samples, seed: int) -> ModelComparison:

@@ -8,17 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from onnxruntime import InferenceSession
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 from surgery.cost.base import ModelFile
 from surgery.files.save import save
 from surgery.kinds.inputs import Inputs
+from surgery.kinds.onnx.layout import move_weights, write_apart
 from surgery.kinds.onnx.session import feed, open_session
+from surgery.kinds.onnx.session import open_model as session_of
 from surgery.kinds.registry import Model, kind_of
 from surgery.runtime.export import capture, export_onnx, to_onnx, write_draft
 
-__all__ = ["Written", "write_model", "write_with_origins"]
+__all__ = ["Written", "write_mapped", "write_model", "write_with_origins"]
 
 _FX_NODE = "pkg.torch.onnx.fx_node"  # in the metadata of a node: the text of the fx node that it was made of
 _NOTE = "surgery.name"  # in the notes of a node of a GraphModule that is exported
@@ -39,13 +42,25 @@ def write_model(model: Model, inputs: Inputs, path: Path, name: str) -> Written:
         CaptureError, CheckError: the model cannot be exported.
         InputError: the inputs do not fit it.
     """
-    program = None
     if (onnx := kind_of(model).as_onnx(model)) is not None:
         save(onnx, path)
-    else:
-        program, _ = capture(model, inputs)
-        export_onnx(program, path, inputs)
-    return _opened(path, inputs, name, program)
+        return _fed(session_of(onnx, small=True), inputs, path, name)
+    program, _ = capture(model, inputs)
+    export_onnx(program, path, inputs)
+    return _fed(open_session(path, small=True), inputs, path, name, program)
+
+
+def write_mapped(model: Model, inputs: Inputs, path: Path, name: str, *, move: bool = False) -> Written:
+    """Write a model as ``write_model`` does, but an ONNX model with its large weights in a file that a session maps.
+
+    With ``move`` an ONNX model then has its weights there, and no longer in memory.
+    """
+    if (onnx := kind_of(model).as_onnx(model)) is None:
+        return write_model(model, inputs, path, name)
+    layout = write_apart(onnx, path)
+    if move:
+        move_weights(onnx, path, layout)
+    return _fed(open_session(path, small=True), inputs, path, name)
 
 
 def write_with_origins(model: Model, inputs: Inputs, path: Path, name: str) -> tuple[Written, Mapping[str, str]]:
@@ -64,7 +79,7 @@ def write_with_origins(model: Model, inputs: Inputs, path: Path, name: str) -> t
     if isinstance(model, GraphModule):
         own = _sources(program.graph, {node.name for node in model.graph.nodes})
         origins = {value: own[node] for value, node in origins.items() if node in own}
-    return _opened(path, inputs, name, program), origins
+    return _fed(open_session(path, small=True), inputs, path, name, program), origins
 
 
 @contextmanager
@@ -80,8 +95,10 @@ def _remembered(model: Model) -> Iterator[None]:
             node.meta.pop(_NOTE, None)
 
 
-def _opened(path: Path, inputs: Inputs, name: str, program: ExportedProgram | None) -> Written:
-    session = open_session(path)
+def _fed(
+    session: InferenceSession, inputs: Inputs, path: Path, name: str, program: ExportedProgram | None = None
+) -> Written:
+    """Return the file at a path, whose model the session has, with its inputs."""
     feeds = feed(session, inputs, program)
     return Written(ModelFile(name, path, feeds), tuple(tuple(d.shape) for d in session.get_inputs()))
 

@@ -23,6 +23,8 @@ not fail on the same matrix. Every eigendecomposition of a solver therefore come
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -92,7 +94,7 @@ _ROUNDING = 1e-13  # share of the energy that float32 matrices do not have
 _SMALL = 64  # up to here float64 costs no more
 _FILTERED = 192  # up to here an eigendecomposition costs no more than filters
 _HALVES = 256  # from half of this size on, a quarter of a Gram matrix is copied from its mirror image
-_BLOCK = 2**23  # entries that are cast to float64 at once
+_BLOCK = 2**22  # entries that are cast to float64 at once
 _DEGREE, _SHARE = 3, 0.95  # of a filter: the degree, and the share of the least Ritz value that is cut off
 _STEPS = 8
 _TO_COME, _MAX_RATE = 5e-4, 0.9
@@ -105,11 +107,12 @@ def gram(matrix: Tensor) -> Tensor:
     if matrix.dtype == torch.float64 or columns >= matrix.shape[-1]:
         matrix = matrix.double()
         return matrix @ matrix.mT
-    total = matrix.new_zeros(*matrix.shape[:-1], matrix.shape[-2], dtype=torch.float64)
+    *batch, rows, _ = matrix.shape
+    total = matrix.new_zeros(math.prod(batch), rows, rows, dtype=torch.float64)
     for block in matrix.split(columns, dim=-1):
-        wide = block.double()
-        total += wide @ wide.mT
-    return total
+        wide = block.double().reshape(len(total), rows, -1)
+        total.baddbmm_(wide, wide.mT)  # in place: the product by itself would be as large again
+    return total.view(*batch, rows, rows)
 
 
 def row_gram(matrix: Tensor) -> Tensor:

@@ -8,15 +8,17 @@ one file, unless that would be too large for one protobuf message.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, TypeAlias
 
 import onnx
 import onnx_ir as ir
 
 from surgery.errors import InputError
-from surgery.kinds.onnx.places import OUTSIDE, all_tensors, is_whole, memory_of, place_of
+from surgery.kinds.onnx.places import OUTSIDE, all_tensors, is_whole, memory_of, note_place, place_of, tensor_of
 from surgery.kinds.onnx.proto import sparse_tensors, write_proto
 from surgery.kinds.onnx.tensors import shape_of
 from surgery.system.protobuf import header
@@ -31,7 +33,9 @@ __all__ = [
     "digest",
     "lay_out",
     "lean",
+    "move_weights",
     "note_layout",
+    "write_apart",
 ]
 
 BESIDE = ".data"  # after the name of the model's own file
@@ -48,10 +52,14 @@ Piece: TypeAlias = bytes | ir.TensorProtocol
 
 @dataclass(frozen=True)
 class Layout:
-    """The pieces of a model's own file and of the one beside it, in order; tensors stand for their bytes."""
+    """The pieces of a model's own file and of the one beside it, in order; tensors stand for their bytes.
+
+    ``places`` are where the tensors beside it start, by their number among all tensors of the model.
+    """
 
     own: Sequence[Piece]
     beside: Sequence[Piece] = ()
+    places: Mapping[int, int] = field(default_factory=dict)
 
     def write(self, file: IO[bytes]) -> None:
         """Write the model's own file."""
@@ -78,24 +86,59 @@ def note_layout(model: ir.Model) -> None:
         model.graph.meta[KEEPS_OUTSIDE] = True
 
 
-def lay_out(model: ir.Model, name: str, *, most: int = _MOST_BYTES) -> Layout:
+def lay_out(model: ir.Model, name: str, *, most: int = _MOST_BYTES, apart: bool = False) -> Layout:
     """Return the bytes of a model for a file of this name; no file gets more than ``most`` bytes of inner weights.
+
+    Where they are ``apart``, all large weights go into the file beside it, wherever they belong.
 
     Raises:
         InputError: what has to be in the model's own file is too large.
     """
     beside: list[Piece] = []
+    places: dict[int, int] = {}
     place = 0
     model = model.clone()
-    chosen = _outside(model, most)
+    chosen = _outside(model, 0 if apart else most)
     for number, (tensor, put) in enumerate(all_tensors(model)):
         if number in chosen:
             # Example of place 100: 28 bytes, to 128.
             gap = -place % _ALIGNED
             beside += [bytes(gap), tensor]
+            places[number] = place + gap
             put(_reference(tensor, f"{name}{BESIDE}", place + gap))
             place += gap + tensor.nbytes
-    return Layout(_own(model, most), beside)
+    return Layout(_own(model, most), beside, places)
+
+
+def write_apart(model: ir.Model, path: Path) -> Layout:
+    """Write a model as a new file with all large weights beside it, which onnxruntime maps; return what was written.
+
+    onnxruntime lets go of what it has mapped as soon as it has the weight in a layout of its own. Weights that it reads
+    from memory, or from a model's own file, stand there once more for as long as the session lasts, or while it opens.
+    """
+    layout = lay_out(model, path.name, apart=True)
+    with open(path, "xb") as file:
+        layout.write(file)
+    if layout.beside:
+        with open(f"{path}{BESIDE}", "xb") as file:
+            layout.write_beside(file)
+    return layout
+
+
+def move_weights(model: ir.Model, path: Path, layout: Layout) -> None:
+    """Let the large weights of a model stand in the file that ``write_apart`` wrote, in place of memory.
+
+    What maps the file keeps its bytes, also when its name is gone.
+    """
+    if not layout.places:
+        return
+    with open(f"{path}{BESIDE}", "rb") as file:
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    for number, (tensor, put) in enumerate(all_tensors(model)):
+        start = layout.places.get(number)
+        if start is not None:
+            moved, place = tensor_of(tensor, mapped[start : start + tensor.nbytes]), place_of(tensor)
+            put(moved if place is None else note_place(moved, place))
 
 
 def _outside(model: ir.Model, most: int) -> set[int]:
