@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from onnx import helper
 from torch import Tensor, nn
 
 import surgery
@@ -458,3 +459,53 @@ def test_a_layer_says_why_its_recurrent_weight_is_no_site() -> None:
     assert "reset gate" in reasons["GRU"]
     assert "length" in reasons["LSTM lengths"]
     assert "clips" in reasons["LSTM clip"]
+
+
+# the node through which a layer reads each of its weights
+LIFTED = {"identity": "Identity({})", "unsqueeze": "Unsqueeze({}, axis)", "cast": "Cast <to = 1> ({})"}
+
+
+@pytest.mark.parametrize(("name", "ways"), [*in_turns([*LIFTED, "constant"], [1, 2]), ("constant", 1), ("cast", 2)])
+def test_weights_that_other_nodes_hold_move_or_convert(name: str, ways: int) -> None:
+    """They are sites as if they were initializers, and recompose gives back the nodes through which they are read."""
+    ways = 1 if name == "unsqueeze" else ways  # of both directions, no axis is missing
+    dtype = np.float16 if name == "cast" else np.float32
+    shapes = {"W": (ways, 4 * H, WIDE), "R": (ways, 4 * H, H), "B": (ways, 8 * H)}
+    arrays = {key: numbers(*shape, seed=at, dtype=dtype) for at, (key, shape) in enumerate(shapes.items())}
+    said = "  ".join(f"{key}_read = {LIFTED.get(name, 'Identity({})').format(key)}" for key in arrays)
+    if name == "unsqueeze":
+        arrays = {key: array[0] for key, array in arrays.items()} | {"axis": np.array([0])}
+    way = 'direction = "bidirectional",' if ways == 2 else ""
+    node = f"LSTM <{way} hidden_size = {H}> (x, W_read, R_read, B_read)"
+    text = f"g (float[t, n, {WIDE}] x) => (float[t, d, n, {H}] z) {{ {said}  z = {node} }}"
+    model, x = parsed(text, **arrays), torch.randn(T, N, WIDE)
+    if name == "constant":
+        model = _with_constants(model)
+    names = [f"{weight}{end}" for end in ("", "_reverse")[:ways] for weight in "WR"]
+    sites, skips = find_sites(model, x)
+    assert ([site.name for site in sites], skips) == (names, ())
+    assert ir.to_proto(surgery.decompose(model, x, ranks={}).model) == ir.to_proto(model)
+    before, allowed = outputs(model, x)[0], 2e-3 if dtype == np.float16 else 1e-5
+    full = surgery.decompose(model, x, ranks="full").model
+    assert relative_error(outputs(full, x)[0], before) <= 1e-5
+    for some in (["W"], ["R"], names):
+        made = surgery.decompose(model, x, ranks=dict.fromkeys(some, 2)).model
+        assert_valid(made)
+        back = surgery.recompose(made, x).model
+        assert_valid(back)
+        assert relative_error(outputs(back, x)[0], outputs(made, x)[0]) <= allowed
+        assert weights(back) == weights(model)
+        again, wanted = described(back), described(model)
+        assert again[2] == wanted[2]
+        # the weights of Constant nodes come back as initializers
+        kept = [node for node in again[0] if name != "constant" or b"Constant" not in node]
+        assert sorted(kept) == sorted(node for node in wanted[0] if b"Constant" not in node)
+
+
+def _with_constants(model: ir.Model) -> ir.Model:
+    proto = ir.to_proto(model)
+    for tensor in list(proto.graph.initializer):
+        node = helper.make_node("Constant", [], [tensor.name], value=tensor)
+        proto.graph.node.insert(0, node)
+        proto.graph.initializer.remove(tensor)
+    return ir.serde.deserialize_model(proto)
