@@ -509,3 +509,49 @@ def _with_constants(model: ir.Model) -> ir.Model:
         proto.graph.node.insert(0, node)
         proto.graph.initializer.remove(tensor)
     return ir.serde.deserialize_model(proto)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("float[1, 10] B", "its bias is an input of the model"),
+        ("B = Neg(b)", "its bias is computed by Neg"),
+        ("S = Neg(R)", "its recurrent weight is also read by Neg"),
+        ("Q = Identity(R)  S = Neg(Q)", "its recurrent weight is also read by Neg"),
+        ("R = Neg(r)", "its recurrent weight is computed by Neg"),
+    ],
+)
+@pytest.mark.parametrize("ways", [1, 2])
+def test_a_layer_says_which_of_its_weights_is_in_the_way(said: str, reason: str, ways: int) -> None:
+    given = "float" in said
+    way = 'direction = "bidirectional",' if ways == 2 else ""
+    head = (
+        f"g (float[t, n, {WIDE}] x{', ' + said.replace('1', str(ways), 1) if given else ''}) => (float[t, d, n, {H}] z)"
+    )
+    recurrent = "Q" if "Q" in said else "R"
+    text = f"{head} {{ {'' if given else said}  z = RNN <{way} hidden_size = {H}> (x, W, {recurrent}, B) }}"
+    arrays = {
+        "W": numbers(ways, H, WIDE),
+        "R": numbers(ways, H, H),
+        "B": numbers(ways, 2 * H),
+        "r": numbers(ways, H, H),
+    }
+    arrays |= {"b": numbers(ways, 2 * H)}
+    made_here = "B" if given or "B =" in said else "R" if "R =" in said else ""
+    model = parsed(text, **{key: array for key, array in arrays.items() if key != made_here})
+    x = (torch.randn(T, N, WIDE), *([torch.randn(ways, 2 * H)] if given else []))
+    reasons = [skip.reason for skip in find_sites(model, x)[1] if "loop" in skip.reason]
+    assert len(reasons) == 1
+    assert reasons[0].endswith(reason)
+
+
+def test_the_name_of_the_other_direction_may_be_taken() -> None:
+    text = f"""g (float[t, n, {WIDE}] x) => (float[t, d, n, {H}] z, float[t, n, {WIDE}] W_reverse) {{
+        z = RNN <direction = "bidirectional", hidden_size = {H}> (x, W, R)  W_reverse = Relu(x) }}"""
+    model, x = parsed(text, W=numbers(2, H, WIDE), R=numbers(2, H, H)), torch.randn(T, N, WIDE)
+    assert [site.name for site in find_sites(model, x)[0]] == ["W", "R", "W_reverse_1", "R_reverse"]
+    made = surgery.decompose(model, x, ranks="2").model
+    assert_valid(made)
+    back = surgery.recompose(made, x).model
+    assert described(back)[0] == described(model)[0]
+    assert weights(back) == weights(model)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from surgery.errors import Refusal
 from surgery.kinds.onnx.modes import mode_of
 from surgery.kinds.onnx.tensors import numbers_of
-from surgery.kinds.onnx.weights import Weight, is_plain
+from surgery.kinds.onnx.weights import Weight, is_plain, is_view
 from surgery.sites import Left, Skip, site_name
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ _FUSED = (
     *("FusedConv", "FusedMatMul", "FusedGemm", "FusedMatMulActivation", "BiasGelu", "Attention", "NhwcFusedConv"),
     *("MultiHeadAttention", "EmbedLayerNormalization", "SkipLayerNormalization"),
 )
+_BOTH = "bidirectional"
+_PARTS = {1: "input weight", 2: "recurrent weight", 3: "bias"}  # the inputs of a recurrent node
 _IN_LOOP = "the recurrent weight is multiplied inside of the node's loop"
 EARLIER = "decompose before you quantize"
 DENSE = {  # where the weight stands
@@ -82,12 +84,40 @@ def _skips(reader: Reader, node: ir.Node) -> Iterator[Skip]:
     if reason is not None:
         yield _skip(reader, node, node.inputs[1:2] if node in reader.gates else node.inputs, reason)
     if node in reader.gates:
-        mode = mode_of(node)
-        why = f", which {mode.reason}" if isinstance(mode, Refusal) else "; decompose the model before its export"
-        yield _skip(reader, node, node.inputs[2:3], _IN_LOOP + why)
+        yield _skip(reader, node, node.inputs[2:3], _IN_LOOP + _not_opened(reader, node))
     for inner, where in _hidden(reader, node):
         if _reason(reader, inner) is not None:
             yield _skip(reader, inner, inner.inputs, f"it is inside of {where}")
+
+
+def _not_opened(reader: Reader, node: ir.Node) -> str:
+    """Return why a recurrent node does not become a loop, whose recurrent weight would be a site."""
+    mode = mode_of(node)
+    both = "direction" in node.attributes and node.attributes["direction"].value == _BOTH
+    if isinstance(mode, Refusal) and not both:
+        return f", which {mode.reason}"
+    for at, what in _PARTS.items():
+        value = node.inputs[at] if at < len(node.inputs) else None
+        why = None if value is None else _not_its_own(reader, node, value, at)
+        if why is not None:
+            return f"; its {what} is {why}"
+    return f", which {mode.reason}" if isinstance(mode, Refusal) else "; decompose the model before its export"
+
+
+def _not_its_own(reader: Reader, node: ir.Node, value: ir.Value, at: int) -> str | None:
+    """Return why a weight of a recurrent node cannot be taken apart; None if it can."""
+    producer, weight = value.producer(), reader.weight(value)
+    if weight is None:
+        return f"computed by {producer.op_type}" if producer is not None else "an input of the model"
+    if value.is_graph_output() or weight.root.is_graph_output():
+        return "an output of the model, too"
+    users = {(use.node, use.idx) for each in (value, weight.root) for use in each.uses()}
+    others = [user for user, place in users if (user, place) != (node, at) and not (is_view(user) and place == 0)]
+    if others and not all(is_recurrent(user) for user in others):
+        return f"also read by {next(user.op_type for user in others if not is_recurrent(user))}"
+    if producer is not None:
+        return f"read through {producer.op_type} in more than one way, or from outside of a branch"
+    return "read in another way, too" if any(place != at for _, place in users) else None
 
 
 def _hidden(reader: Reader, node: ir.Node) -> Iterator[tuple[ir.Node, str]]:
