@@ -555,3 +555,17 @@ def test_the_name_of_the_other_direction_may_be_taken() -> None:
     back = surgery.recompose(made, x).model
     assert described(back)[0] == described(model)[0]
     assert weights(back) == weights(model)
+
+
+def test_an_input_weight_without_numbers_is_told() -> None:
+    text = f"""g (float[t, n, {WIDE}] x, float[1, {H}, {WIDE}] W) => (float[t, d, n, {H}] z) {{
+        z = RNN <hidden_size = {H}> (x, W, R) }}"""
+    _, skips = find_sites(parsed(text, R=numbers(1, H, H)), (torch.randn(T, N, WIDE), torch.randn(1, H, WIDE)))
+    assert [skip.name for skip in skips] == ["z", "R"]
+    assert all("input weight is an input of the model" in skip.reason for skip in skips)
+
+
+def test_tables_that_are_added_or_stand_beside_are_no_weights() -> None:
+    text = f"""g (float[n, {WIDE}] x) => (float[m, {WIDE}] z) {{
+        y = Add(x, A)  u = Mul(A, y)  z = Concat <axis = 0> (u, A) }}"""
+    assert find_sites(parsed(text, A=numbers(N, WIDE)), torch.randn(N, WIDE)) == ((), ())
