@@ -569,3 +569,21 @@ def test_tables_that_are_added_or_stand_beside_are_no_weights() -> None:
     text = f"""g (float[n, {WIDE}] x) => (float[m, {WIDE}] z) {{
         y = Add(x, A)  u = Mul(A, y)  z = Concat <axis = 0> (u, A) }}"""
     assert find_sites(parsed(text, A=numbers(N, WIDE)), torch.randn(N, WIDE)) == ((), ())
+
+
+def test_bisect_tells_the_directions_and_both_weights_apart() -> None:
+    model, x = form("LSTM"), torch.randn(T, N, WIDE)
+    wanted = outputs(model, x)[0]
+
+    def metric(run: Any) -> float:
+        return -float((run(x)[0] - wanted).norm())
+
+    ranks: dict[str, Any] = {"W": 2, "R": 1, "W_reverse": 3, "R_reverse": 2}
+    made = surgery.decompose(model, x, ranks=ranks).model
+    found = surgery.bisect(model, made, x, metric=metric, least=0.0)
+    assert not found.skips
+    for site in ranks:
+        without = surgery.decompose(model, x, ranks={**ranks, site: None}).model
+        gain = -float((outputs(without, x)[0] - wanted).norm() - (outputs(made, x)[0] - wanted).norm())
+        alone = [blame.gain for blame in found.blames if blame.sites == (site,)]
+        assert alone == [pytest.approx(gain, abs=1e-4)]
