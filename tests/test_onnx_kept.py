@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import surgery
@@ -239,3 +241,20 @@ def test_an_addition_after_a_gemm_stays_an_addition() -> None:
     text = "g (float[n, 8] x) => (float[n, 6] z) { y = Gemm(x, W)  z = Add(y, b) }"
     made = assert_comes_back(parsed(text, W=numbers(8, 6), b=numbers(6)), X, ["W"])
     assert [node.op_type for node in surgery.recompose(made, X).model.graph] == ["Gemm", "Add"]
+
+
+def test_branches_may_have_weights_of_one_name() -> None:
+    """A branch does not see the other, so that the name is free there when the weight comes back."""
+    text = """g (float[n, 8] x, bool c) => (float[n, 6] z) {
+        z = If (c) <then_branch = t () => (float[n, 6] a) { a = MatMul(x, w) },
+                    else_branch = e () => (float[n, 6] b) { y = MatMul(x, w)  b = Relu(y) }> }"""
+    proto = ir.to_proto(parsed(text))
+    for seed, attribute in enumerate(proto.graph.node[0].attribute):
+        attribute.g.initializer.append(numpy_helper.from_array(numbers(8, 6, seed=seed), "w"))
+    model, inputs = ir.serde.deserialize_model(proto), (torch.ones(2, 8), torch.tensor(True))
+    made = surgery.decompose(model, inputs, ranks="2").model
+    assert ir.to_proto(made) != proto
+    back = ir.to_proto(surgery.recompose(made, inputs).model)
+    for branch, before in zip(back.graph.node[0].attribute, proto.graph.node[0].attribute, strict=True):
+        assert branch.g.node == before.g.node
+        assert [tensor.name for tensor in branch.g.initializer] == ["w"]

@@ -269,7 +269,7 @@ class OpenOnnx(EditedGraph, OpenModel):
         self.move_to(parameters[0])
         weight = chain.operators[0].weight
         own = entry.weight or f"{chain.sites[0]}.weight"
-        name = own if own not in self.names or own in used else self.new_name(own)
+        name = own if own in used or self.is_free(own) else self.new_name(own)
         # a factor may have the very name that the weight gets; it goes first
         renamed = name if name not in self.names else self.new_name(f"{name}.fused")
         writer.views[renamed] = views_from_json(entry.computed, self._stored_shape(calls[-1], weight, writer))
