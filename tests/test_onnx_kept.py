@@ -258,3 +258,18 @@ def test_branches_may_have_weights_of_one_name() -> None:
     for branch, before in zip(back.graph.node[0].attribute, proto.graph.node[0].attribute, strict=True):
         assert branch.g.node == before.g.node
         assert [tensor.name for tensor in branch.g.initializer] == ["w"]
+
+
+def test_what_a_graph_says_of_a_weight_comes_back() -> None:
+    proto = ir.to_proto(parsed("g (float[n, 8] x) => (float[n, 6] z) { z = MatMul(x, w) }", w=numbers(8, 6)))
+    del proto.graph.value_info[:]
+    said = about(helper.make_tensor_value_info("w", TensorProto.FLOAT, [8, 6]), "w")
+    proto.graph.value_info.append(said)
+    note = proto.graph.quantization_annotation.add(tensor_name="w")
+    note.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="s")
+    proto.graph.initializer.append(numpy_helper.from_array(np.array(0.1, np.float32), "s"))
+    made = surgery.decompose(proto, X, ranks="2").model
+    assert not [*made.graph.value_info, *made.graph.quantization_annotation]
+    back = surgery.recompose(made, X).model
+    assert list(back.graph.value_info) == [said]
+    assert list(back.graph.quantization_annotation) == [note]
