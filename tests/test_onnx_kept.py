@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import surgery
@@ -239,3 +241,35 @@ def test_an_addition_after_a_gemm_stays_an_addition() -> None:
     text = "g (float[n, 8] x) => (float[n, 6] z) { y = Gemm(x, W)  z = Add(y, b) }"
     made = assert_comes_back(parsed(text, W=numbers(8, 6), b=numbers(6)), X, ["W"])
     assert [node.op_type for node in surgery.recompose(made, X).model.graph] == ["Gemm", "Add"]
+
+
+def test_branches_may_have_weights_of_one_name() -> None:
+    """A branch does not see the other, so that the name is free there when the weight comes back."""
+    text = """g (float[n, 8] x, bool c) => (float[n, 6] z) {
+        z = If (c) <then_branch = t () => (float[n, 6] a) { a = MatMul(x, w) },
+                    else_branch = e () => (float[n, 6] b) { y = MatMul(x, w)  b = Relu(y) }> }"""
+    proto = ir.to_proto(parsed(text))
+    for seed, attribute in enumerate(proto.graph.node[0].attribute):
+        attribute.g.initializer.append(numpy_helper.from_array(numbers(8, 6, seed=seed), "w"))
+    model, inputs = ir.serde.deserialize_model(proto), (torch.ones(2, 8), torch.tensor(True))
+    made = surgery.decompose(model, inputs, ranks="2").model
+    assert ir.to_proto(made) != proto
+    back = ir.to_proto(surgery.recompose(made, inputs).model)
+    for branch, before in zip(back.graph.node[0].attribute, proto.graph.node[0].attribute, strict=True):
+        assert branch.g.node == before.g.node
+        assert [tensor.name for tensor in branch.g.initializer] == ["w"]
+
+
+def test_what_a_graph_says_of_a_weight_comes_back() -> None:
+    proto = ir.to_proto(parsed("g (float[n, 8] x) => (float[n, 6] z) { z = MatMul(x, w) }", w=numbers(8, 6)))
+    del proto.graph.value_info[:]
+    said = about(helper.make_tensor_value_info("w", TensorProto.FLOAT, [8, 6]), "w")
+    proto.graph.value_info.append(said)
+    note = proto.graph.quantization_annotation.add(tensor_name="w")
+    note.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="s")
+    proto.graph.initializer.append(numpy_helper.from_array(np.array(0.1, np.float32), "s"))
+    made = surgery.decompose(proto, X, ranks="2").model
+    assert not [*made.graph.value_info, *made.graph.quantization_annotation]
+    back = surgery.recompose(made, X).model
+    assert list(back.graph.value_info) == [said]
+    assert list(back.graph.quantization_annotation) == [note]

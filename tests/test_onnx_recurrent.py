@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from onnx import helper
 from torch import Tensor, nn
 
 import surgery
@@ -458,3 +459,131 @@ def test_a_layer_says_why_its_recurrent_weight_is_no_site() -> None:
     assert "reset gate" in reasons["GRU"]
     assert "length" in reasons["LSTM lengths"]
     assert "clips" in reasons["LSTM clip"]
+
+
+# the node through which a layer reads each of its weights
+LIFTED = {"identity": "Identity({})", "unsqueeze": "Unsqueeze({}, axis)", "cast": "Cast <to = 1> ({})"}
+
+
+@pytest.mark.parametrize(("name", "ways"), [*in_turns([*LIFTED, "constant"], [1, 2]), ("constant", 1), ("cast", 2)])
+def test_weights_that_other_nodes_hold_move_or_convert(name: str, ways: int) -> None:
+    """They are sites as if they were initializers, and recompose gives back the nodes through which they are read."""
+    ways = 1 if name == "unsqueeze" else ways  # of both directions, no axis is missing
+    dtype = np.float16 if name == "cast" else np.float32
+    shapes = {"W": (ways, 4 * H, WIDE), "R": (ways, 4 * H, H), "B": (ways, 8 * H)}
+    arrays = {key: numbers(*shape, seed=at, dtype=dtype) for at, (key, shape) in enumerate(shapes.items())}
+    said = "  ".join(f"{key}_read = {LIFTED.get(name, 'Identity({})').format(key)}" for key in arrays)
+    if name == "unsqueeze":
+        arrays = {key: array[0] for key, array in arrays.items()} | {"axis": np.array([0])}
+    way = 'direction = "bidirectional",' if ways == 2 else ""
+    node = f"LSTM <{way} hidden_size = {H}> (x, W_read, R_read, B_read)"
+    text = f"g (float[t, n, {WIDE}] x) => (float[t, d, n, {H}] z) {{ {said}  z = {node} }}"
+    model, x = parsed(text, **arrays), torch.randn(T, N, WIDE)
+    if name == "constant":
+        model = _with_constants(model)
+    names = [f"{weight}{end}" for end in ("", "_reverse")[:ways] for weight in "WR"]
+    sites, skips = find_sites(model, x)
+    assert ([site.name for site in sites], skips) == (names, ())
+    assert ir.to_proto(surgery.decompose(model, x, ranks={}).model) == ir.to_proto(model)
+    before, allowed = outputs(model, x)[0], 2e-3 if dtype == np.float16 else 1e-5
+    full = surgery.decompose(model, x, ranks="full").model
+    assert relative_error(outputs(full, x)[0], before) <= 1e-5
+    for some in (["W"], ["R"], names):
+        made = surgery.decompose(model, x, ranks=dict.fromkeys(some, 2)).model
+        assert_valid(made)
+        back = surgery.recompose(made, x).model
+        assert_valid(back)
+        assert relative_error(outputs(back, x)[0], outputs(made, x)[0]) <= allowed
+        assert weights(back) == weights(model)
+        again, wanted = described(back), described(model)
+        assert again[2] == wanted[2]
+        # the weights of Constant nodes come back as initializers
+        kept = [node for node in again[0] if name != "constant" or b"Constant" not in node]
+        assert sorted(kept) == sorted(node for node in wanted[0] if b"Constant" not in node)
+
+
+def _with_constants(model: ir.Model) -> ir.Model:
+    proto = ir.to_proto(model)
+    for tensor in list(proto.graph.initializer):
+        node = helper.make_node("Constant", [], [tensor.name], value=tensor)
+        proto.graph.node.insert(0, node)
+        proto.graph.initializer.remove(tensor)
+    return ir.serde.deserialize_model(proto)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("float[1, 10] B", "its bias is an input of the model"),
+        ("B = Neg(b)", "its bias is computed by Neg"),
+        ("S = Neg(R)", "its recurrent weight is also read by Neg"),
+        ("Q = Identity(R)  S = Neg(Q)", "its recurrent weight is also read by Neg"),
+        ("R = Neg(r)", "its recurrent weight is computed by Neg"),
+    ],
+)
+@pytest.mark.parametrize("ways", [1, 2])
+def test_a_layer_says_which_of_its_weights_is_in_the_way(said: str, reason: str, ways: int) -> None:
+    given = "float" in said
+    way = 'direction = "bidirectional",' if ways == 2 else ""
+    head = (
+        f"g (float[t, n, {WIDE}] x{', ' + said.replace('1', str(ways), 1) if given else ''}) => (float[t, d, n, {H}] z)"
+    )
+    recurrent = "Q" if "Q" in said else "R"
+    text = f"{head} {{ {'' if given else said}  z = RNN <{way} hidden_size = {H}> (x, W, {recurrent}, B) }}"
+    arrays = {
+        "W": numbers(ways, H, WIDE),
+        "R": numbers(ways, H, H),
+        "B": numbers(ways, 2 * H),
+        "r": numbers(ways, H, H),
+    }
+    arrays |= {"b": numbers(ways, 2 * H)}
+    made_here = "B" if given or "B =" in said else "R" if "R =" in said else ""
+    model = parsed(text, **{key: array for key, array in arrays.items() if key != made_here})
+    x = (torch.randn(T, N, WIDE), *([torch.randn(ways, 2 * H)] if given else []))
+    reasons = [skip.reason for skip in find_sites(model, x)[1] if "loop" in skip.reason]
+    assert len(reasons) == 1
+    assert reasons[0].endswith(reason)
+
+
+def test_the_name_of_the_other_direction_may_be_taken() -> None:
+    text = f"""g (float[t, n, {WIDE}] x) => (float[t, d, n, {H}] z, float[t, n, {WIDE}] W_reverse) {{
+        z = RNN <direction = "bidirectional", hidden_size = {H}> (x, W, R)  W_reverse = Relu(x) }}"""
+    model, x = parsed(text, W=numbers(2, H, WIDE), R=numbers(2, H, H)), torch.randn(T, N, WIDE)
+    assert [site.name for site in find_sites(model, x)[0]] == ["W", "R", "W_reverse_1", "R_reverse"]
+    made = surgery.decompose(model, x, ranks="2").model
+    assert_valid(made)
+    back = surgery.recompose(made, x).model
+    assert described(back)[0] == described(model)[0]
+    assert weights(back) == weights(model)
+
+
+def test_an_input_weight_without_numbers_is_told() -> None:
+    text = f"""g (float[t, n, {WIDE}] x, float[1, {H}, {WIDE}] W) => (float[t, d, n, {H}] z) {{
+        z = RNN <hidden_size = {H}> (x, W, R) }}"""
+    _, skips = find_sites(parsed(text, R=numbers(1, H, H)), (torch.randn(T, N, WIDE), torch.randn(1, H, WIDE)))
+    assert [skip.name for skip in skips] == ["z", "R"]
+    assert all("input weight is an input of the model" in skip.reason for skip in skips)
+
+
+def test_tables_that_are_added_or_stand_beside_are_no_weights() -> None:
+    text = f"""g (float[n, {WIDE}] x) => (float[m, {WIDE}] z) {{
+        y = Add(x, A)  u = Mul(A, y)  z = Concat <axis = 0> (u, A) }}"""
+    assert find_sites(parsed(text, A=numbers(N, WIDE)), torch.randn(N, WIDE)) == ((), ())
+
+
+def test_bisect_tells_the_directions_and_both_weights_apart() -> None:
+    model, x = form("LSTM"), torch.randn(T, N, WIDE)
+    wanted = outputs(model, x)[0]
+
+    def metric(run: Any) -> float:
+        return -float((run(x)[0] - wanted).norm())
+
+    ranks: dict[str, Any] = {"W": 2, "R": 1, "W_reverse": 3, "R_reverse": 2}
+    made = surgery.decompose(model, x, ranks=ranks).model
+    found = surgery.bisect(model, made, x, metric=metric, least=0.0)
+    assert not found.skips
+    for site in ranks:
+        without = surgery.decompose(model, x, ranks={**ranks, site: None}).model
+        gain = -float((outputs(without, x)[0] - wanted).norm() - (outputs(made, x)[0] - wanted).norm())
+        alone = [blame.gain for blame in found.blames if blame.sites == (site,)]
+        assert alone == [pytest.approx(gain, abs=1e-4)]

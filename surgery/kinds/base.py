@@ -107,8 +107,12 @@ class Kind(ABC):
         """Return the parameters and buffers of a model by name."""
         return self.runnable(model).state_dict()
 
-    def exchanged(self, model: Any, tensors: Mapping[str, Any]) -> Any:
-        """Return a copy of a model with other numbers for some of its tensors; None if its module can be changed."""
+    def parts(self, model: Any) -> Mapping[str, Any]:
+        """Return the weights of a model by name; of those that are taken apart while it is open, the parts."""
+        return self.tensors(model)
+
+    def exchanged(self, model: Any, parts: Mapping[str, Any]) -> Any:
+        """Return a copy of a model with other numbers for some of its parts; None if its module can be changed."""
         return None
 
     def brought_inputs(self, model: Any, *, seed: int = 0) -> Inputs | None:

@@ -205,7 +205,7 @@ class _OnnxBench(_Bench):
     def __init__(self, original: Any, recomposed: Any, metric: Metric, progress: Progress) -> None:
         super().__init__(original, recomposed, metric, progress)
         self._recomposed, self._kind = recomposed, kind_of(recomposed)
-        self._old, self._new = (kind_of(model).tensors(model) for model in (original, recomposed))
+        self._old, self._new = (kind_of(model).parts(model) for model in (original, recomposed))
         self._names: dict[str, set[str]] = defaultdict(set)  # of the weight and the biases of each site
         for call in open_model(recomposed, copies=False).flow.elements:
             if isinstance(call, Call):

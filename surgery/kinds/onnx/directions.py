@@ -68,7 +68,6 @@ def _is_splittable(graph: EditedGraph, node: ir.Node) -> bool:
         all(value.is_initializer() and not value.is_graph_output() for value in weights)
         and all(value.const_value is not None and value.const_value.dtype in FLOATS for value in weights)
         and all(value.const_value is not None and tuple(value.const_value.shape)[:1] == (2,) for value in weights)
-        and all(graph.new_name(_reversed(name)) == _reversed(name) for name in named)
         # files of an earlier version have one chain for both directions
         and not _has_factor(graph, named)
     )

@@ -243,6 +243,14 @@ class EditedGraph:
             name, number = f"{stem}_{number}", number + 1
         return name
 
+    def is_free(self, name: str) -> bool:
+        """Whether no value has a name that new weights would see, or would hide; branches do not see each other."""
+        if name not in self.names:
+            return True
+        graphs = (self.graph, *self.graph.subgraphs())
+        around = [graph for graph in graphs if graph is self.home or self.home in graph.subgraphs()]
+        return not any(name in _own_names(graph) for graph in (*around, *self.home.subgraphs()))
+
     def note_name(self, name: str) -> str:
         """Return a name; no other value gets it from now on."""
         self.names.add(name)
@@ -294,6 +302,10 @@ def producer_of(value: ir.Value) -> ir.Node:
     node = value.producer()
     assert node is not None  # a node gives the value of a call
     return node
+
+
+def _own_names(graph: ir.Graph) -> set[str | None]:
+    return {*graph.initializers, *(value.name for value in graph.inputs), *(v.name for n in graph for v in n.outputs)}
 
 
 def _all_values(graph: ir.Graph) -> list[ir.Value]:

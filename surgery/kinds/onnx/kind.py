@@ -17,7 +17,7 @@ from surgery.errors import FileError, InputError
 from surgery.kinds.base import Access, Kind, Piece, Pieces
 from surgery.kinds.inputs import Declared, Inputs, Signature, given_inputs, random_tensor
 from surgery.kinds.onnx.cut import CuttableOnnx
-from surgery.kinds.onnx.graph import RECORD, EditedGraph, read_metadata, set_numbers
+from surgery.kinds.onnx.graph import RECORD, read_metadata, set_numbers
 from surgery.kinds.onnx.join import join_stages
 from surgery.kinds.onnx.norms import NormNode, set_in_proto
 from surgery.kinds.onnx.places import all_tensors
@@ -121,12 +121,18 @@ class OnnxKind(Kind):
         """Return the weights of a model by name."""
         return {name: to_torch(tensor) for name, tensor in Reader(self.read(model)).parameters.items()}
 
-    def exchanged(self, model: Any, tensors: Mapping[str, Any]) -> ir.Model:
-        """Return a copy of a model with other numbers for some of its weights, as ``onnx_ir`` holds it."""
-        graph = EditedGraph(self.read(model).clone())
-        for name, tensor in tensors.items():
-            set_numbers(graph.parameter(name), tensor)
-        return graph.model
+    def parts(self, model: Any) -> Mapping[str, Any]:
+        """Return the weights of a model by name, as they are while it is open."""
+        opened = OpenOnnx(self.read(model), ((), {}))
+        return {name: to_torch(tensor) for name, tensor in opened.reader.parameters.items()}
+
+    def exchanged(self, model: Any, parts: Mapping[str, Any]) -> ir.Model:
+        """Return a copy of a model with other numbers for some of its parts, as ``onnx_ir`` holds it."""
+        opened = OpenOnnx(self.read(model), ((), {}))
+        for name, numbers in parts.items():
+            set_numbers(opened.parameter(name), numbers)
+        found: ir.Model = opened.finish()
+        return found
 
     def brought_inputs(self, model: Any, *, seed: int = 0) -> Inputs | None:
         """Return random inputs of the shapes that a model declares; sizes that may vary are 1. None if it cannot."""

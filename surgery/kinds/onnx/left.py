@@ -11,8 +11,8 @@ import onnx_ir as ir
 from surgery.errors import Refusal
 from surgery.kinds.onnx.modes import mode_of
 from surgery.kinds.onnx.tensors import numbers_of
-from surgery.kinds.onnx.weights import Weight, is_plain
-from surgery.sites import Left, Skip, site_name
+from surgery.kinds.onnx.weights import Weight, is_plain, is_view
+from surgery.sites import Call, Left, Skip, site_name
 
 if TYPE_CHECKING:
     from surgery.kinds.onnx.read import Reader
@@ -28,6 +28,8 @@ _FUSED = (
     *("FusedConv", "FusedMatMul", "FusedGemm", "FusedMatMulActivation", "BiasGelu", "Attention", "NhwcFusedConv"),
     *("MultiHeadAttention", "EmbedLayerNormalization", "SkipLayerNormalization"),
 )
+_BOTH = "bidirectional"
+_PARTS = {1: "input weight", 2: "recurrent weight", 3: "bias"}  # the inputs of a recurrent node
 _IN_LOOP = "the recurrent weight is multiplied inside of the node's loop"
 EARLIER = "decompose before you quantize"
 DENSE = {  # where the weight stands
@@ -41,7 +43,12 @@ _PLACES = {  # else the first two
 _TABLES = ("Gather", "GatherND")
 _INSIDE = ("LinearRegressor", "LinearClassifier")  # of ai.onnx.ml
 _SIZES = ("Shape", "Size")
-_NUMBERS = {"CastLike": 1}  # how many inputs of an operator are read for their numbers, if not all
+_NUMBERS = {"CastLike": slice(1), "Where": slice(1, None)}  # the inputs that are read for their numbers, if not all
+_NO_LAYERS = (  # operators that read constants element by element, beside others, or as states
+    *("Add", "Sub", "Mul", "Div", "Mod", "Pow", "PRelu", "Max", "Min", "Mean", "Sum", "Clip", "Where", "CastLike"),
+    *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "BatchNormalization", "LayerNormalization"),
+    *("Concat", "If", "Loop", "Scan", "SequenceConstruct", "SequenceInsert", "Optional"),
+)
 _MOST_READ = 10_000  # values from which a weight is computed
 
 
@@ -74,7 +81,29 @@ def left_of(reader: Reader) -> tuple[Left, ...]:
         for skip in _skips(reader, node):
             key, value = (skip.name, skip.reason), reader.number(node)
             found[key] = Left(skip, (*(found[key].values if key in found else ()), value))
+    named = {site_name(element.weight) for element in reader.elements if isinstance(element, Call)}
+    named |= {name for name, _ in found}
+    for node in reader.nodes:
+        for inner in (node, *(each for each, _ in _hidden(reader, node))):
+            for skip in _others(reader, inner):
+                if skip.name not in named:
+                    key = (skip.name, skip.reason)
+                    found[key] = Left(skip, (*(found[key].values if key in found else ()), reader.number(node)))
     return tuple(found.values())
+
+
+def _others(reader: Reader, node: ir.Node) -> Iterator[Skip]:
+    """Yield the tables that a node reads beside values that vary, if it may do more than compute element by element."""
+    if not is_plain(node) or is_view(node) or node.op_type in (*DENSE, *_NO_LAYERS):
+        return
+    tables = [value for value in node.inputs if (weight := reader.weight(value)) is not None and _is_table(weight)]
+    varies = any(value is not None and not _constants(reader, value) for value in node.inputs) if tables else False
+    yield from (_skip(reader, node, [value], f"{node.op_type} reads it") for value in tables if varies)
+
+
+def _is_table(weight: Weight) -> bool:
+    """Whether a weight has floats along more than one axis."""
+    return weight.is_float and sum(size > 1 for size in weight.shape) > 1
 
 
 def _skips(reader: Reader, node: ir.Node) -> Iterator[Skip]:
@@ -82,12 +111,40 @@ def _skips(reader: Reader, node: ir.Node) -> Iterator[Skip]:
     if reason is not None:
         yield _skip(reader, node, node.inputs[1:2] if node in reader.gates else node.inputs, reason)
     if node in reader.gates:
-        mode = mode_of(node)
-        why = f", which {mode.reason}" if isinstance(mode, Refusal) else "; decompose the model before its export"
-        yield _skip(reader, node, node.inputs[2:3], _IN_LOOP + why)
+        yield _skip(reader, node, node.inputs[2:3], _IN_LOOP + _not_opened(reader, node))
     for inner, where in _hidden(reader, node):
         if _reason(reader, inner) is not None:
             yield _skip(reader, inner, inner.inputs, f"it is inside of {where}")
+
+
+def _not_opened(reader: Reader, node: ir.Node) -> str:
+    """Return why a recurrent node does not become a loop, whose recurrent weight would be a site."""
+    mode = mode_of(node)
+    both = "direction" in node.attributes and node.attributes["direction"].value == _BOTH
+    if isinstance(mode, Refusal) and not both:
+        return f", which {mode.reason}"
+    for at, what in _PARTS.items():
+        value = node.inputs[at] if at < len(node.inputs) else None
+        why = None if value is None else _not_its_own(reader, node, value, at)
+        if why is not None:
+            return f"; its {what} is {why}"
+    return f", which {mode.reason}" if isinstance(mode, Refusal) else "; decompose the model before its export"
+
+
+def _not_its_own(reader: Reader, node: ir.Node, value: ir.Value, at: int) -> str | None:
+    """Return why a weight of a recurrent node cannot be taken apart; None if it can."""
+    producer, weight = value.producer(), reader.weight(value)
+    if weight is None:
+        return f"computed by {producer.op_type}" if producer is not None else "an input of the model"
+    if value.is_graph_output() or weight.root.is_graph_output():
+        return "an output of the model, too"
+    users = {(use.node, use.idx) for each in (value, weight.root) for use in each.uses()}
+    others = [user for user, place in users if (user, place) != (node, at) and not (is_view(user) and place == 0)]
+    if others and not all(is_recurrent(user) for user in others):
+        return f"also read by {next(user.op_type for user in others if not is_recurrent(user))}"
+    if producer is not None:
+        return f"read through {producer.op_type} in more than one way, or from outside of a branch"
+    return "read in another way, too" if any(place != at for _, place in users) else None
 
 
 def _hidden(reader: Reader, node: ir.Node) -> Iterator[tuple[ir.Node, str]]:
@@ -124,6 +181,8 @@ def _reason(reader: Reader, node: ir.Node) -> str | None:
     call = reader.call(node)
     if isinstance(call, Refusal):
         return call.reason
+    if node in reader.gates and node.inputs[1] in reader.inputs:
+        return "its input weight is an input of the model; its numbers are not in the file"
     if call is None and node.op_type in DENSE:
         return _computed(reader, node)
     return None
@@ -203,5 +262,5 @@ def _constants(reader: Reader, value: ir.Value | None) -> list[Weight | None]:
         if not ends and any(True for _ in inside(node)):
             return []  # a body may read anything
         found += [] if node.inputs or ends else [None]
-        waiting += ends or node.inputs[: _NUMBERS.get(node.op_type)]
+        waiting += ends or node.inputs[_NUMBERS.get(node.op_type, slice(None))]
     return found

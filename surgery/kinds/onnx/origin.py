@@ -14,9 +14,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import onnx
 import onnx_ir as ir
 
-__all__ = ["Origin", "configure", "configured", "describe"]
+__all__ = ["DESCRIBED", "Origin", "configure", "configured", "describe"]
 
+DESCRIBED = "surgery.described"  # in the meta of an initializer of which its message says more than its numbers
 _WAS = "surgery.was"
+_QUANTIZED = "quant_parameter_tensor_names"  # in the meta of a value: the names of its scale and zero point
 
 
 def describe(new: ir.Value | ir.TensorProtocol, old: ir.Value | ir.TensorProtocol) -> None:
@@ -63,6 +65,12 @@ class Origin:
             said = graph.initializer.add(name=weight.name or "", doc_string=tensor.doc_string or "")
             for key, text in tensor.metadata_props.items():
                 said.metadata_props.add(key=key, value=text)
+        if weight.meta.get(DESCRIBED):
+            graph.input.append(ir.serde.serialize_value(weight))
+        if named := weight.meta.get(_QUANTIZED):
+            note = graph.quantization_annotation.add(tensor_name=weight.name or "")
+            for key, name in named.items():
+                note.quant_parameter_tensor_names.add(key=key, value=name)
         return cls(graph)
 
     @classmethod
@@ -101,7 +109,15 @@ class Origin:
                 taken.add(info.name)
 
     def restore_weight(self, weight: ir.Value) -> None:
-        """Say of the numbers of a weight what was said of them."""
+        """Say of a weight and of its numbers what was said of them."""
+        for info in self._graph.input:
+            if info.name == weight.name:
+                weight.meta[DESCRIBED] = True
+                weight.doc_string = info.doc_string or None
+                weight.metadata_props.update({each.key: each.value for each in info.metadata_props})
+        for note in self._graph.quantization_annotation:
+            if note.tensor_name == weight.name:
+                weight.meta[_QUANTIZED] = {each.key: each.value for each in note.quant_parameter_tensor_names}
         for said in self._graph.initializer:
             if said.name == weight.name and weight.const_value is not None:
                 weight.const_value.doc_string = said.doc_string

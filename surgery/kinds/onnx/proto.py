@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx import numpy_helper
 
 from surgery.errors import FileError
+from surgery.kinds.onnx.origin import DESCRIBED
 from surgery.system.arrays import MOST_BYTES
 from surgery.system.opening import shown_name
 
@@ -28,14 +29,10 @@ _KEPT = "surgery: not in onnx_ir"  # in the meta of a graph, which its copies sh
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """What onnx_ir does not hold; sparse initializers with the dense numbers that were made of them.
-
-    ``described`` are the names of the values that the message described.
-    """
+    """What onnx_ir does not hold; sparse initializers with the dense numbers that were made of them."""
 
     training: tuple[onnx.TrainingInfoProto, ...]
     sparse: tuple[tuple[onnx.SparseTensorProto, ir.TensorProtocol | None], ...]
-    described: frozenset[str]
 
 
 def read_proto(proto: onnx.ModelProto) -> ir.Model:
@@ -65,8 +62,10 @@ def read_proto(proto: onnx.ModelProto) -> ir.Model:
     model.graph.meta[_KEPT] = _Kept(
         tuple(proto.training_info),
         tuple((each, model.graph.initializers[each.values.name].const_value) for each in sparse),
-        frozenset(value.name for value in proto.graph.value_info),
     )
+    for info in proto.graph.value_info:
+        if info.name in model.graph.initializers:
+            model.graph.initializers[info.name].meta[DESCRIBED] = True
     return model
 
 
@@ -113,7 +112,7 @@ def write_proto(model: ir.Model) -> onnx.ModelProto:
     graph.sparse_initializer.extend(each for each, _ in kept.sparse if each.values.name in still)
     _drop(graph.initializer, still)
     # onnx_ir describes each initializer a second time
-    _drop(graph.value_info, values.keys() - kept.described)
+    _drop(graph.value_info, {name for name, value in values.items() if not value.meta.get(DESCRIBED)})
     return proto
 
 

@@ -36,6 +36,7 @@ from surgery.kinds.onnx.directions import join_directions, split_directions
 from surgery.kinds.onnx.graph import RECORD, EditedGraph, producer_of, set_numbers
 from surgery.kinds.onnx.layout import note_layout
 from surgery.kinds.onnx.left import DENSE
+from surgery.kinds.onnx.lifted import lift, lower
 from surgery.kinds.onnx.loops import open_loops
 from surgery.kinds.onnx.marks import SIZED
 from surgery.kinds.onnx.norms import NormNode, set_in_model
@@ -74,6 +75,9 @@ class OpenOnnx(EditedGraph, OpenModel):
         note_layout(self.model)
         self.inputs, self._original = inputs, model
         self._unpacked = unpack(self)
+        self._lifted = lift(self)
+        if self._lifted:
+            self.reread()
         self._halves = split_directions(self)
         if self._unpacked or self._halves.nodes:
             self.reread()
@@ -265,7 +269,7 @@ class OpenOnnx(EditedGraph, OpenModel):
         self.move_to(parameters[0])
         weight = chain.operators[0].weight
         own = entry.weight or f"{chain.sites[0]}.weight"
-        name = own if own not in self.names or own in used else self.new_name(own)
+        name = own if own in used or self.is_free(own) else self.new_name(own)
         # a factor may have the very name that the weight gets; it goes first
         renamed = name if name not in self.names else self.new_name(f"{name}.fused")
         writer.views[renamed] = views_from_json(entry.computed, self._stored_shape(calls[-1], weight, writer))
@@ -364,6 +368,7 @@ class OpenOnnx(EditedGraph, OpenModel):
         pack(self, self._unpacked)
         close_loops(self, self._loops)
         join_directions(self, self._halves)
+        lower(self, self._lifted)
         self.sort_initializers()
         self.made.clear()  # the factors as they were made: the model may have them in another layout
         if self.record:
