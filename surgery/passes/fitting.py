@@ -135,7 +135,7 @@ class Fitting:
         return self.held_out.error(model)[0]
 
 
-_HELD = 2**26  # bytes of chains that are always kept; of larger models, as many as half of its weights
+_HELD = 2**26  # bytes of chains that are always kept; of larger models, as many as a quarter of the weights
 
 _UnitKey: TypeAlias = tuple[tuple[str, ...], str, Ranks]  # names, factorization, ranks
 
@@ -163,7 +163,7 @@ class Fitter:
         self._original, self._evidence, self._options, self._progress = original, evidence, options, progress
         self._data = None if evidence is None else evidence.fit_to
         weights = sum(_bytes(site.operator.weight) for site in original.sites.values())
-        self._units: Recent[tuple[_UnitKey, bool], dict[str, Made]] = Recent(max(_HELD, weights // 2), _bytes_of)
+        self._units: Recent[tuple[_UnitKey, bool], dict[str, Made]] = Recent(max(_HELD, weights // 4), _bytes_of)
         self._fitted: dict[tuple[_UnitKey, ...], Fitted] = {}
         self._latest: tuple[tuple[_UnitKey, ...], Any] | None = None
         self.refused: dict[str, str] = {}
