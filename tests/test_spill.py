@@ -35,6 +35,14 @@ def test_without_room_for_a_file_sums_stay_in_memory(monkeypatch: pytest.MonkeyP
     assert float(one.opened().sum()) == LARGE
 
 
+def test_a_part_is_opened_alone_wherever_it_starts() -> None:
+    spill, values = Spill(), torch.arange(LARGE // 8 + 700, dtype=torch.float64)
+    for one in (spill.holding(values), Spill().holding(values[:3000])):
+        one.part(700, (3, 5)).neg_()
+        assert one.part(699, (4,)).tolist() == [699, -700, -701, -702]
+        assert one.opened()[713:716].tolist() == [-713, -714, 715]
+
+
 @pytest.mark.parametrize("size", [32, SIDE, SIDE + 40])
 @pytest.mark.parametrize("count", [1, 7, 200])
 def test_a_sum_of_squares_is_that_of_all_rows(size: int, count: int) -> None:
@@ -44,7 +52,11 @@ def test_a_sum_of_squares_is_that_of_all_rows(size: int, count: int) -> None:
         total.add(part)
     wanted = rows.mT @ rows
     for _ in range(2):  # to ask for it does not change it
-        assert torch.allclose(total.total(), wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
+        found = total.over(1)
+        assert torch.allclose(found, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
+        assert torch.equal(total.diagonal(), found.diagonal(dim1=-2, dim2=-1))
+    total.add_to(found)
+    assert torch.equal(found, total.over(1) * 2)
 
 
 def test_no_moment_of_a_large_site_is_held() -> None:

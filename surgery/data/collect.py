@@ -223,7 +223,7 @@ class _Gram:
         # The mean of the diagonal is the level at which the identity has the same trace.
         # Example: 256 gradients of 256 channels count for one half, and the identity for the other.
         share = self._out / (self._out + self.count)
-        mean = self._sum.total() / runs
+        mean = self._sum.over(runs)
         diagonal = mean.diagonal(dim1=-2, dim2=-1)
         level = diagonal.mean(-1, keepdim=True)
         mean *= 1 - share

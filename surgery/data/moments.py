@@ -181,7 +181,8 @@ class Accumulator:
             visible = visible_rows(masks, x.shape)
             x = x.flatten() if visible is None else x.flatten()[visible]
             shares = torch.bincount(x, minlength=self._mean.shape[1]).to(torch.float64)
-            self._first.total().add_(shares)
+            assert isinstance(self._first, DiagonalSum)
+            self._first.add_shares(shares)
             self._mean += shares
             self.count += x.numel()
             return
@@ -211,21 +212,19 @@ class Accumulator:
         if not self.count:
             raise InputError("no calibration input reached the operator")
         # A square is not finite wherever a value is not, or its square is not.
-        diagonal = self._first.total() if isinstance(self._first, DiagonalSum) else _diagonal(self._first.total())
-        if not bool(torch.isfinite(self._mean).all()) or not bool(torch.isfinite(diagonal).all()):
+        if not bool(torch.isfinite(self._mean).all()) or not bool(torch.isfinite(self._first.diagonal()).all()):
             raise InputError("its inputs have values that are not finite", next_step="check the data")
 
     def moments(self) -> Moments:
         """Return the moments of all that was added; raises as ``check`` does."""
         self.check()
-        first = self._first.total()
         if self._second is None:
-            factors: tuple[Tensor, ...] = (first / self.count,)
+            factors: tuple[Tensor, ...] = (self._first.over(self.count),)
         else:
             tiny = torch.finfo(torch.float64).tiny
             # tr(A (x) B) = tr(A) tr(B). A is averaged over the taps and tr(B) is K, so that the product has the mean
             # square of a column. Example: columns of mean square 18 at 9 taps have tr(A) = 2 and tr(B) = 9.
-            channels, taps = first / (self.count * self._taps), self._second.total()
+            channels, taps = self._first.over(self.count * self._taps), self._second.over(1)
             factors = channels, taps * (self._taps / _trace(taps).clamp(min=tiny))
         return Moments(self.count, self._mean / self.count, SecondMoment(factors, self._taps))
 

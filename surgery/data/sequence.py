@@ -97,7 +97,7 @@ class Originals:
 
         def make(name: str) -> Target:
             pairs = _Pairs(self._records[name], alike[name], summed=name == first)
-            return pairs.target(self._moments[name].sensitivity, centred=name in centred)
+            return pairs.target(lambda: self._moments[name].sensitivity, centred=name in centred)
 
         return Computed({name: partial(make, name) for name in alike})
 
@@ -171,7 +171,7 @@ class _Pairs:
         new = operator.weight.new_zeros
         # Sums over the columns of each half: of l, x', l x'^T and x' x'^T.
         self._lag, self._mean = (new(2, groups, size, dtype=torch.float64) for size in (out, n))
-        self._crossed, spill = new(2, groups, out, n, dtype=torch.float64), Spill()
+        crossed, spill = new(2, groups, out, n, dtype=torch.float64), Spill()
         self._second = [SquareSum(groups, n, spill, self._mean.device) for _ in range(2)]
         calls = zip(changed.columns, original.outputs(summed=summed), changed.outputs(summed=summed), strict=True)
         for number, (x, before, after) in enumerate(calls):
@@ -182,40 +182,67 @@ class _Pairs:
             self._counts[half] += now.shape[1]
             self._lag[half] += lag.sum(1)
             self._mean[half] += now.sum(1)
-            self._crossed[half] += lag.mT @ now
+            crossed[half] += lag.mT @ now
             self._second[half].add(now)
+        self._crossed = [spill.holding(sums) for sums in crossed]
 
-    def target(self, sensitivity: Tensor | None, *, centred: bool) -> Target:
-        """Return W* and b*, with the moments of x'."""
+    def target(self, sensitivity: Callable[[], Tensor | None], *, centred: bool) -> Target:
+        """Return W* and b*, with the moments of x'; the sensitivity is made last, since it may be large."""
         operator, count = self._operator, sum(self._counts)
         lag, mean = (sums.sum(0).unsqueeze(-1) / count for sums in (self._lag, self._mean))
         moved = self._regression(lag, mean, centred=centred)
-        second = self._second[0].total() + self._second[1].total()
-        second /= count
-        moments = Moments(count, mean.squeeze(-1), SecondMoment((second,), self._taps), sensitivity)
         kernel = operator.kernel.detach().double().flatten(2) + moved
         target = operator.with_kernel(kernel.view_as(operator.kernel).to(operator.weight.dtype))
         if operator.bias is not None:
             shift = (lag - moved @ mean).flatten()
             target = target.with_bias((operator.bias.detach().double() + shift).to(operator.weight.dtype))
-        return Target(target, moments)
+        made = sensitivity()
+        second = self._second_of([0, 1], mean, centred=False)
+        second /= count
+        return Target(target, Moments(count, mean.squeeze(-1), SecondMoment((second,), self._taps), made))
 
-    def _sums(self, halves: Sequence[int], lag: Tensor, mean: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
-        """Return the sums of l x'^T and of x' x'^T over some halves; new ones, as large as these."""
+    def _centre(self, halves: Sequence[int], mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (groups, n, 2) A and B with ``sum (x' - m')(x' - m')^T = sum x' x'^T - A B^T`` over some halves."""
+        # C - h m'^T - m' (h - N m')^T for the sum h of N columns, where m' is the mean of both halves together.
+        count, here = self._count(halves), self._mean[list(halves)].sum(0).unsqueeze(-1)
+        return torch.cat([here, mean], -1), torch.cat([mean, here - count * mean], -1)
+
+    def _count(self, halves: Sequence[int]) -> int:
+        return sum(self._counts[half] for half in halves)
+
+    def _crossed_of(self, halves: Sequence[int], lag: Tensor, mean: Tensor, *, centred: bool) -> Tensor:
+        """Return the sum of l x'^T over some halves, in a new tensor."""
         first, *others = halves
-        crossed, second = self._crossed[first].clone(), self._second[first].total().clone()
+        crossed = self._crossed[first].opened().clone()
         for half in others:
-            crossed += self._crossed[half]
-            second += self._second[half].total()
+            crossed += self._crossed[half].opened()
         if centred:
-            # The sum of (l - E l)(x' - m')^T, expanded, with the means E l and m' of both halves together; and likewise
-            # that of (x' - m')(x' - m')^T, as C - h m'^T - m' (h - N m')^T for the sum h of N columns.
-            count = sum(self._counts[half] for half in halves)
+            # The sum of (l - E l)(x' - m')^T, expanded, with the means E l and m' of both halves together.
             then, here = (sums[list(halves)].sum(0).unsqueeze(-1) for sums in (self._lag, self._mean))
-            crossed += count * lag @ mean.mT - then @ mean.mT - lag @ here.mT
-            rows = torch.cat([mean, here - count * mean], -1).mT
-            second.baddbmm_(torch.cat([here, mean], -1), rows, alpha=-1)
-        return crossed, second
+            left = torch.cat([self._count(halves) * lag - then, lag], -1)
+            crossed.baddbmm_(left, torch.cat([mean, -here], -1).mT)
+        return crossed
+
+    def _second_of(self, halves: Sequence[int], mean: Tensor, *, centred: bool) -> Tensor:
+        """Return the sum of x' x'^T over some halves, in a new tensor."""
+        first, *others = halves
+        second = self._second[first].over(1)
+        for half in others:
+            self._second[half].add_to(second)
+        if centred:
+            left, right = self._centre(halves, mean)
+            second.baddbmm_(left, right.mT, alpha=-1)
+        return second
+
+    def _energy(self, moved: Tensor, half: int, mean: Tensor, *, centred: bool) -> Tensor:
+        """Return ``<V C, V>`` for V and the sum C of x' x'^T over a half, which is read block by block."""
+        energy = moved.new_zeros(())
+        for groups, rows, block in self._second[half].blocks():
+            energy += ((moved[groups] @ block.mT) * moved[groups, :, rows]).sum()
+        if centred:
+            left, right = self._centre([half], mean)
+            energy -= ((moved @ left) * (moved @ right)).sum()
+        return energy
 
     def _regression(self, lag: Tensor, mean: Tensor, *, centred: bool) -> Tensor:
         """Return W* - W: the regression of l on x', times the factor that holds on the other half.
@@ -224,25 +251,28 @@ class _Pairs:
         E |l - s V x'|^2. With one half alone, the factor is N / (n + N) for N columns of n values.
         """
         halves, total, columns = [half for half in (0, 1) if self._counts[half]], sum(self._counts), mean.shape[-2]
-        # Sums are made where they are needed, since those of a half are large.
-        sums = partial(self._sums, lag=lag, mean=mean, centred=centred)
-        whole = _solve(partial(sums, halves))
+        # Sums are made where they are needed, since they are large.
+        crossed_of = partial(self._crossed_of, lag=lag, mean=mean, centred=centred)
+        second_of = partial(self._second_of, mean=mean, centred=centred)
+
+        def solved(chosen: Sequence[int]) -> Tensor:
+            return _solve(partial(second_of, chosen), partial(crossed_of, chosen))
+
+        whole = solved(halves)
         if len(halves) < 2:
             return whole * total / (total + columns)
         # Each half predicts the other, and the two are pooled into one factor, cut to between 0 and 1.
         explained = energy = whole.new_zeros(())
         for one, other in ((0, 1), (1, 0)):
-            moved = _solve(partial(sums, [one]))
-            crossed, second = sums([other])
-            explained = explained + (crossed * moved).sum()
-            energy = energy + (moved @ second * moved).sum()
-            del second
+            moved = solved([one])
+            explained = explained + (crossed_of([other]) * moved).sum()
+            energy = energy + self._energy(moved, other, mean, centred=centred)
         share = (explained / energy.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, 1)
         return whole * share
 
 
-def _solve(sums: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+def _solve(second: Callable[[], Tensor], crossed: Callable[[], Tensor]) -> Tensor:
     """Return ``E[l x'^T] (C + ridge)^-1``; C may be a covariance of which only rounding errors are left."""
     # C + ridge = R R^T, whose inverse is R^-T R^-1.
-    found = root_of(lambda: sums()[1], RIDGE)
-    return found.solve_turned(found.solve(sums()[0].mT)).mT
+    found = root_of(second, RIDGE)
+    return found.solve_turned(found.solve(crossed().mT)).mT

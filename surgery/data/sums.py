@@ -20,7 +20,7 @@ __all__ = ["Computed", "DiagonalSum", "SquareSum"]
 _Value = TypeVar("_Value", covariant=True)
 
 _SHARE = 16  # of its size: how many rows wait to be added to a sum in a file
-_ROWS = 1024  # of a large sum that are added at once
+_ROWS = 1024  # of a large sum that are looked at at once
 
 
 class Computed(Mapping[str, _Value]):
@@ -50,8 +50,8 @@ class SquareSum:
     """The sum of x x^T (groups, n, n) over rows x, in float64."""
 
     def __init__(self, groups: int, size: int, spill: Spill, device: torch.device | str = "cpu") -> None:
-        self._sum = spill.zeros((groups, size, size), device)
-        self._size, self._waiting = size, list[Tensor]()
+        self._sum, self._device = spill.zeros((groups, size, size), device), device
+        self._groups, self._size, self._waiting = groups, size, list[Tensor]()
 
     def add(self, rows: Tensor) -> None:
         """Add (groups, rows, n); products are in its dtype."""
@@ -60,21 +60,48 @@ class SquareSum:
         if not self._sum.in_file or sum(x.shape[1] for x in self._waiting) >= self._size // _SHARE:
             self._flush()
 
-    def total(self) -> Tensor:
-        """Return the sum; it is the sum itself, not a copy."""
+    def over(self, count: int) -> Tensor:
+        """Return the sum divided by a number, in a new tensor."""
+        made = torch.empty(self._groups, self._size, self._size, dtype=torch.float64, device=self._device)
+        for groups, rows, block in self.blocks():
+            torch.div(block, count, out=made[groups, rows])
+        return made
+
+    def add_to(self, other: Tensor) -> None:
+        """Add the sum to a tensor of its shape, in place."""
+        for groups, rows, block in self.blocks():
+            other[groups, rows] += block
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal (groups, n) in a new tensor."""
+        made = torch.empty(self._groups, self._size, dtype=torch.float64, device=self._device)
+        for groups, rows, block in self.blocks():
+            made[groups, rows] = block.diagonal(rows.start, -2, -1)
+        return made
+
+    def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yield the sum in blocks (groups, rows, n), each after which groups and rows it has."""
         self._flush()
-        return self._sum.opened()
+        yield from self._opened()
+
+    def _opened(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        # A block is some whole groups, or some rows of one, so that its numbers are next to each other. Example of 3
+        # groups of 400: the first block has 2 of them. Of one group of 1500, it has the rows before 1024.
+        many = max(1, _ROWS // self._size)
+        for first in range(0, self._groups, many):
+            groups = slice(first, min(first + many, self._groups))
+            for start in range(0, self._size, _ROWS):
+                rows = slice(start, min(start + _ROWS, self._size))
+                shape = (groups.stop - first, rows.stop - start, self._size)
+                yield groups, rows, self._sum.part((first * self._size + start) * self._size, shape)
 
     def _flush(self) -> None:
         if not self._waiting:
             return
         rows = torch.cat(self._waiting, 1)
         self._waiting.clear()
-        total = self._sum.opened()
-        for start in range(0, self._size, _ROWS):
-            # Rows start to start + 1024 of the sum, so that no product is as large as it.
-            part = slice(start, start + _ROWS)
-            total[:, part] += rows[..., part].mT @ rows
+        for groups, part, block in self._opened():
+            block += rows[groups, :, part].mT @ rows[groups]
 
 
 class DiagonalSum:
@@ -87,6 +114,14 @@ class DiagonalSum:
         """Add (groups, rows, n)."""
         self._sum += rows.square().sum(1, dtype=torch.float64)
 
-    def total(self) -> Tensor:
-        """Return the sum; it is the sum itself, not a copy."""
-        return self._sum
+    def add_shares(self, shares: Tensor) -> None:
+        """Add the sum of one-hot rows (n,), which is its own diagonal."""
+        self._sum += shares
+
+    def over(self, count: int) -> Tensor:
+        """Return the sum divided by a number, in a new tensor."""
+        return self._sum / count
+
+    def diagonal(self) -> Tensor:
+        """Return the sum in a new tensor."""
+        return self._sum.clone()

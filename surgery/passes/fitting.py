@@ -14,7 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
 
 from surgery.algebra import Chain
 from surgery.errors import Refusal
@@ -26,6 +29,7 @@ from surgery.plans.plan import Decision, Plan
 from surgery.plans.rules import join, joint_groups
 from surgery.sites import Site
 from surgery.system.progress import Progress
+from surgery.system.recent import Recent
 
 __all__ = ["FitOptions", "Fitted", "Fitter", "Fitting", "Way"]
 
@@ -64,16 +68,24 @@ class Fitting:
         """Return the best of what was measured: grouped fits, direct fits, and fits without data."""
         grouped = self._in_groups(groups)
         direct = {name: made for at in range(len(self.units)) for name, made in self._of(at).items()}
-        tries = [self._tried(grouped, "grouped")]
+        tries: list[Callable[[], Fitted]] = [partial(self._tried, grouped, "grouped")]
         if any(grouped[name] is not direct.get(name) for name in grouped):
-            tries.append(self._tried(direct, "direct"))
+            tries.append(partial(self._tried, direct, "direct"))
         if any(self.units):
-            tries.append(self._plain())
+            tries.append(self._plain)
         self.progress("fit", len(self.units), len(self.units))
         if len(tries) == 1:
-            return tries[0]
-        errors = [self.held_out.error(tried.model)[0] for tried in tries]
-        return tries[min(range(len(tries)), key=lambda at: errors[at] if math.isfinite(errors[at]) else math.inf)]
+            return tries[0]()
+        # One model after another is made and measured, and only the best so far is held.
+        best, least = None, math.inf
+        for make in tries:
+            tried = make()
+            error = self.held_out.error(tried.model)[0]
+            if best is None or error < least:
+                best, least = tried, error if math.isfinite(error) else math.inf
+            del tried
+        assert best is not None
+        return best
 
     def _plain(self) -> Fitted:
         """Return the chains that are fitted to no data."""
@@ -123,6 +135,8 @@ class Fitting:
         return self.held_out.error(model)[0]
 
 
+_HELD = 2**26  # bytes of chains that are always kept; of larger models, as many as a quarter of the weights
+
 _UnitKey: TypeAlias = tuple[tuple[str, ...], str, Ranks]  # names, factorization, ranks
 
 
@@ -140,7 +154,7 @@ class FitOptions:
 
 
 class Fitter:
-    """Fits the chains of plans, and remembers them; ``refused`` has the sites without good factors, with reasons.
+    """Fits the chains of plans, and remembers the latest; ``refused`` has the sites without good factors, with reasons.
 
     The same plan gives the same chains each time.
     """
@@ -148,7 +162,8 @@ class Fitter:
     def __init__(self, original: Original, evidence: Evidence | None, options: FitOptions, progress: Progress) -> None:
         self._original, self._evidence, self._options, self._progress = original, evidence, options, progress
         self._data = None if evidence is None else evidence.fit_to
-        self._units: dict[tuple[_UnitKey, bool], dict[str, Made]] = {}
+        weights = sum(_bytes(site.operator.weight) for site in original.sites.values())
+        self._units: Recent[tuple[_UnitKey, bool], dict[str, Made]] = Recent(max(_HELD, weights // 4), _bytes_of)
         self._fitted: dict[tuple[_UnitKey, ...], Fitted] = {}
         self._latest: tuple[tuple[_UnitKey, ...], Any] | None = None
         self.refused: dict[str, str] = {}
@@ -234,9 +249,7 @@ class Fitter:
         if data is not None and data is not self._data:
             return self._factored(unit, plan, data)
         key = _key(unit, plan), data is not None
-        if key not in self._units:
-            self._units[key] = self._factored(unit, plan, data)
-        return self._units[key]
+        return self._units.get(key, lambda: self._factored(unit, plan, data))
 
     def _factored(self, unit: Site, plan: Plan, data: SiteData | None) -> dict[str, Made]:
         decision = plan[unit.name]
@@ -260,3 +273,11 @@ class Fitter:
 def _key(unit: Site, plan: Plan) -> _UnitKey:
     decision = plan[unit.name]
     return tuple(site.name for site in unit.members), decision.factorization or "", decision.rank or ()
+
+
+def _bytes_of(made: Mapping[str, Made]) -> int:
+    return sum(_bytes(operator.weight) for one in made.values() for operator in one.chain.operators)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,8 +1,8 @@
 """Sums that are too large to hold all at once: each takes memory only while it is looked at, and else stands in a file.
 
 The file has no name, so that nothing is left of it when the process ends, however it ends. Its room is reserved first:
-where a disk is full, the sum stays in memory. A tensor that is opened maps its part of the file; the system takes the
-pages back as soon as nobody holds the tensor.
+where a disk is full, the sum stays in memory. What is opened maps its part of the file; the system takes the pages back
+as soon as nobody holds the tensor.
 
     spill = Spill()
     total = spill.zeros((1, 4096, 4096))     128 MiB of the file, none in memory
@@ -42,11 +42,18 @@ class Spilled:
 
     def opened(self) -> Tensor:
         """Return the tensor; what is written into it stays."""
+        return self.part(0, self._shape)
+
+    def part(self, start: int, shape: Sequence[int]) -> Tensor:
+        """Return the numbers from place ``start`` on as a tensor of a shape; what is written into it stays."""
         if self._held is not None:
-            return self._held
+            return self._held.view(-1)[start : start + math.prod(shape)].view(*shape)
         assert self._spill is not None
-        mapped = self._spill.mapped(self._offset, 8 * math.prod(self._shape))
-        return torch.frombuffer(mapped, dtype=torch.float64).view(self._shape)  # which keeps what is mapped
+        mapped, skipped = self._spill.mapped(self._offset + 8 * start, 8 * math.prod(shape))
+        count = math.prod(shape)
+        return torch.frombuffer(mapped, dtype=torch.float64, offset=skipped, count=count).view(
+            *shape
+        )  # keeps ``mapped``
 
 
 class Spill:
@@ -66,10 +73,18 @@ class Spill:
             self._end = offset + size
         return Spilled(shape, where, self if in_file else None, offset)
 
-    def mapped(self, offset: int, size: int) -> mmap.mmap:
-        """Return a part of the file, mapped; it stays as long as it is held."""
+    def holding(self, values: Tensor) -> Spilled:
+        """Return what holds a copy of float64 values, in the file where they are large."""
+        made = self.zeros(values.shape, values.device)
+        made.opened().copy_(values)
+        return made
+
+    def mapped(self, offset: int, size: int) -> tuple[mmap.mmap, int]:
+        """Return a part of the file, mapped as long as it is held, and how many bytes of it come before ``offset``."""
+        # A mapping starts at a page. Example of pages of 4096 bytes: byte 5000 is the 904th of the second.
         assert self._file is not None
-        return mmap.mmap(self._file.fileno(), size, offset=offset)
+        skipped = offset % mmap.ALLOCATIONGRANULARITY
+        return mmap.mmap(self._file.fileno(), size + skipped, offset=offset - skipped), skipped
 
     def _reserve(self, offset: int, size: int) -> bool:
         """Reserve room for a part; False where there is none, or the system cannot reserve it."""
