@@ -18,6 +18,7 @@ from surgery.cost.timing import Budget, Samples, compare_samples, interleave, wa
 from surgery.errors import InputError, only_own_errors
 from surgery.files.load import model_of
 from surgery.kinds.inputs import Inputs
+from surgery.kinds.onnx.run import refuse_empty_batches
 from surgery.kinds.onnx.session import check_threads, feed, open_session
 from surgery.kinds.onnx.session import open_model as session_of
 from surgery.kinds.registry import Model, is_model, kind_of
@@ -239,6 +240,7 @@ def _prepare(model: Model, inputs: Inputs, threads: int) -> tuple[Callable[[], N
     if (onnx := kind_of(model).as_onnx(model)) is not None:
         session = session_of(onnx, threads=threads)
         feeds = feed(session, inputs)
+        refuse_empty_batches(onnx, inputs)
         return bind(session, feeds), describe_feeds(feeds)
     program, _ = capture(model, inputs)
     with scratch_folder() as folder:
