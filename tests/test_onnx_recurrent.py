@@ -516,6 +516,7 @@ def _with_constants(model: ir.Model) -> ir.Model:
     [
         ("float[1, 10] B", "its bias is an input of the model"),
         ("B = Neg(b)", "its bias is computed by Neg"),
+        ("N = Neg(b)  B = Identity(N)", "its bias is computed by Neg"),
         ("S = Neg(R)", "its recurrent weight is also read by Neg"),
         ("Q = Identity(R)  S = Neg(Q)", "its recurrent weight is also read by Neg"),
         ("R = Neg(r)", "its recurrent weight is computed by Neg"),
