@@ -69,6 +69,20 @@ def test_weights_stay_where_they_were(least: int, tmp_path: Path) -> None:
     assert torch.equal(run(again), run(model))
 
 
+def test_small_weights_lie_close(tmp_path: Path) -> None:
+    """A file of many of them does not grow when it is written again, but for the places of large weights."""
+    nodes = [helper.make_node("Sum", ["x", *(f"s{at}" for at in range(50))], ["y"])]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [3]) for name in "xy")
+    small = [onnx.numpy_helper.from_array(np.full(3, at, np.float32), f"s{at}") for at in range(50)]
+    graph = helper.make_graph(nodes, "g", [x], [y], small)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.bin", size_threshold=0)
+    surgery.save(surgery.load(tmp_path / "m.onnx"), tmp_path / "n.onnx")
+    assert os.path.getsize(tmp_path / "n.onnx.data") == os.path.getsize(tmp_path / "m.bin") == 50 * 12
+    again: Any = surgery.load(tmp_path / "n.onnx")
+    assert torch.equal(OnnxKind().runnable(again)(torch.zeros(3))[0], torch.full((3,), 1225.0))
+
+
 def test_a_single_file_stays_one(tmp_path: Path) -> None:
     model: Any = surgery.load(write(tmp_path / "m.onnx", beside=False))
     surgery.save(surgery.decompose(model, X, ranks="4").model, tmp_path / "n.onnx")

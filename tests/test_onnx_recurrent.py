@@ -516,6 +516,7 @@ def _with_constants(model: ir.Model) -> ir.Model:
     [
         ("float[1, 10] B", "its bias is an input of the model"),
         ("B = Neg(b)", "its bias is computed by Neg"),
+        ("N = Neg(b)  B = Identity(N)", "its bias is computed by Neg"),
         ("S = Neg(R)", "its recurrent weight is also read by Neg"),
         ("Q = Identity(R)  S = Neg(Q)", "its recurrent weight is also read by Neg"),
         ("R = Neg(r)", "its recurrent weight is computed by Neg"),
@@ -587,3 +588,22 @@ def test_bisect_tells_the_directions_and_both_weights_apart() -> None:
         gain = -float((outputs(without, x)[0] - wanted).norm() - (outputs(made, x)[0] - wanted).norm())
         alone = [blame.gain for blame in found.blames if blame.sites == (site,)]
         assert alone == [pytest.approx(gain, abs=1e-4)]
+
+
+@pytest.mark.parametrize("op", ["LSTM", "GRU"])
+def test_an_empty_batch_is_refused(op: str) -> None:
+    """Before onnxruntime runs it, as that ends the whole process; the sequences of an LSTM may be empty."""
+    model = layer(op, ", linear_before_reset = 1" if op == "GRU" else "")
+    message = f"{op} rnn reads an empty value"
+    with pytest.raises(surgery.InputError, match=message):
+        surgery.compare(model, model, torch.zeros(T, 0, WIDE))
+    with pytest.raises(surgery.InputError, match=message):
+        surgery.bench([model, model], torch.zeros(T, 0, WIDE), seconds=0.1)
+    if op == "GRU":
+        with pytest.raises(surgery.InputError, match=message):
+            surgery.compare(model, model, torch.zeros(0, N, WIDE))
+        return
+    assert surgery.compare(model, model, torch.zeros(0, N, WIDE)).outputs[0].shape == (0, 2, N, H)
+    assert {skip.reason for skip in find_sites(model, torch.zeros(0, N, WIDE))[1]} == {
+        "it is called on an empty input", "its loop has no steps on the example inputs",
+    }  # fmt: skip

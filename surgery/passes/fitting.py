@@ -163,8 +163,9 @@ class Fitter:
         self._original, self._evidence, self._options, self._progress = original, evidence, options, progress
         self._data = None if evidence is None else evidence.fit_to
         weights = sum(_bytes(site.operator.weight) for site in original.sites.values())
-        self._units: Recent[tuple[_UnitKey, bool], dict[str, Made]] = Recent(max(_HELD, weights // 4), _bytes_of)
-        self._fitted: dict[tuple[_UnitKey, ...], Fitted] = {}
+        most = max(_HELD, weights // 4)
+        self._units: Recent[tuple[_UnitKey, bool], dict[str, Made]] = Recent(most, _bytes_of)
+        self._fitted: Recent[tuple[_UnitKey, ...], Fitted] = Recent(most, lambda fitted: _bytes_of(fitted.made))
         self._latest: tuple[tuple[_UnitKey, ...], Any] | None = None
         self.refused: dict[str, str] = {}
 
@@ -172,9 +173,7 @@ class Fitter:
         """Return the chains of a plan, without a model."""
         units = self._units_of(plan)
         key = tuple(_key(unit, plan) for unit in units)
-        if key not in self._fitted:
-            self._fitted[key] = replace(self._run(plan, units), model=None)
-        return self._fitted[key]
+        return self._fitted.get(key, lambda: replace(self._run(plan, units), model=None))
 
     def build(self, plan: Plan) -> Any:
         """Return a copy of the model with the chains of a plan, batch norms re-estimated; the original for none.
@@ -186,10 +185,16 @@ class Fitter:
         if not units:
             return self._original.model
         if self._latest is None or self._latest[0] != key:
-            self._latest = None
-            fitted = self._fitted.get(key) or self._run(plan, units)
-            model = self._finished(fitted) if fitted.model is None else fitted.model
-            self._latest, self._fitted[key] = (key, model), replace(fitted, model=None)
+            self._latest = model = None
+
+            def run() -> Fitted:
+                nonlocal model
+                fitted = self._run(plan, units)
+                model = fitted.model
+                return replace(fitted, model=None)
+
+            fitted = self._fitted.get(key, run)
+            self._latest = key, self._finished(fitted) if model is None else model
         return self._latest[1]
 
     def build_direct(self, plan: Plan) -> Any:

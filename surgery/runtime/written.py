@@ -16,6 +16,7 @@ from surgery.cost.base import ModelFile
 from surgery.files.save import save
 from surgery.kinds.inputs import Inputs
 from surgery.kinds.onnx.layout import move_weights, write_apart
+from surgery.kinds.onnx.run import refuse_empty_batches
 from surgery.kinds.onnx.session import feed, open_session
 from surgery.kinds.onnx.session import open_model as session_of
 from surgery.kinds.registry import Model, kind_of
@@ -43,6 +44,7 @@ def write_model(model: Model, inputs: Inputs, path: Path, name: str) -> Written:
         InputError: the inputs do not fit it.
     """
     if (onnx := kind_of(model).as_onnx(model)) is not None:
+        refuse_empty_batches(onnx, inputs)
         save(onnx, path)
         return _fed(session_of(onnx, small=True), inputs, path, name)
     program, _ = capture(model, inputs)
@@ -57,6 +59,7 @@ def write_mapped(model: Model, inputs: Inputs, path: Path, name: str, *, move: b
     """
     if (onnx := kind_of(model).as_onnx(model)) is None:
         return write_model(model, inputs, path, name)
+    refuse_empty_batches(onnx, inputs)
     layout = write_apart(onnx, path)
     if move:
         move_weights(onnx, path, layout)

@@ -101,8 +101,8 @@ def lay_out(model: ir.Model, name: str, *, most: int = _MOST_BYTES, apart: bool 
     chosen = _outside(model, 0 if apart else most)
     for number, (tensor, put) in enumerate(all_tensors(model)):
         if number in chosen:
-            # Example of place 100: 28 bytes, to 128.
-            gap = -place % _ALIGNED
+            # Example of place 100: 28 bytes, to 128, for a large weight; none for one of a few float32 numbers.
+            gap = -place % (_ALIGNED if tensor.nbytes >= LARGE else max(1, tensor.dtype.bitwidth // 8))
             beside += [bytes(gap), tensor]
             places[number] = place + gap
             put(_reference(tensor, f"{name}{BESIDE}", place + gap))

@@ -135,7 +135,8 @@ def _not_its_own(reader: Reader, node: ir.Node, value: ir.Value, at: int) -> str
     """Return why a weight of a recurrent node cannot be taken apart; None if it can."""
     producer, weight = value.producer(), reader.weight(value)
     if weight is None:
-        return f"computed by {producer.op_type}" if producer is not None else "an input of the model"
+        maker = _maker(reader, value)
+        return f"computed by {maker.op_type}" if maker is not None else "an input of the model"
     if value.is_graph_output() or weight.root.is_graph_output():
         return "an output of the model, too"
     users = {(use.node, use.idx) for each in (value, weight.root) for use in each.uses()}
@@ -203,7 +204,7 @@ def _foreign(reader: Reader, node: ir.Node) -> str | None:
 def _computed(reader: Reader, node: ir.Node) -> str | None:
     """Return why a weight of a node that is not a call is left alone; None for products of two activations."""
     for at, value in enumerate(node.inputs):
-        weight, producer = reader.weight(value), None if value is None else value.producer()
+        weight, producer = reader.weight(value), None if value is None else _maker(reader, value)
         if weight is not None:
             if len(weight.shape) > 1 and at in _PLACES.get(node.op_type, (0, 1)):
                 return _held(node, at, weight)
@@ -217,6 +218,17 @@ def _computed(reader: Reader, node: ir.Node) -> str | None:
         if large:
             return f"its weight is computed by {producer.op_type}"
     return None
+
+
+def _maker(reader: Reader, value: ir.Value) -> ir.Node | None:
+    """Return the node that computes a value, in front of those that only move or convert it; None of an input."""
+    node = value.producer()
+    while node is not None and is_view(node) and (read := node.inputs[0]) is not None and reader.weight(read) is None:
+        before = read.producer()
+        if before is None or before.op_type == "Constant":
+            break
+        node = before
+    return node
 
 
 def _is_large(weight: Weight, *, table: bool) -> bool:

@@ -25,9 +25,10 @@ from surgery.sites import Call, Flow
 from surgery.system.memory import give_back
 from surgery.text import first_line
 
-__all__ = ["ObservedOnnx", "OnnxModule", "Shapes", "feeds_of", "interpret"]
+__all__ = ["ObservedOnnx", "OnnxModule", "Shapes", "feeds_of", "interpret", "refuse_empty_batches"]
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulInteger", "ConvInteger", "LSTM", "GRU", "RNN")
+_ENDING = ("LSTM", "GRU")  # operators of which onnxruntime ends the process on an empty batch
 _Array = npt.NDArray[Any]
 
 
@@ -66,6 +67,32 @@ def interpret(
     return interpreter.constants
 
 
+def refuse_empty_batches(model: ir.Model, inputs: Inputs) -> None:
+    """Refuse inputs on which onnxruntime would end the whole process: an LSTM or a GRU reads an empty batch.
+
+    A GRU reads empty sequences no better.
+
+    Raises:
+        InputError: it would.
+    """
+    if not any(0 in getattr(value, "shape", ()) for value in (*inputs[0], *inputs[1].values())):
+        return
+
+    def refuse(node: ir.Node, read: Tensor) -> None:
+        said = node.attributes.get("layout")
+        batch = read.shape[0 if said is not None and said.value else 1]
+        if batch == 0 or (node.op_type == "GRU" and 0 in read.shape[:2]):
+            what = f"with these inputs, {node.op_type} {node.name or node.outputs[0].name} reads an empty value"
+            raise InputError(what, allowed="what onnxruntime can run: a batch of at least 1, and of a GRU a step")
+
+    reader, observers = Reader(model), Observers()
+    for node in reader.gates:
+        if node.op_type in _ENDING and node.inputs[0] is not None:
+            observers.before[node].append((node.inputs[0], partial(refuse, node)))
+    if observers.before:
+        interpret(model, reader, feeds_of(reader, inputs), observers)
+
+
 class OnnxModule(nn.Module):
     """An ONNX model as a module, which onnxruntime runs in ``session``; metrics get such a module.
 
@@ -75,7 +102,7 @@ class OnnxModule(nn.Module):
 
     def __init__(self, model: ir.Model) -> None:
         super().__init__()
-        self.session = open_model(model, small=True)
+        self._model, self.session = model, open_model(model, small=True)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Run the model on inputs in order or by name.
@@ -83,7 +110,9 @@ class OnnxModule(nn.Module):
         Raises:
             InputError: other inputs than those of the graph, or onnxruntime cannot run it on them.
         """
-        feeds = feed(self.session, normalise_inputs((args, kwargs)))
+        inputs = normalise_inputs((args, kwargs))
+        feeds = feed(self.session, inputs)
+        refuse_empty_batches(self._model, inputs)
         return tuple(map(_as_tensor, run_session(self.session, None, feeds)))
 
 
@@ -204,9 +233,12 @@ class Shapes:
             InputError: it does not run on the example inputs; or as for ``of``.
         """
         found = self.of(call.source)
+        steps = self._steps(self._reader.node(call.value))
+        if 0 in steps:
+            raise InputError("its loop has no steps on the example inputs")
         if not self.runs(call):
             raise InputError("it is in a branch that does not run on the example inputs")
-        return (*self._steps(self._reader.node(call.value)), *found)
+        return (*steps, *found)
 
     def _steps(self, node: ir.Node) -> Shape:
         """Return the number of steps of the recurrent layer in whose body a node is, as a shape of one axis."""
