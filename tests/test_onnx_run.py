@@ -28,7 +28,7 @@ from surgery.kinds.onnx.interpret import Interpreter, Observers
 from surgery.kinds.onnx.ops.table import OPS
 from surgery.kinds.onnx.read import Reader
 from surgery.kinds.onnx.run import feeds_of
-from surgery.kinds.onnx.session import open_session
+from surgery.kinds.onnx.session import open_model, open_session
 from surgery.kinds.registry import kind_of, observe
 from surgery.runtime.compare import run_model
 from surgery.sites import Call
@@ -413,6 +413,27 @@ def test_gradients_are_those_of_differences(op: str) -> None:
     wanted = given[first.name or ""].double().requires_grad_()
     assert torch.autograd.gradcheck(lambda t: interpreter.run({first: t, **fixed})[0], (wanted,))
     assert not interpreter.elsewhere
+
+
+def test_optimisers_may_transpose_weights_that_stay_in_memory() -> None:
+    """onnxruntime moves the two Transposes past Mul, and then its weight has another layout and the same name."""
+    nodes = [
+        helper.make_node("Conv", ["x", "c"], ["a"]),
+        helper.make_node("Transpose", ["a"], ["b"], perm=[0, 2, 3, 1]),
+        helper.make_node("Mul", ["b", "w"], ["d"]),
+        helper.make_node("Transpose", ["d"], ["e"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["e", "c"], ["y"]),
+    ]
+    sizes, value = [1, 32, 16, 32], x(1, 32, 16, 32, seed=2)
+    ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes)] for name in "xy"]
+    weights = [numpy_helper.from_array(x(1, 16, 32, 32), "w"), numpy_helper.from_array(x(32, 32, 1, 1, seed=1), "c")]
+    proto = helper.make_model(
+        helper.make_graph(nodes, "g", *ends, weights), opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+    )
+    expected = by_onnxruntime(proto, {"x": value})
+    for small in (False, True):
+        session = open_model(ir.from_proto(proto), small=small)
+        assert np.array_equal(session.run(None, {"x": value})[0], expected[0]), small
 
 
 def parsed(text: str, *, opset: int = 17, more: str = "", **arrays: Any) -> onnx.ModelProto:

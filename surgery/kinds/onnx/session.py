@@ -128,10 +128,7 @@ def open_session(
     try:
         if weights:
             shared = [_shared(arrays[name], tensor) for name, tensor in weights.items()]
-            options.add_external_initializers(list(weights), shared)  # for its optimisers
-            # A session keeps copies of these, unless they are shared weights as well.
-            for name, value in zip(weights, shared, strict=True):
-                options.add_initializer(name, value)
+            options.add_external_initializers(list(weights), shared)
         session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no other base
         name = "the model" if isinstance(model, bytes) else str(model)
