@@ -425,10 +425,12 @@ def test_optimisers_may_transpose_weights_that_stay_in_memory() -> None:
         helper.make_node("Conv", ["e", "c"], ["y"]),
     ]
     sizes, value = [1, 32, 16, 32], x(1, 32, 16, 32, seed=2)
-    ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes)] for name in "xy"]
+    given, made = (helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes) for name in "xy")
     weights = [numpy_helper.from_array(x(1, 16, 32, 32), "w"), numpy_helper.from_array(x(32, 32, 1, 1, seed=1), "c")]
     proto = helper.make_model(
-        helper.make_graph(nodes, "g", *ends, weights), opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+        helper.make_graph(nodes, "g", [given], [made], weights),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
     )
     expected = by_onnxruntime(proto, {"x": value})
     for small in (False, True):

@@ -49,11 +49,10 @@ class Spilled:
         if self._held is not None:
             return self._held.view(-1)[start : start + math.prod(shape)].view(*shape)
         assert self._spill is not None
-        mapped, skipped = self._spill.mapped(self._offset + 8 * start, 8 * math.prod(shape))
         count = math.prod(shape)
-        return torch.frombuffer(mapped, dtype=torch.float64, offset=skipped, count=count).view(
-            *shape
-        )  # keeps ``mapped``
+        mapped, skipped = self._spill.mapped(self._offset + 8 * start, 8 * count)
+        found = torch.frombuffer(mapped, dtype=torch.float64, offset=skipped, count=count)  # which keeps what is mapped
+        return found.view(*shape)
 
 
 class Spill:

@@ -27,6 +27,7 @@ from surgery.kinds.onnx.run import OnnxModule
 from surgery.kinds.onnx.session import fitting_inputs
 from surgery.kinds.onnx.tensors import DTYPES, to_torch
 from surgery.kinds.onnx.write import OpenOnnx
+from surgery.text import first_line
 
 __all__ = ["OnnxKind", "OnnxProtoKind", "random_inputs"]
 
@@ -223,7 +224,7 @@ class OnnxProtoKind(OnnxKind):
             what = f"the onnx.ModelProto {error.what}"
             raise InputError(what, allowed=error.allowed, next_step=error.next_step) from error
         except Exception as error:  # of onnx_ir, which knows no sparse tensors in nodes, say
-            what = "the onnx.ModelProto has parts that onnx_ir cannot read"
+            what = f"the onnx.ModelProto has parts that onnx_ir cannot read: {first_line(error)}"
             raise InputError(what, next_step="export the model again") from error
         if any(isinstance(tensor, ir.ExternalTensor) for tensor, _ in all_tensors(found)):
             what = "the onnx.ModelProto has weights in other files, and does not know their folder"
