@@ -13,6 +13,7 @@ import click
 
 from surgery.cli.options import FILE, as_json, default_output, load_function, model_options, open_calibrated
 from surgery.errors import InputError, SurgeryError
+from surgery.system.memory import give_back
 from surgery.system.writing import Writer, check_outputs, text_writer, write_together
 
 if TYPE_CHECKING:
@@ -306,3 +307,5 @@ def _time(models: list[ExportedProgram], inputs: Any, progress: Progress) -> Tim
         return time_ready(make_ready(models, inputs, move=True), seconds=4.0, progress=show)
     except SurgeryError as error:
         return str(error)
+    finally:
+        give_back()  # the sessions

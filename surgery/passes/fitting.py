@@ -135,7 +135,7 @@ class Fitting:
         return self.held_out.error(model)[0]
 
 
-_HELD = 2**26  # bytes of chains that are always kept; of larger models, as many as a quarter of the weights
+_HELD = 2**25  # bytes of chains that are always kept; of larger models, as many as a quarter of the weights
 
 _UnitKey: TypeAlias = tuple[tuple[str, ...], str, Ranks]  # names, factorization, ranks
 

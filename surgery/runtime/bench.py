@@ -22,7 +22,7 @@ from surgery.files.load import model_of
 from surgery.kinds.onnx.session import check_threads, open_session
 from surgery.kinds.registry import Model, is_model
 from surgery.runtime.compare import shared_inputs
-from surgery.runtime.written import Written, write_mapped
+from surgery.runtime.written import Written, write_model
 from surgery.system.machine import cpu_name, physical_cores
 from surgery.system.memory import give_back
 from surgery.system.scratch import scratch_folder
@@ -189,7 +189,7 @@ def make_ready(
         for name, model in zip(names or map(name_of, models), opened, strict=True):
             with _naming(name):
                 path = folder / f"{len(written)}.onnx"
-                written.append(write_mapped(model, inputs, path, name, move=move))
+                written.append(write_model(model, inputs, path, name, move=move))
         del opened, model  # their weights are in the files
         gc.collect()  # a graph and its nodes hold each other, and the weights, also of copies that nobody needs
         return [_opened(each, threads) for each in written]

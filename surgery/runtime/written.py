@@ -13,16 +13,14 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 from surgery.cost.base import ModelFile
-from surgery.files.save import save
 from surgery.kinds.inputs import Inputs
 from surgery.kinds.onnx.layout import move_weights, write_apart
 from surgery.kinds.onnx.run import refuse_empty_batches
 from surgery.kinds.onnx.session import feed, open_session
-from surgery.kinds.onnx.session import open_model as session_of
 from surgery.kinds.registry import Model, kind_of
 from surgery.runtime.export import capture, export_onnx, to_onnx, write_draft
 
-__all__ = ["Written", "write_mapped", "write_model", "write_with_origins"]
+__all__ = ["Written", "write_model", "write_with_origins"]
 
 _FX_NODE = "pkg.torch.onnx.fx_node"  # in the metadata of a node: the text of the fx node that it was made of
 _NOTE = "surgery.name"  # in the notes of a node of a GraphModule that is exported
@@ -36,8 +34,11 @@ class Written:
     shapes: tuple[tuple[int | str | None, ...], ...]
 
 
-def write_model(model: Model, inputs: Inputs, path: Path, name: str) -> Written:
+def write_model(model: Model, inputs: Inputs, path: Path, name: str, *, move: bool = False) -> Written:
     """Write a model as an .onnx file, checked as ``export_onnx`` does; ``name`` is what errors call it.
+
+    An ONNX model has its large weights in another file beside it, which a session maps. With ``move`` it then has them
+    there alone, and no longer in memory.
 
     Raises:
         CaptureError, CheckError: the model cannot be exported.
@@ -45,25 +46,13 @@ def write_model(model: Model, inputs: Inputs, path: Path, name: str) -> Written:
     """
     if (onnx := kind_of(model).as_onnx(model)) is not None:
         refuse_empty_batches(onnx, inputs)
-        save(onnx, path)
-        return _fed(session_of(onnx, small=True), inputs, path, name)
+        layout = write_apart(onnx, path)
+        if move:
+            move_weights(onnx, path, layout)
+        return _fed(open_session(path, small=True), inputs, path, name)
     program, _ = capture(model, inputs)
     export_onnx(program, path, inputs)
     return _fed(open_session(path, small=True), inputs, path, name, program)
-
-
-def write_mapped(model: Model, inputs: Inputs, path: Path, name: str, *, move: bool = False) -> Written:
-    """Write a model as ``write_model`` does, but an ONNX model with its large weights in a file that a session maps.
-
-    With ``move`` an ONNX model then has its weights there, and no longer in memory.
-    """
-    if (onnx := kind_of(model).as_onnx(model)) is None:
-        return write_model(model, inputs, path, name)
-    refuse_empty_batches(onnx, inputs)
-    layout = write_apart(onnx, path)
-    if move:
-        move_weights(onnx, path, layout)
-    return _fed(open_session(path, small=True), inputs, path, name)
 
 
 def write_with_origins(model: Model, inputs: Inputs, path: Path, name: str) -> tuple[Written, Mapping[str, str]]:

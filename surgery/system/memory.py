@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from surgery.errors import InputError
+from surgery.system.mapped import drop_pages
 
 __all__ = ["available_memory", "check_memory", "estimate", "give_back", "give_back_large"]
 
@@ -41,7 +42,8 @@ def available_memory() -> int | None:
 
 
 def give_back() -> None:
-    """Give memory that was freed back to the system, where the C library would keep it for later."""
+    """Give back to the system what was freed and the C library would keep, and the pages of mapped files."""
+    drop_pages()
     with contextlib.suppress(AttributeError, OSError, TypeError):  # other systems than Linux with glibc
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -14,10 +14,11 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["TAKEN", "Fields", "Hollow", "header"]
+__all__ = ["TAKEN", "Array", "Fields", "Hollow", "header", "in_memory"]
 
 Fields: TypeAlias = Mapping[int, Any]  # the fields of a message that are messages with fields of interest, or TAKEN
 TAKEN = "taken"
+Array: TypeAlias = npt.NDArray[np.uint8]
 
 _LEAST = 4096  # bytes of a field that is taken out; what is smaller is not looked into
 _DEEPEST = 100  # as protobuf's own readers
@@ -40,19 +41,31 @@ def header(number: int, size: int) -> bytes:
     return _varint(number << 3 | _BYTES) + _varint(size)
 
 
+def in_memory(size: int) -> Array:
+    """Return new memory."""
+    return np.empty(size, np.uint8)
+
+
 class Hollow:
     """The bytes of a message without its large fields, which are ``taken``: each an array with memory of its own.
 
     ``refer`` returns the fields that stand for a taken one, from its place in ``taken``. Without it, large fields are
-    passed over, and nothing is taken.
+    passed over, and nothing is taken. ``room`` returns memory of a size.
 
     Raises:
         ValueError: the bytes are no message.
     """
 
-    def __init__(self, file: BinaryIO, size: int, fields: Fields, refer: Callable[[int], bytes] | None = None) -> None:
-        self._file, self._at, self._refer = file, 0, refer
-        self.taken: list[npt.NDArray[np.uint8]] = []
+    def __init__(
+        self,
+        file: BinaryIO,
+        size: int,
+        fields: Fields,
+        refer: Callable[[int], bytes] | None = None,
+        room: Callable[[int], Array] = in_memory,
+    ) -> None:
+        self._file, self._at, self._refer, self._room = file, 0, refer, room
+        self.taken: list[Array] = []
         self.raw = b"".join(self._pieces(size, fields, 0))
 
     def _pieces(self, end: int, fields: Fields, depth: int) -> Iterator[bytes]:
@@ -84,7 +97,7 @@ class Hollow:
             if self._refer is None:
                 self._at = self._file.seek(size, os.SEEK_CUR)
                 return b""
-            array = np.empty(size, np.uint8)
+            array = self._room(size)
             if self._file.readinto(array) != size:  # type: ignore[attr-defined]  # every binary file has it
                 raise ValueError("cut off")
             self._at += size

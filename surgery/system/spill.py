@@ -20,12 +20,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import IO
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from surgery.system.mapped import map_file
+
 __all__ = ["LARGE", "Spill", "Spilled"]
 
-LARGE = 2**22  # bytes from which a sum is worth its place in a file: float64 of 724 x 724
+LARGE = 2**17  # bytes from which a sum is worth its place in a file: float64 of 128 x 128
 
 
 class Spilled:
@@ -65,8 +69,7 @@ class Spill:
     def zeros(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Spilled:
         """Return zeros of a shape; in memory where they are small, on another device, or find no room in a file."""
         where, size = torch.device(device), 8 * math.prod(shape)
-        # Parts start where a mapping may. Example of pages of 4096 bytes: after 5000 bytes the next one is at 8192.
-        offset = -(-self._end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        offset = self._next()
         in_file = where.type == "cpu" and size >= LARGE and self._reserve(offset, size)
         if in_file:
             self._end = offset + size
@@ -83,7 +86,22 @@ class Spill:
         # A mapping starts at a page. Example of pages of 4096 bytes: byte 5000 is the 904th of the second.
         assert self._file is not None
         skipped = offset % mmap.ALLOCATIONGRANULARITY
-        return mmap.mmap(self._file.fileno(), size + skipped, offset=offset - skipped), skipped
+        access = mmap.ACCESS_WRITE
+        return map_file(self._file.fileno(), size + skipped, offset=offset - skipped, access=access), skipped
+
+    def room(self, size: int) -> npt.NDArray[np.uint8] | None:
+        """Return bytes of the file, mapped as long as they are held; None if they are few, or there is no room."""
+        offset = self._next()
+        if size < LARGE or not self._reserve(offset, size):
+            return None
+        self._end = offset + size
+        mapped, _ = self.mapped(offset, size)
+        return np.frombuffer(mapped, np.uint8)
+
+    def _next(self) -> int:
+        """Return where the next part starts: where a mapping may."""
+        # Example of pages of 4096 bytes: after 5000 bytes the next one is at 8192.
+        return -(-self._end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
 
     def _reserve(self, offset: int, size: int) -> bool:
         """Reserve room for a part; False where there is none, or the system cannot reserve it."""

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import mmap
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,14 +24,18 @@ from google.protobuf.message import Message  # type: ignore[import-untyped]
 from surgery.errors import FileError, UnsafeFileError
 from surgery.files.guard.onnx_graph import check_graphs
 from surgery.files.guard.onnx_nodes import check_nodes
+from surgery.system.mapped import map_file
 from surgery.system.opening import open_inside, open_regular, shown_name, size_of
-from surgery.system.protobuf import TAKEN, Fields, Hollow
+from surgery.system.protobuf import TAKEN, Array, Fields, Hollow, in_memory
+from surgery.system.spill import Spill
 
 __all__ = ["OnnxFile", "onnx_size", "read_onnx", "refer"]
 
 _AGAIN = "export the model again"
 _BOTH = "get both files again"
 _MOST_AXES = 64  # of an array
+_LARGE = 2**22  # bytes of a file whose numbers are worth a file of their own
+_ALIGNED = 64  # bytes, far fewer than those of any numbers that are taken out of a file
 _TENSOR: Fields = {9: TAKEN}
 _ATTRIBUTE: dict[int, Any] = {5: _TENSOR, 10: _TENSOR}
 _NODE: Fields = {5: _ATTRIBUTE}
@@ -95,6 +98,7 @@ def read_onnx(path: Path, file: BinaryIO) -> OnnxFile:
             size_of(file),
             _MODEL,
             lambda number: refer(onnx.TensorProto(), f"{secret}{number}").SerializeToString(),
+            _room(size_of(file)),
         )
         model = onnx.ModelProto.FromString(hollow.raw)
         tensors = list(_tensors(model))
@@ -118,6 +122,21 @@ def read_onnx(path: Path, file: BinaryIO) -> OnnxFile:
     check_graphs(model)
     check_nodes(model)
     return OnnxFile(model, held, frozenset(own))
+
+
+def _room(total: int) -> Callable[[int], Array]:
+    """Return what gives memory for the numbers of a file of ``total`` bytes.
+
+    That of a large file is mapped from a file without a name, so that it need not stay in memory.
+    """
+    whole, end = Spill().room(total + total // _ALIGNED) if total >= _LARGE else None, 0
+
+    def room(size: int) -> Array:
+        nonlocal end
+        start, end = end, end + -(-size // _ALIGNED) * _ALIGNED
+        return in_memory(size) if whole is None or end > len(whole) else whole[start : start + size]
+
+    return room
 
 
 def onnx_size(path: Path) -> int:
@@ -235,7 +254,7 @@ def _map(path: Path, location: str) -> memoryview:
         raise UnsafeFileError(f"has weights in {shown_name(location)}", next_step=_BOTH)
     try:
         with open_inside(path.parent, location) as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size_of(file) else b"")
+            return memoryview(map_file(file.fileno(), 0) if size_of(file) else b"")
     except UnsafeFileError as error:
         what = f"has weights in {shown_name(location)}, {error.what}"
         raise UnsafeFileError(what, allowed=error.allowed, next_step=error.next_step) from error

@@ -82,7 +82,7 @@ def observe(model: ir.Model, reader: Reader, inputs: Inputs) -> dict[ir.Value, S
 def infer(model: ir.Model) -> dict[str, onnx.ValueInfoProto]:
     """Return what onnx infers of the values of a model's own graph, by name; nothing if it fails."""
     with contextlib.suppress(Exception):  # inference is a help; onnx may raise anything on operators of others
-        graph = onnx.shape_inference.infer_shapes(lean(model)[0]).graph
+        graph = onnx.shape_inference.infer_shapes(lean(model)).graph
         return {info.name: info for info in (*graph.value_info, *graph.output)}
     return {}
 

@@ -1,4 +1,4 @@
-"""The bytes of an ONNX model, without copies of its weights: for files, and for sessions that share its memory.
+"""The bytes of an ONNX model, without copies of its weights: for files, also those that sessions map.
 
 A model that came with weights in other files keeps them in one file beside its own, ``x.onnx.data`` for ``x.onnx``.
 Weights that were in the file itself stay there, and new ones go where the model keeps its weights. Any other model is
@@ -8,7 +8,6 @@ one file, unless that would be too large for one protobuf message.
 from __future__ import annotations
 
 import hashlib
-import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +20,11 @@ from surgery.errors import InputError
 from surgery.kinds.onnx.places import OUTSIDE, all_tensors, is_whole, memory_of, note_place, place_of, tensor_of
 from surgery.kinds.onnx.proto import sparse_tensors, write_proto
 from surgery.kinds.onnx.tensors import shape_of
+from surgery.system.mapped import map_file
 from surgery.system.protobuf import header
 
 __all__ = [
     "BESIDE",
-    "IN_MEMORY",
     "KEEPS_OUTSIDE",
     "LARGE",
     "SOURCES",
@@ -41,7 +40,7 @@ __all__ = [
 BESIDE = ".data"  # after the name of the model's own file
 SOURCES = "surgery.sources"  # in the notes of a graph: the files that hold its model, its own first
 KEEPS_OUTSIDE = "surgery.outside"  # in the notes of a graph whose model came with weights in other files
-IN_MEMORY = "in memory"  # the location of weights that a session is given
+_NOWHERE = "nowhere"  # the location of weights that are left out
 LARGE = 1024  # bytes of a weight that is worth a place outside
 _MOST_BYTES = 2**31 - 2**24  # of one protobuf message
 _ALIGNED = 64  # bytes; so that the numbers can be used where they are mapped
@@ -113,15 +112,18 @@ def lay_out(model: ir.Model, name: str, *, most: int = _MOST_BYTES, apart: bool 
 def write_apart(model: ir.Model, path: Path) -> Layout:
     """Write a model as a new file with all large weights beside it, which onnxruntime maps; return what was written.
 
+    Earlier files of these names lose them, and stay whole for whoever has them mapped.
+
     onnxruntime lets go of what it has mapped as soon as it has the weight in a layout of its own. Weights that it reads
     from memory, or from a model's own file, stand there once more for as long as the session lasts, or while it opens.
     """
     layout = lay_out(model, path.name, apart=True)
-    with open(path, "xb") as file:
-        layout.write(file)
-    if layout.beside:
-        with open(f"{path}{BESIDE}", "xb") as file:
-            layout.write_beside(file)
+    beside = path.with_name(path.name + BESIDE)
+    for each, write in ((path, layout.write), (beside, layout.write_beside)):
+        each.unlink(missing_ok=True)
+        if each == path or layout.beside:
+            with open(each, "xb") as file:
+                write(file)
     return layout
 
 
@@ -133,7 +135,7 @@ def move_weights(model: ir.Model, path: Path, layout: Layout) -> None:
     if not layout.places:
         return
     with open(f"{path}{BESIDE}", "rb") as file:
-        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        mapped = memoryview(map_file(file.fileno(), 0))
     for number, (tensor, put) in enumerate(all_tensors(model)):
         start = layout.places.get(number)
         if start is not None:
@@ -213,16 +215,14 @@ def digest(model: ir.Model) -> str:
     return found.hexdigest()
 
 
-def lean(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
-    """Return a message without the large weights of a graph, and these by name."""
-    taken: dict[str, ir.TensorProtocol] = {}
+def lean(model: ir.Model) -> onnx.ModelProto:
+    """Return a message without the large weights of a graph."""
     model = model.clone()
     for tensor, put in all_tensors(model):
         if isinstance(tensor, ir.ExternalTensor):
             put(ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name))
-    for name, value in model.graph.initializers.items():
+    for value in model.graph.initializers.values():
         held = value.const_value
         if held is not None and held.nbytes >= LARGE and is_whole(held.dtype):
-            taken[name] = held
-            value.const_value = _reference(held, IN_MEMORY, 0)
-    return ir.to_proto(model), taken
+            value.const_value = _reference(held, _NOWHERE, 0)
+    return ir.to_proto(model)

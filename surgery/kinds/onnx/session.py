@@ -1,16 +1,13 @@
-"""Sessions of onnxruntime on the CPU with a stated number of threads, which may share weights; what they are fed."""
+"""Sessions of onnxruntime on the CPU with a stated number of threads, and what they are fed."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
@@ -19,9 +16,11 @@ from torch.export import ExportedProgram
 
 from surgery.errors import InputError
 from surgery.kinds.inputs import Inputs, flatten_inputs
-from surgery.kinds.onnx.layout import lean
+from surgery.kinds.onnx.layout import write_apart
 from surgery.kinds.onnx.tensors import DTYPES
 from surgery.system.machine import physical_cores
+from surgery.system.memory import give_back
+from surgery.system.scratch import scratch_folder
 from surgery.text import first_line
 
 __all__ = [
@@ -34,8 +33,6 @@ __all__ = [
     "run_session",
 ]
 
-Weights = Mapping[str, ir.TensorProtocol]
-
 # How far PyTorch and onnxruntime may be apart: relative Frobenius error of a whole output, by its coarsest float type.
 TOLERANCES = {
     torch.float64: 1e-6,  # not 1e-12: exporters keep some constants in float32
@@ -47,6 +44,7 @@ TOLERANCES = {
 
 _DTYPES = {f"tensor({known.name.lower()})": dtype for known, dtype in DTYPES.items()}
 _GIVE = "give example_inputs (on the command line --input-shape)"
+_NAME = "model.onnx"
 _MOST_THREADS = 256  # or as many as there are cores
 
 
@@ -72,25 +70,15 @@ def check_threads(threads: int | None) -> None:
 
 
 def open_model(model: ir.Model, *, threads: int | None = None, small: bool = False) -> ort.InferenceSession:
-    """Return a session of a model, which reads the model's weights where they are; as ``open_session``."""
-    proto, weights = lean(model)
-    return open_session(_serialise(proto), threads=threads, small=small, weights=weights)
+    """Return a session of a model, as ``open_session``; it maps the weights, which take no memory of its own.
 
-
-def _serialise(proto: onnx.ModelProto) -> bytes:
-    try:
-        raw: bytes = proto.SerializeToString()
-    except Exception as error:  # protobuf's own errors differ from version to version
-        raise InputError("the model without its large weights takes more than 2 GiB") from error
-    return raw
-
-
-def _shared(array: npt.NDArray[Any], tensor: ir.TensorProtocol) -> ort.OrtValue:
-    """Return a value of onnxruntime on the memory of an array, the numbers of a tensor; it does not keep the memory."""
-    if array.dtype.type.__module__ == "numpy":
-        return ort.OrtValue.ortvalue_from_numpy(array)
-    words = array.view(np.uint16 if array.dtype.itemsize == 2 else np.uint8)  # of a type that numpy has not
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(words, int(tensor.dtype))
+    Raises:
+        FileError: there is no room for a file of them.
+    """
+    with scratch_folder() as folder:
+        write_apart(model, folder / _NAME)
+        give_back()  # what was read for that
+        return open_session(folder / _NAME, threads=threads, small=small, name="the model")
 
 
 def open_session(
@@ -99,15 +87,14 @@ def open_session(
     threads: int | None = None,
     spin: bool = False,
     small: bool = False,
-    weights: Weights = MappingProxyType({}),
+    name: str = "",
     configure: Callable[[ort.SessionOptions], None] = lambda _: None,
 ) -> ort.InferenceSession:
     """Return a session on the CPU, all graph optimisations on, with a stated number of threads.
 
-    ``spin`` lets its threads spin between runs, which disturbs other sessions. A ``small`` one
-    does without the copies of weights in other layouts, and may be slower. ``weights`` are the initializers that
-    the model says to be in other files; the session reads them where they are in memory.
-    ``configure`` sets further options.
+    ``spin`` lets its threads spin between runs, which disturbs other sessions. A ``small`` one does without the copies
+    of weights in other layouts, and may be slower. Errors call it by ``name``, or else by its path. ``configure`` sets
+    further options.
 
     Raises:
         InputError: onnxruntime cannot load the model, or the number of threads is out of bounds.
@@ -123,20 +110,13 @@ def open_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "0" if spin else "1")
     configure(options)
-    arrays = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in weights.items()}
     source = model if isinstance(model, bytes) else str(model)
     try:
-        if weights:
-            shared = [_shared(arrays[name], tensor) for name, tensor in weights.items()]
-            options.add_external_initializers(list(weights), shared)
-        session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no other base
-        name = "the model" if isinstance(model, bytes) else str(model)
-        raise InputError(
-            f"onnxruntime cannot load {name}: {first_line(error)}", next_step=_remedy(str(error))
-        ) from error
-    session.surgery_weights = arrays  # their memory has to live as long as it
-    return session
+        name = name or ("the model" if isinstance(model, bytes) else str(model))
+        said = first_line(error) if isinstance(model, bytes) else first_line(error).replace(str(model), name)
+        raise InputError(f"onnxruntime cannot load {name}: {said}", next_step=_remedy(str(error))) from error
 
 
 def _remedy(said: str) -> str | None:
