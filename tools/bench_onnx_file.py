@@ -1,9 +1,10 @@
 """Measure how fast a large ONNX file is opened, and how much memory it takes to decompose it, in fresh processes.
 
-    python tools/bench_onnx_file.py [--megabytes 100] [--repeats 3] [--json FILE]
+    python tools/bench_onnx_file.py [--megabytes 100] [--repeats 3] [--auto] [--json FILE]
 
-The files are made here, of random weights: convolutions and matrix products in one file; the same with its weights in a
-second file; and matrix products alone. A file of a single weight would measure its solver (``bench_memory.py``). The
+The files are made here, of random weights of a quarter of the rank, with noise: convolutions and matrix products in one
+file; the same with its weights in a second file; and matrix products alone. A file of a single weight would measure its
+solver (``bench_memory.py``). ``--auto`` also measures searches, without data and with 96 samples, for some minutes. The
 seconds are those of ``surgery.load`` and of ``surgery.find_sites`` on what it returns, with its shapes, as ``surgery
 inspect`` finds them. Memory is the peak of ``surgery decompose FILE -o OUT`` (Linux, VmHWM) minus the peak of the same
 command line on a file of 1 MB, as a multiple of the size of the files: imports do not count.
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,12 @@ sys.path.insert(0, str(ROOT))  # a script finds modules in tools/ only
 
 SECONDS, TIMES = 1.0, 3.0  # the targets: of finding sites, and of memory
 SMALL = 1  # megabytes
-RULES = {"energy=0.9": ("--ranks", "energy=0.9"), "keep_params=0.5": ("--ranks", "keep_params=0.5")}
+PLAIN = {  # options of the command; the first two also time both models
+    "energy=0.9": ("--ranks", "energy=0.9"),
+    "keep_params=0.9": ("--ranks", "keep_params=0.9"),
+    "not timed": ("--ranks", "energy=0.9", "--no-timing"),
+}
+AUTO = {"auto": ("--ranks", "auto"), "with data": ("--ranks", "auto", "--calibration", "DATA")}
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxruntime", "numpy")
 
 FIND = """
@@ -55,7 +62,7 @@ print("peak", int(line.split()[1]) * 1024, status or 0)
 
 
 def make(path: Path, megabytes: float, *, matrices: bool = False, beside: bool = False) -> Path:
-    """Write a model of about so many megabytes of random weights; return its path."""
+    """Write a model of about so many megabytes of random weights, and samples beside it; return its path."""
     import numpy as np
     import onnx
     from onnx import helper
@@ -66,9 +73,16 @@ def make(path: Path, megabytes: float, *, matrices: bool = False, beside: bool =
     layers = 8 if matrices else 4
     width = round((numbers / (1 if matrices else 2) / layers) ** 0.5)
     weights: dict[str, Any] = {}
+
+    def weight(rows: int, columns: int) -> Any:
+        rank = max(1, min(rows, columns) // 4)
+        left, right = (rng.standard_normal(size, np.float32) for size in ((rows, rank), (rank, columns)))
+        noise = rng.standard_normal((rows, columns), np.float32) / 50
+        return (left @ right / rank**0.5 + noise) / columns**0.5
+
     nodes, last = [], "x"
     for number in range(convolutions):
-        weights[f"conv{number}.weight"] = rng.standard_normal((channels, channels, 3, 3), np.float32) / 34
+        weights[f"conv{number}.weight"] = weight(channels, channels * 9).reshape(channels, channels, 3, 3)
         nodes.append(helper.make_node("Conv", [last, f"conv{number}.weight"], [f"c{number}"], pads=[1, 1, 1, 1]))
         last = f"c{number}"
     if convolutions:
@@ -76,11 +90,13 @@ def make(path: Path, megabytes: float, *, matrices: bool = False, beside: bool =
         last = "f"
     sizes = [64 if matrices else channels, *[width] * (layers + 1), 64]
     for number, shape in enumerate(pairwise(sizes)):
-        weights[f"linear{number}.weight"] = rng.standard_normal(shape, np.float32) / shape[0] ** 0.5
+        weights[f"linear{number}.weight"] = weight(*shape)
         nodes.append(helper.make_node("MatMul", [last, f"linear{number}.weight"], [f"m{number}"]))
         last = f"m{number}"
     x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ("x", last))
-    x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 64] if matrices else [1, channels, 8, 8])
+    one = [64] if matrices else [channels, 8, 8]
+    x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", *one])
+    np.savez(path.with_suffix(".npz"), x=rng.standard_normal((96, *one), np.float32))
     tensors = [onnx.numpy_helper.from_array(array, name) for name, array in weights.items()]
     graph = helper.make_graph(nodes, "random", [x], [y], tensors)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -105,19 +121,20 @@ def in_fresh_process(code: str, *words: str) -> str:
 def peak_of(path: Path, rule: tuple[str, ...]) -> int:
     """Return the largest resident memory of a command that decomposes a file."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        words = ("decompose", str(path), "-o", f"{folder}/small.onnx", *rule, "--no-timing", "--factorization", "svd")
+        given = [str(path.with_suffix(".npz")) if word == "DATA" else word for word in rule]
+        words = ("decompose", str(path), "-o", f"{folder}/small.onnx", *given, "--factorization", "svd")
         _, peak, status = in_fresh_process(DECOMPOSE, *words).split()
     if status != "0":
         raise SystemExit(f"surgery {' '.join(words)}: status {status}")
     return int(peak)
 
 
-def measure(path: Path, small: Path, repeats: int) -> dict[str, Any]:
+def measure(path: Path, small: Path, rules: Mapping[str, tuple[str, ...]], repeats: int) -> dict[str, Any]:
     """Return the seconds and the memory of one file."""
     found = [json.loads(in_fresh_process(FIND, str(path))) for _ in range(repeats)]
     row: dict[str, Any] = {name: statistics.median(each[name] for each in found) for name in ("load", "find", "sites")}
     row["bytes"] = size_of(path)
-    row["memory"] = {name: peak_of(path, rule) - peak_of(small, rule) for name, rule in RULES.items()}
+    row["memory"] = {name: peak_of(path, rule) - peak_of(small, rule) for name, rule in rules.items()}
     return row
 
 
@@ -126,20 +143,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=float, default=100)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--auto", action="store_true", help="also measure --ranks auto, which takes minutes")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args()
+    rules = PLAIN | (AUTO if options.auto else {})
     from surgery.system.machine import cpu_name
 
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     print(f"{cpu_name()}, python {platform.python_version()}, {versions}")
-    print(f"{'file':24}{'MB':>7}{'load':>9}{'find':>9}{'sites':>7}" + "".join(f"{name:>18}" for name in RULES))
+    print(f"{'file':24}{'MB':>7}{'load':>9}{'find':>9}{'sites':>7}" + "".join(f"{name:>18}" for name in rules))
     report = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         small = make(folder / "tiny.onnx", SMALL)
         for what, made in (("one file", {}), ("weights beside it", {"beside": True}), ("matrices", {"matrices": True})):
             path = make(folder / "big.onnx", options.megabytes, **made)
-            row = report[what] = measure(path, small, options.repeats)
+            row = report[what] = measure(path, small, rules, options.repeats)
             over = "  over the target" if row["find"] > SECONDS else ""
             memory = ""
             for peak in row["memory"].values():

@@ -28,6 +28,7 @@ from surgery.passes.original import Original
 from surgery.plans.plan import Decision, Plan
 from surgery.plans.rules import join, joint_groups
 from surgery.sites import Site
+from surgery.system.mapped import drop_pages
 from surgery.system.progress import Progress
 from surgery.system.recent import Recent
 
@@ -68,18 +69,19 @@ class Fitting:
         """Return the best of what was measured: grouped fits, direct fits, and fits without data."""
         grouped = self._in_groups(groups)
         direct = {name: made for at in range(len(self.units)) for name, made in self._of(at).items()}
-        tries: list[Callable[[], Fitted]] = [partial(self._tried, grouped, "grouped")]
+        self._direct.clear()
+        tries: list[Callable[[], Fitted]] = [self._plain] if any(self.units) else []
         if any(grouped[name] is not direct.get(name) for name in grouped):
             tries.append(partial(self._tried, direct, "direct"))
-        if any(self.units):
-            tries.append(self._plain)
+        tries.append(partial(self._tried, grouped, "grouped"))
+        del grouped, direct
         self.progress("fit", len(self.units), len(self.units))
         if len(tries) == 1:
             return tries[0]()
-        # One model after another is made and measured, and only the best so far is held.
+        # One model after another is made and measured, from the last to the first; only the best so far is held.
         best, least = None, math.inf
-        for make in tries:
-            tried = make()
+        while tries:
+            tried = tries.pop()()
             error = self.held_out.error(tried.model)[0]
             if best is None or error < least:
                 best, least = tried, error if math.isfinite(error) else math.inf
@@ -258,6 +260,7 @@ class Fitter:
 
     def _factored(self, unit: Site, plan: Plan, data: SiteData | None) -> dict[str, Made]:
         decision = plan[unit.name]
+        drop_pages()  # of the weights of other sites
         made = factor_site(unit, decision, self._options.solver, data)
         if isinstance(made, Refusal) and self._options.substitutes:
             made = substitute(unit, decision, made, data)

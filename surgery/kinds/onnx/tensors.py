@@ -47,12 +47,12 @@ def to_torch(tensor: ir.TensorProtocol) -> Tensor:
         warnings.simplefilter("ignore")  # torch warns that the array cannot be written
         if tensor.dtype == ir.DataType.BFLOAT16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(np.asarray(array, order="C"))
+        return torch.from_numpy(array if min(array.strides, default=0) >= 0 else array.copy())
 
 
 def to_ir(tensor: Tensor, name: str) -> ir.TensorProtocol:
-    """Return an ONNX tensor with the numbers of a torch tensor."""
-    tensor = tensor.detach().cpu().contiguous()
+    """Return an ONNX tensor with the numbers of a torch tensor, also of a transposed one; it shares their memory."""
+    tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         array = tensor.view(torch.uint16).numpy()
         return ir.Tensor(array, dtype=ir.DataType.BFLOAT16, shape=ir.Shape(tuple(tensor.shape)), name=name)
