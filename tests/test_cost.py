@@ -23,7 +23,7 @@ from surgery.algebra import Chain, Conv, Geometry, Linear, Operator, Shape, rela
 from surgery.cost.cache import Store, cache_path, described
 from surgery.cost.onnxruntime import backend
 from surgery.cost.onnxruntime.backend import OnnxRuntime
-from surgery.cost.onnxruntime.model import build_choice, build_model
+from surgery.cost.onnxruntime.model import BESIDE, build_choice, build_model
 from surgery.cost.onnxruntime.sessions import bind
 from surgery.cost.timing import Budget, Samples, Speedup, compare_samples, interleave
 from surgery.errors import InputError
@@ -434,3 +434,16 @@ def test_the_machine_is_known() -> None:
     assert OnnxRuntime(keep=False).channel_multiple in (4, 8, 16)
     assert cpu_name()
     assert json.loads(key_of(OnnxRuntime(keep=False), (1,), LINEAR))["cpu"] == cpu_name()
+
+
+def test_large_weights_stand_beside_the_model_that_is_timed(tmp_path: Path) -> None:
+    operator, x = Linear(torch.randn(512, 1024), bias=torch.randn(512)), torch.randn(3, 1024)
+    with open(tmp_path / BESIDE, "wb") as beside:
+        raw = build_choice(operator, operator.with_bias(None), (3, 1024), beside)
+    assert len(raw) < 10_000
+    assert (tmp_path / BESIDE).stat().st_size >= 2 * 4 * operator.weight.numel()
+    (tmp_path / "m.onnx").write_bytes(raw)
+    session = open_session(tmp_path / "m.onnx", threads=1)
+    for second, expected in ((False, operator(x)), (True, operator.with_bias(None)(x))):
+        (found,) = session.run(None, {"input": x.numpy(), "second": np.array(second)})
+        assert torch.allclose(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-3)

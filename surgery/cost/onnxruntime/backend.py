@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ import torch
 
 from surgery.algebra import Chain, Conv, Geometry, Operator, Shape
 from surgery.cost.base import Backend, Comparison, ModelFile, ModelTimes, NodeTimes, Seconds
-from surgery.cost.onnxruntime.model import build_choice, build_model, entries
+from surgery.cost.onnxruntime.model import BESIDE, build_choice, build_model, entries
 from surgery.cost.onnxruntime.processes import Blocks, TimingJob, compare_generations, time_generations
 from surgery.cost.onnxruntime.profile import profile
 from surgery.cost.onnxruntime.sessions import bind
@@ -114,7 +114,7 @@ class OnnxRuntime(Backend):
 
     def time_pair(self, dense: Operator | Chain, chain: Operator | Chain, shape: Shape) -> Comparison:
         """Time two as the branches of one model."""
-        session = open_session(build_choice(dense, chain, shape), threads=self.threads, spin=True)
+        session = self._open(lambda beside: build_choice(dense, chain, shape, beside))
         x = self._input(dense, shape)
         runs = [bind(session, {"input": x, "second": np.array(choice)}) for choice in (False, True)]
         first, second = self._interleave(runs)
@@ -123,7 +123,7 @@ class OnnxRuntime(Backend):
 
     def time_one(self, operator: Operator | Chain, shape: Shape) -> Seconds:
         """Time one as a model of its own."""
-        session = open_session(build_model(operator, shape), threads=self.threads, spin=True)
+        session = self._open(lambda beside: build_model(operator, shape, beside))
         return Seconds(self._interleave([bind(session, {"input": self._input(operator, shape)})])[0].median)
 
     def time_models(
@@ -165,6 +165,14 @@ class OnnxRuntime(Backend):
     ) -> NodeTimes:
         """Time the kernels of a model, in this process (``profile``)."""
         return profile(model, threads=threads, seconds=seconds, progress=progress)
+
+    def _open(self, build: Callable[[BinaryIO], bytes]) -> ort.InferenceSession:
+        """Return a session of a model that is built with its large weights in a file beside it."""
+        with scratch_folder() as folder:
+            path = folder / "operators.onnx"
+            with open(folder / BESIDE, "wb") as beside:
+                path.write_bytes(build(beside))
+            return open_session(path, threads=self.threads, spin=True, name="the operators")
 
     def _interleave(self, runs: list[Callable[[], None]]) -> tuple[Samples, ...]:
         self.measured += 1

@@ -22,11 +22,13 @@ input weight (G H, 1), which costs next to nothing. There are no biases.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
 from onnx import TensorProto, helper
@@ -60,12 +62,30 @@ from surgery.kinds.onnx.nodes import (
 from surgery.sites import Activation, BatchNorm, Loop
 from surgery.text import first_line
 
-__all__ = ["OPSET", "build_choice", "build_model", "emit_loop", "entries"]
+__all__ = ["BESIDE", "OPSET", "build_choice", "build_model", "emit_loop", "entries"]
 
 
 @dataclass
 class _Graph(NodeWriter):
-    """A graph whose weights are float32, and random where a tensor has no numbers."""
+    """A graph whose weights are float32, and random where a tensor has no numbers; large ones go to ``beside``."""
+
+    beside: BinaryIO | None = None
+
+    def constant(self, array: npt.NDArray[Any]) -> str:
+        """Return the name of a new constant."""
+        if self.beside is None or array.nbytes < _LARGE:
+            return super().constant(array)
+        # Each message that a message is copied into would hold the numbers once more.
+        start = -(-self.beside.tell() // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        self.beside.seek(start)
+        self.beside.write(np.ascontiguousarray(array).data)
+        name = f"{self.prefix}constant_{len(self.constants)}"
+        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+        tensor = onnx.TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", BESIDE), ("offset", start), ("length", array.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        self.constants.append(tensor)
+        return name
 
     def weight(self, tensor: Tensor, *, turned: bool = False) -> str:
         """Return the name of a new constant with the numbers of a tensor."""
@@ -175,33 +195,38 @@ _GATES: dict[str, Callable[[_Graph], tuple[str, str]]] = {
 }
 
 
+BESIDE = "weights"
+_LARGE = 2**20  # bytes of a weight that is worth a place in another file
 OPSET = 20  # what torch.onnx writes; 19 is the first with Pad's wrap mode
 _IR_VERSION = 10
 _MAX_BYTES = 2**31 - 2**20  # protobuf's limit for one message, less room for the nodes
 _PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
-def build_model(operator: Operator | Chain, shape: Shape) -> bytes:
+def build_model(operator: Operator | Chain, shape: Shape, beside: BinaryIO | None = None) -> bytes:
     """Return a serialised ONNX model that maps "input" of this shape as the operator or chain does to "output".
 
-    Weights on the meta device (as ``Factorization.skeleton`` makes them) become seeded random numbers.
+    Weights on the meta device (as ``Factorization.skeleton`` makes them) become seeded random numbers. Large ones are
+    written into the file ``beside`` it, which has to be named ``BESIDE``.
 
     Raises:
         InputError: the operator is of an unknown kind, or its weights take more than 2 GiB.
     """
-    graph = _build_branch(operator, shape, output="output")
+    graph = _build_branch(operator, shape, beside, output="output")
     return _serialise(graph.nodes, graph.constants, [_input(operator, shape)], operator.out_shape(shape))
 
 
-def build_choice(first: Operator | Chain, second: Operator | Chain, shape: Shape) -> bytes:
+def build_choice(
+    first: Operator | Chain, second: Operator | Chain, shape: Shape, beside: BinaryIO | None = None
+) -> bytes:
     """Return a serialised ONNX model that maps "input" as the first does if "second" is false, else as the second.
 
     Each is a branch of an If node, and onnxruntime optimises each branch like a model of its own. The node itself takes
-    less than a microsecond. Raises InputError as ``build_model`` does.
+    less than a microsecond. Weights, and what is raised, are as in ``build_model``.
     """
     branches = {}
     for attribute, operator in (("else_branch", first), ("then_branch", second)):
-        graph = _build_branch(operator, shape, output=attribute)
+        graph = _build_branch(operator, shape, beside, output=attribute)
         output = [_float(attribute, operator.out_shape(shape))]
         branches[attribute] = helper.make_graph(graph.nodes, attribute, [], output, graph.constants)
     node = helper.make_node("If", ["second"], ["output"], **branches)
@@ -240,11 +265,11 @@ def _serialise(
         ) from error
 
 
-def _build_branch(branch: Operator | Chain, shape: Shape, *, output: str) -> _Graph:
+def _build_branch(branch: Operator | Chain, shape: Shape, beside: BinaryIO | None, *, output: str) -> _Graph:
     size = 4 * branch.parameters
     if size > _MAX_BYTES:
         raise InputError(f"the weights take {size / 2**30:.1f} GiB", allowed="an ONNX model of at most 2 GiB")
-    graph = _Graph()
+    graph = _Graph(beside=beside)
     steps = branch.steps if isinstance(branch, Chain) else (branch,)
     if isinstance(loop := steps[-1], Loop):
         emit_loop(graph, loop, steps[:-1], shape, _emit)

@@ -1,8 +1,9 @@
 """Read an ONNX file and what belongs to it, and check both, before anything else opens them.
 
-The numbers of large weights are read once, into memory or into a file that is mapped; the rest is a small message. An ONNX file may
-keep its weights in other files. These must be regular files in the folder of the ONNX file. Otherwise onnxruntime could
-read any file of this user into a model, wait for a pipe, or take an address in its own memory for a place in a file.
+The numbers of large weights are read once, into memory or into a file that is mapped; the rest is a small message. An
+ONNX file may keep its weights in other files. These must be regular files in the folder of the ONNX file. Otherwise
+onnxruntime could read any file of this user into a model, wait for a pipe, or take an address in its own memory for a
+place in a file.
 What is opened here is what is used: nothing is opened a second time by its name.
 """
 
