@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -714,7 +715,7 @@ def test_a_graph_that_torch_gets_wrong_runs_by_onnxruntime() -> None:
     [read] = model.graph.inputs
     products = [node.outputs[0] for node in model.graph if node.op_type == "MatMul"]
     right, wrong = (
-        check(Reader(model), model, open_session(p.SerializeToString()), {read: torch.ones(2, 4)}, products)
+        check(Reader(model), model, partial(open_session, p.SerializeToString()), {read: torch.ones(2, 4)}, products)
         for p in (proto, other)
     )
     assert (right.differentiable, wrong.differentiable) == (True, False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from surgery.text import first_line
 
 __all__ = ["Checked", "agree", "check"]
 
+Start = Callable[[], Any]  # a session of onnxruntime
+
 
 @dataclass(frozen=True, eq=False)
 class Checked:
@@ -30,9 +32,9 @@ class Checked:
 
 
 def check(
-    reader: Reader, model: ir.Model, session: Any, feeds: Mapping[ir.Value, Tensor], calls: Iterable[ir.Value]
+    reader: Reader, model: ir.Model, start: Start, feeds: Mapping[ir.Value, Tensor], calls: Iterable[ir.Value]
 ) -> Checked:
-    """Return an interpreter whose outputs agree with those of ``session``, an onnxruntime session of the model.
+    """Return an interpreter whose outputs agree with those of onnxruntime; ``start`` opens a session of the model.
 
     If those of torch do not agree, onnxruntime runs all nodes. Outputs that are random cannot be compared.
 
@@ -41,7 +43,9 @@ def check(
     """
     arrays = {value.name: found.numpy() for value, found in feeds.items()}
     try:
-        expected = [arrays_back(array) for array in session.run(None, arrays)]
+        expected = _by_onnxruntime(start, arrays)
+    except InputError:
+        raise
     except Exception as error:  # onnxruntime's exceptions share no other base
         what = f"the model does not run on the calibration inputs: {first_line(error)}"
         raise InputError(what, next_step="check their number, shapes and dtypes") from error
@@ -50,13 +54,19 @@ def check(
         found = _with_gradients(interpreter, feeds, calls)
         right = agree(found, expected)
         if not right and interpreter.is_random:
-            right = not agree([arrays_back(array) for array in session.run(None, arrays)], expected)
+            right = not agree(_by_onnxruntime(start, arrays), expected)
         if right:
             return Checked(interpreter, not interpreter.blocked)
     except Exception:  # torch may raise anything; onnxruntime did run the model
         pass
     plain = Interpreter(model, reader.gates, calls=reader.calling, in_torch=False)
     return Checked(plain, differentiable=False)
+
+
+def _by_onnxruntime(start: Start, arrays: Mapping[str | None, Any]) -> list[Any]:
+    """Return the outputs of a session, which maps the weights for as long as it lasts."""
+    found = start().run(None, arrays)
+    return [arrays_back(array) for array in found]
 
 
 def _with_gradients(

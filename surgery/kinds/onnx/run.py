@@ -160,8 +160,9 @@ class ObservedOnnx(Observed):
         if self._checked is None:
             feeds = feeds_of(self._reader, self._inputs if any(self._inputs) else inputs)
             calls = [self._value(each.value) for each in self._reader.elements if isinstance(each, Call)]
+            start = partial(open_model, self._model, small=True)
             with self._additions.paused():
-                self._checked = check(self._reader, self._model, open_model(self._model, small=True), feeds, calls)
+                self._checked = check(self._reader, self._model, start, feeds, calls)
         return self._checked
 
     @property
