@@ -19,7 +19,7 @@ from surgery.kinds.inputs import Inputs, flatten_inputs
 from surgery.kinds.onnx.layout import write_apart
 from surgery.kinds.onnx.tensors import DTYPES
 from surgery.system.machine import physical_cores
-from surgery.system.memory import give_back
+from surgery.system.mapped import drop_pages
 from surgery.system.scratch import scratch_folder
 from surgery.text import first_line
 
@@ -77,7 +77,7 @@ def open_model(model: ir.Model, *, threads: int | None = None, small: bool = Fal
     """
     with scratch_folder() as folder:
         write_apart(model, folder / _NAME)
-        give_back()  # what was read for that
+        drop_pages()  # which were read for that
         return open_session(folder / _NAME, threads=threads, small=small, name="the model")
 
 
