@@ -77,17 +77,22 @@ def test_a_module_is_exported_quietly_and_as_it_was(
 
 
 def test_translations_are_read_once_and_are_those_of_torch() -> None:
-    asked = importlib.import_module("torch.onnx._internal.exporter._registration").onnxscript_apis
-    plain = asked.get_torchlib_ops
-    found = []
-    for _ in range(2):
-        with kept_translations():
-            found.append(asked.get_torchlib_ops())
-    assert found[0] is found[1]
-    assert asked.get_torchlib_ops == plain
-    assert [(each.qualified_name, each.function) for each in found[0]] == [
-        (each.qualified_name, each.function) for each in plain()
-    ]
+    registry = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+
+    def rows(found: Any) -> dict[Any, list[Any]]:
+        return {name: [(each.onnx_function, each.is_complex) for each in of] for name, of in found.functions.items()}
+
+    plain, own = registry.from_torchlib(20), vars(registry)["from_torchlib"]
+    with kept_translations():
+        first, second = registry().from_torchlib(opset_version=20), registry.from_torchlib(20)
+        first.register_op(torch.ops.aten.relu.default, torch.relu)  # as an export does with a table of its own
+        assert rows(registry.from_torchlib(20)) == rows(second) == rows(plain) != rows(first)
+        assert registry.from_torchlib().opset_version != second.opset_version == plain.opset_version == 20
+        with kept_translations():  # another thread
+            assert rows(registry.from_torchlib(20)) == rows(plain)
+    kept, again = ({id(each) for of in found.functions.values() for each in of} for found in (first, second))
+    assert again < kept
+    assert vars(registry)["from_torchlib"] is own
 
 
 def test_a_program_brings_its_inputs_and_stays_dynamic(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What torch asks of onnxscript at each export, kept: how all operators are written in ONNX, which never changes."""
+"""What torch's exporter to ONNX computes anew at each export, kept: all of it is the same each time."""
 
 from __future__ import annotations
 
@@ -7,35 +7,53 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 __all__ = ["kept_translations"]
 
-_kept: dict[int, Any] = {}
+_registries: dict[tuple[int, int], Any] = {}
+_operators_found: set[int] = set()
 
 
 @contextmanager
 def kept_translations() -> Iterator[None]:
-    """Let torch's exporter see the translations of the first export.
+    """Let torch's exporter see the registry of the first export: how each operator is written in ONNX.
 
-    onnxscript reads the source of each function anew for that: six hundred, half a second. The number of functions is
-    the key, as a user may register more. Where torch and onnxscript are built otherwise, nothing is kept.
+    For that, torch reads the source of six hundred functions, which takes most of a second. Operators that have no
+    kernel of their own are looked up once, too, and not twenty times. The numbers of functions and of operators are the
+    keys, as a user may register more. Where torch and onnxscript are built otherwise, nothing is kept.
     """
     try:
         importlib.import_module("onnxscript.function_libs.torch_lib.ops")  # registers them
-        registry: Any = importlib.import_module("onnxscript.function_libs.torch_lib.registration").default_registry
-        asked: Any = importlib.import_module("torch.onnx._internal.exporter._registration").onnxscript_apis
-        find = asked.get_torchlib_ops
-        key = sum(len(entry.overloads) + len(entry.complex) for _, entry in registry.items())
-    except (ImportError, AttributeError, TypeError, ValueError):
+        functions: Any = importlib.import_module("onnxscript.function_libs.torch_lib.registration").default_registry
+        registration: Any = importlib.import_module("torch.onnx._internal.exporter._registration")
+        registry, default = registration.ONNXRegistry, registration._constants.TORCHLIB_OPSET
+        operators: Any = importlib.import_module("torch._export.utils")
+        own, make = vars(registry)["from_torchlib"], registry.from_torchlib
+        find = operators._materialize_cpp_cia_ops
+        known = torch._C._dispatch_get_registrations_for_dispatch_key
+        count = sum(len(entry.overloads) + len(entry.complex) for _, entry in functions.items())
+    except (ImportError, AttributeError, KeyError, TypeError, ValueError):
         yield
         return
 
-    def once() -> Any:
-        if key not in _kept:
-            _kept[key] = find()
-        return _kept[key]
+    def copy_of_kept(opset_version: int = default) -> Any:
+        key = count, opset_version
+        if key not in _registries:
+            _registries[key] = make(opset_version)
+        found = registry()  # one export may add to it
+        found._opset_version = opset_version
+        found.functions = {name: list(rows) for name, rows in _registries[key].functions.items()}
+        return found
 
-    asked.get_torchlib_ops = once
+    def find_once() -> None:
+        number = len(known("CompositeImplicitAutograd"))
+        if number not in _operators_found:
+            find()
+            _operators_found.add(number)
+
+    registry.from_torchlib, operators._materialize_cpp_cia_ops = staticmethod(copy_of_kept), find_once
     try:
         yield
     finally:
-        asked.get_torchlib_ops = find
+        registry.from_torchlib, operators._materialize_cpp_cia_ops = own, find
