@@ -293,6 +293,7 @@ def _write(
         files += model_files(result.model, target)
     if options.save_plan is not None:
         files.append((options.save_plan, text_writer(result.plan.to_json())))
+    give_back()  # what the search held
     write_together(files, force=options.force)
 
 

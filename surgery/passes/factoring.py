@@ -24,7 +24,7 @@ from surgery.passes.original import Original
 from surgery.plans.candidates import Candidate, Cost
 from surgery.plans.plan import Decision
 from surgery.sites import FactoredSite, JointSite, Site
-from surgery.system.mapped import drop_pages
+from surgery.system.memory import give_back
 from surgery.system.progress import Progress
 from surgery.text import rank_text
 
@@ -63,7 +63,7 @@ class Made:
     @cached_property
     def error(self) -> float:
         """The measured relative error of the weight."""
-        drop_pages()  # of the weights of other sites
+        give_back(self.site.operator.weight.nbytes)  # what was used for other sites
         return weight_error(self.site, self.chain) if self.cut_error is None else self.cut_error
 
     def carried(self, decision: Decision) -> Decision:

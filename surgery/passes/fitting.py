@@ -17,8 +17,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
-from torch import Tensor
-
 from surgery.algebra import Chain
 from surgery.errors import Refusal
 from surgery.factorizations import Ranks
@@ -28,7 +26,7 @@ from surgery.passes.original import Original
 from surgery.plans.plan import Decision, Plan
 from surgery.plans.rules import join, joint_groups
 from surgery.sites import Site
-from surgery.system.mapped import drop_pages
+from surgery.system.memory import give_back
 from surgery.system.progress import Progress
 from surgery.system.recent import Recent
 
@@ -164,7 +162,7 @@ class Fitter:
     def __init__(self, original: Original, evidence: Evidence | None, options: FitOptions, progress: Progress) -> None:
         self._original, self._evidence, self._options, self._progress = original, evidence, options, progress
         self._data = None if evidence is None else evidence.fit_to
-        weights = sum(_bytes(site.operator.weight) for site in original.sites.values())
+        weights = sum(site.operator.weight.nbytes for site in original.sites.values())
         most = max(_HELD, weights // 4)
         self._units: Recent[tuple[_UnitKey, bool], dict[str, Made]] = Recent(most, _bytes_of)
         self._fitted: Recent[tuple[_UnitKey, ...], Fitted] = Recent(most, lambda fitted: _bytes_of(fitted.made))
@@ -260,7 +258,7 @@ class Fitter:
 
     def _factored(self, unit: Site, plan: Plan, data: SiteData | None) -> dict[str, Made]:
         decision = plan[unit.name]
-        drop_pages()  # of the weights of other sites
+        give_back(unit.operator.weight.nbytes)  # what was used for other sites
         made = factor_site(unit, decision, self._options.solver, data)
         if isinstance(made, Refusal) and self._options.substitutes:
             made = substitute(unit, decision, made, data)
@@ -284,8 +282,4 @@ def _key(unit: Site, plan: Plan) -> _UnitKey:
 
 
 def _bytes_of(made: Mapping[str, Made]) -> int:
-    return sum(_bytes(operator.weight) for one in made.values() for operator in one.chain.operators)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    return sum(operator.weight.nbytes for one in made.values() for operator in one.chain.operators)

@@ -21,6 +21,7 @@ from surgery.system.mapped import drop_pages
 
 __all__ = ["available_memory", "check_memory", "estimate", "give_back", "give_back_large"]
 
+_MUCH = 2**20  # bytes
 _MMAP_THRESHOLD = -3  # of mallopt, as glibc numbers it
 _MEMINFO = Path("/proc/meminfo")
 _PAGES = Path("/proc/self/statm")
@@ -41,9 +42,14 @@ def available_memory() -> int | None:
     return max(0, min(found)) if found else None
 
 
-def give_back() -> None:
-    """Give back to the system what was freed and the C library would keep, and the pages of mapped files."""
+def give_back(used: int = _MUCH) -> None:
+    """Give back to the system what was freed and the C library would keep, and the pages of mapped files.
+
+    To search for what was freed takes a millisecond, and is left out where few bytes were ``used``.
+    """
     drop_pages()
+    if used < _MUCH:
+        return
     with contextlib.suppress(AttributeError, OSError, TypeError):  # other systems than Linux with glibc
         ctypes.CDLL(None).malloc_trim(0)
 

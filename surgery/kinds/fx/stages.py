@@ -87,7 +87,7 @@ class CutGraph(Cuttable):
             self._read,
             lambda node: _size(self._values.get(node)),
             lambda node: macs_of(reader.numbers[node], node, reader, self._shape),
-            {name: tensor.numel() * tensor.element_size() for name, tensor in self._tensors.items()},
+            {name: tensor.nbytes for name, tensor in self._tensors.items()},
             {name: key_of(tensor) for name, tensor in self._tensors.items()},
             lambda node: isinstance(self._values.get(node), Tensor | int),
             self._together(),

@@ -47,7 +47,7 @@ class Seen:
     def of(cls, value: Any) -> Seen:
         """Return what is seen of a value of the interpreter."""
         if isinstance(value, Tensor):
-            return cls(value.numel() * value.element_size(), _KINDS.get(value.dtype), tuple(value.shape))
+            return cls(value.nbytes, _KINDS.get(value.dtype), tuple(value.shape))
         if isinstance(value, list):
             return cls(sum(cls.of(each).bytes for each in value))
         return cls(value.nbytes if isinstance(value, np.ndarray) else 0)

@@ -20,7 +20,7 @@ from surgery.errors import InputError
 from surgery.kinds.onnx.places import OUTSIDE, all_tensors, is_whole, memory_of, note_place, place_of, tensor_of
 from surgery.kinds.onnx.proto import sparse_tensors, write_proto
 from surgery.kinds.onnx.tensors import shape_of
-from surgery.system.mapped import map_file
+from surgery.system.mapped import drop_pages, map_file
 from surgery.system.protobuf import header
 
 __all__ = [
@@ -42,6 +42,7 @@ SOURCES = "surgery.sources"  # in the notes of a graph: the files that hold its 
 KEEPS_OUTSIDE = "surgery.outside"  # in the notes of a graph whose model came with weights in other files
 _NOWHERE = "nowhere"  # the location of weights that are left out
 LARGE = 1024  # bytes of a weight that is worth a place outside
+_MANY = 2**20  # bytes of a weight whose pages are worth letting go
 _MOST_BYTES = 2**31 - 2**24  # of one protobuf message
 _ALIGNED = 64  # bytes; so that the numbers can be used where they are mapped
 _GRAPH, _INITIALIZER, _RAW = 7, 5, 9  # numbers of fields: of a model, of a graph, of a tensor
@@ -72,6 +73,8 @@ class Layout:
 def _write(pieces: Sequence[Piece], file: IO[bytes]) -> None:
     for raw in _raw(pieces):
         file.write(raw)
+        if len(raw) >= _MANY:
+            drop_pages()  # of what was just read
 
 
 def _raw(pieces: Sequence[Piece]) -> Iterator[bytes | memoryview]:
