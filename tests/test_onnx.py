@@ -208,7 +208,7 @@ def test_sizes_in_a_constant_node_may_be_a_list() -> None:
     text = """g (float[n, 8] x) => (float[n, 6] z) {
         s = Constant<value_ints = [8, 6]>()  V = Reshape(W, s)  z = MatMul(x, V)
     }"""
-    assert_comes_back(parsed(text, W=numbers(48)), X, ["W"], same_nodes=False)
+    assert_comes_back(parsed(text, W=numbers(48)), X, ["W"])
 
 
 def test_weights_behind_identity_and_in_constant_nodes() -> None:
@@ -222,7 +222,7 @@ def test_weights_behind_identity_and_in_constant_nodes() -> None:
     product.replace_input_with(1, constant.outputs[0])
     del model.graph.initializers["K"]
     model.graph.insert_before(product, constant)
-    assert_comes_back(model, X, ["W", "C"], same_nodes=False)
+    assert_comes_back(model, X, ["W", "C"])
 
 
 CONV = "g (float[n, 4, h, w] x) => (float[n, o, p, q] z) {{ y = {op} <{said}> (x, W, b)  z = Relu(y) }}"

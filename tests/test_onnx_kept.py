@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 import surgery
 from surgery.errors import FileError, InputError
 from surgery.kinds.onnx.proto import write_proto
-from tests.test_onnx import X, assert_comes_back, numbers, parsed
+from tests.test_onnx import X, assert_comes_back, numbers, outputs, parsed
 
 
 def about(message: Any, name: str) -> Any:
@@ -273,3 +274,55 @@ def test_what_a_graph_says_of_a_weight_comes_back() -> None:
     back = surgery.recompose(made, X).model
     assert list(back.graph.value_info) == [said]
     assert list(back.graph.quantization_annotation) == [note]
+
+
+def test_weights_of_constant_nodes_stand_in_nodes_again(tmp_path: Path) -> None:
+    text = """g (float[n, 8] x, bool c) => (float[n, 6] z, float[n, 8] t) {
+        a = MatMul(x, U)  b = Relu(a)  t = MatMul(b, U)
+        z = If (c) <then_branch = t () => (float[n, 6] p) { p = MatMul(t, V) },
+                    else_branch = e () => (float[n, 6] q) { q = MatMul(t, W) }> }"""
+    proto = ir.to_proto(parsed(text))
+    homes = [proto.graph, *(attribute.g for attribute in proto.graph.node[3].attribute)]
+    for name, home, size in zip("UVW", homes, (8, 6, 6), strict=True):
+        node = helper.make_node(
+            "Constant", [], [name], f"node of {name}", value=numpy_helper.from_array(numbers(8, size))
+        )
+        node.doc_string = f"what {name} is for"
+        node.metadata_props.add(key="owner", value=name)
+        home.node.insert(0, node)
+    inputs = (torch.ones(2, 8), torch.tensor(True))
+    wanted = bare(proto)
+    first = surgery.decompose(proto, inputs, ranks={"V": 2}).model
+    assert bare(first) != wanted
+    second = surgery.decompose(first, inputs, ranks={"U": 3, "V": 2}).model
+    surgery.save(second, tmp_path / "m.onnx")
+    back = surgery.recompose(onnx.load(tmp_path / "m.onnx"), inputs).model
+    assert bare(back) == wanted
+    assert not back.metadata_props
+    record = json.loads(second.metadata_props[0].value)
+    assert set(record["constants"]) == {"U", "V"}
+    odd = {"shape": [8, 8], "name": [], "doc": 2, "metadata": "none", "list": True, "typed": 3}
+    some: list[Any] = ["no table", {"U": 1}, {"U": odd}, {"z": odd, "x": {}, "t": {"shape": 1}}]
+    for damaged in some:
+        other = onnx.ModelProto.FromString(second.SerializeToString())
+        other.metadata_props[0].value = json.dumps({**record, "constants": damaged})
+        if damaged == "no table":
+            with pytest.raises(FileError, match="a damaged record"):
+                surgery.recompose(other, inputs)
+        else:
+            again, wanted_outputs = surgery.recompose(other, inputs).model, outputs(ir.from_proto(back), *inputs)
+            for found, known in zip(outputs(ir.from_proto(again), *inputs), wanted_outputs, strict=True):
+                assert torch.equal(found, known)
+
+
+def bare(proto: onnx.ModelProto) -> list[bytes]:
+    """The nodes without the numbers of constants, in branches too, and the names of initializers."""
+    found = []
+    for node in proto.graph.node:
+        node = onnx.NodeProto.FromString(node.SerializeToString())
+        for each in (node, *(inner for attribute in node.attribute for inner in attribute.g.node)):
+            for attribute in each.attribute:
+                attribute.t.ClearField("raw_data")
+                attribute.t.ClearField("name")
+        found.append(node.SerializeToString(deterministic=True))
+    return [*found, *(tensor.name.encode() for tensor in proto.graph.initializer)]

@@ -72,14 +72,15 @@ class Record:
     """The factored sites of a model by name, and the layers that were taken apart for them.
 
     ``ties`` are groups of names that stand for one parameter. ``packed`` has the parts of each packed weight, and
-    ``layers`` describes the recurrent layers that have factored parts. ``damaged`` has the JSON values of entries
-    without a readable origin.
+    ``layers`` describes the recurrent layers that have factored parts. ``constants`` says of nodes that held factored
+    weights what they were, by the weight. ``damaged`` has the JSON values of entries without a readable origin.
     """
 
     sites: Mapping[str, Entry] = field(default_factory=dict)
     ties: tuple[tuple[str, ...], ...] = ()
     packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     layers: Mapping[str, Any] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
     damaged: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -140,7 +141,8 @@ class Record:
         """
         sites = {name: entry.to_json() for name, entry in self.sites.items()}
         packed = {name: list(parts) for name, parts in self.packed.items()}
-        others = {key: rows for key, rows in (("packed", packed), ("layers", dict(self.layers))) if rows}
+        others = {"packed": packed, "layers": dict(self.layers), "constants": dict(self.constants)}
+        others = {key: rows for key, rows in others.items() if rows}
         return {"version": _VERSION, "sites": sites, "ties": [list(tie) for tie in self.ties], **others}
 
     @classmethod
@@ -152,13 +154,14 @@ class Record:
         """
         if not isinstance(value, dict) or value.get("version") != _VERSION:
             raise FileError("has a record of factored layers that cannot be read", allowed=f"version {_VERSION}")
-        rows, ties = value.get("sites"), value.get("ties", [])
-        parts, layers = value.get("packed", {}), value.get("layers", {})
-        if not (isinstance(rows, dict) and isinstance(parts, dict) and isinstance(layers, dict) and _are_ties(ties)):
+        ties = value.get("ties", [])
+        tables = [value.get("sites"), *(value.get(key, {}) for key in ("packed", "layers", "constants"))]
+        if not (all(isinstance(table, dict) for table in tables) and _are_ties(ties)):
             raise FileError("has a damaged record of factored layers", next_step="get the file again from its source")
+        rows, parts, layers, constants = map(dict, tables)
         packed = {name: row for name, row in parts.items() if isinstance(row, list)}
         sites: dict[str, Entry] = {}
-        layers, damaged = dict(layers), {}
+        damaged: dict[str, Any] = {}
         for name, row in rows.items():
             said = row if isinstance(row, dict) else {}
             # an earlier version had three forms of rows, told apart by their fields
@@ -171,7 +174,7 @@ class Record:
                 if sites[name].origin is None:
                     damaged[name] = row
         named = {name: tuple(map(str, row)) for name, row in packed.items()}
-        return cls(sites, tuple(map(tuple, ties)), named, layers, damaged)
+        return cls(sites, tuple(map(tuple, ties)), named, layers, constants, damaged)
 
 
 def _except(table: Mapping[str, _T], name: str) -> dict[str, _T]:

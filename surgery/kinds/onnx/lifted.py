@@ -8,13 +8,14 @@ through which its node reads it again at the end. What was never changed gets it
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from surgery.kinds.onnx.constants import first_user
 from surgery.kinds.onnx.graph import EditedGraph, parameter_of
-from surgery.kinds.onnx.left import inside, is_recurrent
+from surgery.kinds.onnx.left import is_recurrent
 from surgery.kinds.onnx.origin import describe
 from surgery.kinds.onnx.tensors import shape_of, to_torch
 from surgery.kinds.onnx.weights import View, Weight, views_from_json, views_to_json
@@ -143,7 +144,7 @@ def _put_back(graph: EditedGraph, own: Lifted) -> None:
             node.replace_input_with(at, value)
     for node in reversed(own.nodes):
         behind = own.order[own.order.index(node) + 1 :]
-        home.insert_before(_first(home, [*_users(node.outputs[0]), *behind]), [node])
+        home.insert_before(first_user(home, [*_users(node.outputs[0]), *behind]), [node])
     if own.root.producer() is None:
         graph.exchange([own.weight], [own.root])
     else:
@@ -153,12 +154,6 @@ def _put_back(graph: EditedGraph, own: Lifted) -> None:
 
 def _users(value: ir.Value) -> list[ir.Node]:
     return [use.node for use in value.uses()]
-
-
-def _first(home: ir.Graph, nodes: Collection[ir.Node]) -> ir.Node:
-    """Return the first node of a graph that is one of these, or has one in a body."""
-    wanted = set(nodes)
-    return next(node for node in home if node in wanted or not wanted.isdisjoint(inside(node)))
 
 
 def _view(graph: EditedGraph, weight: ir.Value, views: Sequence[View], own: Lifted | None) -> None:
@@ -176,5 +171,5 @@ def _view(graph: EditedGraph, weight: ir.Value, views: Sequence[View], own: Lift
     root = graph.add_parameter(name, numbers)
     describe(root, weight)
     describe(root.const_value, tensor)  # type: ignore[arg-type]  # it was made with numbers
-    ir.convenience.replace_all_uses_with(weight, graph.add_views(views, root, _first(home, _users(weight))))
+    ir.convenience.replace_all_uses_with(weight, graph.add_views(views, root, first_user(home, _users(weight))))
     graph.drop_unused(weight)

@@ -32,6 +32,7 @@ from surgery.kinds.inputs import Inputs
 from surgery.kinds.observed import Observed
 from surgery.kinds.onnx.chain import ChainWriter
 from surgery.kinds.onnx.close import close_loops
+from surgery.kinds.onnx.constants import hold_again, note_constants
 from surgery.kinds.onnx.directions import join_directions, split_directions
 from surgery.kinds.onnx.graph import RECORD, EditedGraph, producer_of, set_numbers
 from surgery.kinds.onnx.layout import note_layout
@@ -74,6 +75,7 @@ class OpenOnnx(EditedGraph, OpenModel):
         super().__init__(model.clone())
         note_layout(self.model)
         self.inputs, self._original = inputs, model
+        self._constants = note_constants(self)
         self._unpacked = unpack(self)
         self._lifted = lift(self)
         if self._lifted:
@@ -369,6 +371,7 @@ class OpenOnnx(EditedGraph, OpenModel):
         close_loops(self, self._loops)
         join_directions(self, self._halves)
         lower(self, self._lifted)
+        hold_again(self, self._constants)
         self.sort_initializers()
         self.made.clear()  # the factors as they were made: the model may have them in another layout
         if self.record:
