@@ -111,7 +111,7 @@ def test_a_stage_for_each_site_as_long_as_it_costs_little(monkeypatch: pytest.Mo
     assert len(data.groups(3, None)) == 1
 
 
-@pytest.mark.law(23)
+@pytest.mark.law(16)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", sorted(set(ZOO) - {"functional"}))  # a module of which has no sites
 def test_every_site_of_the_zoo_gets_a_stage(name: str, kind: str) -> None:
