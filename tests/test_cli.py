@@ -32,7 +32,7 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
     plans = [tmp_path / "a.json", tmp_path / "b.json"]
     for plan, reason in zip(plans, ("one", "another"), strict=True):
         plan.write_text(json.dumps({"surgery_plan": 1, "decisions": [{"site": "stem.conv", "reason": reason}]}))
-    words = ("plan", "diff", *plans)
+    words = ("plan", "diff", *map(str, plans))
     done = subprocess.run([sys.executable, "-m", "surgery", *words], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "stem.conv" in done.stdout
