@@ -110,7 +110,7 @@ def test_weights_come_near_their_rank(factorization: str, optimizer: str) -> Non
     data = batch(size=64)
     for each in (run, plain):
         each.optimizer.param_groups[0]["lr"] = 0.05 if optimizer == "sgd" else 0.01
-        for epoch in range(20):
+        for epoch in range(12):
             for _ in range(10):
                 each.optimizer.zero_grad()
                 loss_of(each.model, data).backward()

@@ -418,18 +418,18 @@ def test_the_command_line_takes_ids(tmp_path: Path, program: Any) -> None:
     surgery.save(program, model)
     lines = write(tmp_path / "ids.jsonl", *sequences() * 4)
     np.savez(tmp_path / "data.npz", **{name: value.repeat(4, 1).numpy() for name, value in batch().items()})  # type: ignore[arg-type]
-    words = ("decompose", model, "-o", out, "--force", "--ranks", 4, "--no-timing", "--json", "--calibration")
+    words = ("decompose", model, "-o", out, "--force", "--ranks", 4, "--include", "[qk]", "--no-timing", "--json")
     printed = []
     for path in (lines, tmp_path / "data.npz"):
-        done = run(*words, path)
+        done = run(*words, "--calibration", path)
         assert done.exception is None
         printed.append(json.loads(done.output)["changes"])
     assert printed[0] == printed[1] != []
-    result = surgery.decompose(program, ranks=4, calibration=str(lines))
+    result = surgery.decompose(program, ranks=4, include=["[qk]"], calibration=str(lines))
     assert [change.error for change in result.changes] == [change["error"] for change in printed[0]]
     write(lines, [1, 2], [3, 1.5])
     for path, said in ((lines, "line 2: input_ids holds 1.5"), (tmp_path / "none.npz", "none.npz: does not exist")):
-        failed = run(*words, path).exception
+        failed = run(*words, "--calibration", path).exception
         assert isinstance(failed, FileError)
         assert failed.exit_status == 2
         assert said in str(failed)

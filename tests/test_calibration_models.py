@@ -153,6 +153,7 @@ def test_no_parameter_gets_a_gradient(kind: str) -> None:
 # --- whole networks --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.law(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_factors_for_the_data_give_nearer_outputs(kind: str) -> None:
     x = images(48)
@@ -175,6 +176,7 @@ def test_factors_for_the_data_give_nearer_outputs(kind: str) -> None:
     assert torch.equal(run_model(model, ((test,), {})), original)
 
 
+@pytest.mark.law(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_is_computed_on_the_device_of_the_model(kind: str) -> None:
     """What was made on the default device instead could not meet the activations, as on a GPU."""

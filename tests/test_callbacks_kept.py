@@ -172,12 +172,15 @@ def test_lightning_saves_dense_weights_without_callbacks_too(lightning: Any, tmp
 
 
 @pytest.mark.parametrize(("kind", "first"), [("none", True), ("ema", True), ("ema", False)])
-@pytest.mark.parametrize("stop", [0, 2])
-def test_lightning_resumes_with_averages(lightning: Any, tmp_path: Path, kind: str, first: bool, stop: int) -> None:
+def test_lightning_resumes_with_averages(
+    lightning: Any, tmp_path: Path, kind: str, first: bool, subtests: pytest.Subtests
+) -> None:
     whole, _, _ = fit(lightning, tmp_path / "whole", averaging(lightning, kind), first=first)
-    path = tmp_path / "whole" / f"epoch={stop}.ckpt"
-    again, _, _ = fit(lightning, tmp_path / "again", averaging(lightning, kind), first=first, ckpt_path=path)
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+    for stop in (0, 2):
+        with subtests.test(stop=stop):
+            path, folder = tmp_path / "whole" / f"epoch={stop}.ckpt", tmp_path / f"from {stop}"
+            again, _, _ = fit(lightning, folder, averaging(lightning, kind), first=first, ckpt_path=path)
+            assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
 @pytest.mark.parametrize("plain", [False, True])

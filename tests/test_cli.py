@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,15 @@ def run(*words: object, status: int = 0) -> command_line.Done:
     return done
 
 
-def test_the_module_is_the_command() -> None:
-    done = subprocess.run([sys.executable, "-m", "surgery", "inspect", MODEL], capture_output=True, text=True)
+def test_the_module_is_the_command(tmp_path: Path) -> None:
+    plans = [tmp_path / "a.json", tmp_path / "b.json"]
+    for plan, reason in zip(plans, ("one", "another"), strict=True):
+        plan.write_text(json.dumps({"surgery_plan": 1, "decisions": [{"site": "stem.conv", "reason": reason}]}))
+    words = ("plan", "diff", *map(str, plans))
+    done = subprocess.run([sys.executable, "-m", "surgery", *words], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == run("inspect", MODEL).stdout
+    assert "stem.conv" in done.stdout
+    assert done.stdout == run(*words).stdout
 
 
 def test_inspect_json() -> None:
@@ -46,6 +52,13 @@ def test_input_shape_changes_costs() -> None:
     assert four["totals"]["macs"] == 4 * one["totals"]["macs"]
 
 
+def _held(path: Path) -> dict[str, bytes]:
+    """What an archive holds, but for the record of how it was made, and the number that torch computes from it."""
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if not name.endswith(("/surgery.json", "/serialization_id"))]
+        return {name: archive.read(name) for name in names}
+
+
 def test_decompose_recompose_round_trip(tmp_path: Path) -> None:
     factored, back, weights = tmp_path / "a.pt2", tmp_path / "b.pt2", tmp_path / "b.safetensors"
     plan = tmp_path / "plan.json"
@@ -55,7 +68,7 @@ def test_decompose_recompose_round_trip(tmp_path: Path) -> None:
     assert done["after"]["parameters"] < done["before"]["parameters"]
     again = tmp_path / "again.pt2"
     run("decompose", MODEL, "-o", again, "--plan", plan, "--no-timing")
-    assert surgery.compare(factored, again).max_abs == 0
+    assert _held(again) == _held(factored)
     run("recompose", factored, "-o", back, "--state-dict", weights)
     assert json.loads(run("compare", factored, back, "--json").stdout)["relative"] < 1e-5
     build().load_state_dict(load_file(weights), strict=True)

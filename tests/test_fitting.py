@@ -15,6 +15,7 @@ from surgery.kinds.inputs import normalise_inputs
 from surgery.plans.goal import Goal
 from surgery.runtime.compare import run_model
 from tests.cases import decaying
+from tests.covering import in_turns
 from tests.test_calibration_models import as_kind
 
 KINDS = ("module", "graph", "program", "program-dynamic")
@@ -88,8 +89,7 @@ def test_a_bias_that_two_layers_share_stays_shared(kind: str) -> None:
     assert all(torch.equal(bias, model.get_parameter("0.bias")) for bias in biases)
 
 
-@pytest.mark.parametrize("ranks", ["keep_params=0.5", 4])
-@pytest.mark.parametrize("kind", ["module", "program-dynamic"])
+@pytest.mark.parametrize(("kind", "ranks"), in_turns(["module", "program-dynamic"], ["keep_params=0.5", 4]))
 def test_no_number_of_groups_is_worse_than_no_data(kind: str, ranks: str | int) -> None:
     module, x, fresh = residual()
     model = as_kind(module, kind, x[:4])

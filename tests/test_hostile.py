@@ -246,7 +246,7 @@ def _load_damaged(raw: bytes, expected: tuple[Path, dict[str, torch.Tensor], str
     assert program.graph_module.meta["surgery"] == {"passes": ["decompose"]}
 
 
-_damage = settings(max_examples=150, phases=[Phase.explicit, Phase.generate])
+_damage = settings(max_examples=150 if ALL else 60, phases=[Phase.explicit, Phase.generate])
 
 
 def _flipped(raw: bytes, position: int) -> bytes:

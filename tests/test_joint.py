@@ -27,7 +27,7 @@ from tests.tolerances import reduction, tolerance
 from tests.zoo import graph
 
 
-@pytest.mark.law(7)
+@pytest.mark.law(11)
 @pytest.mark.parametrize("ranks", ["full", "energy=0.7"])
 @every_graph
 def test_the_laws_hold_for_sites_that_read_the_same_value(name: str, kind: str, ranks: str) -> None:

@@ -392,6 +392,7 @@ class Plain(nn.Module):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter to itself
 @pytest.mark.filterwarnings("ignore:The tensor attributes .*_flat_weights:UserWarning")  # a cache of torch's layers
+@pytest.mark.law(2)
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_plain_layer_is_a_node_with_the_sites_of_its_module(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -33,6 +33,7 @@ from surgery.kinds.onnx.session import open_model, open_session
 from surgery.kinds.registry import kind_of, observe
 from surgery.runtime.compare import run_model
 from surgery.sites import Call
+from tests.covering import ALL
 from tests.tolerances import tolerance
 from tests.zoo import graph
 
@@ -534,7 +535,7 @@ def test_sequences_are_lists() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter to itself
-@pytest.mark.parametrize("name", ["cnn-1d", "convnext", "attention", "recurrent", "called-twice", "hf-vit"])
+@pytest.mark.parametrize("name", ["cnn-1d", "convnext", "attention", "recurrent", "called-twice", *["hf-vit"] * ALL])
 def test_sensitivities_are_those_of_the_module(name: str, tmp_path: Path) -> None:
     module, inputs = graph(name, "module")
     program, _ = graph(name, "program")

@@ -12,6 +12,7 @@ from surgery.algebra import relative_error
 from surgery.errors import InputError, RankError
 from surgery.solvers.components import mttkrp, reduce_rank
 from surgery.solvers.overparameterized import Method, descend, gradient_cp, symmetric_cp
+from tests.covering import ALL, in_turns
 
 EXACT = 1e-12
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-8}
@@ -56,8 +57,9 @@ def test_mttkrp_in_chunks_is_the_same() -> None:
         assert relative_error(chunked, whole) <= EXACT
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("sizes", [(6, 5, 7), (5, 4, 4, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "dtype"), in_turns([(6, 5, 7), (5, 4, 4, 4)], [torch.float32, torch.float64]), ids=str
+)
 def test_orthogonal_components_are_recovered(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     truth = orthonormal(3, sizes, 4)
     tensor = tensor_of([truth[0] * torch.tensor([1, 0.8, 0.6, 0.4]), *truth[1:]]).to(dtype)
@@ -93,7 +95,7 @@ def test_symmetric_components_keep_their_signs(order: int) -> None:
         assert torch.allclose(weights.sort(-1).values, signs.sort().values.expand(2, 3), rtol=0, atol=1e-6)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20 if ALL else 8)
 @given(shapes, st.integers(1, 3), st.integers(0, 99))
 def test_any_tensor_is_fitted_better_than_by_zero(sizes: tuple[int, ...], rank: int, seed: int) -> None:
     tensor = random(2, *sizes, seed=seed)

@@ -650,7 +650,7 @@ def test_projections_are_planned_too() -> None:
 
 
 def test_a_deep_layer_is_read_again() -> None:
-    layers = 90 if ALL else 20
+    layers = 90 if ALL else 12  # two digits, so that names do not sort as numbers do
     model = Net(nn.GRU(H, H, num_layers=layers, batch_first=True)).eval()
     program = torch.export.export(model, (torch.randn(1, 2, H),))
     done = surgery.decompose(program, ranks={"rnn.*": 1}, factorization="svd", include=["rnn.*"])

@@ -73,7 +73,7 @@ def test_spectra_are_those_of_the_composed_weight(case: Case, method: Factorizat
         assert torch.allclose(found.values, whole.values, rtol=0, atol=1e-7 * float(whole.values.max()))
 
 
-@pytest.mark.law(8)
+@pytest.mark.law(11)
 @every_graph
 def test_factored_models_are_cut_and_recomposed(name: str, kind: str) -> None:
     model, inputs = graph(name, kind)

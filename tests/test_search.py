@@ -96,6 +96,12 @@ def decompose(
     return by_goal(job, goal, Instruments(ByMacs(threads=1, path=path), clock.apart, **how))
 
 
+@pytest.fixture(scope="module")
+def beyond(tmp_path_factory: pytest.TempPathFactory) -> DecomposeResult[nn.Module]:
+    """What a target out of reach gives."""
+    return decompose(tmp_path_factory.mktemp("beyond") / "l", Clock(), target=1000.0)
+
+
 def test_whole_models_are_timed_once_and_the_finished_one_each_time(tmp_path: Path) -> None:
     first, second = Clock(), Clock()
     found = [decompose(tmp_path / "l", clock) for clock in (first, second)]
@@ -172,8 +178,8 @@ def test_damages_are_corrected_by_what_chains_do_to_the_outputs(kind: str) -> No
         assert option.damage / 1.5 <= alone <= option.damage * 1.5  # on other samples, of another rank, perhaps
 
 
-def test_a_target_out_of_reach_gives_the_original_and_says_what_is_within(tmp_path: Path) -> None:
-    result = decompose(tmp_path / "l", Clock(), target=1000.0)
+def test_a_target_out_of_reach_gives_the_original_and_says_what_is_within(beyond: DecomposeResult[nn.Module]) -> None:
+    result = beyond
     assert not result.changes
     assert result.after == result.before
     assert result.promise is not None
@@ -186,8 +192,10 @@ def test_a_target_out_of_reach_gives_the_original_and_says_what_is_within(tmp_pa
     assert error > 0
 
 
-def test_a_speed_up_that_ruins_the_model_is_out_of_reach_without_best_effort(tmp_path: Path) -> None:
-    found = decompose(tmp_path / "l", Clock(), target=1000.0).search
+def test_a_speed_up_that_ruins_the_model_is_out_of_reach_without_best_effort(
+    beyond: DecomposeResult[nn.Module], tmp_path: Path
+) -> None:
+    found = beyond.search
     assert found is not None
     speedup, error = found.reached[-1]
     assert error > RUIN

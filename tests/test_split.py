@@ -154,7 +154,7 @@ def _state(model: Any) -> dict[str, Tensor]:
     return dict(kind_of(model).tensors(model))
 
 
-@pytest.mark.law(16)
+@pytest.mark.law(23)
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_split_save_load_join_is_the_identity(
     name: str, kind: str, tmp_path: Path, onnx_files: Callable[[str], Path]

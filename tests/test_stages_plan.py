@@ -15,7 +15,7 @@ from surgery.sites.network import Network, Operation, Value
 from surgery.stages.blocks import Blocks, blocks_of
 from surgery.stages.bounds import crossing_bound, simple_bound
 from surgery.stages.downsets import down_sets, optimum
-from surgery.stages.dynamic import best_cut
+from surgery.stages.dynamic import _MOST_CUTS, best_cut
 from surgery.stages.loads import Loads
 from surgery.stages.milp import program
 from surgery.stages.orders import fiedler, orders
@@ -279,8 +279,9 @@ def test_other_numbers_of_the_values_change_nothing() -> None:
 
 
 def test_a_long_order_is_cut_at_fewer_places() -> None:
-    made = network(5, 1500)
-    times = (1.0,) * 1500
+    count = _MOST_CUTS + 100
+    made = network(5, count)
+    times = (1.0,) * count
     found = solve(Problem(made, times, 3))
     assert found.bottleneck <= 1.02 * found.bound
 

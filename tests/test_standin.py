@@ -62,7 +62,7 @@ def normed() -> nn.Sequential:
 def test_noise_is_moved_to_what_batch_norms_expect(kind: str, make: Callable[..., Tensor]) -> None:
     example = make(2, 3, 10, 10)
     model = as_kind(normed(), kind, example)
-    found = made(model, example, Effort(samples=(16, 16)))
+    found = made(model, example, Effort(samples=(16, 16), steps=(10, 60)))
     assert isinstance(found, StandIn)
     assert "batch norms" in found.what
     observed = observe(model, next(iter(found.samples)))

@@ -15,6 +15,7 @@ import surgery
 from surgery.algebra import relative_error
 from surgery.errors import InputError
 from surgery.training import LowRankTraining
+from tests.covering import ALL
 from tests.training_cases import OPTIMIZERS, Net, batch, loss_of, make_run, train
 
 RANKS: dict[str, int | tuple[int, ...] | None] = {"first": (4, 2), "second": (4, 3), "hidden": 3}
@@ -63,7 +64,7 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor], site: str) -> flo
     return float(torch.linalg.vector_norm((one[f"{site}.weight"] - other[f"{site}.weight"]).double()))
 
 
-@pytest.mark.parametrize("kind", AVERAGES)
+@pytest.mark.parametrize("kind", AVERAGES if ALL else ["slow-ema-with-buffers", "swa", "by-hand"])
 def test_an_average_is_averaged_on_across_all_switches(kind: str) -> None:
     """The learning rate is high, so that the average lags far behind."""
     torch.manual_seed(0)
