@@ -209,9 +209,18 @@ def test_a_damaged_note_of_what_was_there_is_left_alone() -> None:
         assert {tensor.name for tensor in back.graph.initializer} == {t.name for t in proto.graph.initializer}
 
 
+def test_a_sparse_weight_is_a_site(tmp_path: Path) -> None:
+    proto = ir.to_proto(parsed("g (float[n, 8] x) => (float[n, 6] z) { z = MatMul(x, W) }"))
+    places, values = np.array([1, 9, 40]), numpy_helper.from_array(np.array([1, 2, 3], np.float32), "W")
+    proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, numpy_helper.from_array(places), [8, 6]))
+    onnx.save(proto, tmp_path / "m.onnx")
+    model = surgery.load(tmp_path / "m.onnx")
+    assert_comes_back(model, X, ["W"])
+
+
 def test_sparse_initializers_that_cannot_be_right_are_told(tmp_path: Path) -> None:
     places, values = np.array([1, 9]), np.array([1, 2], np.float32)
-    for dims, said in (([6], "cannot be right"), ([1 << 40, 6], "of .* numbers"), ([-6], "cannot be right")):
+    for dims, said in (([6], "cannot be right"), ([1 << 40, 6], "of .* numbers"), ([-6], "cannot be right|do not fit")):
         proto = everything()
         sparse = proto.graph.sparse_initializer[0]
         sparse.indices.CopyFrom(numpy_helper.from_array(places))

@@ -88,6 +88,10 @@ def _check_sizes(model: onnx.ModelProto) -> None:
     bare.graph.ClearField("value_info")  # what files say of values in between is often wrong, and nothing reads it
     for output in bare.graph.output:
         output.type.tensor_type.ClearField("shape")
+    for sparse in bare.graph.sparse_initializer:  # which onnx does not look for
+        numbers = sparse.values
+        bare.graph.input.append(onnx.helper.make_tensor_value_info(numbers.name, numbers.data_type, sparse.dims))
+    bare.graph.ClearField("sparse_initializer")
     try:
         onnx.shape_inference.infer_shapes(bare, strict_mode=True)
     except Exception as error:  # onnx's exceptions share no other base

@@ -1,7 +1,8 @@
 """Weights that Constant nodes hold: initializers where edits have made them, and nodes again at the end.
 
-w = Constant("n")   y = MatMul(x, w)   ->   y = MatMul(MatMul(x, w.0.weight), w.1.weight)   {w: {name: n}}
-                                       ->   w = Constant("n")   y = MatMul(x, w)
+    w = Constant "n"    y = MatMul(x, w)    <->    y = MatMul(MatMul(x, w.0.weight), w.1.weight)
+
+The record keeps what is said of the nodes.
 """
 
 from __future__ import annotations
