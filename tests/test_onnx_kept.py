@@ -215,6 +215,7 @@ def test_a_sparse_weight_is_a_site(tmp_path: Path) -> None:
     proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, numpy_helper.from_array(places), [8, 6]))
     onnx.save(proto, tmp_path / "m.onnx")
     model = surgery.load(tmp_path / "m.onnx")
+    assert isinstance(model, ir.Model)
     assert_comes_back(model, X, ["W"])
 
 
