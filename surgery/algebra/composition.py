@@ -39,7 +39,7 @@ from surgery.errors import Refusal
 
 __all__ = ["BLOCK", "add", "compose", "compose_convolutions", "compose_steps"]
 
-BLOCK = 2**22  # numbers that are in float64 at once
+BLOCK = 2**20  # numbers that are in float64 at once
 
 
 def compose_convolutions(first: Conv, second: Conv) -> Conv | Refusal:

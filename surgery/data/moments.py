@@ -230,7 +230,7 @@ class Accumulator:
 
 
 Columns = Tensor  # (groups, rows, n): each row holds one column x of n values, in the kernel's order (channel, taps)
-_BLOCK = 2**24  # numbers in one block
+_BLOCK = 2**22  # numbers in one block
 
 
 def read_columns(

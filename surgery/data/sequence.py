@@ -23,7 +23,7 @@ same positions. A site that is called on another number of rows in the changed n
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -42,9 +42,11 @@ from surgery.kinds.observed import Added, Observed
 from surgery.kinds.registry import Model, observe
 from surgery.sites import Placement
 from surgery.solvers.weighted import SecondMoment, root_of
-from surgery.system.spill import Spill
+from surgery.system.spill import Spill, Spilled
 
 __all__ = ["Originals", "Target"]
+
+_CAST = 2**20  # numbers that are cast to float64 at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,7 @@ class Target:
 
 
 class Originals:
-    """The outputs of the original's dense sites over all samples, kept in memory at the positions that moments use.
+    """The outputs of the original's dense sites over all samples, kept at the positions that moments use.
 
     A site is dense here if its second moment is one matrix.
     """
@@ -66,7 +68,8 @@ class Originals:
         observed = observe(model, next(iter(samples)))
         placements = _placements(observed, {name for name, found in moments.items() if found.dense})
         self._visible = VisibleRows(observed, samples, placements)
-        self._records = {placement.site.name: _SeenSite(placement, len(samples)) for placement in placements}
+        spill = Spill()
+        self._records = {placement.site.name: _SeenSite(placement, len(samples), spill) for placement in placements}
         for placement in placements:
             self._records[placement.site.name].follow(observed, placement, self._visible)
         for batch in samples:
@@ -81,11 +84,12 @@ class Originals:
         the original. ``centred`` names the sites whose mean a bias or a normalisation absorbs.
         """
         records: dict[str, _SeenSite] = {}
+        spill = Spill()
 
         def watch(observed: Observed) -> None:
             for placement in _placements(observed, sites):
                 if placement.site.name in self._records:
-                    records[placement.site.name] = record = _SeenSite(placement, len(self._samples))
+                    records[placement.site.name] = record = _SeenSite(placement, len(self._samples), spill)
                     self._visible.watch(observed, placement, record.read)
                     record.follow(observed, placement, self._visible)
 
@@ -107,23 +111,27 @@ def _placements(observed: Observed, sites: Collection[str]) -> list[Placement]:
 
 
 class _SeenSite:
-    """Inputs and outputs of one site in a run, at random positions that are the same in each run."""
+    """Inputs and outputs of one site in a run, at random positions that are the same in each run.
 
-    def __init__(self, placement: Placement, batches: int) -> None:
+    Many of them stand in the file of ``spill``.
+    """
+
+    def __init__(self, placement: Placement, batches: int, spill: Spill) -> None:
         self.operator, self.calls = placement.site.operator, len(placement.calls)
-        self.columns: list[Tensor] = []  # for each call (groups, rows, n)
+        self.columns: list[Spilled] = []  # for each call (groups, rows, n)
+        self._spill = spill
         # Both generators start alike, so that outputs are read where inputs are; the seed is that of the site's name.
         self._rows, seed = rows_of(placement, batches), zlib.crc32(placement.site.name.encode())
         self._reads, self._sees = (torch.Generator().manual_seed(seed) for _ in range(2))
-        self._outputs: list[Tensor] = []  # for each call (groups, rows, outputs)
-        self._added: dict[int, Tensor] = {}  # r of the same shape, by the number of the call
+        self._outputs: list[Spilled] = []  # for each call (groups, rows, outputs)
+        self._added: dict[int, Spilled] = {}  # r of the same shape, by the number of the call
         self._spoiled = False
         self.adds_site = False  # whether r is the output of another site
 
     def read(self, x: Tensor, masks: Masks) -> None:
         """Keep the columns of one input of the site."""
         blocks = read_columns(self.operator, x, rows=self._rows, generator=self._reads, masks=masks)
-        self.columns.append(torch.cat(list(blocks), 1))
+        self.columns.append(self._spill.holding(torch.cat(list(blocks), 1)))
 
     def follow(self, observed: Observed, placement: Placement, visible: VisibleRows) -> None:
         """Keep the site's outputs in later runs, and what is added to them."""
@@ -132,10 +140,10 @@ class _SeenSite:
             masks = visible.now(observed, placement)
             reader = output_reader(self.operator, y, rows=self._rows, generator=self._sees, masks=masks)
             call = len(self._outputs)
-            self._outputs.append(reader(y))
+            self._outputs.append(self._spill.holding(reader(y)))
 
             def add(r: Tensor, is_site: bool) -> None:
-                self._added[call] = reader(r)
+                self._added[call] = self._spill.holding(reader(r))
                 self.adds_site |= is_site
 
             return add
@@ -155,9 +163,10 @@ class _SeenSite:
         """Whether both records have the same calls with the same numbers of rows; these may depend on the data."""
         return [y.shape for y in self._outputs] == [y.shape for y in other._outputs] and bool(self._outputs)
 
-    def outputs(self, *, summed: bool) -> list[Tensor]:
-        """Return the site's output at each call, plus r if ``summed``."""
-        return [y + self._added[call] if summed else y for call, y in enumerate(self._outputs)]
+    def outputs(self, *, summed: bool) -> Iterator[Tensor]:
+        """Yield the site's output at each call, plus r if ``summed``."""
+        for call, y in enumerate(self._outputs):
+            yield y.opened() + self._added[call].opened() if summed else y.opened()
 
 
 class _Pairs:
@@ -173,17 +182,20 @@ class _Pairs:
         self._lag, self._mean = (new(2, groups, size, dtype=torch.float64) for size in (out, n))
         crossed, spill = new(2, groups, out, n, dtype=torch.float64), Spill()
         self._second = [SquareSum(groups, n, spill, self._mean.device) for _ in range(2)]
-        calls = zip(changed.columns, original.outputs(summed=summed), changed.outputs(summed=summed), strict=True)
+        columns = (x.opened() for x in changed.columns)
+        calls = zip(columns, original.outputs(summed=summed), changed.outputs(summed=summed), strict=True)
         for number, (x, before, after) in enumerate(calls):
             # Calls of one batch stay together, since their errors go together. Example of 2 calls: 0 and 1 are in half
             # 0, 2 and 3 in half 1, 4 and 5 in half 0 again.
             half = number // changed.calls % 2
-            now, lag = x.double(), before.double() - after.double()  # float64: a mean may far exceed the deviation
-            self._counts[half] += now.shape[1]
-            self._lag[half] += lag.sum(1)
-            self._mean[half] += now.sum(1)
-            crossed[half] += lag.mT @ now
-            self._second[half].add(now)
+            self._counts[half] += x.shape[1]
+            for rows in _in_parts(x.shape[1], n):
+                # float64: a mean may far exceed the deviation
+                now, lag = x[:, rows].double(), before[:, rows].double() - after[:, rows].double()
+                self._lag[half] += lag.sum(1)
+                self._mean[half] += now.sum(1)
+                crossed[half].baddbmm_(lag.mT, now)
+                self._second[half].add(now)
         self._crossed = [spill.holding(sums) for sums in crossed]
 
     def target(self, sensitivity: Callable[[], Tensor | None], *, centred: bool) -> Target:
@@ -269,6 +281,13 @@ class _Pairs:
             energy = energy + self._energy(moved, other, mean, centred=centred)
         share = (explained / energy.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, 1)
         return whole * share
+
+
+def _in_parts(rows: int, width: int) -> Iterator[slice]:
+    """Yield slices of so many rows of a width, each with few enough numbers to be cast at once."""
+    # Example of 4096 rows of 1152 numbers: the first slice has 910 of them.
+    step = max(1, _CAST // width)
+    yield from (slice(start, start + step) for start in range(0, rows, step))
 
 
 def _solve(second: Callable[[], Tensor], crossed: Callable[[], Tensor]) -> Tensor:

@@ -98,7 +98,7 @@ class SquareSum:
     def _flush(self) -> None:
         if not self._waiting:
             return
-        rows = torch.cat(self._waiting, 1)
+        rows = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting, 1)
         self._waiting.clear()
         for groups, part, block in self._opened():
             block += rows[groups, :, part].mT @ rows[groups]

@@ -26,9 +26,12 @@ from __future__ import annotations
 import math
 
 import torch
+from scipy.linalg import eigvalsh
 from torch import Tensor
 
 from surgery.solvers.chebyshev import filter_basis, filter_degree
+from surgery.solvers.threads import torchs_threads
+from surgery.system.mapped import drop_pages
 
 __all__ = [
     "gram",
@@ -93,8 +96,9 @@ _RESOLVED = 1e-4  # share of the largest eigenvalue, likewise
 _ROUNDING = 1e-13  # share of the energy that float32 matrices do not have
 _SMALL = 64  # up to here float64 costs no more
 _FILTERED = 192  # up to here an eigendecomposition costs no more than filters
+_OVERWRITTEN = 1024  # from this size on, memory counts
 _HALVES = 256  # from half of this size on, a quarter of a Gram matrix is copied from its mirror image
-_BLOCK = 2**22  # entries that are cast to float64 at once
+_BLOCK = 2**20  # entries that are cast to float64 at once
 _DEGREE, _SHARE = 3, 0.95  # of a filter: the degree, and the share of the least Ritz value that is cut off
 _STEPS = 8
 _TO_COME, _MAX_RATE = 5e-4, 0.9
@@ -137,7 +141,20 @@ def singular_values(matrix: Tensor) -> Tensor:
     """
     if matrix.shape[-2] > matrix.shape[-1]:
         matrix = matrix.mT
-    return torch.linalg.eigvalsh(gram(matrix)).clamp(min=0).sqrt().flip(-1)
+    squares = gram(matrix)
+    drop_pages()  # of the matrix, where it stands in a file
+    return _eigenvalues(squares).clamp(min=0).sqrt().flip(-1)
+
+
+def _eigenvalues(matrix: Tensor) -> Tensor:
+    """Return the eigenvalues (..., n), ascending; a large matrix is overwritten, of which torch would make a copy."""
+    size = matrix.shape[-1]
+    if size < _OVERWRITTEN or matrix.numel() > size**2 or matrix.device.type != "cpu":
+        return torch.linalg.eigvalsh(matrix)
+    # The transpose is the same matrix, in the order of LAPACK.
+    with torchs_threads():
+        found = eigvalsh(matrix.view(size, size).numpy().T, overwrite_a=True, check_finite=False, driver="evd")
+    return torch.from_numpy(found).view(matrix.shape[:-1])
 
 
 def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -173,7 +190,9 @@ def left_subspace(matrix: Tensor, rank: int) -> Tensor:
         return leading_eigen(gram(matrix), rank)[1].to(matrix.dtype)
     if rank == size:
         return leading_eigen(row_gram(matrix), rank)[1]
-    vectors, resolved = _subspace(matrix @ matrix.mT, rank)  # whose blocks would cost as much memory again
+    squares = matrix @ matrix.mT  # whose blocks would cost as much memory again
+    drop_pages()  # as above
+    vectors, resolved = _subspace(squares, rank)
     return vectors if resolved is None else _deflated(matrix, vectors, resolved)
 
 

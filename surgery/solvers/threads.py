@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from threadpoolctl import ThreadpoolController
 
-__all__ = ["one_pool"]
+__all__ = ["one_pool", "torchs_threads"]
 
 
 @contextmanager
@@ -33,6 +33,13 @@ def one_pool(*, one_thread: bool) -> Iterator[None]:
         finally:
             if one_thread:
                 torch.set_num_threads(threads)
+
+
+@contextmanager
+def torchs_threads() -> Iterator[None]:
+    """Let NumPy and SciPy use as many threads as torch does in the block, for a single large call."""
+    with _openblas().limit(limits=torch.get_num_threads()):
+        yield
 
 
 @cache

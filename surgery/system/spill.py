@@ -1,8 +1,8 @@
-"""Sums that are too large to hold all at once: each takes memory only while it is looked at, and else stands in a file.
+"""Numbers that are too many to hold at once: they take memory while one looks at them, and else stand in a file.
 
 The file has no name, so that nothing is left of it when the process ends, however it ends. Its room is reserved first:
-where a disk is full, the sum stays in memory. What is opened maps its part of the file; the system takes the pages back
-as soon as nobody holds the tensor.
+where a disk is full, the numbers stay in memory. What is opened maps its part of the file; the system takes the pages
+back as soon as nobody holds the tensor.
 
     spill = Spill()
     total = spill.zeros((1, 4096, 4096))     128 MiB of the file, none in memory
@@ -29,15 +29,17 @@ from surgery.system.mapped import map_file
 
 __all__ = ["LARGE", "Spill", "Spilled"]
 
-LARGE = 2**17  # bytes from which a sum is worth its place in a file: float64 of 128 x 128
+LARGE = 2**17  # bytes that are worth a place in a file: float64 of 128 x 128
 
 
 class Spilled:
-    """A tensor of float64 that starts as zeros, in memory or in a part of a file."""
+    """A tensor that starts as zeros, in memory or in a part of a file."""
 
-    def __init__(self, shape: Sequence[int], device: torch.device, spill: Spill | None, offset: int) -> None:
-        self._shape, self._spill, self._offset = tuple(shape), spill, offset
-        self._held = torch.zeros(self._shape, dtype=torch.float64, device=device) if spill is None else None
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, spill: Spill | None, offset: int
+    ) -> None:
+        self.shape, self._dtype, self._spill, self._offset = torch.Size(shape), dtype, spill, offset
+        self._held = torch.zeros(self.shape, dtype=dtype, device=device) if spill is None else None
 
     @property
     def in_file(self) -> bool:
@@ -46,38 +48,40 @@ class Spilled:
 
     def opened(self) -> Tensor:
         """Return the tensor; what is written into it stays."""
-        return self.part(0, self._shape)
+        return self.part(0, self.shape)
 
     def part(self, start: int, shape: Sequence[int]) -> Tensor:
         """Return the numbers from place ``start`` on as a tensor of a shape; what is written into it stays."""
         if self._held is not None:
             return self._held.view(-1)[start : start + math.prod(shape)].view(*shape)
         assert self._spill is not None
-        count = math.prod(shape)
-        mapped, skipped = self._spill.mapped(self._offset + 8 * start, 8 * count)
-        found = torch.frombuffer(mapped, dtype=torch.float64, offset=skipped, count=count)  # which keeps what is mapped
+        count, width = math.prod(shape), self._dtype.itemsize
+        mapped, skipped = self._spill.mapped(self._offset + width * start, width * count)
+        found = torch.frombuffer(mapped, dtype=self._dtype, offset=skipped, count=count)  # which keeps what is mapped
         return found.view(*shape)
 
 
 class Spill:
-    """A file for large sums, made when the first of them needs it, and gone with the last."""
+    """A file for many numbers, made when the first of them need it, and gone with the last."""
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
         self._end = 0
 
-    def zeros(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Spilled:
-        """Return zeros of a shape; in memory where they are small, on another device, or find no room in a file."""
-        where, size = torch.device(device), 8 * math.prod(shape)
+    def zeros(
+        self, shape: Sequence[int], device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float64
+    ) -> Spilled:
+        """Return zeros of a shape; in memory where they are few, on another device, or find no room in a file."""
+        where, size = torch.device(device), dtype.itemsize * math.prod(shape)
         offset = self._next()
         in_file = where.type == "cpu" and size >= LARGE and self._reserve(offset, size)
         if in_file:
             self._end = offset + size
-        return Spilled(shape, where, self if in_file else None, offset)
+        return Spilled(shape, dtype, where, self if in_file else None, offset)
 
     def holding(self, values: Tensor) -> Spilled:
-        """Return what holds a copy of float64 values, in the file where they are large."""
-        made = self.zeros(values.shape, values.device)
+        """Return what holds a copy of values, in the file where they are many."""
+        made = self.zeros(values.shape, values.device, dtype=values.dtype)
         made.opened().copy_(values)
         return made
 
