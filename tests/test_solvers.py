@@ -204,6 +204,20 @@ def test_gram_accumulates_in_float64() -> None:
     assert torch.equal(gram.gram(matrix), matrix.double() @ matrix.double().mT)
 
 
+@pytest.mark.parametrize("shape", [(1, 1030, 1100), (1100, 1030)])
+def test_large_matrices_are_decomposed_in_their_place(shape: tuple[int, ...]) -> None:
+    matrix = random(*shape)
+    squares = gram.gram(matrix if len(shape) > 2 else matrix.mT)
+    wanted = torch.linalg.eigvalsh(squares).flip(-1)
+    given = squares.clone()
+    values, vectors = gram.leading_eigen(given, 40)
+    assert not torch.equal(given, -squares)
+    assert vectors.shape == (*squares.shape[:-1], 40)
+    assert relative_error(values, wanted[..., :40]) <= EXACT
+    assert relative_error(squares @ vectors, vectors * values.unsqueeze(-2)) <= EXACT
+    assert relative_error(gram.singular_values(matrix).square(), wanted) <= EXACT
+
+
 def test_leading_subspace_is_orthonormal_and_sorted() -> None:
     matrix = random(2, 6, 9)
     basis = gram.leading_subspace(gram.gram(matrix), 4)

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 
 import torch
-from scipy.linalg import eigvalsh
+from scipy.linalg import eigh, eigvalsh
 from torch import Tensor
 
 from surgery.solvers.chebyshev import filter_basis, filter_degree
@@ -80,10 +80,28 @@ def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def leading_eigen(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the largest eigenvalues (..., count), descending, and their eigenvectors (..., n, count).
 
-    The matrix is negated in place: the wanted eigenvalues then come first, and no copy has to flip the vectors.
+    The matrix is overwritten. It is negated: the wanted eigenvalues come first then, and no copy flips the vectors.
     """
-    values, vectors = symmetric_eigen(matrix.neg_())
+    matrix.neg_()
+    values, vectors = _overwriting(matrix) if _is_large(matrix) else symmetric_eigen(matrix)
     return -values[..., :count], vectors[..., :count]
+
+
+def _is_large(matrix: Tensor) -> bool:
+    """Whether a matrix in float64 is so large that a decomposition has to take its place, for torch makes a copy."""
+    size = matrix.shape[-1]
+    one = matrix.numel() == size**2 and matrix.is_contiguous()
+    return one and size >= _OVERWRITTEN and matrix.dtype == torch.float64 and matrix.device.type == "cpu"
+
+
+def _overwriting(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what ``symmetric_eigen`` does, in the memory of the matrix and twice as much."""
+    size = matrix.shape[-1]
+    # The transpose is the same matrix, in the order of LAPACK.
+    with torchs_threads():
+        found = eigh(matrix.detach().view(size, size).numpy().T, overwrite_a=True, check_finite=False, driver="evd")
+    values, vectors = map(torch.from_numpy, found)
+    return values.view(matrix.shape[:-1]), vectors.expand(matrix.shape)
 
 
 def leading_subspace(matrix: Tensor, count: int) -> Tensor:
@@ -147,13 +165,12 @@ def singular_values(matrix: Tensor) -> Tensor:
 
 
 def _eigenvalues(matrix: Tensor) -> Tensor:
-    """Return the eigenvalues (..., n), ascending; a large matrix is overwritten, of which torch would make a copy."""
-    size = matrix.shape[-1]
-    if size < _OVERWRITTEN or matrix.numel() > size**2 or matrix.device.type != "cpu":
+    """Return the eigenvalues (..., n), ascending; a large matrix is overwritten."""
+    if not _is_large(matrix):
         return torch.linalg.eigvalsh(matrix)
-    # The transpose is the same matrix, in the order of LAPACK.
+    size = matrix.shape[-1]
     with torchs_threads():
-        found = eigvalsh(matrix.view(size, size).numpy().T, overwrite_a=True, check_finite=False, driver="evd")
+        found = eigvalsh(matrix.detach().view(size, size).numpy().T, overwrite_a=True, check_finite=False, driver="evd")
     return torch.from_numpy(found).view(matrix.shape[:-1])
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from surgery.errors import InputError, RankError
 from surgery.solvers.dimension_tree import Array, Modes, pair_nodes, visit
-from surgery.solvers.gram import leading_subspace
+from surgery.solvers.gram import leading_eigen
 from surgery.solvers.pairwise import drift
 
 __all__ = ["TuckerResult", "tucker"]
@@ -146,7 +146,7 @@ def _start(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
     factors, core = [], tensor
     for mode, rank in enumerate(ranks):
         unfolding = core.movedim(mode + 1, 1).flatten(2)
-        factors.append(leading_subspace(unfolding @ unfolding.mT, rank))
+        factors.append(leading_eigen(unfolding @ unfolding.mT, rank)[1])
         core = _project(core, factors[-1], mode)
     return factors
 

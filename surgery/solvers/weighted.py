@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from surgery.solvers.gram import leading_subspace
+from surgery.solvers.gram import leading_eigen
 
 __all__ = [
     "Root",
@@ -219,17 +219,17 @@ def low_rank(matrix: Tensor, rank: int, metric: SecondMoment) -> tuple[Tensor, T
     matrix = matrix.double()
     if matrix.shape[-2] <= matrix.shape[-1] or len(metric.factors) > 1:
         # U of W C W^T, (m, n) (n, n) (n, m): the vectors of the left side, which is the shorter one.
-        basis = leading_subspace(metric.times(matrix) @ matrix.mT, rank)
+        basis = leading_eigen(metric.times(matrix) @ matrix.mT, rank)[1]
         return _balanced(basis, basis.mT @ matrix)
     (moment,) = metric.factors
     if moment.dim() == 2:
         root = moment.sqrt().unsqueeze(1)
-        basis = leading_subspace((matrix * root).mT @ (matrix * root), rank)
+        basis = leading_eigen((matrix * root).mT @ (matrix * root), rank)[1]
         return _balanced((matrix * root) @ basis, basis.mT / root)
     lower = root_of(moment.clone, _NEXT_TO_NOTHING)
     # V of L^T W^T W L, (n, n). What V selects of W L goes back through L^-1: (m, r) (r, n).
     seen = matrix @ lower.matrix
-    basis = leading_subspace(seen.mT @ seen, rank)
+    basis = leading_eigen(seen.mT @ seen, rank)[1]
     return _balanced(seen @ basis, lower.solve_turned(basis).mT)
 
 
