@@ -95,6 +95,24 @@ def test_translations_are_read_once_and_are_those_of_torch() -> None:
     assert vars(registry)["from_torchlib"] is own
 
 
+def test_translations_of_operators_that_come_later_are_found() -> None:
+    """An operator is translated as soon as there is one; here it stands for those that libraries bring."""
+    registration = importlib.import_module("onnxscript.function_libs.torch_lib.registration")
+    exporter = importlib.import_module("torch.onnx._internal.exporter._registration")
+    translations, entry = registration.default_registry, registration.OverloadedFunction("later::twice")
+    entry.overloads.append(translations["aten::relu"].overloads[0])
+    translations._registry["later::twice"] = entry
+    try:
+        with kept_translations():
+            assert "later::twice" not in exporter.ONNXRegistry.from_torchlib().functions
+        with torch.library._scoped_library("later", "DEF") as library:
+            library.define("twice(Tensor x) -> Tensor")
+            with kept_translations():
+                assert "later::twice" in exporter.ONNXRegistry.from_torchlib().functions
+    finally:
+        del translations._registry["later::twice"]
+
+
 def test_a_program_brings_its_inputs_and_stays_dynamic(tmp_path: Path) -> None:
     given = program(dynamic=True)
     report = export_onnx(given, tmp_path / "net.onnx")

@@ -11,7 +11,7 @@ import torch
 
 __all__ = ["kept_translations"]
 
-_registries: dict[tuple[int, int], Any] = {}
+_registries: dict[tuple[int, int, int], Any] = {}
 _operators_found: set[int] = set()
 
 
@@ -21,7 +21,8 @@ def kept_translations() -> Iterator[None]:
 
     For that, torch reads the source of six hundred functions, which takes most of a second. Operators that have no
     kernel of their own are looked up once, too, and not twenty times. The numbers of functions and of operators are the
-    keys, as a user may register more. Where torch and onnxscript are built otherwise, nothing is kept.
+    keys: a user may register more, and libraries do so when they are imported. Where torch and onnxscript are built
+    otherwise, nothing is kept.
     """
     try:
         importlib.import_module("onnxscript.function_libs.torch_lib.ops")  # registers them
@@ -32,13 +33,14 @@ def kept_translations() -> Iterator[None]:
         own, make = vars(registry)["from_torchlib"], registry.from_torchlib
         find = operators._materialize_cpp_cia_ops
         known = torch._C._dispatch_get_registrations_for_dispatch_key
+        all_operators = torch._C._dispatch_get_all_op_names
         count = sum(len(entry.overloads) + len(entry.complex) for _, entry in functions.items())
     except (ImportError, AttributeError, KeyError, TypeError, ValueError):
         yield
         return
 
     def copy_of_kept(opset_version: int = default) -> Any:
-        key = count, opset_version
+        key = opset_version, count, len(all_operators())
         if key not in _registries:
             _registries[key] = make(opset_version)
         found = registry()  # one export may add to it
