@@ -42,6 +42,54 @@ def test_a_taken_name_of_a_factor_leaves_that_site_alone() -> None:
     assert "A.weight" in {tensor.name for tensor in result.model.graph.initializer}
 
 
+@pytest.mark.parametrize("other", ["A.0", "A.1"])
+def test_names_that_end_with_a_number_are_names_of_weights(other: str) -> None:
+    """Neither a weight nor a bias is taken for a factor of the site before it."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "A"], ["a"]),
+        helper.make_node("Add", ["a", f"{other}.5"], ["b"]),
+        helper.make_node("Relu", ["b"], ["c"]),
+        helper.make_node("MatMul", ["c", other], ["y"]),
+    ]
+    model = _model(nodes, **{"A": _square(), other: _square(), f"{other}.5": np.ones(8, np.float32)})
+    made = surgery.decompose(model, ranks=2)
+    assert [change.site for change in made.changes] == ["A", other]
+    before = made.model.SerializeToString()
+    back = surgery.recompose(made.model)
+    assert made.model.SerializeToString() == before
+    assert not back.skips
+    assert [(node.op_type, list(node.input)) for node in back.model.graph.node] == [
+        (node.op_type, list(node.input)) for node in nodes
+    ]
+    assert surgery.compare(made.model, back.model).relative <= 1e-5
+
+
+def test_a_taken_name_of_any_factor_leaves_that_site_alone() -> None:
+    """Recompose would look for the other factors of this site."""
+    nodes = [helper.make_node("MatMul", ["x", "A"], ["a"]), helper.make_node("Relu", ["a"], ["b"])]
+    nodes.append(helper.make_node("MatMul", ["b", "A.2.weight"], ["y"]))
+    model = _model(nodes, A=_square(), A__2__weight=_square())
+    made = surgery.decompose(model, ranks=2)
+    assert [(skip.name, "A.2.weight" in skip.reason) for skip in made.skips] == [("A", True)]
+    back = surgery.recompose(made.model).model
+    assert {tensor.name for tensor in back.graph.initializer} == {"A", "A.2.weight"}
+
+
+def test_a_bias_that_gets_another_name_keeps_it_in_the_given_model() -> None:
+    """A chain of modules has its bias in its last module, as exporters write it."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "A.0.weight"], ["a"]),
+        helper.make_node("MatMul", ["a", "A.1.weight"], ["b"]),
+        helper.make_node("Add", ["b", "A.1.bias"], ["y"]),
+    ]
+    model = _model(nodes, A__0__weight=_square(), A__1__weight=_square(), A__1__bias=np.ones(8, np.float32))
+    before = model.SerializeToString()
+    back = surgery.recompose(model).model
+    assert model.SerializeToString() == before
+    assert {tensor.name for tensor in back.graph.initializer} == {"A.weight", "A.bias"}
+    assert surgery.compare(model, back).relative <= 1e-5
+
+
 def test_tables_of_points_and_coefficients_in_attributes_are_skips() -> None:
     """Nothing that a model multiplies by or picks from is passed over in silence."""
     nodes = [

@@ -10,6 +10,7 @@ else reads the values between them; and [a.0, a.1] and [b.0, b.1] are its segmen
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from surgery.algebra import add, compose_steps
@@ -226,7 +227,12 @@ def owners(flow: Flow, call: Call) -> frozenset[str]:
 def is_factor_of(site: str, name: str) -> bool:
     """Whether a parameter has the name of one that is in the chain of a site.
 
-    >>> is_factor_of("fc", "fc.0.weight"), is_factor_of("fc", "fc.weight")
-    (True, False)
+    >>> is_factor_of("fc", "fc.0.weight"), is_factor_of("fc", "fc.weight"), is_factor_of("fc", "fc.0")
+    (True, False, False)
     """
-    return name.startswith(f"{site}.") and name.removeprefix(f"{site}.").partition(".")[0].isdecimal()
+    if not name.startswith(f"{site}."):
+        return False
+    words = name.removeprefix(f"{site}.").split(".")
+    numbers = list(itertools.takewhile(str.isdecimal, words))
+    # the step, or the step, row and call: fc.0.0.weight is a factor of the site fc.0
+    return len(numbers) in (1, 3) and len(words) > len(numbers)

@@ -148,8 +148,10 @@ class OpenOnnx(EditedGraph, OpenModel):
             if isinstance(part, Operator):
                 writer.named[id(part.weight)] = (f"{site.name}.{place}.weight", part.weight)
         weight = self.parameter(first.weight)
-        if taken := next((name for name, _ in writer.named.values() if name in self.names), None):
-            self._refused[site.name] = f"the graph has a value named {taken} already, the name of its factor"
+        taken = [name for name, _ in writer.named.values() if name in self.names]
+        # recompose would take a weight with any number for another factor of this site
+        if taken := [*taken, *(name for name in self.reader.parameters if is_factor_of(site.name, name))]:
+            self._refused[site.name] = f"the graph has a value named {taken[0]} already, a name of its factors"
             return
         self.move_to(weight)
         node = self.user(first)
@@ -344,6 +346,7 @@ class OpenOnnx(EditedGraph, OpenModel):
             else:
                 bias = self.add_parameter(self.new_name(f"{site}.bias"), numbers)
         if own and is_factor_of(site, name) and bias.is_initializer():  # a chain of modules has the bias in a module
+            set_numbers(bias, numbers)  # a tensor is renamed with its value, and the given model has the old one too
             self.rename(name, self.new_name(f"{site}.bias"))
         done[name] = bias
         return bias
