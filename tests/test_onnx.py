@@ -168,6 +168,12 @@ def test_one_weight_of_several_nodes_is_one_site_and_stays_shared() -> None:
     assert sum(name.startswith("W.") for name in weights(made)) == 2
 
 
+def test_the_sum_of_two_calls_on_one_value_comes_back() -> None:
+    """Its terms are no branches of one operator."""
+    text = "g (float[n, 8] x) => (float[n, 6] z) { a = MatMul(x, W)  b = MatMul(x, W)  z = Add(a, b) }"
+    assert_comes_back(parsed(text, W=numbers(8, 6)), X, ["W"])
+
+
 def test_a_bias_of_several_calls_moves_once() -> None:
     text = "g (float[n, 8] x) => (float[n, 8] z) { a = Gemm (x, W, b)  c = Relu(a)  z = Gemm (c, W, b) }"
     opened = open_model(parsed(text, W=numbers(8, 8), b=numbers(8)), ((X,), {}))

@@ -84,6 +84,10 @@ def _branch_sum(flow: Flow, last: Sum, calls: Mapping[int, Call]) -> BranchSum |
     if any(not row or row[0].source != rows[0][0].source for row in rows):
         return None
     found = BranchSum(tuple(map(tuple, rows)), tuple(additions))
+    # one layer that is called twice has the same weights in both terms; branches of one operator share none
+    weights = [flow.tensors.keys[call.weight] for call in found.calls]
+    if len(set(weights)) < len(weights):
+        return None
     # a computed bias can be moved only if it is that of the last call
     if any(call.computed_bias is not None for call in found.calls[:-1]) or not _of_one_site(flow, found):
         return None
